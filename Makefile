@@ -1,0 +1,59 @@
+# Every target that runs Python uses the virtual environment that `setup` makes, and makes it first.
+# The versions stand in constraints.txt. CPU by default; `make setup CUDA=1` in a fresh checkout, or
+# with another VENV, takes fbgemm's CUDA build instead.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test soak lint clean
+
+PYTHON ?= python3
+VENV ?= .venv
+CUDA ?=
+DATA ?= synthetic
+ROOT ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/setup.stamp
+
+# The stamp holds the build it was made for: the two builds of fbgemm overwrite each other's files.
+BUILT := $(shell cat $(STAMP) 2>/dev/null)
+BUILD := $(or $(if $(CUDA),cuda),$(BUILT),cpu)
+ifneq ($(BUILD),$(or $(BUILT),$(BUILD)))
+$(error $(VENV) holds the $(BUILT) build, and the $(BUILD) build was asked for; name another VENV)
+endif
+FBGEMM_cpu := fbgemm-gpu-cpu
+FBGEMM_cuda := fbgemm-gpu
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with pinned versions (CUDA=1, PYTHON=python3, VENV=.venv)
+
+# torch first and torchrec without dependencies: torchrec's metadata asks for the CUDA fbgemm.
+$(STAMP): setup.cfg constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
+	$(INSTALL) --editable '.[parquet,plots,test,lint]'
+	@echo "If pip says above that torchrec misses fbgemm-gpu: $(FBGEMM_$(BUILD)) stands in for it."
+	@echo $(BUILD) > $@
+
+demo: $(STAMP) ## train, export and score end to end (DATA=synthetic, ROOT=folder of the data, DEMO_ARGS)
+	$(RUN) -m pipelines.demo data=$(DATA) $(if $(ROOT),'data.root=$(ROOT)') $(DEMO_ARGS)
+
+test: $(STAMP) ## run the whole suite (TEST_ARGS)
+	$(RUN) -m pytest $(TEST_ARGS)
+
+soak: $(STAMP) ## run the suite with its stress tests at full length (TEST_ARGS)
+	KVSHARE_SOAK=1 $(RUN) -m pytest $(TEST_ARGS)
+
+lint: $(STAMP) ## ruff's rules, ruff's format, mypy
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+clean: ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +

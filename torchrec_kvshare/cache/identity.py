@@ -1,0 +1,54 @@
+"""What a piece of cached K/V is the K/V of: the model, the user and every event of the history.
+
+Two digests must both match before K/V is used again. They are made of bytes alone, so they are the same
+in every process and on every machine of one byte order.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.features import Request
+
+DIGEST_BYTES = 16
+
+
+def model_digest(state: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """Digest of weights, tables, architecture and window: whatever changes the K/V changes it.
+
+    Args:
+        state: the model's state dict.
+        description: sizes, encoder and schema, as JSON values.
+
+    Returns:
+        Hexadecimal text.
+    """
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def history_digest(request: Request, schema: FeatureSchema) -> bytes:
+    """Digest of every event that the model reads, in order.
+
+    Args:
+        request: a parsed request; its history is already cut to the window.
+        schema: the model's columns, whose order the digest follows.
+
+    Returns:
+        16 bytes.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for column in sorted(request.history):
+        digest.update(request.history[column].numpy().tobytes())
+    for column in schema.item_attributes:
+        bags = request.history_bags[column]
+        digest.update(bags.lengths.numpy().tobytes())
+        digest.update(bags.values.numpy().tobytes())
+    return digest.digest()

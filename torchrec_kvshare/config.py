@@ -1,0 +1,236 @@
+"""Schemas of ``configs/``: one dataclass per pipeline, and one per kind of data.
+
+A composed config is merged into its schema, so a key that no schema has is an error that names it, and
+a value of the wrong type is too. Behind ``checked`` there are plain dataclasses: no DictConfig travels on.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from torchrec_kvshare.errors import ConfigError
+
+Schema = TypeVar("Schema")
+
+
+@dataclass
+class SyntheticData:
+    """The seeded world: no files."""
+
+    name: str = "synthetic"
+    num_users: int = 600
+    events_per_user: int = 160  # mean
+    num_items: int = 1000
+    num_categories: int = 40
+    seed: int = 0
+
+
+@dataclass
+class OnlineRetailData:
+    """UCI Online Retail: ``online_retail.csv(.gz)`` in ``root``."""
+
+    name: str = "online_retail"
+    root: str = MISSING
+
+
+@dataclass
+class MovieLensData:
+    """MovieLens in the layout of ``root``: latest-small, 1M, 20M or 25M."""
+
+    name: str = "movielens"
+    root: str = MISSING
+    positive_rating: float = 4.0
+
+
+@dataclass
+class Columns:
+    """Names in an interaction log's file."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    time: str = "time"
+    action: str | None = None
+    item_attributes: list[str] = field(default_factory=list)
+    item_floats: list[str] = field(default_factory=list)
+    user_attributes: list[str] = field(default_factory=list)
+    list_separator: str = "|"
+
+
+@dataclass
+class InteractionsData:
+    """Any interaction log: CSV, TSV or Parquet at ``path``."""
+
+    name: str = "interactions"
+    path: str = MISSING
+    columns: Columns = field(default_factory=Columns)
+    label: str | None = None  # such as "rating>=8"; without it every row is positive
+
+
+DATA_SCHEMAS = {
+    schema().name: schema
+    for schema in (SyntheticData, OnlineRetailData, MovieLensData, InteractionsData)
+}
+DataConfig = SyntheticData | OnlineRetailData | MovieLensData | InteractionsData
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the DLRM and of its history tower."""
+
+    history: str = "causal"  # or none: the plain DLRM
+    dim: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    dropout: float = 0.1
+    top_mlp: list[int] = field(default_factory=lambda: [64, 1])
+    max_history: int = 256  # events
+    block: int = 64  # events between two places where a window may start
+
+
+@dataclass
+class Budget:
+    """How long training may take."""
+
+    name: str = "demo"
+    epochs: int = 8
+    max_users: int | None = None  # train on that many users only
+    eval_users: int | None = None  # rank the catalogue for that many users only
+    baselines: bool = True  # also train history=none and count popularity
+
+
+@dataclass
+class TrainConfig:
+    """``python -m pipelines.train``."""
+
+    output: str = MISSING
+    data: Any = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+    threads: int | None = None  # None: as many as torch finds
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5
+    batch_targets: int = 1024  # targets, each with its negatives
+    negatives: int = 15  # sampled for every target
+    checkpoint_seconds: float = 60.0
+
+
+@dataclass
+class ExportConfig:
+    """``python -m pipelines.export``."""
+
+    run: str = MISSING  # output of pipelines.train
+    output: str = MISSING
+    threads: int | None = None
+
+
+@dataclass
+class CacheConfig:
+    """Where K/V is kept between requests."""
+
+    name: str = "memory"  # or off
+    capacity_bytes: int = 256 * 2**20
+    page_size: int = 32  # events
+
+
+@dataclass
+class ScoreConfig:
+    """``python -m pipelines.score``."""
+
+    artifact: str = MISSING
+    requests: str = MISSING
+    output: str = MISSING
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    batch_requests: int = 8  # scored together
+    threads: int | None = None
+
+
+@dataclass
+class MakeRequestsConfig:
+    """``python -m pipelines.make_requests``."""
+
+    output: str = MISSING
+    data: Any = MISSING
+    count: int = 200
+    candidates: int = 100
+    seed: int = 0
+
+
+@dataclass
+class DemoConfig:
+    """``python -m pipelines.demo``: train, export, score cached and uncached, compare."""
+
+    output: str = MISSING
+    data: Any = MISSING
+    budget: str = "demo"
+    requests: int = 200
+    candidates: int = 500
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
+class BenchmarkConfig:
+    """``python -m pipelines.benchmark``."""
+
+    output: str = MISSING
+    scenario: str = "queue_length"  # or memory
+    histories: list[int] = field(default_factory=lambda: [256, 1000])  # events, all paths
+    long_histories: list[int] = field(default_factory=lambda: [4096])  # events, shared paths only
+    candidates: list[int] = field(default_factory=lambda: [1, 5, 10, 50, 100, 256, 500, 1000])
+    dim: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    page_size: int = 32
+    repeats: int = 5
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
+class ProfileConfig:
+    """``python -m pipelines.profile_scoring``."""
+
+    output: str = MISSING
+    history: int = 1000  # events
+    candidates: int = 500
+    users: int = 8
+    rounds: int = 10  # each user is scored once a round
+    dim: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    page_size: int = 32
+    seed: int = 0
+    threads: int | None = None
+
+
+def checked(config: DictConfig, schema: type[Schema]) -> Schema:
+    """A composed config as its dataclass.
+
+    Args:
+        config: as Hydra composed it.
+        schema: the dataclass it must fit.
+
+    Returns:
+        An instance of ``schema``; ``data`` is the dataclass of its kind.
+
+    Raises:
+        ConfigError: naming the key that is unknown, missing or of the wrong type.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        if "data" in merged:
+            merged.data = OmegaConf.merge(OmegaConf.structured(_data_schema(merged.data)), merged.data)
+        filled = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(filled, schema)
+    return filled
+
+
+def _data_schema(data: DictConfig) -> type[Any]:
+    if data.get("name") not in DATA_SCHEMAS:
+        raise ConfigError(f"data.name is {data.get('name')!r}; one of {sorted(DATA_SCHEMAS)} is allowed")
+    return DATA_SCHEMAS[data.name]

@@ -1,0 +1,1 @@
+"""Interaction logs into TorchRec batches: readers, presets, splits, a synthetic world."""

@@ -1,0 +1,156 @@
+"""Public data sets by name: what their columns mean and which of their rows are interactions.
+
+Each preset is a table, a column mapping and the reasons to leave rows out; the reading itself is
+``interactions``. The files are the publishers' own, in a folder of the caller's.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchrec_kvshare.data.interactions import (
+    ColumnMapping,
+    Exclusion,
+    IdColumn,
+    InteractionLog,
+    RawTable,
+    build_log,
+    code_rows,
+    finite_number,
+    open_text,
+    read_table,
+)
+from torchrec_kvshare.errors import DataError
+
+_PRODUCT_CODE = re.compile(r"[0-9]{5}")
+_NO_GENRES = "(no genres listed)"  # README of ml-latest-small, "Movies Data File Structure"
+_ONLINE_RETAIL = (
+    "InvoiceNo",
+    "StockCode",
+    "Quantity",
+    "InvoiceDate",
+    "UnitPrice",
+    "CustomerID",
+    "Country",
+)
+# READMEs of ML-1M and ml-latest-small; the .dat files have these columns and no header.
+_RATINGS = ("userId", "movieId", "rating", "timestamp")
+_MOVIES = ("movieId", "title", "genres")
+_ML1M_USERS = ("userId", "gender", "age", "occupation", "zip")
+_ML1M_USER_ATTRIBUTES = ("gender", "age", "occupation")
+
+
+def read_online_retail(root: Path) -> InteractionLog:
+    """Read UCI Online Retail: what customers of a British gift shop bought, by invoice minute.
+
+    Args:
+        root: folder with ``online_retail.csv`` or ``online_retail.csv.gz``.
+
+    Returns:
+        One row per invoice line that sold a product to a known customer, with item float ``price``
+        (median unit price) and user attribute ``country``. Dropped and counted: "no user",
+        "cancelled" (an invoice that begins with C), "not a product" (a stock code that does not
+        begin with five digits), "quantity not positive".
+
+    Raises:
+        DataError: if the file is missing or is not this data set.
+
+    Source:
+        UCI data set 352, doi:10.24432/C5BW33.
+    """
+    path = _find(root, "online_retail.csv", "online_retail.csv.gz")
+    columns = ColumnMapping(
+        user="CustomerID",
+        item="StockCode",
+        time="InvoiceDate",
+        item_floats=("price",),
+        user_attributes=("country",),
+    )
+    exclusions = (
+        Exclusion("cancelled", "InvoiceNo", _is_cancellation),
+        Exclusion("not a product", "StockCode", _is_no_product),
+        Exclusion("quantity not positive", "Quantity", _is_not_positive),
+    )
+    table = read_table(path, _ONLINE_RETAIL).renamed({"UnitPrice": "price", "Country": "country"})
+    return build_log(table, columns, exclusions)
+
+
+def read_movielens(root: Path, positive_rating: float = 4.0) -> InteractionLog:
+    """Read MovieLens: latest-small, 20M or 25M (``.csv``), or 1M (``.dat``).
+
+    Args:
+        root: folder with ``ratings.csv`` and ``movies.csv``, or with ``ratings.dat``,
+            ``movies.dat`` and ``users.dat``.
+        positive_rating: the lowest rating that is labelled 1, in stars.
+
+    Returns:
+        One row per rating; ``action`` is the rating's text ("4", "3.5"), item attribute
+        ``genres``, of ML-1M also user attributes ``gender``, ``age`` (its group) and
+        ``occupation`` (its code).
+
+    Raises:
+        DataError: if a file is missing or is not of this data set.
+
+    Source:
+        Harper and Konstan 2015, doi:10.1145/2827872, and the README of each release.
+    """
+    ratings_path = _find(root, "ratings.csv", "ratings.dat")
+    if ratings_path.suffix == ".csv":
+        ratings = read_table(ratings_path, _RATINGS)
+        movies = read_table(_find(root, "movies.csv"), ("movieId", "genres"))
+        return _movielens_log(ratings, movies, positive_rating, ())
+    ratings = _read_dat(ratings_path, _RATINGS)
+    movies = _read_dat(_find(root, "movies.dat"), _MOVIES)
+    users = _read_dat(_find(root, "users.dat"), _ML1M_USERS)
+    ratings = ratings.joined("userId", users, _ML1M_USER_ATTRIBUTES)
+    return _movielens_log(ratings, movies, positive_rating, _ML1M_USER_ATTRIBUTES)
+
+
+def _movielens_log(
+    ratings: RawTable, movies: RawTable, positive_rating: float, user_attributes: tuple[str, ...]
+) -> InteractionLog:
+    ratings = ratings.joined("movieId", movies, ("genres",))
+    genres = ratings.columns["genres"]
+    texts = ["" if text == _NO_GENRES else text for text in genres.ids]
+    ratings.columns["genres"] = IdColumn(genres.codes, texts)
+    columns = ColumnMapping(
+        user="userId",
+        item="movieId",
+        time="timestamp",
+        action="rating",
+        label=f"rating>={positive_rating}",
+        item_attributes=("genres",),
+        user_attributes=user_attributes,
+    )
+    return build_log(ratings, columns)
+
+
+def _read_dat(path: Path, header: Sequence[str]) -> RawTable:
+    """A file of ML-1M: latin-1, fields between "::", no header."""
+    with open_text(path, "latin-1") as lines:
+        numbered_rows = (
+            (number, line.rstrip("\r\n").split("::"))
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        )
+        return code_rows(path, header, numbered_rows, header)
+
+
+def _find(root: Path, *names: str) -> Path:
+    for name in names:
+        if (root / name).is_file():
+            return root / name
+    raise DataError(f"{root} has no {' and no '.join(names)}")
+
+
+def _is_cancellation(invoice: str) -> bool:
+    return invoice.strip().upper().startswith("C")
+
+
+def _is_no_product(stock_code: str) -> bool:
+    return _PRODUCT_CODE.match(stock_code.strip()) is None
+
+
+def _is_not_positive(quantity: str) -> bool:
+    """Also where it is no number at all."""
+    return not finite_number(quantity) > 0

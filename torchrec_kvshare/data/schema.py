@@ -1,0 +1,173 @@
+"""Which columns a model reads, and which row of a table each raw id has.
+
+One schema is made from the training split, stored with the model, and used by training and serving
+alike, so that a raw id means the same row everywhere. Two rows of every table are reserved.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchrec_kvshare.errors import ConfigError
+
+MISSING_ROW = 0  # the event or candidate has no value in this column
+UNKNOWN_ROW = 1  # a value never seen in training: out of vocabulary, or cold
+NUM_RESERVED_ROWS = 2
+
+USER = "user_id"
+ITEM = "item_id"
+ACTION = "action"
+TIME = "time"
+
+# Keys of the KeyedJaggedTensor. Users' keys have the users' stride, candidates' keys the candidates'.
+HISTORY_TIME = "history.time"
+HISTORY_PAGES = "history.pages"
+REQUEST_TIME = "request.time"
+CANDIDATE_TIME = "candidates.time"
+VISIBLE_EVENTS = "candidates.visible_events"
+
+# Sine and cosine of the hour of day and of the day of week, known of every request.
+CLOCK_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
+
+
+class Vocabulary:
+    """Rows of an embedding table by raw id.
+
+    Args:
+        ids: the known raw ids as text; the first gets row ``NUM_RESERVED_ROWS``.
+
+    Example:
+        >>> Vocabulary(["85123A", "71053"]).rows([71053, "71053", "new", None])
+        [3, 3, 1, 0]
+    """
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids = tuple(ids)
+        self._row_by_id = {raw: row for row, raw in enumerate(self.ids, NUM_RESERVED_ROWS)}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a table needs, reserved ones included."""
+        return len(self.ids) + NUM_RESERVED_ROWS
+
+    def row(self, raw: str | int | None) -> int:
+        """Row of one raw id; an integer and its text are the same id."""
+        if raw is None:
+            return MISSING_ROW
+        return self._row_by_id.get(raw if isinstance(raw, str) else str(raw), UNKNOWN_ROW)
+
+    def rows(self, raws: Iterable[str | int | None]) -> list[int]:
+        """Rows of many raw ids, in their order."""
+        row_by_id = self._row_by_id
+        return [
+            row_by_id.get(raw if isinstance(raw, str) else str(raw), UNKNOWN_ROW)
+            if raw is not None
+            else MISSING_ROW
+            for raw in raws
+        ]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How much of a history the model reads: the last events, from a block boundary on.
+
+    Attributes:
+        max_history: most events the model reads.
+        block: events between two places where a window may start; divides ``max_history``.
+    """
+
+    max_history: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.max_history < 1:
+            raise ConfigError(f"max_history is {self.max_history}; it must be at least 1 event")
+        if not 1 <= self.block <= self.max_history or self.max_history % self.block:
+            raise ConfigError(
+                f"block is {self.block}; it must divide max_history = {self.max_history} events"
+            )
+
+    def start(self, num_events: Any) -> Any:
+        """First event that the model reads of a history of ``num_events`` (an int, or an array).
+
+        Example:
+            >>> window = Window(max_history=8, block=4)
+            >>> [window.start(n) for n in (0, 8, 9, 12, 13)]
+            [0, 0, 4, 4, 8]
+        """
+        # The surplus over max_history, rounded up to whole blocks; negative surpluses vanish.
+        blocks = -((self.max_history - num_events) // self.block)
+        return blocks * self.block * (blocks > 0)
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+    """The columns that a model reads and the vocabulary of each.
+
+    Attributes:
+        vocabulary_by_column: for ``user_id``, ``item_id`` and every id column below.
+        context: id columns of the user or the request, multi-valued.
+        has_action: whether events carry an ``action`` column.
+        item_attributes: id columns of an item, multi-valued, on events and candidates alike.
+        item_floats: float columns of a candidate.
+        window: how much of a history the model reads.
+    """
+
+    vocabulary_by_column: dict[str, Vocabulary]
+    context: tuple[str, ...]
+    has_action: bool
+    item_attributes: tuple[str, ...]
+    item_floats: tuple[str, ...]
+    window: Window
+
+    @property
+    def event_columns(self) -> tuple[str, ...]:
+        """Id columns with one value per event, the item first."""
+        return (ITEM, ACTION) if self.has_action else (ITEM,)
+
+    @property
+    def num_dense(self) -> int:
+        """Width of the dense features of a candidate."""
+        return len(CLOCK_FEATURES) + len(self.item_floats)
+
+    def num_rows(self, column: str) -> int:
+        """Rows that the table of a column needs."""
+        return self.vocabulary_by_column[column].num_rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to build the schema again, as JSON values."""
+        return {
+            "vocabulary_by_column": {c: list(v.ids) for c, v in self.vocabulary_by_column.items()},
+            "context": list(self.context),
+            "has_action": self.has_action,
+            "item_attributes": list(self.item_attributes),
+            "item_floats": list(self.item_floats),
+            "window": {"max_history": self.window.max_history, "block": self.window.block},
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "FeatureSchema":
+        """The schema that ``to_json`` wrote."""
+        return cls(
+            {c: Vocabulary(ids) for c, ids in values["vocabulary_by_column"].items()},
+            tuple(values["context"]),
+            values["has_action"],
+            tuple(values["item_attributes"]),
+            tuple(values["item_floats"]),
+            Window(**values["window"]),
+        )
+
+
+def context_key(column: str) -> str:
+    """Key of a context column in the batch."""
+    return f"context.{column}"
+
+
+def history_key(column: str) -> str:
+    """Key of an event column in the batch."""
+    return f"history.{column}"
+
+
+def candidate_key(column: str) -> str:
+    """Key of a candidate column in the batch."""
+    return f"candidates.{column}"

@@ -1,0 +1,51 @@
+"""What can go wrong, drawn as a tree; beside each leaf, whose fault it is.
+
+KVShareError
+├── ConfigError (ValueError)         the config's author: a value or a combination that cannot work
+├── DataError (ValueError)           the data set: a file, a column or a row that cannot be read
+├── RequestError (ValueError)        the caller of the scorer: one request that cannot be scored
+├── ShapeError (ValueError)          the caller of a function: tensors that do not fit each other
+├── ArtifactError (RuntimeError)     the exporter: an artifact that is broken or does not fit
+├── ParityError (AssertionError)     us: two paths that must agree do not
+└── MissingExtraError (ImportError)  the installation: a component whose extra is not installed
+"""
+
+
+class KVShareError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class ConfigError(KVShareError, ValueError):
+    """A config value, or a combination of them, that cannot work."""
+
+
+class DataError(KVShareError, ValueError):
+    """A data set that cannot be read as it was described."""
+
+
+class RequestError(KVShareError, ValueError):
+    """A request that cannot be scored; the message names the column and the value."""
+
+
+class ShapeError(KVShareError, ValueError):
+    """Tensors whose shapes do not fit each other."""
+
+
+class ArtifactError(KVShareError, RuntimeError):
+    """An exported artifact that is broken, incomplete or does not fit what it is used for."""
+
+
+class ParityError(KVShareError, AssertionError):
+    """Two paths that must give the same scores do not."""
+
+
+class MissingExtraError(KVShareError, ImportError):
+    """A component whose optional packages are not installed.
+
+    Args:
+        extra: name of the extra in setup.cfg.
+        purpose: what needs it, as the subject of the message.
+    """
+
+    def __init__(self, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the extra [{extra}]: pip install 'torchrec_kvshare[{extra}]'")

@@ -1,0 +1,134 @@
+"""The artifact: a folder with the model's program, the schema and a manifest that vouches for both.
+
+It is made beside its place and renamed into it, so that it is either whole or not there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+SCHEMA = "schema.json"
+FORMAT = 1
+VERSION_DIGITS = 16  # of the model digest: what an answer calls the model's version
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """What a page of K/V is made of."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact says of itself.
+
+    Attributes:
+        model_digest: of weights, tables, architecture and window.
+        encoder: kind of the history encoder.
+        tower: sizes of its K/V.
+        inputs: columns a request must have, by group.
+        parity: greatest differences of logits found before the artifact was kept.
+        versions: of the libraries it was made with.
+        sha256_by_file: of the other files.
+    """
+
+    model_digest: str
+    encoder: str
+    tower: TowerSizes
+    inputs: dict[str, list[str]]
+    parity: dict[str, float]
+    versions: dict[str, str]
+    sha256_by_file: dict[str, str]
+
+    @property
+    def model_version(self) -> str:
+        """Short name of the model, as it stands in answers."""
+        return self.model_digest[:VERSION_DIGITS]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"format": FORMAT} | vars(self) | {"tower": vars(self.tower)}
+
+
+@contextmanager
+def artifact_folder(destination: Path) -> Iterator[Path]:
+    """A fresh folder that becomes ``destination`` if all goes well, and vanishes if not.
+
+    Raises:
+        ArtifactError: if ``destination`` exists already.
+    """
+    if destination.exists():
+        raise ArtifactError(f"{destination} exists; an artifact is never overwritten")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        os.rename(folder, destination)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_schema(folder: Path, schema: FeatureSchema) -> None:
+    """Write the columns and vocabularies."""
+    (folder / SCHEMA).write_text(json.dumps(schema.to_json()))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, last of all files."""
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+
+
+def read_artifact(folder: Path) -> tuple[Manifest, FeatureSchema]:
+    """Read what an artifact says of itself and check its files against it.
+
+    Args:
+        folder: the artifact.
+
+    Returns:
+        The manifest and the schema.
+
+    Raises:
+        ArtifactError: if a file is missing, or is not the one that the manifest vouches for.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}")
+    manifest = _decode_manifest(folder / MANIFEST)
+    for name, expected in manifest.sha256_by_file.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{folder} has no {name}, which its manifest names")
+        if (found := file_sha256(path)) != expected:
+            raise ArtifactError(f"{path} has sha256 {found}; its manifest says {expected}")
+    return manifest, FeatureSchema.from_json(json.loads((folder / SCHEMA).read_text()))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _decode_manifest(path: Path) -> Manifest:
+    try:
+        values = json.loads(path.read_text())
+        if values.pop("format") != FORMAT:
+            raise ArtifactError(f"{path} is of another format; this version reads {FORMAT}")
+        return Manifest(**values | {"tower": TowerSizes(**values["tower"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is broken: {error}") from error

@@ -1,0 +1,125 @@
+"""Export to TorchScript and load again: all that is TorchScript's stays in this file.
+
+The program has the methods ``prefill``, ``score`` and ``forward`` of ``ranking.RankingModel`` and holds
+the weights; a process that loads it needs fbgemm's operators and none of the model's code.
+"""
+
+import importlib.metadata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fbgemm_gpu  # noqa: F401  # registers the operators that a loaded program calls
+import torch
+
+import torchrec_kvshare
+from torchrec_kvshare.cache.identity import model_digest
+from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
+from torchrec_kvshare.engine import RankingFunctions
+from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.export.artifact import (
+    SCHEMA,
+    Manifest,
+    TowerSizes,
+    artifact_folder,
+    file_sha256,
+    read_artifact,
+    write_manifest,
+    write_schema,
+)
+from torchrec_kvshare.export.parity import check_parity
+from torchrec_kvshare.ranking import RankingModel
+
+PROGRAM = "model.pt"
+ENCODER = "causal"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: what it computes, what it reads, and what it says of itself."""
+
+    model: RankingFunctions
+    schema: FeatureSchema
+    manifest: Manifest
+
+
+def export_torchscript(model: RankingModel, schema: FeatureSchema, destination: Path) -> Manifest:
+    """Write a TorchScript artifact; parity is checked on a fresh load before it is kept.
+
+    Args:
+        model: the trained model, in eval mode.
+        schema: its columns.
+        destination: the artifact's folder; must not exist.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ArtifactError: if ``destination`` exists.
+        ParityError: if the exported scores are not the model's; nothing is left behind then.
+    """
+    tower = model.collection.tower
+    sizes = TowerSizes(tower.num_layers, tower.num_heads, tower.dim // tower.num_heads)
+    with artifact_folder(destination) as folder:
+        with _deprecation_accepted():
+            torch.jit.save(torch.jit.script(model), str(folder / PROGRAM))
+        write_schema(folder, schema)
+        parity = check_parity(_load_program(folder / PROGRAM), model, schema)
+        description = {"encoder": ENCODER, "tower": vars(sizes), "schema": schema.to_json()}
+        manifest = Manifest(
+            model_digest(model.state_dict(), description),
+            ENCODER,
+            sizes,
+            _inputs(schema),
+            parity,
+            _versions(),
+            {name: file_sha256(folder / name) for name in (PROGRAM, SCHEMA)},
+        )
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def load_artifact(folder: Path) -> Artifact:
+    """Load a TorchScript artifact whose files are those that its manifest vouches for.
+
+    Raises:
+        ArtifactError: if a file is missing, changed or cannot be loaded.
+    """
+    manifest, schema = read_artifact(folder)
+    return Artifact(_load_program(folder / PROGRAM), schema, manifest)
+
+
+def _load_program(path: Path) -> RankingFunctions:
+    try:
+        with _deprecation_accepted():
+            program: RankingFunctions = torch.jit.load(str(path), map_location="cpu").eval()
+    except RuntimeError as error:
+        raise ArtifactError(f"{path} cannot be loaded: {error}") from error
+    return program
+
+
+def _inputs(schema: FeatureSchema) -> dict[str, list[str]]:
+    return {
+        "request": [USER, TIME],
+        "context": list(schema.context),
+        "history": [*schema.event_columns, *schema.item_attributes, TIME],
+        "candidates": [ITEM, *schema.item_attributes, *schema.item_floats],
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "torchrec": importlib.metadata.version("torchrec"),
+        "torchrec_kvshare": torchrec_kvshare.__version__,
+    }
+
+
+@contextmanager
+def _deprecation_accepted() -> Iterator[None]:
+    """TorchScript is deprecated upstream and says so at every call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
+        yield

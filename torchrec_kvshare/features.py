@@ -1,0 +1,328 @@
+"""Requests in, TorchRec batches out; the one place where outside input is checked.
+
+A request that passed ``parse_request`` holds table rows and finite numbers only, cut to the model's
+window, so that nothing behind this file checks again. Raw ids may be integers or text.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.datasets.utils import Batch
+
+from torchrec_kvshare.data.batches import Bags, assemble, clock_features, single, squash
+from torchrec_kvshare.data.schema import (
+    HISTORY_TIME,
+    ITEM,
+    REQUEST_TIME,
+    TIME,
+    USER,
+    FeatureSchema,
+    candidate_key,
+    context_key,
+    history_key,
+)
+from torchrec_kvshare.errors import RequestError
+
+MAX_TIME = 4_102_444_800  # 2100-01-01; a later time is milliseconds taken for seconds
+MAX_CANDIDATES = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One user, one history cut to the window, N candidates; ids are table rows.
+
+    Attributes:
+        request_id: as it came.
+        user_id: the raw id as text.
+        user_row: row of the user's table.
+        time: Unix seconds.
+        context: rows by context column.
+        history: one [L] int64 per event column, and ``time``.
+        history_bags: rows of each event by multi-valued item attribute.
+        candidate_items: [N] int64.
+        candidate_bags: rows of each candidate by multi-valued item attribute.
+        dense: [N, num_dense] float32.
+    """
+
+    request_id: str | int | None
+    user_id: str
+    user_row: int
+    time: int
+    context: dict[str, Tensor]
+    history: dict[str, Tensor]
+    history_bags: dict[str, Bags]
+    candidate_items: Tensor
+    candidate_bags: dict[str, Bags]
+    dense: Tensor
+
+    @property
+    def num_events(self) -> int:
+        """Events of the history that the model reads."""
+        return self.history[TIME].numel()
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates to score."""
+        return self.candidate_items.numel()
+
+
+def decode_request(line: str | bytes) -> dict[str, Any]:
+    """One JSON object, refusing what JSON readers let pass in silence.
+
+    Raises:
+        RequestError: if the text is no JSON object or an object in it has the same key twice.
+    """
+    try:
+        decoded = json.loads(line, object_pairs_hook=_without_duplicates)
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the line is not JSON: {error}") from error
+    if not isinstance(decoded, dict):
+        raise RequestError(f"a request is a JSON object; got {type(decoded).__name__}")
+    return decoded
+
+
+def parse_request(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
+    """Check one request and turn it into table rows.
+
+    Columns that the schema does not name are ignored: models that read different columns may share one
+    request. Events are taken in the order given, oldest first.
+
+    Args:
+        raw: the decoded request, in the project's one request format.
+        schema: the model's columns.
+
+    Returns:
+        The request, its history cut to the window.
+
+    Raises:
+        RequestError: naming the column, what came and what was allowed.
+    """
+    user_id = _id(_need(raw, USER, "the request"), USER)
+    time = _time(_need(raw, TIME, "the request"), TIME)
+    context = _group(raw, "context", schema.context)
+    event_columns = (*schema.event_columns, *schema.item_attributes, TIME)
+    history = _columns(_group(raw, "history", event_columns), "history", event_columns)
+    start = schema.window.start(len(history[TIME]))
+    history = {column: values[start:] for column, values in history.items()}
+    candidate_columns = (ITEM, *schema.item_attributes, *schema.item_floats)
+    candidates = _columns(
+        _group(raw, "candidates", candidate_columns), "candidates", candidate_columns
+    )
+    if len(candidates[ITEM]) > MAX_CANDIDATES:
+        raise RequestError(
+            f"candidates has {len(candidates[ITEM])} rows; at most {MAX_CANDIDATES} are allowed"
+        )
+    return Request(
+        _request_id(raw.get("request_id")),
+        user_id,
+        schema.vocabulary_by_column[USER].row(user_id),
+        time,
+        {c: _bag(context[c], schema, c, f"context.{c}") for c in schema.context},
+        {c: _rows(history[c], schema, c, f"history.{c}") for c in schema.event_columns}
+        | {TIME: _times(history[TIME])},
+        {c: _bags(history[c], schema, c, f"history.{c}") for c in schema.item_attributes},
+        _rows(candidates[ITEM], schema, ITEM, f"candidates.{ITEM}"),
+        {c: _bags(candidates[c], schema, c, f"candidates.{c}") for c in schema.item_attributes},
+        _dense(candidates, schema, time),
+    )
+
+
+def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
+    """The histories of some requests, as prefill wants them: no candidates.
+
+    Args:
+        requests: at least one.
+        schema: the model's columns.
+
+    Returns:
+        A batch with the ``history.*`` keys alone.
+    """
+    nobody = torch.empty(0, dtype=torch.int64)
+    return assemble(
+        _history_bags(requests, schema),
+        nobody,
+        torch.empty(0, schema.num_dense),
+        torch.empty(0),
+    )
+
+
+def collate_candidates(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
+    """Candidates with their users and contexts, and of the histories the times alone.
+
+    Args:
+        requests: at least one.
+        schema: the model's columns.
+
+    Returns:
+        A batch that can be scored once the key ``history.pages`` is added.
+    """
+    return _collate(requests, _request_bags(requests, schema))
+
+
+def collate(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
+    """Histories and candidates, as the uncached model wants them.
+
+    Args:
+        requests: at least one.
+        schema: the model's columns.
+
+    Returns:
+        A batch for ``model(dense, features)``.
+    """
+    return _collate(requests, _request_bags(requests, schema) | _history_bags(requests, schema))
+
+
+def user_of_candidates(requests: Sequence[Request]) -> Tensor:
+    """[C] int64: the request each candidate belongs to."""
+    counts = torch.tensor([request.num_candidates for request in requests])
+    return torch.repeat_interleave(torch.arange(len(requests)), counts)
+
+
+def _collate(requests: Sequence[Request], bags: dict[str, Bags]) -> Batch:
+    dense = torch.cat([request.dense for request in requests])
+    return assemble(bags, user_of_candidates(requests), dense, torch.zeros(dense.size(0)))
+
+
+def _request_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
+    bags = {USER: single(torch.tensor([request.user_row for request in requests]))}
+    for column in schema.context:
+        bags[context_key(column)] = _jagged([request.context[column] for request in requests])
+    bags[HISTORY_TIME] = _jagged([request.history[TIME] for request in requests])
+    bags[REQUEST_TIME] = single(torch.tensor([request.time for request in requests]))
+    bags[candidate_key(ITEM)] = single(torch.cat([r.candidate_items for r in requests]))
+    for column in schema.item_attributes:
+        bags[candidate_key(column)] = _joined([r.candidate_bags[column] for r in requests])
+    return bags
+
+
+def _history_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
+    bags = {
+        history_key(column): _jagged([request.history[column] for request in requests])
+        for column in (*schema.event_columns, TIME)
+    }
+    for column in schema.item_attributes:
+        bags[history_key(column)] = _joined([r.history_bags[column] for r in requests])
+    return bags
+
+
+def _jagged(rows: list[Tensor]) -> Bags:
+    return Bags(torch.cat(rows), torch.tensor([row.numel() for row in rows]))
+
+
+def _joined(bags: list[Bags]) -> Bags:
+    return Bags(torch.cat([b.values for b in bags]), torch.cat([b.lengths for b in bags]))
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    decoded = dict(pairs)
+    if len(decoded) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RequestError(f"the key {twice!r} stands twice in one object")
+    return decoded
+
+
+def _need(group: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in group:
+        raise RequestError(f"{where} has no {name!r}; it has {sorted(group)}")
+    return group[name]
+
+
+def _group(raw: Mapping[str, Any], name: str, columns: Sequence[str]) -> Mapping[str, Any]:
+    if not columns:
+        return {}
+    group = _need(raw, name, "the request")
+    if not isinstance(group, dict):
+        raise RequestError(f"{name} is an object of columns; got {type(group).__name__}")
+    for column in columns:
+        _need(group, column, name)
+    return group
+
+
+def _columns(
+    group: Mapping[str, Any], name: str, columns: Sequence[str]
+) -> dict[str, list[Any]]:
+    """The wanted columns, each a list, all of one length."""
+    for column in columns:
+        if not isinstance(group[column], list):
+            raise RequestError(
+                f"{name}.{column} is a list, one value a row; got {type(group[column]).__name__}"
+            )
+    lengths = {column: len(group[column]) for column in columns}
+    if len(set(lengths.values())) > 1:
+        raise RequestError(f"the columns of {name} differ in length: {lengths}")
+    return {column: group[column] for column in columns}
+
+
+def _request_id(value: Any) -> str | int | None:
+    if value is None or (isinstance(value, str | int) and not isinstance(value, bool)):
+        return value
+    raise RequestError(f"request_id is text or an integer; got {value!r}")
+
+
+def _id(value: Any, column: str) -> str:
+    """One raw id as text."""
+    # The type itself, not isinstance: a bool is an int to Python, and no id.
+    if type(value) is str and value:
+        return value
+    if type(value) is int and value >= 0:
+        return str(value)
+    raise RequestError(f"{column} holds {value!r}; an id is an integer from 0 or a text")
+
+
+def _ids(values: list[Any], column: str) -> list[str | None]:
+    return [None if value is None else _id(value, column) for value in values]
+
+
+def _rows(values: list[Any], schema: FeatureSchema, column: str, name: str) -> Tensor:
+    rows = schema.vocabulary_by_column[column].rows(_ids(values, name))
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _bag(value: Any, schema: FeatureSchema, column: str, name: str) -> Tensor:
+    """Rows of one multi-valued cell; a single id stands for a list of one, null for none."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return _rows(values, schema, column, name)
+
+
+def _bags(values: list[Any], schema: FeatureSchema, column: str, name: str) -> Bags:
+    cells = [v if isinstance(v, list) else [] if v is None else [v] for v in values]
+    flat = _rows([value for cell in cells for value in cell], schema, column, name)
+    return Bags(flat, torch.tensor([len(cell) for cell in cells], dtype=torch.int64))
+
+
+def _time(value: Any, column: str) -> int:
+    number = _number(value, column)
+    if not 0 <= number <= MAX_TIME:
+        raise RequestError(f"{column} is {value!r}; Unix seconds from 0 to {MAX_TIME} are allowed")
+    return int(number)
+
+
+def _times(values: list[Any]) -> Tensor:
+    return torch.tensor([_time(value, f"history.{TIME}") for value in values], dtype=torch.int64)
+
+
+def _number(value: Any, column: str) -> float:
+    # Integers of any length are JSON; those beyond a float are no number of ours.
+    if type(value) in (int, float) and abs(value) <= 1e30 and math.isfinite(value):
+        return value
+    raise RequestError(f"{column} holds {value!r}; a finite number is allowed")
+
+
+def _dense(candidates: dict[str, list[Any]], schema: FeatureSchema, time: int) -> Tensor:
+    num_candidates = len(candidates[ITEM])
+    clock = np.repeat(clock_features(np.array([time])), num_candidates, axis=0)
+    floats = [
+        [_number(value, f"candidates.{column}") for value in candidates[column]]
+        for column in schema.item_floats
+    ]
+    columns = np.array(floats, dtype=np.float64).reshape(len(floats), num_candidates).T
+    return torch.from_numpy(np.concatenate([clock, squash(columns)], axis=1))
