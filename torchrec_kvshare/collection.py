@@ -11,23 +11,21 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import (
-    EmbeddingBagCollection,
     EmbeddingBagCollectionInterface,
     EmbeddingCollection,
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from torchrec_kvshare.bags import user_candidate_bags
 from torchrec_kvshare.data.schema import (
     CANDIDATE_TIME,
     HISTORY_PAGES,
     HISTORY_TIME,
     ITEM,
     REQUEST_TIME,
-    USER,
     VISIBLE_EVENTS,
     FeatureSchema,
     candidate_key,
-    context_key,
     history_key,
 )
 from torchrec_kvshare.errors import ConfigError
@@ -215,7 +213,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """An EmbeddingBagCollection with one more feature: the history, pooled by attention.
 
     Args:
-        bags: the ranking stage's own collection.
+        bags: the ranking stage's own collection; TorchRec's own kind will do.
         token_embeddings: tables of the tokens' columns; history and candidates share the item's.
         tower: the encoder; its width is the width of the pooled vector.
         schema: which columns events and candidates have.
@@ -234,7 +232,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def __init__(
         self,
-        bags: EmbeddingBagCollection,
+        bags: EmbeddingBagCollectionInterface,
         token_embeddings: EmbeddingCollection,
         tower: HistoryTower,
         schema: FeatureSchema,
@@ -321,22 +319,6 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return False
 
 
-def bag_tables(schema: FeatureSchema, dim: int) -> List[EmbeddingBagConfig]:
-    """Tables of the ranking stage itself: user, context, candidate item and its attributes."""
-    key_by_column = {USER: USER, ITEM: candidate_key(ITEM)}
-    key_by_column |= {column: context_key(column) for column in schema.context}
-    key_by_column |= {column: candidate_key(column) for column in schema.item_attributes}
-    return [
-        EmbeddingBagConfig(
-            name=f"bag_{column}",
-            embedding_dim=dim,
-            num_embeddings=schema.num_rows(column),
-            feature_names=[key],
-        )
-        for column, key in key_by_column.items()
-    ]
-
-
 def token_tables(schema: FeatureSchema, dim: int) -> List[EmbeddingConfig]:
     """Tables of the tokens: what events and candidates have in common they share."""
     rows_by_column = {c: schema.num_rows(c) for c in (*schema.event_columns, *schema.item_attributes)}
@@ -370,7 +352,7 @@ def kvshare_collection(
         A collection with freshly drawn weights.
     """
     return KVShareEmbeddingBagCollection(
-        EmbeddingBagCollection(tables=bag_tables(schema, dim)),
+        user_candidate_bags(schema, dim),
         EmbeddingCollection(tables=token_tables(schema, dim)),
         HistoryTower(dim, num_layers, num_heads, dropout),
         schema,

@@ -5,18 +5,15 @@ with our collection as a leaf lets the K/V pages become one more input of the sa
 scoring is a function of tensors: nothing is set on a module between calls.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor, fx, nn
 from torchrec.fx import symbolic_trace
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_kvshare.bags import user_candidate_bags
 from torchrec_kvshare.collection import (
     KVShareEmbeddingBagCollection,
-    bag_tables,
     kvshare_collection,
 )
 from torchrec_kvshare.data.schema import FeatureSchema
@@ -52,7 +49,7 @@ def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
     last_input = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
     with traced.graph.inserting_after(last_input):
         kv_pages = traced.graph.create_node(
-            "placeholder", KV_PAGES, args=(None,), type_expr=Optional[Tensor]
+            "placeholder", KV_PAGES, args=(None,), type_expr=Tensor | None
         )
     calls[0].args = (*calls[0].args, kv_pages)
     traced.recompile()
@@ -118,5 +115,4 @@ def dlrm_with_history(
 
 def plain_dlrm(schema: FeatureSchema, dim: int, top_mlp: list[int]) -> DLRM:
     """The same DLRM without a history, for comparison."""
-    bags = EmbeddingBagCollection(tables=bag_tables(schema, dim))
-    return DLRM(bags, schema.num_dense, [dim, dim], top_mlp)
+    return DLRM(user_candidate_bags(schema, dim), schema.num_dense, [dim, dim], top_mlp)

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -41,6 +41,12 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 _INTEGRAL_FLOAT = re.compile(r"(0|-?[1-9][0-9]*)\.0")
 _LABEL_RULE = re.compile(r"\s*([^=<>!]+?)\s*(>=|<=|==|!=|>|<)\s*([^=<>!]+?)\s*")
+# What Python 3.10 reads of ISO 8601, and "Z" and fractions of any length, which are cut off.
+_ISO_TIME = re.compile(
+    r"\s*([0-9]{4}-[0-9]{2}-[0-9]{2})"
+    r"(?:[T ]([0-9]{2}:[0-9]{2}(?::[0-9]{2})?)(?:[.,][0-9]+)?)?"
+    r"\s*(?:Z|([+-][0-9]{2}):?([0-9]{2})?)?\s*"
+)
 _END_OF_FILE = "the file ended outside quotes"
 
 
@@ -109,11 +115,8 @@ class ColumnMapping:
             single.append(self.action)
         if self.label is not None:
             single.append(_parse_label_rule(self.label).column)
-        return list(
-            dict.fromkeys(
-                (*single, *self.item_attributes, *self.item_floats, *self.user_attributes)
-            )
-        )
+        several = (*self.item_attributes, *self.item_floats, *self.user_attributes)
+        return list(dict.fromkeys((*single, *several)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -399,12 +402,13 @@ def code_rows(
     _check_columns(path, header, names)
     position_by_name = {name: header.index(name) for name in names}
     coder_by_name = {name: _Coder() for name in names}
-    places: list[int] = []
+    places = [np.zeros(0, np.int64)]
     misfits: list[str] = []
     num_misfits = 0
     while chunk := list(islice(numbered_rows, CHUNK_ROWS)):
         fitting = [row for _, row in chunk if len(row) == len(header)]
-        places.extend(line for line, row in chunk if len(row) == len(header))
+        lines = [line for line, row in chunk if len(row) == len(header)]
+        places.append(np.array(lines, np.int64))
         for name, position in position_by_name.items():
             coder_by_name[name].add([row[position] for row in fitting])
         if len(fitting) < len(chunk):
@@ -412,9 +416,7 @@ def code_rows(
             misfits += [_misfit(path, *pair) for pair in chunk if len(pair[1]) != len(header)]
             del misfits[EXAMPLES_PER_REASON:]
     columns = {name: coder.column() for name, coder in coder_by_name.items()}
-    return RawTable(
-        str(path), columns, np.array(places, np.int64), "line", num_misfits, tuple(misfits)
-    )
+    return RawTable(str(path), columns, np.concatenate(places), "line", num_misfits, tuple(misfits))
 
 
 class _Coder:
@@ -620,11 +622,15 @@ def _unix_seconds(text: str) -> float:
 
 
 def _iso_seconds(text: str) -> float:
+    match = _ISO_TIME.fullmatch(text)
+    if match is None:
+        return math.nan
+    date, clock, zone_hours, zone_minutes = match.groups()
+    zone = f"{zone_hours}:{zone_minutes or '00'}" if zone_hours else "+00:00"
     try:
-        time = datetime.fromisoformat(text.strip())
+        return datetime.fromisoformat(f"{date}T{clock or '00:00'}{zone}").timestamp()
     except ValueError:
         return math.nan
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def _is_blank(text: str) -> bool:

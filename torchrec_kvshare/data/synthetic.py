@@ -125,7 +125,8 @@ def _items_of_categories(
     # In a quarter of the events the more popular one of two: the first items come 1.25 times as
     # often as in a uniform draw, the last 0.75 times.
     other = np.where(rng.random(len(wanted)) < 0.25, rng.integers(counts[wanted]), place)
-    return by_category[starts[wanted] + np.minimum(place, other)]
+    liked: NDArray[np.int64] = by_category[starts[wanted] + np.minimum(place, other)]
+    return liked
 
 
 def _popular_items(

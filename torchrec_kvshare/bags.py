@@ -1,0 +1,128 @@
+"""The ranking stage's own embedding bags, with users' features pooled once per user.
+
+TorchRec's EmbeddingBagCollection takes a batch of user and candidate rows as it is, and expands users to
+candidates itself. Two collections, one at the users' stride and one at the candidates', with one gather
+after the first, give the same vectors: quantised tables can do it too, which TorchRec's expansion cannot,
+and on CPU the backward of a gather is quick where that of the expansion goes value by value.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+)
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from torchrec_kvshare.data.schema import (
+    ITEM,
+    USER,
+    FeatureSchema,
+    candidate_key,
+    context_key,
+)
+
+
+class OneStride(nn.Module):
+    """Those keys of a batch that have one number of rows, as a batch of their own."""
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        jagged_by_key = features.to_dict()
+        values: list[Tensor] = []
+        lengths: list[Tensor] = []
+        for key in self.keys:
+            values.append(jagged_by_key[key].values())
+            lengths.append(jagged_by_key[key].lengths())
+        return KeyedJaggedTensor(
+            keys=self.keys,
+            values=torch.cat(values),
+            lengths=torch.cat(lengths),
+            stride=lengths[0].size(0),
+        )
+
+
+class UserCandidateBags(EmbeddingBagCollectionInterface):
+    """An EmbeddingBagCollection over a batch of B user rows and C candidate rows.
+
+    Args:
+        user_bags: tables of the users' features.
+        candidate_bags: tables of the candidates' features.
+    """
+
+    def __init__(
+        self, user_bags: EmbeddingBagCollection, candidate_bags: EmbeddingBagCollection
+    ) -> None:
+        super().__init__()
+        self.user_bags = user_bags
+        self.candidate_bags = candidate_bags
+        self._configs: list[EmbeddingBagConfig] = (
+            user_bags.embedding_bag_configs() + candidate_bags.embedding_bag_configs()
+        )
+        user_keys = [key for c in user_bags.embedding_bag_configs() for key in c.feature_names]
+        candidate_keys = [
+            key for c in candidate_bags.embedding_bag_configs() for key in c.feature_names
+        ]
+        self.user_features = OneStride(user_keys)
+        self.candidate_features = OneStride(candidate_keys)
+        self.user_key: str = user_keys[0]
+        self._output_keys: list[str] = user_keys + candidate_keys
+        self._output_dims: list[int] = [c.embedding_dim for c in self._configs for _ in c.feature_names]
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Pool every feature for every candidate: [C, features x E], users' features first."""
+        keys, inverse_indices = features.inverse_indices()
+        candidate_user = inverse_indices[keys.index(self.user_key)]
+        users = self.user_bags(self.user_features(features)).values()
+        candidates = self.candidate_bags(self.candidate_features(features)).values()
+        return KeyedTensor(
+            keys=self._output_keys,
+            length_per_key=self._output_dims,
+            values=torch.cat([users.index_select(0, candidate_user), candidates], dim=1),
+        )
+
+    @torch.jit.ignore
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """All tables, the users' first."""
+        return self._configs
+
+    @torch.jit.ignore
+    def is_weighted(self) -> bool:
+        """Never: features carry no weights."""
+        return False
+
+
+def user_candidate_bags(schema: FeatureSchema, dim: int) -> UserCandidateBags:
+    """Tables for a schema: user and context at the users' rows, item and attributes at the candidates'.
+
+    Args:
+        schema: which columns there are and how many rows each needs.
+        dim: width E of every table.
+
+    Returns:
+        The collection with freshly drawn weights.
+    """
+    user_keys = {USER: USER} | {column: context_key(column) for column in schema.context}
+    candidate_keys = {column: candidate_key(column) for column in (ITEM, *schema.item_attributes)}
+    return UserCandidateBags(
+        EmbeddingBagCollection(tables=_tables(schema, user_keys, dim)),
+        EmbeddingBagCollection(tables=_tables(schema, candidate_keys, dim)),
+    )
+
+
+def _tables(
+    schema: FeatureSchema, key_by_column: dict[str, str], dim: int
+) -> list[EmbeddingBagConfig]:
+    return [
+        EmbeddingBagConfig(
+            name=f"bag_{column}",
+            embedding_dim=dim,
+            num_embeddings=schema.num_rows(column),
+            feature_names=[key],
+        )
+        for column, key in key_by_column.items()
+    ]

@@ -1,0 +1,222 @@
+"""An interaction log, ordered by user and time, split and encoded by a schema made from its training part.
+
+Splits are by user and time: the last tenth of a user's events is the test split, the tenth before it the
+validation split. Events of a user at the same time are a set: they go to one split together and none of
+them sees another; ``num_earlier`` counts the strictly earlier ones and nothing else decides what an event
+may see.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_kvshare.data.batches import squash
+from torchrec_kvshare.data.interactions import IdColumn, InteractionLog
+from torchrec_kvshare.data.schema import ACTION, ITEM, USER, FeatureSchema, Vocabulary, Window
+
+TRAIN, VALID, TEST = 0, 1, 2
+VALID_SHARE = TEST_SHARE = 0.1  # of a user's events
+MIN_SETS_TO_SPLIT = 3  # sets of equal time; a user with fewer is for training only
+
+Ints = NDArray[np.int64]
+
+
+class JaggedRows(NamedTuple):
+    """Table rows of several owners: owner i has ``values[offsets[i]:offsets[i + 1]]``."""
+
+    values: Ints
+    offsets: Ints
+
+    def take(self, owners: Ints) -> tuple[Ints, Ints]:
+        """Values of some owners one after the other, and how many each has."""
+        lengths = self.offsets[owners + 1] - self.offsets[owners]
+        return self.values[ranges(self.offsets[owners], lengths)], lengths
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Events ordered by user, then time, then place in the log.
+
+    Attributes:
+        log: raw ids and attributes; codes below are its codes.
+        schema: columns and vocabularies, made from the training split.
+        user_offsets: [U + 1], in events.
+        item: [T] item code of each event.
+        action_row: [T] table row of each event's action; empty where the log has none.
+        time: [T] Unix seconds.
+        label: [T] float32, 1 for a positive event.
+        num_earlier: [T] events of the same user at strictly earlier times.
+        split: [T] ``TRAIN``, ``VALID`` or ``TEST``.
+        user_row: [U] table row by user code.
+        item_row: [I] table row by item code.
+        known_items: codes of the items of the training split: the catalogue.
+        item_attributes: rows by item code, for each multi-valued item attribute.
+        item_floats: [I, F] float32 by item code.
+        context: rows by user code, for each user attribute.
+    """
+
+    log: InteractionLog
+    schema: FeatureSchema
+    user_offsets: Ints
+    item: Ints
+    action_row: Ints
+    time: Ints
+    label: NDArray[np.float32]
+    num_earlier: Ints
+    split: NDArray[np.int8]
+    user_row: Ints
+    item_row: Ints
+    known_items: Ints
+    item_attributes: dict[str, JaggedRows]
+    item_floats: NDArray[np.float32]
+    context: dict[str, JaggedRows]
+
+    @property
+    def num_users(self) -> int:
+        """Users of the log."""
+        return len(self.user_offsets) - 1
+
+    @property
+    def event_user(self) -> Ints:
+        """[T] user code of each event."""
+        return np.repeat(np.arange(self.num_users), np.diff(self.user_offsets))
+
+
+def build_dataset(log: InteractionLog, window: Window) -> Dataset:
+    """Order, split and encode a log.
+
+    Args:
+        log: as a reader gives it.
+        window: how much of a history the model reads.
+
+    Returns:
+        The data set; vocabularies know the training split only.
+    """
+    order = np.lexsort((np.arange(len(log.time)), log.time, log.users.codes))
+    user, time, item = log.users.codes[order], log.time[order], log.items.codes[order]
+    counts = np.bincount(user, minlength=len(log.users.ids))
+    user_offsets = np.concatenate([[0], np.cumsum(counts)])
+    num_earlier = count_earlier(user, time, user_offsets)
+    split = split_events(user, num_earlier, counts)
+    in_training = split == TRAIN
+    known_users, known_items = np.unique(user[in_training]), np.unique(item[in_training])
+    vocabularies = {USER: _vocabulary(log.users, known_users), ITEM: _vocabulary(log.items, known_items)}
+    action_row = np.zeros(0, np.int64)
+    if log.action is not None:
+        action = log.action.codes[order]
+        vocabularies[ACTION] = _vocabulary(log.action, np.unique(action[in_training]))
+        action_row = _rows(log.action.ids, vocabularies[ACTION])[action]
+    for owners, attributes in ((known_items, log.item_attributes), (known_users, log.user_attributes)):
+        for name, ids_by_owner in attributes.items():
+            seen = dict.fromkeys(raw for owner in owners for raw in ids_by_owner[owner])
+            vocabularies[name] = Vocabulary(list(seen))
+    schema = FeatureSchema(
+        vocabularies,
+        tuple(log.user_attributes),
+        log.action is not None,
+        tuple(log.item_attributes),
+        tuple(log.item_floats),
+        window,
+    )
+    floats = [squash(log.item_floats[name].astype(np.float64)) for name in schema.item_floats]
+    return Dataset(
+        log,
+        schema,
+        user_offsets,
+        item,
+        action_row,
+        time,
+        log.label[order],
+        num_earlier,
+        split,
+        _rows(log.users.ids, vocabularies[USER]),
+        _rows(log.items.ids, vocabularies[ITEM]),
+        known_items,
+        _attribute_rows(log.item_attributes, vocabularies),
+        np.stack(floats, axis=1) if floats else np.zeros((len(log.items.ids), 0), np.float32),
+        _attribute_rows(log.user_attributes, vocabularies),
+    )
+
+
+def ranges(firsts: Ints, lengths: Ints) -> Ints:
+    """The integers ``first .. first + length - 1`` of each pair, one after the other.
+
+    Example:
+        >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+        [5, 6, 0, 1, 2]
+    """
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(firsts - (ends - lengths), lengths)
+
+
+def count_earlier(user: Ints, time: Ints, user_offsets: Ints) -> Ints:
+    """Events of the same user at strictly earlier times.
+
+    Args:
+        user: [T] ascending.
+        time: [T] ascending within a user.
+        user_offsets: [U + 1].
+
+    Returns:
+        [T].
+
+    Example:
+        >>> count_earlier(np.zeros(4, int), np.array([3, 5, 5, 9]), np.array([0, 4])).tolist()
+        [0, 1, 1, 3]
+    """
+    place = np.arange(len(time))
+    is_first = np.ones(len(time), bool)
+    is_first[1:] = (np.diff(time) != 0) | (np.diff(user) != 0)
+    first_of_set = np.maximum.accumulate(np.where(is_first, place, 0))
+    return first_of_set - user_offsets[user]
+
+
+def split_events(user: Ints, num_earlier: Ints, counts: Ints) -> NDArray[np.int8]:
+    """Which split each event belongs to; see the module's text.
+
+    Args:
+        user: [T] ascending.
+        num_earlier: [T].
+        counts: [U] events of each user.
+
+    Returns:
+        [T] ``TRAIN``, ``VALID`` or ``TEST``. Whoever has three sets of equal time or more has all three.
+    """
+    is_first = np.ones(len(user), bool)
+    is_first[1:] = (np.diff(num_earlier) != 0) | (np.diff(user) != 0)
+    set_user, set_earlier = user[is_first], num_earlier[is_first]
+    num_sets = np.bincount(set_user, minlength=len(counts))
+    last_set = np.cumsum(num_sets) - 1
+    has_splits = num_sets >= MIN_SETS_TO_SPLIT
+    # Of users without splits these two look anywhere; nothing is made of it.
+    last, one_before = set_earlier[last_set], set_earlier[np.maximum(last_set - 1, 0)]
+    test_from = np.minimum(last, np.ceil(counts * (1 - TEST_SHARE)))
+    valid_from = np.minimum(one_before, np.ceil(counts * (1 - TEST_SHARE - VALID_SHARE)))
+    split = np.full(len(user), TRAIN, np.int8)
+    split[has_splits[user] & (num_earlier >= valid_from[user])] = VALID
+    split[has_splits[user] & (num_earlier >= test_from[user])] = TEST
+    return split
+
+
+def _vocabulary(column: IdColumn, codes: Ints) -> Vocabulary:
+    return Vocabulary([column.ids[code] for code in codes])
+
+
+def _rows(ids: Sequence[str], vocabulary: Vocabulary) -> Ints:
+    return np.array(vocabulary.rows(ids), dtype=np.int64)
+
+
+def _attribute_rows(
+    attributes: dict[str, list[tuple[str, ...]]], vocabularies: dict[str, Vocabulary]
+) -> dict[str, JaggedRows]:
+    rows_by_name = {}
+    for name, ids_by_owner in attributes.items():
+        lengths = [len(ids) for ids in ids_by_owner]
+        flat = [raw for ids in ids_by_owner for raw in ids]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        rows_by_name[name] = JaggedRows(_rows(flat, vocabularies[name]), offsets)
+    return rows_by_name

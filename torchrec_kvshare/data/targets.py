@@ -1,0 +1,248 @@
+"""Targets of a data set into batches: one prefill per window, every event in it a target.
+
+A window is what the model would read of a history (``schema.Window``); all targets that read from the
+same start share it, each over its strictly earlier events, its sampled negatives beside it. So an epoch
+costs one prefill per window, not one per event, and training cuts histories as serving does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchrec.datasets.utils import Batch
+
+from torchrec_kvshare.data.batches import Bags, assemble, clock_features, single
+from torchrec_kvshare.data.dataset import Dataset, Ints, ranges
+from torchrec_kvshare.data.schema import (
+    ACTION,
+    CANDIDATE_TIME,
+    HISTORY_TIME,
+    ITEM,
+    REQUEST_TIME,
+    UNKNOWN_ROW,
+    USER,
+    VISIBLE_EVENTS,
+    candidate_key,
+    context_key,
+    history_key,
+)
+
+MAX_TARGETS_PER_WINDOW = 256  # more share their prefill with a copy of it, so that batches stay even
+# Training sees this share of ids as unknown, so that the row of unknown ids is a trained one.
+UNKNOWN_SHARE = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """W windows and their targets.
+
+    Attributes:
+        user: [W] user code.
+        first_event: [W] place of the oldest event that the targets see, in the data set.
+        num_events: [W] events that the last of the targets sees.
+        num_targets: [W].
+        targets: [sum of num_targets] places of the targets in the data set, window by window.
+    """
+
+    user: Ints
+    first_event: Ints
+    num_events: Ints
+    num_targets: Ints
+    targets: Ints
+
+    def take(self, chosen: Ints) -> "Windows":
+        """Some of the windows, in the order given."""
+        firsts = np.cumsum(self.num_targets) - self.num_targets
+        counts = self.num_targets[chosen]
+        return Windows(
+            self.user[chosen],
+            self.first_event[chosen],
+            self.num_events[chosen],
+            counts,
+            self.targets[ranges(firsts[chosen], counts)],
+        )
+
+
+def windows_of(dataset: Dataset, targets: Ints) -> Windows:
+    """Group targets by the window they read.
+
+    Args:
+        dataset: where the targets lie.
+        targets: places of events, ascending.
+
+    Returns:
+        The windows; every target is in exactly one.
+    """
+    user = dataset.event_user[targets]
+    earlier = dataset.num_earlier[targets]
+    start = dataset.schema.window.start(earlier)
+    is_first = np.ones(len(targets), bool)
+    is_first[1:] = (np.diff(user) != 0) | (np.diff(start) != 0)
+    place = np.arange(len(targets))
+    first_of_window = np.maximum.accumulate(np.where(is_first, place, 0))
+    is_first |= (place - first_of_window) % MAX_TARGETS_PER_WINDOW == 0
+    firsts = np.flatnonzero(is_first)
+    lasts = np.append(firsts[1:], len(targets)) - 1
+    return Windows(
+        user[firsts],
+        dataset.user_offsets[user[firsts]] + start[firsts],
+        earlier[lasts] - start[firsts],
+        lasts - firsts + 1,
+        targets,
+    )
+
+
+def batches_of(
+    windows: Windows, batch_targets: int, rng: np.random.Generator | None
+) -> Iterator[Ints]:
+    """Windows in batches of about so many targets.
+
+    Args:
+        windows: all windows of a split.
+        batch_targets: a batch is full when it has that many targets.
+        rng: shuffles the windows; None keeps their order.
+
+    Returns:
+        Places of the windows of each batch.
+    """
+    order = np.arange(len(windows.user)) if rng is None else rng.permutation(len(windows.user))
+    ends = np.cumsum(windows.num_targets[order])
+    batch = (ends - 1) // batch_targets
+    yield from np.split(order, np.flatnonzero(np.diff(batch)) + 1)
+
+
+def sample_negatives(
+    dataset: Dataset, targets: Ints, num_negatives: int, rng: np.random.Generator
+) -> Ints:
+    """Items of the catalogue drawn evenly, never the target's own.
+
+    Args:
+        dataset: whose catalogue is drawn from.
+        targets: [P] places of the targets.
+        num_negatives: drawn for each target.
+        rng: the source of chance.
+
+    Returns:
+        [P, num_negatives] item codes.
+    """
+    catalogue = dataset.known_items
+    drawn = rng.integers(0, len(catalogue), (len(targets), num_negatives))
+    negatives = catalogue[drawn]
+    own = negatives == dataset.item[targets][:, None]
+    # The neighbour in the catalogue stands in; it is as likely as any other.
+    return np.where(own, catalogue[(drawn + 1) % len(catalogue)], negatives)
+
+
+def build_batch(
+    dataset: Dataset, windows: Windows, candidates: Ints, rng: np.random.Generator | None
+) -> Batch:
+    """One TorchRec batch: every target with its negatives over its window's history.
+
+    Args:
+        dataset: where the windows lie.
+        windows: W of them; they become the user rows of the batch.
+        candidates: [P, 1 + negatives] item codes of each target's candidates, its own item first.
+        rng: in training, draws the ids that are shown as unknown; None shows all as they are.
+
+    Returns:
+        A VBE batch with C = P x (1 + negatives) candidates; the first of each target has its label.
+    """
+    window_of_target = np.repeat(np.arange(len(windows.user)), windows.num_targets)
+    first = windows.first_event - dataset.user_offsets[windows.user]
+    visible = dataset.num_earlier[windows.targets] - first[window_of_target]
+    time = dataset.time[windows.targets]
+    moments = {CANDIDATE_TIME: time, VISIBLE_EVENTS: visible}
+    bags = {
+        key: single(_tensor(np.repeat(values, candidates.shape[1])))
+        for key, values in moments.items()
+    }
+    return _assemble(dataset, windows, candidates, window_of_target, bags, rng)
+
+
+def build_catalogue_batch(dataset: Dataset, windows: Windows, candidates: Ints) -> Batch:
+    """One batch as serving would see it: every window is one request at the time of its one target.
+
+    Args:
+        dataset: where the windows lie.
+        windows: W of them with one target each.
+        candidates: [W, N] item codes to rank for each.
+
+    Returns:
+        A VBE batch with C = W x N candidates over their whole windows.
+    """
+    assert (windows.num_targets == 1).all()
+    bags = {REQUEST_TIME: single(_tensor(dataset.time[windows.targets]))}
+    return _assemble(dataset, windows, candidates, np.arange(len(windows.user)), bags, None)
+
+
+def _assemble(
+    dataset: Dataset,
+    windows: Windows,
+    candidates: Ints,
+    window_of_target: Ints,
+    bags: dict[str, Bags],
+    rng: np.random.Generator | None,
+) -> Batch:
+    num_candidates = candidates.shape[1]
+    codes = candidates.ravel()
+    bags |= _user_bags(dataset, windows, rng) | _event_bags(dataset, windows, rng)
+    bags[candidate_key(ITEM)] = single(_hidden(dataset.item_row[codes], rng))
+    for name, rows in dataset.item_attributes.items():
+        bags[candidate_key(name)] = _bags(*rows.take(codes))
+    labels = np.zeros(candidates.shape, np.float32)
+    labels[:, 0] = dataset.label[windows.targets]
+    time = np.repeat(dataset.time[windows.targets], num_candidates)
+    return assemble(
+        bags,
+        _tensor(np.repeat(window_of_target, num_candidates)),
+        _dense(dataset, codes, time),
+        torch.from_numpy(labels.ravel()),
+    )
+
+
+def _user_bags(
+    dataset: Dataset, windows: Windows, rng: np.random.Generator | None
+) -> dict[str, Bags]:
+    bags = {USER: single(_hidden(dataset.user_row[windows.user], rng))}
+    for name, rows in dataset.context.items():
+        bags[context_key(name)] = _bags(*rows.take(windows.user))
+    return bags
+
+
+def _event_bags(
+    dataset: Dataset, windows: Windows, rng: np.random.Generator | None
+) -> dict[str, Bags]:
+    events = ranges(windows.first_event, windows.num_events)
+    lengths = _tensor(windows.num_events)
+    items = dataset.item[events]
+    bags = {
+        history_key(ITEM): Bags(_hidden(dataset.item_row[items], rng), lengths),
+        HISTORY_TIME: Bags(_tensor(dataset.time[events]), lengths),
+    }
+    if dataset.schema.has_action:
+        bags[history_key(ACTION)] = Bags(_tensor(dataset.action_row[events]), lengths)
+    for name, rows in dataset.item_attributes.items():
+        bags[history_key(name)] = _bags(*rows.take(items))
+    return bags
+
+
+def _dense(dataset: Dataset, items: Ints, time: Ints) -> Tensor:
+    columns: list[NDArray[np.float32]] = [clock_features(time), dataset.item_floats[items]]
+    return torch.from_numpy(np.concatenate(columns, axis=1))
+
+
+def _hidden(rows: Ints, rng: np.random.Generator | None) -> Tensor:
+    if rng is not None:
+        rows = np.where(rng.random(len(rows)) < UNKNOWN_SHARE, UNKNOWN_ROW, rows)
+    return _tensor(rows)
+
+
+def _bags(values: Ints, lengths: Ints) -> Bags:
+    return Bags(_tensor(values), _tensor(lengths))
+
+
+def _tensor(values: Ints) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))

@@ -1,0 +1,1 @@
+"""Train and evaluate: loops, metrics, and the run that joins them."""
