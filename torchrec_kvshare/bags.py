@@ -1,10 +1,13 @@
 """The ranking stage's own embedding bags, with users' features pooled once per user.
 
-TorchRec's EmbeddingBagCollection takes a batch of user and candidate rows as it is, and expands users to
-candidates itself. Two collections, one at the users' stride and one at the candidates', with one gather
-after the first, give the same vectors: quantised tables can do it too, which TorchRec's expansion cannot,
-and on CPU the backward of a gather is quick where that of the expansion goes value by value.
+TorchRec's EmbeddingBagCollection takes a batch of user and candidate rows as it is, and expands
+users to candidates itself. Two collections, one at the users' stride and one at the candidates',
+with one gather after the first, give the same vectors: quantised tables can do it too, which
+TorchRec's expansion cannot, and on CPU the backward of a gather is quick where that of the
+expansion goes value by value.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +74,9 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
         self.candidate_features = OneStride(candidate_keys)
         self.user_key: str = user_keys[0]
         self._output_keys: list[str] = user_keys + candidate_keys
-        self._output_dims: list[int] = [c.embedding_dim for c in self._configs for _ in c.feature_names]
+        self._output_dims: list[int] = [
+            c.embedding_dim for c in self._configs for _ in c.feature_names
+        ]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pool every feature for every candidate: [C, features x E], users' features first."""
@@ -97,7 +102,7 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
 
 
 def user_candidate_bags(schema: FeatureSchema, dim: int) -> UserCandidateBags:
-    """Tables for a schema: user and context at the users' rows, item and attributes at the candidates'.
+    """Tables for a schema: user and context for users, item and attributes for candidates.
 
     Args:
         schema: which columns there are and how many rows each needs.
@@ -123,6 +128,7 @@ def _tables(
             embedding_dim=dim,
             num_embeddings=schema.num_rows(column),
             feature_names=[key],
+            init_fn=partial(nn.init.normal_, std=dim**-0.5),
         )
         for column, key in key_by_column.items()
     ]

@@ -1,11 +1,13 @@
 """History attention as one more pooling of an ``EmbeddingBagCollection``.
 
-To everything around it the module is an EBC: ids in, one vector per candidate and feature out; the pooled
-history is the last feature. So TorchRec's ranking models take it as it is. K/V comes either from the
-history in the batch (prefill, then attend) or, through page ids in the batch, from a table of pages.
+To everything around it the module is an EBC: ids in, one vector per candidate and feature out; the
+pooled history is the last feature. So TorchRec's ranking models take it as it is. K/V comes either
+from the history in the batch (prefill, then attend) or, through page ids in the batch, from a table
+of pages.
 """
 
-from typing import Dict, Final, List, Optional, Tuple
+from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +32,22 @@ from torchrec_kvshare.data.schema import (
 )
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.history.tower import HistoryTower, lengths_to_spans
-from torchrec_kvshare.labels import ATTEND
+from torchrec_kvshare.labels import ATTEND, PREFILL
 
 HISTORY_FEATURE = "history"  # name of the pooled vector in the resulting KeyedTensor
 POSITION = "position"
 
 
 class TokenFeatures(nn.Module):
-    """The keys that tokens are made of, each as one bag of stride 1, as an EmbeddingCollection wants them.
+    """The keys that tokens are made of, each as one bag of stride 1.
 
-    A sharded EmbeddingCollection expands every key of a VBE batch to candidate rows without a word; with
-    one bag per key there is nothing to expand, and row lengths are taken from the batch itself. A key
-    that the batch does not have gets an empty bag: prefill has no candidates, a cached score no history.
+    A sharded EmbeddingCollection expands every key of a VBE batch to candidate rows without a word;
+    with one bag per key there is nothing to expand, and row lengths are taken from the batch
+    itself. A key that the batch does not have gets an empty bag: prefill has no candidates, a
+    cached score no history.
     """
 
-    def __init__(self, keys: List[str], position_key: str, lengths_key: str) -> None:
+    def __init__(self, keys: list[str], position_key: str, lengths_key: str) -> None:
         super().__init__()
         self.keys = keys
         self.position_key = position_key
@@ -52,8 +55,8 @@ class TokenFeatures(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         jagged_by_key = features.to_dict()
-        values: List[Tensor] = []
-        lengths: List[int] = []
+        values: list[Tensor] = []
+        lengths: list[int] = []
         for key in self.keys:
             if key == self.position_key and self.lengths_key in jagged_by_key:
                 values.append(self.positions(jagged_by_key[self.lengths_key].lengths()))
@@ -94,15 +97,16 @@ class HistoryPooling(nn.Module):
     request_time: Final[str] = REQUEST_TIME
     candidate_time: Final[str] = CANDIDATE_TIME
     visible_events: Final[str] = VISIBLE_EVENTS
+    prefill_label: Final[str] = PREFILL
     attend_label: Final[str] = ATTEND
 
     def __init__(
         self,
         tower: HistoryTower,
-        event_keys: List[str],
+        event_keys: list[str],
         candidate_item_key: str,
-        event_bag_keys: List[str],
-        candidate_bag_keys: List[str],
+        event_bag_keys: list[str],
+        candidate_bag_keys: list[str],
     ) -> None:
         super().__init__()
         self.tower = tower
@@ -113,10 +117,10 @@ class HistoryPooling(nn.Module):
 
     def tokens(
         self,
-        embedded: Dict[str, JaggedTensor],
-        features: Dict[str, JaggedTensor],
-        keys: List[str],
-        bag_keys: List[str],
+        embedded: dict[str, JaggedTensor],
+        features: dict[str, JaggedTensor],
+        keys: list[str],
+        bag_keys: list[str],
     ) -> Tensor:
         """Sum of what one event or candidate is made of: [rows, E]."""
         token = embedded[keys[0]].values()
@@ -129,7 +133,7 @@ class HistoryPooling(nn.Module):
         return token
 
     def prefill(
-        self, embedded: Dict[str, JaggedTensor], features: Dict[str, JaggedTensor]
+        self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
     ) -> Tensor:
         """K/V of all users' histories: [layers, 2, T, H, D]."""
         events = self.tokens(embedded, features, self.event_keys, self.event_bag_keys)
@@ -137,10 +141,10 @@ class HistoryPooling(nn.Module):
 
     def forward(
         self,
-        embedded: Dict[str, JaggedTensor],
-        features: Dict[str, JaggedTensor],
+        embedded: dict[str, JaggedTensor],
+        features: dict[str, JaggedTensor],
         candidate_user: Tensor,
-        kv_pages: Optional[Tensor],
+        kv_pages: Tensor | None,
     ) -> Tensor:
         """One vector per candidate, in the candidates' own order: [C, E]."""
         order = torch.argsort(candidate_user, stable=True)
@@ -153,7 +157,9 @@ class HistoryPooling(nn.Module):
         if kv_pages is not None:
             kv, event_spans = read_pages(kv_pages, features[self.history_pages], event_lengths)
         else:
-            kv = self.prefill(embedded, features)
+            # Labelled here, not in prefill: who calls that for its own sake has a label round it.
+            with torch.autograd.profiler.record_function(self.prefill_label):
+                kv = self.prefill(embedded, features)
             event_spans = lengths_to_spans(event_lengths)
         with torch.autograd.profiler.record_function(self.attend_label):
             if self.visible_events in features:
@@ -177,7 +183,7 @@ class HistoryPooling(nn.Module):
 
 def read_pages(
     kv_pages: Tensor, pages: JaggedTensor, event_lengths: Tensor
-) -> Tuple[Tensor, List[Tuple[int, int]]]:
+) -> tuple[Tensor, list[tuple[int, int]]]:
     """K/V rows of users whose events lie in pages, and where each user's rows are.
 
     Args:
@@ -192,14 +198,14 @@ def read_pages(
     page_size = kv_pages.size(3)
     ids = pages.values()
     page_spans = lengths_to_spans(pages.lengths())
-    lengths: List[int] = event_lengths.tolist()
-    host_ids: List[int] = ids.tolist()
+    lengths: list[int] = event_lengths.tolist()
+    host_ids: list[int] = ids.tolist()
     in_place = True
     for first, last in page_spans:
         for place in range(first + 1, last):
             in_place = in_place and host_ids[place] == host_ids[place - 1] + 1
     kv = kv_pages if in_place else kv_pages.index_select(2, ids)
-    spans: List[Tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for user in range(len(lengths)):
         first, last = page_spans[user]
         start = 0
@@ -230,6 +236,10 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         [['user_id'], ['candidates.item_id'], ['history']]
     """
 
+    # Compiled, the property would be bound to the type of the first tower that a process scripts: a
+    # second model with another number of layers could not be exported.
+    __jit_unused_properties__ = ("tower",)
+
     def __init__(
         self,
         bags: EmbeddingBagCollectionInterface,
@@ -255,7 +265,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         )
         token_keys = [k for c in token_embeddings.embedding_configs() for k in c.feature_names]
         self.token_features = TokenFeatures(token_keys, history_key(POSITION), HISTORY_TIME)
-        self._configs: List[EmbeddingBagConfig] = [
+        self._configs: list[EmbeddingBagConfig] = [
             *bags.embedding_bag_configs(),
             EmbeddingBagConfig(
                 name=HISTORY_FEATURE,
@@ -264,20 +274,23 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 feature_names=[HISTORY_FEATURE],
             ),
         ]
-        self._output_keys: List[str] = [key for c in self._configs for key in c.feature_names]
-        self._output_dims: List[int] = [tower.dim] * len(self._output_keys)
+        self._output_keys: list[str] = [key for c in self._configs for key in c.feature_names]
+        self._output_dims: list[int] = [tower.dim] * len(self._output_keys)
 
     @property
     def tower(self) -> HistoryTower:
         """The encoder."""
         return self.pooling.tower
 
-    def forward(self, features: KeyedJaggedTensor, kv_pages: Optional[Tensor] = None) -> KeyedTensor:
+    def forward(
+        self, features: KeyedJaggedTensor, kv_pages: Tensor | None = None
+    ) -> KeyedTensor:
         """Pool every feature for every candidate.
 
         Args:
-            features: a VBE batch as ``data.batches.assemble`` makes it. Each candidate sees all events
-                of its user, or, with the key ``candidates.visible_events``, that many of the oldest.
+            features: a VBE batch as ``data.batches.assemble`` makes it. Each candidate sees all
+                events of its user, or, with the key ``candidates.visible_events``, that many of the
+                oldest.
             kv_pages: [layers, 2, P, S, H, D]; with it the K/V is read through the key
                 ``history.pages`` and the history's own columns, but for its times, are not needed.
 
@@ -309,7 +322,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return self.pooling.prefill(embedded, features.to_dict())
 
     @torch.jit.ignore
-    def embedding_bag_configs(self) -> List[EmbeddingBagConfig]:
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The ranking stage's tables, and one entry for the pooled history."""
         return self._configs
 
@@ -319,9 +332,15 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return False
 
 
-def token_tables(schema: FeatureSchema, dim: int) -> List[EmbeddingConfig]:
-    """Tables of the tokens: what events and candidates have in common they share."""
-    rows_by_column = {c: schema.num_rows(c) for c in (*schema.event_columns, *schema.item_attributes)}
+def token_tables(schema: FeatureSchema, dim: int) -> list[EmbeddingConfig]:
+    """Tables of the tokens: what events and candidates have in common they share.
+
+    All start on one scale: TorchRec's own start shrinks with the number of rows, and in a sum of
+    columns the item would drown among columns of few values.
+    """
+    rows_by_column = {
+        c: schema.num_rows(c) for c in (*schema.event_columns, *schema.item_attributes)
+    }
     rows_by_column[POSITION] = schema.window.max_history
     shared = {ITEM, *schema.item_attributes}
     return [
@@ -331,6 +350,7 @@ def token_tables(schema: FeatureSchema, dim: int) -> List[EmbeddingConfig]:
             num_embeddings=num_rows,
             feature_names=[history_key(column)]
             + ([candidate_key(column)] if column in shared else []),
+            init_fn=partial(nn.init.normal_, std=dim**-0.5),
         )
         for column, num_rows in rows_by_column.items()
     ]

@@ -1,7 +1,8 @@
 """Schemas of ``configs/``: one dataclass per pipeline, and one per kind of data.
 
-A composed config is merged into its schema, so a key that no schema has is an error that names it, and
-a value of the wrong type is too. Behind ``checked`` there are plain dataclasses: no DictConfig travels on.
+A composed config is merged into its schema, so a key that no schema has is an error that names it,
+and a value of the wrong type is too. Behind ``checked`` there are plain dataclasses: no DictConfig
+travels on.
 """
 
 from dataclasses import dataclass, field
@@ -110,10 +111,11 @@ class TrainConfig:
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
     threads: int | None = None  # None: as many as torch finds
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-5
-    batch_targets: int = 1024  # targets, each with its negatives
-    negatives: int = 15  # sampled for every target
+    learning_rate: float = 1e-3  # of the dense parts
+    table_learning_rate: float = 1e-2
+    weight_decay: float = 1e-5  # of the dense parts
+    batch_targets: int = 256  # targets, each with its negatives
+    negatives: int = 7  # sampled for every target
     checkpoint_seconds: float = 60.0
 
 
@@ -164,7 +166,7 @@ class DemoConfig:
 
     output: str = MISSING
     data: Any = MISSING
-    budget: str = "demo"
+    budget: Budget = field(default_factory=Budget)
     requests: int = 200
     candidates: int = 500
     seed: int = 0
@@ -180,10 +182,14 @@ class BenchmarkConfig:
     histories: list[int] = field(default_factory=lambda: [256, 1000])  # events, all paths
     long_histories: list[int] = field(default_factory=lambda: [4096])  # events, shared paths only
     candidates: list[int] = field(default_factory=lambda: [1, 5, 10, 50, 100, 256, 500, 1000])
+    merged_max_candidates: int = 1000  # beyond them the uncached baseline is not measured
+    merged_chunk_rows: list[int] = field(
+        default_factory=lambda: [2048, 8192, 32768]
+    )  # fastest taken
     dim: int = 128
     num_layers: int = 2
     num_heads: int = 4
-    page_size: int = 32
+    page_size: int = 32  # events
     repeats: int = 5
     seed: int = 0
     threads: int | None = None
@@ -194,7 +200,7 @@ class ProfileConfig:
     """``python -m pipelines.profile_scoring``."""
 
     output: str = MISSING
-    history: int = 1000  # events
+    history_length: int = 1000  # events
     candidates: int = 500
     users: int = 8
     rounds: int = 10  # each user is scored once a round
@@ -222,7 +228,9 @@ def checked(config: DictConfig, schema: type[Schema]) -> Schema:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         if "data" in merged:
-            merged.data = OmegaConf.merge(OmegaConf.structured(_data_schema(merged.data)), merged.data)
+            merged.data = OmegaConf.merge(
+                OmegaConf.structured(_data_schema(merged.data)), merged.data
+            )
         filled = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
@@ -232,5 +240,7 @@ def checked(config: DictConfig, schema: type[Schema]) -> Schema:
 
 def _data_schema(data: DictConfig) -> type[Any]:
     if data.get("name") not in DATA_SCHEMAS:
-        raise ConfigError(f"data.name is {data.get('name')!r}; one of {sorted(DATA_SCHEMAS)} is allowed")
+        raise ConfigError(
+            f"data.name is {data.get('name')!r}; one of {sorted(DATA_SCHEMAS)} is allowed"
+        )
     return DATA_SCHEMAS[data.name]

@@ -124,17 +124,17 @@ class Engine:
             return []
         if self.cache is None:
             return self._answers(requests, [_not_cached(r, CACHE_OFF) for r in requests])
-        found = self._find(requests, self.cache)
+        found: dict[int, _Found] = {}
         try:
-            return self._answers(requests, found)
+            self._find(requests, self.cache, found)
+            return self._answers(requests, [found[place] for place in range(len(requests))])
         finally:
-            for one in found:
+            for one in found.values():
                 if one.entry is not None:
                     self.cache.release(one.entry)
 
-    def _find(self, requests: Sequence[Request], cache: KVCache) -> list[_Found]:
-        """K/V of every request: looked up, or encoded in one batch and kept."""
-        found: dict[int, _Found] = {}
+    def _find(self, requests: Sequence[Request], cache: KVCache, found: dict[int, _Found]) -> None:
+        """K/V of every request into ``found``: looked up, or encoded in one batch and kept."""
         missing: dict[int, tuple[bytes, str]] = {}
         with record_function(LOOKUP):
             for place, request in enumerate(requests):
@@ -149,18 +149,20 @@ class Engine:
                     use = CacheUse(HIT, "", request.num_events, 0, "device")
                     found[place] = _Found(lookup.entry, use)
         if missing:
-            found |= self._prefill(requests, missing, cache)
-        return [found[place] for place in range(len(requests))]
+            self._prefill(requests, missing, cache, found)
 
     def _prefill(
-        self, requests: Sequence[Request], missing: dict[int, tuple[bytes, str]], cache: KVCache
-    ) -> dict[int, _Found]:
+        self,
+        requests: Sequence[Request],
+        missing: dict[int, tuple[bytes, str]],
+        cache: KVCache,
+        found: dict[int, _Found],
+    ) -> None:
         """Encode the histories that miss, all in one batch, and keep what the pool has room for."""
         places = list(missing)
         with record_function(PREFILL):
             batch = collate_history([requests[place] for place in places], self.schema)
             kv = self.model.prefill(batch.sparse_features)
-        found = {}
         parts = kv.split([requests[place].num_events for place in places], dim=2)
         for place, part in zip(places, parts, strict=True):
             digest, reason = missing[place]
@@ -169,10 +171,10 @@ class Engine:
                 found[place] = _not_cached(requests[place], NOT_ADMITTED)
             else:
                 found[place] = _Found(entry, CacheUse("miss", reason, 0, part.size(2), "none"))
-        return found
 
     def _answers(self, requests: Sequence[Request], found: Sequence[_Found]) -> list[Answer]:
-        # Without a cache even an empty history goes the uncached way; with one it has no pages to read.
+        # Without a cache even an empty history goes the uncached way; with one it has no pages to
+        # read.
         paged = [
             place
             for place, one in enumerate(found)

@@ -48,4 +48,6 @@ class MissingExtraError(KVShareError, ImportError):
     """
 
     def __init__(self, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the extra [{extra}]: pip install 'torchrec_kvshare[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the extra [{extra}]: pip install 'torchrec_kvshare[{extra}]'"
+        )

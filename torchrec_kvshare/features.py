@@ -31,6 +31,7 @@ from torchrec_kvshare.errors import RequestError
 
 MAX_TIME = 4_102_444_800  # 2100-01-01; a later time is milliseconds taken for seconds
 MAX_CANDIDATES = 100_000
+MAX_SHOWN = 200  # characters of a value or of a list of names in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +93,8 @@ def decode_request(line: str | bytes) -> dict[str, Any]:
 def parse_request(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
     """Check one request and turn it into table rows.
 
-    Columns that the schema does not name are ignored: models that read different columns may share one
-    request. Events are taken in the order given, oldest first.
+    Columns that the schema does not name are ignored: models that read different columns may share
+    one request. Events are taken in the order given, oldest first.
 
     Args:
         raw: the decoded request, in the project's one request format.
@@ -226,13 +227,27 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(decoded) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"the key {twice!r} stands twice in one object")
+        raise RequestError(f"the key {_shown(twice)} stands twice in one object")
     return decoded
+
+
+def _shown(value: Any) -> str:
+    """A value as a message may hold it: short, whatever its size and depth."""
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        return _cut(repr(value))
+    except ValueError:
+        return "an integer that Python does not print"  # It has more than 4300 digits.
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _need(group: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in group:
-        raise RequestError(f"{where} has no {name!r}; it has {sorted(group)}")
+        raise RequestError(f"{where} has no {name!r}; it has {_cut(str(sorted(group)))}")
     return group[name]
 
 
@@ -247,9 +262,7 @@ def _group(raw: Mapping[str, Any], name: str, columns: Sequence[str]) -> Mapping
     return group
 
 
-def _columns(
-    group: Mapping[str, Any], name: str, columns: Sequence[str]
-) -> dict[str, list[Any]]:
+def _columns(group: Mapping[str, Any], name: str, columns: Sequence[str]) -> dict[str, list[Any]]:
     """The wanted columns, each a list, all of one length."""
     for column in columns:
         if not isinstance(group[column], list):
@@ -265,7 +278,7 @@ def _columns(
 def _request_id(value: Any) -> str | int | None:
     if value is None or (isinstance(value, str | int) and not isinstance(value, bool)):
         return value
-    raise RequestError(f"request_id is text or an integer; got {value!r}")
+    raise RequestError(f"request_id is text or an integer; got {_shown(value)}")
 
 
 def _id(value: Any, column: str) -> str:
@@ -275,7 +288,7 @@ def _id(value: Any, column: str) -> str:
         return value
     if type(value) is int and value >= 0:
         return str(value)
-    raise RequestError(f"{column} holds {value!r}; an id is an integer from 0 or a text")
+    raise RequestError(f"{column} holds {_shown(value)}; an id is an integer from 0 or a text")
 
 
 def _ids(values: list[Any], column: str) -> list[str | None]:
@@ -302,7 +315,9 @@ def _bags(values: list[Any], schema: FeatureSchema, column: str, name: str) -> B
 def _time(value: Any, column: str) -> int:
     number = _number(value, column)
     if not 0 <= number <= MAX_TIME:
-        raise RequestError(f"{column} is {value!r}; Unix seconds from 0 to {MAX_TIME} are allowed")
+        raise RequestError(
+            f"{column} is {_shown(value)}; Unix seconds from 0 to {MAX_TIME} are allowed"
+        )
     return int(number)
 
 
@@ -314,7 +329,7 @@ def _number(value: Any, column: str) -> float:
     # Integers of any length are JSON; those beyond a float are no number of ours.
     if type(value) in (int, float) and abs(value) <= 1e30 and math.isfinite(value):
         return value
-    raise RequestError(f"{column} holds {value!r}; a finite number is allowed")
+    raise RequestError(f"{column} holds {_shown(value)}; a finite number is allowed")
 
 
 def _dense(candidates: dict[str, list[Any]], schema: FeatureSchema, time: int) -> Tensor:

@@ -1,14 +1,17 @@
 """An unmodified TorchRec ranking model, with the K/V it reads as an argument.
 
-The model is given to us whole and calls its EmbeddingBagCollection with the features alone. Tracing it
-with our collection as a leaf lets the K/V pages become one more input of the same computation, so that
-scoring is a function of tensors: nothing is set on a module between calls.
+The model is given to us whole and calls its EmbeddingBagCollection with the features alone. Tracing
+it with our collection as a leaf lets the K/V pages become one more input of the same computation,
+so that scoring is a function of tensors: nothing is set on a module between calls.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 from torchrec.fx import symbolic_trace
 from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_kvshare.bags import user_candidate_bags
@@ -29,8 +32,8 @@ def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
         model: a ranking model called as ``model(dense_features, sparse_features)``.
 
     Returns:
-        A module called as ``module(dense_features, sparse_features, kv_pages)``; weights are shared with
-        ``model``.
+        A module called as ``module(dense_features, sparse_features, kv_pages)``; weights are shared
+        with ``model``.
 
     Raises:
         ConfigError: if the model calls no KVShareEmbeddingBagCollection, or more than one.
@@ -44,7 +47,8 @@ def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
     ]
     if len(calls) != 1:
         raise ConfigError(
-            f"{type(model).__name__} calls {len(calls)} KVShareEmbeddingBagCollections; one is allowed"
+            f"{type(model).__name__} calls {len(calls)} KVShareEmbeddingBagCollections; "
+            "exactly one is allowed"
         )
     last_input = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
     with traced.graph.inserting_after(last_input):
@@ -70,7 +74,9 @@ class RankingModel(nn.Module):
         super().__init__()
         self.ranker = lift_kv_pages(model)
         self.collection = next(
-            module for module in model.modules() if isinstance(module, KVShareEmbeddingBagCollection)
+            module
+            for module in model.modules()
+            if isinstance(module, KVShareEmbeddingBagCollection)
         )
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
@@ -110,9 +116,11 @@ def dlrm_with_history(
         An unmodified ``torchrec.models.dlrm.DLRM``.
     """
     collection = kvshare_collection(schema, dim, num_layers, num_heads, dropout)
-    return DLRM(collection, schema.num_dense, [dim, dim], top_mlp)
+    # DLRM's annotation names the class, but it uses the interface only.
+    return DLRM(cast(EmbeddingBagCollection, collection), schema.num_dense, [dim, dim], top_mlp)
 
 
 def plain_dlrm(schema: FeatureSchema, dim: int, top_mlp: list[int]) -> DLRM:
     """The same DLRM without a history, for comparison."""
-    return DLRM(user_candidate_bags(schema, dim), schema.num_dense, [dim, dim], top_mlp)
+    bags = cast(EmbeddingBagCollection, user_candidate_bags(schema, dim))
+    return DLRM(bags, schema.num_dense, [dim, dim], top_mlp)

@@ -1,4 +1,4 @@
-"""What the attention means, in float64 loops: no masks, no batches, no code shared with the fast path.
+"""What the attention means, in float64 loops: no masks, no batches, nothing of the fast path.
 
 Imported by tests only.
 """

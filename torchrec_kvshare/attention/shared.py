@@ -1,19 +1,19 @@
 """Attention of jagged users: every row is a query over K/V rows that are read where they lie.
 
-Users differ in length, so each is attended to alone over a slice of the flat tensors; nothing is padded
-and no K/V is copied per candidate. A candidate also attends to its own key; that one term is merged in
-by log-sum-exp, so that the history's K/V stays one block. Runs in TorchScript; needs torch alone.
+Users differ in length, so each is attended to alone over a slice of the flat tensors; nothing is
+padded and no K/V is copied per candidate. A candidate also attends to its own key; that one term is
+merged in by log-sum-exp, so that the history's K/V stays one block. Runs in TorchScript; needs
+torch alone.
 """
 
 import math
-from typing import List, Tuple
 
 import torch
 from torch import Tensor
 
 
 def causal_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, event_spans: List[Tuple[int, int]]
+    queries: Tensor, keys: Tensor, values: Tensor, event_spans: list[tuple[int, int]]
 ) -> Tensor:
     """Attend from every event to itself and the earlier events of its user.
 
@@ -35,7 +35,7 @@ def causal_attention(
         >>> causal_attention(q, k, v, [(0, 3)])[:, 0, 0]
         tensor([0., 1., 2.])
     """
-    attended: List[Tensor] = []
+    attended: list[Tensor] = []
     for first, last in event_spans:
         if last > first:
             rows = torch.nn.functional.scaled_dot_product_attention(
@@ -57,8 +57,8 @@ def shared_attention(
     own_keys: Tensor,
     own_values: Tensor,
     event_bias: Tensor,
-    candidate_spans: List[Tuple[int, int]],
-    event_spans: List[Tuple[int, int]],
+    candidate_spans: list[tuple[int, int]],
+    event_spans: list[tuple[int, int]],
 ) -> Tensor:
     """Attend from every candidate to itself and to all events of its user; inference only.
 
@@ -76,7 +76,8 @@ def shared_attention(
         [C, H, D]. A candidate whose user has no history gets its own value, not NaN.
 
     Source:
-        Vaswani et al. 2017, eq. 1; log-sum-exp merge as in FlashAttention (arXiv:2205.14135), sec. 3.1.
+        Vaswani et al. 2017, eq. 1; log-sum-exp merge as in FlashAttention (arXiv:2205.14135), sec.
+        3.1.
         Meaning: ``attention/reference.py``.
 
     Example:
@@ -120,13 +121,14 @@ def prefix_attention(
     values: Tensor,
     own_keys: Tensor,
     own_values: Tensor,
-    biases: List[Tensor],
-    candidate_spans: List[Tuple[int, int]],
-    event_spans: List[Tuple[int, int]],
+    biases: list[Tensor],
+    candidate_spans: list[tuple[int, int]],
+    event_spans: list[tuple[int, int]],
 ) -> Tensor:
     """Attend from every candidate to itself and to those events that its bias lets it see.
 
-    The differentiable form, for training and for candidates that see different prefixes of one history.
+    The differentiable form, for training and for candidates that see different prefixes of one
+    history.
 
     Args:
         queries: [C, H, D] float; rows ``candidate_spans[b]`` belong to user b.
@@ -145,7 +147,7 @@ def prefix_attention(
         Vaswani et al. 2017, eq. 1. Meaning: ``attention/reference.py``.
     """
     scale = 1.0 / math.sqrt(queries.size(2))
-    attended: List[Tensor] = []
+    attended: list[Tensor] = []
     for user in range(len(candidate_spans)):
         first, last = candidate_spans[user]
         event_first, event_last = event_spans[user]

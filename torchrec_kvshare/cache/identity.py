@@ -1,7 +1,7 @@
 """What a piece of cached K/V is the K/V of: the model, the user and every event of the history.
 
-Two digests must both match before K/V is used again. They are made of bytes alone, so they are the same
-in every process and on every machine of one byte order.
+Two digests must both match before K/V is used again. They are made of bytes alone, so they are the
+same in every process and on every machine of one byte order.
 """
 
 import hashlib
@@ -45,6 +45,8 @@ def history_digest(request: Request, schema: FeatureSchema) -> bytes:
         16 bytes.
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    # With the number of events every column's end is known: no two histories are the same bytes.
+    digest.update(request.num_events.to_bytes(8, "little"))
     for column in sorted(request.history):
         digest.update(request.history[column].numpy().tobytes())
     for column in schema.item_attributes:

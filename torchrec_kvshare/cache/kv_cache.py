@@ -1,7 +1,7 @@
 """The cache of K/V between requests: look up by identity, put, evict the least recently used user.
 
-An entry is used again only if the digest of the whole history matches; anything else is a miss with its
-reason. Entries of requests in flight are pinned: their pages outlive eviction and replacement.
+An entry is used again only if the digest of the whole history matches; anything else is a miss with
+its reason. Entries of requests in flight are pinned: their pages outlive eviction and replacement.
 """
 
 import threading
@@ -88,7 +88,8 @@ class KVCache:
             kv: [layers, 2, L, H, D].
 
         Returns:
-            The entry, or None if the pages that nobody is using do not suffice: nothing has changed then.
+            The entry, or None if the pages that nobody is using do not suffice: nothing has changed
+            then.
         """
         with self._lock:
             pages = self._make_room(user_id, self.pool.pages_for(kv.size(2)))
@@ -129,7 +130,7 @@ class KVCache:
         return Lookup(entry, HIT)
 
     def _make_room(self, user_id: str, num_pages: int) -> list[int] | None:
-        """Pages for a user's new entry, at the cost of its old one and of the least recently used."""
+        """Pages for a new entry, at the cost of the user's old one and the least recently used."""
         own = self._entry_by_user.get(user_id)
         victims = [] if own is None else [user_id]
         num_reachable = self.pool.num_free

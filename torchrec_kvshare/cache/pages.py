@@ -1,6 +1,7 @@
 """A bounded pool of fixed-size pages of K/V: one more embedding table, whose rows are pages.
 
-Pages of one history are taken side by side where there is room, so that attention reads them in place.
+Pages of one history are taken side by side where there is room, so that attention reads them in
+place.
 """
 
 import torch
@@ -12,7 +13,7 @@ FREE, TAKEN = 1, 0
 
 
 class PagePool:
-    """Pages of ``page_size`` events, as many as the byte budget allows; allocated once, never moved.
+    """Pages of ``page_size`` events, as many as the byte budget allows; allocated once.
 
     Args:
         capacity_bytes: most bytes of K/V held.
@@ -58,7 +59,7 @@ class PagePool:
         return -(-num_events // self.page_size)
 
     def allocate(self, num_pages: int) -> list[int] | None:
-        """Take pages: the first run that is long enough, else any, else None and nothing is taken."""
+        """Take pages: the first run long enough, else any, else None and nothing is taken."""
         if num_pages > self.num_free:
             return None
         first = self._state.find(bytes([FREE]) * num_pages)

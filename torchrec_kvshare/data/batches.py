@@ -1,8 +1,8 @@
 """Columns of users, events and candidates into one TorchRec ``Batch``.
 
-Keys with different numbers of rows in one ``KeyedJaggedTensor`` are what TorchRec calls variable batch
-per key (VBE): users' keys have B rows, candidates' keys C rows, and ``inverse_indices`` say which user
-each candidate belongs to. Multi-valued event columns have T rows, one bag per event.
+Keys with different numbers of rows in one ``KeyedJaggedTensor`` are what TorchRec calls variable
+batch per key (VBE): users' keys have B rows, candidates' keys C rows, and ``inverse_indices`` say
+which user each candidate belongs to. Multi-valued event columns have T rows, one bag per event.
 """
 
 from typing import NamedTuple

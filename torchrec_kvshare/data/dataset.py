@@ -1,9 +1,9 @@
-"""An interaction log, ordered by user and time, split and encoded by a schema made from its training part.
+"""An interaction log ordered by user and time, split, and encoded by its training part's schema.
 
-Splits are by user and time: the last tenth of a user's events is the test split, the tenth before it the
-validation split. Events of a user at the same time are a set: they go to one split together and none of
-them sees another; ``num_earlier`` counts the strictly earlier ones and nothing else decides what an event
-may see.
+Splits are by user and time: the last tenth of a user's events is the test split, the tenth before
+it the validation split. Events of a user at the same time are a set: they go to one split together
+and none of them sees another; ``num_earlier`` counts the strictly earlier ones and nothing else
+decides what an event may see.
 """
 
 from collections.abc import Sequence
@@ -103,13 +103,19 @@ def build_dataset(log: InteractionLog, window: Window) -> Dataset:
     split = split_events(user, num_earlier, counts)
     in_training = split == TRAIN
     known_users, known_items = np.unique(user[in_training]), np.unique(item[in_training])
-    vocabularies = {USER: _vocabulary(log.users, known_users), ITEM: _vocabulary(log.items, known_items)}
+    vocabularies = {
+        USER: _vocabulary(log.users, known_users),
+        ITEM: _vocabulary(log.items, known_items),
+    }
     action_row = np.zeros(0, np.int64)
     if log.action is not None:
         action = log.action.codes[order]
         vocabularies[ACTION] = _vocabulary(log.action, np.unique(action[in_training]))
         action_row = _rows(log.action.ids, vocabularies[ACTION])[action]
-    for owners, attributes in ((known_items, log.item_attributes), (known_users, log.user_attributes)):
+    for owners, attributes in (
+        (known_items, log.item_attributes),
+        (known_users, log.user_attributes),
+    ):
         for name, ids_by_owner in attributes.items():
             seen = dict.fromkeys(raw for owner in owners for raw in ids_by_owner[owner])
             vocabularies[name] = Vocabulary(list(seen))
@@ -184,7 +190,8 @@ def split_events(user: Ints, num_earlier: Ints, counts: Ints) -> NDArray[np.int8
         counts: [U] events of each user.
 
     Returns:
-        [T] ``TRAIN``, ``VALID`` or ``TEST``. Whoever has three sets of equal time or more has all three.
+        [T] ``TRAIN``, ``VALID`` or ``TEST``. Whoever has three sets of equal time or more has all
+        three.
     """
     is_first = np.ones(len(user), bool)
     is_first[1:] = (np.diff(num_earlier) != 0) | (np.diff(user) != 0)

@@ -19,7 +19,8 @@ ITEM = "item_id"
 ACTION = "action"
 TIME = "time"
 
-# Keys of the KeyedJaggedTensor. Users' keys have the users' stride, candidates' keys the candidates'.
+# Keys of the KeyedJaggedTensor. Users' keys have the users' stride, candidates' keys the
+# candidates'.
 HISTORY_TIME = "history.time"
 HISTORY_PAGES = "history.pages"
 REQUEST_TIME = "request.time"

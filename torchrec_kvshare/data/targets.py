@@ -1,8 +1,9 @@
 """Targets of a data set into batches: one prefill per window, every event in it a target.
 
-A window is what the model would read of a history (``schema.Window``); all targets that read from the
-same start share it, each over its strictly earlier events, its sampled negatives beside it. So an epoch
-costs one prefill per window, not one per event, and training cuts histories as serving does.
+A window is what the model would read of a history (``schema.Window``); all targets that read from
+the same start share it, each over its strictly earlier events, its sampled negatives beside it. So
+an epoch costs one prefill per window, not one per event, and training cuts histories as serving
+does.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ from torchrec_kvshare.data.schema import (
     history_key,
 )
 
-MAX_TARGETS_PER_WINDOW = 256  # more share their prefill with a copy of it, so that batches stay even
+MAX_TARGETS_PER_WINDOW = (
+    256  # more share their prefill with a copy of it, so that batches stay even
+)
 # Training sees this share of ids as unknown, so that the row of unknown ids is a trained one.
 UNKNOWN_SHARE = 0.01
 

@@ -20,6 +20,7 @@ from torchrec_kvshare.errors import ArtifactError
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
 FORMAT = 1
+CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than the memory
 VERSION_DIGITS = 16  # of the model digest: what an answer calls the model's version
 
 
@@ -109,6 +110,8 @@ def read_artifact(folder: Path) -> tuple[Manifest, FeatureSchema]:
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}")
     manifest = _decode_manifest(folder / MANIFEST)
+    if SCHEMA not in manifest.sha256_by_file:
+        raise ArtifactError(f"{folder / MANIFEST} does not vouch for {SCHEMA}")
     for name, expected in manifest.sha256_by_file.items():
         path = folder / name
         if not path.is_file():
@@ -120,15 +123,22 @@ def read_artifact(folder: Path) -> tuple[Manifest, FeatureSchema]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal text."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _decode_manifest(path: Path) -> Manifest:
     try:
         values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise TypeError("it is no object")
         if values.pop("format") != FORMAT:
             raise ArtifactError(f"{path} is of another format; this version reads {FORMAT}")
+        if not isinstance(values["sha256_by_file"], dict):
+            raise TypeError("sha256_by_file is no object")
         return Manifest(**values | {"tower": TowerSizes(**values["tower"])})
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is broken: {error}") from error

@@ -1,6 +1,7 @@
-"""Proof, before an artifact is kept, that its scores are the model's: cached, uncached and one by one.
+"""Proof, before an artifact is kept, that its scores are the model's: cached and uncached alike.
 
-Requests are drawn from the schema alone, ragged and with unknown ids, so that no data set is needed.
+Requests are drawn from the schema alone, ragged and with unknown ids, so that no data set is
+needed.
 """
 
 from typing import Any
@@ -22,7 +23,8 @@ from torchrec_kvshare.features import (
     user_of_candidates,
 )
 
-# float32 against the float64 reference, DESIGN's promise 1; worst of the export checks so far: 2e-6.
+# float32 against the float64 reference, DESIGN's promise 1; worst of the export checks so far:
+# 2e-6.
 LOGIT_TOLERANCE = 2e-5
 PARITY_PAGE_SIZE = 4
 
@@ -73,7 +75,7 @@ def draw_raw_request(
 
 
 def draw_ragged_requests(schema: FeatureSchema, seed: int) -> list[Request]:
-    """Requests whose histories are empty, short, one page long, cut, and whose candidates differ."""
+    """Requests with empty, short, page-long and cut histories and unequal candidates."""
     longest = schema.window.max_history
     sizes = [(0, 3), (1, 1), (PARITY_PAGE_SIZE, 5), (longest // 2, 2), (longest + 3, 7)]
     return [
@@ -87,7 +89,7 @@ def score_through_pages(
 ) -> Tensor:
     """Logits [C] of requests whose K/V went into pages, as the engine does it."""
     kv = model.prefill(collate_history(requests, schema).sparse_features)
-    num_layers, _, num_events, num_heads, head_dim = kv.shape
+    num_layers, _, _, num_heads, head_dim = kv.shape
     num_pages = sum(-(-request.num_events // PARITY_PAGE_SIZE) for request in requests)
     page_bytes = num_layers * 2 * PARITY_PAGE_SIZE * num_heads * head_dim * 4
     pool = PagePool(

@@ -1,7 +1,7 @@
 """Export to TorchScript and load again: all that is TorchScript's stays in this file.
 
-The program has the methods ``prefill``, ``score`` and ``forward`` of ``ranking.RankingModel`` and holds
-the weights; a process that loads it needs fbgemm's operators and none of the model's code.
+The program has the methods ``prefill``, ``score`` and ``forward`` of ``ranking.RankingModel`` and
+holds the weights; a process that loads it needs fbgemm's operators and none of the model's code.
 """
 
 import importlib.metadata
@@ -20,6 +20,7 @@ from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
 from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.export.artifact import (
+    MANIFEST,
     SCHEMA,
     Manifest,
     TowerSizes,
@@ -88,6 +89,8 @@ def load_artifact(folder: Path) -> Artifact:
         ArtifactError: if a file is missing, changed or cannot be loaded.
     """
     manifest, schema = read_artifact(folder)
+    if PROGRAM not in manifest.sha256_by_file:
+        raise ArtifactError(f"{folder / MANIFEST} does not vouch for {PROGRAM}")
     return Artifact(_load_program(folder / PROGRAM), schema, manifest)
 
 
@@ -121,5 +124,7 @@ def _versions() -> dict[str, str]:
 def _deprecation_accepted() -> Iterator[None]:
     """TorchScript is deprecated upstream and says so at every call."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning
+        )
         yield

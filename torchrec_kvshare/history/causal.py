@@ -1,10 +1,8 @@
 """One pre-norm transformer layer in which an event sees itself and earlier events.
 
-Nothing on an event's row depends on later events, candidates or the time of the request, and the scale
-is fixed: so its K/V may be kept. Time since an event is a bias on the candidate's side only.
+Nothing on an event's row depends on later events, candidates or the time of the request, and the
+scale is fixed: so its K/V may be kept. Time since an event is a bias on the candidate's side only.
 """
-
-from typing import List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +44,7 @@ class CausalLayer(nn.Module):
         self.time_bias = nn.Parameter(torch.zeros(num_time_buckets, num_heads))
         self.dropout = nn.Dropout(dropout)
 
-    def project(self, rows: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [R, H, D], of rows [R, E]."""
         projected = self.query_key_value(self.attention_norm(rows))
         query, key, value = projected.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
@@ -65,7 +63,7 @@ class CausalLayer(nn.Module):
         hidden = functional.gelu(self.feedforward_in(self.feedforward_norm(rows)))
         return rows + self.dropout(self.feedforward_out(hidden))
 
-    def prefill(self, events: Tensor, event_spans: List[Tuple[int, int]]) -> Tuple[Tensor, Tensor]:
+    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Events [T, E] one layer up, and their K/V [2, T, H, D]."""
         query, key, value = self.project(events)
         attended = causal_attention(query, key, value, event_spans)
@@ -76,8 +74,8 @@ class CausalLayer(nn.Module):
         candidates: Tensor,
         layer_kv: Tensor,
         event_bias: Tensor,
-        candidate_spans: List[Tuple[int, int]],
-        event_spans: List[Tuple[int, int]],
+        candidate_spans: list[tuple[int, int]],
+        event_spans: list[tuple[int, int]],
     ) -> Tensor:
         """Candidates [C, E] one layer up, each over all events of its user."""
         query, key, value = self.project(candidates)
@@ -90,9 +88,9 @@ class CausalLayer(nn.Module):
         self,
         candidates: Tensor,
         layer_kv: Tensor,
-        biases: List[Tensor],
-        candidate_spans: List[Tuple[int, int]],
-        event_spans: List[Tuple[int, int]],
+        biases: list[Tensor],
+        candidate_spans: list[tuple[int, int]],
+        event_spans: list[tuple[int, int]],
     ) -> Tensor:
         """Candidates [C, E] one layer up, each over the events that its bias lets it see."""
         query, key, value = self.project(candidates)

@@ -77,9 +77,8 @@ def _layer(
                 bucket = _time_bucket(request_time - event_time, num_buckets)
                 biases[event] = layer["time_bias"][bucket]
         seen = projected[: place + 1]  # earlier rows, and the row itself
-        attended = reference_attention(
-            projected[place][0], [key for _, key, _ in seen], [value for _, _, value in seen], biases
-        )
+        keys, values = [key for _, key, _ in seen], [value for _, _, value in seen]
+        attended = reference_attention(projected[place][0], keys, values, biases)
         row = row + _linear(layer, "attention_out", attended.flatten())
         hidden = _linear(layer, "feedforward_in", _layer_norm(layer, "feedforward_norm", row))
         active = torch.stack([_gelu(float(value)) for value in hidden])
@@ -99,7 +98,7 @@ def _layer_norm(parameters: Mapping[str, Tensor], name: str, row: Tensor) -> Ten
 
 
 def _gelu(value: float) -> Tensor:
-    """The value times the normal distribution's share below it; Hendrycks and Gimpel 2016, eq. 1."""
+    """The value times the share of a normal distribution below it (arXiv:1606.08415)."""
     share = (1.0 + math.erf(value / math.sqrt(2.0))) / 2.0
     return torch.tensor(value * share, dtype=torch.float64)
 

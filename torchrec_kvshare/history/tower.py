@@ -1,11 +1,9 @@
 """The history tower: a stack of layers with three verbs and no state.
 
-``prefill`` turns the events of all users into K/V, ``attend`` turns candidates into one vector each over
-that K/V. K/V is an argument and a result, never an attribute. The training forward is ``prefill`` then
-``attend_prefix`` over the same K/V: what is trained is what is served.
+``prefill`` turns the events of all users into K/V, ``attend`` turns candidates into one vector each
+over that K/V. K/V is an argument and a result, never an attribute. The training forward is
+``prefill`` then ``attend_prefix`` over the same K/V: what is trained is what is served.
 """
-
-from typing import List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +14,16 @@ from torchrec_kvshare.history.causal import CausalLayer
 NUM_TIME_BUCKETS = 32
 
 
-def lengths_to_spans(lengths: Tensor) -> List[Tuple[int, int]]:
+def lengths_to_spans(lengths: Tensor) -> list[tuple[int, int]]:
     """Pairs ``(first, last)`` of rows that lie one after the other.
 
     Example:
         >>> lengths_to_spans(torch.tensor([2, 0, 3]))
         [(0, 2), (2, 2), (2, 5)]
     """
-    spans: List[Tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     first = 0
-    counts: List[int] = lengths.tolist()
+    counts: list[int] = lengths.tolist()
     for count in counts:
         spans.append((first, first + count))
         first += count
@@ -45,6 +43,8 @@ class HistoryTower(nn.Module):
         ConfigError: if the sizes do not fit each other.
     """
 
+    bucket_ends: Tensor
+
     def __init__(self, dim: int, num_layers: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.dim = dim
@@ -57,7 +57,8 @@ class HistoryTower(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("bucket_ends", 2 ** torch.arange(NUM_TIME_BUCKETS - 1), persistent=False)
+        bucket_ends = 2 ** torch.arange(NUM_TIME_BUCKETS - 1)
+        self.register_buffer("bucket_ends", bucket_ends, persistent=False)
 
     @property
     def bytes_per_event(self) -> int:
@@ -68,7 +69,7 @@ class HistoryTower(nn.Module):
         """Bucket of each time since an event, in seconds; the future counts as now."""
         return torch.bucketize(elapsed, self.bucket_ends, right=True)
 
-    def prefill(self, events: Tensor, event_spans: List[Tuple[int, int]]) -> Tensor:
+    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
         """K/V of all layers for the events of all users.
 
         Args:
@@ -79,7 +80,7 @@ class HistoryTower(nn.Module):
             [layers, 2, T, H, D]; K at 0 and V at 1 of the second axis.
         """
         rows = self.dropout(events)
-        kv: List[Tensor] = []
+        kv: list[Tensor] = []
         for depth, layer in enumerate(self.layers):
             # Nothing is above the last layer: its events need keys and values only.
             if depth + 1 == self.num_layers:
@@ -94,8 +95,8 @@ class HistoryTower(nn.Module):
         candidates: Tensor,
         kv: Tensor,
         elapsed: Tensor,
-        candidate_spans: List[Tuple[int, int]],
-        event_spans: List[Tuple[int, int]],
+        candidate_spans: list[tuple[int, int]],
+        event_spans: list[tuple[int, int]],
     ) -> Tensor:
         """One vector for each candidate over the whole history of its user; inference only.
 
@@ -123,8 +124,8 @@ class HistoryTower(nn.Module):
         event_time: Tensor,
         candidate_time: Tensor,
         visible_events: Tensor,
-        candidate_spans: List[Tuple[int, int]],
-        event_spans: List[Tuple[int, int]],
+        candidate_spans: list[tuple[int, int]],
+        event_spans: list[tuple[int, int]],
     ) -> Tensor:
         """One vector for each candidate over the first ``visible_events`` of its user's events.
 
@@ -141,9 +142,9 @@ class HistoryTower(nn.Module):
             [C, E]; differentiable.
         """
         rows = self.dropout(candidates + self.candidate_token)
-        buckets: List[Tensor] = []
-        moments: List[Tensor] = []
-        hidden: List[Tensor] = []
+        buckets: list[Tensor] = []
+        moments: list[Tensor] = []
+        hidden: list[Tensor] = []
         for user in range(len(event_spans)):
             first, last = candidate_spans[user]
             event_first, event_last = event_spans[user]
@@ -158,7 +159,7 @@ class HistoryTower(nn.Module):
             position = torch.arange(event_last - event_first, device=kv.device)
             hidden.append(position >= moment[1].unsqueeze(1))  # [G, L]
         for depth, layer in enumerate(self.layers):
-            biases: List[Tensor] = []
+            biases: list[Tensor] = []
             for user in range(len(event_spans)):
                 bias = nn.functional.embedding(buckets[user], layer.time_bias)  # [G, L, H]
                 bias = bias.masked_fill(hidden[user].unsqueeze(2), float("-inf")).permute(2, 0, 1)

@@ -94,13 +94,11 @@ def evaluate_sampled(
     )
 
 
-def evaluate_catalogue(
-    score: Scorer, dataset: Dataset, max_users: int | None
-) -> dict[str, float]:
+def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -> dict[str, float]:
     """HR@10 and NDCG@10 of each user's last event among the whole catalogue.
 
-    Items that the user has met strictly before are excluded, but never the held-out item itself: people
-    buy again. A held-out item that training never met counts as not found.
+    Items that the user has met strictly before are excluded, but never the held-out item itself:
+    people buy again. A held-out item that training never met counts as not found.
 
     Args:
         score: what is evaluated.
@@ -125,7 +123,11 @@ def evaluate_catalogue(
 def _last_test_events(dataset: Dataset) -> Ints:
     tested = np.flatnonzero(dataset.split == TEST)
     users = dataset.event_user[tested]
-    return tested[np.append(np.flatnonzero(np.diff(users)), len(tested) - 1)] if len(tested) else tested
+    return (
+        tested[np.append(np.flatnonzero(np.diff(users)), len(tested) - 1)]
+        if len(tested)
+        else tested
+    )
 
 
 def _ranks(score: Scorer, dataset: Dataset, held_out: Ints) -> list[int]:

@@ -1,7 +1,7 @@
 """The training loop: TorchRec's ``DLRMTrain`` over whole windows, resumable at any batch.
 
-Chance is seeded by epoch and batch, and a checkpoint holds the generator of the dropout, so that a run
-that was killed and started again ends with the weights of one that was not.
+Chance is seeded by epoch and batch, and a checkpoint holds the generator of the dropout, so that a
+run that was killed and started again ends with the weights of one that was not.
 """
 
 import os
@@ -37,8 +37,10 @@ class TrainSettings:
 
     Attributes:
         epochs: passes over the training split.
-        learning_rate: of AdamW, falling to zero by a half cosine.
-        weight_decay: of AdamW.
+        learning_rate: of AdamW on the dense parts, falling to zero by a half cosine.
+        table_learning_rate: the same for embedding tables, whose rows see few gradients each.
+        weight_decay: of AdamW on the dense parts; on tables it would wear down rows that nobody
+            meets.
         batch_targets: targets in a batch, each with its negatives.
         negatives: sampled for every target.
         seed: of everything drawn.
@@ -47,6 +49,7 @@ class TrainSettings:
 
     epochs: int
     learning_rate: float
+    table_learning_rate: float
     weight_decay: float
     batch_targets: int
     negatives: int
@@ -100,9 +103,7 @@ class _Trainer:
         self.writer = writer
         self.train_model = DLRMTrain(model)
         self.windows = windows_of(dataset, np.flatnonzero(dataset.split == TRAIN))
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model, settings))
         total = settings.epochs * len(self._epoch_batches(0))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(total, 1))
         self.progress = Progress()
@@ -183,3 +184,14 @@ class _Trainer:
         torch.save(state, written)
         os.replace(written, self.folder / CHECKPOINT)
         self.saved_at = time.monotonic()
+
+
+def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    of_tables = [parameter for table in tables for parameter in table.parameters()]
+    known = {id(parameter) for parameter in of_tables}
+    dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    return [
+        {"params": dense, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+        {"params": of_tables, "lr": settings.table_learning_rate, "weight_decay": 0.0},
+    ]

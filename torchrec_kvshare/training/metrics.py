@@ -1,7 +1,7 @@
 """Quality of scores, from torchrec.metrics where it has the measure.
 
-AUC, GAUC (the mean of the users' AUCs) and NE (log loss over that of the mean label) are TorchRec's;
-hit rate and NDCG of one held-out item in a whole catalogue are counted from its rank.
+AUC, GAUC (the mean of the users' AUCs) and NE (log loss over that of the mean label) are
+TorchRec's; hit rate and NDCG of one held-out item in a whole catalogue are counted from its rank.
 """
 
 import math
@@ -34,11 +34,11 @@ def classification_metrics(
     """
     predicted, labelled, weights = probabilities[None], labels[None], torch.ones(1, len(labels))
     auc = compute_auc(1, [predicted], [labelled], [weights])
-    ne = compute_ne(**_ne_sums(labelled, predicted, weights), eta=ETA)
+    ne = _ne(labelled, predicted, weights)
     return {
         "auc": float(auc[0]),
         "gauc": _gauc(labelled, predicted, weights, rows_per_user),
-        "ne": float(ne[0]),
+        "ne": ne,
     }
 
 
@@ -78,10 +78,16 @@ def rank_of_target(scores: Tensor, target: Tensor, excluded: Tensor) -> Tensor:
     return ahead.sum(1)
 
 
-def _ne_sums(labels: Tensor, predictions: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def _ne(labels: Tensor, predictions: Tensor, weights: Tensor) -> float:
     sums = get_ne_states(labels, predictions, weights, ETA)
-    sums["ce_sum"] = sums.pop("cross_entropy_sum")
-    return sums
+    ne = compute_ne(
+        sums["cross_entropy_sum"],
+        sums["weighted_num_samples"],
+        sums["pos_labels"],
+        sums["neg_labels"],
+        ETA,
+    )
+    return float(ne[0])
 
 
 def _gauc(labels: Tensor, predictions: Tensor, weights: Tensor, rows_per_user: Tensor) -> float:

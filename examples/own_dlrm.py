@@ -1,0 +1,78 @@
+"""Put a shared history into one's own DLRM: keep the tables, wrap the collection, score from pages.
+
+The ranking model is TorchRec's, unmodified, and so is the collection of its own tables.
+"""
+
+import torch
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from torchrec_kvshare.cache.kv_cache import KVCache
+from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.collection import KVShareEmbeddingBagCollection, token_tables
+from torchrec_kvshare.data.schema import FeatureSchema, Vocabulary, Window
+from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.history.tower import HistoryTower
+from torchrec_kvshare.ranking import RankingModel
+
+DIM, LAYERS, HEADS = 32, 2, 4
+
+schema = FeatureSchema(
+    vocabulary_by_column={
+        "user_id": Vocabulary([str(user) for user in range(100)]),
+        "item_id": Vocabulary([str(item) for item in range(500)]),
+    },
+    context=(),
+    has_action=False,
+    item_attributes=(),
+    item_floats=("price",),
+    window=Window(max_history=256, block=64),
+)
+own_tables = [
+    EmbeddingBagConfig(
+        name="users",
+        embedding_dim=DIM,
+        num_embeddings=schema.num_rows("user_id"),
+        feature_names=["user_id"],
+    ),
+    EmbeddingBagConfig(
+        name="products",
+        embedding_dim=DIM,
+        num_embeddings=schema.num_rows("item_id"),
+        feature_names=["candidates.item_id"],
+    ),
+]
+collection = KVShareEmbeddingBagCollection(
+    EmbeddingBagCollection(tables=own_tables),
+    EmbeddingCollection(tables=token_tables(schema, DIM)),
+    HistoryTower(DIM, LAYERS, HEADS, dropout=0.0),
+    schema,
+)
+model = DLRM(collection, schema.num_dense, [64, DIM], [64, 1]).eval()
+
+request = parse_request(
+    {
+        "request_id": "r1",
+        "user_id": 7,
+        "time": 1700000000,
+        "history": {"item_id": [3, 9, 4], "time": [1699990000, 1699990100, 1699990200]},
+        "candidates": {"item_id": [11, 12, 13], "price": [3.5, 20.0, 8.0]},
+    },
+    schema,
+)
+pool = PagePool(2**24, 32, LAYERS, HEADS, DIM // HEADS)
+ranking = RankingModel(model).eval()
+cached = Engine(ranking, schema, "untrained", KVCache(pool))
+uncached = Engine(ranking, schema, "untrained", cache=None)
+for engine in (uncached, cached, cached):
+    answer = engine.rank([request])[0]
+    print(answer.cache.status, [round(score, 4) for score in answer.scores])
+assert (
+    torch.tensor(cached.rank([request])[0].scores)
+    .sub(torch.tensor(uncached.rank([request])[0].scores))
+    .abs()
+    .max()
+    <= 2e-6
+)

@@ -1,0 +1,58 @@
+"""The main job from end to end: ``python -m pipelines.demo``, or ``make demo``."""
+
+import dataclasses
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from torchrec_kvshare.config import CacheConfig, DemoConfig, TrainConfig, checked
+from torchrec_kvshare.data.requests import make_requests
+from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
+from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.profiling.comparison import compare_paths, comparison_table
+from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.scoring import new_engine
+from torchrec_kvshare.training.run import Metrics, load_dataset, load_trained, train_run
+
+NUM_MERGED = 10  # requests scored the merged way; it is slow
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="demo")
+def main(composed: DictConfig) -> None:
+    """Train, export, score cached and uncached, compare."""
+    config = checked(composed, DemoConfig)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    output = Path(config.output)
+    training = TrainConfig(
+        output=str(output / "train"), data=config.data, budget=config.budget, seed=config.seed
+    )
+    metrics = train_run(training)
+    model, schema = load_trained(output / "train")
+    export_torchscript(RankingModel(model).eval(), schema, output / "artifact")
+    artifact = load_artifact(output / "artifact")
+    raws = make_requests(load_dataset(training), config.requests, config.candidates, config.seed)
+    requests = [parse_request(raw, artifact.schema) for raw in raws]
+    sizes = dataclasses.astuple(CacheConfig())[1:]
+    uncached, cached = (new_engine(artifact, kind, *sizes) for kind in ("off", "memory"))
+    figures = compare_paths(model, uncached, cached, requests, NUM_MERGED)
+    print(f"\nTest split of {config.data.name}, every model on the same budget:\n")
+    print(metrics_table(metrics))
+    print(f"\n{config.requests} requests, {config.candidates} candidates each:\n")
+    print(comparison_table(figures))
+    print(f"\nwrote {output}; look at it: tensorboard --logdir {output / 'train' / 'tensorboard'}")
+
+
+def metrics_table(metrics: Metrics) -> str:
+    """Test metrics as fixed-width text, a model a line."""
+    names = list(next(iter(metrics.values())))
+    lines = [f"{'model':<12}" + "".join(f"{name:>9}" for name in names)]
+    for kind, values in metrics.items():
+        lines.append(f"{kind:<12}" + "".join(f"{values[name]:>9.4f}" for name in names))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

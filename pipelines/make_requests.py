@@ -1,0 +1,31 @@
+"""Write requests of a data set's test users: ``python -m pipelines.make_requests data=NAME``."""
+
+import json
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from torchrec_kvshare.config import MakeRequestsConfig, checked
+from torchrec_kvshare.data.dataset import build_dataset
+from torchrec_kvshare.data.load import load_log
+from torchrec_kvshare.data.requests import make_requests
+from torchrec_kvshare.data.schema import Window
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="make_requests")
+def main(composed: DictConfig) -> None:
+    """Read the data, write one request a line."""
+    config = checked(composed, MakeRequestsConfig)
+    # Requests carry whole histories; the window is the model's affair.
+    dataset = build_dataset(load_log(config.data), Window(1, 1))
+    requests = make_requests(dataset, config.count, config.candidates, config.seed)
+    lines = [json.dumps(request) + "\n" for request in requests]
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(lines))
+    print(f"wrote {len(lines)} requests to {output}")
+
+
+if __name__ == "__main__":
+    main()

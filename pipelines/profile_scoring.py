@@ -1,0 +1,38 @@
+"""See where a request's time goes, cached and uncached: ``python -m pipelines.profile_scoring``."""
+
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from torchrec_kvshare.config import ProfileConfig, checked
+from torchrec_kvshare.profiling.traces import profile_scoring, stage_table
+from torchrec_kvshare.profiling.workload import Sizes
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="profile_scoring")
+def main(composed: DictConfig) -> None:
+    """Compose, profile, write."""
+    config = checked(composed, ProfileConfig)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    sizes = Sizes(config.dim, config.num_layers, config.num_heads, config.page_size)
+    folder = Path(config.output)
+    profile_by_name = profile_scoring(
+        folder,
+        config.history_length,
+        config.candidates,
+        config.users,
+        config.rounds,
+        sizes,
+        config.seed,
+    )
+    print(stage_table(profile_by_name))
+    for name, profiled in profile_by_name.items():
+        print(f"{name}: open {profiled.trace} in https://ui.perfetto.dev")
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The expected logits of a whole ranking model, from raw requests, in float64 and one by one.
+
+Rows, windows, tokens, sums and clocks are written out again here; the history is the package's
+float64 reference; only the ranking stage behind the collection is TorchRec's, in double precision.
+"""
+
+import copy
+import math
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
+from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.history.reference import reference_tower
+
+
+class GivenFeatures(nn.Module):
+    """Stands in the collection's place and returns what was worked out elsewhere."""
+
+    def __init__(self, keys: list[str], rows: Tensor) -> None:
+        super().__init__()
+        self.keys = keys
+        self.rows = rows  # [N, F, E]
+
+    def forward(self, _: Any) -> KeyedTensor:
+        widths = [self.rows.size(2)] * len(self.keys)
+        return KeyedTensor(self.keys, widths, self.rows.flatten(1))
+
+
+def reference_logits(model: nn.Module, schema: FeatureSchema, raw: dict[str, Any]) -> Tensor:
+    """[N] float64: the logits of one raw request."""
+    collection = model.sparse_arch.embedding_bag_collection
+    keys = [key for config in collection.embedding_bag_configs() for key in config.feature_names]
+    rows = []
+    for place in range(len(raw["candidates"]["item_id"])):
+        feature_by_key = reference_features(collection, schema, raw, place)
+        assert set(feature_by_key) == set(keys)
+        rows.append(torch.stack([feature_by_key[key] for key in keys]))
+    ranker = copy.deepcopy(model).double()
+    ranker.sparse_arch.embedding_bag_collection = GivenFeatures(keys, torch.stack(rows))
+    dense = [reference_dense(schema, raw, place) for place in range(len(rows))]
+    # What reaches the model is float32: rounding it is part of the input, not of the computation.
+    with torch.no_grad():
+        return ranker(torch.tensor(dense, dtype=torch.float32).double(), None).squeeze(1)
+
+
+def reference_features(
+    collection: KVShareEmbeddingBagCollection,
+    schema: FeatureSchema,
+    raw: dict[str, Any],
+    place: int,
+) -> dict[str, Tensor]:
+    """[E] float64 of every pooled feature of one candidate, by key."""
+    tables = exact_tables(collection)
+    cells_by_key = {"user_id": ("user_id", [raw["user_id"]])}
+    for column in schema.context:
+        cells_by_key[f"context.{column}"] = (column, raw["context"][column])
+    candidates = raw["candidates"]
+    cells_by_key["candidates.item_id"] = ("item_id", [candidates["item_id"][place]])
+    for column in schema.item_attributes:
+        cells_by_key[f"candidates.{column}"] = (column, candidates[column][place])
+    feature_by_key = {
+        key: _rows(tables[f"bag_{column}"], schema, column, cells)
+        for key, (column, cells) in cells_by_key.items()
+    }
+    return feature_by_key | {"history": reference_history(collection, schema, raw, place)}
+
+
+def exact_tables(collection: KVShareEmbeddingBagCollection) -> dict[str, Tensor]:
+    """Every embedding table in float64 by its name, wherever in the collection it is."""
+    table_by_name = {}
+    for name, weight in collection.state_dict().items():
+        *_, table, _ = name.split(".")
+        if table.startswith(("bag_", "token_")):
+            table_by_name[table] = weight.double()
+    return table_by_name
+
+
+def reference_history(
+    collection: KVShareEmbeddingBagCollection,
+    schema: FeatureSchema,
+    raw: dict[str, Any],
+    place: int,
+) -> Tensor:
+    """[E] float64: the history as one candidate pools it."""
+    history = raw["history"]
+    first = 0
+    while len(history["time"]) - first > schema.window.max_history:
+        first += schema.window.block
+    tables = exact_tables(collection)
+    events = []
+    for event in range(first, len(history["time"])):
+        token = tables["token_position"][event - first]
+        for column in schema.event_columns:
+            cells = [history[column][event]]
+            token = token + _rows(tables[f"token_{column}"], schema, column, cells)
+        for column in schema.item_attributes:
+            token = token + _rows(tables[f"token_{column}"], schema, column, history[column][event])
+        events.append(token)
+    item = raw["candidates"]["item_id"][place]
+    candidate = _rows(tables["token_item_id"], schema, "item_id", [item])
+    for column in schema.item_attributes:
+        cell = raw["candidates"][column][place]
+        candidate = candidate + _rows(tables[f"token_{column}"], schema, column, cell)
+    seen = torch.stack(events) if events else torch.empty(0, len(candidate))
+    times = history["time"][first:]
+    return reference_tower(collection.tower.state_dict(), seen, times, candidate, raw["time"])
+
+
+def reference_dense(schema: FeatureSchema, raw: dict[str, Any], place: int) -> list[float]:
+    """Dense features of one candidate: two clocks as points on circles, then squashed floats."""
+    moment = datetime.fromtimestamp(raw["time"], tz=timezone.utc)
+    seconds = moment.hour * 3600 + moment.minute * 60 + moment.second
+    hour = 2 * math.pi * seconds / 86_400
+    weekday = 2 * math.pi * moment.weekday() / 7
+    dense = [math.sin(hour), math.cos(hour), math.sin(weekday), math.cos(weekday)]
+    for column in schema.item_floats:
+        value = raw["candidates"][column][place]
+        dense.append(math.copysign(math.log(1 + abs(value)), value))
+    return dense
+
+
+def _rows(table: Tensor, schema: FeatureSchema, column: str, cells: list[Any]) -> Tensor:
+    """[E]: the sum of a bag's rows. Row 0 is for missing ids, row 1 for unknown ones."""
+    known = list(schema.vocabulary_by_column[column].ids)
+    total = torch.zeros(table.size(1), dtype=torch.float64)
+    for cell in cells:
+        row = 0 if cell is None else 1
+        if cell is not None and str(cell) in known:
+            row = 2 + known.index(str(cell))
+        total = total + table[row]
+    return total

@@ -1,0 +1,302 @@
+"""An artifact scores as the model does, is whole or not there, and says so when it is neither."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import DLRM
+
+from tests.core.worlds import (
+    HEAD_DIM,
+    NUM_HEADS,
+    NUM_LAYERS,
+    SCHEMA,
+    draw_raw,
+    fresh_process,
+    make_dlrm,
+    parse_all,
+)
+from torchrec_kvshare.cache.identity import model_digest
+from torchrec_kvshare.errors import ArtifactError, ParityError
+from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
+from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, score_through_pages
+from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
+from torchrec_kvshare.features import collate
+from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
+
+FILES = ["manifest.json", "model.pt", "schema.json"]
+# Sizes that the export never saw: one request, many candidates, more users than it drew.
+BATCHES = [
+    [(9, 1, 31)],
+    [(0, 2, 32)],
+    [(14, 97, 33), (0, 1, 34)],
+    [(number, 1 + number % 4, 40 + number) for number in range(23)],
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> RankingModel:
+    return RankingModel(make_dlrm(seed=8)).eval()
+
+
+@pytest.fixture(scope="module")
+def artifact(model: RankingModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    destination = tmp_path_factory.mktemp("export") / "artifact"
+    export_torchscript(model, SCHEMA, destination)
+    return destination
+
+
+@pytest.fixture
+def broken(artifact: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(artifact, tmp_path / "artifact"))
+
+
+@torch.no_grad()
+def logits_of(model: RankingModel, sizes: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    """Logits of one batch, uncached and through pages."""
+    requests = parse_all([draw_raw(*size) for size in sizes])
+    batch = collate(requests, SCHEMA)
+    uncached = model(batch.dense_features, batch.sparse_features)
+    return uncached, score_through_pages(model, requests, SCHEMA)
+
+
+def test_a_fresh_process_scores_as_eager_does_bit_for_bit(
+    model: RankingModel, artifact: Path
+) -> None:
+    program = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from torchrec_kvshare.export.torchscript import load_artifact
+loaded = load_artifact(Path(sys.argv[1]))
+modules = sorted(name for name in sys.modules if name.startswith("torchrec_kvshare"))
+from tests.core.test_export import BATCHES, logits_of
+logits = [[part.tolist() for part in logits_of(loaded.model, sizes)] for sizes in BATCHES]
+print(json.dumps({"modules": modules, "schema": loaded.schema.to_json(), "logits": logits}))
+"""
+    output, errors = fresh_process(program, str(artifact)).communicate()
+    assert output, errors
+    found = json.loads(output)
+    expected = [[part.tolist() for part in logits_of(model, sizes)] for sizes in BATCHES]
+    assert found["logits"] == expected
+    assert found["schema"] == SCHEMA.to_json()
+    # Loading needs neither the training code nor the readers of data sets.
+    assert "torchrec_kvshare.export.torchscript" in found["modules"]
+    assert [name for name in found["modules"] if ".training" in name] == []
+    assert "torchrec_kvshare.data.interactions" not in found["modules"]
+
+
+def test_a_loaded_program_stays_bit_equal_call_after_call(
+    model: RankingModel, artifact: Path
+) -> None:
+    loaded = load_artifact(artifact).model
+    for sizes in BATCHES * 2:
+        for got, expected in zip(logits_of(loaded, sizes), logits_of(model, sizes), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: Path) -> None:
+    written = json.loads((artifact / "manifest.json").read_text())
+    assert set(written) == {
+        *("format", "model_digest", "encoder", "tower", "inputs", "parity", "versions"),
+        "sha256_by_file",
+    }
+    sizes = {"num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
+    assert (written["format"], written["encoder"], written["tower"]) == (1, "causal", sizes)
+    assert written["inputs"] == {
+        "request": ["user_id", "time"],
+        "context": ["country"],
+        "history": ["item_id", "action", "genres", "time"],
+        "candidates": ["item_id", "genres", "price"],
+    }
+    parity = written["parity"]
+    assert set(parity) == {"exported_eager", "cached_uncached", "one_by_one_together"}
+    assert parity["exported_eager"] == 0.0
+    assert all(0.0 <= difference <= LOGIT_TOLERANCE for difference in parity.values())
+    assert written["versions"]["torch"] == torch.__version__
+    assert set(written["versions"]) == {"torch", "torchrec", "torchrec_kvshare"}
+    assert sorted(written["sha256_by_file"]) == FILES[1:]
+    assert sorted(path.name for path in artifact.iterdir()) == FILES
+    description = {"encoder": "causal", "tower": sizes, "schema": SCHEMA.to_json()}
+    assert written["model_digest"] == model_digest(model.state_dict(), description)
+
+
+def test_reading_gives_back_what_was_written(artifact: Path) -> None:
+    manifest, schema = read_artifact(artifact)
+    assert json.loads((artifact / "manifest.json").read_text()) == manifest.to_json()
+    assert schema.to_json() == SCHEMA.to_json()
+    assert manifest.model_version == manifest.model_digest[:16]
+    assert load_artifact(artifact).manifest == manifest
+
+
+def test_another_weight_is_another_version(artifact: Path, tmp_path: Path) -> None:
+    model = RankingModel(make_dlrm(seed=9)).eval()
+    manifest = export_torchscript(model, SCHEMA, tmp_path / "other")
+    assert manifest.model_version != read_artifact(artifact)[0].model_version
+
+
+def test_one_process_exports_models_of_several_depths(artifact: Path, tmp_path: Path) -> None:
+    """TorchScript bound the type of the first model's tower to a property of the collection, and
+    refused every later model with another number of layers."""
+    for num_layers in (1, 3):
+        dlrm = dlrm_with_history(SCHEMA, 15, num_layers, 5, 0.0, [6, 1])
+        destination = tmp_path / str(num_layers)
+        manifest = export_torchscript(RankingModel(dlrm).eval(), SCHEMA, destination)
+        assert manifest.tower.num_layers == num_layers
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(broken: Path, name: str) -> None:
+    (broken / name).unlink()
+    with pytest.raises(ArtifactError, match=name):
+        load_artifact(broken)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_named(broken: Path, name: str) -> None:
+    content = (broken / name).read_bytes()
+    (broken / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ArtifactError, match=name):
+        load_artifact(broken)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_one_changed_bit_is_noticed(broken: Path, name: str) -> None:
+    content = bytearray((broken / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (broken / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{name} has sha256 .*; its manifest says"):
+        load_artifact(broken)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "null", "7", "[]", '"text"', "{}", '{"format": 2}', '{"format": 1}', "\0"]
+)
+def test_a_manifest_that_is_none_is_named(broken: Path, content: str) -> None:
+    (broken / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        load_artifact(broken)
+
+
+@pytest.mark.parametrize("value", [None, [], 7, "text"])
+@pytest.mark.parametrize("field", ["tower", "sha256_by_file"])
+def test_a_manifest_with_a_field_of_another_kind_is_named(
+    broken: Path, field: str, value: Any
+) -> None:
+    written = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps(written | {field: value}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        load_artifact(broken)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_a_manifest_that_does_not_vouch_for_a_file_is_named(broken: Path, name: str) -> None:
+    """A file whose digest had been left out of the manifest was loaded without any check."""
+    written = json.loads((broken / "manifest.json").read_text())
+    del written["sha256_by_file"][name]
+    (broken / "manifest.json").write_text(json.dumps(written))
+    with pytest.raises(ArtifactError, match=name):
+        load_artifact(broken)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere is no artifact"):
+        load_artifact(tmp_path / "nowhere")
+
+
+def test_a_program_that_is_vouched_for_but_no_program_is_named(broken: Path) -> None:
+    written = json.loads((broken / "manifest.json").read_text())
+    written["sha256_by_file"]["model.pt"] = written["sha256_by_file"]["schema.json"]
+    (broken / "manifest.json").write_text(json.dumps(written))
+    shutil.copy(broken / "schema.json", broken / "model.pt")
+    with pytest.raises(ArtifactError, match=r"model\.pt cannot be loaded"):
+        load_artifact(broken)
+
+
+class Differing(nn.Module):
+    """A head that says another thing once it is a program."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.head(rows) * 1.001
+        return self.head(rows)
+
+
+def with_head(dlrm: DLRM, head: nn.Module) -> RankingModel:
+    dlrm.sparse_arch.embedding_bag_collection.tower.head = head
+    return RankingModel(dlrm).eval()
+
+
+def test_a_program_that_differs_from_its_model_leaves_nothing_behind(tmp_path: Path) -> None:
+    dlrm = make_dlrm(seed=8)
+    model = with_head(dlrm, Differing(dlrm.sparse_arch.embedding_bag_collection.tower.head))
+    with pytest.raises(ParityError, match="exported_eager logits differ by"):
+        export_torchscript(model, SCHEMA, tmp_path / "artifact")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_says_nan_leaves_nothing_behind(tmp_path: Path) -> None:
+    dlrm = make_dlrm(seed=8)
+    with torch.no_grad():
+        dlrm.sparse_arch.embedding_bag_collection.tower.head.bias[3] = math.nan
+    with pytest.raises(ParityError, match="differ by nan"):
+        export_torchscript(RankingModel(dlrm).eval(), SCHEMA, tmp_path / "artifact")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_never_overwritten(model: RankingModel, tmp_path: Path) -> None:
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "precious").write_text("kept")
+    with pytest.raises(ArtifactError, match="artifact exists; an artifact is never overwritten"):
+        export_torchscript(model, SCHEMA, tmp_path / "artifact")
+    assert [path.name for path in tmp_path.rglob("*")] == ["artifact", "precious"]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
+def test_an_export_that_is_interrupted_leaves_nothing_behind(
+    tmp_path: Path, fault: type[BaseException]
+) -> None:
+    def interrupted() -> None:
+        with artifact_folder(tmp_path / "deep" / "artifact") as folder:
+            (folder / "model.pt").write_text("half a program")
+            raise fault
+
+    with pytest.raises(fault):
+        interrupted()
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_an_export_that_is_killed_leaves_no_artifact(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys
+from pathlib import Path
+from torchrec_kvshare.export.artifact import artifact_folder
+with artifact_folder(Path(sys.argv[1])) as folder:
+    (folder / "manifest.json").write_text("{}")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = fresh_process(program, str(tmp_path / "artifact"))
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "artifact").exists()
+    # What is left has a name of its own and is not in the way of the next export.
+    with artifact_folder(tmp_path / "artifact") as folder:
+        (folder / "model.pt").write_text("a program")
+    assert os.listdir(tmp_path / "artifact") == ["model.pt"]
+
+
+def test_an_artifact_may_be_read_by_other_users(artifact: Path) -> None:
+    assert artifact.stat().st_mode & 0o777 == 0o755

@@ -1,0 +1,676 @@
+"""The reader of interaction logs: what is kept, what is dropped, and that both are said."""
+
+import csv
+import gzip
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrec_kvshare.data import interactions
+from torchrec_kvshare.data.interactions import (
+    LATEST_TIME,
+    ColumnMapping,
+    Exclusion,
+    IdColumn,
+    InteractionLog,
+    ReadReport,
+    build_log,
+    canonical_id,
+    encode,
+    read_interactions,
+    read_table,
+)
+from torchrec_kvshare.errors import ConfigError, DataError, MissingExtraError, ShapeError
+
+COLUMNS = ColumnMapping("user", "item", "time")
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
+
+
+def written(folder: Path, text: str, name: str = "log.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode())
+    return path
+
+
+def read_parquet(
+    folder: Path, columns: dict[str, object], mapping: ColumnMapping = COLUMNS
+) -> InteractionLog:
+    pa.parquet.write_table(pa.table(columns), folder / "log.parquet")
+    return read_interactions(folder / "log.parquet", mapping)
+
+
+def read(folder: Path, text: str, columns: ColumnMapping = COLUMNS) -> InteractionLog:
+    return read_interactions(written(folder, text), columns)
+
+
+def decoded(column: IdColumn) -> list[str]:
+    return [column.ids[code] for code in column.codes]
+
+
+def time_of(folder: Path, text: str) -> int | None:
+    """The time of a row among a good one, None where it is dropped."""
+    log = read(folder, f'user,item,time\nu,i,0\nu,i,"{text}"\n')
+    if log.report.rows_kept == 1:
+        assert log.report.dropped == {"bad time": 1}
+        return None
+    return int(log.time[1])
+
+
+def labels(folder: Path, rule: str, values: list[str]) -> list[float]:
+    rows = "".join(f"u,i,{row},{value}\n" for row, value in enumerate(values))
+    columns = ColumnMapping("user", "item", "time", label=rule)
+    return read(folder, f"user,item,time,value\n{rows}", columns).label.tolist()
+
+
+# --- ids
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("17850.0", "17850"),
+        ("17850", "17850"),
+        ("0.0", "0"),
+        ("-3.0", "-3"),
+        ("  a b ", "a b"),
+        ("85123A", "85123A"),
+        ("007", "007"),
+        ("007.0", "007.0"),
+        ("4.5", "4.5"),
+        ("4.00", "4.00"),
+        (".0", ".0"),
+        ("v2.0", "v2.0"),
+    ],
+)
+def test_only_an_integer_loses_its_decimal_zero(text: str, canonical: str) -> None:
+    assert canonical_id(text) == canonical
+
+
+@given(st.text())
+def test_a_canonical_id_is_its_own_canonical_id(text: str) -> None:
+    assert canonical_id(canonical_id(text)) == canonical_id(text)
+
+
+def test_two_spellings_of_an_integer_are_one_id(tmp_path: Path) -> None:
+    log = read(tmp_path, "user,item,time\n7.0,x,1\n8,y,2\n7,x ,3\n")
+    assert log.users.ids == ["7", "8"]
+    assert log.users.codes.tolist() == [0, 1, 0]
+    assert log.items.ids == ["x", "y"]
+
+
+def test_ids_stand_by_first_appearance_among_kept_rows(tmp_path: Path) -> None:
+    log = read(tmp_path, "user,item,time\na,x,never\nc,z,1\na,y,2\nb,x,3\n")
+    assert log.users.ids == ["c", "a", "b"]
+    assert log.items.ids == ["z", "y", "x"]
+    assert log.users.codes.dtype == np.int64
+
+
+@given(st.lists(TEXTS))
+def test_encoding_is_undone_by_looking_up(texts: list[str]) -> None:
+    column = encode(texts)
+    assert decoded(column) == texts
+    assert column.ids == list(dict.fromkeys(texts))
+
+
+# --- formats
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["l.csv", "l.tsv", "l.parquet", "l.csv.gz", "l.tsv.gz", "l.parquet.gz", "L.CSV", "L.TSV.GZ"],
+)
+def test_every_format_gives_the_same_log(tmp_path: Path, name: str) -> None:
+    table = pa.table(
+        {
+            "user": [17850.0, None, 12.0, 17850.0],
+            "item": ["85123A", "85123A", "007", 'q"t,\t\n'],
+            "time": [5, 6, 7, 8],
+            "rating": [4.5, 1.0, 4.0, 2.0],
+            "tags": ["a|b", "", "c", "d"],
+        }
+    )
+    path = tmp_path / name
+    plain = tmp_path / path.name.lower().removesuffix(".gz")
+    if ".parquet" in name:
+        pa.parquet.write_table(table, plain)
+    else:
+        with plain.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if ".tsv" in plain.name else ",")
+            writer.writerows([table.column_names, *zip(*table.to_pydict().values(), strict=True)])
+    content = plain.read_bytes()
+    path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+
+    columns = ColumnMapping("user", "item", "time", "rating", "rating>=4", ("tags",), ("rating",))
+    log = read_interactions(path, columns)
+
+    assert decoded(log.users) == ["17850", "12", "17850"]
+    assert decoded(log.items) == ["85123A", "007", 'q"t,']
+    assert log.time.tolist() == [5, 7, 8]
+    assert log.label.tolist() == [1, 1, 0]
+    assert log.action is not None
+    assert decoded(log.action) == ["4.5", "4", "2"]
+    assert log.item_attributes == {"tags": [("a", "b"), ("c",), ("d",)]}
+    assert log.item_floats["rating"].tolist() == [4.5, 4, 2]
+    assert log.report.dropped == {"no user": 1}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    assert len(read(tmp_path, "\ufeffuser,item,time\nu,i,1\n").time) == 1
+
+
+def test_undecodable_bytes_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"user,item,time\ncaf\xe9,i,1\n")
+    assert read_interactions(path, COLUMNS).users.ids == ["caf\ufffd"]
+
+
+def test_blank_lines_hold_no_row(tmp_path: Path) -> None:
+    assert read(tmp_path, "\nuser,item,time\n\nu,i,1\n\n").report.rows_read == 1
+
+
+def test_a_last_line_without_its_end_is_read(tmp_path: Path) -> None:
+    assert read(tmp_path, "user,item,time\nu,i,1\nv,j,2").users.ids == ["u", "v"]
+
+
+def test_columns_may_stand_in_any_order_among_others(tmp_path: Path) -> None:
+    log = read(tmp_path, "x,time,y,item,user\n,1,,i,u\n")
+    assert (log.users.ids, log.items.ids, log.time.tolist()) == (["u"], ["i"], [1])
+
+
+def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "".join(f"{row % 3},{row % 5},{row}\n" for row in range(11))
+    path = written(tmp_path, f"user,item,time\n{rows}short\n9,9,x\n")
+    whole = read_interactions(path, COLUMNS)
+    monkeypatch.setattr(interactions, "CHUNK_ROWS", 4)
+    in_chunks = read_interactions(path, COLUMNS)
+    assert whole.report == in_chunks.report
+    assert decoded(whole.items) == decoded(in_chunks.items)
+    assert whole.time.tolist() == in_chunks.time.tolist()
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS)))
+def test_log_equals_a_row_by_row_reading(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]]
+) -> None:
+    # The good last row keeps the log from being empty.
+    rows = [*rows, ("u", "i", "7")]
+    path = tmp_path_factory.getbasetemp() / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("user", "item", "time"), *rows])
+
+    log = read_interactions(path, COLUMNS)
+
+    kept = [
+        (canonical_id(user), canonical_id(item), math.floor(float(time)))
+        for user, item, time in rows
+        if user.strip() and item.strip() and is_plain_time(time)
+    ]
+    times = log.time.tolist()
+    assert list(zip(decoded(log.users), decoded(log.items), times, strict=True)) == kept
+    assert log.report.rows_read == len(rows)
+    assert log.report.rows_kept + sum(log.report.dropped.values()) == len(rows)
+
+
+def is_plain_time(text: str) -> bool:
+    # Six characters are too few for ISO 8601: a time is a number here.
+    try:
+        return 0 <= float(text) <= LATEST_TIME
+    except ValueError:
+        return False
+
+
+# --- times
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1700000000", 1_700_000_000),
+        ("1700000000.9", 1_700_000_000),
+        ("1.7e9", 1_700_000_000),
+        ("0", 0),
+        ("4102444800", LATEST_TIME),
+        ("1970-01-02", 86_400),
+        ("2010-12-01 08:26:00", 1_291_191_960),
+        ("2010-12-01T08:26", 1_291_191_960),
+        ("2010-12-01T08:26:00.123456789Z", 1_291_191_960),
+        ("2010-12-01T09:26:00+01:00", 1_291_191_960),
+        ("2010-12-01T03:26:00-0500", 1_291_191_960),
+        ("2010-12-01 10:26:00+02", 1_291_191_960),
+        ("2100-01-01T00:00:00Z", LATEST_TIME),
+    ],
+)
+def test_time_is_read(tmp_path: Path, text: str, seconds: int) -> None:
+    assert time_of(tmp_path, text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "yesterday",
+        "nan",
+        "inf",
+        "-1",
+        "-0.5",
+        "4102444801",
+        "1700000000000",
+        "2100-01-01T00:00:01Z",
+        "1969-12-31 23:59:59",
+        "2010-13-01",
+        "2010-02-30 00:00:00",
+        "2010-12-01 25:00:00",
+        "2010-12-01T08:26:00+25:00",
+        "12/1/2010 8:26",
+    ],
+)
+def test_bad_time_drops_the_row(tmp_path: Path, text: str) -> None:
+    assert time_of(tmp_path, text) is None
+
+
+@given(
+    st.datetimes(datetime(1971, 1, 1), datetime(2099, 1, 1)),
+    st.integers(-14 * 60, 14 * 60),
+    st.sampled_from(["T", " "]),
+)
+def test_iso_times_agree_with_datetime(
+    tmp_path_factory: pytest.TempPathFactory, naive: datetime, minutes: int, between: str
+) -> None:
+    time = naive.replace(tzinfo=timezone(timedelta(minutes=minutes)))
+    seconds = time_of(tmp_path_factory.getbasetemp(), time.isoformat(between))
+    assert seconds == math.floor(time.timestamp())
+
+
+# --- labels and actions
+
+
+def test_label_is_one_without_a_rule(tmp_path: Path) -> None:
+    log = read(tmp_path, "user,item,time\nu,i,1\nu,j,2\n")
+    assert log.label.tolist() == [1, 1]
+    assert log.label.dtype == np.float32
+    assert log.action is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("value>=4", [0, 1, 1]),
+        ("value<=4", [1, 1, 0]),
+        ("value>4", [0, 0, 1]),
+        ("value<4", [1, 0, 0]),
+        ("value==4", [0, 1, 0]),
+        ("value!=4", [1, 0, 1]),
+        (" value >= 3.6 ", [0, 1, 1]),
+        ("value<-1", [0, 0, 0]),
+    ],
+)
+def test_label_rule_compares_numbers(tmp_path: Path, rule: str, expected: list[float]) -> None:
+    assert labels(tmp_path, rule, ["3.5", "4.0", "10"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("value==buy", [1, 0, 0]), ("value!=add to cart", [1, 0, 1])]
+)
+def test_label_rule_compares_text(tmp_path: Path, rule: str, expected: list[float]) -> None:
+    assert labels(tmp_path, rule, [" buy", "add to cart", "buyer"]) == expected
+
+
+@pytest.mark.parametrize(("rule", "bad"), [("value>=4", "many"), ("value>=4", "nan"),
+                                           ("value>=4", ""), ("value!=buy", " ")])  # fmt: skip
+def test_bad_label_drops_the_row(tmp_path: Path, rule: str, bad: str) -> None:
+    columns = ColumnMapping("user", "item", "time", label=rule)
+    log = read(tmp_path, f"user,item,time,value\nu,i,1,5\nu,j,2,{bad}\n", columns)
+    assert log.items.ids == ["i"]
+    assert log.report.dropped == {"bad label": 1}
+
+
+@pytest.mark.parametrize("rule", ["rating", "rating=4", ">=4", "rating>=", "a>=b>=4", "x>==4", ""])
+def test_unreadable_label_rule_is_refused(rule: str) -> None:
+    with pytest.raises(ConfigError, match="allowed: COLUMN OPERATOR VALUE"):
+        ColumnMapping("user", "item", "time", label=rule)
+
+
+def test_label_rule_does_not_order_text() -> None:
+    with pytest.raises(ConfigError, match="'event>buy' orders by text 'buy'"):
+        ColumnMapping("user", "item", "time", label="event>buy")
+
+
+def test_action_is_coded_and_a_row_without_one_is_dropped(tmp_path: Path) -> None:
+    columns = ColumnMapping("user", "item", "time", action="what")
+    log = read(tmp_path, "user,item,time,what\nu,i,1,buy\nu,j,2,\nu,k,3,view\nu,i,4,buy\n", columns)
+    assert log.action is not None
+    assert decoded(log.action) == ["buy", "view", "buy"]
+    assert log.report.dropped == {"no action": 1}
+
+
+# --- attributes and floats
+
+
+def test_first_value_of_an_attribute_that_has_an_id_wins(tmp_path: Path) -> None:
+    columns = ColumnMapping(
+        "user", "item", "time", item_attributes=("tags",), user_attributes=("city",)
+    )
+    rows = ["u,i,1,,", "v,i,2,|,Rome", "u,i,3,a| b.0|7.0,Bonn", "u,j,4,,Oslo", "v,i,5,c,"]
+    log = read(tmp_path, "\n".join(["user,item,time,tags,city", *rows]), columns)
+    assert log.item_attributes == {"tags": [("a", "b.0", "7"), ()]}
+    assert log.user_attributes == {"city": [("Bonn",), ("Rome",)]}
+
+
+def test_dropped_rows_lend_no_attribute(tmp_path: Path) -> None:
+    columns = ColumnMapping("user", "item", "time", item_attributes=("tag",))
+    log = read(tmp_path, "user,item,time,tag\nu,i,x,a\nu,i,2,b\n", columns)
+    assert log.item_attributes == {"tag": [("b",)]}
+
+
+def test_list_separator_splits_attributes(tmp_path: Path) -> None:
+    columns = ColumnMapping("user", "item", "time", item_attributes=("tags",), list_separator="; ")
+    log = read(tmp_path, "user,item,time,tags\nu,i,1,a; b|c\n", columns)
+    assert log.item_attributes == {"tags": [("a", "b|c")]}
+
+
+def test_empty_list_separator_is_refused() -> None:
+    with pytest.raises(ConfigError, match="list_separator is ''"):
+        ColumnMapping("user", "item", "time", list_separator="")
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from(["", "x", "nan", "-2.5", "1", "4", "1e300"])),
+        min_size=1,
+    )
+)
+def test_item_float_is_the_median_of_its_numbers(
+    tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[int, str]]
+) -> None:
+    # The last row keeps the column from having no number at all.
+    pairs = [*pairs, (9, "3.5")]
+    rows = "".join(f"u,{item},1,{price}\n" for item, price in pairs)
+    columns = ColumnMapping("user", "item", "time", item_floats=("price",))
+    log = read(tmp_path_factory.getbasetemp(), f"user,item,time,price\n{rows}", columns)
+    for item, median in zip(log.items.ids, log.item_floats["price"], strict=True):
+        numbers = [float(text) for own, text in pairs if str(own) == item and text[-1:].isdigit()]
+        numbers = [number for number in numbers if number < 1e300]
+        assert median == (np.median(numbers) if numbers else 0)
+    assert log.item_floats["price"].dtype == np.float32
+
+
+def test_a_float_column_without_any_number_is_refused(tmp_path: Path) -> None:
+    columns = ColumnMapping("user", "item", "time", item_floats=("price",))
+    with pytest.raises(DataError, match=r"column 'price' of .*log\.csv holds no number.*'cheap'"):
+        read(tmp_path, "user,item,time,price\nu,i,1,cheap\n", columns)
+
+
+# --- what is dropped is said
+
+
+def test_every_reason_is_counted_and_named_with_its_line(tmp_path: Path) -> None:
+    text = (
+        "user,item,time,rating,act\n"
+        "u,i,1,5,view\n"
+        ",i,1,5,view\n"
+        "u, ,1,5,view\n"
+        "u,i,soon,5,view\n"
+        "u,i,1,good,view\n"
+        "u,i,1,5,\n"
+        "u,i,1\n"
+        "u,i,1,5,view,more\n"
+    )
+    columns = ColumnMapping("user", "item", "time", "act", "rating>=4")
+    path = written(tmp_path, text)
+    report = read_interactions(path, columns).report
+    reasons = ["no user", "no item", "bad time", "bad label", "no action"]
+    expected = dict.fromkeys(reasons, 1)
+    assert report.dropped == {"wrong number of fields": 2} | expected
+    assert (report.rows_read, report.rows_kept) == (8, 1)
+    assert report.examples == [
+        f"{path}, line 8: wrong number of fields: 3 in 'u,i,1'",
+        f"{path}, line 9: wrong number of fields: 6 in 'u,i,1,5,view,more'",
+        f"{path}, line 3: no user: user is ''",
+        f"{path}, line 4: no item: item is ' '",
+        f"{path}, line 5: bad time: time is 'soon'",
+        f"{path}, line 6: bad label: rating is 'good'",
+        f"{path}, line 7: no action: act is ''",
+    ]
+
+
+def test_a_row_counts_under_its_first_reason_only(tmp_path: Path) -> None:
+    report = read(tmp_path, "user,item,time\nu,i,1\n,,never\n").report
+    assert report.dropped == {"no user": 1}
+
+
+def test_exclusions_come_after_missing_ids_and_before_bad_times(tmp_path: Path) -> None:
+    text = "user,item,time,kind\nu,i,1,sale\n,i,1,gift\nu,i,never,gift\nu,j,2,gift\n"
+    table = read_table(written(tmp_path, text), ["user", "item", "time", "kind"])
+    log = build_log(table, COLUMNS, [Exclusion("a gift", "kind", "gift".__eq__)])
+    assert log.report.dropped == {"no user": 1, "a gift": 2}
+    assert log.items.ids == ["i"]
+
+
+def test_examples_are_few_and_short(tmp_path: Path) -> None:
+    rows = "".join(f"u,i,{'never' * 99}\n" for _ in range(9))
+    report = read(tmp_path, f"user,item,time\nu,i,1\n{rows}").report
+    assert report.dropped == {"bad time": 9}
+    assert [example.split(": ")[0][-6:] for example in report.examples] == ["line 3", "line 4"]
+    assert all(len(example) < len(str(tmp_path)) + 150 for example in report.examples)
+
+
+def test_a_row_over_several_lines_is_named_by_its_first(tmp_path: Path) -> None:
+    report = read(tmp_path, 'user,item,time\nu,"a\nb\nc",1\nu,i,1\nu,"a\nb",never\n').report
+    assert "line 6: bad time" in report.examples[0]
+
+
+def test_report_prints_counts_and_examples() -> None:
+    clean = ReadReport(3, 3, {}, [])
+    assert str(clean) == "3 of 3 rows kept; dropped: none"
+    report = ReadReport(9, 6, {"no user": 2, "bad time": 1}, ["f, line 2", "f, line 3"])
+    assert str(report) == (
+        "6 of 9 rows kept; dropped: no user 2, bad time 1\n  e.g. f, line 2; f, line 3"
+    )
+
+
+# --- files that cannot be read
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.csv cannot be read: .*No such file"):
+        read_interactions(tmp_path / "none.csv", COLUMNS)
+    with pytest.raises(DataError, match=r"none\.parquet cannot be read"):
+        read_interactions(tmp_path / "none.parquet", COLUMNS)
+
+
+def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"log\.xlsx ends in '\.xlsx'; allowed: \.csv"):
+        read_interactions(tmp_path / "log.xlsx", COLUMNS)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.parquet"])
+def test_a_missing_column_is_named_with_the_file_and_its_columns(tmp_path: Path, name: str) -> None:
+    if name.endswith("csv"):
+        written(tmp_path, "user,thing,time\nu,i,1\n", name)
+    else:
+        table = pa.table({"user": ["u"], "thing": ["i"], "time": [1]})
+        pa.parquet.write_table(table, tmp_path / name)
+    with pytest.raises(DataError, match=rf"'item' is not in .*{name}; it has: user, thing, time"):
+        read_interactions(tmp_path / name, COLUMNS)
+
+
+def test_the_column_of_the_label_rule_must_be_there(tmp_path: Path) -> None:
+    columns = ColumnMapping("user", "item", "time", label="stars>=4")
+    with pytest.raises(DataError, match="column 'stars' is not in"):
+        read(tmp_path, "user,item,time\nu,i,1\n", columns)
+
+
+def test_a_wanted_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column 'item' is 2 times in"):
+        read(tmp_path, "user,item,item,time\nu,i,j,1\n")
+
+
+def test_an_empty_file_has_no_columns(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="it has: no column"):
+        read(tmp_path, "")
+
+
+@pytest.mark.parametrize("rows", ["", "u,i,never\n"])
+def test_a_log_without_a_usable_row_is_refused(tmp_path: Path, rows: str) -> None:
+    with pytest.raises(DataError, match=r"no row of .*log\.csv can be used: 0 of"):
+        read(tmp_path, f"user,item,time\n{rows}")
+
+
+def test_a_quote_that_never_closes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 3: a quote opens that is never closed"):
+        read(tmp_path, 'user,item,time\nu,i,1\n"u,i,1\nu,i,2\n')
+
+
+def test_a_field_beyond_the_csv_limit_is_refused_by_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 3: field larger than field limit"):
+        read(tmp_path, f"user,item,time\nu,i,1\nu,{'x' * 200_000},1\n")
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_truncated_gzip_is_refused(tmp_path: Path, keep: float) -> None:
+    rows = "".join(f"u{row},i,{row}\n" for row in range(999))
+    packed = gzip.compress(f"user,item,time\n{rows}".encode())
+    path = tmp_path / "log.csv.gz"
+    path.write_bytes(packed[: int(len(packed) * keep)])
+    with pytest.raises(DataError, match=r"log\.csv\.gz cannot be read"):
+        read_interactions(path, COLUMNS)
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.parquet", "log.parquet.gz"])
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_interactions(written(tmp_path, "user,item,time\nu,i,1\n", name), COLUMNS)
+
+
+# --- Parquet's own types
+
+
+INSTANTS = [datetime(2010, 12, 1, 8, 26, 0, 900_000), datetime(2010, 12, 1, 8, 26, 1)]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        *[pa.array(INSTANTS, pa.timestamp(unit)) for unit in ("ms", "us", "ns")],
+        pa.array(INSTANTS, pa.timestamp("us", tz="Europe/Paris")),
+        [1_291_191_960.0, 1_291_191_961.0],
+        ["2010-12-01 08:26:00", "1291191961"],
+    ],
+    ids=["milliseconds", "microseconds", "nanoseconds", "with zone", "float", "text"],
+)
+def test_parquet_times_are_seconds(tmp_path: Path, times: object) -> None:
+    # With a zone or without one, arrow stores an instant in UTC.
+    log = read_parquet(tmp_path, {"user": [1, 2], "item": ["a", "b"], "time": times})
+    assert log.time.tolist() == [1_291_191_960, 1_291_191_961]
+
+
+def test_parquet_dates_are_midnights(tmp_path: Path) -> None:
+    log = read_parquet(tmp_path, {"user": [1], "item": ["a"], "time": [date(1970, 1, 3)]})
+    assert log.time.tolist() == [2 * 86_400]
+
+
+def test_parquet_nulls_are_missing_and_named_by_row(tmp_path: Path) -> None:
+    users = [1.0, math.nan, 1e7, None]
+    log = read_parquet(
+        tmp_path, {"user": users, "item": ["a", "b", None, "d"], "time": [1, 2, 3, 4]}
+    )
+    assert log.report.dropped == {"no user": 2, "no item": 1}
+    assert "row 2: no user" in log.report.examples[0]
+
+
+def test_large_parquet_ids_have_no_exponent(tmp_path: Path) -> None:
+    log = read_parquet(tmp_path, {"user": [1e16], "item": [2**62], "time": [1]})
+    assert (log.users.ids, log.items.ids) == (["10000000000000000"], [str(2**62)])
+
+
+def test_parquet_dictionaries_are_read_by_value(tmp_path: Path) -> None:
+    items = pa.array(["b", "a", "b"]).dictionary_encode()
+    log = read_parquet(tmp_path, {"user": [1, 2, 3], "item": items, "time": [1, 2, 3]})
+    assert decoded(log.items) == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_parquet_lists_are_several_ids(tmp_path: Path, kind: Callable[..., object]) -> None:
+    tags = pa.array([[3, 4], None], kind(pa.int64()))
+    mapping = ColumnMapping("user", "item", "time", item_attributes=("tags",))
+    columns = {"user": [1, 2], "item": ["a", "b"], "time": [1, 2], "tags": tags}
+    assert read_parquet(tmp_path, columns, mapping).item_attributes == {"tags": [("3", "4"), ()]}
+
+
+def test_a_separator_inside_a_parquet_list_is_refused(tmp_path: Path) -> None:
+    mapping = ColumnMapping("user", "item", "time", item_attributes=("tags",))
+    columns = {"user": [1], "item": [1], "time": [1], "tags": [["a|b", "c"]]}
+    with pytest.raises(DataError, match=r"has the id 'a\|b'; list_separator '\|' is in it"):
+        read_parquet(tmp_path, columns, mapping)
+
+
+def test_parquet_structs_are_refused(tmp_path: Path) -> None:
+    columns = {"user": [{"id": 1}], "item": [1], "time": [1]}
+    with pytest.raises(DataError, match=r"column 'user' of .* is struct<id: int64>; allowed"):
+        read_parquet(tmp_path, columns)
+
+
+def test_parquet_without_pyarrow_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"reading Parquet needs the extra \[parquet\]"):
+        read_interactions(tmp_path / "log.parquet", COLUMNS)
+
+
+# --- tables and logs
+
+
+def test_joined_columns_are_found_by_canonical_id(tmp_path: Path) -> None:
+    log = read_table(written(tmp_path, "item,x\n7.0,a\n8,b\n7,c\n9,d\n"), ["item", "x"])
+    side_text = "item,tag,size\n8,t8,s8\n7,t7,s7\n7.0,again,again\n"
+    side = read_table(written(tmp_path, side_text, "side.csv"), ["item", "tag", "size"])
+    joined = log.joined("item", side, ["tag", "size"]).renamed({"tag": "label"})
+    assert list(joined.columns) == ["item", "x", "label", "size"]
+    assert decoded(joined.columns["label"]) == ["t7", "t8", "t7", ""]
+    assert decoded(joined.columns["size"]) == ["s7", "s8", "s7", ""]
+    assert list(log.columns) == ["item", "x"]
+
+
+def test_a_broken_side_table_is_refused(tmp_path: Path) -> None:
+    log = read_table(written(tmp_path, "item\n7\n"), ["item"])
+    side = read_table(written(tmp_path, "item,tag\n7\n", "side.csv"), ["item", "tag"])
+    with pytest.raises(DataError, match=r"1 unreadable rows: .*side\.csv, line 2"):
+        log.joined("item", side, ["tag"])
+
+
+@pytest.mark.parametrize("name", ["users", "items", "action", "time", "label", "tag", "city"])
+def test_columns_that_do_not_fit_are_refused(name: str) -> None:
+    long_column = encode(["a", "b", "a", "b"])
+    column = encode(["a", "b", "a"])
+    value_by_name = {name: long_column if name in ("users", "items", "action") else np.ones(4)}
+    with pytest.raises(ShapeError, match="allowed: "):
+        InteractionLog(
+            users=value_by_name.get("users", column),
+            items=value_by_name.get("items", column),
+            time=value_by_name.get("time", np.arange(3)),
+            label=value_by_name.get("label", np.ones(3, np.float32)),
+            action=value_by_name.get("action", column),
+            item_attributes={"tag": [()] * (3 if name == "tag" else 2)},
+            item_floats={"price": np.zeros(2, np.float32)},
+            user_attributes={"city": [()] * (3 if name == "city" else 2)},
+            report=ReadReport(3, 3, {}, []),
+        )
+
+
+def test_reading_data_needs_no_torch() -> None:
+    modules = "interactions", "presets", "synthetic"
+    imports = "; ".join(f"import torchrec_kvshare.data.{module}" for module in modules)
+    code = f"import sys; {imports}; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,0 +1,86 @@
+"""Requests of a data set's test users, in the project's one request format."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from torchrec_kvshare.data.dataset import TEST, Dataset
+from torchrec_kvshare.data.schema import ACTION, ITEM, TIME, USER
+from torchrec_kvshare.errors import ConfigError
+
+
+def make_requests(
+    dataset: Dataset, count: int, num_candidates: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Requests as they would have come at the time of test events.
+
+    The candidates are the item of the event, at a random place, among items drawn evenly from the
+    catalogue; the history is every strictly earlier event of the user, uncut.
+
+    Args:
+        dataset: its test split gives users and times.
+        count: requests to make; users come again when there are more requests than test events.
+        num_candidates: N of every request.
+        seed: same seed, same requests.
+
+    Yields:
+        Raw requests, ready to be written as JSON.
+
+    Raises:
+        ConfigError: if a number is below 1, or the catalogue is smaller than ``num_candidates``.
+    """
+    for name, value in (("count", count), ("candidates", num_candidates)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if num_candidates > len(dataset.known_items):
+        raise ConfigError(
+            f"candidates is {num_candidates}; the catalogue has {len(dataset.known_items)} items"
+        )
+    rng = np.random.default_rng(seed)
+    events = np.flatnonzero(dataset.split == TEST)
+    for number in range(count):
+        event = int(rng.choice(events))
+        drawn = rng.choice(dataset.known_items, num_candidates, replace=False)
+        if dataset.item[event] not in drawn:
+            drawn[rng.integers(num_candidates)] = dataset.item[event]
+        yield {"request_id": f"r{number + 1}"} | _request(dataset, event, drawn.tolist())
+
+
+def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, Any]:
+    log, schema = dataset.log, dataset.schema
+    user = int(dataset.event_user[event])
+    first = int(dataset.user_offsets[user])
+    past = slice(first, first + int(dataset.num_earlier[event]))
+    items = dataset.item[past].tolist()
+    history: dict[str, Any] = {ITEM: _ids(log.items.ids, items)}
+    if log.action is not None:
+        by_row = (None, None, *schema.vocabulary_by_column[ACTION].ids)
+        history[ACTION] = [_id(by_row[row]) for row in dataset.action_row[past]]
+    shown: dict[str, Any] = {ITEM: _ids(log.items.ids, candidates)}
+    for name, ids_by_item in log.item_attributes.items():
+        history[name] = [[_id(raw) for raw in ids_by_item[item]] for item in items]
+        shown[name] = [[_id(raw) for raw in ids_by_item[item]] for item in candidates]
+    for name, values in log.item_floats.items():
+        shown[name] = [float(values[item]) for item in candidates]
+    return {
+        USER: _id(log.users.ids[user]),
+        TIME: int(dataset.time[event]),
+        "context": {
+            name: [_id(raw) for raw in ids_by_user[user]]
+            for name, ids_by_user in log.user_attributes.items()
+        },
+        "history": history | {TIME: dataset.time[past].tolist()},
+        "candidates": shown,
+    }
+
+
+def _ids(ids: list[str], codes: list[int]) -> list[str | int | None]:
+    return [_id(ids[code]) for code in codes]
+
+
+def _id(raw: str | None) -> str | int | None:
+    """Integers go out as integers, as the log had them; "007" and "85123A" stay text."""
+    if raw is not None and raw.isdecimal() and str(int(raw)) == raw:
+        return int(raw)
+    return raw

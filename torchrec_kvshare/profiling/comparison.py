@@ -1,0 +1,123 @@
+"""The same requests scored merged, with K/V shared in a request, and with K/V from a warm cache."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torchrec.models.dlrm import DLRM
+
+from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
+from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.features import Request, collate
+from torchrec_kvshare.profiling.merged import MergedEmbeddingBagCollection, share_weights
+
+MERGED_CHUNK_ROWS = 16_384  # events and candidates at once; the fastest of those tried at dim 64
+
+
+@dataclass(frozen=True)
+class PathFigures:
+    """How one path did.
+
+    Attributes:
+        path: ``uncached_merged``, ``request_shared`` or ``cross_request_hit``.
+        num_requests: scored.
+        latency_ms: median of a request.
+        requests_per_s: over all requests.
+        kv_bytes: held between requests when all were scored.
+        max_score_difference: to the scores of ``request_shared``.
+    """
+
+    path: str
+    num_requests: int
+    latency_ms: float
+    requests_per_s: float
+    kv_bytes: int
+    max_score_difference: float
+
+
+def compare_paths(
+    model: DLRM, uncached: Engine, cached: Engine, requests: Sequence[Request], num_merged: int
+) -> list[PathFigures]:
+    """Score every request alone, on each path; the cached engine is warmed with one pass before.
+
+    Args:
+        model: the trained model, in eval mode, for the merged path.
+        uncached: an engine without a cache.
+        cached: an engine with a cache.
+        requests: to score.
+        num_merged: only so many of them go the merged way, which is slow.
+
+    Returns:
+        One row per path.
+    """
+    assert cached.cache is not None
+    merged = merged_dlrm(model)
+    cached.rank(requests)
+
+    def score_merged(request: Request) -> list[float]:
+        batch = collate([request], uncached.schema)
+        with torch.no_grad():
+            logits = merged(batch.dense_features, batch.sparse_features)
+        return torch.sigmoid(logits.squeeze(1)).tolist()
+
+    expected = [uncached.rank([request])[0].scores for request in requests]
+    paths: dict[str, tuple[Callable[[Request], list[float]], Sequence[Request], int]] = {
+        "uncached_merged": (score_merged, requests[:num_merged], 0),
+        "request_shared": (lambda request: uncached.rank([request])[0].scores, requests, 0),
+        "cross_request_hit": (
+            lambda request: cached.rank([request])[0].scores,
+            requests,
+            cached.cache.held_bytes,
+        ),
+    }
+    return [
+        _measure(path, score, chosen, expected, kv_bytes)
+        for path, (score, chosen, kv_bytes) in paths.items()
+    ]
+
+
+def merged_dlrm(model: DLRM) -> DLRM:
+    """The same model, one row per candidate, its history encoded again for each."""
+    collection = next(m for m in model.modules() if isinstance(m, KVShareEmbeddingBagCollection))
+    replacement = MergedEmbeddingBagCollection(collection, MERGED_CHUNK_ROWS)
+    return share_weights(model, collection, replacement).eval()
+
+
+def comparison_table(figures: Sequence[PathFigures]) -> str:
+    """The figures as fixed-width text, speed-ups against the first path."""
+    lines = [
+        f"{'path':<18} {'requests':>8} {'latency':>10} {'throughput':>12} {'speedup':>8} "
+        f"{'K/V held':>10} {'max score difference':>21}"
+    ]
+    for row in figures:
+        lines.append(
+            f"{row.path:<18} {row.num_requests:>8} {row.latency_ms:>7.2f} ms "
+            f"{row.requests_per_s:>10.1f}/s {figures[0].latency_ms / row.latency_ms:>7.1f}x "
+            f"{row.kv_bytes / 2**20:>6.1f} MiB {row.max_score_difference:>21.1e}"
+        )
+    return "\n".join(lines)
+
+
+def _measure(
+    path: str,
+    score: Callable[[Request], list[float]],
+    requests: Sequence[Request],
+    expected: Sequence[list[float]],
+    kv_bytes: int,
+) -> PathFigures:
+    latencies_ms, differences = [], [0.0]
+    for request, wanted in zip(requests, expected, strict=False):
+        start = time.perf_counter()
+        scores = score(request)
+        latencies_ms.append((time.perf_counter() - start) * 1e3)
+        differences += [abs(a - b) for a, b in zip(scores, wanted, strict=True)]
+    return PathFigures(
+        path,
+        len(latencies_ms),
+        median(latencies_ms),
+        len(latencies_ms) / sum(latencies_ms) * 1e3,
+        kv_bytes,
+        max(differences),
+    )

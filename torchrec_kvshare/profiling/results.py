@@ -1,0 +1,128 @@
+"""The one format of every benchmark's results, and the same figures for TensorBoard."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+RESULTS_FILE = "results.json"
+TENSORBOARD_FOLDER = "tensorboard"
+CPU_INFO = Path("/proc/cpuinfo")
+
+Case = dict[str, str | int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One figure.
+
+    Attributes:
+        scenario: what was tried.
+        case: in which case: ``path`` and the sizes that apply.
+        metric: what was measured; its name says the unit unless ``unit`` does.
+        value: the figure.
+        unit: ``ms``, ``bytes``, ``1/s``, ``x`` for ratios, and so on.
+    """
+
+    scenario: str
+    case: Case
+    metric: str
+    value: float
+    unit: str
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as the system tells it."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_results(folder: Path, records: Sequence[Record], command: str, seed: int) -> Path:
+    """Write ``results.json``: what was measured, and on what.
+
+    Args:
+        folder: where; it is made.
+        records: the figures.
+        command: the command line that measures them again.
+        seed: of weights and requests.
+
+    Returns:
+        Path of the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        "command": command,
+        "seed": seed,
+        "records": [asdict(record) for record in records],
+    }
+    path = folder / RESULTS_FILE
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def write_tensorboard(folder: Path, records: Sequence[Record], table: str) -> None:
+    """The same figures as scalars over the number of candidates, and a table as text.
+
+    Args:
+        folder: of the results; the event files go into ``tensorboard`` under it.
+        records: the figures; one without ``candidates`` in its case stands at step 0.
+        table: text, set in a fixed width.
+    """
+    with SummaryWriter(str(folder / TENSORBOARD_FOLDER)) as writer:
+        for record in records:
+            history, path = record.case["history"], record.case["path"]
+            tag = f"{record.scenario}/history_{history}/{record.metric}/{path}"
+            writer.add_scalar(tag, record.value, int(record.case.get("candidates", 0)))
+        if records:
+            writer.add_text(records[0].scenario, fixed_width(table))
+
+
+def fixed_width(table: str) -> str:
+    """Text that TensorBoard shows as it stands."""
+    return "\n".join(f"    {line}" for line in table.splitlines())
+
+
+def figures_table(records: Sequence[Record]) -> str:
+    """One line per case of sizes, one column per path and metric.
+
+    Args:
+        records: figures of one scenario.
+
+    Returns:
+        Text without a newline at its end.
+    """
+    columns = list(dict.fromkeys(_column(record) for record in records))
+    value_by_cell = {(_sizes(record), _column(record)): record.value for record in records}
+    rows = [
+        ("", "", *(metric for metric, _ in columns)),
+        ("history", "candidates", *(path for _, path in columns)),
+    ]
+    for sizes in dict.fromkeys(_sizes(record) for record in records):
+        rows.append((*sizes, *(_figure(value_by_cell.get((sizes, column))) for column in columns)))
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _column(record: Record) -> tuple[str, str]:
+    return record.metric, str(record.case["path"])
+
+
+def _sizes(record: Record) -> tuple[str, str]:
+    return str(record.case["history"]), str(record.case.get("candidates", "all"))

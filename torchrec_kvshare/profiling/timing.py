@@ -1,0 +1,79 @@
+"""Clocks for comparing paths on a machine that is never idle, and the seed model's cost curve."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+import numpy as np
+
+MIN_REPEATS = 5
+ROUND_MS = 50.0  # a quick path is called again until so much time has gone by in its turn
+
+# Cost of the seed model's fused scoring of N candidates, in scorings of one: 0.85 + 0.15 N.
+SEED_HISTORY_COST = 0.85
+SEED_CANDIDATE_COST = 0.15
+
+
+def interleaved_medians(
+    call_by_path: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
+    """Median time of each call, the paths taking turns so that a busy minute meets them all.
+
+    Args:
+        call_by_path: what is compared; each has been called once before.
+        repeats: turns of each path; a turn is one call, or as many as fit into ``ROUND_MS``.
+
+    Returns:
+        Milliseconds by path.
+
+    Example:
+        >>> medians = interleaved_medians({"list": list, "dict": dict}, repeats=5)
+        >>> sorted(medians), medians["list"] < ROUND_MS
+        (['dict', 'list'], True)
+    """
+    samples_ms: dict[str, list[float]] = {path: [] for path in call_by_path}
+    for _ in range(repeats):
+        for path, call in call_by_path.items():
+            samples_ms[path] += _turn(call)
+    return {path: median(samples) for path, samples in samples_ms.items()}
+
+
+def fusion_costs(candidates: Sequence[int], latencies_ms: Sequence[float]) -> tuple[float, float]:
+    """Fit latency(N) = history_cost + candidate_cost × N by least squares.
+
+    Args:
+        candidates: the N measured, at least two different ones.
+        latencies_ms: the latency at each.
+
+    Returns:
+        ``history_cost`` and ``candidate_cost`` in ms; their ratio, the latter to the former, is the
+        ``fusion_cost_ratio``.
+
+    Example:
+        >>> history_cost, candidate_cost = fusion_costs([1, 3, 5], [12.0, 16.0, 20.0])
+        >>> round(history_cost, 6), round(candidate_cost, 6)
+        (10.0, 2.0)
+    """
+    candidate_cost, history_cost = np.polyfit(candidates, latencies_ms, deg=1)
+    return float(history_cost), float(candidate_cost)
+
+
+def seed_model_speedup(num_candidates: int) -> float:
+    """Speed-up over one-by-one scoring that the seed model's cost curve gives for N candidates.
+
+    Example:
+        >>> seed_model_speedup(1), round(seed_model_speedup(500), 2)
+        (1.0, 6.59)
+    """
+    return num_candidates / (SEED_HISTORY_COST + SEED_CANDIDATE_COST * num_candidates)
+
+
+def _turn(call: Callable[[], object]) -> list[float]:
+    samples_ms: list[float] = []
+    turn_start = start = time.perf_counter()
+    while not samples_ms or start - turn_start < ROUND_MS / 1e3:
+        call()
+        end = time.perf_counter()
+        samples_ms.append((end - start) * 1e3)
+        start = end
+    return samples_ms

@@ -1,0 +1,170 @@
+"""One training run: the model and its baselines on one budget, measured on the same test split.
+
+A run's folder holds the config, the schema, a checkpoint for each trained model and, at the end,
+``metrics.json``. Started again with the same folder, a run goes on where it was killed.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torchrec.models.dlrm import DLRM
+
+from torchrec_kvshare.config import ModelConfig, TrainConfig
+from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset
+from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.data.load import load_log
+from torchrec_kvshare.data.schema import FeatureSchema, Window
+from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.ranking import dlrm_with_history, plain_dlrm
+from torchrec_kvshare.training.evaluate import (
+    Scorer,
+    evaluate_catalogue,
+    evaluate_sampled,
+    model_scorer,
+    popularity_scorer,
+)
+from torchrec_kvshare.training.loop import TrainSettings, load_weights, train
+
+CONFIG = "config.json"
+SCHEMA = "schema.json"
+METRICS = "metrics.json"
+NO_HISTORY = "none"
+HISTORY_KINDS = ("causal", NO_HISTORY)
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, dict[str, float]]
+
+
+def train_run(config: TrainConfig) -> Metrics:
+    """Train a model, and on the same budget its baselines; measure all on the test split.
+
+    Args:
+        config: the whole run; ``output`` is its folder.
+
+    Returns:
+        Test metrics by model: the history's kind, ``none`` (the plain DLRM) and ``popularity``.
+
+    Raises:
+        ConfigError: if the folder holds a run of another config, or a value cannot work.
+        DataError: if the data cannot be read or has nothing to train or test on.
+    """
+    if config.model.history not in HISTORY_KINDS:
+        raise ConfigError(f"model.history is {config.model.history!r}; one of {HISTORY_KINDS}")
+    dataset = load_dataset(config)
+    folder = Path(config.output)
+    _claim(folder, config, dataset.schema)
+    kinds = [config.model.history]
+    if config.budget.baselines and config.model.history != NO_HISTORY:
+        kinds.append(NO_HISTORY)
+    metrics: Metrics = {}
+    with SummaryWriter(str(folder / "tensorboard")) as summary:
+        for kind in kinds:
+            model = new_model(dataset.schema, config.model, kind, config.seed)
+            with SummaryWriter(str(folder / "tensorboard" / kind)) as writer:
+                train(model, dataset, _settings(config), folder / kind, writer)
+            metrics[kind] = _evaluate(model_scorer(model), dataset, config)
+        if config.budget.baselines:
+            popularity = popularity_scorer(dataset, config.negatives)
+            metrics["popularity"] = _evaluate(popularity, dataset, config)
+        for kind, values in metrics.items():
+            for name, value in values.items():
+                summary.add_scalar(f"test_{name.replace('@', '_at_')}/{kind}", value)
+    (folder / METRICS).write_text(json.dumps({"test": metrics}, indent=2) + "\n")
+    return metrics
+
+
+def load_dataset(config: TrainConfig) -> Dataset:
+    """The data set of a run, read and encoded anew.
+
+    Raises:
+        DataError: if nothing is left to train or test on.
+    """
+    log = load_log(config.data)
+    logger.info("%s: %s", config.data.name, log.report)
+    if config.budget.max_users is not None:
+        log = first_users(log, config.budget.max_users)
+    dataset = build_dataset(log, Window(config.model.max_history, config.model.block))
+    for name, split in (("training", TRAIN), ("test", TEST)):
+        if not (dataset.split == split).any():
+            raise DataError(f"{config.data.name} has no event in the {name} split")
+    return dataset
+
+
+def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
+    """The trained model of a run, in eval mode, and its schema; the data is not read.
+
+    Raises:
+        ConfigError: if the folder holds no finished run, or one without a history.
+    """
+    if not (folder / METRICS).is_file():
+        raise ConfigError(f"{folder} holds no finished run: it has no {METRICS}")
+    values = json.loads((folder / CONFIG).read_text())
+    model_config = ModelConfig(**values["model"])
+    if model_config.history == NO_HISTORY:
+        raise ConfigError(f"{folder} was trained with history=none; there is no K/V to share")
+    schema = FeatureSchema.from_json(json.loads((folder / SCHEMA).read_text()))
+    model = new_model(schema, model_config, model_config.history, values["seed"])
+    load_weights(model, folder / model_config.history)
+    return model.eval(), schema
+
+
+def new_model(schema: FeatureSchema, sizes: ModelConfig, kind: str, seed: int) -> DLRM:
+    """A freshly drawn DLRM, with the history of a kind or with none."""
+    torch.manual_seed(seed)
+    if kind == NO_HISTORY:
+        return plain_dlrm(schema, sizes.dim, sizes.top_mlp)
+    return dlrm_with_history(
+        schema, sizes.dim, sizes.num_layers, sizes.num_heads, sizes.dropout, sizes.top_mlp
+    )
+
+
+def first_users(log: InteractionLog, max_users: int) -> InteractionLog:
+    """The same log with the events of its first users only."""
+    kept = log.users.codes < max_users
+    return dataclasses.replace(
+        log,
+        users=log.users._replace(codes=log.users.codes[kept]),
+        items=log.items._replace(codes=log.items.codes[kept]),
+        time=log.time[kept],
+        label=log.label[kept],
+        action=log.action and log.action._replace(codes=log.action.codes[kept]),
+    )
+
+
+def _evaluate(score: Scorer, dataset: Dataset, config: TrainConfig) -> dict[str, float]:
+    sampled = evaluate_sampled(score, dataset, TEST, config.negatives)
+    return sampled | evaluate_catalogue(score, dataset, config.budget.eval_users)
+
+
+def _settings(config: TrainConfig) -> TrainSettings:
+    return TrainSettings(
+        config.budget.epochs,
+        config.learning_rate,
+        config.table_learning_rate,
+        config.weight_decay,
+        config.batch_targets,
+        config.negatives,
+        config.seed,
+        config.checkpoint_seconds,
+    )
+
+
+def _claim(folder: Path, config: TrainConfig, schema: FeatureSchema) -> None:
+    """Write down what the run is, or find that the folder is this very run, killed early."""
+    values = dataclasses.asdict(config)
+    # Where a run lies and how many threads it has do not make it another run.
+    comparable = {k: v for k, v in values.items() if k not in ("output", "threads")}
+    if (folder / CONFIG).is_file():
+        before: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        differing = sorted(k for k, v in comparable.items() if before.get(k) != v)
+        if differing:
+            raise ConfigError(f"{folder} holds a run of another config; these differ: {differing}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SCHEMA).write_text(json.dumps(schema.to_json()))
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
