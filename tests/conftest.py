@@ -6,10 +6,11 @@ import warnings
 import torch
 from hypothesis import HealthCheck, settings
 
-# fbgemm warns of its own modules while torchrec imports them. The suite makes warnings errors, so
-# the import happens here, before any test file or doctest asks for it.
+# fbgemm warns of its own modules while torchrec imports them, and torchmetrics of setuptools'. The
+# suite makes warnings errors, so the imports happen here, before any test file or doctest asks.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
+    import torchmetrics  # noqa: F401
     import torchrec  # noqa: F401
 
 # Two xdist workers share the machine's two cores.

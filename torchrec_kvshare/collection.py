@@ -282,9 +282,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """The encoder."""
         return self.pooling.tower
 
-    def forward(
-        self, features: KeyedJaggedTensor, kv_pages: Tensor | None = None
-    ) -> KeyedTensor:
+    def forward(self, features: KeyedJaggedTensor, kv_pages: Tensor | None = None) -> KeyedTensor:
         """Pool every feature for every candidate.
 
         Args:

@@ -95,7 +95,7 @@ class Budget:
     """How long training may take."""
 
     name: str = "demo"
-    epochs: int = 8
+    epochs: int = 3
     max_users: int | None = None  # train on that many users only
     eval_users: int | None = None  # rank the catalogue for that many users only
     baselines: bool = True  # also train history=none and count popularity
@@ -111,8 +111,8 @@ class TrainConfig:
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
     threads: int | None = None  # None: as many as torch finds
-    learning_rate: float = 1e-3  # of the dense parts
-    table_learning_rate: float = 1e-2
+    learning_rate: float = 3e-3  # of the dense parts
+    table_learning_rate: float = 5e-3
     weight_decay: float = 1e-5  # of the dense parts
     batch_targets: int = 256  # targets, each with its negatives
     negatives: int = 7  # sampled for every target

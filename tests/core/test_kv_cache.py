@@ -15,6 +15,7 @@ from tests.core.worlds import HEAD_DIM, NUM_HEADS, NUM_LAYERS, PAGE_BYTES, PAGE_
 from torchrec_kvshare.cache import kv_cache
 from torchrec_kvshare.cache.kv_cache import Entry, KVCache
 from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.errors import ShapeError
 
 HAMMER_SECONDS = 20.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.0
 
@@ -284,3 +285,16 @@ def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
     kept = cache._entry_by_user.values()
     assert all(entry.num_pins == 0 and not entry.dropped for entry in kept)
     assert sum(len(entry.pages) for entry in kept) == 12 - cache.pool.num_free
+
+
+def test_kv_of_another_model_is_refused_before_anything_changed() -> None:
+    """It was found out while copying, when victims were evicted and pages taken already."""
+    cache = KVCache(PagePool(4096, 4, 1, 2, 8))
+    kept = cache.put("7", b"abc", torch.zeros(1, 2, 3, 2, 8))
+    assert kept is not None
+    cache.release(kept)
+    held = cache.held_bytes
+    with pytest.raises(ShapeError, match=r"K/V is \[1, 2, 30, 4, 4\]; the pool holds"):
+        cache.put("8", b"xyz", torch.zeros(1, 2, 30, 4, 4))
+    assert cache.held_bytes == held
+    assert cache.lookup("7", b"abc", 3).reason == "hit"

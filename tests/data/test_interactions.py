@@ -16,18 +16,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_kvshare.data import interactions
+from torchrec_kvshare.data import tables
 from torchrec_kvshare.data.interactions import (
     LATEST_TIME,
     ColumnMapping,
-    Exclusion,
-    IdColumn,
     InteractionLog,
     ReadReport,
     build_log,
+    read_interactions,
+)
+from torchrec_kvshare.data.tables import (
+    Exclusion,
+    IdColumn,
     canonical_id,
     encode,
-    read_interactions,
     read_table,
 )
 from torchrec_kvshare.errors import ConfigError, DataError, MissingExtraError, ShapeError
@@ -191,7 +193,7 @@ def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rows = "".join(f"{row % 3},{row % 5},{row}\n" for row in range(11))
     path = written(tmp_path, f"user,item,time\n{rows}short\n9,9,x\n")
     whole = read_interactions(path, COLUMNS)
-    monkeypatch.setattr(interactions, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(tables, "CHUNK_ROWS", 4)
     in_chunks = read_interactions(path, COLUMNS)
     assert whole.report == in_chunks.report
     assert decoded(whole.items) == decoded(in_chunks.items)

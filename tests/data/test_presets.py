@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from torchrec_kvshare.data.interactions import ColumnMapping, IdColumn, read_interactions
+from torchrec_kvshare.data.interactions import ColumnMapping, read_interactions
 from torchrec_kvshare.data.presets import read_movielens, read_online_retail
+from torchrec_kvshare.data.tables import IdColumn
 from torchrec_kvshare.errors import DataError
 
 RETAIL_HEADER = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country"

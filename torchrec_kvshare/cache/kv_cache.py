@@ -90,7 +90,11 @@ class KVCache:
         Returns:
             The entry, or None if the pages that nobody is using do not suffice: nothing has changed
             then.
+
+        Raises:
+            ShapeError: if the K/V is not of the pool's layers, heads and head width.
         """
+        self.pool.check(kv)
         with self._lock:
             pages = self._make_room(user_id, self.pool.pages_for(kv.size(2)))
             if pages is None:

@@ -7,7 +7,7 @@ place.
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.errors import ConfigError, ShapeError
 
 FREE, TAKEN = 1, 0
 
@@ -76,6 +76,19 @@ class PagePool:
         for page in pages:
             assert self._state[page] == TAKEN
             self._state[page] = FREE
+
+    def check(self, kv: Tensor) -> None:
+        """Refuse K/V that these pages cannot hold.
+
+        Raises:
+            ShapeError: if its layers, heads or head width differ from the pool's.
+        """
+        num_layers, _, _, _, num_heads, head_dim = self.kv_pages.shape
+        if kv.dim() != 5 or (*kv.shape[:2], *kv.shape[3:]) != (num_layers, 2, num_heads, head_dim):
+            raise ShapeError(
+                f"K/V is {list(kv.shape)}; the pool holds [{num_layers}, 2, events, {num_heads}, "
+                f"{head_dim}]"
+            )
 
     def write(self, pages: list[int], kv: Tensor) -> None:
         """Copy the K/V of one history [layers, 2, L, H, D] into its pages, oldest event first."""

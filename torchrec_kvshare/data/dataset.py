@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.batches import squash
-from torchrec_kvshare.data.interactions import IdColumn, InteractionLog
+from torchrec_kvshare.data.interactions import InteractionLog
 from torchrec_kvshare.data.schema import ACTION, ITEM, USER, FeatureSchema, Vocabulary, Window
+from torchrec_kvshare.data.tables import IdColumn
 
 TRAIN, VALID, TEST = 0, 1, 2
 VALID_SHARE = TEST_SHARE = 0.1  # of a user's events
@@ -45,13 +46,14 @@ class Dataset:
         schema: columns and vocabularies, made from the training split.
         user_offsets: [U + 1], in events.
         item: [T] item code of each event.
-        action_row: [T] table row of each event's action; empty where the log has none.
+        action: [T] action code of each event; empty where the log has none.
         time: [T] Unix seconds.
         label: [T] float32, 1 for a positive event.
         num_earlier: [T] events of the same user at strictly earlier times.
         split: [T] ``TRAIN``, ``VALID`` or ``TEST``.
         user_row: [U] table row by user code.
         item_row: [I] table row by item code.
+        action_row: table row by action code; empty where the log has none.
         known_items: codes of the items of the training split: the catalogue.
         item_attributes: rows by item code, for each multi-valued item attribute.
         item_floats: [I, F] float32 by item code.
@@ -62,13 +64,14 @@ class Dataset:
     schema: FeatureSchema
     user_offsets: Ints
     item: Ints
-    action_row: Ints
+    action: Ints
     time: Ints
     label: NDArray[np.float32]
     num_earlier: Ints
     split: NDArray[np.int8]
     user_row: Ints
     item_row: Ints
+    action_row: Ints
     known_items: Ints
     item_attributes: dict[str, JaggedRows]
     item_floats: NDArray[np.float32]
@@ -107,11 +110,11 @@ def build_dataset(log: InteractionLog, window: Window) -> Dataset:
         USER: _vocabulary(log.users, known_users),
         ITEM: _vocabulary(log.items, known_items),
     }
-    action_row = np.zeros(0, np.int64)
+    action = action_row = np.zeros(0, np.int64)
     if log.action is not None:
         action = log.action.codes[order]
         vocabularies[ACTION] = _vocabulary(log.action, np.unique(action[in_training]))
-        action_row = _rows(log.action.ids, vocabularies[ACTION])[action]
+        action_row = _rows(log.action.ids, vocabularies[ACTION])
     for owners, attributes in (
         (known_items, log.item_attributes),
         (known_users, log.user_attributes),
@@ -133,13 +136,14 @@ def build_dataset(log: InteractionLog, window: Window) -> Dataset:
         schema,
         user_offsets,
         item,
-        action_row,
+        action,
         time,
         log.label[order],
         num_earlier,
         split,
         _rows(log.users.ids, vocabularies[USER]),
         _rows(log.items.ids, vocabularies[ITEM]),
+        action_row,
         known_items,
         _attribute_rows(log.item_attributes, vocabularies),
         np.stack(floats, axis=1) if floats else np.zeros((len(log.items.ids), 0), np.float32),
@@ -197,11 +201,16 @@ def split_events(user: Ints, num_earlier: Ints, counts: Ints) -> NDArray[np.int8
     is_first[1:] = (np.diff(num_earlier) != 0) | (np.diff(user) != 0)
     set_user, set_earlier = user[is_first], num_earlier[is_first]
     num_sets = np.bincount(set_user, minlength=len(counts))
-    last_set = np.cumsum(num_sets) - 1
+    first_set = np.cumsum(num_sets) - num_sets
     has_splits = num_sets >= MIN_SETS_TO_SPLIT
+    # The last set is for testing, however large it is; the first two never are.
+    set_place = np.arange(len(set_user)) - first_set[set_user]
+    late = set_earlier >= np.ceil(counts * (1 - TEST_SHARE))[set_user]
+    tested = (late | (set_place == num_sets[set_user] - 1)) & (set_place >= 2)
+    num_before_test = num_sets - np.bincount(set_user[tested], minlength=len(counts))
     # Of users without splits these two look anywhere; nothing is made of it.
-    last, one_before = set_earlier[last_set], set_earlier[np.maximum(last_set - 1, 0)]
-    test_from = np.minimum(last, np.ceil(counts * (1 - TEST_SHARE)))
+    first_tested = np.minimum(first_set + num_before_test, len(set_user) - 1)
+    test_from, one_before = set_earlier[first_tested], set_earlier[first_tested - 1]
     valid_from = np.minimum(one_before, np.ceil(counts * (1 - TEST_SHARE - VALID_SHARE)))
     split = np.full(len(user), TRAIN, np.int8)
     split[has_splits[user] & (num_earlier >= valid_from[user])] = VALID

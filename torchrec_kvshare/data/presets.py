@@ -1,7 +1,7 @@
 """Public data sets by name: what their columns mean and which of their rows are interactions.
 
 Each preset is a table, a column mapping and the reasons to leave rows out; the reading itself is
-``interactions``. The files are the publishers' own, in a folder of the caller's.
+``tables`` and ``interactions``. The files are the publishers' own, in a folder of the caller's.
 """
 
 import re
@@ -10,13 +10,15 @@ from pathlib import Path
 
 from torchrec_kvshare.data.interactions import (
     ColumnMapping,
+    InteractionLog,
+    build_log,
+    finite_number,
+)
+from torchrec_kvshare.data.tables import (
     Exclusion,
     IdColumn,
-    InteractionLog,
     RawTable,
-    build_log,
     code_rows,
-    finite_number,
     open_text,
     read_table,
 )

@@ -7,7 +7,7 @@ import numpy as np
 
 from torchrec_kvshare.data.dataset import TEST, Dataset
 from torchrec_kvshare.data.schema import ACTION, ITEM, TIME, USER
-from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.errors import ConfigError, DataError
 
 
 def make_requests(
@@ -29,6 +29,7 @@ def make_requests(
 
     Raises:
         ConfigError: if a number is below 1, or the catalogue is smaller than ``num_candidates``.
+        DataError: if nothing is in the test split.
     """
     for name, value in (("count", count), ("candidates", num_candidates)):
         if value < 1:
@@ -39,6 +40,8 @@ def make_requests(
         )
     rng = np.random.default_rng(seed)
     events = np.flatnonzero(dataset.split == TEST)
+    if not len(events):
+        raise DataError("the data set has no event in the test split")
     for number in range(count):
         event = int(rng.choice(events))
         drawn = rng.choice(dataset.known_items, num_candidates, replace=False)
@@ -48,15 +51,14 @@ def make_requests(
 
 
 def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, Any]:
-    log, schema = dataset.log, dataset.schema
+    log = dataset.log
     user = int(dataset.event_user[event])
     first = int(dataset.user_offsets[user])
     past = slice(first, first + int(dataset.num_earlier[event]))
     items = dataset.item[past].tolist()
     history: dict[str, Any] = {ITEM: _ids(log.items.ids, items)}
     if log.action is not None:
-        by_row = (None, None, *schema.vocabulary_by_column[ACTION].ids)
-        history[ACTION] = [_id(by_row[row]) for row in dataset.action_row[past]]
+        history[ACTION] = _ids(log.action.ids, dataset.action[past].tolist())
     shown: dict[str, Any] = {ITEM: _ids(log.items.ids, candidates)}
     for name, ids_by_item in log.item_attributes.items():
         history[name] = [[_id(raw) for raw in ids_by_item[item]] for item in items]
@@ -75,12 +77,12 @@ def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, A
     }
 
 
-def _ids(ids: list[str], codes: list[int]) -> list[str | int | None]:
+def _ids(ids: list[str], codes: list[int]) -> list[str | int]:
     return [_id(ids[code]) for code in codes]
 
 
-def _id(raw: str | None) -> str | int | None:
+def _id(raw: str) -> str | int:
     """Integers go out as integers, as the log had them; "007" and "85123A" stay text."""
-    if raw is not None and raw.isdecimal() and str(int(raw)) == raw:
+    if raw.isdecimal() and str(int(raw)) == raw:
         return int(raw)
     return raw

@@ -10,13 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.data.interactions import (
-    ColumnMapping,
-    IdColumn,
-    InteractionLog,
-    RawTable,
-    build_log,
-)
+from torchrec_kvshare.data.interactions import ColumnMapping, InteractionLog, build_log
+from torchrec_kvshare.data.tables import IdColumn, RawTable
 from torchrec_kvshare.errors import ConfigError
 
 NUM_TASTES = 4

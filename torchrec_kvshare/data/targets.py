@@ -226,7 +226,9 @@ def _event_bags(
         HISTORY_TIME: Bags(_tensor(dataset.time[events]), lengths),
     }
     if dataset.schema.has_action:
-        bags[history_key(ACTION)] = Bags(_tensor(dataset.action_row[events]), lengths)
+        bags[history_key(ACTION)] = Bags(
+            _tensor(dataset.action_row[dataset.action[events]]), lengths
+        )
     for name, rows in dataset.item_attributes.items():
         bags[history_key(name)] = _bags(*rows.take(items))
     return bags

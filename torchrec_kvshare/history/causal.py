@@ -43,6 +43,18 @@ class CausalLayer(nn.Module):
         self.feedforward_out = nn.Linear(4 * dim, dim)
         self.time_bias = nn.Parameter(torch.zeros(num_time_buckets, num_heads))
         self.dropout = nn.Dropout(dropout)
+        self._attend_to_alike()
+
+    @torch.no_grad()
+    def _attend_to_alike(self) -> None:
+        """Start with keys projected as queries are: rows attend to what is like them from the start.
+
+        Finding the like of a candidate in a history is most of what has to be learned, and from two
+        unrelated projections it takes thousands of steps to be found.
+        """
+        query, key, _ = self.query_key_value.weight.chunk(3)
+        nn.init.orthogonal_(query)
+        key.copy_(query)
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [R, H, D], of rows [R, E]."""

@@ -43,7 +43,7 @@ METRICS_BY_PICTURE = {
         ("speedup_vs_uncached", "seed_model_speedup"),
         "speed-up over the uncached path [x]",
     ),
-    "memory": (MEMORY, ("peak_bytes", "repeated_kv_bytes"), "peak while scoring [bytes]"),
+    "memory": (MEMORY, ("peak_bytes", "repeated_kv_bytes"), "peak above what was held [bytes]"),
 }
 PANEL_INCHES = (4.6, 4.2)
 

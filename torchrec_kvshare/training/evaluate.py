@@ -75,7 +75,7 @@ def evaluate_sampled(
         num_negatives: sampled for every target.
 
     Returns:
-        ``auc``, ``gauc``, ``ne``.
+        ``AUC``, ``GAUC``, ``NE``.
     """
     rng = np.random.default_rng(EVALUATION_SEED)
     targets = np.flatnonzero(dataset.split == split)
@@ -106,7 +106,7 @@ def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -
         max_users: rank for that many users only, spread evenly; None ranks for all.
 
     Returns:
-        ``hr@10`` and ``ndcg@10``.
+        ``HR@10`` and ``NDCG@10``.
     """
     held_out = _last_test_events(dataset)
     if max_users is not None and max_users < len(held_out):

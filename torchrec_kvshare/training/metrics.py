@@ -27,7 +27,7 @@ def classification_metrics(
         rows_per_user: [U] int64, together R.
 
     Returns:
-        ``auc``, ``gauc`` and ``ne``.
+        ``AUC``, ``GAUC`` and ``NE``.
 
     Source:
         torchrec.metrics; NE: He et al. 2014, "Practical Lessons from Predicting Clicks on Ads".
@@ -36,9 +36,9 @@ def classification_metrics(
     auc = compute_auc(1, [predicted], [labelled], [weights])
     ne = _ne(labelled, predicted, weights)
     return {
-        "auc": float(auc[0]),
-        "gauc": _gauc(labelled, predicted, weights, rows_per_user),
-        "ne": ne,
+        "AUC": float(auc[0]),
+        "GAUC": _gauc(labelled, predicted, weights, rows_per_user),
+        "NE": ne,
     }
 
 
@@ -50,15 +50,15 @@ def rank_metrics(ranks: list[int], cutoff: int = 10) -> dict[str, float]:
         cutoff: length of the list shown.
 
     Returns:
-        ``hr@<cutoff>`` and ``ndcg@<cutoff>``, means over users.
+        ``HR@<cutoff>`` and ``NDCG@<cutoff>``, means over users.
 
     Example:
         >>> rank_metrics([0, 1, 99])
-        {'hr@10': 0.6666666666666666, 'ndcg@10': 0.5436432511904858}
+        {'HR@10': 0.6666666666666666, 'NDCG@10': 0.5436432511904858}
     """
     gains = [1 / math.log2(rank + 2) for rank in ranks if rank < cutoff]
     users = max(len(ranks), 1)
-    return {f"hr@{cutoff}": len(gains) / users, f"ndcg@{cutoff}": sum(gains) / users}
+    return {f"HR@{cutoff}": len(gains) / users, f"NDCG@{cutoff}": sum(gains) / users}
 
 
 def rank_of_target(scores: Tensor, target: Tensor, excluded: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+"""Logs written down event by event; an id alone tells what attributes it has."""
+
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.tables import encode
+
+ITEMS = tuple(str(place) for place in range(100, 112))
+ACTIONS = ("view", "buy", "rate")
+COUNTRIES = ("AT", "BR", "GB")
+USERS = ("u", "vv", "www")
+START_TIME = 1_700_000_000
+
+
+class Event(NamedTuple):
+    """One row of a log."""
+
+    user: str
+    item: str
+    time: int
+    action: str = "view"
+    label: int = 1
+
+
+def genres_of(item: str) -> tuple[str, ...]:
+    """Of an item: none, one or two."""
+    return tuple(f"g{(int(item) + place) % 5}" for place in range(int(item) % 3))
+
+
+def price_of(item: str) -> float:
+    return float(int(item) % 7) + 0.25
+
+
+def countries_of(user: str) -> tuple[str, ...]:
+    return (COUNTRIES[len(user) % len(COUNTRIES)],)
+
+
+def log_of(events: list[Event]) -> InteractionLog:
+    """The log of some events, in their order."""
+    users, items = encode(e.user for e in events), encode(e.item for e in events)
+    return InteractionLog(
+        users,
+        items,
+        np.array([event.time for event in events], np.int64),
+        np.array([event.label for event in events], np.float32),
+        encode(event.action for event in events),
+        {"genres": [genres_of(item) for item in items.ids]},
+        {"price": np.array([price_of(item) for item in items.ids], np.float32)},
+        {"country": [countries_of(user) for user in users.ids]},
+        ReadReport(len(events), len(events), {}, []),
+    )
+
+
+def one_user(times: list[int], items: list[str] | None = None) -> InteractionLog:
+    """A log of one user, whose items follow each other if none are given."""
+    items = items or [ITEMS[place % len(ITEMS)] for place in range(len(times))]
+    return log_of([Event("u", item, time) for item, time in zip(items, times, strict=True)])
+
+
+def drawn_events(counts: list[int], seed: int) -> list[Event]:
+    """So many events of each user, shuffled, at few times: many are equal."""
+    rng = np.random.default_rng(seed)
+    users = rng.permutation(np.repeat([USERS[place] for place in range(len(counts))], counts))
+    return [
+        Event(
+            user,
+            str(rng.choice(ITEMS)),
+            START_TIME + 3_000 * int(rng.integers(40)),
+            str(rng.choice(ACTIONS)),
+            int(rng.integers(2)),
+        )
+        for user in users.tolist()
+    ]
+
+
+# A few events that shrink to what matters, and histories longer than any window of the tests.
+event_lists = st.lists(
+    st.builds(
+        Event,
+        st.sampled_from(USERS),
+        st.sampled_from(ITEMS),
+        st.integers(START_TIME, START_TIME + 5),
+        st.sampled_from(ACTIONS),
+        st.integers(0, 1),
+    ),
+    min_size=1,
+    max_size=12,
+) | st.builds(
+    drawn_events, st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(0, 2**32 - 1)
+)

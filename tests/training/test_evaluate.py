@@ -1,0 +1,205 @@
+"""Evaluation by scorers that are known to be right, wrong or indifferent."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchrec.datasets.utils import Batch
+
+from tests.data.logs import Event, log_of
+from torchrec_kvshare.data.batches import assemble, single
+from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, build_dataset
+from torchrec_kvshare.data.schema import (
+    ITEM,
+    REQUEST_TIME,
+    UNKNOWN_ROW,
+    USER,
+    Window,
+    candidate_key,
+)
+from torchrec_kvshare.ranking import dlrm_with_history
+from torchrec_kvshare.training import evaluate
+from torchrec_kvshare.training.evaluate import (
+    Scorer,
+    evaluate_catalogue,
+    evaluate_sampled,
+    model_scorer,
+    popularity_scorer,
+)
+
+NUM_ITEMS = 30
+NEVER_TRAINED = "200"
+# Last item of each user, and whether the user has met it before.
+LAST_ITEM = {"new item": "112", "repurchase": "103", "unknown": NEVER_TRAINED, "other": "117"}
+
+
+def histories() -> list[Event]:
+    """Everyone meets items 100 to 106, one for validation and the last; one user meets all items."""
+    # All at one time: this user is for training only.
+    events = [Event("all", str(100 + place), 50) for place in range(NUM_ITEMS)]
+    for user, last in LAST_ITEM.items():
+        seen = [*range(100, 107), 100]
+        events += [Event(user, str(item), 100 + place) for place, item in enumerate(seen)]
+        events += [Event(user, "101", 200), Event(user, last, 300)]
+    return events
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return build_dataset(log_of(histories()), Window(8, 4))
+
+
+def by_row(dataset: Dataset) -> dict[int, int]:
+    """Row of the held-out item by row of the user."""
+    vocabularies = dataset.schema.vocabulary_by_column
+    return {
+        vocabularies[USER].row(user): vocabularies[ITEM].row(item)
+        for user, item in LAST_ITEM.items()
+    }
+
+
+def scorer_of(dataset: Dataset, of_answer: float, of_seen: float) -> Scorer:
+    """Gives the held-out item one logit, items 100 to 106 another and the rest none."""
+    answers = by_row(dataset)
+    vocabulary = dataset.schema.vocabulary_by_column[ITEM]
+    seen = {vocabulary.row(str(item)) for item in range(100, 107)}
+
+    def score(batch: Batch) -> Tensor:
+        features = batch.sparse_features
+        keys, inverse = features.inverse_indices()
+        users = features[USER].values()[inverse[keys.index(USER)]].tolist()
+        items = features[candidate_key(ITEM)].values().tolist()
+        return torch.tensor(
+            [
+                of_answer if answers[user] == item else of_seen if item in seen else 0.0
+                for user, item in zip(users, items, strict=True)
+            ]
+        )
+
+    return score
+
+
+def test_the_right_answer_is_found_unless_training_never_met_it(dataset: Dataset) -> None:
+    found = evaluate_catalogue(scorer_of(dataset, 9.0, 0.0), dataset, None)
+    assert found == {"HR@10": 3 / 4, "NDCG@10": 3 / 4}
+
+
+def test_the_right_answer_ranked_last_is_not_found(dataset: Dataset) -> None:
+    found = evaluate_catalogue(scorer_of(dataset, -9.0, 0.0), dataset, None)
+    assert found == {"HR@10": 0.0, "NDCG@10": 0.0}
+
+
+def test_an_indifferent_scorer_finds_nothing(dataset: Dataset) -> None:
+    assert evaluate_catalogue(scorer_of(dataset, 0.0, 0.0), dataset, None)["HR@10"] == 0.0
+
+
+def test_items_met_before_are_excluded_but_for_a_repurchase(dataset: Dataset) -> None:
+    # All met items stand ahead of the answer; were they not excluded, it would stand eighth.
+    found = evaluate_catalogue(scorer_of(dataset, 1.0, 9.0), dataset, None)
+    assert found["NDCG@10"] == 3 / 4
+    assert found["HR@10"] == 3 / 4
+
+
+def test_users_are_taken_evenly(dataset: Dataset) -> None:
+    score = scorer_of(dataset, 9.0, 0.0)
+    # In order: new item, repurchase, unknown, other.
+    assert evaluate_catalogue(score, dataset, 1)["HR@10"] == 1.0
+    assert evaluate_catalogue(score, dataset, 2)["HR@10"] == 1.0
+    assert evaluate_catalogue(score, dataset, 3)["HR@10"] == 1.0
+    assert evaluate_catalogue(score, dataset, 4)["HR@10"] == 3 / 4
+    assert evaluate_catalogue(score, dataset, 99)["HR@10"] == 3 / 4
+
+
+def test_how_many_users_are_ranked_at_a_time_does_not_matter(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    score = scorer_of(dataset, 9.0, 0.0)
+
+    def counting(batch: Batch) -> Tensor:
+        sizes.append(batch.sparse_features[REQUEST_TIME].values().numel())
+        return score(batch)
+
+    monkeypatch.setattr(evaluate, "CATALOGUE_ROWS_AT_A_TIME", 2 * NUM_ITEMS)
+    assert evaluate_catalogue(counting, dataset, None)["HR@10"] == 3 / 4
+    assert sizes == [2, 1]
+
+
+def test_the_last_of_equal_test_events_is_held_out(dataset: Dataset) -> None:
+    both = build_dataset(log_of([*histories(), Event("other", "118", 300)]), Window(8, 4))
+    # The scorer finds 117, which the user bought at the same time; 118 ties with what is left.
+    assert evaluate_catalogue(scorer_of(dataset, 9.0, 0.0), both, None)["HR@10"] == 2 / 4
+
+
+def test_sampled_metrics_of_a_scorer_that_knows(dataset: Dataset) -> None:
+    for split in (VALID, TEST):
+        found = evaluate_sampled(lambda batch: 20 * batch.labels - 10, dataset, split, 5)
+        assert (found["AUC"], found["GAUC"]) == (1.0, pytest.approx(1.0))
+        assert 0 < found["NE"] < 1e-3
+
+
+def test_every_scorer_meets_the_same_negatives(dataset: Dataset) -> None:
+    met: list[list[int]] = []
+
+    def score(batch: Batch) -> Tensor:
+        met.append(batch.sparse_features[candidate_key(ITEM)].values().tolist())
+        return batch.labels
+
+    for _ in range(2):
+        evaluate_sampled(score, dataset, TEST, 5)
+    assert met[0] == met[1]
+    assert len(met[0]) == len(LAST_ITEM) * 6
+
+
+def test_how_many_targets_are_scored_at_a_time_does_not_matter(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_item(batch: Batch) -> Tensor:
+        return torch.sin(batch.sparse_features[candidate_key(ITEM)].values().float())
+
+    together = evaluate_sampled(by_item, dataset, TEST, 5)
+    monkeypatch.setattr(evaluate, "TARGETS_AT_A_TIME", 1)
+    assert evaluate_sampled(by_item, dataset, TEST, 5) == together
+
+
+def scores_of_rows(score: Scorer, item_rows: list[int]) -> list[float]:
+    rows = torch.tensor(item_rows)
+    bags = {USER: single(torch.zeros(1, dtype=torch.int64)), candidate_key(ITEM): single(rows)}
+    return score(
+        assemble(bags, torch.zeros_like(rows), torch.zeros(len(rows), 4), torch.zeros(len(rows)))
+    ).tolist()
+
+
+def test_popularity_is_the_log_odds_of_training_counts() -> None:
+    events = [Event("u", item, time) for time, item in enumerate(["100"] * 6 + ["101"] * 2)]
+    events += [Event("u", "102", 8, label=0), Event("u", "102", 9), Event("u", "103", 10)]
+    dataset = build_dataset(log_of([*events, Event("vv", "102", 1, label=0)]), Window(8, 4))
+    assert dataset.split.tolist() == [TRAIN] * 9 + [VALID, TEST] + [TRAIN]
+    known = dataset.schema.vocabulary_by_column[ITEM].rows(["100", "101", "102"])
+    score = popularity_scorer(dataset, num_negatives=3)
+    # Eight positives and three times as many negatives over a catalogue of three items.
+    expected = [math.log((count + 1) / (3 * 8 / 3)) for count in (0, 6, 2, 0)]
+    assert scores_of_rows(score, [UNKNOWN_ROW, *known]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_is_scored_in_eval_mode_and_without_gradients(dataset: Dataset) -> None:
+    model = dlrm_with_history(dataset.schema, 8, 1, 2, 0.5, [4, 1]).train()
+    score = model_scorer(model)
+    assert not model.training
+    logits: list[Tensor] = []
+
+    def keeping(batch: Batch) -> Tensor:
+        logits.append(score(batch))
+        return logits[-1]
+
+    for _ in range(2):
+        evaluate_sampled(keeping, dataset, TEST, 3)
+    assert torch.equal(logits[0], logits[1])  # Without dropout.
+    assert not logits[0].requires_grad
+
+
+def test_the_held_out_events_are_those_of_users_with_a_test_split(dataset: Dataset) -> None:
+    tested = np.unique(dataset.event_user[dataset.split == TEST])
+    assert [dataset.log.users.ids[code] for code in tested] == list(LAST_ITEM)
