@@ -1,13 +1,14 @@
 """The main job from end to end: ``python -m pipelines.demo``, or ``make demo``."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
-from torchrec_kvshare.config import CacheConfig, DemoConfig, TrainConfig, checked
+from torchrec_kvshare.config import CacheConfig, DemoConfig, TrainConfig, checked, literal_overrides
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
 from torchrec_kvshare.features import parse_request
@@ -29,11 +30,14 @@ def main(composed: DictConfig) -> None:
     training = TrainConfig(
         output=str(output / "train"), data=config.data, budget=config.budget, seed=config.seed
     )
+    # Before the training: what cannot be asked for shows at once.
+    raws = list(
+        make_requests(load_dataset(training), config.requests, config.candidates, config.seed)
+    )
     metrics = train_run(training)
     model, schema = load_trained(output / "train")
     export_torchscript(RankingModel(model).eval(), schema, output / "artifact")
     artifact = load_artifact(output / "artifact")
-    raws = make_requests(load_dataset(training), config.requests, config.candidates, config.seed)
     requests = [parse_request(raw, artifact.schema) for raw in raws]
     sizes = dataclasses.astuple(CacheConfig())[1:]
     uncached, cached = (new_engine(artifact, kind, *sizes) for kind in ("off", "memory"))
@@ -55,4 +59,5 @@ def metrics_table(metrics: Metrics) -> str:
 
 
 if __name__ == "__main__":
+    sys.argv = literal_overrides(sys.argv)
     main()

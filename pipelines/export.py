@@ -1,12 +1,13 @@
 """Export a trained run to TorchScript: ``python -m pipelines.export run=DIR``."""
 
+import sys
 from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
-from torchrec_kvshare.config import ExportConfig, checked
+from torchrec_kvshare.config import ExportConfig, checked, literal_overrides
 from torchrec_kvshare.export.torchscript import export_torchscript
 from torchrec_kvshare.ranking import RankingModel
 from torchrec_kvshare.training.run import load_trained
@@ -25,4 +26,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv = literal_overrides(sys.argv)
     main()

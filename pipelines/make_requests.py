@@ -1,12 +1,13 @@
 """Write requests of a data set's test users: ``python -m pipelines.make_requests data=NAME``."""
 
 import json
+import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from torchrec_kvshare.config import MakeRequestsConfig, checked
+from torchrec_kvshare.config import MakeRequestsConfig, checked, literal_overrides
 from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.requests import make_requests
@@ -28,4 +29,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv = literal_overrides(sys.argv)
     main()

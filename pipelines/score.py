@@ -7,7 +7,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from torchrec_kvshare.config import ScoreConfig, checked
+from torchrec_kvshare.config import ScoreConfig, checked, literal_overrides
 from torchrec_kvshare.export.torchscript import load_artifact
 from torchrec_kvshare.scoring import new_engine, score_file
 
@@ -31,4 +31,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv = literal_overrides(sys.argv)
     main()

@@ -1,13 +1,14 @@
 """Train a DLRM with a shared history, and its baselines: ``python -m pipelines.train``."""
 
 import json
+import sys
 from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
-from torchrec_kvshare.config import TrainConfig, checked
+from torchrec_kvshare.config import TrainConfig, checked, literal_overrides
 from torchrec_kvshare.training.run import METRICS, train_run
 
 
@@ -25,4 +26,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv = literal_overrides(sys.argv)
     main()

@@ -36,6 +36,7 @@ from torchrec_kvshare.labels import ATTEND, PREFILL
 
 HISTORY_FEATURE = "history"  # name of the pooled vector in the resulting KeyedTensor
 POSITION = "position"
+START_SCALE = {POSITION: 0.25}  # of its table against the others: what an event is matters most
 
 
 class TokenFeatures(nn.Module):
@@ -333,8 +334,8 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 def token_tables(schema: FeatureSchema, dim: int) -> list[EmbeddingConfig]:
     """Tables of the tokens: what events and candidates have in common they share.
 
-    All start on one scale: TorchRec's own start shrinks with the number of rows, and in a sum of
-    columns the item would drown among columns of few values.
+    All but positions start on one scale: TorchRec's own start shrinks with the number of rows, and
+    in a sum of columns the item would drown among columns of few values.
     """
     rows_by_column = {
         c: schema.num_rows(c) for c in (*schema.event_columns, *schema.item_attributes)
@@ -348,7 +349,7 @@ def token_tables(schema: FeatureSchema, dim: int) -> list[EmbeddingConfig]:
             num_embeddings=num_rows,
             feature_names=[history_key(column)]
             + ([candidate_key(column)] if column in shared else []),
-            init_fn=partial(nn.init.normal_, std=dim**-0.5),
+            init_fn=partial(nn.init.normal_, std=dim**-0.5 * START_SCALE.get(column, 1.0)),
         )
         for column, num_rows in rows_by_column.items()
     ]

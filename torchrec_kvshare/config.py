@@ -5,15 +5,25 @@ and a value of the wrong type is too. Behind ``checked`` there are plain datacla
 travels on.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchrec_kvshare.errors import ConfigError
 
 Schema = TypeVar("Schema")
+
+# The least value that can work, wherever a config has a number by this name.
+LEAST_BY_KEY = {
+    **dict.fromkeys(("threads", "dim", "num_layers", "num_heads", "batch_targets", "negatives"), 1),
+    **dict.fromkeys(("max_users", "eval_users"), 1),
+    **dict.fromkeys(("epochs", "seed", "learning_rate", "table_learning_rate", "weight_decay"), 0),
+}
 
 
 @dataclass
@@ -212,6 +222,33 @@ class ProfileConfig:
     threads: int | None = None
 
 
+def literal_overrides(arguments: list[str]) -> list[str]:
+    """Quote what Hydra's grammar cannot read: a shell has taken the quotes off already.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        The same arguments, an unreadable ``key=value`` as ``key='value'``.
+
+    Example:
+        >>> literal_overrides(["data.label=rating>=4", "threads=1", "--help"])
+        ["data.label='rating>=4'", 'threads=1', '--help']
+    """
+    return [_literal(argument) for argument in arguments]
+
+
+def _literal(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if argument.startswith("-") or not equals:
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return argument
+
+
 def checked(config: DictConfig, schema: type[Schema]) -> Schema:
     """A composed config as its dataclass.
 
@@ -223,7 +260,7 @@ def checked(config: DictConfig, schema: type[Schema]) -> Schema:
         An instance of ``schema``; ``data`` is the dataclass of its kind.
 
     Raises:
-        ConfigError: naming the key that is unknown, missing or of the wrong type.
+        ConfigError: naming the key that is unknown, missing, of the wrong type or too small.
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
@@ -235,7 +272,17 @@ def checked(config: DictConfig, schema: type[Schema]) -> Schema:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
     assert isinstance(filled, schema)
+    _check_least(filled, "")
     return filled
+
+
+def _check_least(config: Any, prefix: str) -> None:
+    for key, value in vars(config).items():
+        if is_dataclass(value):
+            _check_least(value, f"{prefix}{key}.")
+        # Not `value < least`: NaN is too small as well.
+        elif key in LEAST_BY_KEY and value is not None and not value >= LEAST_BY_KEY[key]:
+            raise ConfigError(f"{prefix}{key} is {value}; it must be at least {LEAST_BY_KEY[key]}")
 
 
 def _data_schema(data: DictConfig) -> type[Any]:

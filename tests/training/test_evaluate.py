@@ -36,7 +36,7 @@ LAST_ITEM = {"new item": "112", "repurchase": "103", "unknown": NEVER_TRAINED, "
 
 
 def histories() -> list[Event]:
-    """Everyone meets items 100 to 106, one for validation and the last; one user meets all items."""
+    """Everyone meets items 100 to 106, one for validation and the last; one user meets all."""
     # All at one time: this user is for training only.
     events = [Event("all", str(100 + place), 50) for place in range(NUM_ITEMS)]
     for user, last in LAST_ITEM.items():

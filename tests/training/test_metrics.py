@@ -147,6 +147,14 @@ def test_rank_of_the_target(
     assert rank(scores, target, excluded) == expected
 
 
+def test_a_score_that_is_no_number_counts_against_the_target() -> None:
+    """All logits of a model that had diverged were NaN, and its hit rate was 1."""
+    nan = math.nan
+    assert rank([nan, nan, nan], 1, []) == 2
+    assert rank([0.1, nan, 0.2], 1, []) == 2
+    assert rank([nan, 0.5, 0.2], 1, []) == 1
+
+
 def brute_rank(scores: Tensor, target: int, excluded: Tensor) -> int:
     others = [place for place in range(len(scores)) if place != target and not excluded[place]]
     return sum(bool(scores[place] >= scores[target]) for place in others)

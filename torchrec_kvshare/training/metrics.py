@@ -73,7 +73,8 @@ def rank_of_target(scores: Tensor, target: Tensor, excluded: Tensor) -> Tensor:
         [W] int64, from 0.
     """
     own = scores.gather(1, target[:, None])
-    ahead = (scores >= own) & ~excluded
+    # Not `scores >= own`: a NaN, of a model that diverged, would stand first then.
+    ahead = ~(scores < own) & ~excluded
     ahead.scatter_(1, target[:, None], False)
     return ahead.sum(1)
 

@@ -1,0 +1,52 @@
+"""Pipelines as a user starts them: in a process of their own, or in ours where that will do."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+WORLD = (
+    "data.num_users=40",
+    "data.events_per_user=40",
+    "data.num_items=60",
+    "data.num_categories=6",
+)
+TINY = (
+    "budget=smoke",
+    "threads=1",
+    "model.dim=16",
+    "model.num_heads=2",
+    "model.top_mlp=[16,1]",
+    "model.max_history=32",
+    "model.block=8",
+)
+
+
+def composed(name: str, *overrides: str, configs: Path = CONFIGS) -> DictConfig:
+    """The config of a pipeline, unchecked."""
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def run_pipeline(name: str, *overrides: str, configs: Path = CONFIGS) -> None:
+    """Compose and run a pipeline in this process."""
+    config = composed(name, *overrides, configs=configs)
+    importlib.import_module(f"pipelines.{name}").main(config)
+
+
+def spawn_pipeline(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """``python -m pipelines.NAME`` with the arguments as a shell would hand them over."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"pipelines.{name}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

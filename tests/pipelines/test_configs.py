@@ -1,0 +1,184 @@
+"""A config that cannot work is an error that names the key; pipelines are thin."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+
+from tests.pipelines.commands import CONFIGS, ROOT, TINY, WORLD, run_pipeline, spawn_pipeline
+from torchrec_kvshare.config import literal_overrides
+from torchrec_kvshare.errors import ConfigError
+
+PIPELINES = sorted(path for path in (ROOT / "pipelines").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    """A copy of the configs, to be spoilt."""
+    return Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
+
+
+def refused(name: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        run_pipeline(name, *overrides, "output=never_written")
+    assert not (Path.cwd() / "never_written").exists()
+    return str(error.value)
+
+
+def test_a_misspelt_key_on_the_command_line_ends_with_its_name(tmp_path: Path) -> None:
+    ended = spawn_pipeline("train", "model.dimm=16", f"output={tmp_path / 'run'}")
+    assert ended.returncode not in (0, 3)
+    assert "model.dimm" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_misspelt_key_in_a_file_ends_with_its_name(configs: Path, tmp_path: Path) -> None:
+    with (configs / "train.yaml").open("a") as file:
+        file.write("batch_target: 64\n")
+    ended = spawn_pipeline("train", "--config-path", str(configs), f"output={tmp_path / 'run'}")
+    assert ended.returncode not in (0, 3)
+    assert "ConfigError: Key 'batch_target' not in 'TrainConfig'" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "misspelt", ["batch_target=1", "model.dimm=1", "data.num_user=1", "budget.epoch=1", "dat=x"]
+)
+def test_every_level_of_the_command_line_knows_its_keys(misspelt: str) -> None:
+    with pytest.raises(HydraException, match=misspelt.partition("=")[0]):
+        run_pipeline("train", misspelt)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "file", "line", "key"),
+    [
+        ("train", "data/synthetic.yaml", "num_userz: 3", "num_userz"),
+        ("train", "budget/smoke.yaml", "epoch: 3", "budget.epoch"),
+        ("train", "history/causal.yaml", "layers: 3", "model.layers"),
+        ("make_requests", "data/synthetic.yaml", "items: 3", "items"),
+        ("score", "cache/memory.yaml", "page_sise: 3", "cache.page_sise"),
+        ("export", "export.yaml", "runs: x", "runs"),
+        ("demo", "demo.yaml", "candidate: 3", "candidate"),
+    ],
+)
+def test_every_level_of_the_files_knows_its_keys(
+    configs: Path, pipeline: str, file: str, line: str, key: str
+) -> None:
+    with (configs / file).open("a") as opened:
+        opened.write(f"{line}\n")
+    given = {
+        "train": TINY,
+        "make_requests": (),
+        "score": ("artifact=a", "requests=b"),
+        "export": ("run=a",),
+        "demo": (),
+    }[pipeline]
+    with pytest.raises(ConfigError) as error:
+        run_pipeline(pipeline, *given, "output=never_written", configs=configs)
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("batch_targets=many", "batch_targets"),
+        ("batch_targets=2.5", "batch_targets"),
+        ("model.dim=wide", "model.dim"),
+        ("model.top_mlp=16", "model.top_mlp"),
+        ("model.top_mlp=[16,x]", "model.top_mlp"),
+        ("learning_rate=fast", "learning_rate"),
+        ("budget.baselines=perhaps", "budget.baselines"),
+        ("data.num_users=few", "num_users"),
+        ("threads=all", "threads"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
+    assert key in refused("train", *TINY, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_targets=0", "batch_targets is 0; it must be at least 1"),
+        ("negatives=0", "negatives is 0; it must be at least 1"),
+        ("model.num_layers=0", "model.num_layers is 0; it must be at least 1"),
+        ("model.dim=-16", "model.dim is -16; it must be at least 1"),
+        ("threads=0", "threads is 0; it must be at least 1"),
+        ("budget.epochs=-1", "budget.epochs is -1; it must be at least 0"),
+        ("budget.max_users=0", "budget.max_users is 0; it must be at least 1"),
+        ("budget.eval_users=0", "budget.eval_users is 0; it must be at least 1"),
+        ("seed=-1", "seed is -1; it must be at least 0"),
+        ("data.seed=-1", "data.seed is -1; it must be at least 0"),
+        ("learning_rate=nan", "learning_rate is nan; it must be at least 0"),
+        ("table_learning_rate=-0.1", "table_learning_rate is -0.1; it must be at least 0"),
+        ("model.history=lstm", "model.history is 'lstm'; one of"),
+        ("model.max_history=0", "max_history is 0; it must be at least 1 event"),
+        ("model.block=5", "block is 5; it must divide max_history = 32 events"),
+        ("data.num_users=0", "num_users is 0; allowed: 1 or more"),
+        ("data.num_items=3", "num_items is 3; allowed: 6 or more"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named(override: str, message: str) -> None:
+    """With ``batch_targets=0`` a run trained on whatever came out of a division by zero."""
+    assert message in refused("train", *WORLD, *TINY, override)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "overrides", "key"),
+    [
+        ("train", ("data=movielens",), "data.root"),
+        ("train", ("data=online_retail",), "data.root"),
+        ("make_requests", ("data=interactions",), "data.path"),
+        ("demo", ("data=interactions",), "data.path"),
+        ("export", (), "run"),
+        ("score", ("requests=a",), "artifact"),
+        ("score", ("artifact=a",), "requests"),
+    ],
+)
+def test_a_missing_value_is_named(pipeline: str, overrides: tuple[str, ...], key: str) -> None:
+    message = refused(pipeline, *overrides)
+    assert "missing mandatory value" in message.lower()
+    assert key in message
+
+
+@pytest.mark.parametrize("group", ["data", "history", "budget"])
+def test_an_unknown_choice_is_named_with_those_there_are(group: str) -> None:
+    with pytest.raises(HydraException, match=rf"Could not find '{group}/nothing'[\s\S]*Available"):
+        run_pipeline("train", f"{group}=nothing")
+
+
+def test_an_unknown_name_of_data_is_named_with_those_there_are() -> None:
+    message = refused("train", "data.name=nothing")
+    assert "data.name is 'nothing'" in message
+    assert "['interactions', 'movielens', 'online_retail', 'synthetic']" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "literal"),
+    [
+        ("data.label=rating>=4", "data.label='rating>=4'"),
+        ("data.label=event==buy", "data.label='event==buy'"),
+        ("data.label=event!=it's", r"data.label='event!=it\'s'"),
+        ("output=/tmp/run (1)", "output='/tmp/run (1)'"),
+        ("data.columns.user=Käufer", "data.columns.user='Käufer'"),
+        # What Hydra reads stays as it is.
+        ('data.label="rating>=4"', 'data.label="rating>=4"'),
+        ("model.top_mlp=[8,1]", "model.top_mlp=[8,1]"),
+        ("data=movielens", "data=movielens"),
+        ("~budget", "~budget"),
+        ("--config-dir=/tmp/a>b", "--config-dir=/tmp/a>b"),
+    ],
+)
+def test_what_hydra_cannot_read_is_taken_as_text(argument: str, literal: str) -> None:
+    assert literal_overrides([argument]) == [literal]
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
+def test_a_pipeline_is_thin_and_shadows_no_standard_module(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) < 90
+    assert path.stem not in sys.stdlib_module_names
+    assert "@hydra.main(" in source
+    assert (CONFIGS / f"{path.stem}.yaml").is_file()

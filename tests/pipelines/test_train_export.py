@@ -1,0 +1,203 @@
+"""From a config to a trained run, to an artifact, to the two tables of the demo."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.pipelines.commands import TINY, WORLD, composed, run_pipeline, spawn_pipeline
+from torchrec_kvshare.config import TrainConfig, checked
+from torchrec_kvshare.errors import ArtifactError, ConfigError, DataError
+from torchrec_kvshare.training.run import load_dataset
+
+METRIC_NAMES = ["AUC", "GAUC", "NE", "HR@10", "NDCG@10"]
+ARTIFACT_FILES = ["manifest.json", "model.pt", "schema.json"]
+
+
+def metrics_of(run: Path) -> dict[str, dict[str, float]]:
+    return json.loads((run / "metrics.json").read_text())["test"]
+
+
+def test_a_run_measures_the_model_and_its_baselines(trained: Path) -> None:
+    metrics = metrics_of(trained)
+    assert list(metrics) == ["causal", "none", "popularity"]
+    for values in metrics.values():
+        assert list(values) == METRIC_NAMES
+        assert all(math.isfinite(value) for value in values.values())
+
+
+def test_train_and_export_as_processes_of_their_own(trained: Path, tmp_path: Path) -> None:
+    run, artifact = tmp_path / "run", tmp_path / "artifact"
+    finished = spawn_pipeline("train", *WORLD, *TINY, f"output={run}")
+    assert finished.returncode == 0, finished.stderr
+    assert f"wrote {run}/metrics.json; TensorBoard: {run}/tensorboard" in finished.stdout
+    # Another process, the same seed: the same metrics to the last digit.
+    assert metrics_of(run) == metrics_of(trained)
+    exported = spawn_pipeline("export", f"run={run}", f"output={artifact}")
+    assert exported.returncode == 0, exported.stderr
+    assert f"wrote {artifact}" in exported.stdout
+    assert sorted(path.name for path in artifact.iterdir()) == ARTIFACT_FILES
+    # Nothing besides: Hydra's own folders and log files are off.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "run"]
+
+
+def test_an_artifact_has_three_files_and_the_schema_of_its_run(
+    trained: Path, artifact: Path
+) -> None:
+    assert sorted(path.name for path in artifact.iterdir()) == ARTIFACT_FILES
+    schemas = [json.loads((folder / "schema.json").read_text()) for folder in (trained, artifact)]
+    assert schemas[0] == schemas[1]
+
+
+def test_an_artifact_is_never_overwritten(trained: Path, artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match="exists; an artifact is never overwritten"):
+        run_pipeline("export", f"run={trained}", f"output={artifact}")
+
+
+def test_a_run_without_a_history_cannot_be_exported(tmp_path: Path) -> None:
+    run_pipeline("train", *WORLD, *TINY, "history=none", f"output={tmp_path / 'run'}")
+    assert list(metrics_of(tmp_path / "run")) == ["none", "popularity"]
+    with pytest.raises(ConfigError, match="was trained with history=none; there is no K/V"):
+        run_pipeline("export", f"run={tmp_path / 'run'}", f"output={tmp_path / 'artifact'}")
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_folder_that_is_no_run_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no finished run: it has no metrics\.json"):
+        run_pipeline("export", f"run={tmp_path}", f"output={tmp_path / 'artifact'}")
+
+
+def test_a_run_goes_on_in_its_folder_and_another_is_refused_there(trained: Path) -> None:
+    before = (trained / "metrics.json").read_bytes()
+    run_pipeline("train", *WORLD, *TINY, f"output={trained}")
+    assert (trained / "metrics.json").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"another config; these differ: \['negatives"):
+        run_pipeline("train", *WORLD, *TINY, f"output={trained}", "negatives=2")
+
+
+# --- a log of one's own
+
+COLUMNS = (
+    "data=interactions",
+    "data.columns.user=uid",
+    "data.columns.item=film title",
+    "data.columns.time=when",
+    "data.columns.action=stars",
+    "data.columns.item_attributes=[kinds]",
+    "data.columns.item_floats=[price]",
+    "data.columns.user_attributes=[city]",
+    "data.columns.list_separator=;",
+)
+
+
+def write_csv(path: Path) -> None:
+    """Films bought by 12 users, rated from 1 to 5; one row in fifty has no user."""
+    chance = random.Random(5)
+    lines = ["when,film title,uid,stars,kinds,price,city,remark"]
+    for second in range(400):
+        film = chance.randrange(25)
+        user = "" if second % 50 == 49 else f"u{chance.randrange(12)}"
+        kinds = ";".join(f"k{kind}" for kind in range(film % 3))
+        when = f"2024-03-{1 + second // 15:02d}T10:{second % 60:02d}:00Z"
+        lines.append(
+            f"{when},film {film},{user},{chance.randint(1, 5)},{kinds},{film}.5,city {user},x"
+        )
+    path.write_text("\n".join(lines))
+
+
+def test_a_csv_of_ones_own_from_its_columns_to_scores(tmp_path: Path) -> None:
+    """Each process gets ``data.label=rating>=4`` without quotes, as a shell hands it over."""
+    write_csv(tmp_path / "log.csv")
+    data = (*COLUMNS, f"data.path={tmp_path / 'log.csv'}", "data.label=stars>=4")
+    made = spawn_pipeline(
+        "make_requests", *data, "count=9", "candidates=8", f"output={tmp_path / 'requests'}"
+    )
+    assert made.returncode == 0, made.stderr
+    assert f"wrote 9 requests to {tmp_path / 'requests'}" in made.stdout
+    # In our own process the quotes are Hydra's.
+    quoted = (*COLUMNS[:-1], 'data.columns.list_separator=";"', data[-2], 'data.label="stars>=4"')
+    run_pipeline("train", *quoted, *TINY, f"output={tmp_path / 'run'}")
+    (tmp_path / "log.csv").unlink()
+    run_pipeline("export", f"run={tmp_path / 'run'}", f"output={tmp_path / 'artifact'}")
+    run_pipeline(
+        "score",
+        f"artifact={tmp_path / 'artifact'}",
+        f"requests={tmp_path / 'requests'}",
+        f"output={tmp_path / 'answers'}",
+    )
+    schema = json.loads((tmp_path / "artifact" / "schema.json").read_text())
+    assert schema["has_action"]
+    assert (schema["context"], schema["item_attributes"]) == (["city"], ["kinds"])
+    assert schema["item_floats"] == ["price"]
+    assert sorted(schema["vocabulary_by_column"]["action"]) == ["1", "2", "3", "4", "5"]
+    answers = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()]
+    assert [len(answer["scores"]) for answer in answers] == [8] * 9
+
+
+def test_a_label_rule_decides_what_is_positive(tmp_path: Path) -> None:
+    write_csv(tmp_path / "log.csv")
+    columns = (*COLUMNS[:-1], f"data.path={tmp_path / 'log.csv'}")
+    config = checked(composed("train", *columns, 'data.label="stars>=4"'), TrainConfig)
+    dataset = load_dataset(config)
+    assert dataset.log.action is not None
+    liked = [code for code, stars in enumerate(dataset.log.action.ids) if int(stars) >= 4]
+    assert dataset.label.tolist() == np.isin(dataset.action, liked).tolist()
+    assert 0 < dataset.label.mean() < 1
+    assert dataset.log.report.dropped == {"no user": 8}
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    write_csv(tmp_path / "log.csv")
+    columns = [f"data.path={tmp_path / 'log.csv'}", "data=interactions", "data.columns.user=uuid"]
+    with pytest.raises(DataError, match=r"column 'uuid' is not in .*log\.csv; it has: when, film"):
+        run_pipeline("train", *columns, *TINY, f"output={tmp_path / 'run'}")
+
+
+# --- the demo
+
+
+def test_the_demo_prints_its_two_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_pipeline(
+        "demo",
+        *WORLD,
+        "budget=smoke",
+        "budget.eval_users=10",
+        "requests=11",
+        "candidates=9",
+        "threads=1",
+        f"output={tmp_path / 'demo'}",
+    )
+    printed = capsys.readouterr().out
+    quality, speed = printed.split("\n\n")[-4], printed.split("\n\n")[-2]
+    rows = [line.split() for line in quality.splitlines()]
+    assert rows[0] == ["model", *METRIC_NAMES]
+    assert [row[0] for row in rows[1:]] == ["causal", "none", "popularity"]
+    found = metrics_of(tmp_path / "demo" / "train")
+    for name, *values in rows[1:]:
+        assert [float(value) for value in values] == [
+            pytest.approx(value, abs=6e-5) for value in found[name].values()
+        ]
+    paths = [line.split() for line in speed.splitlines()]
+    assert [path[:2] for path in paths[1:]] == [
+        ["uncached_merged", "10"],
+        ["request_shared", "11"],
+        ["cross_request_hit", "11"],
+    ]
+    # The last column: paths agree, cached or not.
+    assert max(float(path[-1]) for path in paths[1:]) <= 5e-6
+    assert "Test split of synthetic, every model on the same budget:" in printed
+    assert "11 requests, 9 candidates each:" in printed
+    assert f"wrote {tmp_path / 'demo'}" in printed
+    assert sorted(path.name for path in (tmp_path / "demo" / "artifact").iterdir()) == (
+        ARTIFACT_FILES
+    )
+
+
+def test_the_demo_refuses_too_many_candidates_before_it_trains(tmp_path: Path) -> None:
+    """It was found out after the training, minutes later."""
+    with pytest.raises(ConfigError, match="candidates is 61; the catalogue has"):
+        run_pipeline("demo", *WORLD, "candidates=61", f"output={tmp_path / 'demo'}")
+    assert not (tmp_path / "demo").exists()
