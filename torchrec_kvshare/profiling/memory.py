@@ -24,6 +24,7 @@ def peak_allocated_bytes(call: Callable[[], object]) -> int:
         Bytes.
 
     Example:
+        >>> import torch
         >>> peak_allocated_bytes(lambda: torch.zeros(100).sum())  # 400 bytes and the sum's 4
         404
     """
