@@ -132,6 +132,7 @@ def test_ratios_are_those_of_the_latencies(run: Callable[[str], Path]) -> None:
         shared = latencies["request_shared", history, queue]
         assert ratio == pytest.approx(shared / latencies[path, history, queue])
     seed_model = values(records, "seed_model_speedup")
+    assert {history for _, history, _ in seed_model} == set(HISTORIES)
     assert seed_model["seed_model", 7, 10] == pytest.approx(10 / (0.85 + 0.15 * 10))
 
 

@@ -164,7 +164,8 @@ def measure_queue_length(plan: Plan, sizes: Sizes) -> list[Record]:
     Returns:
         Records of ``latency_ms``, ``requests_per_s``, ``speedup_vs_uncached``,
         ``speedup_vs_request_shared``, ``seed_model_speedup``, and per history ``fusion_cost_ratio``
-        and the ``chunk_rows`` that ``uncached_merged`` was given.
+        and the ``chunk_rows`` that ``uncached_merged`` was given. Long histories have nothing to
+        compare with ``uncached_merged`` or the seed model.
 
     Raises:
         ParityError: if the logits of two paths differ.
@@ -301,12 +302,13 @@ class _Bench:
                 speedup = latency_ms[UNCACHED_MERGED] / value
                 records.append(self.record(path, "speedup_vs_uncached", speedup, "x", queue))
         over_shared = latency_ms[REQUEST_SHARED] / latency_ms[CROSS_REQUEST_HIT]
-        seed_speedup = seed_model_speedup(queue)
-        return [
-            *records,
-            self.record(CROSS_REQUEST_HIT, "speedup_vs_request_shared", over_shared, "x", queue),
-            self.record(SEED_MODEL, "seed_model_speedup", seed_speedup, "x", queue),
-        ]
+        records.append(
+            self.record(CROSS_REQUEST_HIT, "speedup_vs_request_shared", over_shared, "x", queue)
+        )
+        if self.chunk_rows is not None:
+            speedup = seed_model_speedup(queue)
+            records.append(self.record(SEED_MODEL, "seed_model_speedup", speedup, "x", queue))
+        return records
 
     def chunk_records(self) -> list[Record]:
         if self.chunk_rows is None:

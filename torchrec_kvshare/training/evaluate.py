@@ -97,8 +97,9 @@ def evaluate_sampled(
 def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -> dict[str, float]:
     """HR@10 and NDCG@10 of each user's last event among the whole catalogue.
 
-    Items that the user has met strictly before are excluded, but never the held-out item itself:
-    people buy again. A held-out item that training never met counts as not found.
+    Items that the user has met strictly before are excluded. If the held-out item is one of them,
+    bought again, nothing is excluded: among unmet items alone it would be given away by having been
+    met. A held-out item that training never met counts as not found.
 
     Args:
         score: what is evaluated.
@@ -140,7 +141,8 @@ def _ranks(score: Scorer, dataset: Dataset, held_out: Ints) -> list[int]:
     for row, event in enumerate(held_out):
         first = dataset.user_offsets[dataset.event_user[event]]
         seen = dataset.item[first : first + dataset.num_earlier[event]]
-        excluded[row] = np.isin(catalogue, seen)
+        if dataset.item[event] not in seen:
+            excluded[row] = np.isin(catalogue, seen)
     target = torch.from_numpy(np.searchsorted(catalogue, dataset.item[held_out]))
     ranks: list[int] = rank_of_target(scores, target, torch.from_numpy(excluded)).tolist()
     return ranks

@@ -1,0 +1,41 @@
+"""The examples run, and the README shows the one that it says it shows."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.commands import ROOT
+
+SNIPPET = ROOT / "examples" / "score_one_user.py"
+MAX_LINES = 15
+
+
+def without_docstring(text: str) -> str:
+    return text.split('"""')[2].strip()
+
+
+def test_the_snippet_scores_one_user_cold_and_from_the_cache(
+    artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(SNIPPET), str(artifact)])
+    runpy.run_path(str(SNIPPET), run_name="__main__")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("miss [")
+    assert second == first.replace("miss", "hit")
+
+
+def test_the_readme_shows_the_snippet_as_it_is() -> None:
+    snippet = without_docstring(SNIPPET.read_text())
+    statements = [line for line in snippet.splitlines() if line and "import" not in line]
+    assert snippet in (ROOT / "README.md").read_text()
+    assert len(statements) <= MAX_LINES
+
+
+def test_a_dlrm_of_ones_own_scores_alike_with_and_without_the_cache(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runpy.run_path(str(ROOT / "examples" / "own_dlrm.py"), run_name="__main__")
+    uncached, cold, warm = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in (uncached, cold, warm)] == ["bypass", "miss", "hit"]
+    assert cold.removeprefix("miss") == warm.removeprefix("hit")
