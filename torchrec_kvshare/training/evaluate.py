@@ -95,21 +95,22 @@ def evaluate_sampled(
 
 
 def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -> dict[str, float]:
-    """HR@10 and NDCG@10 of each user's last event among the whole catalogue.
+    """HR@10 and NDCG@10 of each user's last positive event among the whole catalogue.
 
+    Where a label rule tells liked from disliked, finding what was disliked is no hit.
     Items that the user has met strictly before are excluded. If the held-out item is one of them,
     bought again, nothing is excluded: among unmet items alone it would be given away by having been
     met. A held-out item that training never met counts as not found.
 
     Args:
         score: what is evaluated.
-        dataset: its test split's last event of every user is held out.
+        dataset: the last positive event of every user in its test split is held out.
         max_users: rank for that many users only, spread evenly; None ranks for all.
 
     Returns:
         ``HR@10`` and ``NDCG@10``.
     """
-    held_out = _last_test_events(dataset)
+    held_out = _last_positives(dataset)
     if max_users is not None and max_users < len(held_out):
         held_out = held_out[np.linspace(0, len(held_out) - 1, max_users).astype(np.int64)]
     known = held_out[dataset.item_row[dataset.item[held_out]] >= NUM_RESERVED_ROWS]
@@ -121,8 +122,8 @@ def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -
     return rank_metrics(ranks + never_found)
 
 
-def _last_test_events(dataset: Dataset) -> Ints:
-    tested = np.flatnonzero(dataset.split == TEST)
+def _last_positives(dataset: Dataset) -> Ints:
+    tested = np.flatnonzero((dataset.split == TEST) & (dataset.label > 0))
     users = dataset.event_user[tested]
     return (
         tested[np.append(np.flatnonzero(np.diff(users)), len(tested) - 1)]
