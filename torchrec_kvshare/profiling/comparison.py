@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torchrec.models.dlrm import DLRM
@@ -62,20 +63,20 @@ def compare_paths(
             logits = merged(batch.dense_features, batch.sparse_features)
         return torch.sigmoid(logits.squeeze(1)).tolist()
 
-    expected = [uncached.rank([request])[0].scores for request in requests]
-    paths: dict[str, tuple[Callable[[Request], list[float]], Sequence[Request], int]] = {
-        "uncached_merged": (score_merged, requests[:num_merged], 0),
-        "request_shared": (lambda request: uncached.rank([request])[0].scores, requests, 0),
-        "cross_request_hit": (
-            lambda request: cached.rank([request])[0].scores,
-            requests,
-            cached.cache.held_bytes,
-        ),
+    score_by_path: dict[str, Callable[[Request], list[float]]] = {
+        "uncached_merged": score_merged,
+        "request_shared": lambda request: uncached.rank([request])[0].scores,
+        "cross_request_hit": lambda request: cached.rank([request])[0].scores,
     }
-    return [
-        _measure(path, score, chosen, expected, kv_bytes)
-        for path, (score, chosen, kv_bytes) in paths.items()
-    ]
+    timings: dict[str, list[_Timing]] = {path: [] for path in score_by_path}
+    for place, request in enumerate(requests):
+        expected = score_by_path["request_shared"](request)
+        # The paths take turns on every request, so that a busy moment meets them all.
+        for path, score in score_by_path.items():
+            if path != "uncached_merged" or place < num_merged:
+                timings[path].append(_timed(score, request, expected))
+    held = {"cross_request_hit": cached.cache.held_bytes}
+    return [_figures(path, rows, held.get(path, 0)) for path, rows in timings.items()]
 
 
 def merged_dlrm(model: DLRM) -> DLRM:
@@ -100,24 +101,28 @@ def comparison_table(figures: Sequence[PathFigures]) -> str:
     return "\n".join(lines)
 
 
-def _measure(
-    path: str,
-    score: Callable[[Request], list[float]],
-    requests: Sequence[Request],
-    expected: Sequence[list[float]],
-    kv_bytes: int,
-) -> PathFigures:
-    latencies_ms, differences = [], [0.0]
-    for request, wanted in zip(requests, expected, strict=False):
-        start = time.perf_counter()
-        scores = score(request)
-        latencies_ms.append((time.perf_counter() - start) * 1e3)
-        differences += [abs(a - b) for a, b in zip(scores, wanted, strict=True)]
+class _Timing(NamedTuple):
+    latency_ms: float
+    difference: float
+
+
+def _timed(
+    score: Callable[[Request], list[float]], request: Request, expected: list[float]
+) -> _Timing:
+    start = time.perf_counter()
+    scores = score(request)
+    latency_ms = (time.perf_counter() - start) * 1e3
+    differences = [abs(a - b) for a, b in zip(scores, expected, strict=True)]
+    return _Timing(latency_ms, max(differences, default=0.0))
+
+
+def _figures(path: str, timings: Sequence[_Timing], kv_bytes: int) -> PathFigures:
+    latencies_ms = [timing.latency_ms for timing in timings]
     return PathFigures(
         path,
-        len(latencies_ms),
+        len(timings),
         median(latencies_ms),
-        len(latencies_ms) / sum(latencies_ms) * 1e3,
+        len(timings) / sum(latencies_ms) * 1e3,
         kv_bytes,
-        max(differences),
+        max(timing.difference for timing in timings),
     )
