@@ -100,6 +100,9 @@ class HistoryPooling(nn.Module):
     visible_events: Final[str] = VISIBLE_EVENTS
     prefill_label: Final[str] = PREFILL
     attend_label: Final[str] = ATTEND
+    # TorchScript cannot tell the type of an empty list: a schema may have no multi-valued columns.
+    event_bag_keys: list[str]
+    candidate_bag_keys: list[str]
 
     def __init__(
         self,

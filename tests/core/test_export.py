@@ -24,6 +24,7 @@ from tests.core.worlds import (
     parse_all,
 )
 from torchrec_kvshare.cache.identity import model_digest
+from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.errors import ArtifactError, ParityError
 from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, score_through_pages
@@ -300,3 +301,11 @@ with artifact_folder(Path(sys.argv[1])) as folder:
 
 def test_an_artifact_may_be_read_by_other_users(artifact: Path) -> None:
     assert artifact.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_model_of_items_and_times_alone_exports_too(tmp_path: Path) -> None:
+    """Without multi-valued columns, as on Online Retail, scripting met an empty list and failed."""
+    vocabularies = {name: SCHEMA.vocabulary_by_column[name] for name in ("user_id", "item_id")}
+    bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.window)
+    export_torchscript(RankingModel(make_dlrm(seed=5, schema=bare)).eval(), bare, tmp_path / "a")
+    assert load_artifact(tmp_path / "a").schema.item_attributes == ()
