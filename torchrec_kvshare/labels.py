@@ -5,5 +5,3 @@ PREFILL = "kvshare/prefill"
 EXPAND = "kvshare/expand"
 SCORE = "kvshare/score"  # attend and rank together
 ATTEND = "kvshare/attend"
-
-STAGES = (LOOKUP, PREFILL, EXPAND, SCORE, ATTEND)
