@@ -41,7 +41,7 @@ PAGE_BYTES = NUM_LAYERS * 2 * PAGE_SIZE * NUM_HEADS * HEAD_DIM * 4
 # Greatest absolute errors allowed, each with the worst found, on a CPU with AVX512 and torch 2.13.
 # Attention against the float64 reference: worst of 2000 draws 1.2e-6 and 2.2e-15.
 ATTENTION_TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-13}
-# Logits against the float64 reference: DESIGN's promise 1; worst of 800 batches 1.0e-6.
+# Logits against the float64 reference; worst of 800 batches 1.0e-6.
 LOGIT_TOLERANCE = 2e-5
 # Two float32 paths to the same logits or K/V, which differ in how rows are batched: worst of 2000
 # draws 2.1e-6 between training and serving, 1.1e-6 between one batch and another.

@@ -1,4 +1,4 @@
-"""Requests of a data set: DESIGN's format, nothing of the future, reproducible."""
+"""Requests of a data set: the one request format, nothing of the future, reproducible."""
 
 import json
 from typing import Any
