@@ -3,7 +3,7 @@
 # with another VENV, takes fbgemm's CUDA build instead.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint clean
+.PHONY: help setup tools demo test soak lint clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,13 +40,16 @@ $(STAMP): setup.cfg constraints.txt
 	@echo "If pip says above that torchrec misses fbgemm-gpu: $(FBGEMM_$(BUILD)) stands in for it."
 	@echo $(BUILD) > $@
 
+tools: ## what the suite needs beyond Python: a C++ compiler, for torch.compile
+	command -v g++ >/dev/null || { apt-get update && apt-get install --yes g++; }
+
 demo: $(STAMP) ## train, export and score end to end (DATA=synthetic, ROOT=folder of the data, DEMO_ARGS)
 	$(RUN) -m pipelines.demo data=$(DATA) $(if $(ROOT),'data.root=$(ROOT)') $(DEMO_ARGS)
 
-test: $(STAMP) ## run the whole suite (TEST_ARGS)
+test: $(STAMP) tools ## run the whole suite (TEST_ARGS)
 	$(RUN) -m pytest $(TEST_ARGS)
 
-soak: $(STAMP) ## run the suite with its stress tests at full length (TEST_ARGS)
+soak: $(STAMP) tools ## run the suite with its stress tests at full length (TEST_ARGS)
 	KVSHARE_SOAK=1 $(RUN) -m pytest $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff's rules, ruff's format, mypy

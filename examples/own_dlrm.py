@@ -11,13 +11,15 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.collection import KVShareEmbeddingBagCollection, token_tables
-from torchrec_kvshare.data.schema import FeatureSchema, Vocabulary, Window
+from torchrec_kvshare.data.schema import FeatureSchema, History, Vocabulary, Window
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.history.kinds import TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel
 
-DIM, LAYERS, HEADS = 32, 2, 4
+DIM = 32
+spec = TowerSpec("causal", DIM, num_layers=2, num_heads=4)
 
 schema = FeatureSchema(
     vocabulary_by_column={
@@ -28,7 +30,7 @@ schema = FeatureSchema(
     has_action=False,
     item_attributes=(),
     item_floats=("price",),
-    window=Window(max_history=256, block=64),
+    histories=(History("history", Window(max_history=256, block=64)),),
 )
 own_tables = [
     EmbeddingBagConfig(
@@ -44,10 +46,11 @@ own_tables = [
         feature_names=["candidates.item_id"],
     ),
 ]
+tower = HistoryTower(spec, max_history=256, block=64)
 collection = KVShareEmbeddingBagCollection(
     EmbeddingBagCollection(tables=own_tables),
-    EmbeddingCollection(tables=token_tables(schema, DIM)),
-    HistoryTower(DIM, LAYERS, HEADS, dropout=0.0),
+    EmbeddingCollection(tables=token_tables(schema, DIM, spec.has_positions)),
+    {"history": tower},
     schema,
 )
 model = DLRM(collection, schema.num_dense, [64, DIM], [64, 1]).eval()
@@ -62,10 +65,10 @@ request = parse_request(
     },
     schema,
 )
-pool = PagePool(2**24, 32, LAYERS, HEADS, DIM // HEADS)
+pool = PagePool(2**24, 32, *tower.kv_shape)
 ranking = RankingModel(model).eval()
-cached = Engine(ranking, schema, "untrained", KVCache(pool))
-uncached = Engine(ranking, schema, "untrained", cache=None)
+cached = Engine(ranking, schema, "untrained", [KVCache(pool)])
+uncached = Engine(ranking, schema, "untrained", caches=None)
 for engine in (uncached, cached, cached):
     answer = engine.rank([request])[0]
     print(answer.cache.status, [round(score, 4) for score in answer.scores])

@@ -9,10 +9,10 @@ import torch
 from omegaconf import DictConfig
 
 from torchrec_kvshare.config import BenchmarkConfig, checked
-from torchrec_kvshare.profiling.benchmarks import Plan, measure
+from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.plots import figure_class, write_plots
 from torchrec_kvshare.profiling.results import figures_table, write_results, write_tensorboard
-from torchrec_kvshare.profiling.workload import Sizes
+from torchrec_kvshare.profiling.scenarios import measure
 
 NOT_IN_TABLE = ("requests_per_s",)
 
@@ -30,10 +30,13 @@ def main(composed: DictConfig) -> None:
         config.candidates,
         config.merged_max_candidates,
         config.merged_chunk_rows,
+        config.encoders,
         config.repeats,
         config.seed,
     )
-    sizes = Sizes(config.dim, config.num_layers, config.num_heads, config.page_size)
+    sizes = Sizes(
+        config.dim, config.num_layers, config.num_heads, config.page_size, config.num_tokens
+    )
     records = measure(config.scenario, plan, sizes)
     table = figures_table([record for record in records if record.metric not in NOT_IN_TABLE])
     folder = Path(config.output)

@@ -11,7 +11,7 @@ from torchrec_kvshare.config import MakeRequestsConfig, checked, literal_overrid
 from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.requests import make_requests
-from torchrec_kvshare.data.schema import Window
+from torchrec_kvshare.data.schema import HISTORY, History, Window
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="make_requests")
@@ -19,7 +19,7 @@ def main(composed: DictConfig) -> None:
     """Read the data, write one request a line."""
     config = checked(composed, MakeRequestsConfig)
     # Requests carry whole histories; the window is the model's affair.
-    dataset = build_dataset(load_log(config.data), Window(1, 1))
+    dataset = build_dataset(load_log(config.data), [History(HISTORY, Window(1, 1))])
     requests = make_requests(dataset, config.count, config.candidates, config.seed)
     lines = [json.dumps(request) + "\n" for request in requests]
     output = Path(config.output)

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from torchrec_kvshare.config import ScoreConfig, checked, literal_overrides
+from torchrec_kvshare.deterministic import require_determinism
 from torchrec_kvshare.export.torchscript import load_artifact
 from torchrec_kvshare.scoring import new_engine, score_file
 
@@ -22,7 +23,9 @@ def main(composed: DictConfig) -> None:
         torch.set_num_threads(config.threads)
     artifact = load_artifact(Path(config.artifact))
     cache = config.cache
-    engine = new_engine(artifact, cache.name, cache.capacity_bytes, cache.page_size)
+    engine = new_engine(artifact, cache.name, cache.capacity_bytes, cache.page_size, cache.items)
+    if config.deterministic:
+        require_determinism(artifact.model, artifact.schema)
     counts = score_file(engine, Path(config.requests), Path(config.output), config.batch_requests)
     print(f"scored {counts.scored}, refused {counts.refused}; cache: {counts.by_status}")
     print(f"wrote {config.output}")

@@ -6,6 +6,7 @@ from the history in the batch (prefill, then attend) or, through page ids in the
 of pages.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
@@ -18,25 +19,30 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
 from torchrec_kvshare.bags import user_candidate_bags
 from torchrec_kvshare.data.schema import (
     CANDIDATE_TIME,
-    HISTORY_PAGES,
-    HISTORY_TIME,
+    FIRST_EVENT,
     ITEM,
+    PAGES,
+    POSITION,
+    REQUEST_HISTORY,
     REQUEST_TIME,
-    VISIBLE_EVENTS,
+    TIME,
+    USER,
     FeatureSchema,
+    History,
     candidate_key,
     history_key,
+    visible_key,
 )
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.history.tower import HistoryTower, lengths_to_spans
+from torchrec_kvshare.history.kinds import TowerSpec
+from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.labels import ATTEND, PREFILL
 
-HISTORY_FEATURE = "history"  # name of the pooled vector in the resulting KeyedTensor
-POSITION = "position"
-START_SCALE = {POSITION: 0.25}  # of its table against the others: what an event is matters most
+START_POSITION_SCALE = 0.25  # against the other tables: what an event is matters most
 
 
 class TokenFeatures(nn.Module):
@@ -46,21 +52,29 @@ class TokenFeatures(nn.Module):
     with one bag per key there is nothing to expand, and row lengths are taken from the batch
     itself. A key that the batch does not have gets an empty bag: prefill has no candidates, a
     cached score no history.
+
+    Args:
+        keys: of all token tables.
+        histories: names; their positions are counted here, from the lengths of their items.
     """
 
-    def __init__(self, keys: list[str], position_key: str, lengths_key: str) -> None:
+    position_keys: list[str]
+
+    def __init__(self, keys: list[str], histories: list[str]) -> None:
         super().__init__()
         self.keys = keys
-        self.position_key = position_key
-        self.lengths_key = lengths_key
+        self.position_keys = [history_key(name, POSITION) for name in histories]
+        self.item_keys: list[str] = [history_key(name, ITEM) for name in histories]
+        self.first_keys: list[str] = [history_key(name, FIRST_EVENT) for name in histories]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         jagged_by_key = features.to_dict()
         values: list[Tensor] = []
         lengths: list[int] = []
         for key in self.keys:
-            if key == self.position_key and self.lengths_key in jagged_by_key:
-                values.append(self.positions(jagged_by_key[self.lengths_key].lengths()))
+            if key in self.position_keys:
+                history = self.position_keys.index(key)
+                values.append(self.positions(features, jagged_by_key, history))
             elif key in jagged_by_key:
                 values.append(jagged_by_key[key].values())
             else:
@@ -73,259 +87,413 @@ class TokenFeatures(nn.Module):
             stride=1,
         )
 
-    def positions(self, lengths: Tensor) -> Tensor:
-        """Index of each event from its user's oldest: [T]."""
-        lengths = lengths.to(torch.int64)
+    def positions(
+        self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor], history: int
+    ) -> Tensor:
+        """Place of each event of a history from the oldest that its user's window holds: [T]."""
+        item_key, first_key = self.item_keys[history], self.first_keys[history]
+        if item_key not in jagged_by_key:
+            return features.values()[:0]
+        lengths = jagged_by_key[item_key].lengths().to(torch.int64)
         ends = lengths.cumsum(0)
-        firsts = torch.repeat_interleave(ends - lengths, lengths)
-        return torch.arange(firsts.size(0), device=lengths.device) - firsts
+        starts = torch.repeat_interleave(ends - lengths, lengths)
+        position = torch.arange(starts.size(0), device=lengths.device) - starts
+        if first_key in jagged_by_key:
+            position += torch.repeat_interleave(jagged_by_key[first_key].values(), lengths)
+        return position
+
+
+class CandidateTokens(nn.Module):
+    """Tokens of candidates, the same for every history: [C, M, E].
+
+    Args:
+        item_attributes: multi-valued columns of candidates.
+        num_tokens: 1 for the sum of all columns, or one for the item and one for each attribute.
+
+    Raises:
+        ConfigError: if there are neither 1 nor as many tokens as columns.
+    """
+
+    # TorchScript cannot tell the type of an empty list: a schema may have no multi-valued columns.
+    attribute_keys: list[str]
+
+    def __init__(self, item_attributes: tuple[str, ...], num_tokens: int) -> None:
+        super().__init__()
+        if num_tokens not in (1, 1 + len(item_attributes)):
+            raise ConfigError(
+                f"num_tokens is {num_tokens}; 1 is allowed, or {1 + len(item_attributes)}: the "
+                f"item and its attributes {list(item_attributes)}"
+            )
+        self.num_tokens = num_tokens
+        self.item_key: str = candidate_key(ITEM)
+        self.attribute_keys = [candidate_key(column) for column in item_attributes]
+
+    def forward(
+        self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
+    ) -> Tensor:
+        item = embedded[self.item_key].values()
+        tokens: list[Tensor] = []
+        for key in self.attribute_keys:
+            nothing = torch.zeros_like(item) if self.num_tokens > 1 else item
+            token = add_bags(nothing, embedded[key].values(), features[key].lengths())
+            if self.num_tokens > 1:
+                tokens.append(token)
+            else:
+                item = token
+        return torch.stack([item] + tokens, dim=1)
+
+
+def add_bags(rows: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Rows [R, E], each plus the sum of its bag of values; ``lengths`` [R] are the bags'."""
+    counts = lengths.to(torch.int64)
+    row = torch.repeat_interleave(torch.arange(rows.size(0), device=rows.device), counts)
+    return rows.index_add(0, row, values)
 
 
 class HistoryPooling(nn.Module):
-    """Token embeddings and K/V into one vector per candidate; a leaf that pipelines trace round.
+    """One history's events and K/V into one vector per candidate.
 
     Args:
         tower: the encoder.
-        event_keys: keys with one id per event, the item first.
-        candidate_item_key: key with one id per candidate.
-        event_bag_keys: multi-valued keys of events.
-        candidate_bag_keys: multi-valued keys of candidates.
+        history: what the tower reads.
+        event_columns: columns with one id per event, the item first.
+        bag_columns: multi-valued columns of events.
     """
 
     # TorchScript sees no module globals: what the forward reads by name are constants of the class.
-    history_time: Final[str] = HISTORY_TIME
-    history_pages: Final[str] = HISTORY_PAGES
     request_time: Final[str] = REQUEST_TIME
+    request_history: Final[str] = REQUEST_HISTORY
     candidate_time: Final[str] = CANDIDATE_TIME
-    visible_events: Final[str] = VISIBLE_EVENTS
     prefill_label: Final[str] = PREFILL
     attend_label: Final[str] = ATTEND
-    # TorchScript cannot tell the type of an empty list: a schema may have no multi-valued columns.
     event_bag_keys: list[str]
-    candidate_bag_keys: list[str]
 
     def __init__(
         self,
         tower: HistoryTower,
-        event_keys: list[str],
-        candidate_item_key: str,
-        event_bag_keys: list[str],
-        candidate_bag_keys: list[str],
+        history: History,
+        event_columns: tuple[str, ...],
+        bag_columns: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.tower = tower
-        self.event_keys = event_keys
-        self.candidate_item_key = candidate_item_key
-        self.event_bag_keys = event_bag_keys
-        self.candidate_bag_keys = candidate_bag_keys
+        self.event_keys: list[str] = [history_key(history.name, c) for c in event_columns]
+        self.event_bag_keys = [history_key(history.name, c) for c in bag_columns]
+        self.time_key: str = history_key(history.name, TIME)
+        self.pages_key: str = history_key(history.name, PAGES)
+        self.visible_key: str = visible_key(history.name)
 
-    def tokens(
-        self,
-        embedded: dict[str, JaggedTensor],
-        features: dict[str, JaggedTensor],
-        keys: list[str],
-        bag_keys: list[str],
+    def event_tokens(
+        self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
     ) -> Tensor:
-        """Sum of what one event or candidate is made of: [rows, E]."""
-        token = embedded[keys[0]].values()
-        for key in keys[1:]:
+        """Sum of what one event is made of: [T, E]."""
+        token = embedded[self.event_keys[0]].values()
+        for key in self.event_keys[1:]:
             token = token + embedded[key].values()
-        for key in bag_keys:
-            lengths = features[key].lengths().to(torch.int64)
-            row = torch.repeat_interleave(torch.arange(token.size(0), device=token.device), lengths)
-            token = token.index_add(0, row, embedded[key].values())
+        for key in self.event_bag_keys:
+            token = add_bags(token, embedded[key].values(), features[key].lengths())
         return token
+
+    def event_lengths(self, features: dict[str, JaggedTensor]) -> list[int]:
+        """Events of each history in the batch."""
+        lengths: list[int] = features[self.time_key].lengths().tolist()
+        return lengths
 
     def prefill(
         self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
     ) -> Tensor:
-        """K/V of all users' histories: [layers, 2, T, H, D]."""
-        events = self.tokens(embedded, features, self.event_keys, self.event_bag_keys)
-        return self.tower.prefill(events, lengths_to_spans(features[self.history_time].lengths()))
+        """K/V of all users' histories: [planes, R, H, D]."""
+        events = self.event_tokens(embedded, features)
+        return self.tower.prefill(events, lengths_to_spans(self.event_lengths(features)))
 
-    def forward(
+    def extend(
         self,
         embedded: dict[str, JaggedTensor],
         features: dict[str, JaggedTensor],
-        candidate_user: Tensor,
-        kv_pages: Tensor | None,
+        cached: Tensor,
+        cached_rows: Tensor,
     ) -> Tensor:
-        """One vector per candidate, in the candidates' own order: [C, E]."""
-        order = torch.argsort(candidate_user, stable=True)
-        event_lengths = features[self.history_time].lengths()
-        counts = torch.bincount(candidate_user, minlength=event_lengths.size(0))
-        candidate_spans = lengths_to_spans(counts)
-        candidates = self.tokens(
-            embedded, features, [self.candidate_item_key], self.candidate_bag_keys
-        ).index_select(0, order)
-        if kv_pages is not None:
-            kv, event_spans = read_pages(kv_pages, features[self.history_pages], event_lengths)
-        else:
-            # Labelled here, not in prefill: who calls that for its own sake has a label round it.
-            with torch.autograd.profiler.record_function(self.prefill_label):
-                kv = self.prefill(embedded, features)
-            event_spans = lengths_to_spans(event_lengths)
-        with torch.autograd.profiler.record_function(self.attend_label):
-            if self.visible_events in features:
-                pooled = self.tower.attend_prefix(
-                    candidates,
-                    kv,
-                    features[self.history_time].values(),
-                    features[self.candidate_time].values().index_select(0, order),
-                    features[self.visible_events].values().index_select(0, order),
-                    candidate_spans,
-                    event_spans,
-                )
-            else:
-                request_time = torch.repeat_interleave(
-                    features[self.request_time].values(), event_lengths.to(torch.int64)
-                )
-                elapsed = request_time - features[self.history_time].values()
-                pooled = self.tower.attend(candidates, kv, elapsed, candidate_spans, event_spans)
-        return torch.empty_like(pooled).index_copy(0, order, pooled)
+        """K/V of new events behind cached rows, ``cached_rows`` [B] of each user."""
+        rows: list[int] = cached_rows.tolist()
+        events = self.event_tokens(embedded, features)
+        event_spans = lengths_to_spans(self.event_lengths(features))
+        return self.tower.extend(cached, lengths_to_spans(rows), events, event_spans)
+
+    def forward(
+        self,
+        candidates: Tensor,
+        entered: Tensor,
+        candidate_spans: list[tuple[int, int]],
+        order: Tensor,
+        kv: Tensor,
+        event_spans: list[tuple[int, int]],
+        features: dict[str, JaggedTensor],
+    ) -> Tensor:
+        """One vector per candidate, candidates grouped by request: [C, E]."""
+        times = torch.split(features[self.time_key].values(), self.event_lengths(features))
+        rows = self.history_of_requests(features, len(event_spans))
+        spans = Spans(candidate_spans, [event_spans[row] for row in rows])
+        event_time = [times[row] for row in rows]
+        if self.visible_key in features:
+            return self.tower.attend_prefix(
+                candidates,
+                entered,
+                kv,
+                event_time,
+                features[self.candidate_time].values().index_select(0, order),
+                features[self.visible_key].values().index_select(0, order),
+                spans,
+            )
+        request_time = features[self.request_time].values()
+        elapsed = [request_time[place] - event_time[place] for place in range(len(rows))]
+        return self.tower.attend(candidates, entered, kv, elapsed, spans)
+
+    def history_of_requests(
+        self, features: dict[str, JaggedTensor], num_histories: int
+    ) -> list[int]:
+        """Row of the histories that each request reads; its own, if the batch does not say."""
+        if self.request_history in features:
+            rows: list[int] = features[self.request_history].values().tolist()
+            return rows
+        return list(range(num_histories))
 
 
 def read_pages(
-    kv_pages: Tensor, pages: JaggedTensor, event_lengths: Tensor
+    kv_pages: Tensor, pages: JaggedTensor, row_lengths: list[int]
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """K/V rows of users whose events lie in pages, and where each user's rows are.
+    """K/V rows of users whose histories lie in pages, and where each user's rows are.
 
     Args:
-        kv_pages: [layers, 2, P, S, H, D], the table of pages of S events.
-        pages: page ids of each user, oldest events first; B rows.
-        event_lengths: [B] int, events of each user; the last page may be partly filled.
+        kv_pages: [planes, P, S, H, D], the table of pages of S rows.
+        pages: page ids of each user, oldest rows first; B rows.
+        row_lengths: rows of each user; the last page may be partly filled.
 
     Returns:
-        ``kv`` [layers, 2, R, H, D] and the B spans in R. The table itself, not a copy, while every
+        ``kv`` [planes, R, H, D] and the B spans in R. The table itself, not a copy, while every
         user's pages follow each other; else the pages of this batch side by side.
     """
-    page_size = kv_pages.size(3)
+    page_size = kv_pages.size(2)
     ids = pages.values()
-    page_spans = lengths_to_spans(pages.lengths())
-    lengths: list[int] = event_lengths.tolist()
+    page_counts: list[int] = pages.lengths().tolist()
+    page_spans = lengths_to_spans(page_counts)
     host_ids: list[int] = ids.tolist()
     in_place = True
     for first, last in page_spans:
         for place in range(first + 1, last):
             in_place = in_place and host_ids[place] == host_ids[place - 1] + 1
-    kv = kv_pages if in_place else kv_pages.index_select(2, ids)
+    kv = kv_pages if in_place else kv_pages.index_select(1, ids)
     spans: list[tuple[int, int]] = []
-    for user in range(len(lengths)):
+    for user in range(len(row_lengths)):
         first, last = page_spans[user]
         start = 0
         if last > first:
             start = (host_ids[first] if in_place else first) * page_size
-        spans.append((start, start + lengths[user]))
-    return kv.flatten(2, 3), spans
+        spans.append((start, start + row_lengths[user]))
+    return kv.flatten(1, 2), spans
 
 
 class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
-    """An EmbeddingBagCollection with one more feature: the history, pooled by attention.
+    """An EmbeddingBagCollection with one more feature for each history, pooled by attention.
 
     Args:
         bags: the ranking stage's own collection; TorchRec's own kind will do.
-        token_embeddings: tables of the tokens' columns; history and candidates share the item's.
-        tower: the encoder; its width is the width of the pooled vector.
+        token_embeddings: tables of the tokens' columns; histories and candidates share the item's.
+        towers: an encoder for each history of the schema; their width is that of the pooled vector.
         schema: which columns events and candidates have.
 
     Raises:
-        ConfigError: if the widths of the tables differ from the tower's.
+        ConfigError: if the widths of the tables differ from the towers', or a history has no tower.
 
     Example:
-        >>> from torchrec_kvshare.data.schema import FeatureSchema, Vocabulary, Window
+        >>> from torchrec_kvshare.data.schema import FeatureSchema, History, Vocabulary, Window
         >>> vocabularies = {"user_id": Vocabulary(["u"]), "item_id": Vocabulary(["a", "b"])}
-        >>> schema = FeatureSchema(vocabularies, (), False, (), (), Window(8, 4))
-        >>> collection = kvshare_collection(schema, 16, 2, 4, 0.0)
+        >>> histories = (History("history", Window(8, 4)),)
+        >>> schema = FeatureSchema(vocabularies, (), False, (), (), histories)
+        >>> collection = kvshare_collection(schema, TowerSpec("causal", 16, 2, 4))
         >>> [config.feature_names for config in collection.embedding_bag_configs()]
         [['user_id'], ['candidates.item_id'], ['history']]
     """
 
-    # Compiled, the property would be bound to the type of the first tower that a process scripts: a
-    # second model with another number of layers could not be exported.
-    __jit_unused_properties__ = ("tower",)
+    user_key: Final[str] = USER
+    time_key: Final[str] = TIME
+    prefill_label: Final[str] = PREFILL
+    attend_label: Final[str] = ATTEND
 
     def __init__(
         self,
         bags: EmbeddingBagCollectionInterface,
         token_embeddings: EmbeddingCollection,
-        tower: HistoryTower,
+        towers: Mapping[str, HistoryTower],
         schema: FeatureSchema,
     ) -> None:
         super().__init__()
+        names = [history.name for history in schema.histories]
+        if names != list(towers):
+            raise ConfigError(f"towers are of {list(towers)}; the schema's histories are {names}")
+        dim = towers[names[0]].dim
         for config in [*bags.embedding_bag_configs(), *token_embeddings.embedding_configs()]:
-            if config.embedding_dim != tower.dim:
+            if config.embedding_dim != dim:
                 raise ConfigError(
-                    f"table {config.name} is {config.embedding_dim} wide; the tower is {tower.dim}"
+                    f"table {config.name} is {config.embedding_dim} wide; the tower is {dim}"
                 )
         self.bags = bags
         self.token_embeddings = token_embeddings
-        event_keys = [history_key(column) for column in (*schema.event_columns, POSITION)]
-        self.pooling = HistoryPooling(
-            tower,
-            event_keys,
-            candidate_key(ITEM),
-            [history_key(column) for column in schema.item_attributes],
-            [candidate_key(column) for column in schema.item_attributes],
-        )
         token_keys = [k for c in token_embeddings.embedding_configs() for k in c.feature_names]
-        self.token_features = TokenFeatures(token_keys, history_key(POSITION), HISTORY_TIME)
+        self.token_features = TokenFeatures(token_keys, names)
+        self.candidate_tokens = CandidateTokens(schema.item_attributes, towers[names[0]].num_tokens)
+        self.poolings = nn.ModuleList()
+        for history in schema.histories:
+            positions = (POSITION,) if history_key(history.name, POSITION) in token_keys else ()
+            columns = (*schema.event_columns, *positions)
+            self.poolings.append(
+                HistoryPooling(towers[history.name], history, columns, schema.item_attributes)
+            )
         self._configs: list[EmbeddingBagConfig] = [
             *bags.embedding_bag_configs(),
-            EmbeddingBagConfig(
-                name=HISTORY_FEATURE,
-                embedding_dim=tower.dim,
-                num_embeddings=1,
-                feature_names=[HISTORY_FEATURE],
-            ),
+            *[
+                EmbeddingBagConfig(
+                    name=name, embedding_dim=dim, num_embeddings=1, feature_names=[name]
+                )
+                for name in names
+            ],
         ]
         self._output_keys: list[str] = [key for c in self._configs for key in c.feature_names]
-        self._output_dims: list[int] = [tower.dim] * len(self._output_keys)
+        self._output_dims: list[int] = [dim] * len(self._output_keys)
 
-    @property
-    def tower(self) -> HistoryTower:
-        """The encoder."""
-        return self.pooling.tower
+    @torch.jit.ignore
+    def towers(self) -> list[HistoryTower]:
+        """The encoders, in the order of the schema's histories."""
+        return [p.tower for p in self.poolings if isinstance(p, HistoryPooling)]
 
-    def forward(self, features: KeyedJaggedTensor, kv_pages: Tensor | None = None) -> KeyedTensor:
+    def forward(
+        self,
+        features: KeyedJaggedTensor,
+        kv_pages: list[Tensor] | None = None,
+        items: list[Tensor] | None = None,
+    ) -> KeyedTensor:
         """Pool every feature for every candidate.
 
         Args:
             features: a VBE batch as ``data.batches.assemble`` makes it. Each candidate sees all
-                events of its user, or, with the key ``candidates.visible_events``, that many of the
-                oldest.
-            kv_pages: [layers, 2, P, S, H, D]; with it the K/V is read through the key
-                ``history.pages`` and the history's own columns, but for its times, are not needed.
+                events of its user, or, with a key ``visible_key``, that many of the oldest.
+            kv_pages: for each history [planes, P, S, H, D]; with them the K/V is read through the
+                keys ``pages`` and the histories' columns, but for the times, are not needed.
+            items: for each history what ``project_candidates`` gave for these candidates; None
+                computes it.
 
         Returns:
-            [C, features x E], the pooled history last.
+            [C, features x E], the pooled histories last.
         """
+        jagged_by_key = features.to_dict()
         embedded = self.token_embeddings(self.token_features(features))
-        pooled_bags = self.bags(features)
         keys, inverse_indices = features.inverse_indices()
-        candidate_user = inverse_indices[keys.index(self.pooling.history_time)]
-        history = self.pooling(embedded, features.to_dict(), candidate_user, kv_pages)
+        candidate_request = inverse_indices[keys.index(self.user_key)]
+        num_requests = jagged_by_key[self.user_key].lengths().size(0)
+        order = torch.argsort(candidate_request, stable=True)
+        counts: list[int] = torch.bincount(candidate_request, minlength=num_requests).tolist()
+        candidate_spans = lengths_to_spans(counts)
+        values: list[Tensor] = [self.bags(features).values()]
+        tokens: list[Tensor] = []
+        if items is None:
+            tokens.append(self.candidate_tokens(embedded, jagged_by_key).index_select(0, order))
+        for place, pooling in enumerate(self.poolings):
+            lengths = pooling.event_lengths(jagged_by_key)
+            if kv_pages is not None:
+                row_lengths = [pooling.tower.encoder.num_rows(length) for length in lengths]
+                pages = jagged_by_key[pooling.pages_key]
+                kv, event_spans = read_pages(kv_pages[place], pages, row_lengths)
+            else:
+                # Labelled here, not in prefill: who calls that for its own sake has a label there.
+                with torch.autograd.profiler.record_function(self.prefill_label):
+                    kv = pooling.prefill(embedded, jagged_by_key)
+                event_spans = pooling.tower.row_spans(lengths)
+            with torch.autograd.profiler.record_function(self.attend_label):
+                if items is None:
+                    rows, entered = pooling.tower.enter(tokens[0])
+                else:
+                    both = items[place].index_select(0, order)
+                    rows, entered = both[:, :, : pooling.tower.dim], both[:, :, pooling.tower.dim :]
+                pooled = pooling(
+                    rows, entered, candidate_spans, order, kv, event_spans, jagged_by_key
+                )
+            values.append(torch.empty_like(pooled).index_copy(0, order, pooled))
         return KeyedTensor(
             keys=self._output_keys,
             length_per_key=self._output_dims,
-            values=torch.cat([pooled_bags.values(), history], dim=1),
+            values=torch.cat(values, dim=1),
         )
 
     @torch.jit.export
-    def prefill(self, features: KeyedJaggedTensor) -> Tensor:
+    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
         """K/V of all users' histories in the batch.
 
         Args:
-            features: the history's keys; others are not looked at.
+            features: the histories' keys; others are not looked at.
 
         Returns:
-            [layers, 2, T, H, D], users one after the other.
+            For each history [planes, R, H, D], users one after the other.
+        """
+        jagged_by_key = features.to_dict()
+        embedded = self.token_embeddings(self.token_features(features))
+        return [pooling.prefill(embedded, jagged_by_key) for pooling in self.poolings]
+
+    @torch.jit.export
+    def extend(
+        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
+    ) -> list[Tensor]:
+        """K/V of new events on top of what is cached of the events before them.
+
+        Args:
+            features: the histories' keys with the new events alone, and with ``first_event``, the
+                place of the first of them in the window.
+            cached: for each history [planes, R, H, D], users one after the other: the rows of
+                ``reusable_events``.
+            cached_rows: for each history [B] int64, rows of each user.
+
+        Returns:
+            For each history [planes, new rows, H, D].
+
+        Raises:
+            ValueError: if a history is of a kind that cannot be extended.
+        """
+        jagged_by_key = features.to_dict()
+        embedded = self.token_embeddings(self.token_features(features))
+        extended: list[Tensor] = []
+        for place, pooling in enumerate(self.poolings):
+            extended.append(
+                pooling.extend(embedded, jagged_by_key, cached[place], cached_rows[place])
+            )
+        return extended
+
+    @torch.jit.export
+    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """What candidates are before they meet a user: the same for every request.
+
+        Args:
+            features: the candidates' keys; others are not looked at.
+
+        Returns:
+            For each history [C, M, 4E or 5E]: tokens and their projections in the first layer.
         """
         embedded = self.token_embeddings(self.token_features(features))
-        return self.pooling.prefill(embedded, features.to_dict())
+        tokens = self.candidate_tokens(embedded, features.to_dict())
+        projected: list[Tensor] = []
+        for pooling in self.poolings:
+            rows, entered = pooling.tower.enter(tokens)
+            projected.append(torch.cat([rows, entered], dim=2))
+        return projected
+
+    @torch.jit.export
+    def num_rows(self, num_events: list[int]) -> list[int]:
+        """Rows of K/V that histories of so many events have, in the order of the histories."""
+        rows: list[int] = []
+        for place, pooling in enumerate(self.poolings):
+            rows.append(pooling.tower.encoder.num_rows(num_events[place]))
+        return rows
 
     @torch.jit.ignore
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The ranking stage's tables, and one entry for the pooled history."""
+        """The ranking stage's tables, and one entry for each pooled history."""
         return self._configs
 
     @torch.jit.ignore
@@ -334,48 +502,66 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return False
 
 
-def token_tables(schema: FeatureSchema, dim: int) -> list[EmbeddingConfig]:
+def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[EmbeddingConfig]:
     """Tables of the tokens: what events and candidates have in common they share.
 
     All but positions start on one scale: TorchRec's own start shrinks with the number of rows, and
     in a sum of columns the item would drown among columns of few values.
-    """
-    rows_by_column = {
-        c: schema.num_rows(c) for c in (*schema.event_columns, *schema.item_attributes)
-    }
-    rows_by_column[POSITION] = schema.window.max_history
-    shared = {ITEM, *schema.item_attributes}
-    return [
-        EmbeddingConfig(
-            name=f"token_{column}",
-            embedding_dim=dim,
-            num_embeddings=num_rows,
-            feature_names=[history_key(column)]
-            + ([candidate_key(column)] if column in shared else []),
-            init_fn=partial(nn.init.normal_, std=dim**-0.5 * START_SCALE.get(column, 1.0)),
-        )
-        for column, num_rows in rows_by_column.items()
-    ]
-
-
-def kvshare_collection(
-    schema: FeatureSchema, dim: int, num_layers: int, num_heads: int, dropout: float
-) -> KVShareEmbeddingBagCollection:
-    """The collection for a schema, every table ``dim`` wide.
 
     Args:
         schema: which columns there are and how many rows each needs.
-        dim: width E of all tables and of the tower.
-        num_layers: layers of the tower.
-        num_heads: heads of each layer; must divide ``dim``.
-        dropout: share of activations dropped in training.
+        dim: width E of every table.
+        has_positions: whether event tokens say how far from the oldest event they are.
+    """
+    names = [history.name for history in schema.histories]
+    shared = {ITEM, *schema.item_attributes}
+    tables = []
+    for column in (*schema.event_columns, *schema.item_attributes):
+        keys = [history_key(name, column) for name in names]
+        keys += [candidate_key(column)] if column in shared else []
+        tables.append(_token_table(column, dim, schema.num_rows(column), keys, dim**-0.5))
+    if has_positions:
+        for history in schema.histories:
+            tables.append(
+                _token_table(
+                    f"{history.name}_{POSITION}",
+                    dim,
+                    history.window.max_history,
+                    [history_key(history.name, POSITION)],
+                    START_POSITION_SCALE * dim**-0.5,
+                )
+            )
+    return tables
+
+
+def kvshare_collection(schema: FeatureSchema, spec: TowerSpec) -> KVShareEmbeddingBagCollection:
+    """The collection for a schema, every table as wide as its towers.
+
+    Args:
+        schema: which columns and histories there are, and how many rows each column needs.
+        spec: of the towers, one for each history.
 
     Returns:
         A collection with freshly drawn weights.
     """
     return KVShareEmbeddingBagCollection(
-        user_candidate_bags(schema, dim),
-        EmbeddingCollection(tables=token_tables(schema, dim)),
-        HistoryTower(dim, num_layers, num_heads, dropout),
+        user_candidate_bags(schema, spec.dim),
+        EmbeddingCollection(tables=token_tables(schema, spec.dim, spec.has_positions)),
+        {
+            h.name: HistoryTower(spec, h.window.max_history, h.window.block)
+            for h in schema.histories
+        },
         schema,
+    )
+
+
+def _token_table(
+    name: str, dim: int, num_rows: int, keys: list[str], std: float
+) -> EmbeddingConfig:
+    return EmbeddingConfig(
+        name=f"token_{name}",
+        embedding_dim=dim,
+        num_embeddings=num_rows,
+        feature_names=keys,
+        init_fn=partial(nn.init.normal_, std=std),
     )

@@ -21,8 +21,10 @@ Schema = TypeVar("Schema")
 # The least value that can work, wherever a config has a number by this name.
 LEAST_BY_KEY = {
     **dict.fromkeys(("threads", "dim", "num_layers", "num_heads", "batch_targets", "negatives"), 1),
-    **dict.fromkeys(("max_users", "eval_users"), 1),
+    **dict.fromkeys(("max_users", "eval_users", "max_history", "block", "merge"), 1),
+    **dict.fromkeys(("candidate_tokens", "num_tokens", "recent"), 1),
     **dict.fromkeys(("epochs", "seed", "learning_rate", "table_learning_rate", "weight_decay"), 0),
+    **dict.fromkeys(("items", "num_globals"), 0),
 }
 
 
@@ -88,16 +90,23 @@ DataConfig = SyntheticData | OnlineRetailData | MovieLensData | InteractionsData
 
 @dataclass
 class ModelConfig:
-    """Sizes of the DLRM and of its history tower."""
+    """Sizes of the DLRM and of its history towers."""
 
-    history: str = "causal"  # or none: the plain DLRM
+    history: str = "causal"  # kind of encoder, or none: the plain DLRM
     dim: int = 64
     num_layers: int = 2
     num_heads: int = 4
     dropout: float = 0.1
     top_mlp: list[int] = field(default_factory=lambda: [64, 1])
-    max_history: int = 256  # events
+    max_history: int = 256  # events read, or seen by each layer where the window is sliding
     block: int = 64  # events between two places where a window may start
+    window: str = "anchored"  # or sliding
+    candidate_tokens: int = 1  # or 1 + number of item attributes: each a token of its own
+    merge: int = 8  # longer: events in a group
+    recent: int = 128  # longer: newest events whose groups go on to deeper layers
+    num_globals: int = 4  # longer: learned rows that see the whole history
+    # Actions of each history's events; none named: all events.
+    histories: dict[str, list[str]] = field(default_factory=lambda: {"history": []})
 
 
 @dataclass
@@ -139,12 +148,23 @@ class ExportConfig:
 
 
 @dataclass
+class AuditConfig:
+    """``python -m pipelines.audit``."""
+
+    run: str = MISSING  # output of pipelines.train
+    output: str = MISSING
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
 class CacheConfig:
     """Where K/V is kept between requests."""
 
     name: str = "memory"  # or off
     capacity_bytes: int = 256 * 2**20
-    page_size: int = 32  # events
+    page_size: int = 32  # rows of K/V
+    items: int = 0  # projected candidates kept; 0: none
 
 
 @dataclass
@@ -156,6 +176,7 @@ class ScoreConfig:
     output: str = MISSING
     cache: CacheConfig = field(default_factory=CacheConfig)
     batch_requests: int = 8  # scored together
+    deterministic: bool = False  # scores bit-equal whatever else is scored, or no start
     threads: int | None = None
 
 
@@ -188,7 +209,7 @@ class BenchmarkConfig:
     """``python -m pipelines.benchmark``."""
 
     output: str = MISSING
-    scenario: str = "queue_length"  # or memory
+    scenario: str = "queue_length"  # a name in configs/scenario
     histories: list[int] = field(default_factory=lambda: [256, 1000])  # events, all paths
     long_histories: list[int] = field(default_factory=lambda: [4096])  # events, shared paths only
     candidates: list[int] = field(default_factory=lambda: [1, 5, 10, 50, 100, 256, 500, 1000])
@@ -199,7 +220,9 @@ class BenchmarkConfig:
     dim: int = 128
     num_layers: int = 2
     num_heads: int = 4
-    page_size: int = 32  # events
+    encoders: list[str] = field(default_factory=lambda: ["causal"])
+    num_tokens: int = 1  # of one candidate
+    page_size: int = 32  # rows of K/V
     repeats: int = 5
     seed: int = 0
     threads: int | None = None

@@ -6,7 +6,7 @@ fault of the cache is a recomputation, so scores never depend on what it holds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +14,16 @@ from torch.autograd.profiler import record_function
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_kvshare.cache.identity import history_digest
+from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import HIT, NOT_ADMITTED, TOO_SHORT, Entry, KVCache
 from torchrec_kvshare.data.batches import Bags, with_key
-from torchrec_kvshare.data.schema import HISTORY_PAGES, FeatureSchema
+from torchrec_kvshare.data.schema import PAGES, FeatureSchema, history_key
 from torchrec_kvshare.features import (
     Request,
     collate,
     collate_candidates,
     collate_history,
+    distinct_histories,
     user_of_candidates,
 )
 from torchrec_kvshare.labels import EXPAND, LOOKUP, PREFILL, SCORE
@@ -35,19 +37,31 @@ class RankingFunctions(Protocol):
     def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """Logits [C], histories encoded on the way."""
 
-    def prefill(self, features: KeyedJaggedTensor) -> Tensor:
-        """K/V [layers, 2, T, H, D]."""
+    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """For each history K/V [planes, R, H, D]."""
 
-    def score(self, dense: Tensor, features: KeyedJaggedTensor, kv_pages: Tensor) -> Tensor:
+    def num_rows(self, num_events: list[int]) -> list[int]:
+        """Rows of K/V of histories of so many events, in the order of the histories."""
+
+    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """For each history what candidates are before they meet a user."""
+
+    def score(
+        self,
+        dense: Tensor,
+        features: KeyedJaggedTensor,
+        kv_pages: list[Tensor],
+        items: list[Tensor] | None = None,
+    ) -> Tensor:
         """Logits [C] over K/V in pages."""
 
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What the cache did for one answer.
+    """What the cache did for one answer, over all histories.
 
     Attributes:
-        status: ``hit``, ``partial``, ``miss`` or ``bypass``.
+        status: ``hit``, ``partial`` (some histories hit), ``miss`` or ``bypass``.
         reason: why not a hit; empty for a hit.
         cached_events: events whose K/V was there.
         computed_events: events encoded for this answer.
@@ -82,10 +96,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Found:
-    """One request's K/V, if it lies in pages, and what to say of it."""
+    """One request's K/V, if it lies in pages, and what to say of it.
 
-    entry: Entry | None
+    Attributes:
+        entries: of each history; None for one without events.
+        use: for the answer.
+        in_pages: whether it can be scored from pages.
+    """
+
+    entries: tuple[Entry | None, ...]
     use: CacheUse
+    in_pages: bool
 
 
 class Engine:
@@ -95,7 +116,9 @@ class Engine:
         model: the ranking functions; read only.
         schema: the model's columns.
         model_version: stands in every answer.
-        cache: where K/V is kept between requests; None shares it within a request only.
+        caches: where K/V is kept between requests, one for each history of the schema; None shares
+            it within a request only.
+        items: where projected candidates are kept; None projects them anew.
     """
 
     def __init__(
@@ -103,12 +126,15 @@ class Engine:
         model: RankingFunctions,
         schema: FeatureSchema,
         model_version: str,
-        cache: KVCache | None,
+        caches: Sequence[KVCache] | None,
+        items: ItemCache | None = None,
     ) -> None:
+        assert caches is None or len(caches) == len(schema.histories)
         self.model = model
         self.schema = schema
         self.model_version = model_version
-        self.cache = cache
+        self.caches = caches
+        self.items = items
 
     @torch.no_grad()
     def rank(self, requests: Sequence[Request]) -> list[Answer]:
@@ -122,65 +148,96 @@ class Engine:
         """
         if not requests:
             return []
-        if self.cache is None:
+        if self.caches is None:
             return self._answers(requests, [_not_cached(r, CACHE_OFF) for r in requests])
         found: dict[int, _Found] = {}
+        pinned: list[tuple[KVCache, Entry]] = []
         try:
-            self._find(requests, self.cache, found)
+            self._find(requests, self.caches, found, pinned)
             return self._answers(requests, [found[place] for place in range(len(requests))])
         finally:
-            for one in found.values():
-                if one.entry is not None:
-                    self.cache.release(one.entry)
+            for cache, entry in pinned:
+                cache.release(entry)
 
-    def _find(self, requests: Sequence[Request], cache: KVCache, found: dict[int, _Found]) -> None:
+    def _find(
+        self,
+        requests: Sequence[Request],
+        caches: Sequence[KVCache],
+        found: dict[int, _Found],
+        pinned: list[tuple[KVCache, Entry]],
+    ) -> None:
         """K/V of every request into ``found``: looked up, or encoded in one batch and kept."""
-        missing: dict[int, tuple[bytes, str]] = {}
+        missing: dict[int, list[_Lookup]] = {}
         with record_function(LOOKUP):
             for place, request in enumerate(requests):
+                lookups = self._look_up(request, caches, pinned)
                 if request.num_events == 0:
-                    found[place] = _not_cached(request, TOO_SHORT)
-                    continue
-                digest = history_digest(request, self.schema)
-                lookup = cache.lookup(request.user_id, digest, request.num_events)
-                if lookup.entry is None:
-                    missing[place] = (digest, lookup.reason)
+                    found[place] = _found_nothing(lookups)
+                elif all(lookup.reason in (HIT, TOO_SHORT) for lookup in lookups):
+                    found[place] = _found_pages(lookups, [])
                 else:
-                    use = CacheUse(HIT, "", request.num_events, 0, "device")
-                    found[place] = _Found(lookup.entry, use)
+                    missing[place] = lookups
         if missing:
-            self._prefill(requests, missing, cache, found)
+            self._prefill(requests, missing, caches, found, pinned)
+
+    def _look_up(
+        self,
+        request: Request,
+        caches: Sequence[KVCache],
+        pinned: list[tuple[KVCache, Entry]],
+    ) -> list["_Lookup"]:
+        lookups = []
+        for history, cache in zip(self.schema.histories, caches, strict=True):
+            events = request.events_by_history[history.name]
+            if events.num_events == 0:
+                lookups.append(_Lookup(None, TOO_SHORT, b"", 0))
+                continue
+            digest = history_digest(events, self.schema)
+            entry, reason = cache.lookup(request.user_id, digest, events.num_events)
+            if entry is not None:
+                pinned.append((cache, entry))
+            lookups.append(_Lookup(entry, reason, digest, events.num_events))
+        return lookups
 
     def _prefill(
         self,
         requests: Sequence[Request],
-        missing: dict[int, tuple[bytes, str]],
-        cache: KVCache,
+        missing: dict[int, list["_Lookup"]],
+        caches: Sequence[KVCache],
         found: dict[int, _Found],
+        pinned: list[tuple[KVCache, Entry]],
     ) -> None:
         """Encode the histories that miss, all in one batch, and keep what the pool has room for."""
         places = list(missing)
+        firsts, row_of_place = distinct_histories([requests[place] for place in places])
+        encoded = [requests[places[first]] for first in firsts]
         with record_function(PREFILL):
-            batch = collate_history([requests[place] for place in places], self.schema)
-            kv = self.model.prefill(batch.sparse_features)
-        parts = kv.split([requests[place].num_events for place in places], dim=2)
-        for place, part in zip(places, parts, strict=True):
-            digest, reason = missing[place]
-            entry = cache.put(requests[place].user_id, digest, part)
-            if entry is None:
-                found[place] = _not_cached(requests[place], NOT_ADMITTED)
-            else:
-                found[place] = _Found(entry, CacheUse("miss", reason, 0, part.size(2), "none"))
+            kv_by_history = self.model.prefill(
+                collate_history(encoded, self.schema).sparse_features
+            )
+        lengths = [
+            [request.events_by_history[h.name].num_events for h in self.schema.histories]
+            for request in encoded
+        ]
+        rows = [self.model.num_rows(num_events) for num_events in lengths]
+        parts_by_history = [
+            kv.split([counts[place] for counts in rows], dim=1)
+            for place, kv in enumerate(kv_by_history)
+        ]
+        kept: dict[int, list[_Lookup]] = {}
+        for place, row in zip(places, row_of_place, strict=True):
+            if row not in kept:
+                kept[row] = [
+                    _keep(encoded[row], lookup, cache, parts[row], pinned)
+                    for lookup, cache, parts in zip(
+                        missing[place], caches, parts_by_history, strict=True
+                    )
+                ]
+            found[place] = _found_pages(missing[place], kept[row])
 
     def _answers(self, requests: Sequence[Request], found: Sequence[_Found]) -> list[Answer]:
-        # Without a cache even an empty history goes the uncached way; with one it has no pages to
-        # read.
-        paged = [
-            place
-            for place, one in enumerate(found)
-            if one.entry is not None or one.use.reason == TOO_SHORT
-        ]
-        unpaged = [place for place in range(len(found)) if place not in set(paged)]
+        paged = [place for place, one in enumerate(found) if one.in_pages]
+        unpaged = [place for place, one in enumerate(found) if not one.in_pages]
         scores: dict[int, list[float]] = {}
         scores |= self._score_cached(requests, paged, found)
         scores |= self._score_uncached(requests, unpaged)
@@ -193,17 +250,22 @@ class Engine:
         self, requests: Sequence[Request], places: list[int], found: Sequence[_Found]
     ) -> dict[int, list[float]]:
         chosen = [requests[place] for place in places]
-        if self.cache is None or not any(request.num_candidates for request in chosen):
+        if self.caches is None or not any(request.num_candidates for request in chosen):
             return {place: [] for place in places}
         with record_function(EXPAND):
             batch = collate_candidates(chosen, self.schema)
-            features = expand(
-                batch.sparse_features,
-                [_pages(found[place].entry) for place in places],
-                user_of_candidates(chosen),
-            )
+            features = batch.sparse_features
+            firsts, _ = distinct_histories(chosen)
+            for number, history in enumerate(self.schema.histories):
+                entries = [found[places[first]].entries[number] for first in firsts]
+                pages = [[] if entry is None else entry.pages for entry in entries]
+                features = expand(features, history.name, pages, user_of_candidates(chosen))
+            items = None
+            if self.items is not None:
+                items = self.items.project(features, self.model.project_candidates)
         with record_function(SCORE):
-            logits = self.model.score(batch.dense_features, features, self.cache.pool.kv_pages)
+            kv_pages = [cache.pool.kv_pages for cache in self.caches]
+            logits = self.model.score(batch.dense_features, features, kv_pages, items)
         return _scores_by_place(places, chosen, logits)
 
     def _score_uncached(
@@ -218,34 +280,87 @@ class Engine:
         return _scores_by_place(places, chosen, logits)
 
 
+class _Lookup(NamedTuple):
+    """What is known of one history of a request: its K/V, or why there is none."""
+
+    entry: Entry | None
+    reason: str
+    digest: bytes
+    num_events: int
+
+
 def expand(
-    features: KeyedJaggedTensor, pages_by_user: Sequence[list[int]], candidate_user: Tensor
+    features: KeyedJaggedTensor,
+    history: str,
+    pages_by_user: Sequence[list[int]],
+    candidate_user: Tensor,
 ) -> KeyedJaggedTensor:
     """Give every candidate its user's K/V: one key more, whose values are page ids.
 
     Args:
         features: candidates and users as ``collate_candidates`` makes them.
-        pages_by_user: page ids of each user, oldest events first.
+        history: whose pages they are.
+        pages_by_user: page ids of each user's history, oldest rows first.
         candidate_user: [C] int64, the user of each candidate.
 
     Returns:
-        The features with the key ``history.pages`` at the users' stride. No K/V is copied.
+        The features with the history's key ``pages`` at the users' stride. No K/V is copied.
     """
     pages = torch.tensor([page for pages in pages_by_user for page in pages], dtype=torch.int64)
     lengths = torch.tensor([len(pages) for pages in pages_by_user])
-    return with_key(features, HISTORY_PAGES, Bags(pages, lengths), candidate_user)
+    return with_key(features, history_key(history, PAGES), Bags(pages, lengths), candidate_user)
 
 
-def _pages(entry: Entry | None) -> list[int]:
-    return [] if entry is None else entry.pages
+def _keep(
+    request: Request,
+    lookup: _Lookup,
+    cache: KVCache,
+    kv: Tensor,
+    pinned: list[tuple[KVCache, Entry]],
+) -> _Lookup:
+    """Put the K/V of a history that missed into the cache; what was there stays as it is."""
+    if lookup.entry is not None or lookup.num_events == 0:
+        return lookup
+    entry = cache.put(request.user_id, lookup.digest, kv, lookup.num_events)
+    if entry is None:
+        return lookup._replace(reason=NOT_ADMITTED)
+    pinned.append((cache, entry))
+    return lookup._replace(entry=entry)
+
+
+def _found_pages(looked_up: Sequence[_Lookup], kept: Sequence[_Lookup]) -> _Found:
+    """A request whose histories lie in pages, all looked up or encoded and kept.
+
+    Where one history has no room, none of the request's is read from pages.
+    """
+    if any(lookup.reason == NOT_ADMITTED for lookup in kept):
+        num_events = sum(lookup.num_events for lookup in looked_up)
+        use = CacheUse("bypass", NOT_ADMITTED, 0, num_events, "none")
+        return _Found((), use, in_pages=False)
+    cached = sum(lookup.num_events for lookup in looked_up if lookup.entry is not None)
+    computed = sum(lookup.num_events for lookup in looked_up if lookup.entry is None)
+    reasons = [lookup.reason for lookup in looked_up if lookup.reason not in (HIT, TOO_SHORT)]
+    status = HIT if not computed else "partial" if cached else "miss"
+    tier = "device" if cached else "none"
+    use = CacheUse(status, reasons[0] if reasons else "", cached, computed, tier)
+    return _Found(tuple(lookup.entry for lookup in kept or looked_up), use, in_pages=True)
+
+
+def _found_nothing(lookups: Sequence[_Lookup]) -> _Found:
+    """A request without events: there is nothing to keep, and no page to read."""
+    use = CacheUse("bypass", TOO_SHORT, 0, 0, "none")
+    return _Found(tuple(None for _ in lookups), use, in_pages=True)
 
 
 def _not_cached(request: Request, reason: str) -> _Found:
-    return _Found(None, CacheUse("bypass", reason, 0, request.num_events, "none"))
+    use = CacheUse("bypass", reason, 0, request.num_events, "none")
+    return _Found((), use, in_pages=False)
 
 
 def _scores_by_place(
     places: list[int], requests: Sequence[Request], logits: Tensor
 ) -> dict[int, list[float]]:
-    parts = torch.sigmoid(logits).split([request.num_candidates for request in requests])
+    # Not torch.sigmoid: its vectorised form gives other bits than the one for a tensor's last rows.
+    probabilities = 1.0 / (1.0 + torch.exp(-logits.double()))
+    parts = probabilities.split([request.num_candidates for request in requests])
     return {place: part.tolist() for place, part in zip(places, parts, strict=True)}

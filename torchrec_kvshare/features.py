@@ -17,12 +17,14 @@ from torchrec.datasets.utils import Batch
 
 from torchrec_kvshare.data.batches import Bags, assemble, clock_features, single, squash
 from torchrec_kvshare.data.schema import (
-    HISTORY_TIME,
+    ACTION,
     ITEM,
+    REQUEST_HISTORY,
     REQUEST_TIME,
     TIME,
     USER,
     FeatureSchema,
+    History,
     candidate_key,
     context_key,
     history_key,
@@ -35,8 +37,26 @@ MAX_SHOWN = 200  # characters of a value or of a list of names in a message
 
 
 @dataclass(frozen=True, eq=False)
+class Events:
+    """One history of a user, cut to the window.
+
+    Attributes:
+        columns: one [L] int64 per event column, and ``time``.
+        bags: rows of each event by multi-valued item attribute.
+    """
+
+    columns: dict[str, Tensor]
+    bags: dict[str, Bags]
+
+    @property
+    def num_events(self) -> int:
+        """Events that the model reads."""
+        return self.columns[TIME].numel()
+
+
+@dataclass(frozen=True, eq=False)
 class Request:
-    """One user, one history cut to the window, N candidates; ids are table rows.
+    """One user, its histories cut to their windows, N candidates; ids are table rows.
 
     Attributes:
         request_id: as it came.
@@ -44,8 +64,7 @@ class Request:
         user_row: row of the user's table.
         time: Unix seconds.
         context: rows by context column.
-        history: one [L] int64 per event column, and ``time``.
-        history_bags: rows of each event by multi-valued item attribute.
+        events_by_history: what the model reads, by the history's name.
         candidate_items: [N] int64.
         candidate_bags: rows of each candidate by multi-valued item attribute.
         dense: [N, num_dense] float32.
@@ -56,16 +75,15 @@ class Request:
     user_row: int
     time: int
     context: dict[str, Tensor]
-    history: dict[str, Tensor]
-    history_bags: dict[str, Bags]
+    events_by_history: dict[str, Events]
     candidate_items: Tensor
     candidate_bags: dict[str, Bags]
     dense: Tensor
 
     @property
     def num_events(self) -> int:
-        """Events of the history that the model reads."""
-        return self.history[TIME].numel()
+        """Events that the model reads, of all histories."""
+        return sum(events.num_events for events in self.events_by_history.values())
 
     @property
     def num_candidates(self) -> int:
@@ -111,8 +129,6 @@ def parse_request(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
     context = _group(raw, "context", schema.context)
     event_columns = (*schema.event_columns, *schema.item_attributes, TIME)
     history = _columns(_group(raw, "history", event_columns), "history", event_columns)
-    start = schema.window.start(len(history[TIME]))
-    history = {column: values[start:] for column, values in history.items()}
     candidate_columns = (ITEM, *schema.item_attributes, *schema.item_floats)
     candidates = _columns(
         _group(raw, "candidates", candidate_columns), "candidates", candidate_columns
@@ -127,9 +143,7 @@ def parse_request(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
         schema.vocabulary_by_column[USER].row(user_id),
         time,
         {c: _bag(context[c], schema, c, f"context.{c}") for c in schema.context},
-        {c: _rows(history[c], schema, c, f"history.{c}") for c in schema.event_columns}
-        | {TIME: _times(history[TIME])},
-        {c: _bags(history[c], schema, c, f"history.{c}") for c in schema.item_attributes},
+        {one.name: _events(one, history, schema) for one in schema.histories},
         _rows(candidates[ITEM], schema, ITEM, f"candidates.{ITEM}"),
         {c: _bags(candidates[c], schema, c, f"candidates.{c}") for c in schema.item_attributes},
         _dense(candidates, schema, time),
@@ -144,7 +158,7 @@ def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch
         schema: the model's columns.
 
     Returns:
-        A batch with the ``history.*`` keys alone.
+        A batch with the histories' keys alone.
     """
     nobody = torch.empty(0, dtype=torch.int64)
     return assemble(
@@ -163,7 +177,7 @@ def collate_candidates(requests: Sequence[Request], schema: FeatureSchema) -> Ba
         schema: the model's columns.
 
     Returns:
-        A batch that can be scored once the key ``history.pages`` is added.
+        A batch that can be scored once page ids are added.
     """
     return _collate(requests, _request_bags(requests, schema))
 
@@ -181,6 +195,29 @@ def collate(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
     return _collate(requests, _request_bags(requests, schema) | _history_bags(requests, schema))
 
 
+def distinct_histories(requests: Sequence[Request]) -> tuple[list[int], list[int]]:
+    """Requests whose histories are to be encoded: one for each user and content.
+
+    Args:
+        requests: in a batch.
+
+    Returns:
+        Places of the first request with each of the histories, and for every request the index
+        among these.
+    """
+    firsts: list[int] = []
+    row_of_request: list[int] = []
+    rows_by_user: dict[str, list[int]] = {}
+    for place, request in enumerate(requests):
+        known = rows_by_user.setdefault(request.user_id, [])
+        same = [row for row in known if _same_events(requests[firsts[row]], request)]
+        if not same:
+            known.append(len(firsts))
+            firsts.append(place)
+        row_of_request.append(same[0] if same else known[-1])
+    return firsts, row_of_request
+
+
 def user_of_candidates(requests: Sequence[Request]) -> Tensor:
     """[C] int64: the request each candidate belongs to."""
     counts = torch.tensor([request.num_candidates for request in requests])
@@ -193,11 +230,16 @@ def _collate(requests: Sequence[Request], bags: dict[str, Bags]) -> Batch:
 
 
 def _request_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
+    """Everything but the events, of which there are the times alone."""
+    firsts, row_of_request = distinct_histories(requests)
     bags = {USER: single(torch.tensor([request.user_row for request in requests]))}
     for column in schema.context:
         bags[context_key(column)] = _jagged([request.context[column] for request in requests])
-    bags[HISTORY_TIME] = _jagged([request.history[TIME] for request in requests])
     bags[REQUEST_TIME] = single(torch.tensor([request.time for request in requests]))
+    bags[REQUEST_HISTORY] = single(torch.tensor(row_of_request))
+    for history in schema.histories:
+        times = [requests[row].events_by_history[history.name].columns[TIME] for row in firsts]
+        bags[history_key(history.name, TIME)] = _jagged(times)
     bags[candidate_key(ITEM)] = single(torch.cat([r.candidate_items for r in requests]))
     for column in schema.item_attributes:
         bags[candidate_key(column)] = _joined([r.candidate_bags[column] for r in requests])
@@ -205,13 +247,45 @@ def _request_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[st
 
 
 def _history_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
-    bags = {
-        history_key(column): _jagged([request.history[column] for request in requests])
-        for column in (*schema.event_columns, TIME)
-    }
-    for column in schema.item_attributes:
-        bags[history_key(column)] = _joined([r.history_bags[column] for r in requests])
+    firsts, _ = distinct_histories(requests)
+    bags = {}
+    for history in schema.histories:
+        events = [requests[row].events_by_history[history.name] for row in firsts]
+        for column in (*schema.event_columns, TIME):
+            bags[history_key(history.name, column)] = _jagged([e.columns[column] for e in events])
+        for column in schema.item_attributes:
+            bags[history_key(history.name, column)] = _joined([e.bags[column] for e in events])
     return bags
+
+
+def _same_events(one: Request, other: Request) -> bool:
+    if one.events_by_history is other.events_by_history:
+        return True
+    for name, events in one.events_by_history.items():
+        columns, bags = other.events_by_history[name].columns, other.events_by_history[name].bags
+        if not all(torch.equal(values, columns[c]) for c, values in events.columns.items()):
+            return False
+        for column, (values, lengths) in events.bags.items():
+            if not torch.equal(lengths, bags[column].lengths):
+                return False
+            if not torch.equal(values, bags[column].values):
+                return False
+    return True
+
+
+def _events(history: History, columns: dict[str, list[Any]], schema: FeatureSchema) -> Events:
+    """One history of a request, as rows."""
+    places = history.places(columns[ACTION] if history.actions else columns[TIME])
+    first = places[0] if places else len(columns[TIME])
+    if len(places) == len(columns[TIME]) - first:
+        read = {column: values[first:] for column, values in columns.items()}
+    else:
+        read = {column: [values[p] for p in places] for column, values in columns.items()}
+    return Events(
+        {c: _rows(read[c], schema, c, f"history.{c}") for c in schema.event_columns}
+        | {TIME: _times(read[TIME])},
+        {c: _bags(read[c], schema, c, f"history.{c}") for c in schema.item_attributes},
+    )
 
 
 def _jagged(rows: list[Tensor]) -> Bags:

@@ -1,8 +1,9 @@
 """An unmodified TorchRec ranking model, with the K/V it reads as an argument.
 
 The model is given to us whole and calls its EmbeddingBagCollection with the features alone. Tracing
-it with our collection as a leaf lets the K/V pages become one more input of the same computation,
-so that scoring is a function of tensors: nothing is set on a module between calls.
+it with our collection as a leaf lets K/V pages and projected items become two more inputs of the
+same computation, so that scoring is a function of tensors: nothing is set on a module between
+calls.
 """
 
 from typing import cast
@@ -14,6 +15,7 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_kvshare.attention.bodies import AUTO, choose_body
 from torchrec_kvshare.bags import user_candidate_bags
 from torchrec_kvshare.collection import (
     KVShareEmbeddingBagCollection,
@@ -21,19 +23,21 @@ from torchrec_kvshare.collection import (
 )
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.history.kinds import TowerSpec
 
 KV_PAGES = "kv_pages"
+ITEMS = "items"
 
 
 def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
-    """The same model with one more input ``kv_pages``, handed to its KVShareEmbeddingBagCollection.
+    """The same model with two more inputs, which its KVShareEmbeddingBagCollection is handed.
 
     Args:
         model: a ranking model called as ``model(dense_features, sparse_features)``.
 
     Returns:
-        A module called as ``module(dense_features, sparse_features, kv_pages)``; weights are shared
-        with ``model``.
+        A module called as ``module(dense_features, sparse_features, kv_pages, items)``; weights are
+        shared with ``model``.
 
     Raises:
         ConfigError: if the model calls no KVShareEmbeddingBagCollection, or more than one.
@@ -50,12 +54,13 @@ def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
             f"{type(model).__name__} calls {len(calls)} KVShareEmbeddingBagCollections; "
             "exactly one is allowed"
         )
-    last_input = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
-    with traced.graph.inserting_after(last_input):
-        kv_pages = traced.graph.create_node(
-            "placeholder", KV_PAGES, args=(None,), type_expr=Tensor | None
-        )
-    calls[0].args = (*calls[0].args, kv_pages)
+    for name in (KV_PAGES, ITEMS):
+        last_input = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
+        with traced.graph.inserting_after(last_input):
+            added = traced.graph.create_node(
+                "placeholder", name, args=(None,), type_expr=list[Tensor] | None
+            )
+        calls[0].args = (*calls[0].args, added)
     traced.recompile()
     return traced
 
@@ -65,12 +70,14 @@ class RankingModel(nn.Module):
 
     Args:
         model: an unmodified ranking model that holds one KVShareEmbeddingBagCollection.
+        body: how attention over cached K/V is computed, see ``attention/bodies.py``.
 
     Raises:
         ConfigError: if the model holds no such collection, or more than one.
+        ValueError: if there is no such body where the model is.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, body: str = AUTO) -> None:
         super().__init__()
         self.ranker = lift_kv_pages(model)
         self.collection = next(
@@ -78,46 +85,73 @@ class RankingModel(nn.Module):
             for module in model.modules()
             if isinstance(module, KVShareEmbeddingBagCollection)
         )
+        chosen = choose_body(body, next(model.parameters()).device.type)
+        for tower in self.collection.towers():
+            tower.body = chosen
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """Logits [C], the histories in the batch encoded on the way: one prefill per request."""
-        return self.ranker(dense, features, None).squeeze(1)
+        return self.ranker(dense, features, None, None).squeeze(1)
 
     @torch.jit.export
-    def prefill(self, features: KeyedJaggedTensor) -> Tensor:
-        """K/V [layers, 2, T, H, D] of the histories in the batch."""
+    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """For each history K/V [planes, R, H, D] of the histories in the batch."""
         return self.collection.prefill(features)
 
     @torch.jit.export
-    def score(self, dense: Tensor, features: KeyedJaggedTensor, kv_pages: Tensor) -> Tensor:
-        """Logits [C] over K/V read from pages through the key ``history.pages``."""
-        return self.ranker(dense, features, kv_pages).squeeze(1)
+    def extend(
+        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
+    ) -> list[Tensor]:
+        """For each history K/V of new events; see ``KVShareEmbeddingBagCollection.extend``."""
+        return self.collection.extend(features, cached, cached_rows)
+
+    @torch.jit.export
+    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """For each history what candidates are before they meet a user, [C, M, 4E or 5E]."""
+        return self.collection.project_candidates(features)
+
+    @torch.jit.export
+    def num_rows(self, num_events: list[int]) -> list[int]:
+        """Rows of K/V of histories of so many events, in the order of the histories."""
+        return self.collection.num_rows(num_events)
+
+    @torch.jit.export
+    def score(
+        self,
+        dense: Tensor,
+        features: KeyedJaggedTensor,
+        kv_pages: list[Tensor],
+        items: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [C] over K/V read from pages through the histories' keys ``pages``."""
+        return self.ranker(dense, features, kv_pages, items).squeeze(1)
 
 
-def dlrm_with_history(
-    schema: FeatureSchema,
-    dim: int,
-    num_layers: int,
-    num_heads: int,
-    dropout: float,
-    top_mlp: list[int],
-) -> DLRM:
-    """TorchRec's DLRM with the pooled history as one more feature.
+def dlrm_with_history(schema: FeatureSchema, spec: TowerSpec, top_mlp: list[int]) -> DLRM:
+    """TorchRec's DLRM with the pooled histories as further features.
 
     Args:
         schema: columns and table sizes.
-        dim: width of every table, of the dense arch's result and of the tower.
-        num_layers: layers of the tower.
-        num_heads: heads of each layer.
-        dropout: share of activations dropped in training, in the tower.
+        spec: of the towers; its width is that of every table and of the dense arch's result.
         top_mlp: widths of the over arch, the last of them 1.
 
     Returns:
         An unmodified ``torchrec.models.dlrm.DLRM``.
     """
-    collection = kvshare_collection(schema, dim, num_layers, num_heads, dropout)
+    collection = kvshare_collection(schema, spec)
     # DLRM's annotation names the class, but it uses the interface only.
-    return DLRM(cast(EmbeddingBagCollection, collection), schema.num_dense, [dim, dim], top_mlp)
+    bags = cast(EmbeddingBagCollection, collection)
+    return DLRM(bags, schema.num_dense, [spec.dim, spec.dim], top_mlp)
+
+
+def takes_prefixes(model: nn.Module) -> bool:
+    """Whether candidates at different times may see prefixes of one prefill, in every history."""
+    return all(
+        tower.encoder.takes_prefixes
+        for module in model.modules()
+        if isinstance(module, KVShareEmbeddingBagCollection)
+        for tower in module.towers()
+    )
 
 
 def plain_dlrm(schema: FeatureSchema, dim: int, top_mlp: list[int]) -> DLRM:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchrec_kvshare.audit import CROSS_REQUEST
+from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError, RequestError
+from torchrec_kvshare.export.artifact import Manifest
 from torchrec_kvshare.export.torchscript import Artifact
 from torchrec_kvshare.features import Request, decode_request, parse_request
 
@@ -52,29 +55,57 @@ class Refusal:
         return {"request_id": self.request_id, "error": error}
 
 
-def new_engine(artifact: Artifact, cache: str, capacity_bytes: int, page_size: int) -> Engine:
+def new_engine(
+    artifact: Artifact, cache: str, capacity_bytes: int, page_size: int, num_items: int = 0
+) -> Engine:
     """An engine for a loaded artifact.
 
     Args:
         artifact: as ``load_artifact`` gives it.
         cache: ``memory`` keeps K/V between requests, ``off`` shares it within a request only.
-        capacity_bytes: most bytes of K/V kept.
-        page_size: events per page.
+        capacity_bytes: most bytes of K/V kept; several histories share them by the size of theirs.
+        page_size: rows of K/V per page.
+        num_items: projected candidates kept; 0 for none.
 
     Returns:
         The engine, its cache empty.
 
     Raises:
-        ConfigError: if the kind of cache is unknown or its sizes cannot work.
+        ConfigError: if the kind of cache is unknown or its sizes cannot work, or if the model's
+            audit allows no K/V between requests.
     """
     if cache not in CACHE_KINDS:
         raise ConfigError(f"cache is {cache!r}; one of {CACHE_KINDS} is allowed")
     kept = None
     if cache == "memory":
-        tower = artifact.manifest.tower
-        sizes = (tower.num_layers, tower.num_heads, tower.head_dim)
-        kept = KVCache(PagePool(capacity_bytes, page_size, *sizes))
-    return Engine(artifact.model, artifact.schema, artifact.manifest.model_version, kept)
+        _check_audit(artifact.manifest)
+        towers = artifact.manifest.towers.values()
+        # What one user's full window takes of each history.
+        weights = [t.num_planes * t.num_heads * t.head_dim * t.max_rows for t in towers]
+        kept = [
+            KVCache(
+                PagePool(
+                    capacity_bytes * weight // sum(weights),
+                    page_size,
+                    tower.num_planes,
+                    tower.num_heads,
+                    tower.head_dim,
+                )
+            )
+            for tower, weight in zip(towers, weights, strict=True)
+        ]
+    items = ItemCache(num_items, artifact.schema) if num_items and kept is not None else None
+    version = artifact.manifest.model_version
+    return Engine(artifact.model, artifact.schema, version, kept, items)
+
+
+def _check_audit(manifest: Manifest) -> None:
+    """Refuse to keep K/V of a model that failed its audit."""
+    if manifest.audit["scope"] != CROSS_REQUEST:
+        raise ConfigError(
+            f"cache is 'memory', but K/V of model {manifest.model_version} may be used within a "
+            f"request only: its audit failed at {manifest.audit['failures']}; cache=off is allowed"
+        )
 
 
 def score_file(engine: Engine, requests: Path, output: Path, batch_requests: int) -> Counts:

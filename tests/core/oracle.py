@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
-from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.history.reference import reference_tower
+from torchrec_kvshare.data.schema import FeatureSchema, History
+from torchrec_kvshare.history.kinds import TowerSpec
+from torchrec_kvshare.history.reference import ReferenceOptions, reference_tower
 
 
 class GivenFeatures(nn.Module):
@@ -67,7 +68,11 @@ def reference_features(
         key: _rows(tables[f"bag_{column}"], schema, column, cells)
         for key, (column, cells) in cells_by_key.items()
     }
-    return feature_by_key | {"history": reference_history(collection, schema, raw, place)}
+    pooled = {
+        history.name: reference_history(collection, schema, raw, place, which)
+        for which, history in enumerate(schema.histories)
+    }
+    return feature_by_key | pooled
 
 
 def exact_tables(collection: KVShareEmbeddingBagCollection) -> dict[str, Tensor]:
@@ -85,16 +90,26 @@ def reference_history(
     schema: FeatureSchema,
     raw: dict[str, Any],
     place: int,
+    which: int = 0,
 ) -> Tensor:
-    """[E] float64: the history as one candidate pools it."""
+    """[E] float64: one of the histories as one candidate pools it."""
+    described, tower = schema.histories[which], collection.towers()[which]
     history = raw["history"]
+    read = [
+        event
+        for event in range(len(history["time"]))
+        if not described.actions or history["action"][event] in described.actions
+    ]
     first = 0
-    while len(history["time"]) - first > schema.window.max_history:
-        first += schema.window.block
+    while len(read) - first > described.window.max_history:
+        first += described.window.block
     tables = exact_tables(collection)
+    positions = tables.get(f"token_{described.name}_position")
     events = []
-    for event in range(first, len(history["time"])):
-        token = tables["token_position"][event - first]
+    for position, event in enumerate(read[first:]):
+        token = torch.zeros(tower.dim, dtype=torch.float64)
+        if positions is not None:
+            token = token + positions[position]
         for column in schema.event_columns:
             cells = [history[column][event]]
             token = token + _rows(tables[f"token_{column}"], schema, column, cells)
@@ -102,13 +117,31 @@ def reference_history(
             token = token + _rows(tables[f"token_{column}"], schema, column, history[column][event])
         events.append(token)
     item = raw["candidates"]["item_id"][place]
-    candidate = _rows(tables["token_item_id"], schema, "item_id", [item])
+    tokens = [_rows(tables["token_item_id"], schema, "item_id", [item])]
     for column in schema.item_attributes:
         cell = raw["candidates"][column][place]
-        candidate = candidate + _rows(tables[f"token_{column}"], schema, column, cell)
-    seen = torch.stack(events) if events else torch.empty(0, len(candidate))
-    times = history["time"][first:]
-    return reference_tower(collection.tower.state_dict(), seen, times, candidate, raw["time"])
+        tokens.append(_rows(tables[f"token_{column}"], schema, column, cell))
+    candidate = torch.stack(tokens)
+    if tower.spec.num_tokens == 1:
+        candidate = candidate.sum(0, keepdim=True)
+    seen = torch.stack(events) if events else torch.empty(0, tower.dim)
+    times = [history["time"][event] for event in read[first:]]
+    options = reference_options(tower.spec, described)
+    parameters = tower.state_dict()
+    return reference_tower(parameters, options, seen, times, candidate, raw["time"])
+
+
+def reference_options(spec: TowerSpec, history: History) -> ReferenceOptions:
+    """What a tower is, as the reference wants to be told."""
+    return ReferenceOptions(
+        spec.kind,
+        spec.num_heads,
+        spec.window or None,
+        spec.window or history.window.max_history,
+        spec.merge,
+        spec.recent,
+        history.window.block,
+    )
 
 
 def reference_dense(schema: FeatureSchema, raw: dict[str, Any], place: int) -> list[float]:

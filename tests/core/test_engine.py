@@ -20,7 +20,7 @@ from tests.core.worlds import (
     HEAD_DIM,
     LOGIT_TOLERANCE,
     NUM_HEADS,
-    NUM_LAYERS,
+    NUM_PLANES,
     PAGE_BYTES,
     PAGE_SIZE,
     PROBABILITY_TOLERANCE,
@@ -41,9 +41,16 @@ def make_engine(model: RankingModel, num_pages: int) -> Engine:
     """An engine over so many pages, or without a cache; what was never written is NaN."""
     if num_pages == 0:
         return Engine(model, SCHEMA, "v1", None)
-    pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_LAYERS, NUM_HEADS, HEAD_DIM)
+    pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     pool.kv_pages.fill_(torch.nan)
-    return Engine(model, SCHEMA, "v1", KVCache(pool))
+    return Engine(model, SCHEMA, "v1", [KVCache(pool)])
+
+
+def cache_of(engine: Engine) -> KVCache:
+    """The cache of the one history."""
+    assert engine.caches is not None
+    [cache] = engine.caches
+    return cache
 
 
 def raw_of(user: str, num_events: int, num_candidates: int, seed: int) -> RawRequest:
@@ -64,11 +71,11 @@ def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
 
 
 def assert_nothing_pinned(engine: Engine) -> None:
-    assert engine.cache is not None
-    kept = engine.cache._entry_by_user.values()
+    cache = cache_of(engine)
+    kept = cache._entry_by_user.values()
     assert all(entry.num_pins == 0 for entry in kept)
     held = sum(len(entry.pages) for entry in kept)
-    assert held == engine.cache.pool.num_pages - engine.cache.pool.num_free
+    assert held == cache.pool.num_pages - cache.pool.num_free
 
 
 def edited(raw: RawRequest) -> RawRequest:
@@ -202,8 +209,7 @@ def test_an_empty_history_is_too_short_to_keep(ranking_model: RankingModel) -> N
         answers = rank(engine, raw)
         assert uses(answers) == [("bypass", "too_short", 0, 0, "none")]
         assert_same_scores(answers, rank(uncached, raw))
-    assert engine.cache is not None
-    assert engine.cache.held_bytes == 0
+    assert cache_of(engine).held_bytes == 0
 
 
 @pytest.mark.parametrize("num_pages", [0, 4])
@@ -241,12 +247,13 @@ def test_one_user_with_two_histories_in_a_batch_gets_each_its_own(
     engine, uncached = make_engine(ranking_model, 9), make_engine(ranking_model, 0)
     raw = raw_of("a", 11, 3, 1)
     rank(engine, raw)
-    raws = [edited(raw), raw, cut(raw, 6), edited(raw)]
+    raws = [edited(raw), raw, cut(raw, 6), edited(raw), cut(raw, 10)]
     answers = rank(engine, *raws)
     assert [use[:2] for use in uses(answers)] == [
         ("miss", "edited"),
         ("hit", ""),
         ("miss", "shrunk"),
+        ("miss", "edited"),  # Encoded with the first.
         ("bypass", "not_admitted"),
     ]
     assert_same_scores(answers, rank(uncached, *raws))
@@ -265,16 +272,15 @@ def test_a_hit_is_not_evicted_by_its_batchmates(ranking_model: RankingModel) -> 
 
 def test_pages_apart_score_as_pages_side_by_side(ranking_model: RankingModel) -> None:
     together, apart = make_engine(ranking_model, 20), make_engine(ranking_model, 20)
-    assert apart.cache is not None
-    apart.cache.pool.allocate(20)
-    apart.cache.pool.free([0, 2, 3, 5, 7, 8, 9, 19])
+    cache_of(apart).pool.allocate(20)
+    cache_of(apart).pool.free([0, 2, 3, 5, 7, 8, 9, 19])
     raws = [raw_of("a", 11, 3, 1), raw_of("b", 14, 2, 2), raw_of("c", 0, 2, 4)]
     raws.append(raw_of("d", 6, 5, 3))
     for _ in range(2):
         assert [answer.scores for answer in rank(apart, *raws)] == [
             answer.scores for answer in rank(together, *raws)
         ]
-    pages = [entry.pages for entry in apart.cache._entry_by_user.values()]
+    pages = [entry.pages for entry in cache_of(apart)._entry_by_user.values()]
     assert pages == [[7, 8, 9], [0, 2, 3], [5, 19]]
 
 
@@ -381,11 +387,23 @@ class BrokenPrefill:
     def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         return self.model(dense, features)
 
-    def prefill(self, features: KeyedJaggedTensor) -> Tensor:
+    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
         raise RuntimeError("not enough memory")
 
-    def score(self, dense: Tensor, features: KeyedJaggedTensor, kv_pages: Tensor) -> Tensor:
-        return self.model.score(dense, features, kv_pages)
+    def num_rows(self, num_events: list[int]) -> list[int]:
+        return self.model.num_rows(num_events)
+
+    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        return self.model.project_candidates(features)
+
+    def score(
+        self,
+        dense: Tensor,
+        features: KeyedJaggedTensor,
+        kv_pages: list[Tensor],
+        items: list[Tensor] | None = None,
+    ) -> Tensor:
+        return self.model.score(dense, features, kv_pages, items)
 
 
 def test_a_prefill_that_fails_leaves_nothing_pinned(ranking_model: RankingModel) -> None:

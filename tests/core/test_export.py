@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,26 @@ from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM
 
 from tests.core.worlds import (
+    CAUSAL_SPEC,
     HEAD_DIM,
+    MAX_HISTORY,
     NUM_HEADS,
-    NUM_LAYERS,
+    NUM_PLANES,
     SCHEMA,
     draw_raw,
     fresh_process,
     make_dlrm,
     parse_all,
 )
+from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.cache.identity import model_digest
-from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.errors import ArtifactError, ParityError
 from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, score_through_pages
 from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
 from torchrec_kvshare.features import collate
+from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
 
 FILES = ["manifest.json", "model.pt", "schema.json"]
@@ -108,11 +113,13 @@ def test_a_loaded_program_stays_bit_equal_call_after_call(
 def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: Path) -> None:
     written = json.loads((artifact / "manifest.json").read_text())
     assert set(written) == {
-        *("format", "model_digest", "encoder", "tower", "inputs", "parity", "versions"),
+        *("format", "model_digest", "encoder", "towers", "inputs", "audit", "parity", "versions"),
         "sha256_by_file",
     }
-    sizes = {"num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
-    assert (written["format"], written["encoder"], written["tower"]) == (1, "causal", sizes)
+    assert (written["format"], written["encoder"]) == (2, asdict(CAUSAL_SPEC))
+    sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
+    assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}
+    assert written["audit"] == audit_model(model, SCHEMA).to_json()
     assert written["inputs"] == {
         "request": ["user_id", "time"],
         "context": ["country"],
@@ -127,7 +134,7 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
     assert set(written["versions"]) == {"torch", "torchrec", "torchrec_kvshare"}
     assert sorted(written["sha256_by_file"]) == FILES[1:]
     assert sorted(path.name for path in artifact.iterdir()) == FILES
-    description = {"encoder": "causal", "tower": sizes, "schema": SCHEMA.to_json()}
+    description = {"encoder": written["encoder"], "schema": SCHEMA.to_json()}
     assert written["model_digest"] == model_digest(model.state_dict(), description)
 
 
@@ -149,10 +156,11 @@ def test_one_process_exports_models_of_several_depths(artifact: Path, tmp_path: 
     """TorchScript bound the type of the first model's tower to a property of the collection, and
     refused every later model with another number of layers."""
     for num_layers in (1, 3):
-        dlrm = dlrm_with_history(SCHEMA, 15, num_layers, 5, 0.0, [6, 1])
+        spec = replace(CAUSAL_SPEC, dim=15, num_layers=num_layers, num_heads=5)
+        dlrm = dlrm_with_history(SCHEMA, spec, [6, 1])
         destination = tmp_path / str(num_layers)
         manifest = export_torchscript(RankingModel(dlrm).eval(), SCHEMA, destination)
-        assert manifest.tower.num_layers == num_layers
+        assert manifest.towers[HISTORY].num_planes == 2 * num_layers
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -189,7 +197,7 @@ def test_a_manifest_that_is_none_is_named(broken: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, [], 7, "text"])
-@pytest.mark.parametrize("field", ["tower", "sha256_by_file"])
+@pytest.mark.parametrize("field", ["towers", "sha256_by_file"])
 def test_a_manifest_with_a_field_of_another_kind_is_named(
     broken: Path, field: str, value: Any
 ) -> None:
@@ -236,14 +244,19 @@ class Differing(nn.Module):
         return self.head(rows)
 
 
+def tower_of(dlrm: DLRM) -> HistoryTower:
+    [tower] = dlrm.sparse_arch.embedding_bag_collection.towers()
+    return tower
+
+
 def with_head(dlrm: DLRM, head: nn.Module) -> RankingModel:
-    dlrm.sparse_arch.embedding_bag_collection.tower.head = head
+    tower_of(dlrm).head = head
     return RankingModel(dlrm).eval()
 
 
 def test_a_program_that_differs_from_its_model_leaves_nothing_behind(tmp_path: Path) -> None:
     dlrm = make_dlrm(seed=8)
-    model = with_head(dlrm, Differing(dlrm.sparse_arch.embedding_bag_collection.tower.head))
+    model = with_head(dlrm, Differing(tower_of(dlrm).head))
     with pytest.raises(ParityError, match="exported_eager logits differ by"):
         export_torchscript(model, SCHEMA, tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
@@ -252,7 +265,7 @@ def test_a_program_that_differs_from_its_model_leaves_nothing_behind(tmp_path: P
 def test_a_model_that_says_nan_leaves_nothing_behind(tmp_path: Path) -> None:
     dlrm = make_dlrm(seed=8)
     with torch.no_grad():
-        dlrm.sparse_arch.embedding_bag_collection.tower.head.bias[3] = math.nan
+        tower_of(dlrm).head.bias[3] = math.nan
     with pytest.raises(ParityError, match="differ by nan"):
         export_torchscript(RankingModel(dlrm).eval(), SCHEMA, tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
@@ -306,6 +319,6 @@ def test_an_artifact_may_be_read_by_other_users(artifact: Path) -> None:
 def test_a_model_of_items_and_times_alone_exports_too(tmp_path: Path) -> None:
     """Without multi-valued columns, as on Online Retail, scripting met an empty list and failed."""
     vocabularies = {name: SCHEMA.vocabulary_by_column[name] for name in ("user_id", "item_id")}
-    bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.window)
+    bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
     export_torchscript(RankingModel(make_dlrm(seed=5, schema=bare)).eval(), bare, tmp_path / "a")
     assert load_artifact(tmp_path / "a").schema.item_attributes == ()

@@ -1,6 +1,7 @@
 """What changes the K/V changes its identity; what does not, does not."""
 
 import copy
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -9,15 +10,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torchrec.models.dlrm import DLRM
 
-from tests.core.worlds import SCHEMA, draw_raw, fresh_process
+from tests.core.worlds import CAUSAL_SPEC, SCHEMA, draw_raw, fresh_process
 from torchrec_kvshare.cache.identity import history_digest, model_digest
+from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.features import parse_request
 
 RawRequest = dict[str, Any]
 
 
 def digest_of(raw: RawRequest) -> bytes:
-    return history_digest(parse_request(raw, SCHEMA), SCHEMA)
+    return history_digest(parse_request(raw, SCHEMA).events_by_history[HISTORY], SCHEMA)
 
 
 def events(**columns: list[Any]) -> RawRequest:
@@ -86,10 +88,10 @@ def test_histories_have_one_digest_if_and_only_if_the_model_reads_the_same(
     one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]
 ) -> None:
     def rows(drawn: list[tuple[Any, ...]]) -> list[Any]:
-        request = parse_request(history_of(drawn), SCHEMA)
+        read = parse_request(history_of(drawn), SCHEMA).events_by_history[HISTORY]
         return [
-            *(request.history[column].tolist() for column in ("item_id", "action", "time")),
-            *(bags.tolist() for bags in request.history_bags["genres"]),
+            *(read.columns[column].tolist() for column in ("item_id", "action", "time")),
+            *(bags.tolist() for bags in read.bags["genres"]),
         ]
 
     same = rows(one) == rows(other)
@@ -138,7 +140,8 @@ def test_digests_are_the_same_in_every_process() -> None:
 from tests.core.worlds import SCHEMA, draw_raw, make_dlrm
 from torchrec_kvshare.cache.identity import history_digest, model_digest
 from torchrec_kvshare.features import parse_request
-print(history_digest(parse_request(draw_raw(9, 2, 5), SCHEMA), SCHEMA).hex())
+request = parse_request(draw_raw(9, 2, 5), SCHEMA)
+print(history_digest(request.events_by_history["history"], SCHEMA).hex())
 print(model_digest(make_dlrm(4).state_dict(), {"schema": SCHEMA.to_json(), "encoder": "x"}))
 """
     processes = [fresh_process(program, PYTHONHASHSEED=str(seed)) for seed in (1, 2)]
@@ -148,11 +151,11 @@ print(model_digest(make_dlrm(4).state_dict(), {"schema": SCHEMA.to_json(), "enco
 
 
 def description() -> dict[str, Any]:
-    return {"encoder": "causal", "schema": SCHEMA.to_json()}
+    return {"encoder": asdict(CAUSAL_SPEC), "schema": SCHEMA.to_json()}
 
 
 @pytest.mark.parametrize(
-    "name", ["layers.1.time_bias", "token_item_id.weight", "bag_user_id.weight", "model.1.bias"]
+    "name", ["encoder.time_bias", "token_item_id.weight", "bag_user_id.weight", "model.1.bias"]
 )
 def test_another_weight_or_row_is_another_model(dlrm: DLRM, name: str) -> None:
     state = copy.deepcopy(dlrm.state_dict())
@@ -166,7 +169,7 @@ def test_another_weight_or_row_is_another_model(dlrm: DLRM, name: str) -> None:
 
 def test_another_window_is_another_model(dlrm: DLRM) -> None:
     other = description()
-    other["schema"]["window"]["block"] = 2
+    other["schema"]["histories"][0]["window"]["block"] = 2
     state = dlrm.state_dict()
     assert model_digest(state, other) != model_digest(state, description())
 

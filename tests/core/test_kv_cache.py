@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.core.worlds import HEAD_DIM, NUM_HEADS, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE
+from tests.core.worlds import HEAD_DIM, NUM_HEADS, NUM_PLANES, PAGE_BYTES, PAGE_SIZE
 from torchrec_kvshare.cache import kv_cache
 from torchrec_kvshare.cache.kv_cache import Entry, KVCache
 from torchrec_kvshare.cache.pages import PagePool
@@ -21,23 +21,24 @@ HAMMER_SECONDS = 20.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.0
 
 
 def make_cache(num_pages: int) -> KVCache:
-    pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_LAYERS, NUM_HEADS, HEAD_DIM)
+    pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     return KVCache(pool)
 
 
 def kv_of(digest: bytes, num_events: int) -> Tensor:
     """K/V that tells which history it is of."""
-    kv = torch.full((NUM_LAYERS, 2, num_events, NUM_HEADS, HEAD_DIM), float(hash(digest) % 9973))
+    kv = torch.full((NUM_PLANES, num_events, NUM_HEADS, HEAD_DIM), float(hash(digest) % 9973))
     return kv + torch.arange(num_events)[:, None, None] / 64
 
 
 def is_intact(cache: KVCache, entry: Entry) -> bool:
-    kv = cache.pool.kv_pages[:, :, entry.pages].flatten(2, 3)[:, :, : entry.num_events]
+    kv = cache.pool.kv_pages[:, entry.pages].flatten(1, 2)[:, : entry.num_events]
     return torch.equal(kv, kv_of(entry.digest, entry.num_events))
 
 
 def put(cache: KVCache, user_id: str, digest: bytes, num_pages: int) -> Entry | None:
-    return cache.put(user_id, digest, kv_of(digest, num_pages * PAGE_SIZE))
+    num_events = num_pages * PAGE_SIZE
+    return cache.put(user_id, digest, kv_of(digest, num_events), num_events)
 
 
 def put_and_release(cache: KVCache, user_id: str, digest: bytes, num_pages: int) -> None:
@@ -233,7 +234,7 @@ def test_random_traffic_keeps_pinned_kv_intact_and_loses_no_page(
             digest, num_events = bytes([number, version]), 3 * number + 4 * version + 1
             entry = cache.lookup(str(number), digest, num_events).entry
             if entry is None:
-                entry = cache.put(str(number), digest, kv_of(digest, num_events))
+                entry = cache.put(str(number), digest, kv_of(digest, num_events), num_events)
             if entry is not None:
                 assert (entry.digest, entry.num_events) == (digest, num_events)
                 in_flight.append(entry)
@@ -266,7 +267,7 @@ def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
             digest, num_events = bytes([user, version]), 4 * user + 3 * version + 1
             entry = cache.lookup(str(user), digest, num_events).entry
             if entry is None:
-                entry = cache.put(str(user), digest, kv_of(digest, num_events))
+                entry = cache.put(str(user), digest, kv_of(digest, num_events), num_events)
             if entry is not None:
                 if entry.digest != digest or not is_intact(cache, entry):
                     wrong.append(f"user {user}, version {version}")
@@ -289,12 +290,12 @@ def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
 
 def test_kv_of_another_model_is_refused_before_anything_changed() -> None:
     """It was found out while copying, when victims were evicted and pages taken already."""
-    cache = KVCache(PagePool(4096, 4, 1, 2, 8))
-    kept = cache.put("7", b"abc", torch.zeros(1, 2, 3, 2, 8))
+    cache = KVCache(PagePool(4096, 4, 2, 2, 8))
+    kept = cache.put("7", b"abc", torch.zeros(2, 3, 2, 8), 3)
     assert kept is not None
     cache.release(kept)
     held = cache.held_bytes
-    with pytest.raises(ShapeError, match=r"K/V is \[1, 2, 30, 4, 4\]; the pool holds"):
-        cache.put("8", b"xyz", torch.zeros(1, 2, 30, 4, 4))
+    with pytest.raises(ShapeError, match=r"K/V is \[2, 30, 4, 4\]; the pool holds"):
+        cache.put("8", b"xyz", torch.zeros(2, 30, 4, 4), 30)
     assert cache.held_bytes == held
     assert cache.lookup("7", b"abc", 3).reason == "hit"

@@ -6,29 +6,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.core.worlds import HEAD_DIM, NUM_HEADS, NUM_LAYERS, PAGE_BYTES, PAGE_SIZE
+from tests.core.worlds import HEAD_DIM, NUM_HEADS, NUM_PLANES, PAGE_BYTES, PAGE_SIZE
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.errors import ConfigError
 
 
 def make_pool(capacity_bytes: int) -> PagePool:
-    return PagePool(capacity_bytes, PAGE_SIZE, NUM_LAYERS, NUM_HEADS, HEAD_DIM)
+    return PagePool(capacity_bytes, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
 
 
-def draw_kv(num_events: int, seed: int) -> Tensor:
+def draw_kv(num_rows: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(NUM_LAYERS, 2, num_events, NUM_HEADS, HEAD_DIM, generator=generator)
+    return torch.randn(NUM_PLANES, num_rows, NUM_HEADS, HEAD_DIM, generator=generator)
 
 
-def read_back(pool: PagePool, pages: list[int], num_events: int) -> Tensor:
+def read_back(pool: PagePool, pages: list[int], num_rows: int) -> Tensor:
     """What lies in the pages, read page by page."""
-    parts = [pool.kv_pages[:, :, page] for page in pages]
-    return torch.cat([*parts, torch.empty(NUM_LAYERS, 2, 0, NUM_HEADS, HEAD_DIM)], dim=2)[
-        :, :, :num_events
-    ]
+    parts = [pool.kv_pages[:, page] for page in pages]
+    return torch.cat([*parts, torch.empty(NUM_PLANES, 0, NUM_HEADS, HEAD_DIM)], dim=1)[:, :num_rows]
 
 
-# A history comes with so many events, or one of those held goes.
+# A history comes with so many rows, or one of those held goes.
 steps = st.lists(
     st.tuples(st.just("come"), st.integers(0, 4 * PAGE_SIZE))
     | st.tuples(st.just("go"), st.integers(0, 100)),
@@ -61,7 +59,7 @@ def test_random_lives_of_users_lose_no_page_and_hold_none_twice(
         assert len(set(taken)) == len(taken) == pool.num_pages - pool.num_free
         assert all(0 <= page < pool.num_pages for page in taken)
         for pages, kv in held:
-            assert torch.equal(read_back(pool, pages, kv.size(2)), kv)
+            assert torch.equal(read_back(pool, pages, kv.size(1)), kv)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=16), st.integers(0, 16))
@@ -83,17 +81,17 @@ def test_pages_follow_each_other_where_there_is_room(is_free: list[bool], num_pa
     assert all(is_free[page] for page in pages)
 
 
-@pytest.mark.parametrize(("num_events", "num_pages"), [(0, 0), (1, 1), (5, 1), (6, 2), (11, 3)])
-def test_a_partly_filled_page_is_a_page(num_events: int, num_pages: int) -> None:
-    assert make_pool(PAGE_BYTES).pages_for(num_events) == num_pages
+@pytest.mark.parametrize(("num_rows", "num_pages"), [(0, 0), (1, 1), (5, 1), (6, 2), (11, 3)])
+def test_a_partly_filled_page_is_a_page(num_rows: int, num_pages: int) -> None:
+    assert make_pool(PAGE_BYTES).pages_for(num_rows) == num_pages
 
 
 def test_writing_leaves_other_pages_alone() -> None:
     pool = make_pool(6 * PAGE_BYTES)
     pool.kv_pages.fill_(7.0)
     pool.write([4, 1], draw_kv(PAGE_SIZE + 2, 1))
-    assert (pool.kv_pages[:, :, [0, 2, 3, 5]] == 7.0).all()
-    assert (pool.kv_pages[:, :, 1, 2:] == 7.0).all()
+    assert (pool.kv_pages[:, [0, 2, 3, 5]] == 7.0).all()
+    assert (pool.kv_pages[:, 1, 2:] == 7.0).all()
 
 
 def test_a_page_given_back_twice_is_a_bug_of_ours() -> None:
@@ -106,10 +104,10 @@ def test_a_page_given_back_twice_is_a_bug_of_ours() -> None:
 
 
 def test_a_budget_below_one_page_is_refused() -> None:
-    with pytest.raises(ConfigError, match=f"{PAGE_BYTES - 1}; one page of 5 events needs 960"):
+    with pytest.raises(ConfigError, match=f"{PAGE_BYTES - 1}; one page of 5 rows needs 960"):
         make_pool(PAGE_BYTES - 1)
 
 
-def test_a_page_of_no_events_is_refused() -> None:
+def test_a_page_of_no_rows_is_refused() -> None:
     with pytest.raises(ConfigError, match="page_size is 0"):
-        PagePool(4096, 0, NUM_LAYERS, NUM_HEADS, HEAD_DIM)
+        PagePool(4096, 0, NUM_PLANES, NUM_HEADS, HEAD_DIM)

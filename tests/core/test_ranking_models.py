@@ -1,6 +1,7 @@
 """TorchRec's ranking models take the collection unmodified and say the same from pages."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.core.oracle import reference_logits
 from tests.core.worlds import (
+    BLOCK,
+    CAUSAL_SPEC,
     DIM,
     LOGIT_TOLERANCE,
-    NUM_HEADS,
-    NUM_LAYERS,
+    MAX_HISTORY,
     PATH_TOLERANCE,
     SCHEMA,
     draw_raws,
@@ -26,6 +28,7 @@ from tests.core.worlds import (
     take_candidates,
 )
 from torchrec_kvshare.collection import KVShareEmbeddingBagCollection, kvshare_collection
+from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.parity import score_through_pages
 from torchrec_kvshare.features import collate, user_of_candidates
@@ -47,7 +50,7 @@ BUILD_BY_NAME: dict[str, Build] = {
 
 
 def new_collection() -> KVShareEmbeddingBagCollection:
-    return kvshare_collection(SCHEMA, DIM, NUM_LAYERS, NUM_HEADS, 0.1)
+    return kvshare_collection(SCHEMA, CAUSAL_SPEC)
 
 
 @pytest.fixture(scope="module", params=BUILD_BY_NAME)
@@ -82,7 +85,7 @@ def test_lifting_changes_neither_the_model_nor_its_scores(model: nn.Module) -> N
     batch = collate(parse_all(draw_raws(USERS)), SCHEMA)
     before = model(batch.dense_features, batch.sparse_features)
     lifted = lift_kv_pages(model)
-    assert torch.equal(lifted(batch.dense_features, batch.sparse_features, None), before)
+    assert torch.equal(lifted(batch.dense_features, batch.sparse_features, None, None), before)
     assert torch.equal(model(batch.dense_features, batch.sparse_features), before)
     own = {id(parameter) for parameter in model.parameters()}
     assert {id(parameter) for parameter in lifted.parameters()} == own
@@ -113,15 +116,16 @@ def test_a_model_with_two_collections_cannot_be_lifted() -> None:
 
 def test_tables_of_another_width_than_the_tower_are_refused() -> None:
     good = new_collection()
-    tower = HistoryTower(DIM + 3, NUM_LAYERS, NUM_HEADS, 0.0)
+    wider = HistoryTower(replace(CAUSAL_SPEC, dim=DIM + 3), MAX_HISTORY, BLOCK)
     with pytest.raises(ConfigError, match="bag_user_id is 12 wide; the tower is 15"):
-        KVShareEmbeddingBagCollection(good.bags, good.token_embeddings, tower, SCHEMA)
+        KVShareEmbeddingBagCollection(good.bags, good.token_embeddings, {HISTORY: wider}, SCHEMA)
 
 
 def test_torchrecs_own_bags_will_do() -> None:
     good = new_collection()
     bags = EmbeddingBagCollection(tables=good.bags.embedding_bag_configs())
-    collection = KVShareEmbeddingBagCollection(bags, good.token_embeddings, good.tower, SCHEMA)
+    towers = {HISTORY: good.towers()[0]}
+    collection = KVShareEmbeddingBagCollection(bags, good.token_embeddings, towers, SCHEMA)
     model = BUILD_BY_NAME["DLRM"](collection).eval()
     random_weights(model, 13)
     expected = torch.cat([reference_logits(model, SCHEMA, raw) for raw in draw_raws(USERS)])
@@ -133,7 +137,7 @@ def test_torchrecs_own_bags_will_do() -> None:
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_heads is 5; it must divide dim = 12"):
-        HistoryTower(DIM, NUM_LAYERS, 5, 0.0)
+        HistoryTower(replace(CAUSAL_SPEC, num_heads=5), MAX_HISTORY, BLOCK)
 
 
 @torch.no_grad()

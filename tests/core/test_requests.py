@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.worlds import SCHEMA, draw_raw, examples
-from torchrec_kvshare.data.schema import FeatureSchema, Vocabulary, Window
+from torchrec_kvshare.data.schema import HISTORY, FeatureSchema, Vocabulary, Window
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import RequestError
 from torchrec_kvshare.features import (
     MAX_CANDIDATES,
     MAX_TIME,
+    Events,
     Request,
     decode_request,
     parse_request,
@@ -34,6 +35,10 @@ def good() -> RawRequest:
 
 def parse_line(line: str | bytes) -> Request:
     return parse_request(decode_request(line), SCHEMA)
+
+
+def events_of(request: Request) -> Events:
+    return request.events_by_history[HISTORY]
 
 
 def changed(path: str, value: Any) -> RawRequest:
@@ -210,20 +215,22 @@ def parse_or_refuse(line: str | bytes) -> Request | None:
 
 def assert_safe(request: Request) -> None:
     """Nothing behind ``features.py`` checks again: so rows exist and numbers are finite."""
+    assert list(request.events_by_history) == [HISTORY]
+    events = events_of(request)
     rows_by_column = {
         "user_id": [torch.tensor([request.user_row])],
-        "item_id": [request.history["item_id"], request.candidate_items],
-        "action": [request.history["action"]],
-        "genres": [request.history_bags["genres"].values, request.candidate_bags["genres"].values],
+        "item_id": [events.columns["item_id"], request.candidate_items],
+        "action": [events.columns["action"]],
+        "genres": [events.bags["genres"].values, request.candidate_bags["genres"].values],
         "country": [request.context["country"]],
     }
     for column, rows in rows_by_column.items():
         for row in torch.cat(rows).tolist():
             assert 0 <= row < SCHEMA.num_rows(column)
-    assert 0 <= request.num_events <= SCHEMA.window.max_history
-    assert all(0 <= time <= MAX_TIME for time in [*request.history["time"].tolist(), request.time])
-    assert request.history_bags["genres"].lengths.numel() == request.num_events
-    assert {rows.numel() for rows in request.history.values()} == {request.num_events}
+    assert 0 <= request.num_events <= SCHEMA.histories[0].window.max_history
+    assert all(0 <= time <= MAX_TIME for time in [*events.columns["time"].tolist(), request.time])
+    assert events.bags["genres"].lengths.numel() == request.num_events
+    assert {rows.numel() for rows in events.columns.values()} == {request.num_events}
     assert request.dense.shape == (request.num_candidates, SCHEMA.num_dense)
     assert request.dense.dtype == torch.float32
     assert request.dense.isfinite().all()
@@ -286,7 +293,7 @@ def test_unknown_and_missing_ids_have_rows_of_their_own(ranking_model: RankingMo
     raw["candidates"]["item_id"] = [None, "new"]
     request = parse_request(raw, SCHEMA)
     assert request.user_row == 1
-    assert request.history["item_id"].tolist() == [0, 1, 7]
+    assert events_of(request).columns["item_id"].tolist() == [0, 1, 7]
     assert request.candidate_items.tolist() == [0, 1]
     (answer,) = Engine(ranking_model, SCHEMA, "v1", None).rank([request])
     assert len(set(answer.scores)) == 2
@@ -304,8 +311,8 @@ def test_a_single_id_stands_for_a_list_of_one_and_null_for_none() -> None:
     raw = changed("history.genres", ["genre 0", None, ["genre 6", "genre 0"]])
     raw["context"]["country"] = "ZA"
     request = parse_request(raw, SCHEMA)
-    assert request.history_bags["genres"].lengths.tolist() == [1, 0, 2]
-    assert request.history_bags["genres"].values.tolist() == [2, 8, 2]
+    assert events_of(request).bags["genres"].lengths.tolist() == [1, 0, 2]
+    assert events_of(request).bags["genres"].values.tolist() == [2, 8, 2]
     assert request.context["country"].tolist() == [5]
 
 
@@ -318,7 +325,7 @@ def test_columns_that_the_model_does_not_read_are_ignored() -> None:
 
 
 def test_a_schema_without_context_needs_no_context() -> None:
-    schema = FeatureSchema(SCHEMA.vocabulary_by_column, (), False, (), (), SCHEMA.window)
+    schema = FeatureSchema(SCHEMA.vocabulary_by_column, (), False, (), (), SCHEMA.histories)
     request = parse_request(
         {
             "user_id": 7,
@@ -340,7 +347,7 @@ def test_an_empty_history_and_no_candidates_are_a_request() -> None:
 
 def test_events_stay_in_the_order_given() -> None:
     raw = changed("history.time", [1_500_000_000, 1_400_000_000, 1_600_000_000.75])
-    times = parse_request(raw, SCHEMA).history["time"]
+    times = events_of(parse_request(raw, SCHEMA)).columns["time"]
     assert times.tolist() == [1_500_000_000, 1_400_000_000, 1_600_000_000]
     assert times.dtype == torch.int64
 
@@ -353,10 +360,10 @@ def test_a_hundred_thousand_events_are_their_window() -> None:
     windowed["history"] = {column: cells[start:] for column, cells in raw["history"].items()}
     whole, part = parse_request(raw, SCHEMA), parse_request(windowed, SCHEMA)
     assert whole.num_events == part.num_events == 12
-    for column, rows in part.history.items():
-        assert torch.equal(whole.history[column], rows)
+    for column, rows in events_of(part).columns.items():
+        assert torch.equal(events_of(whole).columns[column], rows)
     for got, expected in zip(
-        whole.history_bags["genres"], part.history_bags["genres"], strict=True
+        events_of(whole).bags["genres"], events_of(part).bags["genres"], strict=True
     ):
         assert torch.equal(got, expected)
 

@@ -20,23 +20,29 @@ from torchrec.models.dlrm import DLRM
 from torchrec_kvshare.data.batches import Bags, assemble, single
 from torchrec_kvshare.data.schema import (
     CANDIDATE_TIME,
+    HISTORY,
     ITEM,
     TIME,
-    VISIBLE_EVENTS,
     FeatureSchema,
+    History,
     Vocabulary,
     Window,
+    visible_key,
 )
-from torchrec_kvshare.export.parity import draw_raw_request
+from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.features import Request, parse_request
+from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
 from torchrec_kvshare.ranking import dlrm_with_history
 
 ROOT = Path(__file__).parents[2]
 
 MAX_HISTORY, BLOCK = 14, 7
 DIM, NUM_LAYERS, NUM_HEADS, HEAD_DIM = 12, 2, 3, 4
+NUM_PLANES = 2 * NUM_LAYERS  # keys and values of each layer
 PAGE_SIZE = 5
-PAGE_BYTES = NUM_LAYERS * 2 * PAGE_SIZE * NUM_HEADS * HEAD_DIM * 4
+PAGE_BYTES = NUM_PLANES * PAGE_SIZE * NUM_HEADS * HEAD_DIM * 4
+
+CAUSAL_SPEC = TowerSpec(CAUSAL, DIM, NUM_LAYERS, NUM_HEADS, dropout=0.1)
 
 # Greatest absolute errors allowed, each with the worst found, on a CPU with AVX512 and torch 2.13.
 # Attention against the float64 reference: worst of 2000 draws 1.2e-6 and 2.2e-15.
@@ -61,7 +67,7 @@ SCHEMA = FeatureSchema(
     has_action=True,
     item_attributes=("genres",),
     item_floats=("price",),
-    window=Window(MAX_HISTORY, BLOCK),
+    histories=(History(HISTORY, Window(MAX_HISTORY, BLOCK)),),
 )
 
 # A user of a batch: events (more than the window holds, sometimes), candidates, seed.
@@ -91,9 +97,9 @@ def random_weights(model: nn.Module, seed: int) -> None:
                 parameter.add_(1.0)
 
 
-def make_dlrm(seed: int, schema: FeatureSchema = SCHEMA) -> DLRM:
+def make_dlrm(seed: int, schema: FeatureSchema = SCHEMA, spec: TowerSpec = CAUSAL_SPEC) -> DLRM:
     """A DLRM with history in eval mode."""
-    model = dlrm_with_history(schema, DIM, NUM_LAYERS, NUM_HEADS, 0.1, [9, 1])
+    model = dlrm_with_history(schema, spec, [9, 1])
     random_weights(model, seed)
     return model.eval()
 
@@ -152,7 +158,7 @@ def see_prefixes(batch: Batch, visible: list[int], times: list[int]) -> Batch:
         key: Bags(jagged.values(), jagged.lengths()) for key, jagged in features.to_dict().items()
     }
     bags_by_key[CANDIDATE_TIME] = single(torch.tensor(times))
-    bags_by_key[VISIBLE_EVENTS] = single(torch.tensor(visible))
+    bags_by_key[visible_key(HISTORY)] = single(torch.tensor(visible))
     candidate_user = inverse[keys.index("user_id")]
     return assemble(bags_by_key, candidate_user, batch.dense_features, batch.labels)
 

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.schema import HISTORY, History, Window
 from torchrec_kvshare.data.tables import encode
 
 ITEMS = tuple(str(place) for place in range(100, 112))
@@ -23,6 +24,11 @@ class Event(NamedTuple):
     time: int
     action: str = "view"
     label: int = 1
+
+
+def all_events(max_history: int, block: int) -> list[History]:
+    """The one history of all events."""
+    return [History(HISTORY, Window(max_history, block))]
 
 
 def genres_of(item: str) -> tuple[str, ...]:

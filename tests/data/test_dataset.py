@@ -12,6 +12,7 @@ from tests.core.worlds import examples
 from tests.data.logs import (
     ACTIONS,
     Event,
+    all_events,
     countries_of,
     event_lists,
     genres_of,
@@ -35,14 +36,13 @@ from torchrec_kvshare.data.schema import (
     NUM_RESERVED_ROWS,
     UNKNOWN_ROW,
     USER,
-    Window,
 )
 
-WINDOW = Window(8, 4)
+HISTORIES = all_events(8, 4)
 
 
 def dataset_of(events: list[Event]) -> Dataset:
-    return build_dataset(log_of(events), WINDOW)
+    return build_dataset(log_of(events), HISTORIES)
 
 
 def events_of(dataset: Dataset) -> list[Event]:
@@ -70,7 +70,7 @@ def sets_by_user(dataset: Dataset) -> Iterator[list[list[int]]]:
 
 
 def split_counts(times: list[int]) -> list[int]:
-    split = build_dataset(one_user(times), WINDOW).split
+    split = build_dataset(one_user(times), HISTORIES).split
     return [int((split == part).sum()) for part in (TRAIN, VALID, TEST)]
 
 
@@ -192,7 +192,7 @@ def test_attributes_and_floats_stand_by_code(events: list[Event]) -> None:
 def test_a_log_of_ids_alone_has_no_further_columns() -> None:
     log = log_of([Event("u", "100", 1), Event("u", "101", 2)])
     bare = type(log)(log.users, log.items, log.time, log.label, None, {}, {}, {}, log.report)
-    dataset = build_dataset(bare, WINDOW)
+    dataset = build_dataset(bare, HISTORIES)
     schema = dataset.schema
     assert (schema.context, schema.has_action, schema.item_attributes) == ((), False, ())
     assert dataset.item_floats.shape == (2, 0)
@@ -216,7 +216,7 @@ def test_a_user_without_events_keeps_the_others_in_place() -> None:
         attributes,
         log.report,
     )
-    dataset = build_dataset(changed, WINDOW)
+    dataset = build_dataset(changed, HISTORIES)
     assert dataset.user_offsets.tolist() == [0, 1, 1, 5, 5]
     assert dataset.split.tolist() == [TRAIN, TRAIN, TRAIN, VALID, TEST]
     assert dataset.user_row.tolist() == [2, UNKNOWN_ROW, 3, UNKNOWN_ROW]

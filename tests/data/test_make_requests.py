@@ -10,6 +10,7 @@ from tests.data.logs import (
     ITEMS,
     START_TIME,
     Event,
+    all_events,
     countries_of,
     genres_of,
     log_of,
@@ -18,7 +19,7 @@ from tests.data.logs import (
 )
 from torchrec_kvshare.data.dataset import TEST, Dataset, build_dataset
 from torchrec_kvshare.data.requests import make_requests
-from torchrec_kvshare.data.schema import Window
+from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features import decode_request, parse_request
 
@@ -41,7 +42,7 @@ def events() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def dataset(events: list[Event]) -> Dataset:
-    return build_dataset(log_of(events), Window(8, 4))
+    return build_dataset(log_of(events), all_events(8, 4))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_an_action_that_training_never_met_is_given_as_it_is() -> None:
     """It went out as null, which the model reads as missing; training reads it as unknown."""
     events = [Event("u", "100", time, "view") for time in range(20)]
     events[18] = events[18]._replace(action="new")
-    dataset = build_dataset(log_of(events), Window(32, 8))
+    dataset = build_dataset(log_of(events), all_events(32, 8))
     requests = list(make_requests(dataset, 20, 1, seed=0))
     actions = {request["time"]: request["history"]["action"] for request in requests}
     assert actions[19] == ["view"] * 18 + ["new"]
@@ -140,7 +141,7 @@ def test_every_request_parses(requests: list[dict[str, Any]], dataset: Dataset) 
         parsed = parse_request(decode_request(json.dumps(request)), dataset.schema)
         assert parsed.num_candidates == NUM_CANDIDATES
         assert parsed.num_events == min(
-            len(request["history"]["time"]), parsed.history["time"].numel()
+            len(request["history"]["time"]), parsed.events_by_history[HISTORY].num_events
         )
 
 
@@ -177,7 +178,7 @@ def test_counts_that_cannot_work_are_refused(
 
 
 def test_without_test_events_there_are_no_requests() -> None:
-    dataset = build_dataset(one_user([1, 2]), Window(8, 4))
+    dataset = build_dataset(one_user([1, 2]), all_events(8, 4))
     with pytest.raises(DataError, match="no event in the test split"):
         list(make_requests(dataset, 5, 1, seed=0))
 

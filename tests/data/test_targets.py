@@ -15,6 +15,7 @@ from tests.core.worlds import LOGIT_TOLERANCE, make_dlrm
 from tests.data.logs import (
     ITEMS,
     Event,
+    all_events,
     countries_of,
     event_lists,
     genres_of,
@@ -28,17 +29,16 @@ from torchrec_kvshare.data.dataset import Dataset, Ints, build_dataset
 from torchrec_kvshare.data.schema import (
     ACTION,
     CANDIDATE_TIME,
-    HISTORY_TIME,
+    HISTORY,
     ITEM,
     REQUEST_TIME,
     TIME,
     UNKNOWN_ROW,
     USER,
-    VISIBLE_EVENTS,
-    Window,
     candidate_key,
     context_key,
     history_key,
+    visible_key,
 )
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.data.targets import (
@@ -60,7 +60,7 @@ Events = list[Event]
 
 
 def dataset_of(events: Events) -> Dataset:
-    return build_dataset(log_of(events), Window(MAX_HISTORY, BLOCK))
+    return build_dataset(log_of(events), all_events(MAX_HISTORY, BLOCK))
 
 
 def in_order(events: Events) -> Events:
@@ -146,9 +146,12 @@ def test_a_target_sees_its_strictly_earlier_events_cut_to_the_window(events: Eve
     dataset = dataset_of(events)
     windows, _, batch = whole_batch(dataset)
     ordered, vocabularies = in_order(events), dataset.schema.vocabulary_by_column
-    histories, times = rows_of(batch, history_key(ITEM)), rows_of(batch, HISTORY_TIME)
-    actions = rows_of(batch, history_key(ACTION))
-    visible = batch.sparse_features[VISIBLE_EVENTS].values().tolist()
+    histories, times = (
+        rows_of(batch, history_key(HISTORY, ITEM)),
+        rows_of(batch, history_key(HISTORY, TIME)),
+    )
+    actions = rows_of(batch, history_key(HISTORY, ACTION))
+    visible = batch.sparse_features[visible_key(HISTORY)].values().tolist()
     for place, user in enumerate(user_of_candidate(batch)):
         target = ordered[windows.targets[place // NUM_CANDIDATES]]
         seen = seen_by(target, events)
@@ -160,30 +163,30 @@ def test_a_target_sees_its_strictly_earlier_events_cut_to_the_window(events: Eve
 
 
 def test_events_of_one_time_see_none_of_each_other() -> None:
-    dataset = build_dataset(one_user([5, 5, 7, 7, 7, 9]), Window(8, 4))
+    dataset = build_dataset(one_user([5, 5, 7, 7, 7, 9]), all_events(8, 4))
     _, _, batch = whole_batch(dataset)
-    visible = batch.sparse_features[VISIBLE_EVENTS].values().view(-1, NUM_CANDIDATES)
+    visible = batch.sparse_features[visible_key(HISTORY)].values().view(-1, NUM_CANDIDATES)
     assert visible[:, 0].tolist() == [0, 0, 2, 2, 2, 5]
 
 
 def test_targets_that_read_from_one_start_share_a_prefill() -> None:
-    dataset = build_dataset(one_user(list(range(16))), Window(MAX_HISTORY, BLOCK))
+    dataset = build_dataset(one_user(list(range(16))), all_events(MAX_HISTORY, BLOCK))
     windows, _, batch = whole_batch(dataset)
     # Up to nine events are read from the first on, then from the fourth, then from the seventh.
-    assert windows.first_event.tolist() == [0, 3, 6]
+    assert windows.first_event[HISTORY].tolist() == [0, 3, 6]
     assert windows.num_targets.tolist() == [10, 3, 3]
-    assert windows.num_events.tolist() == [9, 9, 9]
-    assert batch.sparse_features[history_key(ITEM)].lengths().tolist() == [9, 9, 9]
+    assert windows.num_events[HISTORY].tolist() == [9, 9, 9]
+    assert batch.sparse_features[history_key(HISTORY, ITEM)].lengths().tolist() == [9, 9, 9]
 
 
 def test_a_window_of_many_targets_is_split_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets_module, "MAX_TARGETS_PER_WINDOW", 4)
-    dataset = build_dataset(one_user(list(range(16))), Window(MAX_HISTORY, BLOCK))
+    dataset = build_dataset(one_user(list(range(16))), all_events(MAX_HISTORY, BLOCK))
     windows = windows_of(dataset, all_targets(dataset))
     assert windows.num_targets.tolist() == [4, 4, 2, 3, 3]
-    assert windows.first_event.tolist() == [0, 0, 0, 3, 6]
+    assert windows.first_event[HISTORY].tolist() == [0, 0, 0, 3, 6]
     # A part encodes no further than its last target sees.
-    assert windows.num_events.tolist() == [3, 7, 9, 9, 9]
+    assert windows.num_events[HISTORY].tolist() == [3, 7, 9, 9, 9]
 
 
 @given(event_lists, st.integers(0, 2**32 - 1))
@@ -193,13 +196,14 @@ def test_the_window_of_a_target_is_the_one_its_request_would_get(events: Events,
     target = int(np.random.default_rng(seed).integers(len(events)))
     raw_target = in_order(events)[target]
     request = parse_request(raw_request(raw_target, events, [raw_target.item]), dataset.schema)
+    read = request.events_by_history[HISTORY].columns
     place = windows.targets.tolist().index(target) * NUM_CANDIDATES
     user = user_of_candidate(batch)[place]
-    visible = batch.sparse_features[VISIBLE_EVENTS].values()[place]
+    visible = batch.sparse_features[visible_key(HISTORY)].values()[place]
     for column in (ITEM, ACTION):
-        row = rows_of(batch, history_key(column))[user][:visible]
-        assert row == request.history[column].tolist()
-    assert rows_of(batch, HISTORY_TIME)[user][:visible] == request.history[TIME].tolist()
+        row = rows_of(batch, history_key(HISTORY, column))[user][:visible]
+        assert row == read[column].tolist()
+    assert rows_of(batch, history_key(HISTORY, TIME))[user][:visible] == read[TIME].tolist()
 
 
 @given(event_lists)
@@ -210,14 +214,14 @@ def test_rows_of_a_batch_have_the_stride_of_their_kind(events: Events) -> None:
     stride_by_key = {
         USER: num_users,
         context_key("country"): num_users,
-        HISTORY_TIME: num_users,
-        history_key(ITEM): num_users,
-        history_key(ACTION): num_users,
-        history_key("genres"): windows.num_events.sum(),
+        history_key(HISTORY, TIME): num_users,
+        history_key(HISTORY, ITEM): num_users,
+        history_key(HISTORY, ACTION): num_users,
+        history_key(HISTORY, "genres"): windows.num_events[HISTORY].sum(),
         candidate_key(ITEM): num_candidates,
         candidate_key("genres"): num_candidates,
         CANDIDATE_TIME: num_candidates,
-        VISIBLE_EVENTS: num_candidates,
+        visible_key(HISTORY): num_candidates,
     }
     features = batch.sparse_features
     assert dict(zip(features.keys(), features.stride_per_key(), strict=True)) == stride_by_key
@@ -260,10 +264,12 @@ def test_attributes_stand_on_their_own_event(events: Events) -> None:
     ordered, vocabulary = in_order(events), dataset.schema.vocabulary_by_column["genres"]
     read = [
         ordered[place]
-        for first, length in zip(windows.first_event, windows.num_events, strict=True)
+        for first, length in zip(
+            windows.first_event[HISTORY], windows.num_events[HISTORY], strict=True
+        )
         for place in range(first, first + length)
     ]
-    assert rows_of(batch, history_key("genres")) == [
+    assert rows_of(batch, history_key(HISTORY, "genres")) == [
         vocabulary.rows(genres_of(event.item)) for event in read
     ]
 
@@ -341,7 +347,7 @@ def test_negatives_are_of_the_catalogue_and_never_the_target(events: Events, see
 
 
 def test_negatives_cover_the_catalogue_evenly() -> None:
-    dataset = build_dataset(one_user(list(range(12)), [*ITEMS[:9], *ITEMS[:3]]), Window(8, 4))
+    dataset = build_dataset(one_user(list(range(12)), [*ITEMS[:9], *ITEMS[:3]]), all_events(8, 4))
     targets = np.zeros(2000, np.int64)
     negatives = sample_negatives(dataset, targets, 8, np.random.default_rng(0))
     counts = np.bincount(negatives.ravel(), minlength=len(ITEMS))[dataset.known_items]
@@ -353,7 +359,7 @@ def test_negatives_cover_the_catalogue_evenly() -> None:
 
 
 def test_some_ids_are_shown_as_unknown_in_training_alone() -> None:
-    dataset = build_dataset(synthetic_world(60, 200, 90, 6, seed=1), Window(64, 16))
+    dataset = build_dataset(synthetic_world(60, 200, 90, 6, seed=1), all_events(64, 16))
     windows = windows_of(dataset, all_targets(dataset))
     candidates = candidates_of(dataset, windows.targets)
     plain = build_batch(dataset, windows, candidates, None).sparse_features
@@ -363,7 +369,7 @@ def test_some_ids_are_shown_as_unknown_in_training_alone() -> None:
     for key in plain.keys():  # noqa: SIM118  # a KeyedJaggedTensor is no dict
         before, after = plain[key].values(), drawn[key].values()
         changed = before != after
-        if key in (USER, history_key(ITEM), candidate_key(ITEM)):
+        if key in (USER, history_key(HISTORY, ITEM), candidate_key(ITEM)):
             assert (after[changed] == UNKNOWN_ROW).all()
         else:
             assert not changed.any()
@@ -398,6 +404,6 @@ def test_windows_are_taken_with_their_targets(events: Events, seed: int) -> None
     chosen = rng.integers(0, len(windows.user), rng.integers(1, 6))
     taken = windows.take(chosen)
     assert taken.user.tolist() == windows.user[chosen].tolist()
-    assert taken.first_event.tolist() == windows.first_event[chosen].tolist()
-    assert taken.num_events.tolist() == windows.num_events[chosen].tolist()
+    assert taken.first_event[HISTORY].tolist() == windows.first_event[HISTORY][chosen].tolist()
+    assert taken.num_events[HISTORY].tolist() == windows.num_events[HISTORY][chosen].tolist()
     assert taken.targets.tolist() == [target for place in chosen for target in parts[place]]

@@ -114,7 +114,7 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("learning_rate=nan", "learning_rate is nan; it must be at least 0"),
         ("table_learning_rate=-0.1", "table_learning_rate is -0.1; it must be at least 0"),
         ("model.history=lstm", "model.history is 'lstm'; one of"),
-        ("model.max_history=0", "max_history is 0; it must be at least 1 event"),
+        ("model.max_history=0", "model.max_history is 0; it must be at least 1"),
         ("model.block=5", "block is 5; it must divide max_history = 32 events"),
         ("data.num_users=0", "num_users is 0; allowed: 1 or more"),
         ("data.num_items=3", "num_items is 3; allowed: 6 or more"),

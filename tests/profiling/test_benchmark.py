@@ -10,19 +10,21 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.benchmark import main
 from torchrec_kvshare.errors import ConfigError, MissingExtraError, ParityError
-from torchrec_kvshare.profiling.benchmarks import Plan, assert_parity, measure
+from torchrec_kvshare.profiling.benchmarks import assert_parity
+from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.plots import write_plots
-from torchrec_kvshare.profiling.results import Record, figures_table
-from torchrec_kvshare.profiling.workload import Sizes
+from torchrec_kvshare.profiling.results import Case, Record, figures_table
+from torchrec_kvshare.profiling.scenarios import measure
 
 HISTORIES, LONG_HISTORY = [7, 16], 33  # events
 CANDIDATES = [1, 3, 10]
 DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE = 12, 2, 3, 8
-PLAN = Plan(HISTORIES, [LONG_HISTORY], CANDIDATES, 3, [64], repeats=5, seed=0)
+PLAN = Plan(HISTORIES, [LONG_HISTORY], CANDIDATES, 3, [64], ["causal"], repeats=5, seed=0)
 SIZES = Sizes(DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE)
 UNIT_BY_METRIC = {
     "latency_ms": "ms",
@@ -102,6 +104,7 @@ def test_results_follow_the_one_format(run: Callable[[str], Path], scenario: str
         assert case["history"] in [*HISTORIES, LONG_HISTORY]
         assert (case["encoder"], case["users"]) == ("causal", 1)
         assert (case["dim"], case["layers"], case["heads"]) == (DIM, NUM_LAYERS, NUM_HEADS)
+        assert case["tokens"] == 1
 
 
 def test_every_path_is_measured_where_the_plan_says(run: Callable[[str], Path]) -> None:
@@ -199,13 +202,22 @@ def test_tensorboard_has_every_figure(run: Callable[[str], Path], scenario: str)
     assert events.Tags()["tensors"] == [f"{scenario}/text_summary"]
     for record in read(run(scenario))["records"]:
         case = record["case"]
-        tag = f"{scenario}/history_{case['history']}/{record['metric']}/{case['path']}"
+        tag = f"{scenario}/causal/history_{case['history']}/{record['metric']}/{case['path']}"
         points = {point.step: point.value for point in events.Scalars(tag)}
         assert points[case.get("candidates", 0)] == pytest.approx(record["value"], rel=1e-6)
 
 
-def test_an_unknown_scenario_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"'speed'.*\['memory', 'queue_length'\]"):
+def test_an_unknown_scenario_is_named_with_those_there_are() -> None:
+    with (
+        initialize_config_dir(str(CONFIGS), version_base="1.3"),
+        pytest.raises(HydraException, match=r"Could not find 'scenario/speed'[\s\S]*queue_length"),
+    ):
+        compose("benchmark", ["scenario=speed"])
+
+
+def test_an_unknown_scenario_in_a_call_is_named() -> None:
+    names = r"\['attention', 'items', 'memory', 'queue_length', 'throughput_drop', 'training'\]"
+    with pytest.raises(ConfigError, match=f"'speed'.*{names}"):
         measure("speed", PLAN, SIZES)
 
 
@@ -217,6 +229,7 @@ def test_an_unknown_scenario_is_named() -> None:
         ({"candidates": []}, "must not be empty"),
         ({"merged_chunk_rows": []}, "must not be empty"),
         ({"histories": [-1]}, r"histories is \[-1\]"),
+        ({"encoders": ["causal", "lstm"]}, r"encoders has \['lstm'\]; \('causal', "),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused(change: dict[str, Any], message: str) -> None:
@@ -225,7 +238,7 @@ def test_a_plan_that_cannot_work_is_refused(change: dict[str, Any], message: str
 
 
 def test_one_number_of_candidates_has_no_fusion_cost_ratio() -> None:
-    records = measure("queue_length", Plan([5], [], [2], 2, [64], 5, 0), SIZES)
+    records = measure("queue_length", Plan([5], [], [2], 2, [64], ["causal"], 5, 0), SIZES)
     assert "fusion_cost_ratio" not in {record.metric for record in records}
 
 
@@ -253,13 +266,28 @@ def test_without_matplotlib_the_extra_is_named(
 
 
 def test_the_table_has_a_dash_where_nothing_was_measured() -> None:
+    case: Case = {"encoder": "hstu", "history": 8}
     records = [
-        Record("s", {"path": "a", "history": 8, "candidates": 1}, "latency_ms", 0.1236, "ms"),
-        Record("s", {"path": "b", "history": 8, "candidates": 2}, "latency_ms", 12345.6, "ms"),
+        Record("s", case | {"path": "a", "candidates": 1}, "latency_ms", 0.1236, "ms"),
+        Record("s", case | {"path": "b", "candidates": 2}, "latency_ms", 12345.6, "ms"),
+        Record("s", case | {"path": "b", "candidates": 2}, "speedup", 1.5, "x"),
+        Record("s", case | {"path": "b"}, "slope", -0.25, "x"),
+        Record("s", {"path": "peak"}, "slope", 2.0, "x"),
     ]
     assert [line.split() for line in figures_table(records).splitlines()] == [
-        ["latency_ms", "latency_ms"],
-        ["history", "candidates", "a", "b"],
-        ["8", "1", "0.1236", "-"],
-        ["8", "2", "-", "12,346"],
+        ["encoder", "history", "candidates", "path", "latency_ms", "speedup", "slope"],
+        ["hstu", "8", "1", "a", "0.1236", "-", "-"],
+        ["hstu", "8", "2", "b", "12,346", "1.5", "-"],
+        ["hstu", "8", "all", "b", "-", "-", "-0.25"],
+        ["-", "-", "all", "peak", "-", "-", "2"],
     ]
+
+
+def test_the_table_has_a_line_for_every_encoder_and_its_columns_are_flush() -> None:
+    records = [
+        Record("s", {"path": "a", "encoder": encoder, "history": 100}, "latency_ms", 1.0, "ms")
+        for encoder in ("causal", "longer")
+    ]
+    lines = figures_table(records).splitlines()
+    assert [line.split()[0] for line in lines] == ["encoder", "causal", "longer"]
+    assert {len(line) for line in lines} == {len(lines[0])}

@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, draw_ragged_requests, draw_raw_request
+from torchrec_kvshare.draw import draw_ragged_requests, draw_raw_request
+from torchrec_kvshare.export.parity import LOGIT_TOLERANCE
 from torchrec_kvshare.features import Request, collate, parse_request
-from torchrec_kvshare.history.reference import reference_tower
+from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
+from torchrec_kvshare.history.reference import ReferenceOptions, reference_tower
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.profiling.benchmarks import Paths
-from torchrec_kvshare.profiling.merged import pool_chunk
-from torchrec_kvshare.profiling.workload import Sizes, make_schema
+from torchrec_kvshare.profiling.merged import pool_without_sharing
+from torchrec_kvshare.profiling.plan import Sizes
+from torchrec_kvshare.profiling.workload import make_dlrm, make_schema
 
 HISTORY = 14  # events
 SCHEMA = make_schema(HISTORY, num_users=5)
@@ -21,12 +24,13 @@ VECTOR_TOLERANCE = 1.5e-6
 
 @pytest.fixture(scope="module")
 def paths() -> Paths:
-    return Paths(SCHEMA, Sizes(DIM, NUM_LAYERS, NUM_HEADS, page_size=5), seed=2)
+    sizes = Sizes(DIM, NUM_LAYERS, NUM_HEADS, page_size=5)
+    return Paths(SCHEMA, make_dlrm(SCHEMA, sizes, seed=2), sizes.page_size)
 
 
 def merged_logits(paths: Paths, requests: list[Request], chunk_rows: int) -> Tensor:
     batch = collate(requests, SCHEMA)
-    merged = paths.merged_dlrm(chunk_rows)
+    merged = paths.merged(chunk_rows)
     with torch.no_grad():
         return merged(batch.dense_features, batch.sparse_features).squeeze(1)
 
@@ -66,16 +70,24 @@ def test_merged_scores_of_ragged_users_do_not_depend_on_the_chunk(
 @pytest.mark.parametrize("num_events", [1, 6])
 def test_merged_vectors_equal_the_reference(num_layers: int, num_events: int) -> None:
     torch.manual_seed(10 * num_layers + num_events)
-    tower = HistoryTower(DIM, num_layers, NUM_HEADS, 0.0).eval()
+    spec = TowerSpec(CAUSAL, DIM, num_layers, NUM_HEADS)
+    tower = HistoryTower(spec, HISTORY, HISTORY).eval()
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    events, candidates = torch.randn(num_events, DIM), torch.randn(3, DIM)
+    events, candidates = torch.randn(num_events, DIM), torch.randn(3, 1, DIM)
     times = torch.randint(0, 1000, (num_events,)).sort().values
     with torch.no_grad():
-        pooled = pool_chunk(tower, events, 1000 - times, candidates)
+        pooled = pool_without_sharing(tower, events, 1000 - times, candidates, chunk_rows=40)
         expected = torch.stack(
             [
-                reference_tower(tower.state_dict(), events, times.tolist(), candidate, 1000)
+                reference_tower(
+                    tower.state_dict(),
+                    ReferenceOptions(CAUSAL, NUM_HEADS),
+                    events,
+                    times.tolist(),
+                    candidate,
+                    1000,
+                )
                 for candidate in candidates
             ]
         )
@@ -83,12 +95,12 @@ def test_merged_vectors_equal_the_reference(num_layers: int, num_events: int) ->
 
 
 def test_the_merged_model_owns_no_weights(paths: Paths) -> None:
-    merged = paths.merged_dlrm(chunk_rows=40)
-    owned = {tensor.data_ptr() for tensor in (*paths.dlrm.parameters(), *paths.dlrm.buffers())}
+    merged = paths.merged(chunk_rows=40)
+    owned = {tensor.data_ptr() for tensor in (*paths.ranker.parameters(), *paths.ranker.buffers())}
     assert {tensor.data_ptr() for tensor in (*merged.parameters(), *merged.buffers())} == owned
 
 
 def test_the_model_keeps_its_own_collection(paths: Paths) -> None:
-    before = paths.dlrm.sparse_arch.embedding_bag_collection
-    paths.merged_dlrm(chunk_rows=40)
-    assert paths.dlrm.sparse_arch.embedding_bag_collection is before
+    before = paths.ranker.sparse_arch.embedding_bag_collection
+    paths.merged(chunk_rows=40)
+    assert paths.ranker.sparse_arch.embedding_bag_collection is before

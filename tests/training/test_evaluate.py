@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from tests.data.logs import Event, log_of
+from tests.data.logs import Event, all_events, log_of
 from torchrec_kvshare.data.batches import assemble, single
 from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, build_dataset
 from torchrec_kvshare.data.schema import (
@@ -16,9 +16,9 @@ from torchrec_kvshare.data.schema import (
     REQUEST_TIME,
     UNKNOWN_ROW,
     USER,
-    Window,
     candidate_key,
 )
+from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
 from torchrec_kvshare.ranking import dlrm_with_history
 from torchrec_kvshare.training import evaluate
 from torchrec_kvshare.training.evaluate import (
@@ -48,7 +48,7 @@ def histories() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return build_dataset(log_of(histories()), Window(8, 4))
+    return build_dataset(log_of(histories()), all_events(8, 4))
 
 
 def by_row(dataset: Dataset) -> dict[int, int]:
@@ -129,7 +129,7 @@ def test_how_many_users_are_ranked_at_a_time_does_not_matter(
 
 
 def test_the_last_of_equal_test_events_is_held_out(dataset: Dataset) -> None:
-    both = build_dataset(log_of([*histories(), Event("other", "118", 300)]), Window(8, 4))
+    both = build_dataset(log_of([*histories(), Event("other", "118", 300)]), all_events(8, 4))
     # The scorer finds 117, which the user bought at the same time; 118 ties with what is left.
     assert evaluate_catalogue(scorer_of(dataset, 9.0, 0.0), both, None)["HR@10"] == 2 / 4
 
@@ -176,7 +176,7 @@ def scores_of_rows(score: Scorer, item_rows: list[int]) -> list[float]:
 def test_popularity_is_the_log_odds_of_training_counts() -> None:
     events = [Event("u", item, time) for time, item in enumerate(["100"] * 6 + ["101"] * 2)]
     events += [Event("u", "102", 8, label=0), Event("u", "102", 9), Event("u", "103", 10)]
-    dataset = build_dataset(log_of([*events, Event("vv", "102", 1, label=0)]), Window(8, 4))
+    dataset = build_dataset(log_of([*events, Event("vv", "102", 1, label=0)]), all_events(8, 4))
     assert dataset.split.tolist() == [TRAIN] * 9 + [VALID, TEST] + [TRAIN]
     known = dataset.schema.vocabulary_by_column[ITEM].rows(["100", "101", "102"])
     score = popularity_scorer(dataset, num_negatives=3)
@@ -186,7 +186,7 @@ def test_popularity_is_the_log_odds_of_training_counts() -> None:
 
 
 def test_a_model_is_scored_in_eval_mode_and_without_gradients(dataset: Dataset) -> None:
-    model = dlrm_with_history(dataset.schema, 8, 1, 2, 0.5, [4, 1]).train()
+    model = dlrm_with_history(dataset.schema, TowerSpec(CAUSAL, 8, 1, 2, 0.5), [4, 1]).train()
     score = model_scorer(model)
     assert not model.training
     logits: list[Tensor] = []

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.features import Request
+from torchrec_kvshare.features import Events
 
 DIGEST_BYTES = 16
 
@@ -34,11 +34,11 @@ def model_digest(state: Mapping[str, Tensor], description: Mapping[str, Any]) ->
     return digest.hexdigest()
 
 
-def history_digest(request: Request, schema: FeatureSchema) -> bytes:
-    """Digest of every event that the model reads, in order.
+def history_digest(events: Events, schema: FeatureSchema) -> bytes:
+    """Digest of every event that the model reads of one history, in order.
 
     Args:
-        request: a parsed request; its history is already cut to the window.
+        events: the history, already cut to its window.
         schema: the model's columns, whose order the digest follows.
 
     Returns:
@@ -46,11 +46,11 @@ def history_digest(request: Request, schema: FeatureSchema) -> bytes:
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     # With the number of events every column's end is known: no two histories are the same bytes.
-    digest.update(request.num_events.to_bytes(8, "little"))
-    for column in sorted(request.history):
-        digest.update(request.history[column].numpy().tobytes())
+    digest.update(events.num_events.to_bytes(8, "little"))
+    for column in sorted(events.columns):
+        digest.update(events.columns[column].numpy().tobytes())
     for column in schema.item_attributes:
-        bags = request.history_bags[column]
+        bags = events.bags[column]
         digest.update(bags.lengths.numpy().tobytes())
         digest.update(bags.values.numpy().tobytes())
     return digest.digest()

@@ -7,6 +7,7 @@ its reason. Entries of requests in flight are pinned: their pages outlive evicti
 import threading
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -35,8 +36,7 @@ class Entry:
     dropped: bool = False
 
 
-@dataclass(frozen=True)
-class Lookup:
+class Lookup(NamedTuple):
     """What a look-up found: an entry, or the reason why there is none."""
 
     entry: Entry | None
@@ -51,10 +51,10 @@ class KVCache:
 
     Example:
         >>> import torch
-        >>> cache = KVCache(PagePool(4096, 4, 1, 2, 8))
+        >>> cache = KVCache(PagePool(4096, 4, 2, 2, 8))
         >>> cache.lookup("7", b"abc", 3).reason
         'cold'
-        >>> entry = cache.put("7", b"abc", torch.zeros(1, 2, 3, 2, 8))
+        >>> entry = cache.put("7", b"abc", torch.zeros(2, 3, 2, 8), 3)
         >>> cache.release(entry)
         >>> cache.lookup("7", b"abc", 3).reason, cache.lookup("7", b"xyz", 3).reason
         ('hit', 'edited')
@@ -79,29 +79,30 @@ class KVCache:
             self.counts[found.reason] += 1
             return found
 
-    def put(self, user_id: str, digest: bytes, kv: Tensor) -> Entry | None:
+    def put(self, user_id: str, digest: bytes, kv: Tensor, num_events: int) -> Entry | None:
         """Keep the K/V of a user's history in place of what the user had; pinned until ``release``.
 
         Args:
             user_id: whose it is.
             digest: of the whole history.
-            kv: [layers, 2, L, H, D].
+            kv: [planes, R, H, D].
+            num_events: of the history.
 
         Returns:
             The entry, or None if the pages that nobody is using do not suffice: nothing has changed
             then.
 
         Raises:
-            ShapeError: if the K/V is not of the pool's layers, heads and head width.
+            ShapeError: if the K/V is not of the pool's planes, heads and head width.
         """
         self.pool.check(kv)
         with self._lock:
-            pages = self._make_room(user_id, self.pool.pages_for(kv.size(2)))
+            pages = self._make_room(user_id, self.pool.pages_for(kv.size(1)))
             if pages is None:
                 self.counts[NOT_ADMITTED] += 1
                 return None
             self.pool.write(pages, kv)
-            entry = Entry(digest, kv.size(2), pages, num_pins=1)
+            entry = Entry(digest, num_events, pages, num_pins=1)
             self._entry_by_user[user_id] = entry
             self._evicted_users.pop(user_id, None)
             return entry

@@ -1,5 +1,7 @@
 """A bounded pool of fixed-size pages of K/V: one more embedding table, whose rows are pages.
 
+A row of K/V is an event, or a group of them: what the history's encoder makes of it.
+
 Pages of one history are taken side by side where there is room, so that attention reads them in
 place.
 """
@@ -13,12 +15,12 @@ FREE, TAKEN = 1, 0
 
 
 class PagePool:
-    """Pages of ``page_size`` events, as many as the byte budget allows; allocated once.
+    """Pages of ``page_size`` rows, as many as the byte budget allows; allocated once.
 
     Args:
         capacity_bytes: most bytes of K/V held.
-        page_size: events per page, S.
-        num_layers: layers of the tower.
+        page_size: rows per page, S.
+        num_planes: tensors of K/V that the tower keeps, two for each layer of most kinds.
         num_heads: H.
         head_dim: D.
 
@@ -26,27 +28,27 @@ class PagePool:
         ConfigError: if the budget is too small for one page.
 
     Example:
-        >>> pool = PagePool(capacity_bytes=4096, page_size=4, num_layers=1, num_heads=2, head_dim=8)
+        >>> pool = PagePool(capacity_bytes=4096, page_size=4, num_planes=2, num_heads=2, head_dim=8)
         >>> pool.num_pages, pool.allocate(3), pool.num_free
         (8, [0, 1, 2], 5)
     """
 
     def __init__(
-        self, capacity_bytes: int, page_size: int, num_layers: int, num_heads: int, head_dim: int
+        self, capacity_bytes: int, page_size: int, num_planes: int, num_heads: int, head_dim: int
     ) -> None:
         if page_size < 1:
-            raise ConfigError(f"page_size is {page_size}; it must be at least 1 event")
+            raise ConfigError(f"page_size is {page_size}; it must be at least 1 row")
         self.page_size = page_size
-        self.page_bytes = num_layers * 2 * page_size * num_heads * head_dim * 4
+        self.page_bytes = num_planes * page_size * num_heads * head_dim * 4
         self.num_pages = capacity_bytes // self.page_bytes
         if self.num_pages < 1:
             raise ConfigError(
-                f"capacity_bytes is {capacity_bytes}; one page of {page_size} events needs "
+                f"capacity_bytes is {capacity_bytes}; one page of {page_size} rows needs "
                 f"{self.page_bytes}"
             )
         self.kv_pages = torch.zeros(
-            num_layers, 2, self.num_pages, page_size, num_heads, head_dim
-        )  # [layers, 2, P, S, H, D]
+            num_planes, self.num_pages, page_size, num_heads, head_dim
+        )  # [planes, P, S, H, D]
         self._state = bytearray([FREE]) * self.num_pages
 
     @property
@@ -54,9 +56,9 @@ class PagePool:
         """Pages that nobody holds."""
         return self._state.count(FREE)
 
-    def pages_for(self, num_events: int) -> int:
-        """Pages that a history of so many events takes."""
-        return -(-num_events // self.page_size)
+    def pages_for(self, num_rows: int) -> int:
+        """Pages that so many rows take."""
+        return -(-num_rows // self.page_size)
 
     def allocate(self, num_pages: int) -> list[int] | None:
         """Take pages: the first run long enough, else any, else None and nothing is taken."""
@@ -81,17 +83,17 @@ class PagePool:
         """Refuse K/V that these pages cannot hold.
 
         Raises:
-            ShapeError: if its layers, heads or head width differ from the pool's.
+            ShapeError: if its planes, heads or head width differ from the pool's.
         """
-        num_layers, _, _, _, num_heads, head_dim = self.kv_pages.shape
-        if kv.dim() != 5 or (*kv.shape[:2], *kv.shape[3:]) != (num_layers, 2, num_heads, head_dim):
+        num_planes, _, _, num_heads, head_dim = self.kv_pages.shape
+        if kv.dim() != 4 or (kv.size(0), *kv.shape[2:]) != (num_planes, num_heads, head_dim):
             raise ShapeError(
-                f"K/V is {list(kv.shape)}; the pool holds [{num_layers}, 2, events, {num_heads}, "
+                f"K/V is {list(kv.shape)}; the pool holds [{num_planes}, rows, {num_heads}, "
                 f"{head_dim}]"
             )
 
     def write(self, pages: list[int], kv: Tensor) -> None:
-        """Copy the K/V of one history [layers, 2, L, H, D] into its pages, oldest event first."""
+        """Copy the K/V of one history [planes, R, H, D] into its pages, oldest rows first."""
         for place, page in enumerate(pages):
-            part = kv[:, :, place * self.page_size : (place + 1) * self.page_size]
-            self.kv_pages[:, :, page, : part.size(2)] = part
+            part = kv[:, place * self.page_size : (place + 1) * self.page_size]
+            self.kv_pages[:, page, : part.size(1)] = part

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from torchrec_kvshare.data.batches import squash
 from torchrec_kvshare.data.interactions import InteractionLog
-from torchrec_kvshare.data.schema import ACTION, ITEM, USER, FeatureSchema, Vocabulary, Window
+from torchrec_kvshare.data.schema import ACTION, ITEM, USER, FeatureSchema, History, Vocabulary
 from torchrec_kvshare.data.tables import IdColumn
+from torchrec_kvshare.errors import ConfigError
 
 TRAIN, VALID, TEST = 0, 1, 2
 VALID_SHARE = TEST_SHARE = 0.1  # of a user's events
@@ -58,6 +59,8 @@ class Dataset:
         item_attributes: rows by item code, for each multi-valued item attribute.
         item_floats: [I, F] float32 by item code.
         context: rows by user code, for each user attribute.
+        places_by_history: places of each history's events, ascending.
+        before_by_history: [T + 1] how many of a history's events stand before each place.
     """
 
     log: InteractionLog
@@ -76,6 +79,8 @@ class Dataset:
     item_attributes: dict[str, JaggedRows]
     item_floats: NDArray[np.float32]
     context: dict[str, JaggedRows]
+    places_by_history: dict[str, Ints]
+    before_by_history: dict[str, Ints]
 
     @property
     def num_users(self) -> int:
@@ -88,15 +93,18 @@ class Dataset:
         return np.repeat(np.arange(self.num_users), np.diff(self.user_offsets))
 
 
-def build_dataset(log: InteractionLog, window: Window) -> Dataset:
+def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
     """Order, split and encode a log.
 
     Args:
         log: as a reader gives it.
-        window: how much of a history the model reads.
+        histories: what the model reads of a user's events.
 
     Returns:
         The data set; vocabularies know the training split only.
+
+    Raises:
+        ConfigError: if a history is of actions that the log does not have.
     """
     order = np.lexsort((np.arange(len(log.time)), log.time, log.users.codes))
     user, time, item = log.users.codes[order], log.time[order], log.items.codes[order]
@@ -128,8 +136,9 @@ def build_dataset(log: InteractionLog, window: Window) -> Dataset:
         log.action is not None,
         tuple(log.item_attributes),
         tuple(log.item_floats),
-        window,
+        tuple(histories),
     )
+    in_history = {history.name: _in_history(log, history, action) for history in histories}
     floats = [squash(log.item_floats[name].astype(np.float64)) for name in schema.item_floats]
     return Dataset(
         log,
@@ -148,6 +157,8 @@ def build_dataset(log: InteractionLog, window: Window) -> Dataset:
         _attribute_rows(log.item_attributes, vocabularies),
         np.stack(floats, axis=1) if floats else np.zeros((len(log.items.ids), 0), np.float32),
         _attribute_rows(log.user_attributes, vocabularies),
+        {name: np.flatnonzero(chosen) for name, chosen in in_history.items()},
+        {name: np.concatenate([[0], np.cumsum(chosen)]) for name, chosen in in_history.items()},
     )
 
 
@@ -216,6 +227,18 @@ def split_events(user: Ints, num_earlier: Ints, counts: Ints) -> NDArray[np.int8
     split[has_splits[user] & (num_earlier >= valid_from[user])] = VALID
     split[has_splits[user] & (num_earlier >= test_from[user])] = TEST
     return split
+
+
+def _in_history(log: InteractionLog, history: History, action: Ints) -> NDArray[np.bool_]:
+    if not history.actions or log.action is None:
+        return np.ones(len(log.time), bool)
+    unknown = sorted(set(history.actions) - set(log.action.ids))
+    if unknown:
+        raise ConfigError(
+            f"history {history.name} is of actions {unknown}; the log has {sorted(log.action.ids)}"
+        )
+    codes = [code for code, raw in enumerate(log.action.ids) if raw in history.actions]
+    return np.isin(action, codes)
 
 
 def _vocabulary(column: IdColumn, codes: Ints) -> Vocabulary:

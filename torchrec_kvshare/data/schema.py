@@ -5,7 +5,7 @@ alike, so that a raw id means the same row everywhere. Two rows of every table a
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torchrec_kvshare.errors import ConfigError
@@ -19,13 +19,16 @@ ITEM = "item_id"
 ACTION = "action"
 TIME = "time"
 
-# Keys of the KeyedJaggedTensor. Users' keys have the users' stride, candidates' keys the
-# candidates'.
-HISTORY_TIME = "history.time"
-HISTORY_PAGES = "history.pages"
+HISTORY = "history"  # the usual name of the one history that has all events
+
+# Keys of the KeyedJaggedTensor beside the columns' own: requests' and candidates'.
 REQUEST_TIME = "request.time"
+REQUEST_HISTORY = "request.history"  # row of each request's histories: two may share one
 CANDIDATE_TIME = "candidates.time"
-VISIBLE_EVENTS = "candidates.visible_events"
+# Columns of a history beside those of the schema.
+PAGES = "pages"
+POSITION = "position"
+FIRST_EVENT = "first_event"  # place in the window of the first event given; 0 if not said
 
 # Sine and cosine of the hour of day and of the day of week, known of every request.
 CLOCK_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
@@ -102,6 +105,37 @@ class Window:
 
 
 @dataclass(frozen=True)
+class History:
+    """One history of a user, which a tower of its own reads.
+
+    Attributes:
+        name: first part of its keys, and the name of the feature that it is pooled to.
+        window: how much of it the model reads.
+        actions: the raw actions of its events, such as ``("buy",)``; empty for all events.
+    """
+
+    name: str
+    window: Window
+    actions: tuple[str, ...] = ()
+
+    def places(self, actions: Sequence[Any]) -> list[int]:
+        """Which of a user's events the model reads as this history, oldest first.
+
+        Args:
+            actions: the raw action of each event; their number alone matters where all events are
+                meant.
+
+        Example:
+            >>> History("buys", Window(2, 1), ("buy",)).places(["buy", "view", "buy", "buy"])
+            [2, 3]
+        """
+        if not self.actions:
+            return list(range(self.window.start(len(actions)), len(actions)))
+        places = [place for place, action in enumerate(actions) if str(action) in self.actions]
+        return places[self.window.start(len(places)) :]
+
+
+@dataclass(frozen=True)
 class FeatureSchema:
     """The columns that a model reads and the vocabulary of each.
 
@@ -111,7 +145,10 @@ class FeatureSchema:
         has_action: whether events carry an ``action`` column.
         item_attributes: id columns of an item, multi-valued, on events and candidates alike.
         item_floats: float columns of a candidate.
-        window: how much of a history the model reads.
+        histories: what the model reads of a user's events, at least one.
+
+    Raises:
+        ConfigError: if the histories cannot be told apart or need actions that events do not have.
     """
 
     vocabulary_by_column: dict[str, Vocabulary]
@@ -119,7 +156,22 @@ class FeatureSchema:
     has_action: bool
     item_attributes: tuple[str, ...]
     item_floats: tuple[str, ...]
-    window: Window
+    histories: tuple[History, ...]
+
+    def __post_init__(self) -> None:
+        names = [history.name for history in self.histories]
+        reserved = {"context", "request", "candidates", USER, ""}
+        if not names or len(set(names)) < len(names) or reserved & set(names):
+            raise ConfigError(
+                f"histories are {names}; names that differ and are none of {reserved}"
+            )
+        for history in self.histories:
+            if "." in history.name:
+                raise ConfigError(f"histories has {history.name!r}; a name has no dot")
+            if history.actions and not self.has_action:
+                raise ConfigError(
+                    f"history {history.name} is of actions {history.actions}; events have no action"
+                )
 
     @property
     def event_columns(self) -> tuple[str, ...]:
@@ -143,7 +195,10 @@ class FeatureSchema:
             "has_action": self.has_action,
             "item_attributes": list(self.item_attributes),
             "item_floats": list(self.item_floats),
-            "window": {"max_history": self.window.max_history, "block": self.window.block},
+            "histories": [
+                {"name": h.name, "window": asdict(h.window), "actions": list(h.actions)}
+                for h in self.histories
+            ],
         }
 
     @classmethod
@@ -155,7 +210,10 @@ class FeatureSchema:
             values["has_action"],
             tuple(values["item_attributes"]),
             tuple(values["item_floats"]),
-            Window(**values["window"]),
+            tuple(
+                History(h["name"], Window(**h["window"]), tuple(h["actions"]))
+                for h in values["histories"]
+            ),
         )
 
 
@@ -164,9 +222,14 @@ def context_key(column: str) -> str:
     return f"context.{column}"
 
 
-def history_key(column: str) -> str:
-    """Key of an event column in the batch."""
-    return f"history.{column}"
+def history_key(history: str, column: str) -> str:
+    """Key of an event column of a history in the batch."""
+    return f"{history}.{column}"
+
+
+def visible_key(history: str) -> str:
+    """Key of how many events of a history each candidate may see."""
+    return f"candidates.visible_events.{history}"
 
 
 def candidate_key(column: str) -> str:

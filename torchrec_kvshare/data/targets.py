@@ -20,15 +20,15 @@ from torchrec_kvshare.data.dataset import Dataset, Ints, ranges
 from torchrec_kvshare.data.schema import (
     ACTION,
     CANDIDATE_TIME,
-    HISTORY_TIME,
     ITEM,
     REQUEST_TIME,
+    TIME,
     UNKNOWN_ROW,
     USER,
-    VISIBLE_EVENTS,
     candidate_key,
     context_key,
     history_key,
+    visible_key,
 )
 
 MAX_TARGETS_PER_WINDOW = (
@@ -44,15 +44,16 @@ class Windows:
 
     Attributes:
         user: [W] user code.
-        first_event: [W] place of the oldest event that the targets see, in the data set.
-        num_events: [W] events that the last of the targets sees.
+        first_event: by history [W], the oldest event that the targets see, as an index into the
+            data set's ``places_by_history``.
+        num_events: by history [W], events that the last of the targets sees.
         num_targets: [W].
         targets: [sum of num_targets] places of the targets in the data set, window by window.
     """
 
     user: Ints
-    first_event: Ints
-    num_events: Ints
+    first_event: dict[str, Ints]
+    num_events: dict[str, Ints]
     num_targets: Ints
     targets: Ints
 
@@ -62,28 +63,35 @@ class Windows:
         counts = self.num_targets[chosen]
         return Windows(
             self.user[chosen],
-            self.first_event[chosen],
-            self.num_events[chosen],
+            {name: first[chosen] for name, first in self.first_event.items()},
+            {name: count[chosen] for name, count in self.num_events.items()},
             counts,
             self.targets[ranges(firsts[chosen], counts)],
         )
 
 
-def windows_of(dataset: Dataset, targets: Ints) -> Windows:
+def windows_of(dataset: Dataset, targets: Ints, share_prefill: bool = True) -> Windows:
     """Group targets by the window they read.
 
     Args:
         dataset: where the targets lie.
         targets: places of events, ascending.
+        share_prefill: whether targets at different times may see prefixes of one prefill; if not,
+            a window holds targets of one moment.
 
     Returns:
         The windows; every target is in exactly one.
     """
     user = dataset.event_user[targets]
-    earlier = dataset.num_earlier[targets]
-    start = dataset.schema.window.start(earlier)
+    before, earlier, start = {}, {}, {}
     is_first = np.ones(len(targets), bool)
-    is_first[1:] = (np.diff(user) != 0) | (np.diff(start) != 0)
+    is_first[1:] = np.diff(user) != 0
+    if not share_prefill:
+        is_first[1:] |= np.diff(dataset.num_earlier[targets]) != 0
+    for history in dataset.schema.histories:
+        before[history.name], earlier[history.name] = _events_before(dataset, history.name, targets)
+        start[history.name] = history.window.start(earlier[history.name])
+        is_first[1:] |= np.diff(start[history.name]) != 0
     place = np.arange(len(targets))
     first_of_window = np.maximum.accumulate(np.where(is_first, place, 0))
     is_first |= (place - first_of_window) % MAX_TARGETS_PER_WINDOW == 0
@@ -91,11 +99,18 @@ def windows_of(dataset: Dataset, targets: Ints) -> Windows:
     lasts = np.append(firsts[1:], len(targets)) - 1
     return Windows(
         user[firsts],
-        dataset.user_offsets[user[firsts]] + start[firsts],
-        earlier[lasts] - start[firsts],
+        {name: before[name][firsts] + start[name][firsts] for name in start},
+        {name: earlier[name][lasts] - start[name][firsts] for name in start},
         lasts - firsts + 1,
         targets,
     )
+
+
+def _events_before(dataset: Dataset, history: str, targets: Ints) -> tuple[Ints, Ints]:
+    """A history's events before each target's user, and of the user strictly before the target."""
+    before = dataset.before_by_history[history]
+    first = dataset.user_offsets[dataset.event_user[targets]]
+    return before[first], before[first + dataset.num_earlier[targets]] - before[first]
 
 
 def batches_of(
@@ -154,10 +169,10 @@ def build_batch(
         A VBE batch with C = P x (1 + negatives) candidates; the first of each target has its label.
     """
     window_of_target = np.repeat(np.arange(len(windows.user)), windows.num_targets)
-    first = windows.first_event - dataset.user_offsets[windows.user]
-    visible = dataset.num_earlier[windows.targets] - first[window_of_target]
-    time = dataset.time[windows.targets]
-    moments = {CANDIDATE_TIME: time, VISIBLE_EVENTS: visible}
+    moments = {CANDIDATE_TIME: dataset.time[windows.targets]}
+    for history, first in windows.first_event.items():
+        before, earlier = _events_before(dataset, history, windows.targets)
+        moments[visible_key(history)] = before + earlier - first[window_of_target]
     bags = {
         key: single(_tensor(np.repeat(values, candidates.shape[1])))
         for key, values in moments.items()
@@ -191,7 +206,9 @@ def _assemble(
 ) -> Batch:
     num_candidates = candidates.shape[1]
     codes = candidates.ravel()
-    bags |= _user_bags(dataset, windows, rng) | _event_bags(dataset, windows, rng)
+    bags |= _user_bags(dataset, windows, rng)
+    for history in windows.first_event:
+        bags |= _event_bags(dataset, windows, history, rng)
     bags[candidate_key(ITEM)] = single(_hidden(dataset.item_row[codes], rng))
     for name, rows in dataset.item_attributes.items():
         bags[candidate_key(name)] = _bags(*rows.take(codes))
@@ -216,21 +233,21 @@ def _user_bags(
 
 
 def _event_bags(
-    dataset: Dataset, windows: Windows, rng: np.random.Generator | None
+    dataset: Dataset, windows: Windows, history: str, rng: np.random.Generator | None
 ) -> dict[str, Bags]:
-    events = ranges(windows.first_event, windows.num_events)
-    lengths = _tensor(windows.num_events)
+    read = ranges(windows.first_event[history], windows.num_events[history])
+    events = dataset.places_by_history[history][read]
+    lengths = _tensor(windows.num_events[history])
     items = dataset.item[events]
     bags = {
-        history_key(ITEM): Bags(_hidden(dataset.item_row[items], rng), lengths),
-        HISTORY_TIME: Bags(_tensor(dataset.time[events]), lengths),
+        history_key(history, ITEM): Bags(_hidden(dataset.item_row[items], rng), lengths),
+        history_key(history, TIME): Bags(_tensor(dataset.time[events]), lengths),
     }
     if dataset.schema.has_action:
-        bags[history_key(ACTION)] = Bags(
-            _tensor(dataset.action_row[dataset.action[events]]), lengths
-        )
+        actions = dataset.action_row[dataset.action[events]]
+        bags[history_key(history, ACTION)] = Bags(_tensor(actions), lengths)
     for name, rows in dataset.item_attributes.items():
-        bags[history_key(name)] = _bags(*rows.take(items))
+        bags[history_key(history, name)] = _bags(*rows.take(items))
     return bags
 
 

@@ -19,18 +19,19 @@ from torchrec_kvshare.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than the memory
 VERSION_DIGITS = 16  # of the model digest: what an answer calls the model's version
 
 
 @dataclass(frozen=True)
 class TowerSizes:
-    """What a page of K/V is made of."""
+    """What a page of one history's K/V is made of, and how many rows its window has at most."""
 
-    num_layers: int
+    num_planes: int
     num_heads: int
     head_dim: int
+    max_rows: int
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,20 @@ class Manifest:
 
     Attributes:
         model_digest: of weights, tables, architecture and window.
-        encoder: kind of the history encoder.
-        tower: sizes of its K/V.
+        encoder: what the history towers are, as ``TowerSpec`` has it.
+        towers: sizes of their K/V, by history.
         inputs: columns a request must have, by group.
+        audit: where K/V may be used and whether it may be extended, with the figures behind that.
         parity: greatest differences of logits found before the artifact was kept.
         versions: of the libraries it was made with.
         sha256_by_file: of the other files.
     """
 
     model_digest: str
-    encoder: str
-    tower: TowerSizes
+    encoder: dict[str, Any]
+    towers: dict[str, TowerSizes]
     inputs: dict[str, list[str]]
+    audit: dict[str, Any]
     parity: dict[str, float]
     versions: dict[str, str]
     sha256_by_file: dict[str, str]
@@ -62,7 +65,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
-        return {"format": FORMAT} | vars(self) | {"tower": vars(self.tower)}
+        towers = {name: vars(sizes) for name, sizes in self.towers.items()}
+        return {"format": FORMAT} | vars(self) | {"towers": towers}
 
 
 @contextmanager
@@ -139,6 +143,7 @@ def _decode_manifest(path: Path) -> Manifest:
             raise ArtifactError(f"{path} is of another format; this version reads {FORMAT}")
         if not isinstance(values["sha256_by_file"], dict):
             raise TypeError("sha256_by_file is no object")
-        return Manifest(**values | {"tower": TowerSizes(**values["tower"])})
-    except (ValueError, KeyError, TypeError) as error:
+        towers = {name: TowerSizes(**sizes) for name, sizes in values["towers"].items()}
+        return Manifest(**values | {"towers": towers})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is broken: {error}") from error

@@ -1,20 +1,21 @@
 """Export to TorchScript and load again: all that is TorchScript's stays in this file.
 
-The program has the methods ``prefill``, ``score`` and ``forward`` of ``ranking.RankingModel`` and
-holds the weights; a process that loads it needs fbgemm's operators and none of the model's code.
+The program has the methods of ``ranking.RankingModel`` and holds the weights; a process that loads
+it needs fbgemm's operators and none of the model's code.
 """
 
 import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fbgemm_gpu  # noqa: F401  # registers the operators that a loaded program calls
 import torch
 
 import torchrec_kvshare
+from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
 from torchrec_kvshare.engine import RankingFunctions
@@ -34,7 +35,6 @@ from torchrec_kvshare.export.parity import check_parity
 from torchrec_kvshare.ranking import RankingModel
 
 PROGRAM = "model.pt"
-ENCODER = "causal"
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,25 @@ def export_torchscript(model: RankingModel, schema: FeatureSchema, destination: 
         ArtifactError: if ``destination`` exists.
         ParityError: if the exported scores are not the model's; nothing is left behind then.
     """
-    tower = model.collection.tower
-    sizes = TowerSizes(tower.num_layers, tower.num_heads, tower.dim // tower.num_heads)
+    sizes = {}
+    for history, tower in zip(schema.histories, model.collection.towers(), strict=True):
+        num_planes, num_heads, head_dim = tower.kv_shape
+        max_rows = tower.encoder.num_rows(history.window.max_history)
+        sizes[history.name] = TowerSizes(num_planes, num_heads, head_dim, max_rows)
+    encoder = asdict(model.collection.towers()[0].spec)
+    audit = audit_model(model, schema)
     with artifact_folder(destination) as folder:
         with _deprecation_accepted():
             torch.jit.save(torch.jit.script(model), str(folder / PROGRAM))
         write_schema(folder, schema)
         parity = check_parity(_load_program(folder / PROGRAM), model, schema)
-        description = {"encoder": ENCODER, "tower": vars(sizes), "schema": schema.to_json()}
+        description = {"encoder": encoder, "schema": schema.to_json()}
         manifest = Manifest(
             model_digest(model.state_dict(), description),
-            ENCODER,
+            encoder,
             sizes,
             _inputs(schema),
+            audit.to_json(),
             parity,
             _versions(),
             {name: file_sha256(folder / name) for name in (PROGRAM, SCHEMA)},

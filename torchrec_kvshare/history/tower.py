@@ -1,168 +1,161 @@
-"""The history tower: a stack of layers with three verbs and no state.
+"""The history tower: an encoder between tokens and one vector per candidate, with no state.
 
-``prefill`` turns the events of all users into K/V, ``attend`` turns candidates into one vector each
-over that K/V. K/V is an argument and a result, never an attribute. The training forward is
-``prefill`` then ``attend_prefix`` over the same K/V: what is trained is what is served.
+``prefill`` turns the events of all users into K/V, ``extend`` adds the K/V of new events to what is
+cached, ``attend`` turns candidates into one vector each over that K/V. K/V is an argument and a
+result, never an attribute. The training forward is ``prefill`` then ``attend_prefix`` over the same
+K/V: what is trained is what is served.
 """
 
 import torch
 from torch import Tensor, nn
 
-from torchrec_kvshare.history.causal import CausalLayer
-
-# Time since an event falls into buckets of doubling width, from one second to 2**30 s (34 years).
-NUM_TIME_BUCKETS = 32
-
-
-def lengths_to_spans(lengths: Tensor) -> list[tuple[int, int]]:
-    """Pairs ``(first, last)`` of rows that lie one after the other.
-
-    Example:
-        >>> lengths_to_spans(torch.tensor([2, 0, 3]))
-        [(0, 2), (2, 2), (2, 5)]
-    """
-    spans: list[tuple[int, int]] = []
-    first = 0
-    counts: list[int] = lengths.tolist()
-    for count in counts:
-        spans.append((first, first + count))
-        first += count
-    return spans
+from torchrec_kvshare.attention.bodies import FLASH
+from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
+from torchrec_kvshare.history.kinds import TowerSpec, new_encoder
+from torchrec_kvshare.history.moments import (
+    moments_of_candidates,
+    moments_of_requests,
+    newest_events,
+)
 
 
 class HistoryTower(nn.Module):
-    """Causal layers over event tokens, and candidates over their K/V.
+    """Event tokens into K/V, and candidates of M tokens over it into one vector each.
 
     Args:
-        dim: width E of tokens and of the result.
-        num_layers: layers in the stack.
-        num_heads: H; must divide ``dim``.
-        dropout: share of activations dropped in training.
+        spec: what the tower is.
+        max_history: most events of its history that it reads.
+        block: events between two places where that may start.
 
     Raises:
-        ConfigError: if the sizes do not fit each other.
+        ConfigError: naming the field, if the sizes do not fit each other.
     """
 
-    bucket_ends: Tensor
+    __jit_ignored_attributes__ = ("spec",)
+    __jit_unused_properties__ = ("kv_shape",)
 
-    def __init__(self, dim: int, num_layers: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, spec: TowerSpec, max_history: int, block: int) -> None:
         super().__init__()
-        self.dim = dim
-        self.layers = nn.ModuleList(
-            [CausalLayer(dim, num_heads, NUM_TIME_BUCKETS, dropout) for _ in range(num_layers)]
-        )
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.candidate_token = nn.Parameter(torch.zeros(dim))
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-        bucket_ends = 2 ** torch.arange(NUM_TIME_BUCKETS - 1)
-        self.register_buffer("bucket_ends", bucket_ends, persistent=False)
+        self.spec = spec
+        self.encoder = new_encoder(spec, max_history, block)
+        self.dim = spec.dim
+        self.num_tokens = spec.num_tokens
+        self.window = spec.window
+        self.body: str = FLASH
+        self.candidate_token = nn.Parameter(torch.zeros(spec.num_tokens, spec.dim))
+        self.norm = nn.LayerNorm(spec.dim)
+        self.head = nn.Linear(spec.dim, spec.dim)
+        self.dropout = nn.Dropout(spec.dropout)
 
     @property
-    def bytes_per_event(self) -> int:
-        """Size of one event's K/V over all layers, in float32."""
-        return self.num_layers * 2 * self.dim * 4
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Planes, heads and head width of the K/V."""
+        return self.encoder.num_planes, self.spec.num_heads, self.dim // self.spec.num_heads
 
-    def time_buckets(self, elapsed: Tensor) -> Tensor:
-        """Bucket of each time since an event, in seconds; the future counts as now."""
-        return torch.bucketize(elapsed, self.bucket_ends, right=True)
+    def row_spans(self, event_lengths: list[int]) -> list[tuple[int, int]]:
+        """Where each user's rows of K/V are, users one after the other."""
+        return lengths_to_spans([self.encoder.num_rows(length) for length in event_lengths])
 
     def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
-        """K/V of all layers for the events of all users.
+        """K/V of the histories of all users.
 
         Args:
             events: [T, E] event tokens, oldest first, users one after the other.
             event_spans: rows ``(first, last)`` of each user; together they cover T in order.
 
         Returns:
-            [layers, 2, T, H, D]; K at 0 and V at 1 of the second axis.
+            [planes, R, H, D], users one after the other, ``encoder.num_rows`` rows for each.
         """
-        rows = self.dropout(events)
-        kv: list[Tensor] = []
-        for depth, layer in enumerate(self.layers):
-            # Nothing is above the last layer: its events need keys and values only.
-            if depth + 1 == self.num_layers:
-                kv.append(layer.project_kv(rows))
-            else:
-                rows, layer_kv = layer.prefill(rows, event_spans)
-                kv.append(layer_kv)
-        return torch.stack(kv)
+        return self.encoder.prefill(self.dropout(events), event_spans)
+
+    def extend(
+        self,
+        cached: Tensor,
+        cached_spans: list[tuple[int, int]],
+        events: Tensor,
+        event_spans: list[tuple[int, int]],
+    ) -> Tensor:
+        """K/V of what follows cached rows, as a prefill of the whole history would give it.
+
+        Args:
+            cached: [planes, R, H, D].
+            cached_spans: rows of each user in R, those of its ``encoder.reusable_events``.
+            events: [T, E] event tokens behind the reusable ones.
+            event_spans: rows of each user in T.
+
+        Returns:
+            [planes, new rows, H, D], users one after the other.
+
+        Raises:
+            ValueError: if histories of this kind cannot be extended.
+        """
+        return self.encoder.extend(cached, cached_spans, self.dropout(events), event_spans)
+
+    def enter(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """What a candidate is before it meets a user, to be computed once for each item.
+
+        Args:
+            candidates: [C, M, E] candidate tokens.
+
+        Returns:
+            Rows [C, M, E] and their projections in the first layer, [C, M, 3E or 4E].
+        """
+        rows = self.dropout(candidates + self.candidate_token)
+        return rows, self.encoder.enter(rows)
 
     def attend(
         self,
         candidates: Tensor,
+        entered: Tensor,
         kv: Tensor,
-        elapsed: Tensor,
-        candidate_spans: list[tuple[int, int]],
-        event_spans: list[tuple[int, int]],
+        elapsed: list[Tensor],
+        spans: Spans,
     ) -> Tensor:
         """One vector for each candidate over the whole history of its user; inference only.
 
         Args:
-            candidates: [C, E] candidate tokens, grouped by user.
-            kv: [layers, 2, R, H, D] with the users' events at rows ``event_spans``.
-            elapsed: [T] int64 seconds from each event to its user's request, users in order.
-            candidate_spans: rows ``(first, last)`` of each user's candidates.
-            event_spans: rows ``(first, last)`` of each user's events in R.
+            candidates: [C, M, E] rows that ``enter`` gave, grouped by user.
+            entered: their projections.
+            kv: [planes, R, H, D] with the users' rows at ``spans.events``.
+            elapsed: per user [L] int64 seconds from each event to the request.
+            spans: whose candidates and rows are whose.
 
         Returns:
             [C, E].
         """
-        rows = candidates + self.candidate_token
-        buckets = self.time_buckets(elapsed)
-        for depth, layer in enumerate(self.layers):
-            event_bias = layer.time_bias.index_select(0, buckets).t().contiguous()  # [H, T]
-            rows = layer.attend(rows, kv[depth], event_bias, candidate_spans, event_spans)
-        return self.head(self.norm(rows))
+        if self.window > 0:
+            spans = Spans(spans.candidates, newest_events(spans.events, self.window))
+            elapsed = [one[-self.window :] for one in elapsed]
+        moments = moments_of_requests(elapsed, spans.candidates)
+        rows = self.encoder.attend(candidates, entered, kv, moments, spans, self.body)
+        return self.head(self.norm(rows[:, 0]))
 
     def attend_prefix(
         self,
         candidates: Tensor,
+        entered: Tensor,
         kv: Tensor,
-        event_time: Tensor,
+        event_time: list[Tensor],
         candidate_time: Tensor,
         visible_events: Tensor,
-        candidate_spans: list[tuple[int, int]],
-        event_spans: list[tuple[int, int]],
+        spans: Spans,
     ) -> Tensor:
         """One vector for each candidate over the first ``visible_events`` of its user's events.
 
         Args:
-            candidates: [C, E] candidate tokens, grouped by user.
-            kv: [layers, 2, T, H, D].
-            event_time: [T] int64 Unix seconds.
+            candidates: [C, M, E] rows that ``enter`` gave, grouped by user.
+            entered: their projections.
+            kv: [planes, R, H, D].
+            event_time: per user [L] int64 Unix seconds.
             candidate_time: [C] int64 Unix seconds.
             visible_events: [C] int64, how many of its user's oldest events a candidate may see.
-            candidate_spans: rows ``(first, last)`` of each user's candidates.
-            event_spans: rows ``(first, last)`` of each user's events in T.
+            spans: whose candidates and rows are whose.
 
         Returns:
             [C, E]; differentiable.
         """
-        rows = self.dropout(candidates + self.candidate_token)
-        buckets: list[Tensor] = []
-        moments: list[Tensor] = []
-        hidden: list[Tensor] = []
-        for user in range(len(event_spans)):
-            first, last = candidate_spans[user]
-            event_first, event_last = event_spans[user]
-            # A target and its negatives share one moment: its biases are looked up once.
-            asked = torch.stack([candidate_time[first:last], visible_events[first:last]])
-            moment, moment_of_candidate, _ = torch.unique_consecutive(
-                asked, return_inverse=True, return_counts=True, dim=1
-            )
-            elapsed = moment[0].unsqueeze(1) - event_time[event_first:event_last]  # [G, L]
-            buckets.append(self.time_buckets(elapsed))
-            moments.append(moment_of_candidate)
-            position = torch.arange(event_last - event_first, device=kv.device)
-            hidden.append(position >= moment[1].unsqueeze(1))  # [G, L]
-        for depth, layer in enumerate(self.layers):
-            biases: list[Tensor] = []
-            for user in range(len(event_spans)):
-                bias = nn.functional.embedding(buckets[user], layer.time_bias)  # [G, L, H]
-                bias = bias.masked_fill(hidden[user].unsqueeze(2), float("-inf")).permute(2, 0, 1)
-                biases.append(bias.index_select(1, moments[user]))  # [H, N, L]
-            rows = layer.attend_prefix(rows, kv[depth], biases, candidate_spans, event_spans)
-        return self.head(self.norm(rows))
+        moments = moments_of_candidates(
+            event_time, candidate_time, visible_events, spans.candidates, self.window
+        )
+        rows = self.encoder.attend(candidates, entered, kv, moments, spans, "dense")
+        return self.head(self.norm(rows[:, 0]))

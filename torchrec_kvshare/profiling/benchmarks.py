@@ -6,17 +6,16 @@ All paths start from a parsed request and end with logits; each collates its own
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
-from torch import Tensor
-from torchrec.models.dlrm import DLRM
+from torch import Tensor, nn
 
 from torchrec_kvshare.cache.identity import history_digest
-from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.engine import expand
-from torchrec_kvshare.errors import ConfigError, ParityError
+from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE
 from torchrec_kvshare.features import (
     Request,
@@ -25,17 +24,17 @@ from torchrec_kvshare.features import (
     collate_history,
     user_of_candidates,
 )
+from torchrec_kvshare.history.kinds import CAUSAL
 from torchrec_kvshare.profiling.memory import peak_allocated_bytes
 from torchrec_kvshare.profiling.merged import MergedEmbeddingBagCollection, share_weights
+from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record
 from torchrec_kvshare.profiling.timing import (
-    MIN_REPEATS,
     fusion_costs,
     interleaved_medians,
     seed_model_speedup,
 )
 from torchrec_kvshare.profiling.workload import (
-    Sizes,
     draw_requests,
     make_cache,
     make_dlrm,
@@ -57,69 +56,40 @@ CHUNK_TRIAL_CANDIDATES = 50  # at 1000 events they fill the largest default chun
 Score = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured.
-
-    Attributes:
-        histories: events; all paths.
-        long_histories: events; without ``uncached_merged``.
-        candidates: queue lengths N.
-        merged_max_candidates: greatest N that ``uncached_merged`` is measured at.
-        merged_chunk_rows: rows that it computes at once; the fastest for a history is used.
-        repeats: turns of each path.
-        seed: of weights and requests.
-    """
-
-    histories: Sequence[int]
-    long_histories: Sequence[int]
-    candidates: Sequence[int]
-    merged_max_candidates: int
-    merged_chunk_rows: Sequence[int]
-    repeats: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.repeats < MIN_REPEATS:
-            raise ConfigError(f"repeats is {self.repeats}; a median needs at least {MIN_REPEATS}")
-        for name in ("histories", "long_histories", "candidates", "merged_chunk_rows"):
-            if any(number < 1 for number in getattr(self, name)):
-                raise ConfigError(f"{name} is {list(getattr(self, name))}; each must be at least 1")
-        if not self.candidates or not self.merged_chunk_rows:
-            raise ConfigError("candidates and merged_chunk_rows must not be empty")
-
-
 class Paths:
     """The three ways to score, over one model and one user's history.
 
     Args:
         schema: columns; its window is the history's length.
-        sizes: the model's sizes.
-        seed: of the weights.
+        ranker: the model, with one history; see ``workload.fill_zeros``.
+        page_size: rows per page of K/V.
     """
 
-    def __init__(self, schema: FeatureSchema, sizes: Sizes, seed: int) -> None:
+    def __init__(self, schema: FeatureSchema, ranker: nn.Module, page_size: int) -> None:
         self.schema = schema
-        self.dlrm = make_dlrm(schema, sizes, seed)
-        self.model = RankingModel(self.dlrm).eval()
-        self.cache = make_cache(schema.window.max_history, num_users=1, sizes=sizes)
+        self.ranker = ranker
+        self.model = RankingModel(ranker).eval()
+        [tower] = self.model.collection.towers()
+        longest = schema.histories[0].window.max_history
+        self.cache = make_cache(tower, longest, num_users=1, page_size=page_size)
 
-    def merged_dlrm(self, chunk_rows: int) -> DLRM:
+    def merged(self, chunk_rows: int) -> nn.Module:
         """The same ranking model over the same weights, its history pooled without sharing."""
         collection = self.model.collection
         merged = MergedEmbeddingBagCollection(collection, chunk_rows)
-        return share_weights(self.dlrm, collection, merged)
+        return share_weights(self.ranker, collection, merged)
 
     @torch.no_grad()
     def put(self, request: Request) -> None:
         """Put the K/V of the request's history into the cache."""
-        kv = self.model.prefill(collate_history([request], self.schema).sparse_features)
-        entry = self.cache.put(request.user_id, history_digest(request, self.schema), kv)
+        [kv] = self.model.prefill(collate_history([request], self.schema).sparse_features)
+        digest = history_digest(request.events_by_history[HISTORY], self.schema)
+        entry = self.cache.put(request.user_id, digest, kv, request.num_events)
         assert entry is not None  # The cache was made for this history.
         self.cache.release(entry)
 
     @torch.no_grad()
-    def uncached_merged(self, request: Request, merged: DLRM) -> Tensor:
+    def uncached_merged(self, request: Request, merged: nn.Module) -> Tensor:
         """Logits [N], one whole sequence encoded per candidate."""
         batch = collate([request], self.schema)
         return merged(batch.dense_features, batch.sparse_features).squeeze(1)
@@ -133,17 +103,17 @@ class Paths:
     @torch.no_grad()
     def cross_request_hit(self, request: Request) -> Tensor:
         """Logits [N] over K/V that the cache holds: what the engine does for a hit."""
-        digest = history_digest(request, self.schema)
+        digest = history_digest(request.events_by_history[HISTORY], self.schema)
         entry = self.cache.lookup(request.user_id, digest, request.num_events).entry
         assert entry is not None
         batch = collate_candidates([request], self.schema)
         candidate_user = user_of_candidates([request])
-        features = expand(batch.sparse_features, [entry.pages], candidate_user)
-        logits = self.model.score(batch.dense_features, features, self.cache.pool.kv_pages)
+        features = expand(batch.sparse_features, HISTORY, [entry.pages], candidate_user)
+        logits = self.model.score(batch.dense_features, features, [self.cache.pool.kv_pages])
         self.cache.release(entry)
         return logits
 
-    def calls(self, request: Request, merged: DLRM | None) -> dict[str, Score]:
+    def calls(self, request: Request, merged: nn.Module | None) -> dict[str, Score]:
         """The paths as calls without arguments; ``uncached_merged`` only with its model."""
         score_by_path: dict[str, Score] = {
             REQUEST_SHARED: lambda: self.request_shared(request),
@@ -207,7 +177,8 @@ def measure_memory(plan: Plan, sizes: Sizes) -> list[Record]:
     records = []
     for history in (*plan.histories, *plan.long_histories):
         bench = _Bench(MEMORY, plan, sizes, history)
-        user_kv_bytes = bench.paths.model.collection.tower.bytes_per_event * history
+        [tower] = bench.paths.model.collection.towers()
+        user_kv_bytes = 4 * prod(tower.kv_shape) * tower.encoder.num_rows(history)
         for request, score_by_path in bench.cases():
             queue = request.num_candidates
             for path, score in score_by_path.items():
@@ -221,31 +192,6 @@ def measure_memory(plan: Plan, sizes: Sizes) -> list[Record]:
             ]
         records += bench.chunk_records()
     return records
-
-
-MEASURE_BY_SCENARIO = {QUEUE_LENGTH: measure_queue_length, MEMORY: measure_memory}
-
-
-def measure(scenario: str, plan: Plan, sizes: Sizes) -> list[Record]:
-    """Run one scenario.
-
-    Args:
-        scenario: ``queue_length`` or ``memory``.
-        plan: what is measured.
-        sizes: the model's sizes.
-
-    Returns:
-        Its records.
-
-    Raises:
-        ConfigError: if there is no such scenario.
-        ParityError: if the logits of two paths differ.
-    """
-    if scenario not in MEASURE_BY_SCENARIO:
-        raise ConfigError(
-            f"scenario is {scenario!r}; one of {sorted(MEASURE_BY_SCENARIO)} is allowed"
-        )
-    return MEASURE_BY_SCENARIO[scenario](plan, sizes)
 
 
 def assert_parity(logits_by_path: Mapping[str, Tensor]) -> None:
@@ -274,7 +220,7 @@ class _Bench:
         self.sizes = sizes
         self.history = history
         schema = make_schema(history, num_users=1)
-        self.paths = Paths(schema, sizes, plan.seed)
+        self.paths = Paths(schema, make_dlrm(schema, sizes, plan.seed), sizes.page_size)
         self.requests = draw_requests(schema, plan.candidates, user=0, seed=plan.seed)
         self.paths.put(self.requests[0])
         self.merged_max_candidates = plan.merged_max_candidates
@@ -286,7 +232,7 @@ class _Bench:
 
     def cases(self) -> Iterator[tuple[Request, dict[str, Score]]]:
         """Each request and the paths that score it, called once and found to agree."""
-        merged = None if self.chunk_rows is None else self.paths.merged_dlrm(self.chunk_rows)
+        merged = None if self.chunk_rows is None else self.paths.merged(self.chunk_rows)
         for request in self.requests:
             short_enough = request.num_candidates <= self.merged_max_candidates
             score_by_path = self.paths.calls(request, merged if short_enough else None)
@@ -318,14 +264,10 @@ class _Bench:
     def record(
         self, path: str, metric: str, value: float, unit: str, queue: int | None = None
     ) -> Record:
-        case: Case = {
+        case: Case = self.sizes.case(CAUSAL) | {
             "path": path,
-            "encoder": "causal",
             "history": self.history,
             "users": 1,
-            "dim": self.sizes.dim,
-            "heads": self.sizes.num_heads,
-            "layers": self.sizes.num_layers,
         }
         if queue is not None:
             case["candidates"] = queue
@@ -344,8 +286,7 @@ def fastest_chunk_rows(paths: Paths, request: Request, choices: Sequence[int]) -
         One of the choices.
     """
     score_by_rows = {
-        str(rows): partial(paths.uncached_merged, request, paths.merged_dlrm(rows))
-        for rows in choices
+        str(rows): partial(paths.uncached_merged, request, paths.merged(rows)) for rows in choices
     }
     for score in score_by_rows.values():
         score()

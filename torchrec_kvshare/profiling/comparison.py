@@ -53,7 +53,7 @@ def compare_paths(
     Returns:
         One row per path.
     """
-    assert cached.cache is not None
+    assert cached.caches is not None
     merged = merged_dlrm(model)
     cached.rank(requests)
 
@@ -75,7 +75,7 @@ def compare_paths(
         for path, score in score_by_path.items():
             if path != "uncached_merged" or place < num_merged:
                 timings[path].append(_timed(score, request, expected))
-    held = {"cross_request_hit": cached.cache.held_bytes}
+    held = {"cross_request_hit": sum(cache.held_bytes for cache in cached.caches)}
     return [_figures(path, rows, held.get(path, 0)) for path, rows in timings.items()]
 
 

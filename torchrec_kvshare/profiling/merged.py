@@ -15,10 +15,13 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
-from torchrec_kvshare.data.schema import HISTORY_TIME, REQUEST_TIME
-from torchrec_kvshare.history.causal import CausalLayer
-from torchrec_kvshare.history.tower import HistoryTower, lengths_to_spans
+from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
+from torchrec_kvshare.collection import HistoryPooling, KVShareEmbeddingBagCollection
+from torchrec_kvshare.data.schema import REQUEST_TIME, USER
+from torchrec_kvshare.history.causal import CausalEncoder
+from torchrec_kvshare.history.moments import doubling_bucket
+from torchrec_kvshare.history.tower import HistoryTower
+from torchrec_kvshare.history.transformer import NUM_TIME_BUCKETS, TransformerLayer
 
 Ranker = TypeVar("Ranker", bound=nn.Module)
 
@@ -48,12 +51,13 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         jagged_by_key = features.to_dict()
         pooled_bags = self.collection.bags(features)
         keys, inverse_indices = features.inverse_indices()
-        candidate_user = inverse_indices[keys.index(HISTORY_TIME)]
-        history = self.pool_history(features, jagged_by_key, candidate_user)
+        candidate_request = inverse_indices[keys.index(USER)]
+        counts = torch.bincount(candidate_request, minlength=jagged_by_key[USER].lengths().numel())
+        history = self.pool_history(features, jagged_by_key, lengths_to_spans(counts.tolist()))
         names = [name for config in self.embedding_bag_configs() for name in config.feature_names]
         return KeyedTensor(
             keys=names,
-            length_per_key=[self.collection.tower.dim] * len(names),
+            length_per_key=[history.size(1)] * len(names),
             values=torch.cat([pooled_bags.values(), history], dim=1),
         )
 
@@ -61,27 +65,26 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self,
         features: KeyedJaggedTensor,
         jagged_by_key: dict[str, JaggedTensor],
-        candidate_user: Tensor,
+        candidate_spans: list[tuple[int, int]],
     ) -> Tensor:
         """One vector per candidate, each from a sequence of its own: [C, E]."""
-        pooling = self.collection.pooling
+        [pooling] = self.collection.poolings
+        assert isinstance(pooling, HistoryPooling)
         embedded = self.collection.token_embeddings(self.collection.token_features(features))
         # The tokens are made once for all rows, which is more than such a baseline would get.
-        events = pooling.tokens(embedded, jagged_by_key, pooling.event_keys, pooling.event_bag_keys)
-        candidates = pooling.tokens(
-            embedded, jagged_by_key, [pooling.candidate_item_key], pooling.candidate_bag_keys
-        )
-        times = jagged_by_key[HISTORY_TIME]
-        event_spans = lengths_to_spans(times.lengths())
-        counts = torch.bincount(candidate_user, minlength=len(event_spans))
+        events = pooling.event_tokens(embedded, jagged_by_key)
+        candidates = self.collection.candidate_tokens(embedded, jagged_by_key)
+        event_spans = lengths_to_spans(pooling.event_lengths(jagged_by_key))
+        times = jagged_by_key[pooling.time_key].values()
+        rows = pooling.history_of_requests(jagged_by_key, len(event_spans))
         pooled = []
-        for user, (first, last) in enumerate(lengths_to_spans(counts)):
-            seen = slice(*event_spans[user])
-            elapsed = jagged_by_key[REQUEST_TIME].values()[user] - times.values()[seen]
-            chunk_size = max(1, self.chunk_rows // (elapsed.numel() + 1))
-            for start in range(first, last, chunk_size):
-                chunk = candidates[start : min(start + chunk_size, last)]
-                pooled.append(pool_chunk(self.collection.tower, events[seen], elapsed, chunk))
+        for request, (first, last) in enumerate(candidate_spans):
+            seen = slice(*event_spans[rows[request]])
+            elapsed = jagged_by_key[REQUEST_TIME].values()[request] - times[seen]
+            chosen = candidates[first:last]
+            pooled.append(
+                pool_without_sharing(pooling.tower, events[seen], elapsed, chosen, self.chunk_rows)
+            )
         return torch.cat(pooled)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
@@ -93,27 +96,57 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return False
 
 
-def pool_chunk(tower: HistoryTower, events: Tensor, elapsed: Tensor, candidates: Tensor) -> Tensor:
-    """One user's candidates, each behind its own copy of the history.
+def pool_without_sharing(
+    tower: HistoryTower, events: Tensor, elapsed: Tensor, candidates: Tensor, chunk_rows: int
+) -> Tensor:
+    """One user's candidates, each over a history that is encoded for it alone: [N, E].
 
     Args:
         tower: the encoder, in eval mode.
         events: [L, E] event tokens, oldest first.
         elapsed: [L] int64 seconds from each event to the request.
-        candidates: [N, E] candidate tokens.
+        candidates: [N, M, E] candidate tokens.
+        chunk_rows: events and candidates computed at once; at least one candidate always is.
+    """
+    pool = _pool_causal if _is_plain_causal(tower) else _pool_alone
+    chunk_size = max(1, chunk_rows // (elapsed.numel() + 1))
+    parts = candidates.split(chunk_size)
+    return torch.cat([pool(tower, events, elapsed, part) for part in parts])
 
-    Returns:
-        [N, E].
+
+def _is_plain_causal(tower: HistoryTower) -> bool:
+    return isinstance(tower.encoder, CausalEncoder) and not tower.window and tower.num_tokens == 1
+
+
+def _pool_alone(tower: HistoryTower, events: Tensor, elapsed: Tensor, candidates: Tensor) -> Tensor:
+    """One user's candidates [N, M, E], each a user of its own: [N, E]."""
+    num_candidates, num_events = candidates.size(0), events.size(0)
+    lengths = [num_events] * num_candidates
+    kv = tower.prefill(events.repeat(num_candidates, 1), lengths_to_spans(lengths))
+    spans = Spans(lengths_to_spans([1] * num_candidates), tower.row_spans(lengths))
+    rows, entered = tower.enter(candidates)
+    return tower.attend(rows, entered, kv, [elapsed] * num_candidates, spans)
+
+
+def _pool_causal(
+    tower: HistoryTower, events: Tensor, elapsed: Tensor, candidates: Tensor
+) -> Tensor:
+    """The same for causal histories, the candidate the last row of its copy: [N, E].
+
+    Args:
+        tower: the encoder, in eval mode.
+        events: [L, E] event tokens, oldest first.
+        elapsed: [L] int64 seconds from each event to the request.
+        candidates: [N, 1, E] candidate tokens.
     """
     history = events.expand(candidates.size(0), -1, -1)
-    last_row = (candidates + tower.candidate_token).unsqueeze(1)
-    rows = torch.cat([history, last_row], dim=1)  # [N, L + 1, E]
-    buckets = tower.time_buckets(elapsed)
-    for depth, layer in enumerate(tower.layers):
-        assert isinstance(layer, CausalLayer)
-        bias = layer.time_bias.index_select(0, buckets).t()  # [H, L]
+    rows = torch.cat([history, candidates + tower.candidate_token], dim=1)  # [N, L + 1, E]
+    buckets = doubling_bucket(elapsed, NUM_TIME_BUCKETS)
+    for depth, layer in enumerate(tower.encoder.layers):
+        assert isinstance(layer, TransformerLayer)
+        bias = tower.encoder.time_bias[depth].index_select(0, buckets).t()  # [H, L]
         bias = functional.pad(bias, (0, 1))[None, :, None]  # [1, H, 1, L + 1]
-        last = depth + 1 == tower.num_layers
+        last = depth + 1 == len(tower.encoder.layers)
         rows = _last_layer(layer, rows, bias) if last else _inner_layer(layer, rows, bias)
     return tower.head(tower.norm(rows[:, -1]))
 
@@ -134,10 +167,9 @@ def share_weights(model: Ranker, replaced: nn.Module, replacement: nn.Module) ->
     return copy.deepcopy(model, kept | {id(replaced): replacement})
 
 
-def _inner_layer(layer: CausalLayer, rows: Tensor, bias: Tensor) -> Tensor:
+def _inner_layer(layer: TransformerLayer, rows: Tensor, bias: Tensor) -> Tensor:
     """All rows one layer up: [N, L + 1, E]."""
-    flat = rows.flatten(0, 1)
-    query, key, value = (_heads_first(part, rows) for part in layer.project(flat))
+    query, key, value = (part.transpose(1, 2) for part in layer.heads(layer.project(rows)))
     num_events = rows.size(1) - 1
     # Two calls instead of one with a full mask: only the causal form skips the upper triangle.
     over_candidate = functional.scaled_dot_product_attention(query[:, :, -1:], key, value, bias)
@@ -146,19 +178,12 @@ def _inner_layer(layer: CausalLayer, rows: Tensor, bias: Tensor) -> Tensor:
         query, key, value = (part[:, :, :num_events] for part in (query, key, value))
         over_events = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         attended.insert(0, over_events)
-    together = torch.cat(attended, dim=2).transpose(1, 2)  # [N, L + 1, H, D]
-    return layer.finish(flat, together).view_as(rows)
+    return layer.finish(rows, torch.cat(attended, dim=2).transpose(1, 2))
 
 
-def _last_layer(layer: CausalLayer, rows: Tensor, bias: Tensor) -> Tensor:
+def _last_layer(layer: TransformerLayer, rows: Tensor, bias: Tensor) -> Tensor:
     """The candidates' rows one layer up, of all other rows keys and values only: [N, 1, E]."""
-    candidates = rows[:, -1]
-    key, value = (_heads_first(part, rows) for part in layer.project_kv(rows.flatten(0, 1)))
-    query, _, _ = layer.project(candidates)
-    attended = functional.scaled_dot_product_attention(query.unsqueeze(2), key, value, bias)
-    return layer.finish(candidates, attended).unsqueeze(1)
-
-
-def _heads_first(projected: Tensor, rows: Tensor) -> Tensor:
-    """[N x (L + 1), H, D] as [N, H, L + 1, D]."""
-    return projected.unflatten(0, rows.shape[:2]).transpose(1, 2)
+    key, value = (part.transpose(1, 2) for part in layer.project_kv(rows))
+    query, _, _ = layer.heads(layer.project(rows[:, -1:]))
+    attended = functional.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias)
+    return layer.finish(rows[:, -1:], attended.transpose(1, 2))

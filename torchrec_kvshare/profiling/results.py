@@ -78,8 +78,9 @@ def write_tensorboard(folder: Path, records: Sequence[Record], table: str) -> No
     """
     with SummaryWriter(str(folder / TENSORBOARD_FOLDER)) as writer:
         for record in records:
-            history, path = record.case["history"], record.case["path"]
-            tag = f"{record.scenario}/history_{history}/{record.metric}/{path}"
+            encoder, history = record.case.get("encoder", "-"), record.case.get("history", 0)
+            path = record.case["path"]
+            tag = f"{record.scenario}/{encoder}/history_{history}/{record.metric}/{path}"
             writer.add_scalar(tag, record.value, int(record.case.get("candidates", 0)))
         if records:
             writer.add_text(records[0].scenario, fixed_width(table))
@@ -91,7 +92,7 @@ def fixed_width(table: str) -> str:
 
 
 def figures_table(records: Sequence[Record]) -> str:
-    """One line per case of sizes, one column per path and metric.
+    """One line per path and case of sizes, one column per metric.
 
     Args:
         records: figures of one scenario.
@@ -99,14 +100,11 @@ def figures_table(records: Sequence[Record]) -> str:
     Returns:
         Text without a newline at its end.
     """
-    columns = list(dict.fromkeys(_column(record) for record in records))
-    value_by_cell = {(_sizes(record), _column(record)): record.value for record in records}
-    rows = [
-        ("", "", *(metric for metric, _ in columns)),
-        ("history", "candidates", *(path for _, path in columns)),
-    ]
+    metrics = list(dict.fromkeys(record.metric for record in records))
+    value_by_cell = {(_sizes(record), record.metric): record.value for record in records}
+    rows = [("encoder", "history", "candidates", "path", *metrics)]
     for sizes in dict.fromkeys(_sizes(record) for record in records):
-        rows.append((*sizes, *(_figure(value_by_cell.get((sizes, column))) for column in columns)))
+        rows.append((*sizes, *(_figure(value_by_cell.get((sizes, metric))) for metric in metrics)))
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -120,9 +118,11 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _column(record: Record) -> tuple[str, str]:
-    return record.metric, str(record.case["path"])
-
-
-def _sizes(record: Record) -> tuple[str, str]:
-    return str(record.case["history"]), str(record.case.get("candidates", "all"))
+def _sizes(record: Record) -> tuple[str, str, str, str]:
+    case = record.case
+    return (
+        str(case.get("encoder", "-")),
+        str(case.get("history", "-")),
+        str(case.get("candidates", "all")),
+        str(case["path"]),
+    )

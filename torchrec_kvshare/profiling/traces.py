@@ -19,9 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.features import Request
 from torchrec_kvshare.labels import ATTEND, EXPAND, LOOKUP, PREFILL, SCORE
+from torchrec_kvshare.profiling.plan import Sizes
 from torchrec_kvshare.profiling.results import TENSORBOARD_FOLDER, fixed_width
 from torchrec_kvshare.profiling.workload import (
-    Sizes,
     draw_requests,
     make_cache,
     make_dlrm,
@@ -87,13 +87,15 @@ def profile_scoring(
         for user in range(num_users)
         for request in draw_requests(schema, [num_candidates], user, seed + user)
     ]
-    cache = make_cache(history, num_users, sizes)
+    [tower] = model.collection.towers()
+    cache = make_cache(tower, history, num_users, sizes.page_size)
     engine_by_name = {
-        "cached": Engine(model, schema, "profiled", cache),
+        "cached": Engine(model, schema, "profiled", [cache]),
         "uncached": Engine(model, schema, "profiled", None),
     }
     # What torch sets up at its first call belongs to neither engine.
-    Engine(model, schema, "warm-up", make_cache(history, 1, sizes)).rank(requests[:1])
+    warm_up = make_cache(tower, history, 1, sizes.page_size)
+    Engine(model, schema, "warm-up", [warm_up]).rank(requests[:1])
     engine_by_name["uncached"].rank(requests[:1])
     folder.mkdir(parents=True, exist_ok=True)
     profile_by_name = {}

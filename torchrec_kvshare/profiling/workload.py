@@ -4,7 +4,8 @@ No data set is needed: what scoring costs depends on sizes, not on values.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,39 +13,36 @@ from torchrec.models.dlrm import DLRM
 
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
-from torchrec_kvshare.data.schema import ITEM, USER, FeatureSchema, Vocabulary, Window
-from torchrec_kvshare.export.parity import draw_raw_request
+from torchrec_kvshare.data.schema import (
+    HISTORY,
+    ITEM,
+    USER,
+    FeatureSchema,
+    History,
+    Vocabulary,
+    Window,
+)
+from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.features import Request, parse_request
+from torchrec_kvshare.history.tower import HistoryTower
+from torchrec_kvshare.profiling.plan import Sizes
 from torchrec_kvshare.ranking import dlrm_with_history
+
+Ranker = TypeVar("Ranker", bound=nn.Module)
 
 NUM_ITEMS = 10_000
 NUM_CATEGORIES = 200
+BYTES = 4  # of a float32
 TIME_BIAS_STD = 0.5  # as wide as the scores of freshly drawn layers, so that the bias is felt
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the model that is measured.
-
-    Attributes:
-        dim: width E of tables and tower.
-        num_layers: layers of the tower.
-        num_heads: heads of each layer.
-        page_size: events per page of K/V.
-    """
-
-    dim: int
-    num_layers: int
-    num_heads: int
-    page_size: int
-
-
-def make_schema(history: int, num_users: int) -> FeatureSchema:
+def make_schema(history: int, num_users: int, block: int | None = None) -> FeatureSchema:
     """Columns of a shop: items with categories, actions, a country, a price.
 
     Args:
         history: events that the model reads.
         num_users: users with a row of their own.
+        block: events between two places where the window may start; None for the whole window.
 
     Returns:
         A schema whose window holds exactly ``history`` events.
@@ -57,7 +55,7 @@ def make_schema(history: int, num_users: int) -> FeatureSchema:
         has_action=True,
         item_attributes=("category",),
         item_floats=("price",),
-        window=Window(max_history=history, block=history),
+        histories=(History(HISTORY, Window(max_history=history, block=block or history)),),
     )
 
 
@@ -74,16 +72,26 @@ def make_dlrm(schema: FeatureSchema, sizes: Sizes, seed: int) -> DLRM:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dlrm = dlrm_with_history(
-            schema, sizes.dim, sizes.num_layers, sizes.num_heads, 0.0, [sizes.dim, 1]
-        )
-        # Zero at the start of training, where a path that forgot them would not be caught.
-        for name, parameter in dlrm.named_parameters():
-            if name.endswith("candidate_token"):
-                nn.init.normal_(parameter, std=sizes.dim**-0.5)
-            if name.endswith("time_bias"):
-                nn.init.normal_(parameter, std=TIME_BIAS_STD)
-    return dlrm.eval().requires_grad_(False)
+        return fill_zeros(dlrm_with_history(schema, sizes.spec(), [sizes.dim, 1]))
+
+
+def fill_zeros(ranker: Ranker) -> Ranker:
+    """The model for measuring: what training starts at zero is drawn.
+
+    A path that forgot such a parameter would not be caught otherwise.
+
+    Args:
+        ranker: a ranking model.
+
+    Returns:
+        It, in eval mode, without gradients.
+    """
+    for name, parameter in ranker.named_parameters():
+        if name.endswith("candidate_token"):
+            nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
+        if name.endswith("time_bias"):
+            nn.init.normal_(parameter, std=TIME_BIAS_STD)
+    return ranker.eval().requires_grad_(False)
 
 
 def draw_requests(
@@ -100,26 +108,25 @@ def draw_requests(
     Returns:
         One request for each queue length, all with one history, as long as the window.
     """
-    raw = draw_raw_request(schema, schema.window.max_history, max(queue_lengths), seed)
+    longest = schema.histories[0].window.max_history
+    raw = draw_raw_request(schema, longest, max(queue_lengths), seed)
     raw[USER] = user
     cut = [{c: values[:n] for c, values in raw["candidates"].items()} for n in queue_lengths]
     return [parse_request(raw | {"candidates": candidates}, schema) for candidates in cut]
 
 
-def make_cache(history: int, num_users: int, sizes: Sizes) -> KVCache:
+def make_cache(tower: HistoryTower, history: int, num_users: int, page_size: int) -> KVCache:
     """An empty cache with room for some users' histories.
 
     Args:
+        tower: whose K/V it holds.
         history: events of each user.
         num_users: users whose K/V it holds at once.
-        sizes: the model's sizes.
+        page_size: rows per page.
 
     Returns:
         A cache over a pool of just so many pages.
     """
-    pages_per_user = -(-history // sizes.page_size)
-    head_dim = sizes.dim // sizes.num_heads
-    page_bytes = sizes.num_layers * 2 * sizes.page_size * sizes.num_heads * head_dim * 4
-    capacity_bytes = num_users * pages_per_user * page_bytes
-    pool = PagePool(capacity_bytes, sizes.page_size, sizes.num_layers, sizes.num_heads, head_dim)
-    return KVCache(pool)
+    pages_per_user = -(-tower.encoder.num_rows(history) // page_size)
+    capacity_bytes = num_users * pages_per_user * page_size * prod(tower.kv_shape) * BYTES
+    return KVCache(PagePool(capacity_bytes, page_size, *tower.kv_shape))

@@ -64,7 +64,7 @@ def popularity_scorer(dataset: Dataset, num_negatives: int) -> Scorer:
 
 
 def evaluate_sampled(
-    score: Scorer, dataset: Dataset, split: int, num_negatives: int
+    score: Scorer, dataset: Dataset, split: int, num_negatives: int, share_prefill: bool = True
 ) -> dict[str, float]:
     """AUC, GAUC and NE of every target of a split against sampled negatives.
 
@@ -73,13 +73,14 @@ def evaluate_sampled(
         dataset: its targets.
         split: ``VALID`` or ``TEST``.
         num_negatives: sampled for every target.
+        share_prefill: whether the scorer lets targets see prefixes of one prefill.
 
     Returns:
         ``AUC``, ``GAUC``, ``NE``.
     """
     rng = np.random.default_rng(EVALUATION_SEED)
     targets = np.flatnonzero(dataset.split == split)
-    windows = windows_of(dataset, targets)
+    windows = windows_of(dataset, targets, share_prefill)
     logits, labels = [], []
     for chosen in batches_of(windows, TARGETS_AT_A_TIME, None):
         part = windows.take(chosen)

@@ -26,6 +26,7 @@ from torchrec_kvshare.data.targets import (
     sample_negatives,
     windows_of,
 )
+from torchrec_kvshare.ranking import takes_prefixes
 from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
 
 CHECKPOINT = "checkpoint.pt"
@@ -102,7 +103,9 @@ class _Trainer:
         self.folder = folder
         self.writer = writer
         self.train_model = DLRMTrain(model)
-        self.windows = windows_of(dataset, np.flatnonzero(dataset.split == TRAIN))
+        self.share_prefill = takes_prefixes(model)
+        training = np.flatnonzero(dataset.split == TRAIN)
+        self.windows = windows_of(dataset, training, self.share_prefill)
         self.optimizer = torch.optim.AdamW(_parameter_groups(model, settings))
         total = settings.epochs * len(self._epoch_batches(0))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(total, 1))
@@ -128,7 +131,11 @@ class _Trainer:
             self.progress = Progress(epoch + 1, 0)
             self._save()
             watched = evaluate_sampled(
-                model_scorer(self.model), self.dataset, VALID, self.settings.negatives
+                model_scorer(self.model),
+                self.dataset,
+                VALID,
+                self.settings.negatives,
+                self.share_prefill,
             )
             for name, value in watched.items():
                 self.writer.add_scalar(f"valid/{name}", value, epoch + 1)

@@ -18,9 +18,11 @@ from torchrec_kvshare.config import ModelConfig, TrainConfig
 from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset
 from torchrec_kvshare.data.interactions import InteractionLog
 from torchrec_kvshare.data.load import load_log
-from torchrec_kvshare.data.schema import FeatureSchema, Window
+from torchrec_kvshare.data.schema import FeatureSchema, History, Window
 from torchrec_kvshare.errors import ConfigError, DataError
-from torchrec_kvshare.ranking import dlrm_with_history, plain_dlrm
+from torchrec_kvshare.history.kinds import KINDS, TowerSpec
+from torchrec_kvshare.history.tower import HistoryTower
+from torchrec_kvshare.ranking import dlrm_with_history, plain_dlrm, takes_prefixes
 from torchrec_kvshare.training.evaluate import (
     Scorer,
     evaluate_catalogue,
@@ -34,7 +36,8 @@ CONFIG = "config.json"
 SCHEMA = "schema.json"
 METRICS = "metrics.json"
 NO_HISTORY = "none"
-HISTORY_KINDS = ("causal", NO_HISTORY)
+HISTORY_KINDS = (*KINDS, NO_HISTORY)
+WINDOWS = ("anchored", "sliding")
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +57,7 @@ def train_run(config: TrainConfig) -> Metrics:
         ConfigError: if the folder holds a run of another config, or a value cannot work.
         DataError: if the data cannot be read or has nothing to train or test on.
     """
-    if config.model.history not in HISTORY_KINDS:
-        raise ConfigError(f"model.history is {config.model.history!r}; one of {HISTORY_KINDS}")
+    _check_model(config.model)
     dataset = load_dataset(config)
     folder = Path(config.output)
     _claim(folder, config, dataset.schema)
@@ -68,10 +70,11 @@ def train_run(config: TrainConfig) -> Metrics:
             model = new_model(dataset.schema, config.model, kind, config.seed)
             with SummaryWriter(str(folder / "tensorboard" / kind)) as writer:
                 train(model, dataset, _settings(config), folder / kind, writer)
-            metrics[kind] = _evaluate(model_scorer(model), dataset, config)
+            scorer = model_scorer(model)
+            metrics[kind] = _evaluate(scorer, dataset, config, takes_prefixes(model))
         if config.budget.baselines:
             popularity = popularity_scorer(dataset, config.negatives)
-            metrics["popularity"] = _evaluate(popularity, dataset, config)
+            metrics["popularity"] = _evaluate(popularity, dataset, config, share_prefill=True)
         for kind, values in metrics.items():
             for name, value in values.items():
                 summary.add_scalar(f"test_{name.replace('@', '_at_')}/{kind}", value)
@@ -89,7 +92,7 @@ def load_dataset(config: TrainConfig) -> Dataset:
     logger.info("%s: %s", config.data.name, log.report)
     if config.budget.max_users is not None:
         log = first_users(log, config.budget.max_users)
-    dataset = build_dataset(log, Window(config.model.max_history, config.model.block))
+    dataset = build_dataset(log, histories_of(config.model))
     for name, split in (("training", TRAIN), ("test", TEST)):
         if not (dataset.split == split).any():
             raise DataError(f"{config.data.name} has no event in the {name} split")
@@ -119,9 +122,52 @@ def new_model(schema: FeatureSchema, sizes: ModelConfig, kind: str, seed: int) -
     torch.manual_seed(seed)
     if kind == NO_HISTORY:
         return plain_dlrm(schema, sizes.dim, sizes.top_mlp)
-    return dlrm_with_history(
-        schema, sizes.dim, sizes.num_layers, sizes.num_heads, sizes.dropout, sizes.top_mlp
+    return dlrm_with_history(schema, tower_spec(sizes), sizes.top_mlp)
+
+
+def tower_spec(sizes: ModelConfig) -> TowerSpec:
+    """What the towers of a model are.
+
+    Raises:
+        ConfigError: if a value or the combination cannot work.
+    """
+    return TowerSpec(
+        sizes.history,
+        sizes.dim,
+        sizes.num_layers,
+        sizes.num_heads,
+        sizes.dropout,
+        sizes.candidate_tokens,
+        sizes.max_history if sizes.window == "sliding" else 0,
+        sizes.merge,
+        sizes.recent,
+        sizes.num_globals,
     )
+
+
+def histories_of(sizes: ModelConfig) -> list[History]:
+    """What a model reads of its users' events.
+
+    A sliding window reads as much as its layers see together, and up to a block more, so that what
+    is read starts at a block boundary too.
+    """
+    max_history = sizes.max_history
+    if sizes.window == "sliding" and sizes.history != NO_HISTORY:
+        read = tower_spec(sizes).events_read + sizes.block - 1
+        max_history = -(-read // sizes.block) * sizes.block
+    window = Window(max_history, sizes.block)
+    return [History(name, window, tuple(actions)) for name, actions in sizes.histories.items()]
+
+
+def _check_model(sizes: ModelConfig) -> None:
+    """Refuse what cannot work before any data is read."""
+    if sizes.history not in HISTORY_KINDS:
+        raise ConfigError(f"model.history is {sizes.history!r}; one of {HISTORY_KINDS}")
+    if sizes.window not in WINDOWS:
+        raise ConfigError(f"model.window is {sizes.window!r}; one of {WINDOWS}")
+    for history in histories_of(sizes):
+        if sizes.history != NO_HISTORY:
+            HistoryTower(tower_spec(sizes), history.window.max_history, history.window.block)
 
 
 def first_users(log: InteractionLog, max_users: int) -> InteractionLog:
@@ -137,8 +183,10 @@ def first_users(log: InteractionLog, max_users: int) -> InteractionLog:
     )
 
 
-def _evaluate(score: Scorer, dataset: Dataset, config: TrainConfig) -> dict[str, float]:
-    sampled = evaluate_sampled(score, dataset, TEST, config.negatives)
+def _evaluate(
+    score: Scorer, dataset: Dataset, config: TrainConfig, share_prefill: bool
+) -> dict[str, float]:
+    sampled = evaluate_sampled(score, dataset, TEST, config.negatives, share_prefill)
     return sampled | evaluate_catalogue(score, dataset, config.budget.eval_users)
 
 

@@ -1,0 +1,139 @@
+"""Projected candidates kept between requests: what an item is before it meets a user.
+
+The token of a candidate and its projections in the first layer depend on the item, its attributes
+and the weights alone, so they are computed once for each item and used for every user. Exact: a
+kept item is used only if its attributes are the same, bag by bag.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_kvshare.data.schema import ITEM, NUM_RESERVED_ROWS, FeatureSchema, candidate_key
+from torchrec_kvshare.errors import ConfigError
+
+MAX_BAG = 8  # ids of one attribute; an item with more of them is not kept
+NO_ID = -1
+NO_SLOT = -1
+
+Project = Callable[[KeyedJaggedTensor], list[Tensor]]
+
+
+class ItemCache:
+    """Projected items in a ring of slots; safe to share between threads. For one model only.
+
+    Args:
+        capacity_items: most items kept.
+        schema: the model's columns.
+
+    Attributes:
+        num_hits: candidates whose projections were there.
+        num_misses: candidates that were projected.
+
+    Raises:
+        ConfigError: if the capacity is below 1.
+    """
+
+    def __init__(self, capacity_items: int, schema: FeatureSchema) -> None:
+        if capacity_items < 1:
+            raise ConfigError(f"capacity_items is {capacity_items}; it must be at least 1")
+        self.num_hits = 0
+        self.num_misses = 0
+        self._keys = [candidate_key(column) for column in (ITEM, *schema.item_attributes)]
+        self._slot_of_row = torch.full((schema.num_rows(ITEM),), NO_SLOT)
+        self._row_of_slot = torch.full((capacity_items,), NO_ID)
+        self._bags_of_slot = torch.full((capacity_items, len(self._keys) - 1, MAX_BAG), NO_ID)
+        self._tables: list[Tensor] = []  # for each history [slots, M, width]
+        self._next_slot = 0
+        self._lock = threading.Lock()
+
+    def project(self, features: KeyedJaggedTensor, project: Project) -> list[Tensor]:
+        """Projections of a batch's candidates, only those computed that are not there.
+
+        Args:
+            features: with the candidates' keys.
+            project: the model's ``project_candidates``.
+
+        Returns:
+            For each history [C, M, width], candidates in the order of the batch.
+        """
+        jagged_by_key = features.to_dict()
+        jagged = [jagged_by_key[key] for key in self._keys]
+        rows = jagged[0].values()
+        bags, fits = self._padded(jagged[1:], rows.numel())
+        with self._lock:
+            slots = self._slot_of_row[rows]
+            same = (self._bags_of_slot[slots] == bags).flatten(1).all(1)
+            known = (slots != NO_SLOT) & same & fits
+            kept = [table[slots[known]] for table in self._tables]
+            num_known = int(known.sum())
+            self.num_hits += num_known
+            self.num_misses += known.numel() - num_known
+        if known.all() and kept:
+            return kept
+        missing = torch.nonzero(~known).squeeze(1)
+        computed = project(take_rows(jagged, self._keys, missing))
+        with self._lock:
+            keepable = fits[missing] & (rows[missing] >= NUM_RESERVED_ROWS)
+            self._keep(rows[missing][keepable], bags[missing][keepable], computed, keepable)
+        if not kept:
+            return computed
+        return [
+            whole.new_empty(rows.numel(), *whole.shape[1:])
+            .index_copy(0, missing, whole)
+            .index_copy(0, torch.nonzero(known).squeeze(1), part)
+            for whole, part in zip(computed, kept, strict=True)
+        ]
+
+    def _padded(self, attributes: list[JaggedTensor], num_rows: int) -> tuple[Tensor, Tensor]:
+        """Bags as [C, attributes, MAX_BAG], and whether all of a candidate's fit in."""
+        padded = torch.full((num_rows, len(attributes), MAX_BAG), NO_ID)
+        fits = torch.ones(num_rows, dtype=torch.bool)
+        for place, bag in enumerate(attributes):
+            lengths = bag.lengths().to(torch.int64)
+            fits &= lengths <= MAX_BAG
+            row = torch.repeat_interleave(torch.arange(num_rows), lengths)
+            column = torch.arange(row.numel()) - (lengths.cumsum(0) - lengths)[row]
+            inside = column < MAX_BAG
+            padded[row[inside], place, column[inside]] = bag.values()[inside]
+        return padded, fits
+
+    def _keep(self, rows: Tensor, bags: Tensor, computed: list[Tensor], keepable: Tensor) -> None:
+        """Write items into the next slots of the ring, each item once."""
+        capacity = self._row_of_slot.numel()
+        items, item_of_row = torch.unique(rows, return_inverse=True)
+        place = torch.arange(rows.numel())
+        chosen = torch.empty_like(items).index_copy_(0, item_of_row, place)[:capacity]
+        if not self._tables:
+            self._tables = [one.new_zeros(capacity, *one.shape[1:]) for one in computed]
+        slots = (self._next_slot + torch.arange(chosen.numel())) % capacity
+        self._next_slot = int(self._next_slot + chosen.numel()) % capacity
+        # An item whose attributes changed moves; its old slot is nobody's then.
+        moved = self._slot_of_row[rows[chosen]]
+        self._row_of_slot[moved[moved != NO_SLOT]] = NO_ID
+        leaving = self._row_of_slot[slots]
+        leaving = leaving[leaving != NO_ID]
+        self._slot_of_row[leaving] = NO_SLOT
+        self._row_of_slot[slots] = rows[chosen]
+        self._slot_of_row[rows[chosen]] = slots
+        self._bags_of_slot[slots] = bags[chosen]
+        for table, whole in zip(self._tables, computed, strict=True):
+            table[slots] = whole[keepable][chosen]
+
+
+def take_rows(jagged: list[JaggedTensor], keys: list[str], chosen: Tensor) -> KeyedJaggedTensor:
+    """Some rows of some keys, as a batch of one stride."""
+    values, lengths = [], []
+    for one in jagged:
+        counts = one.lengths().to(torch.int64)
+        firsts = (counts.cumsum(0) - counts)[chosen]
+        taken = counts[chosen]
+        start = torch.repeat_interleave(firsts - (taken.cumsum(0) - taken), taken)
+        values.append(one.values()[start + torch.arange(start.numel())])
+        lengths.append(taken)
+    return KeyedJaggedTensor(
+        keys=keys, values=torch.cat(values), lengths=torch.cat(lengths), stride=chosen.numel()
+    )

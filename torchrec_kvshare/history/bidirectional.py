@@ -1,0 +1,52 @@
+"""Bidirectional history: every event sees all events of its user.
+
+A new event changes the K/V of all earlier ones, so nothing of a shorter history can be reused, and
+candidates that see a prefix need a prefill of that prefix.
+"""
+
+import torch
+from torch import Tensor
+
+from torchrec_kvshare.attention.shared import full_attention
+from torchrec_kvshare.history.transformer import TransformerEncoder
+
+
+class BidirectionalEncoder(TransformerEncoder):
+    """See ``TransformerEncoder``.
+
+    Source:
+        LONGER (arXiv:2505.04421), its unmasked reading without merging.
+    """
+
+    def __init__(self, dim: int, num_layers: int, num_heads: int, dropout: float) -> None:
+        super().__init__(dim, num_layers, num_heads, dropout)
+        self.takes_prefixes = False
+
+    def reusable_events(self, cached_events: int, num_events: int) -> int:
+        """None: every event sees those that come."""
+        return 0
+
+    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
+        """K/V [planes, T, H, D] of events [T, E]."""
+        rows = events
+        planes: list[Tensor] = []
+        for depth, layer in enumerate(self.layers):
+            if depth + 1 == self.num_layers:
+                key, value = layer.project_kv(rows)
+            else:
+                query, key, value = layer.heads(layer.project(rows))
+                attended = full_attention(query, key, value, event_spans, event_spans)
+                rows = layer.finish(rows, attended)
+            planes.append(key)
+            planes.append(value)
+        return torch.stack(planes)
+
+    def extend(
+        self,
+        cached: Tensor,
+        cached_spans: list[tuple[int, int]],
+        events: Tensor,
+        event_spans: list[tuple[int, int]],
+    ) -> Tensor:
+        """Refused: a new event changes the K/V of every earlier one."""
+        raise ValueError("bidirectional histories cannot be extended: prefill the whole history")

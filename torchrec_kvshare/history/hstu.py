@@ -1,0 +1,226 @@
+"""HSTU history: SiLU attention that is not normalised, gated, without a feed-forward part.
+
+An event sees itself and earlier events without any bias; candidates add a bias for the time since
+an event and for its place from the newest. The scale is a constant of the model, not one over the
+longest history of a batch, so that batchmates do not matter.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchrec_kvshare.attention.shared import Spans
+from torchrec_kvshare.attention.silu import (
+    silu_causal_attention,
+    silu_of_twice,
+    silu_shared_attention,
+)
+from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.history.moments import (
+    Moments,
+    candidate_biases,
+    doubling_bucket,
+    lookup_bias,
+)
+from torchrec_kvshare.history.transformer import (
+    NUM_TIME_BUCKETS,
+    append_rows,
+    check_heads,
+    no_cached_rows,
+    no_spans,
+    project_alike,
+)
+
+NUM_POSITION_BUCKETS = 16  # of doubling width, from the newest event to the 2**14th and beyond
+
+
+class HSTULayer(nn.Module):
+    """Projections, gate and norms of one layer.
+
+    Args:
+        dim: model width E.
+        num_heads: H; must divide ``dim``.
+        dropout: share of activations dropped in training.
+
+    Raises:
+        ConfigError: if the heads do not divide the width.
+
+    Source:
+        HSTU, Zhai et al. 2024, eqs. 1 to 3 (arXiv:2402.17152).
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.dim = dim
+        self.norm = nn.LayerNorm(dim)
+        self.gate_query_key_value = nn.Linear(dim, 4 * dim)
+        self.attended_norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        weight = self.gate_query_key_value.weight
+        project_alike(weight[dim : 2 * dim], weight[2 * dim : 3 * dim])
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Gate, queries, keys and values side by side, [..., 4E], of rows [..., E]."""
+        return silu_of_twice(0.5 * self.gate_query_key_value(self.norm(rows)))
+
+    def heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gate [..., E], and queries, keys and values, each [..., H, D]."""
+        gate, query, key, value = projected.chunk(4, dim=-1)
+        shape = [self.num_heads, self.dim // self.num_heads]
+        return (
+            gate,
+            query.unflatten(-1, shape),
+            key.unflatten(-1, shape),
+            value.unflatten(-1, shape),
+        )
+
+    def project_kv(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [R, H, D], of rows [R, E] whose queries nobody needs."""
+        weight = self.gate_query_key_value.weight[2 * self.dim :]
+        bias = self.gate_query_key_value.bias[2 * self.dim :]
+        projected = silu_of_twice(0.5 * functional.linear(self.norm(rows), weight, bias))
+        key, value = projected.unflatten(-1, [2, self.num_heads, -1]).unbind(-3)
+        return key, value
+
+    def finish(self, rows: Tensor, attended: Tensor, gate: Tensor) -> Tensor:
+        """Add what was attended to, [..., H, D], through the gate: [..., E]."""
+        return rows + self.dropout(self.out(self.attended_norm(attended.flatten(-2)) * gate))
+
+
+class HSTUEncoder(nn.Module):
+    """A stack of HSTU layers; verbs and attributes as in ``TransformerEncoder``.
+
+    Args:
+        dim: width E of tokens.
+        num_layers: layers in the stack.
+        num_heads: H; must divide ``dim``.
+        dropout: share of activations dropped in training.
+        max_history: most events a row sees; the attention's scale is one over its square root.
+        window: events that a row and a candidate see at every layer; 0 for all.
+
+    Raises:
+        ConfigError: if the sizes do not fit each other.
+
+    Source:
+        HSTU, Zhai et al. 2024 (arXiv:2402.17152); its relative bias on candidate rows only. The
+        source divides by the greatest length; its square root keeps short histories above the
+        epsilon of the norm that follows.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        dropout: float,
+        max_history: int,
+        window: int,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ConfigError(f"num_layers is {num_layers}; it must be at least 1")
+        self.layers = nn.ModuleList([HSTULayer(dim, num_heads, dropout) for _ in range(num_layers)])
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.num_time_buckets: int = NUM_TIME_BUCKETS
+        self.num_position_buckets: int = NUM_POSITION_BUCKETS
+        self.scale: float = 1.0 / math.sqrt(max_history)
+        self.time_bias = nn.Parameter(torch.zeros(num_layers, NUM_TIME_BUCKETS, num_heads))
+        self.position_bias = nn.Parameter(torch.zeros(num_layers, NUM_POSITION_BUCKETS, num_heads))
+        self.window = window
+        self.takes_prefixes = True
+        self.num_planes = 2 * num_layers
+
+    def num_rows(self, num_events: int) -> int:
+        """Rows of K/V that a history of so many events has."""
+        return num_events
+
+    def reusable_events(self, cached_events: int, num_events: int) -> int:
+        """Events whose K/V stays right when a history grows from one length to another."""
+        return cached_events
+
+    def reusable_rows(self, reusable_events: int) -> int:
+        """Rows that so many reusable events have."""
+        return reusable_events
+
+    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
+        """K/V [planes, T, H, D] of events [T, E]."""
+        nothing = no_cached_rows(events, self.num_planes, self.num_heads)
+        return self.extend(nothing, no_spans(event_spans), events, event_spans)
+
+    def extend(
+        self,
+        cached: Tensor,
+        cached_spans: list[tuple[int, int]],
+        events: Tensor,
+        event_spans: list[tuple[int, int]],
+    ) -> Tensor:
+        """K/V [planes, T, H, D] of new events [T, E] that follow cached ones [planes, R, H, D]."""
+        rows = events
+        planes: list[Tensor] = []
+        for depth, layer in enumerate(self.layers):
+            # Nothing is above the last layer: its events need keys and values only.
+            if depth + 1 == self.num_layers:
+                key, value = layer.project_kv(rows)
+            else:
+                gate, query, key, value = layer.heads(layer.project(rows))
+                keys, spans = append_rows(cached[2 * depth], cached_spans, key, event_spans)
+                values, _ = append_rows(cached[2 * depth + 1], cached_spans, value, event_spans)
+                attended = silu_causal_attention(
+                    query, keys, values, event_spans, spans, self.window
+                )
+                rows = layer.finish(rows, attended * self.scale, gate)
+            planes.append(key)
+            planes.append(value)
+        return torch.stack(planes)
+
+    def enter(self, candidates: Tensor) -> Tensor:
+        """What candidates [C, M, E] are to the first layer: [C, M, 4E], the same for every user."""
+        return self.layers[0].project(candidates)
+
+    def attend(
+        self,
+        candidates: Tensor,
+        entered: Tensor,
+        kv: Tensor,
+        moments: Moments,
+        spans: Spans,
+        body: str,
+    ) -> Tensor:
+        """Candidates [C, M, E] through all layers, over K/V [planes, R, H, D]: [C, M, E].
+
+        SiLU attention has one body, which is ``body`` for all it can be asked for.
+        """
+        rows = candidates
+        buckets = [doubling_bucket(elapsed, self.num_time_buckets) for elapsed in moments.elapsed]
+        places = self.place_buckets(moments)
+        for depth, layer in enumerate(self.layers):
+            projected = entered if depth == 0 else layer.project(rows)
+            by_event: list[Tensor] = []
+            for user in range(len(buckets)):
+                by_event.append(
+                    lookup_bias(buckets[user], self.time_bias[depth])
+                    + lookup_bias(places[user], self.position_bias[depth])
+                )
+            biases = candidate_biases(by_event, moments, spans)
+            gate, query, own_key, own_value = layer.heads(projected)
+            attended = silu_shared_attention(
+                query, kv[2 * depth], kv[2 * depth + 1], own_key, own_value, biases, spans
+            )
+            rows = layer.finish(rows, attended * self.scale, gate)
+        return rows
+
+    def place_buckets(self, moments: Moments) -> list[Tensor]:
+        """Per user [G, L], the bucket of each event's place from the newest visible one, 1."""
+        places: list[Tensor] = []
+        for user in range(len(moments.elapsed)):
+            num_events = moments.elapsed[user].size(1)
+            position = torch.arange(num_events, device=moments.visible[user].device)
+            distance = moments.visible[user].unsqueeze(1) - position
+            places.append(doubling_bucket(distance, self.num_position_buckets))
+        return places

@@ -1,0 +1,107 @@
+"""The kinds of history encoders by name, and what a tower of a kind is built from."""
+
+from dataclasses import dataclass
+
+from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.history.bidirectional import BidirectionalEncoder
+from torchrec_kvshare.history.causal import CausalEncoder
+from torchrec_kvshare.history.hstu import HSTUEncoder
+from torchrec_kvshare.history.longer import LongerEncoder
+from torchrec_kvshare.history.target_only import TargetOnlyEncoder
+
+CAUSAL = "causal"
+BIDIRECTIONAL = "bidirectional"
+TARGET_ONLY = "target_only"
+HSTU = "hstu"
+LONGER = "longer"
+KINDS = (CAUSAL, BIDIRECTIONAL, TARGET_ONLY, HSTU, LONGER)
+SLIDING_KINDS = (CAUSAL, TARGET_ONLY, HSTU)
+
+HistoryEncoder = (
+    CausalEncoder | BidirectionalEncoder | TargetOnlyEncoder | HSTUEncoder | LongerEncoder
+)
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """What a tower is, whatever history it reads.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        dim: width E.
+        num_layers: layers in the stack.
+        num_heads: H; must divide ``dim``.
+        dropout: share of activations dropped in training.
+        num_tokens: M, tokens of one candidate.
+        window: events that a row and a candidate see at every layer; 0 for all.
+        merge: ``longer``: events in a group.
+        recent: ``longer``: newest events whose groups go on to deeper layers.
+        num_globals: ``longer``: learned rows that see the whole history.
+
+    Raises:
+        ConfigError: naming the field, if a value or the combination cannot work.
+    """
+
+    kind: str
+    dim: int
+    num_layers: int
+    num_heads: int
+    dropout: float = 0.0
+    num_tokens: int = 1
+    window: int = 0
+    merge: int = 8
+    recent: int = 128
+    num_globals: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"history is {self.kind!r}; one of {KINDS} is allowed")
+        if self.num_tokens < 1:
+            raise ConfigError(f"num_tokens is {self.num_tokens}; a candidate has at least 1 token")
+        if self.window < 0:
+            raise ConfigError(
+                f"window is {self.window} events; it must be at least 1, or 0 for all"
+            )
+        if self.window and self.kind not in SLIDING_KINDS:
+            raise ConfigError(f"window is {self.window}; {self.kind} has no sliding windows")
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether event tokens say how far from the oldest event they are."""
+        return self.kind != TARGET_ONLY and self.window == 0
+
+    @property
+    def events_read(self) -> int:
+        """Events back that a candidate's vector depends on under a sliding window."""
+        depth = 1 if self.kind == TARGET_ONLY else self.num_layers
+        return depth * (self.window - 1) + 1
+
+
+def new_encoder(spec: TowerSpec, max_history: int, block: int) -> HistoryEncoder:
+    """A freshly drawn encoder.
+
+    Args:
+        spec: what it is.
+        max_history: most events of its history that it reads.
+        block: events between two places where that may start.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ConfigError: naming the field, if the sizes do not fit each other.
+
+    Example:
+        >>> new_encoder(TowerSpec("longer", 16, 2, 4, merge=4), 256, 64).num_rows(30)
+        12
+    """
+    sizes = (spec.dim, spec.num_layers, spec.num_heads, spec.dropout)
+    if spec.kind == CAUSAL:
+        return CausalEncoder(*sizes, spec.window)
+    if spec.kind == BIDIRECTIONAL:
+        return BidirectionalEncoder(*sizes)
+    if spec.kind == TARGET_ONLY:
+        return TargetOnlyEncoder(*sizes, spec.window)
+    if spec.kind == HSTU:
+        return HSTUEncoder(*sizes, spec.window or max_history, spec.window)
+    return LongerEncoder(*sizes, spec.merge, spec.recent, block, spec.num_globals)

@@ -1,0 +1,160 @@
+"""How many operations attention over a history takes, and how fast this machine does them.
+
+The roofline of a path is the time of its matrix products at the measured peak, plus that of its
+exponentials at their measured rate, plus that of moving what it must read and write once.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+
+from torchrec_kvshare.history.kinds import BIDIRECTIONAL, HSTU, LONGER, TARGET_ONLY, TowerSpec
+
+GEMM_SIZES = ((1024, 1024, 1024), (4096, 512, 512))  # large enough to run at the peak
+EXPONENTIALS = 1 << 17  # of float32: 512 KiB, which stay in the cache
+COPIED_BYTES = 1 << 27  # which do not
+RATE_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a computation needs.
+
+    Attributes:
+        flop: multiplications and additions of matrix products.
+        exponentials: of softmax or SiLU.
+        bytes_moved: inputs, results, weights and K/V, once each.
+    """
+
+    flop: float
+    exponentials: float
+    bytes_moved: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does in a second.
+
+    Attributes:
+        flop_per_s: float32 matrix products, all threads.
+        exponentials_per_s: float32, in cache.
+        bytes_per_s: copied, reading and writing counted.
+    """
+
+    flop_per_s: float
+    exponentials_per_s: float
+    bytes_per_s: float
+
+    def roofline_ms(self, cost: Cost) -> float:
+        """Least time that a computation of this cost can take."""
+        seconds = (
+            cost.flop / self.flop_per_s
+            + cost.exponentials / self.exponentials_per_s
+            + cost.bytes_moved / self.bytes_per_s
+        )
+        return 1e3 * seconds
+
+
+def attend_cost(spec: TowerSpec, num_events: int, num_candidates: int) -> Cost:
+    """Candidates through all layers over one history.
+
+    Args:
+        spec: of the tower.
+        num_events: L.
+        num_candidates: N.
+
+    Returns:
+        The cost, by the letter of the layers: what is padded or masked is not counted.
+    """
+    dim, rows = spec.dim, num_candidates * spec.num_tokens
+    flop = float(spec.num_layers * rows * _row_flop(spec))
+    exponentials = 0.0
+    for seen in _rows_seen(spec, num_events):
+        flop += 4 * dim * rows * (seen + spec.num_tokens)
+        exponentials += spec.num_heads * rows * (seen + spec.num_tokens)
+    if spec.kind == TARGET_ONLY:
+        flop += spec.num_layers * 4 * dim * dim * num_events
+    planes = 1 if spec.kind == TARGET_ONLY else 2 * spec.num_layers
+    kv = planes * _rows_seen(spec, num_events)[0] * dim
+    weights = spec.num_layers * _row_flop(spec) / 2
+    return Cost(flop, exponentials, 4 * (kv + weights + 2 * rows * dim))
+
+
+def prefill_cost(spec: TowerSpec, num_events: int) -> Cost:
+    """One history into K/V; arguments as in ``attend_cost``."""
+    dim, deep = spec.dim, spec.num_layers - 1
+    if spec.kind == TARGET_ONLY:
+        return Cost(0.0, 0.0, 8 * num_events * dim)
+    if spec.kind == LONGER:
+        return _longer_prefill_cost(spec, num_events)
+    pairs = num_events * (num_events + 1) / 2.0
+    if spec.kind == BIDIRECTIONAL:
+        pairs = float(num_events * num_events)
+    elif spec.window and spec.window < num_events:
+        pairs -= (num_events - spec.window) * (num_events - spec.window + 1) / 2
+    flop = deep * (_row_flop(spec) * num_events + 4 * dim * pairs) + 4 * dim * dim * num_events
+    weights = (deep * _row_flop(spec) + 4 * dim * dim) / 2
+    moved = 4 * (num_events * dim * (1 + 2 * spec.num_layers) + weights)
+    return Cost(flop, deep * spec.num_heads * pairs, moved)
+
+
+def measure_rates() -> Rates:
+    """What the machine does now; medians of a few turns, the best of the sizes tried."""
+    gemm = 0.0
+    for rows, inner, columns in GEMM_SIZES:
+        left, right = torch.randn(rows, inner), torch.randn(inner, columns)
+        out = torch.empty(rows, columns)
+        seconds = _median_seconds(partial(torch.mm, left, right, out=out))
+        gemm = max(gemm, 2 * rows * inner * columns / seconds)
+    values = torch.rand(EXPONENTIALS)
+    result = torch.empty_like(values)
+    exponentials = EXPONENTIALS / _median_seconds(lambda: torch.exp(values, out=result))
+    source = torch.ones(COPIED_BYTES // 4)
+    target = torch.empty_like(source)
+    copied = 2 * COPIED_BYTES / _median_seconds(lambda: target.copy_(source))
+    return Rates(gemm, exponentials, copied)
+
+
+def _row_flop(spec: TowerSpec) -> int:
+    """Of one row through one layer, attention itself aside."""
+    return (10 if spec.kind == HSTU else 24) * spec.dim * spec.dim
+
+
+def _rows_seen(spec: TowerSpec, num_events: int) -> list[int]:
+    """Rows of history that a candidate sees, layer by layer."""
+    if spec.kind == LONGER:
+        groups = -(-num_events // spec.merge)
+        recent = min(groups, spec.recent // spec.merge)
+        return [groups + spec.num_globals] + [recent + spec.num_globals] * (spec.num_layers - 1)
+    seen = min(num_events, spec.window) if spec.window else num_events
+    return [seen] * spec.num_layers
+
+
+def _longer_prefill_cost(spec: TowerSpec, num_events: int) -> Cost:
+    dim = spec.dim
+    flop = 26.0 * dim * dim * num_events + 4 * dim * num_events * spec.merge
+    exponentials = float(spec.num_heads * num_events * spec.merge)
+    entering, *deeper = _rows_seen(spec, num_events)
+    moved = 4.0 * (num_events * dim + 2 * spec.num_layers * entering * dim + 13 * dim * dim)
+    for going in deeper:
+        # All that enters a layer is projected; what goes on attends and is finished.
+        flop += 6 * dim * dim * entering + 18 * dim * dim * going
+        pairs = going * entering - going * going / 2
+        flop += 4 * dim * pairs
+        exponentials += spec.num_heads * pairs
+        entering = going
+    return Cost(flop + 6 * dim * dim * entering, exponentials, moved)
+
+
+def _median_seconds(call: Callable[[], object]) -> float:
+    call()
+    seconds = []
+    for _ in range(RATE_REPEATS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)

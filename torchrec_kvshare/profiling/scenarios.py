@@ -1,0 +1,46 @@
+"""The benchmarks by name."""
+
+from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.profiling.attention_benchmark import ATTENTION, measure_attention
+from torchrec_kvshare.profiling.benchmarks import (
+    MEMORY,
+    QUEUE_LENGTH,
+    measure_memory,
+    measure_queue_length,
+)
+from torchrec_kvshare.profiling.items_benchmark import ITEMS, measure_items
+from torchrec_kvshare.profiling.plan import Plan, Sizes
+from torchrec_kvshare.profiling.results import Record
+from torchrec_kvshare.profiling.throughput_drop import THROUGHPUT_DROP, measure_throughput_drop
+from torchrec_kvshare.profiling.training_benchmark import TRAINING, measure_training
+
+MEASURE_BY_SCENARIO = {
+    QUEUE_LENGTH: measure_queue_length,
+    MEMORY: measure_memory,
+    ATTENTION: measure_attention,
+    THROUGHPUT_DROP: measure_throughput_drop,
+    TRAINING: measure_training,
+    ITEMS: measure_items,
+}
+
+
+def measure(scenario: str, plan: Plan, sizes: Sizes) -> list[Record]:
+    """Run one scenario.
+
+    Args:
+        scenario: a key of ``MEASURE_BY_SCENARIO``.
+        plan: what is measured.
+        sizes: the model's sizes.
+
+    Returns:
+        Its records.
+
+    Raises:
+        ConfigError: if there is no such scenario.
+        ParityError: if two paths that are compared differ.
+    """
+    if scenario not in MEASURE_BY_SCENARIO:
+        raise ConfigError(
+            f"scenario is {scenario!r}; one of {sorted(MEASURE_BY_SCENARIO)} is allowed"
+        )
+    return MEASURE_BY_SCENARIO[scenario](plan, sizes)
