@@ -40,12 +40,14 @@ def run_pipeline(name: str, *overrides: str, configs: Path = CONFIGS) -> None:
     importlib.import_module(f"pipelines.{name}").main(config)
 
 
-def spawn_pipeline(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def spawn_pipeline(
+    name: str, *arguments: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     """``python -m pipelines.NAME`` with the arguments as a shell would hand them over."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"pipelines.{name}", *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         check=False,

@@ -114,6 +114,15 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("learning_rate=nan", "learning_rate is nan; it must be at least 0"),
         ("table_learning_rate=-0.1", "table_learning_rate is -0.1; it must be at least 0"),
         ("model.history=lstm", "model.history is 'lstm'; one of"),
+        ("model.history=foo", "model.history is 'foo'; one of"),
+        ("model.window=foo", "model.window is 'foo'; one of"),
+        ("model.num_heads=5", "num_heads is 5; it must divide dim = 16"),
+        ("model.candidate_tokens=0", "model.candidate_tokens is 0; it must be at least 1"),
+        ("model.candidate_tokens=3", "model.candidate_tokens is 3; one of (1, 2) is allowed"),
+        ("model.merge=0", "model.merge is 0; it must be at least 1"),
+        ("model.num_globals=-1", "model.num_globals is -1; it must be at least 0"),
+        ("+model.histories.buys=[steal]", "steal"),
+        ("+model.histories.candidates=[buy]", "histories are ['history', 'candidates']"),
         ("model.max_history=0", "model.max_history is 0; it must be at least 1"),
         ("model.block=5", "block is 5; it must divide max_history = 32 events"),
         ("data.num_users=0", "num_users is 0; allowed: 1 or more"),
@@ -123,6 +132,29 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
 def test_a_value_that_cannot_work_is_named(override: str, message: str) -> None:
     """With ``batch_targets=0`` a run trained on whatever came out of a division by zero."""
     assert message in refused("train", *WORLD, *TINY, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("history=longer", "model.merge=3"), "merge is 3; it must divide block = 8 events"),
+        (("history=longer", "model.recent=12"), "recent is 12; it must be a multiple of block = 8"),
+        (("history=longer", "model.window=sliding"), "longer has no sliding windows"),
+        (("history=bidirectional", "model.window=sliding"), "bidirectional has no sliding windows"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_kind_are_named(overrides: tuple[str, ...], message: str) -> None:
+    assert message in refused("train", *WORLD, *TINY, *overrides)
+
+
+def test_tokens_are_one_or_one_for_every_column(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    rows = [f"u{row % 3},i{row % 4},{1000 + row},k{row % 2},m{row % 5}" for row in range(60)]
+    log.write_text("\n".join(["user_id,item_id,time,kind,maker", *rows]))
+    columns = ("data=interactions", f"data.path={log}", "data.columns.item_attributes=[kind,maker]")
+    message = refused("train", *columns, *TINY, "model.candidate_tokens=2")
+    assert "model.candidate_tokens is 2; one of (1, 3) is allowed" in message
+    assert "['kind', 'maker']" in message
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.core.worlds import PROBABILITY_TOLERANCE
+from tests.core.worlds import PROBABILITY_TOLERANCE, fresh_process
 from tests.pipelines.commands import run_pipeline, spawn_pipeline
+from torchrec_kvshare.deterministic import STRICT_MKL
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 
 REFUSED = 3
@@ -179,6 +180,81 @@ def test_columns_that_the_model_does_not_know_are_ignored(
 def test_a_file_of_nothing_has_no_answers(score: Score) -> None:
     assert score([]) == []
     assert score([b"", b"   ", b"\t\r"]) == []
+
+
+@pytest.mark.parametrize("num_items", [1000, 3])
+def test_kept_items_do_not_change_scores(
+    score: Score, good: list[Json], uncached: list[Json], num_items: int
+) -> None:
+    lines = [as_line(request) for request in good]
+    kept = score(lines * 2, f"cache.items={num_items}", "batch_requests=5")
+    assert_same_scores(kept, uncached * 2)
+
+
+def test_an_item_whose_attributes_changed_is_scored_anew(
+    score: Score, good: list[Json], whole: int
+) -> None:
+    other = changed(good[whole], "candidates", category=[[]] * NUM_CANDIDATES)
+    lines = [as_line(request) for request in (good[whole], other, good[whole])]
+    kept = score(lines, "cache.items=1000", "batch_requests=1")
+    assert_same_scores(kept, score(lines, "cache=off"))
+    assert kept[0]["scores"] != pytest.approx(kept[1]["scores"], abs=PROBABILITY_TOLERANCE)
+
+
+# --- deterministic mode
+
+# Twice in a process started as the mode asks: MKL reads its environment once.
+STRICT_PROGRAM = """
+import sys
+from tests.pipelines.commands import run_pipeline
+for turn in ("batch_requests=1 cache=off", "batch_requests=7 cache.items=1000"):
+    output = f"output={sys.argv[1]}/{turn[15]}.jsonl"
+    run_pipeline("score", *sys.argv[2:], "deterministic=true", "threads=1", output, *turn.split())
+"""
+REFUSAL = "ConfigError: deterministic is true, but"
+
+
+def runs_avx512() -> bool:
+    """Whether MKL's strict mode is to be had: it is Intel's, and for these instructions."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    return "GenuineIntel" in cpu and "avx512f" in cpu
+
+
+def test_deterministic_mode_needs_mkl_to_be_strict(
+    artifact: Path, requests_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another processor either may happen, but scores that move are never written."""
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    given = (f"artifact={artifact}", f"requests={requests_file}")
+    output = tmp_path / "loose.jsonl"
+    ended = spawn_pipeline("score", *given, "deterministic=true", "threads=1", f"output={output}")
+    assert output.exists() == (ended.returncode == 0)
+    if ended.returncode or runs_avx512():
+        assert REFUSAL in ended.stderr
+        assert STRICT_MKL in ended.stderr
+
+
+def test_in_deterministic_mode_scores_do_not_depend_on_batches_or_caches(
+    artifact: Path, requests_file: Path, tmp_path: Path
+) -> None:
+    given = (f"artifact={artifact}", f"requests={requests_file}")
+    name, value = STRICT_MKL.split("=")
+    environment = {name: value, "OMP_NUM_THREADS": "1"}
+    process = fresh_process(STRICT_PROGRAM, str(tmp_path), *given, **environment)
+    _, errors = process.communicate()
+    if process.returncode and not runs_avx512():
+        assert REFUSAL in errors
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert process.returncode == 0, errors
+    one, other = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(tmp_path.iterdir())
+    )
+    assert len(one) == NUM_REQUESTS
+    assert [answer["scores"] for answer in one] == [answer["scores"] for answer in other]
+    assert set(statuses(one)) == {"bypass"}
+    assert "miss" in statuses(other)
 
 
 # --- broken requests

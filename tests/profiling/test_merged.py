@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchrec_kvshare.attention.shared import Spans
 from torchrec_kvshare.draw import draw_ragged_requests, draw_raw_request
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE
 from torchrec_kvshare.features import Request, collate, parse_request
-from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
+from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
 from torchrec_kvshare.history.reference import ReferenceOptions, reference_tower
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.profiling.benchmarks import Paths
 from torchrec_kvshare.profiling.merged import pool_without_sharing
-from torchrec_kvshare.profiling.plan import Sizes
-from torchrec_kvshare.profiling.workload import make_dlrm, make_schema
+from torchrec_kvshare.profiling.plan import MERGE, Sizes
+from torchrec_kvshare.profiling.workload import fill_zeros, make_dlrm, make_schema
+from torchrec_kvshare.ranking import dlrm_with_history
 
 HISTORY = 14  # events
 SCHEMA = make_schema(HISTORY, num_users=5)
@@ -29,14 +31,14 @@ def paths() -> Paths:
 
 
 def merged_logits(paths: Paths, requests: list[Request], chunk_rows: int) -> Tensor:
-    batch = collate(requests, SCHEMA)
+    batch = collate(requests, paths.schema)
     merged = paths.merged(chunk_rows)
     with torch.no_grad():
         return merged(batch.dense_features, batch.sparse_features).squeeze(1)
 
 
 def shared_logits(paths: Paths, requests: list[Request]) -> Tensor:
-    batch = collate(requests, SCHEMA)
+    batch = collate(requests, paths.schema)
     with torch.no_grad():
         return paths.model(batch.dense_features, batch.sparse_features)
 
@@ -92,6 +94,47 @@ def test_merged_vectors_equal_the_reference(num_layers: int, num_events: int) ->
             ]
         )
     assert largest_difference(pooled.double(), expected) <= VECTOR_TOLERANCE
+
+
+def paths_of(encoder: str, num_tokens: int, longest: int) -> Paths:
+    """A model of any kind, none of its weights at zero."""
+    sizes = Sizes(DIM, NUM_LAYERS, NUM_HEADS, page_size=5, num_tokens=num_tokens)
+    schema = make_schema(longest, num_users=5, block=MERGE)
+    torch.manual_seed(4)
+    ranker = fill_zeros(dlrm_with_history(schema, sizes.spec(encoder, longest), [DIM, 1]))
+    return Paths(schema, ranker, sizes.page_size)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("encoder", KINDS)
+def test_merged_scores_equal_shared_ones_for_every_kind(encoder: str, num_tokens: int) -> None:
+    """``longer`` has an open group and groups that go no deeper in some of these histories."""
+    paths = paths_of(encoder, num_tokens, longest=48)
+    for seed, num_events in enumerate((1, 7, 33, 48)):
+        raw = draw_raw_request(paths.schema, num_events, 6, seed)
+        requests = [parse_request(raw, paths.schema)]
+        shared = shared_logits(paths, requests)
+        for chunk_rows in (1, 3 * num_events):
+            merged = merged_logits(paths, requests, chunk_rows)
+            assert largest_difference(merged, shared) <= LOGIT_TOLERANCE
+        # The history counts, or the two would agree whatever it is read as.
+        without = parse_request(raw | {"history": {c: [] for c in raw["history"]}}, paths.schema)
+        assert largest_difference(shared, shared_logits(paths, [without])) > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoder", KINDS)
+def test_merged_vectors_of_two_tokens_equal_shared_ones(encoder: str) -> None:
+    paths = paths_of(encoder, num_tokens=2, longest=40)
+    [tower] = paths.model.collection.towers()
+    events, candidates = torch.randn(38, DIM), torch.randn(5, 2, DIM)
+    elapsed = torch.randint(0, 10_000, (38,)).sort(descending=True).values
+    kv = tower.prefill(events, [(0, 38)])
+    spans = Spans([(0, 5)], tower.row_spans([38]))
+    shared = tower.attend(*tower.enter(candidates), kv, [elapsed], spans)
+    for chunk_rows in (1, 80, 1000):
+        merged = pool_without_sharing(tower, events, elapsed, candidates, chunk_rows)
+        assert largest_difference(merged, shared) <= VECTOR_TOLERANCE
 
 
 def test_the_merged_model_owns_no_weights(paths: Paths) -> None:

@@ -47,6 +47,8 @@ def flex_over_history(
     counts = [(last - first) * num_tokens for first, last in candidate_spans]
     token_user = users.repeat_interleave(torch.tensor(counts, device=device))
     event_user = users.repeat_interleave(torch.tensor(lengths, device=device))
+    if any(bias.size(1) != 1 for bias in biases):
+        raise ValueError("body flex takes one bias row for all candidates of a user")
     bias = torch.cat([bias.squeeze(1) for bias in biases], dim=1).to(queries.dtype)  # [H, T]
 
     def own_user(_batch: Tensor, _head: Tensor, token: Tensor, event: Tensor) -> Tensor:

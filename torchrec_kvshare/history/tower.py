@@ -153,9 +153,16 @@ class HistoryTower(nn.Module):
 
         Returns:
             [C, E]; differentiable.
+
+        Raises:
+            ValueError: if a candidate may not see all events and the encoder takes no prefixes.
         """
         moments = moments_of_candidates(
             event_time, candidate_time, visible_events, spans.candidates, self.window
         )
+        if not self.encoder.takes_prefixes:
+            for hidden in moments.hidden:
+                if bool(hidden.any()):
+                    raise ValueError("this encoder shows candidates whole histories, not prefixes")
         rows = self.encoder.attend(candidates, entered, kv, moments, spans, "dense")
         return self.head(self.norm(rows[:, 0]))

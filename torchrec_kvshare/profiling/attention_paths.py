@@ -107,7 +107,9 @@ def compiled_flex(tower: HistoryTower, elapsed: Tensor, num_candidates: int) -> 
     num_events = elapsed.numel()
     size = num_events + num_candidates
     biases = [functional.pad(b, (0, num_candidates)) for b in event_biases(tower, elapsed)]
-    compiled = torch.compile(flex_attention)
+    # Of sizes that vary inductor's C++ does not compile; and it keeps eight cases, then gives up.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
     calls: dict[tuple[int, int], Callable[..., Any]] = {}
 
     def attend(query: Tensor, key: Tensor, value: Tensor, depth: int) -> Tensor:

@@ -73,13 +73,15 @@ def attend_cost(spec: TowerSpec, num_events: int, num_candidates: int) -> Cost:
     dim, rows = spec.dim, num_candidates * spec.num_tokens
     flop = float(spec.num_layers * rows * _row_flop(spec))
     exponentials = 0.0
+    kv = 0
     for seen in _rows_seen(spec, num_events):
         flop += 4 * dim * rows * (seen + spec.num_tokens)
         exponentials += spec.num_heads * rows * (seen + spec.num_tokens)
-    if spec.kind == TARGET_ONLY:
-        flop += spec.num_layers * 4 * dim * dim * num_events
-    planes = 1 if spec.kind == TARGET_ONLY else 2 * spec.num_layers
-    kv = planes * _rows_seen(spec, num_events)[0] * dim
+        if spec.kind == TARGET_ONLY:
+            flop += 4 * dim * dim * seen
+            kv = seen * dim  # the same plane for all layers
+        else:
+            kv += 2 * seen * dim
     weights = spec.num_layers * _row_flop(spec) / 2
     return Cost(flop, exponentials, 4 * (kv + weights + 2 * rows * dim))
 
@@ -135,19 +137,22 @@ def _rows_seen(spec: TowerSpec, num_events: int) -> list[int]:
 
 
 def _longer_prefill_cost(spec: TowerSpec, num_events: int) -> Cost:
-    dim = spec.dim
-    flop = 26.0 * dim * dim * num_events + 4 * dim * num_events * spec.merge
-    exponentials = float(spec.num_heads * num_events * spec.merge)
+    dim, num_globals = spec.dim, spec.num_globals
+    full, left = divmod(num_events, spec.merge)
+    pairs = float(full * spec.merge**2 + left**2)  # in the inner layer a group sees itself
+    flop = 26.0 * dim * dim * num_events
     entering, *deeper = _rows_seen(spec, num_events)
-    moved = 4.0 * (num_events * dim + 2 * spec.num_layers * entering * dim + 13 * dim * dim)
+    weights = (12 + spec.merge + 12 * len(deeper) + 3) * dim * dim
+    moved = 4.0 * (num_events * dim + 2 * spec.num_layers * entering * dim + weights)
     for going in deeper:
         # All that enters a layer is projected; what goes on attends and is finished.
         flop += 6 * dim * dim * entering + 18 * dim * dim * going
-        pairs = going * entering - going * going / 2
-        flop += 4 * dim * pairs
-        exponentials += spec.num_heads * pairs
+        # Groups see those up to their own, globals see everything.
+        groups, recent = entering - num_globals, going - num_globals
+        pairs += recent * groups - recent * (recent - 1) / 2 + num_globals * entering
         entering = going
-    return Cost(flop + 6 * dim * dim * entering, exponentials, moved)
+    flop += 6 * dim * dim * entering + 4 * dim * pairs
+    return Cost(flop, spec.num_heads * pairs, moved)
 
 
 def _median_seconds(call: Callable[[], object]) -> float:

@@ -59,6 +59,7 @@ def train_run(config: TrainConfig) -> Metrics:
     """
     _check_model(config.model)
     dataset = load_dataset(config)
+    _check_tokens(config.model, dataset.schema)
     folder = Path(config.output)
     _claim(folder, config, dataset.schema)
     kinds = [config.model.history]
@@ -168,6 +169,16 @@ def _check_model(sizes: ModelConfig) -> None:
     for history in histories_of(sizes):
         if sizes.history != NO_HISTORY:
             HistoryTower(tower_spec(sizes), history.window.max_history, history.window.block)
+
+
+def _check_tokens(sizes: ModelConfig, schema: FeatureSchema) -> None:
+    """Refuse tokens that the data's columns cannot make before anything is written."""
+    allowed = (1, 1 + len(schema.item_attributes))
+    if sizes.history != NO_HISTORY and sizes.candidate_tokens not in allowed:
+        raise ConfigError(
+            f"model.candidate_tokens is {sizes.candidate_tokens}; one of {allowed} is allowed: all "
+            f"columns in one, or the item and each of its attributes {list(schema.item_attributes)}"
+        )
 
 
 def first_users(log: InteractionLog, max_users: int) -> InteractionLog:

@@ -1,0 +1,153 @@
+"""Runs of other histories than the plain causal one, from training to scores."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.core.worlds import PROBABILITY_TOLERANCE
+from tests.pipelines.commands import TINY, WORLD, run_pipeline
+
+Json = dict[str, Any]
+
+# Overrides of each run; layers of a sliding window of 8 events see 15 together.
+RUNS = {
+    "longer": ("history=longer", "model.merge=4", "model.recent=16"),
+    "sliding hstu": ("history=hstu", "model.window=sliding", "model.max_history=8"),
+    "two histories": ("+model.histories.buys=[buy]",),
+    "two tokens": ("model.candidate_tokens=2",),
+}
+SMALLER = ("budget.baselines=false", "budget.max_users=12", "budget.eval_users=5")
+NUM_REQUESTS = 9
+NUM_EVENTS = 11  # no window moves when one more comes
+
+
+class Made(NamedTuple):
+    """A run and what was exported of it."""
+
+    run: Path
+    artifact: Path
+
+    @property
+    def manifest(self) -> Json:
+        return json.loads((self.artifact / "manifest.json").read_text())
+
+
+Make = Callable[[str], Made]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """A run by name, trained and exported once."""
+    made_by_name: dict[str, Made] = {}
+
+    def make(name: str) -> Made:
+        if name not in made_by_name:
+            folder = tmp_path_factory.mktemp("kinds")
+            made = Made(folder / "run", folder / "artifact")
+            run_pipeline("train", *WORLD, *TINY, *SMALLER, *RUNS[name], f"output={made.run}")
+            run_pipeline("export", f"run={made.run}", f"output={made.artifact}", "threads=1")
+            made_by_name[name] = made
+        return made_by_name[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def early(requests_file: Path) -> list[Json]:
+    """Some users ask when they have a few events."""
+    raws = [json.loads(line) for line in requests_file.read_text().splitlines()]
+    raw_by_user = {raw["user_id"]: raw for raw in raws if len(raw["history"]["time"]) > NUM_EVENTS}
+    assert len(raw_by_user) >= NUM_REQUESTS
+    return [
+        with_events(raw, *range(NUM_EVENTS)) for raw in list(raw_by_user.values())[:NUM_REQUESTS]
+    ]
+
+
+@pytest.fixture(scope="session")
+def late(early: list[Json]) -> list[Json]:
+    """The same users when they have viewed the oldest item again."""
+    requests = [with_events(raw, *range(NUM_EVENTS), 0) for raw in early]
+    for raw in requests:
+        raw["history"]["time"][-1] = raw["history"]["time"][-2]
+        raw["history"]["action"][-1] = "view"
+    return requests
+
+
+def with_events(raw: Json, *places: int) -> Json:
+    history = {name: [cells[place] for place in places] for name, cells in raw["history"].items()}
+    return raw | {"history": history}
+
+
+def score(artifact: Path, raws: list[Json], folder: Path, *overrides: str) -> list[Json]:
+    requests, output = folder / "requests.jsonl", folder / "answers.jsonl"
+    requests.write_text("".join(json.dumps(raw) + "\n" for raw in raws))
+    given = (f"artifact={artifact}", f"requests={requests}", f"output={output}", "threads=1")
+    run_pipeline("score", *given, *overrides)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_cached_and_uncached_scores_agree_while_histories_grow(
+    made: Make, early: list[Json], late: list[Json], tmp_path: Path, name: str
+) -> None:
+    artifact = made(name).artifact
+    raws = [*early, *early, *late]
+    batches = f"batch_requests={NUM_REQUESTS}"
+    uncached = score(artifact, raws, tmp_path, batches, "cache=off")
+    for items in ("cache.items=0", "cache.items=1000"):
+        cached = score(artifact, raws, tmp_path, batches, items)
+        assert [answer["request_id"] for answer in cached] == [raw["request_id"] for raw in raws]
+        for one, other in zip(cached, uncached, strict=True):
+            assert one["scores"] == pytest.approx(other["scores"], abs=PROBABILITY_TOLERANCE)
+        statuses = [answer["cache"]["status"] for answer in cached]
+        assert statuses[:-NUM_REQUESTS] == ["miss"] * NUM_REQUESTS + ["hit"] * NUM_REQUESTS
+        if name == "two histories":
+            # What they bought is still there.
+            bought = ["buy" in raw["history"]["action"] for raw in early]
+            assert any(bought)
+            assert statuses[-NUM_REQUESTS:] == ["partial" if one else "miss" for one in bought]
+        else:
+            assert "hit" not in statuses[-NUM_REQUESTS:]
+    # Scores differ from candidate to candidate, and by what has come: nothing is left out.
+    assert all(len(set(answer["scores"])) > 1 for answer in uncached)
+    for before, after in zip(uncached[:NUM_REQUESTS], uncached[-NUM_REQUESTS:], strict=True):
+        assert before["scores"] != pytest.approx(after["scores"], abs=PROBABILITY_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "changed"),
+    [
+        ("longer", "longer", {"merge": 4, "recent": 16}),
+        ("sliding hstu", "hstu", {"window": 8}),
+        ("two histories", "causal", {}),
+        ("two tokens", "causal", {"num_tokens": 2}),
+    ],
+)
+def test_a_manifest_says_what_was_trained_and_how_it_may_be_cached(
+    made: Make, name: str, kind: str, changed: Json
+) -> None:
+    manifest = made(name).manifest
+    plain = {"kind": kind, "dim": 16, "num_layers": 2, "num_heads": 2, "window": 0, "num_tokens": 1}
+    assert (plain | changed).items() <= manifest["encoder"].items()
+    histories = ["history", "buys"] if name == "two histories" else ["history"]
+    assert list(manifest["towers"]) == histories
+    assert manifest["audit"]["scope"] == "cross_request"
+    assert manifest["audit"]["append"] == "exact"
+    assert list(json.loads((made(name).run / "metrics.json").read_text())["test"]) == [kind]
+
+
+def test_a_sliding_window_reads_what_its_layers_see_together(made: Make) -> None:
+    schema = json.loads((made("sliding hstu").artifact / "schema.json").read_text())
+    # Two layers of 8 events see 15, and up to a block of 8 more lets the window start at a block.
+    assert schema["histories"][0]["window"] == {"max_history": 24, "block": 8}
+
+
+def test_a_history_of_buys_is_of_buys(made: Make) -> None:
+    schema = json.loads((made("two histories").artifact / "schema.json").read_text())
+    assert [(one["name"], one["actions"]) for one in schema["histories"]] == [
+        ("history", []),
+        ("buys", ["buy"]),
+    ]
