@@ -1,4 +1,4 @@
-"""Runs of other histories than the plain causal one, from training to scores."""
+"""Runs of other histories than one causal one, from training to scores."""
 
 import json
 from collections.abc import Callable
@@ -13,11 +13,13 @@ from tests.pipelines.commands import TINY, WORLD, run_pipeline
 Json = dict[str, Any]
 
 # Overrides of each run; layers of a sliding window of 8 events see 15 together.
+LONGER, HSTU = "longer of two tokens", "sliding hstu of two histories"
 RUNS = {
-    "longer": ("history=longer", "model.merge=4", "model.recent=16"),
-    "sliding hstu": ("history=hstu", "model.window=sliding", "model.max_history=8"),
-    "two histories": ("+model.histories.buys=[buy]",),
-    "two tokens": ("model.candidate_tokens=2",),
+    LONGER: ("history=longer", "model.merge=4", "model.recent=16", "model.candidate_tokens=2"),
+    HSTU: (
+        *("history=hstu", "model.window=sliding", "model.max_history=8"),
+        "+model.histories.buys=[buy]",
+    ),
 }
 SMALLER = ("budget.baselines=false", "budget.max_users=12", "budget.eval_users=5")
 NUM_REQUESTS = 9
@@ -97,57 +99,49 @@ def test_cached_and_uncached_scores_agree_while_histories_grow(
     raws = [*early, *early, *late]
     batches = f"batch_requests={NUM_REQUESTS}"
     uncached = score(artifact, raws, tmp_path, batches, "cache=off")
-    for items in ("cache.items=0", "cache.items=1000"):
-        cached = score(artifact, raws, tmp_path, batches, items)
-        assert [answer["request_id"] for answer in cached] == [raw["request_id"] for raw in raws]
-        for one, other in zip(cached, uncached, strict=True):
-            assert one["scores"] == pytest.approx(other["scores"], abs=PROBABILITY_TOLERANCE)
-        statuses = [answer["cache"]["status"] for answer in cached]
-        assert statuses[:-NUM_REQUESTS] == ["miss"] * NUM_REQUESTS + ["hit"] * NUM_REQUESTS
-        if name == "two histories":
-            # What they bought is still there.
-            bought = ["buy" in raw["history"]["action"] for raw in early]
-            assert any(bought)
-            assert statuses[-NUM_REQUESTS:] == ["partial" if one else "miss" for one in bought]
-        else:
-            assert "hit" not in statuses[-NUM_REQUESTS:]
+    cached = score(artifact, raws, tmp_path, batches, "cache.items=1000")
+    assert [answer["request_id"] for answer in cached] == [raw["request_id"] for raw in raws]
+    for one, other in zip(cached, uncached, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=PROBABILITY_TOLERANCE)
+    statuses = [answer["cache"]["status"] for answer in cached]
+    assert statuses[:-NUM_REQUESTS] == ["miss"] * NUM_REQUESTS + ["hit"] * NUM_REQUESTS
+    if name == HSTU:
+        # What they bought is still there.
+        bought = ["buy" in raw["history"]["action"] for raw in early]
+        assert any(bought)
+        assert statuses[-NUM_REQUESTS:] == ["partial" if one else "miss" for one in bought]
+    else:
+        assert "hit" not in statuses[-NUM_REQUESTS:]
     # Scores differ from candidate to candidate, and by what has come: nothing is left out.
     assert all(len(set(answer["scores"])) > 1 for answer in uncached)
     for before, after in zip(uncached[:NUM_REQUESTS], uncached[-NUM_REQUESTS:], strict=True):
         assert before["scores"] != pytest.approx(after["scores"], abs=PROBABILITY_TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "changed"),
-    [
-        ("longer", "longer", {"merge": 4, "recent": 16}),
-        ("sliding hstu", "hstu", {"window": 8}),
-        ("two histories", "causal", {}),
-        ("two tokens", "causal", {"num_tokens": 2}),
-    ],
-)
-def test_a_manifest_says_what_was_trained_and_how_it_may_be_cached(
-    made: Make, name: str, kind: str, changed: Json
-) -> None:
-    manifest = made(name).manifest
-    plain = {"kind": kind, "dim": 16, "num_layers": 2, "num_heads": 2, "window": 0, "num_tokens": 1}
-    assert (plain | changed).items() <= manifest["encoder"].items()
-    histories = ["history", "buys"] if name == "two histories" else ["history"]
-    assert list(manifest["towers"]) == histories
-    assert manifest["audit"]["scope"] == "cross_request"
-    assert manifest["audit"]["append"] == "exact"
-    assert list(json.loads((made(name).run / "metrics.json").read_text())["test"]) == [kind]
+def test_a_manifest_of_longer_says_what_was_trained(made: Make) -> None:
+    manifest = made(LONGER).manifest
+    spec = {"kind": "longer", "dim": 16, "num_tokens": 2, "window": 0, "merge": 4, "recent": 16}
+    assert spec.items() <= manifest["encoder"].items()
+    # Eight groups of 32 events, and the four globals.
+    assert manifest["towers"]["history"]["max_rows"] == 12
+    assert list(json.loads((made(LONGER).run / "metrics.json").read_text())["test"]) == ["longer"]
 
 
-def test_a_sliding_window_reads_what_its_layers_see_together(made: Make) -> None:
-    schema = json.loads((made("sliding hstu").artifact / "schema.json").read_text())
+def test_a_manifest_of_a_sliding_window_says_what_is_seen_and_what_is_read(made: Make) -> None:
+    manifest = made(HSTU).manifest
+    spec = {"kind": "hstu", "dim": 16, "num_tokens": 1, "window": 8}
+    assert spec.items() <= manifest["encoder"].items()
     # Two layers of 8 events see 15, and up to a block of 8 more lets the window start at a block.
-    assert schema["histories"][0]["window"] == {"max_history": 24, "block": 8}
-
-
-def test_a_history_of_buys_is_of_buys(made: Make) -> None:
-    schema = json.loads((made("two histories").artifact / "schema.json").read_text())
+    rows = {name: tower["max_rows"] for name, tower in manifest["towers"].items()}
+    assert rows == {"history": 24, "buys": 24}
+    schema = json.loads((made(HSTU).artifact / "schema.json").read_text())
     assert [(one["name"], one["actions"]) for one in schema["histories"]] == [
         ("history", []),
         ("buys", ["buy"]),
     ]
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_what_was_exported_may_be_cached_and_extended(made: Make, name: str) -> None:
+    audit = made(name).manifest["audit"]
+    assert (audit["scope"], audit["append"], audit["failures"]) == ("cross_request", "exact", [])
