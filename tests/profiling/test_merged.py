@@ -20,7 +20,7 @@ from torchrec_kvshare.ranking import dlrm_with_history
 HISTORY = 14  # events
 SCHEMA = make_schema(HISTORY, num_users=5)
 DIM, NUM_LAYERS, NUM_HEADS = 12, 3, 2
-# Float32 against float64 loops; worst of 200 draws 2.9e-7.
+# Float32 against float64 loops: worst of 200 draws 2.9e-7; two float32 paths: of 900, 6.0e-7.
 VECTOR_TOLERANCE = 1.5e-6
 
 
