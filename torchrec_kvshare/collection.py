@@ -164,8 +164,6 @@ class HistoryPooling(nn.Module):
     request_time: Final[str] = REQUEST_TIME
     request_history: Final[str] = REQUEST_HISTORY
     candidate_time: Final[str] = CANDIDATE_TIME
-    prefill_label: Final[str] = PREFILL
-    attend_label: Final[str] = ATTEND
     event_bag_keys: list[str]
 
     def __init__(
@@ -315,7 +313,6 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """
 
     user_key: Final[str] = USER
-    time_key: Final[str] = TIME
     prefill_label: Final[str] = PREFILL
     attend_label: Final[str] = ATTEND
 

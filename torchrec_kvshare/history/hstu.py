@@ -22,7 +22,6 @@ from torchrec_kvshare.history.moments import (
     Moments,
     candidate_biases,
     doubling_bucket,
-    lookup_bias,
 )
 from torchrec_kvshare.history.transformer import (
     NUM_TIME_BUCKETS,
@@ -204,8 +203,8 @@ class HSTUEncoder(nn.Module):
             by_event: list[Tensor] = []
             for user in range(len(buckets)):
                 by_event.append(
-                    lookup_bias(buckets[user], self.time_bias[depth])
-                    + lookup_bias(places[user], self.position_bias[depth])
+                    functional.embedding(buckets[user], self.time_bias[depth])
+                    + functional.embedding(places[user], self.position_bias[depth])
                 )
             biases = candidate_biases(by_event, moments, spans)
             gate, query, own_key, own_value = layer.heads(projected)

@@ -24,7 +24,7 @@ from torchrec_kvshare.attention.shared import (
     shared_attention,
 )
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.history.moments import Moments, doubling_bucket, lookup_bias
+from torchrec_kvshare.history.moments import Moments, doubling_bucket
 from torchrec_kvshare.history.transformer import (
     TransformerEncoder,
     TransformerLayer,
@@ -329,7 +329,7 @@ class LongerEncoder(TransformerEncoder):
         biases: list[Tensor] = []
         for user in range(len(buckets)):
             first, last = spans.events[user]
-            bias = lookup_bias(buckets[user], self.time_bias[depth])  # [1, groups, H]
+            bias = functional.embedding(buckets[user], self.time_bias[depth])  # [1, groups, H]
             unbiased = last - first - bias.size(1)
             biases.append(functional.pad(bias, [0, 0, 0, unbiased]).permute(2, 0, 1).contiguous())
         return biases

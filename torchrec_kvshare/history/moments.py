@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from torchrec_kvshare.attention.shared import Spans, hidden_bias
 
@@ -134,8 +133,3 @@ def candidate_biases(bias_by_event: list[Tensor], moments: Moments, spans: Spans
             bias = bias.index_select(1, moments.of_candidate[user])
         biases.append(bias)
     return biases
-
-
-def lookup_bias(bucket: Tensor, table: Tensor) -> Tensor:
-    """Rows [..., H] of a table [buckets, H] of biases."""
-    return functional.embedding(bucket, table)

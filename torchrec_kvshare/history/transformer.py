@@ -14,7 +14,6 @@ from torchrec_kvshare.history.moments import (
     Moments,
     candidate_biases,
     doubling_bucket,
-    lookup_bias,
 )
 
 # Time since an event falls into buckets of doubling width, from one second to 2**30 s (34 years).
@@ -165,7 +164,7 @@ class TransformerEncoder(nn.Module):
         self, depth: int, buckets: list[Tensor], moments: Moments, spans: Spans
     ) -> list[Tensor]:
         """Biases of one layer, from the time bucket of each event."""
-        by_event = [lookup_bias(bucket, self.time_bias[depth]) for bucket in buckets]
+        by_event = [functional.embedding(bucket, self.time_bias[depth]) for bucket in buckets]
         return candidate_biases(by_event, moments, spans)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
 from torchrec_kvshare.errors import ParityError
@@ -32,6 +32,7 @@ from torchrec_kvshare.profiling.merged import pool_without_sharing
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record
 from torchrec_kvshare.profiling.timing import interleaved_medians
+from torchrec_kvshare.profiling.workload import fill_zeros
 
 ATTENTION = "attention"
 GEMM_PEAK = "gemm_peak"
@@ -186,10 +187,7 @@ def make_tower(spec: TowerSpec, history: int, seed: int) -> HistoryTower:
     """A tower whose weights are drawn, none of them left at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = HistoryTower(spec, history, spec.merge)
-        nn.init.normal_(tower.candidate_token, std=spec.dim**-0.5)
-        nn.init.normal_(tower.encoder.time_bias, std=0.5)
-    return tower.eval().requires_grad_(False)
+        return fill_zeros(HistoryTower(spec, history, spec.merge))
 
 
 def draw_tokens(spec: TowerSpec, lengths: list[int], counts: list[int], seed: int) -> _Tokens:

@@ -89,7 +89,7 @@ def fill_zeros(ranker: Ranker) -> Ranker:
     for name, parameter in ranker.named_parameters():
         if name.endswith("candidate_token"):
             nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
-        if name.endswith("time_bias"):
+        if name.endswith(("time_bias", "position_bias")):
             nn.init.normal_(parameter, std=TIME_BIAS_STD)
     return ranker.eval().requires_grad_(False)
 
