@@ -31,8 +31,8 @@ from torchrec_kvshare.features import (
     distinct_histories,
     user_of_candidates,
 )
+from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
 from torchrec_kvshare.history.moments import doubling_bucket
-from torchrec_kvshare.history.transformer import NUM_TIME_BUCKETS
 
 RawRequest = dict[str, Any]
 

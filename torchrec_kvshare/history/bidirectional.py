@@ -19,7 +19,7 @@ class BidirectionalEncoder(TransformerEncoder):
     """
 
     def __init__(self, dim: int, num_layers: int, num_heads: int, dropout: float) -> None:
-        super().__init__(dim, num_layers, num_heads, dropout)
+        super().__init__(dim, num_layers, num_heads, dropout, window=0)
         self.takes_prefixes = False
 
     def reusable_events(self, cached_events: int, num_events: int) -> int:

@@ -8,38 +8,16 @@ import torch
 from torch import Tensor
 
 from torchrec_kvshare.attention.shared import causal_attention
-from torchrec_kvshare.history.transformer import (
-    TransformerEncoder,
-    append_rows,
-    no_cached_rows,
-    no_spans,
-)
+from torchrec_kvshare.history.encoder import append_rows
+from torchrec_kvshare.history.transformer import TransformerEncoder
 
 
 class CausalEncoder(TransformerEncoder):
     """See ``TransformerEncoder``.
 
-    Args:
-        dim: width E of tokens.
-        num_layers: layers in the stack.
-        num_heads: H; must divide ``dim``.
-        dropout: share of activations dropped in training.
-        window: events that a row and a candidate see at every layer; 0 for all.
-
     Source:
         LONGER (arXiv:2505.04421), its causal reading without merging.
     """
-
-    def __init__(
-        self, dim: int, num_layers: int, num_heads: int, dropout: float, window: int
-    ) -> None:
-        super().__init__(dim, num_layers, num_heads, dropout)
-        self.window = window
-
-    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
-        """K/V [planes, T, H, D] of events [T, E]."""
-        nothing = no_cached_rows(events, self.num_planes, self.num_heads)
-        return self.extend(nothing, no_spans(event_spans), events, event_spans)
 
     def extend(
         self,

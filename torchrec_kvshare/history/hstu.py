@@ -17,20 +17,8 @@ from torchrec_kvshare.attention.silu import (
     silu_of_twice,
     silu_shared_attention,
 )
-from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.history.moments import (
-    Moments,
-    candidate_biases,
-    doubling_bucket,
-)
-from torchrec_kvshare.history.transformer import (
-    NUM_TIME_BUCKETS,
-    append_rows,
-    check_heads,
-    no_cached_rows,
-    no_spans,
-    project_alike,
-)
+from torchrec_kvshare.history.encoder import Encoder, append_rows, check_heads, project_alike
+from torchrec_kvshare.history.moments import Moments, candidate_biases, doubling_bucket
 
 NUM_POSITION_BUCKETS = 16  # of doubling width, from the newest event to the 2**14th and beyond
 
@@ -91,8 +79,8 @@ class HSTULayer(nn.Module):
         return rows + self.dropout(self.out(self.attended_norm(attended.flatten(-2)) * gate))
 
 
-class HSTUEncoder(nn.Module):
-    """A stack of HSTU layers; verbs and attributes as in ``TransformerEncoder``.
+class HSTUEncoder(Encoder):
+    """A stack of HSTU layers.
 
     Args:
         dim: width E of tokens.
@@ -120,37 +108,11 @@ class HSTUEncoder(nn.Module):
         max_history: int,
         window: int,
     ) -> None:
-        super().__init__()
-        if num_layers < 1:
-            raise ConfigError(f"num_layers is {num_layers}; it must be at least 1")
-        self.layers = nn.ModuleList([HSTULayer(dim, num_heads, dropout) for _ in range(num_layers)])
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.num_time_buckets: int = NUM_TIME_BUCKETS
+        layers: list[nn.Module] = [HSTULayer(dim, num_heads, dropout) for _ in range(num_layers)]
+        super().__init__(layers, num_heads, 0.0, window)
         self.num_position_buckets: int = NUM_POSITION_BUCKETS
         self.scale: float = 1.0 / math.sqrt(max_history)
-        self.time_bias = nn.Parameter(torch.zeros(num_layers, NUM_TIME_BUCKETS, num_heads))
         self.position_bias = nn.Parameter(torch.zeros(num_layers, NUM_POSITION_BUCKETS, num_heads))
-        self.window = window
-        self.takes_prefixes = True
-        self.num_planes = 2 * num_layers
-
-    def num_rows(self, num_events: int) -> int:
-        """Rows of K/V that a history of so many events has."""
-        return num_events
-
-    def reusable_events(self, cached_events: int, num_events: int) -> int:
-        """Events whose K/V stays right when a history grows from one length to another."""
-        return cached_events
-
-    def reusable_rows(self, reusable_events: int) -> int:
-        """Rows that so many reusable events have."""
-        return reusable_events
-
-    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
-        """K/V [planes, T, H, D] of events [T, E]."""
-        nothing = no_cached_rows(events, self.num_planes, self.num_heads)
-        return self.extend(nothing, no_spans(event_spans), events, event_spans)
 
     def extend(
         self,
@@ -177,10 +139,6 @@ class HSTUEncoder(nn.Module):
             planes.append(key)
             planes.append(value)
         return torch.stack(planes)
-
-    def enter(self, candidates: Tensor) -> Tensor:
-        """What candidates [C, M, E] are to the first layer: [C, M, 4E], the same for every user."""
-        return self.layers[0].project(candidates)
 
     def attend(
         self,

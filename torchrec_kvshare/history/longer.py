@@ -21,17 +21,11 @@ from torchrec_kvshare.attention.shared import (
     causal_attention,
     full_attention,
     lengths_to_spans,
-    shared_attention,
 )
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.history.encoder import append_rows
 from torchrec_kvshare.history.moments import Moments, doubling_bucket
-from torchrec_kvshare.history.transformer import (
-    TransformerEncoder,
-    TransformerLayer,
-    append_rows,
-    no_cached_rows,
-    no_spans,
-)
+from torchrec_kvshare.history.transformer import TransformerEncoder, TransformerLayer
 
 
 class LongerEncoder(TransformerEncoder):
@@ -66,7 +60,7 @@ class LongerEncoder(TransformerEncoder):
         block: int,
         num_globals: int,
     ) -> None:
-        super().__init__(dim, num_layers, num_heads, dropout)
+        super().__init__(dim, num_layers, num_heads, dropout, window=0)
         if merge < 1 or block % merge:
             raise ConfigError(f"merge is {merge}; it must divide block = {block} events")
         if recent < 1 or recent % block:
@@ -107,11 +101,6 @@ class LongerEncoder(TransformerEncoder):
         """Closed groups of so many reusable events; the globals are not among them."""
         return reusable_events // self.merge
 
-    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
-        """K/V [planes, R, H, D] of events [T, E]; of each user its groups, then the globals."""
-        nothing = no_cached_rows(events, self.num_planes, self.num_heads)
-        return self.extend(nothing, no_spans(event_spans), events, event_spans)
-
     def extend(
         self,
         cached: Tensor,
@@ -119,17 +108,7 @@ class LongerEncoder(TransformerEncoder):
         events: Tensor,
         event_spans: list[tuple[int, int]],
     ) -> Tensor:
-        """K/V of the rows behind the closed groups that are cached.
-
-        Args:
-            cached: [planes, R, H, D].
-            cached_spans: the closed groups of each user in R.
-            events: [T, E], those behind the closed groups.
-            event_spans: of each user in T.
-
-        Returns:
-            [planes, new rows, H, D]: of each user its new groups, then the globals.
-        """
+        """New groups behind the closed ones that are cached, then the globals: of each user."""
         new_groups = [self.num_groups(last - first) for first, last in event_spans]
         group_spans = lengths_to_spans(new_groups)
         groups = self.merge_events(events, event_spans, group_spans)
@@ -180,54 +159,52 @@ class LongerEncoder(TransformerEncoder):
                 for user in range(len(groups)):
                     old = first_recent[user] - closed[user] if depth == 0 else 0
                     kept.append(groups[user] - max(0, old))
-                going, attended = self.attend_history(
-                    rows, query, keys, values, spans, key_spans, kept, num_globals
+                attended = self.attend_history(
+                    self.going_on(query, spans, kept, num_globals),
+                    keys,
+                    values,
+                    key_spans,
+                    kept,
+                    num_globals,
                 )
-                rows = layer.finish(going, attended)
+                rows = layer.finish(self.going_on(rows, spans, kept, num_globals), attended)
                 groups = kept
         return torch.stack(planes)
 
+    def going_on(
+        self, rows: Tensor, spans: list[tuple[int, int]], kept: list[int], num_globals: list[int]
+    ) -> Tensor:
+        """The last ``kept`` groups of each user, and its globals behind them."""
+        parts = [rows[:0]]
+        for user in range(len(spans)):
+            last = spans[user][1]
+            parts.append(rows[last - num_globals[user] - kept[user] : last])
+        return torch.cat(parts)
+
     def attend_history(
         self,
-        rows: Tensor,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        spans: list[tuple[int, int]],
         key_spans: list[tuple[int, int]],
-        kept: list[int],
+        num_groups: list[int],
         num_globals: list[int],
-    ) -> tuple[Tensor, Tensor]:
-        """The last ``kept`` groups and the globals of each user, and what they attend to."""
-        going: list[Tensor] = [rows[:0]]
-        attended: list[Tensor] = [query[:0]]
-        for user in range(len(spans)):
-            last = spans[user][1]
+    ) -> Tensor:
+        """What groups and globals [rows, H, D] attend to, each user's groups before its globals."""
+        attended = [query[:0]]
+        first = 0
+        for user in range(len(key_spans)):
             key_first, key_last = key_spans[user]
-            globals_first = last - num_globals[user]
-            start = globals_first - kept[user]
-            going.append(rows[start:last])
+            middle = first + num_groups[user]
+            last = middle + num_globals[user]
             # Groups see no globals: those know later groups.
-            attended.append(
-                causal_attention(
-                    query[start:globals_first],
-                    keys,
-                    values,
-                    [(0, kept[user])],
-                    [(key_first, key_last - num_globals[user])],
-                    0,
-                )
-            )
-            attended.append(
-                full_attention(
-                    query[globals_first:last],
-                    keys,
-                    values,
-                    [(0, num_globals[user])],
-                    [(key_first, key_last)],
-                )
-            )
-        return torch.cat(going), torch.cat(attended)
+            group_keys = [(key_first, key_last - num_globals[user])]
+            all_keys = [(key_first, key_last)]
+            own, together = [(0, num_groups[user])], [(0, num_globals[user])]
+            attended.append(causal_attention(query[first:middle], keys, values, own, group_keys, 0))
+            attended.append(full_attention(query[middle:last], keys, values, together, all_keys))
+            first = last
+        return torch.cat(attended)
 
     def behind_zeros(
         self,
@@ -287,27 +264,21 @@ class LongerEncoder(TransformerEncoder):
         body: str,
     ) -> Tensor:
         """Candidates [C, M, E] through all layers, over K/V [planes, R, H, D]: [C, M, E]."""
-        rows = candidates
         buckets = self.group_buckets(moments)
-        firsts = [self.first_recent(elapsed.size(1)) for elapsed in moments.elapsed]
         recent_buckets: list[Tensor] = []
         recent_spans: list[tuple[int, int]] = []
-        for user in range(len(firsts)):
-            recent_buckets.append(buckets[user][:, firsts[user] :])
+        for user in range(len(buckets)):
+            first_recent = self.first_recent(moments.elapsed[user].size(1))
+            recent_buckets.append(buckets[user][:, first_recent:])
             first, last = spans.events[user]
-            recent_spans.append((min(first + firsts[user], last), last))
+            recent_spans.append((min(first + first_recent, last), last))
         recents = Spans(spans.candidates, recent_spans)
-        for depth, layer in enumerate(self.layers):
-            seen = spans if depth == 0 else recents
-            biases = self.group_biases(
-                depth, buckets if depth == 0 else recent_buckets, moments, seen
-            )
-            query, own_key, own_value = layer.heads(entered if depth == 0 else layer.project(rows))
-            attended = shared_attention(
-                query, kv[2 * depth], kv[2 * depth + 1], own_key, own_value, biases, seen, body
-            )
-            rows = layer.finish(rows, attended)
-        return rows
+        biases = [self.group_biases(0, buckets, spans)]
+        seen = [spans]
+        for depth in range(1, self.num_layers):
+            biases.append(self.group_biases(depth, recent_buckets, recents))
+            seen.append(recents)
+        return self.attend_layers(candidates, entered, kv, biases, seen, body)
 
     def group_buckets(self, moments: Moments) -> list[Tensor]:
         """Per user [1, groups], the time bucket of each group's newest event."""
@@ -322,9 +293,7 @@ class LongerEncoder(TransformerEncoder):
             buckets.append(doubling_bucket(elapsed[:, newest], self.num_time_buckets))
         return buckets
 
-    def group_biases(
-        self, depth: int, buckets: list[Tensor], moments: Moments, spans: Spans
-    ) -> list[Tensor]:
+    def group_biases(self, depth: int, buckets: list[Tensor], spans: Spans) -> list[Tensor]:
         """Biases of groups, and none for the globals behind them: per user [H, 1, rows]."""
         biases: list[Tensor] = []
         for user in range(len(buckets)):

@@ -4,11 +4,13 @@ K/V of every layer comes straight from the event's token, so the token is what i
 instead of two for each layer. Keys and values are projected from it when candidates attend.
 """
 
+import torch
 from torch import Tensor
 
-from torchrec_kvshare.attention.shared import Spans, shared_attention
-from torchrec_kvshare.history.moments import Moments, doubling_bucket
-from torchrec_kvshare.history.transformer import TransformerEncoder, append_rows, no_spans
+from torchrec_kvshare.attention.shared import Spans
+from torchrec_kvshare.history.encoder import append_rows
+from torchrec_kvshare.history.moments import Moments
+from torchrec_kvshare.history.transformer import TransformerEncoder
 
 
 class TargetOnlyEncoder(TransformerEncoder):
@@ -28,8 +30,7 @@ class TargetOnlyEncoder(TransformerEncoder):
     def __init__(
         self, dim: int, num_layers: int, num_heads: int, dropout: float, window: int
     ) -> None:
-        super().__init__(dim, num_layers, num_heads, dropout)
-        self.window = window
+        super().__init__(dim, num_layers, num_heads, dropout, window)
         self.num_planes = 1
 
     def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
@@ -56,16 +57,16 @@ class TargetOnlyEncoder(TransformerEncoder):
         body: str,
     ) -> Tensor:
         """Candidates [C, M, E] through all layers, over events [1, R, H, D]: [C, M, E]."""
-        rows = candidates
         # A page table holds other users' events too: only this batch's are projected.
-        events, event_spans = append_rows(kv[0], spans.events, kv[0], no_spans(spans.events))
-        spans = Spans(spans.candidates, event_spans)
-        buckets = [doubling_bucket(elapsed, self.num_time_buckets) for elapsed in moments.elapsed]
-        for depth, layer in enumerate(self.layers):
+        nobody = [(0, 0) for _ in spans.events]
+        events, event_spans = append_rows(kv[0], spans.events, kv[0], nobody)
+        planes: list[Tensor] = []
+        for layer in self.layers:
             key, value = layer.project_kv(events.flatten(1))
-            projected = entered if depth == 0 else layer.project(rows)
-            query, own_key, own_value = layer.heads(projected)
-            biases = self.biases(depth, buckets, moments, spans)
-            attended = shared_attention(query, key, value, own_key, own_value, biases, spans, body)
-            rows = layer.finish(rows, attended)
-        return rows
+            planes.append(key)
+            planes.append(value)
+        own = Spans(spans.candidates, event_spans)
+        biases = self.time_biases(moments, own)
+        return self.attend_layers(
+            candidates, entered, torch.stack(planes), biases, [own for _ in biases], body
+        )

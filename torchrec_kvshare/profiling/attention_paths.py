@@ -16,9 +16,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from torchrec_kvshare.attention.shared import lengths_to_spans
+from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
 from torchrec_kvshare.history.moments import doubling_bucket
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.history.transformer import NUM_TIME_BUCKETS, TransformerLayer
+from torchrec_kvshare.history.transformer import TransformerLayer
 
 REPEATED_AT_A_TIME = 64  # candidates: as many copies of the K/V are in memory at once
 

@@ -19,9 +19,10 @@ from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
 from torchrec_kvshare.collection import HistoryPooling, KVShareEmbeddingBagCollection
 from torchrec_kvshare.data.schema import REQUEST_TIME, USER
 from torchrec_kvshare.history.causal import CausalEncoder
+from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
 from torchrec_kvshare.history.moments import doubling_bucket
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.history.transformer import NUM_TIME_BUCKETS, TransformerLayer
+from torchrec_kvshare.history.transformer import TransformerLayer
 
 Ranker = TypeVar("Ranker", bound=nn.Module)
 

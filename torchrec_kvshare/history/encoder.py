@@ -1,0 +1,135 @@
+"""What every kind of history encoder has: a stack of layers, and what of cached K/V stays right.
+
+An encoder has four verbs and no state: ``prefill`` and ``extend`` make K/V of events, ``enter`` and
+``attend`` take candidates through the layers over it. A kind overrides what is its own.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_kvshare.errors import ConfigError
+
+# Time since an event falls into buckets of doubling width, from one second to 2**30 s (34 years).
+NUM_TIME_BUCKETS = 32
+START_GAIN = 1.5
+
+
+class Encoder(nn.Module):
+    """Layers over history rows.
+
+    Args:
+        layers: one or more, of one kind.
+        num_heads: H.
+        start_bias: of every time bucket.
+        window: events that a row and a candidate see at every layer; 0 for all.
+
+    Attributes:
+        takes_prefixes: whether candidates may see prefixes of one prefill.
+        num_planes: tensors [R, H, D] that are kept of a history.
+
+    Raises:
+        ConfigError: if there are no layers.
+    """
+
+    def __init__(
+        self, layers: list[nn.Module], num_heads: int, start_bias: float, window: int
+    ) -> None:
+        super().__init__()
+        if not layers:
+            raise ConfigError("num_layers is 0; it must be at least 1")
+        self.layers = nn.ModuleList(layers)
+        self.num_layers: int = len(layers)
+        self.num_heads = num_heads
+        self.num_time_buckets: int = NUM_TIME_BUCKETS
+        self.time_bias = nn.Parameter(
+            torch.full((len(layers), NUM_TIME_BUCKETS, num_heads), start_bias)
+        )
+        self.window = window
+        self.takes_prefixes: bool = True
+        self.num_planes: int = 2 * len(layers)
+
+    def num_rows(self, num_events: int) -> int:
+        """Rows of K/V that a history of so many events has."""
+        return num_events
+
+    def reusable_events(self, cached_events: int, num_events: int) -> int:
+        """Events whose K/V stays right when a history grows from one length to another."""
+        return cached_events
+
+    def reusable_rows(self, reusable_events: int) -> int:
+        """Rows that so many reusable events have."""
+        return reusable_events
+
+    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
+        """K/V [planes, R, H, D] of events [T, E], users one after the other."""
+        head_dim = events.size(1) // self.num_heads
+        nothing = events.new_zeros([self.num_planes, 0, self.num_heads, head_dim])
+        return self.extend(nothing, [(0, 0) for _ in event_spans], events, event_spans)
+
+    def extend(
+        self,
+        cached: Tensor,
+        cached_spans: list[tuple[int, int]],
+        events: Tensor,
+        event_spans: list[tuple[int, int]],
+    ) -> Tensor:
+        """K/V [planes, new rows, H, D] of new events [T, E] behind cached rows [planes, R, H, D].
+
+        Args:
+            cached: of all users.
+            cached_spans: of each user in R, its ``reusable_rows``.
+            events: those behind the reusable ones.
+            event_spans: of each user in T.
+        """
+        raise NotImplementedError
+
+    def enter(self, candidates: Tensor) -> Tensor:
+        """Candidates [C, M, E] projected for the first layer, the same for every user."""
+        return self.layers[0].project(candidates)
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Refuse heads that do not divide the width.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if num_heads < 1 or dim % num_heads:
+        raise ConfigError(f"num_heads is {num_heads}; it must divide dim = {dim}")
+
+
+@torch.no_grad()
+def project_alike(query_weight: Tensor, key_weight: Tensor) -> None:
+    """Start with keys projected as queries are: rows attend to what is like them at once.
+
+    Finding the like of a candidate in a history is most of what has to be learned, and from two
+    unrelated projections it takes thousands of steps to be found.
+    """
+    nn.init.orthogonal_(query_weight, gain=START_GAIN)
+    key_weight.copy_(query_weight)
+
+
+def append_rows(
+    cached: Tensor, cached_spans: list[tuple[int, int]], rows: Tensor, spans: list[tuple[int, int]]
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Every user's rows behind its cached ones, and where each user's rows are then.
+
+    Args:
+        cached: [R, H, D].
+        cached_spans: of each user in R.
+        rows: [T, H, D].
+        spans: of each user in T.
+    """
+    if cached.size(0) == 0:
+        return rows, spans
+    parts = [rows[:0]]
+    joined: list[tuple[int, int]] = []
+    end = 0
+    for user in range(len(spans)):
+        cached_first, cached_last = cached_spans[user]
+        first, last = spans[user]
+        parts.append(cached[cached_first:cached_last])
+        parts.append(rows[first:last])
+        start, end = end, end + cached_last - cached_first + last - first
+        joined.append((start, end))
+    return torch.cat(parts), joined
