@@ -40,7 +40,7 @@ $(STAMP): setup.cfg constraints.txt
 	@echo "If pip says above that torchrec misses fbgemm-gpu: $(FBGEMM_$(BUILD)) stands in for it."
 	@echo $(BUILD) > $@
 
-tools: ## what the suite needs beyond Python: a C++ compiler, for torch.compile
+tools: ## what the suite needs beyond Python: a C++ compiler, for body native and torch.compile
 	command -v g++ >/dev/null || { apt-get update && apt-get install --yes g++; }
 
 demo: $(STAMP) ## train, export and score end to end (DATA=synthetic, ROOT=folder of the data, DEMO_ARGS)

@@ -8,6 +8,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from torchrec_kvshare.attention.bodies import choose_body
 from torchrec_kvshare.config import BenchmarkConfig, checked
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.plots import figure_class, write_plots
@@ -35,7 +36,12 @@ def main(composed: DictConfig) -> None:
         config.seed,
     )
     sizes = Sizes(
-        config.dim, config.num_layers, config.num_heads, config.page_size, config.num_tokens
+        config.dim,
+        config.num_layers,
+        config.num_heads,
+        config.page_size,
+        config.num_tokens,
+        choose_body(config.body, "cpu"),
     )
     records = measure(config.scenario, plan, sizes)
     table = figures_table([record for record in records if record.metric not in NOT_IN_TABLE])

@@ -20,7 +20,8 @@ def main(composed: DictConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, schema = load_trained(Path(config.run))
-    manifest = export_torchscript(RankingModel(model).eval(), schema, Path(config.output))
+    ranking = RankingModel(model, config.body).eval()
+    manifest = export_torchscript(ranking, schema, Path(config.output))
     print(f"model {manifest.model_version}; greatest logit differences: {manifest.parity}")
     print(f"wrote {config.output}")
 

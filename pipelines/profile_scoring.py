@@ -6,6 +6,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from torchrec_kvshare.attention.bodies import choose_body
 from torchrec_kvshare.config import ProfileConfig, checked
 from torchrec_kvshare.profiling.traces import profile_scoring, stage_table
 from torchrec_kvshare.profiling.workload import Sizes
@@ -17,7 +18,10 @@ def main(composed: DictConfig) -> None:
     config = checked(composed, ProfileConfig)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    sizes = Sizes(config.dim, config.num_layers, config.num_heads, config.page_size)
+    body = choose_body(config.body, "cpu")
+    sizes = Sizes(
+        config.dim, config.num_layers, config.num_heads, config.page_size, num_tokens=1, body=body
+    )
     folder = Path(config.output)
     profile_by_name = profile_scoring(
         folder,

@@ -144,6 +144,7 @@ class ExportConfig:
 
     run: str = MISSING  # output of pipelines.train
     output: str = MISSING
+    body: str = "auto"  # of attention: auto|flash|native|dense
     threads: int | None = None
 
 
@@ -222,6 +223,7 @@ class BenchmarkConfig:
     num_heads: int = 4
     encoders: list[str] = field(default_factory=lambda: ["causal"])
     num_tokens: int = 1  # of one candidate
+    body: str = "auto"  # of attention: auto|flash|native|dense
     page_size: int = 32  # rows of K/V
     repeats: int = 5
     seed: int = 0
@@ -240,6 +242,7 @@ class ProfileConfig:
     dim: int = 128
     num_layers: int = 2
     num_heads: int = 4
+    body: str = "auto"  # of attention
     page_size: int = 32
     seed: int = 0
     threads: int | None = None

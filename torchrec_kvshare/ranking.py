@@ -87,7 +87,8 @@ class RankingModel(nn.Module):
         )
         chosen = choose_body(body, next(model.parameters()).device.type)
         for tower in self.collection.towers():
-            tower.body = chosen
+            tower.use_body(chosen)
+        self.body = chosen
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """Logits [C], the histories in the batch encoded on the way: one prefill per request."""

@@ -5,6 +5,8 @@ and rows of K/V that lie apart or are two users' at once.
 """
 
 import logging
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.core.worlds import examples
-from torchrec_kvshare.attention.bodies import choose_body
+from torchrec_kvshare.attention.bodies import Attention, choose_body
 from torchrec_kvshare.attention.reference import reference_attention, reference_silu_attention
 from torchrec_kvshare.attention.shared import (
     Spans,
@@ -32,18 +34,19 @@ NUM_ROWS = 19  # of K/V, R
 # with the worst found of 2000 drawn cases and of histories of 600 events, body by body.
 TOLERANCE = {
     torch.float64: 1e-13,  # flash 1.8e-15, dense 1.4e-15
-    torch.float32: 4e-6,  # flash 6.1e-7, dense 5.9e-7, flex 3.2e-7, causal 1.1e-6
+    torch.float32: 4e-6,  # flash 6.1e-7, dense 5.9e-7, flex 3.2e-7, causal 1.1e-6, native 8.8e-7
     torch.float16: 8e-3,  # flash 4.0e-3, dense 2.6e-3
     torch.bfloat16: 8e-2,  # flash 2.7e-2, dense 2.7e-2
 }
 # Its weights are not normalised: what is summed over 600 events is some 100 large.
-SILU_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}  # 1.1e-14 and 2.9e-5
+SILU_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}  # 1.1e-14 and 3.6e-5
 
-SILU = "silu"
-SOFTMAX_BODIES = ("flash", "dense", "flex")
+SILU, SILU_NATIVE = "silu", "silu native"
+SILU_BODIES = (SILU, SILU_NATIVE)
+SOFTMAX_BODIES = ("flash", "native", "dense", "flex")
 
 seeds = st.integers(0, 2**32 - 1)
-by_body = pytest.mark.parametrize("body", [*SOFTMAX_BODIES, SILU])
+by_body = pytest.mark.parametrize("body", [*SOFTMAX_BODIES, *SILU_BODIES])
 by_num_tokens = pytest.mark.parametrize("num_tokens", [1, 3])
 
 
@@ -99,16 +102,28 @@ def draw_case(sizes: Sizes, num_tokens: int, dtype: torch.dtype, bias_each: bool
     )
 
 
+@cache
+def native() -> Attention:
+    choose_body("native", "cpu")
+    attention = Attention()
+    attention.native = True
+    return attention
+
+
 def attend(case: Case, body: str) -> Tensor:
     if body == SILU:
         return silu_shared_attention(*case)
+    if body == SILU_NATIVE:
+        return native().silu_shared(*case, "native")
+    if body == "native":
+        return native().shared(*case, body)
     return shared_attention(*case, body)
 
 
 def reference_row(
     query: Tensor, keys: list[Tensor], values: list[Tensor], biases: list[Tensor], body: str
 ) -> Tensor:
-    if body == SILU:
+    if body in SILU_BODIES:
         return reference_silu_attention(query, keys, values, biases, 1.0)
     return reference_attention(query, keys, values, biases)
 
@@ -135,7 +150,7 @@ def expected_rows(case: Case, body: str) -> Tensor:
 
 
 def assert_close(got: Tensor, expected: Tensor, body: str = "dense") -> None:
-    tolerance = (SILU_TOLERANCE if body == SILU else TOLERANCE)[got.dtype]
+    tolerance = (SILU_TOLERANCE if body in SILU_BODIES else TOLERANCE)[got.dtype]
     torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=tolerance)
 
 
@@ -146,7 +161,7 @@ def assert_close(got: Tensor, expected: Tensor, body: str = "dense") -> None:
     ("body", "dtype"),
     [
         *((body, dtype) for body in ("flash", "dense") for dtype in TOLERANCE),
-        ("flex", torch.float32),
+        *((body, torch.float32) for body in ("native", "flex", SILU_NATIVE)),
         *((SILU, dtype) for dtype in SILU_TOLERANCE),
     ],
 )
@@ -162,7 +177,7 @@ def test_a_body_equals_the_reference(
     assert_close(got, expected_rows(case, body), body)
 
 
-@pytest.mark.parametrize("body", ["flash", "dense", SILU])
+@pytest.mark.parametrize("body", ["flash", "native", "dense", *SILU_BODIES])
 @by_num_tokens
 @examples(0.15)
 @given(drawn_sizes())
@@ -177,7 +192,7 @@ def test_a_candidate_without_events_sees_its_own_tokens(body: str, num_tokens: i
     case = draw_case(Sizes([(4, 4), (9, 16)], [3, 2], 5), num_tokens, torch.float32)
     got = attend(case, body)
     assert_close(got, expected_rows(case, body), body)
-    if num_tokens == 1 and body != SILU:
+    if num_tokens == 1 and body not in SILU_BODIES:
         assert torch.equal(got[:3], case.own_values[:3])
 
 
@@ -188,7 +203,7 @@ def test_no_candidates_give_no_rows(body: str, event_spans: list[tuple[int, int]
     assert attend(case, body).shape == (0, 3, NUM_HEADS, HEAD_DIM)
 
 
-@pytest.mark.parametrize("body", ["flash", "dense", SILU])
+@pytest.mark.parametrize("body", ["flash", "native", "dense", *SILU_BODIES])
 @by_num_tokens
 def test_a_hidden_event_weighs_nothing_at_all(body: str, num_tokens: int) -> None:
     case = draw_case(Sizes([(0, 7), (7, 18)], [3, 2], 6), num_tokens, torch.float32, bias_each=True)
@@ -218,8 +233,13 @@ def hide_some(case: Case) -> None:
     case.biases[1][:, :, [5]] = hidden_bias()
 
 
-@pytest.mark.parametrize("body", ["flash", "dense", SILU])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("body", "dtype"),
+    [
+        *((body, torch.float64) for body in ("flash", "dense", SILU)),
+        *((body, torch.float32) for body in ("flash", "native", "dense", *SILU_BODIES)),
+    ],
+)
 def test_who_sees_no_event_is_as_who_has_none(body: str, dtype: torch.dtype) -> None:
     case = draw_case(Sizes([(0, 7)], [4], 7), 3, dtype, bias_each=True)
     case.biases[0][:, [0, 2]] = hidden_bias()
@@ -253,15 +273,16 @@ def test_gradients_are_right(body: str, num_tokens: int, bias_each: bool) -> Non
 
 
 @pytest.mark.parametrize("leaf", ["queries", "keys", "values", "own_keys", "own_values", "biases"])
-@pytest.mark.parametrize("body", ["flash", "flex"])
+@pytest.mark.parametrize("body", ["flash", "native", "flex", SILU_NATIVE])
 def test_a_body_without_gradients_refuses_to_be_trained(body: str, leaf: str) -> None:
     """Where values, own tokens or biases alone were trained, it went on without some gradients."""
     case = draw_case(Sizes([(0, 6)], [4], 6), 3, torch.float32)
     trained = getattr(case, leaf)
     (trained[0] if leaf == "biases" else trained).requires_grad_()
-    with pytest.raises(RuntimeError, match=f"body {body} has no gradients; body dense has"):
+    name = body.removeprefix("silu ")
+    with pytest.raises(RuntimeError, match=f"body {name} has no gradients; body dense has"):
         attend(case, body)
-    if body == "flash":
+    if body != "flex":
         with torch.no_grad():
             assert attend(case, body).shape == (4, 3, NUM_HEADS, HEAD_DIM)
 
@@ -297,6 +318,7 @@ def test_scripted_bodies_are_bit_equal_to_eager() -> None:
         ("auto", "cuda", "flex"),
         ("auto", "mps", "dense"),
         ("flash", "cpu", "flash"),
+        ("native", "cpu", "native"),
         ("dense", "cpu", "dense"),
         ("dense", "cuda", "dense"),
         ("flex", "cpu", "flex"),
@@ -308,15 +330,20 @@ def test_the_body_chosen_is_said_in_the_log(
 ) -> None:
     with caplog.at_level(logging.INFO, "torchrec_kvshare"):
         assert choose_body(name, device) == body
-    assert caplog.messages == [f"shared attention: body {body} on {device}"]
+    assert caplog.messages == [f"attention: body {body} on {device}"]
 
 
 @pytest.mark.parametrize(
     ("name", "device", "message"),
     [
+        ("native", "cuda", r"attention body native runs on \('cpu',\), not on cuda"),
         ("flash", "cuda", r"attention body flash runs on \('cpu',\), not on cuda"),
         ("dense", "mps", r"attention body dense runs on \('cpu', 'cuda'\), not on mps"),
-        ("flesh", "cpu", r"attention body is 'flesh'; one of \['auto', 'flash', 'flex', 'dense'\]"),
+        (
+            "flesh",
+            "cpu",
+            r"attention body is 'flesh'; one of \['auto', 'flash', 'native', 'flex', 'dense'\]",
+        ),
     ],
 )
 def test_a_body_that_does_not_run_there_is_refused(
@@ -375,17 +402,25 @@ def expected_event(rows: Rows, user: int, place: int, window: int, body: str) ->
 
 
 users_of_events = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 8)), max_size=3)
-by_causal = pytest.mark.parametrize(
-    ("attention", "body"), [(causal_attention, "softmax"), (silu_causal_attention, SILU)]
+CAUSAL = {
+    "softmax": causal_attention,
+    "native": lambda *rows: native().causal(*rows),
+    SILU: silu_causal_attention,
+    SILU_NATIVE: lambda *rows: native().silu_causal(*rows),
+}
+by_causal = pytest.mark.parametrize("body", CAUSAL)
+
+
+@pytest.mark.parametrize(
+    ("body", "dtype"),
+    [
+        *((body, torch.float32) for body in CAUSAL),
+        *((body, torch.float64) for body in ("softmax", SILU)),
+    ],
 )
-
-
-@by_causal
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @examples(0.25)
 @given(users_of_events, st.integers(0, 9), seeds)
 def test_events_see_themselves_and_earlier_ones_as_far_as_the_window_reaches(
-    attention: object,
     body: str,
     dtype: torch.dtype,
     users: list[tuple[int, int]],
@@ -399,7 +434,7 @@ def test_events_see_themselves_and_earlier_ones_as_far_as_the_window_reaches(
         for place in range(num_queries)
     ]
     nothing = torch.empty(0, NUM_HEADS, HEAD_DIM, dtype=torch.float64)
-    got = attention(*rows, window)
+    got = CAUSAL[body](*rows, window)
     assert_close(got, torch.stack(expected) if expected else nothing, body)
 
 
@@ -407,17 +442,18 @@ def test_events_see_themselves_and_earlier_ones_as_far_as_the_window_reaches(
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("earlier", [0, 7])
 def test_histories_of_many_blocks_of_rows_see_the_same(
-    attention: object, body: str, window: int, earlier: int
+    body: str, window: int, earlier: int
 ) -> None:
     rows = draw_events([(earlier, 601)], 3, torch.float32)
-    got = attention(*rows, window)
+    got = CAUSAL[body](*rows, window)
     # Blocks are of 256 rows, or of as many as fill a core's cache: 215 or more here.
     for place in (0, 214, 215, 216, 217, 218, 255, 256, 257, 431, 436, 511, 512):
         assert_close(got[place], expected_event(rows, 0, place, window, body), body)
 
 
+@pytest.mark.parametrize("body", ["native", *SILU_BODIES])
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_candidates_of_many_blocks_of_rows_see_the_same(num_tokens: int) -> None:
+def test_candidates_of_many_blocks_of_rows_see_the_same(num_tokens: int, body: str) -> None:
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
@@ -426,16 +462,19 @@ def test_candidates_of_many_blocks_of_rows_see_the_same(num_tokens: int) -> None
     own, rows = (240, num_tokens, NUM_HEADS, HEAD_DIM), (600, NUM_HEADS, HEAD_DIM)
     biases = [normal(NUM_HEADS, 240, 600)]
     tensors = (normal(*own), normal(*rows), normal(*rows), normal(*own), normal(*own))
-    got = silu_shared_attention(*tensors, biases, Spans([(0, 240)], [(0, 600)]))
+    got = attend(Case(*tensors, biases, Spans([(0, 240)], [(0, 600)])), body)
     for place in (0, 72, 73, 218, 239):
         alone = [tensors[0][[place]], *tensors[1:3], tensors[3][[place]], tensors[4][[place]]]
         case = Case(*alone, [biases[0][:, [place]]], Spans([(0, 1)], [(0, 600)]))
-        assert_close(got[[place]], expected_rows(case, SILU), SILU)
+        assert_close(got[[place]], expected_rows(case, body), body)
 
 
+@pytest.mark.parametrize("full", [full_attention, lambda *rows: native().full(*rows)])
 @examples(0.25)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 7)), max_size=3), seeds)
-def test_full_attention_sees_all_keys_of_its_user(users: list[tuple[int, int]], seed: int) -> None:
+def test_full_attention_sees_all_keys_of_its_user(
+    full: Callable[..., Tensor], users: list[tuple[int, int]], seed: int
+) -> None:
     rows = draw_events(users, seed, torch.float32)
     expected = torch.zeros(rows.queries.shape, dtype=torch.float64)
     for (first, last), (key_first, key_last) in zip(rows.query_spans, rows.key_spans, strict=True):
@@ -447,21 +486,37 @@ def test_full_attention_sees_all_keys_of_its_user(users: list[tuple[int, int]], 
                 [rows.values[row] for row in seen],
                 [torch.zeros(NUM_HEADS) for _ in seen],
             )
-    assert_close(full_attention(*rows), expected)
+    assert_close(full(*rows), expected)
 
 
 @pytest.mark.parametrize("window", [0, 2])
-@by_causal
-def test_gradients_over_events_are_right(attention: object, body: str, window: int) -> None:
+@pytest.mark.parametrize("body", ["softmax", SILU])
+def test_gradients_over_events_are_right(body: str, window: int) -> None:
     rows = draw_events([(3, 4), (0, 0), (0, 3), (2, 1)], 9, torch.float64)
     leaves = [leaf.requires_grad_() for leaf in rows[:3]]
-    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, *rows[3:], window), leaves)
+    assert torch.autograd.gradcheck(lambda *qkv: CAUSAL[body](*qkv, *rows[3:], window), leaves)
     full = [leaf.detach().requires_grad_() for leaf in leaves]
     if body != SILU and window == 0:
         assert torch.autograd.gradcheck(lambda *qkv: full_attention(*qkv, *rows[3:]), full)
 
 
-def test_a_window_of_one_gives_every_event_its_own_value() -> None:
+@pytest.mark.parametrize(
+    "attend_events",
+    [
+        lambda *rows: native().causal(*rows, 0),
+        lambda *rows: native().silu_causal(*rows, 0),
+        lambda *rows: native().full(*rows),
+    ],
+)
+def test_native_events_refuse_to_be_trained(attend_events: Callable[..., Tensor]) -> None:
+    rows = draw_events([(2, 5)], 4, torch.float32)
+    rows.values.requires_grad_()
+    with pytest.raises(RuntimeError, match="body native has no gradients; body dense has"):
+        attend_events(*rows)
+
+
+@pytest.mark.parametrize("body", ["softmax", "native"])
+def test_a_window_of_one_gives_every_event_its_own_value(body: str) -> None:
     rows = draw_events([(2, 5), (0, 3)], 4, torch.float32)
     own = torch.cat([rows.values[2:7], rows.values[7:10]])
-    assert torch.equal(causal_attention(*rows, 1), own)
+    assert torch.equal(CAUSAL[body](*rows, 1), own)

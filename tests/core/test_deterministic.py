@@ -34,8 +34,8 @@ STRICT_VALUE = STRICT_MKL.partition("=")[2]
 NUM_CANDIDATES = 131
 NUM_EVENTS = (14, 4, 1)  # a short history is a small matrix, and has other kernels
 NUM_TRIES = 2  # of each history: a few of its candidates, then many, each time with batchmates
-DENSE = " dense"
-TRIED = (*KINDS, CAUSAL + DENSE)
+DENSE, NATIVE = " dense", " native"
+TRIED = (*KINDS, *(kind + NATIVE for kind in KINDS), CAUSAL + DENSE)
 
 PROGRAM = """
 import json, sys
@@ -60,11 +60,10 @@ class Findings(NamedTuple):
 
 def findings_of(name: str) -> Findings:
     """In the process that asks."""
-    world = world_of(name.removesuffix(DENSE))
-    model = RankingModel(copy.deepcopy(world.dlrm)).eval()
+    kind, _, body = name.partition(" ")
+    world = world_of(kind)
+    model = RankingModel(copy.deepcopy(world.dlrm), body or "auto").eval()
     caches = make_caches(model, [60])
-    if name.endswith(DENSE):
-        model.collection.towers()[0].body = "dense"
     try:
         require_determinism(model, world.schema)
     except ConfigError as error:

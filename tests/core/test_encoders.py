@@ -1,5 +1,6 @@
 """Every kind of history encoder: against the reference, extended, trained, scripted and refused."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -39,11 +40,13 @@ from tests.core.worlds import (
     see_prefixes,
     take_candidates,
 )
+from torchrec_kvshare.attention.bodies import choose_body
 from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
 from torchrec_kvshare.collection import kvshare_collection
 from torchrec_kvshare.data.batches import single, with_key
 from torchrec_kvshare.data.schema import FIRST_EVENT, HISTORY, Window, history_key
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.export.parity import score_through_pages
 from torchrec_kvshare.features import Request, collate, collate_history, user_of_candidates
 from torchrec_kvshare.history.kinds import (
     BIDIRECTIONAL,
@@ -553,6 +556,49 @@ def one_row_each(asked: Asked) -> Iterator[tuple[int, int, Asked]]:
         yield place, sum(asked.lengths[:user]), Asked([visible], [1], [visible], [time])
 
 
+# Bodies.
+
+
+@lru_cache
+def model_with(body: str, name: str, num_tokens: int = NUM_TOKENS) -> RankingModel:
+    """The model of a world with an attention body of its own."""
+    return RankingModel(copy.deepcopy(world_of(name, num_tokens).dlrm), body).eval()
+
+
+@pytest.mark.parametrize("num_tokens", [1, NUM_TOKENS])
+@pytest.mark.parametrize("body", ["flash", "native"])
+@by_name
+@torch.no_grad()
+def test_every_body_scores_as_the_reference_cached_or_not(
+    name: str, body: str, num_tokens: int
+) -> None:
+    world, model = world_of(name, num_tokens), model_with(body, name, num_tokens)
+    raws = raws_of(world, EDGES)
+    requests = parse_all(raws, world.schema)
+    expected = torch.cat([reference_logits(world.dlrm, world.schema, raw) for raw in raws])
+    batch = collate(requests, world.schema)
+    uncached = model(batch.dense_features, batch.sparse_features)
+    assert_close(uncached, expected, LOGIT_TOLERANCE)
+    assert_close(score_through_pages(model, requests, world.schema), expected, LOGIT_TOLERANCE)
+
+
+@by_extended_name
+@torch.no_grad()
+def test_native_extends_as_it_prefills(name: str) -> None:
+    choose_body("native", "cpu")
+    tower = make_tower(name, torch.float32)
+    expected = prefill_alone(tower, draw_rows(2, torch.float32, 22, WIDTH))
+    tower.use_body("native")
+    whole = prefill_alone(tower, draw_rows(2, torch.float32, 22, WIDTH))
+    assert_close(whole, expected, ROW_TOLERANCE[torch.float32])
+    for num_cached in (0, 1, 13, 21):
+        kept = tower.encoder.reusable_events(num_cached, 22)
+        rows = tower.encoder.reusable_rows(kept)
+        new = draw_rows(2, torch.float32, 22, WIDTH)[kept:]
+        got = tower.extend(whole[:, :rows], [(0, rows)], new, [(0, 22 - kept)])
+        assert_close(got, whole[:, rows:], ROW_TOLERANCE[torch.float32])
+
+
 # TorchScript.
 
 
@@ -578,10 +624,12 @@ class ServingPath(nn.Module):
         return kv, self.tower.attend(rows, entered, kv, elapsed, spans)
 
 
+@pytest.mark.parametrize("body", ["flash", "native"])
 @by_name
 @torch.no_grad()
-def test_a_scripted_tower_is_bit_equal_to_eager(name: str) -> None:
+def test_a_scripted_tower_is_bit_equal_to_eager(name: str, body: str) -> None:
     path = ServingPath(make_tower(name, torch.float32))
+    path.tower.use_body(choose_body(body, "cpu"))
     scripted = torch.jit.script(path)
     for lengths, counts in (([13, 0, 7], [2, 1, 3]), ([1], [5]), ([22, 9], [0, 4])) * 2:
         arguments = (

@@ -29,7 +29,7 @@ from tests.core.worlds import (
 from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
-from torchrec_kvshare.errors import ArtifactError, ParityError
+from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
 from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, score_through_pages
 from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
@@ -74,10 +74,7 @@ def logits_of(model: RankingModel, sizes: list[tuple[int, int, int]]) -> tuple[T
     return uncached, score_through_pages(model, requests, SCHEMA)
 
 
-def test_a_fresh_process_scores_as_eager_does_bit_for_bit(
-    model: RankingModel, artifact: Path
-) -> None:
-    program = """
+FRESH_PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
@@ -89,11 +86,23 @@ from tests.core.test_export import BATCHES, logits_of
 logits = [[part.tolist() for part in logits_of(loaded.model, sizes)] for sizes in BATCHES]
 print(json.dumps({"modules": modules, "schema": loaded.schema.to_json(), "logits": logits}))
 """
-    output, errors = fresh_process(program, str(artifact)).communicate()
+
+
+def found_in_fresh_process(artifact: Path) -> dict[str, Any]:
+    output, errors = fresh_process(FRESH_PROGRAM, str(artifact)).communicate()
     assert output, errors
-    found = json.loads(output)
-    expected = [[part.tolist() for part in logits_of(model, sizes)] for sizes in BATCHES]
-    assert found["logits"] == expected
+    return json.loads(output)
+
+
+def all_logits(model: RankingModel) -> list[list[list[float]]]:
+    return [[part.tolist() for part in logits_of(model, sizes)] for sizes in BATCHES]
+
+
+def test_a_fresh_process_scores_as_eager_does_bit_for_bit(
+    model: RankingModel, artifact: Path
+) -> None:
+    found = found_in_fresh_process(artifact)
+    assert found["logits"] == all_logits(model)
     assert found["schema"] == SCHEMA.to_json()
     # Loading needs neither the training code nor the readers of data sets.
     assert "torchrec_kvshare.export.torchscript" in found["modules"]
@@ -113,10 +122,11 @@ def test_a_loaded_program_stays_bit_equal_call_after_call(
 def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: Path) -> None:
     written = json.loads((artifact / "manifest.json").read_text())
     assert set(written) == {
-        *("format", "model_digest", "encoder", "towers", "inputs", "audit", "parity", "versions"),
-        "sha256_by_file",
+        *("format", "model_digest", "encoder", "body", "towers", "inputs", "audit", "parity"),
+        *("versions", "sha256_by_file"),
     }
-    assert (written["format"], written["encoder"]) == (2, asdict(CAUSAL_SPEC))
+    assert (written["format"], written["encoder"]) == (3, asdict(CAUSAL_SPEC))
+    assert written["body"] == "flash"
     sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}
     assert written["audit"] == audit_model(model, SCHEMA).to_json()
@@ -134,7 +144,11 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
     assert set(written["versions"]) == {"torch", "torchrec", "torchrec_kvshare"}
     assert sorted(written["sha256_by_file"]) == FILES[1:]
     assert sorted(path.name for path in artifact.iterdir()) == FILES
-    description = {"encoder": written["encoder"], "schema": SCHEMA.to_json()}
+    description = {
+        "encoder": written["encoder"],
+        "body": written["body"],
+        "schema": SCHEMA.to_json(),
+    }
     assert written["model_digest"] == model_digest(model.state_dict(), description)
 
 
@@ -150,6 +164,27 @@ def test_another_weight_is_another_version(artifact: Path, tmp_path: Path) -> No
     model = RankingModel(make_dlrm(seed=9)).eval()
     manifest = export_torchscript(model, SCHEMA, tmp_path / "other")
     assert manifest.model_version != read_artifact(artifact)[0].model_version
+
+
+def test_an_artifact_with_the_native_body_brings_its_operators_along(
+    model: RankingModel, artifact: Path, tmp_path: Path
+) -> None:
+    """A fresh process is told nothing but the folder."""
+    native = RankingModel(make_dlrm(seed=8), "native").eval()
+    manifest = export_torchscript(native, SCHEMA, tmp_path / "native")
+    assert manifest.body == "native"
+    assert manifest.model_version != read_artifact(artifact)[0].model_version
+    assert found_in_fresh_process(tmp_path / "native")["logits"] == all_logits(native)
+    for sizes in BATCHES:
+        for one, other in zip(logits_of(native, sizes), logits_of(model, sizes), strict=True):
+            torch.testing.assert_close(one, other, rtol=0.0, atol=LOGIT_TOLERANCE)
+
+
+def test_a_body_that_is_not_torchscripts_cannot_be_exported(tmp_path: Path) -> None:
+    flex = RankingModel(make_dlrm(seed=8), "flex").eval()
+    with pytest.raises(ConfigError, match="attention body flex cannot be exported"):
+        export_torchscript(flex, SCHEMA, tmp_path / "flex")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_exports_models_of_several_depths(artifact: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ VECTOR_TOLERANCE = 1.5e-6
 @pytest.fixture(scope="module")
 def paths() -> Paths:
     sizes = Sizes(DIM, NUM_LAYERS, NUM_HEADS, page_size=5)
-    return Paths(SCHEMA, make_dlrm(SCHEMA, sizes, seed=2), sizes.page_size)
+    return Paths(SCHEMA, make_dlrm(SCHEMA, sizes, seed=2), sizes)
 
 
 def merged_logits(paths: Paths, requests: list[Request], chunk_rows: int) -> Tensor:
@@ -102,7 +102,7 @@ def paths_of(encoder: str, num_tokens: int, longest: int) -> Paths:
     schema = make_schema(longest, num_users=5, block=MERGE)
     torch.manual_seed(4)
     ranker = fill_zeros(dlrm_with_history(schema, sizes.spec(encoder, longest), [DIM, 1]))
-    return Paths(schema, ranker, sizes.page_size)
+    return Paths(schema, ranker, sizes)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])

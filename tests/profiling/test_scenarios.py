@@ -345,7 +345,7 @@ def test_no_number_is_no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
 def flex_and_shared(num_layers: int, history: int) -> tuple[Tensor, Tensor]:
     """Vectors of one user by FlexAttention and by shared attention."""
     spec = Sizes(DIM, num_layers, NUM_HEADS, PAGE_SIZE).spec("causal")
-    tower = attention_benchmark.make_tower(spec, history, SEED)
+    tower = attention_benchmark.make_tower(spec, history, "flash", SEED)
     tokens = attention_benchmark.draw_tokens(spec, [history], [5], SEED)
     flex = attention_paths.compiled_flex(tower, tokens.elapsed[0], 5)
     candidates = tokens.candidates.squeeze(1)
@@ -375,7 +375,7 @@ def test_copies_of_the_kv_in_several_parts_are_those_in_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec = SIZES.spec("causal")
-    tower = attention_benchmark.make_tower(spec, HISTORY, SEED)
+    tower = attention_benchmark.make_tower(spec, HISTORY, "flash", SEED)
     tokens = attention_benchmark.draw_tokens(spec, [HISTORY], [7], SEED)
     given = (tower, tokens.events, tokens.candidates.squeeze(1), tokens.elapsed[0])
     whole = attention_paths.repeat_kv(*given)

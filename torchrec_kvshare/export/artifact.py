@@ -19,7 +19,7 @@ from torchrec_kvshare.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
-FORMAT = 2
+FORMAT = 3
 CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than the memory
 VERSION_DIGITS = 16  # of the model digest: what an answer calls the model's version
 
@@ -41,6 +41,7 @@ class Manifest:
     Attributes:
         model_digest: of weights, tables, architecture and window.
         encoder: what the history towers are, as ``TowerSpec`` has it.
+        body: how attention is computed; ``native`` needs its operators in the process.
         towers: sizes of their K/V, by history.
         inputs: columns a request must have, by group.
         audit: where K/V may be used and whether it may be extended, with the figures behind that.
@@ -51,6 +52,7 @@ class Manifest:
 
     model_digest: str
     encoder: dict[str, Any]
+    body: str
     towers: dict[str, TowerSizes]
     inputs: dict[str, list[str]]
     audit: dict[str, Any]

@@ -15,11 +15,13 @@ import fbgemm_gpu  # noqa: F401  # registers the operators that a loaded program
 import torch
 
 import torchrec_kvshare
+from torchrec_kvshare.attention.bodies import DENSE, FLASH, NATIVE
+from torchrec_kvshare.attention.native import load_native
 from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
 from torchrec_kvshare.engine import RankingFunctions
-from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export.artifact import (
     MANIFEST,
     SCHEMA,
@@ -35,6 +37,7 @@ from torchrec_kvshare.export.parity import check_parity
 from torchrec_kvshare.ranking import RankingModel
 
 PROGRAM = "model.pt"
+SCRIPTABLE_BODIES = (FLASH, NATIVE, DENSE)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def export_torchscript(model: RankingModel, schema: FeatureSchema, destination: 
 
     Raises:
         ArtifactError: if ``destination`` exists.
+        ConfigError: if the model's attention body is not TorchScript's.
         ParityError: if the exported scores are not the model's; nothing is left behind then.
     """
     sizes = {}
@@ -67,16 +71,20 @@ def export_torchscript(model: RankingModel, schema: FeatureSchema, destination: 
         max_rows = tower.encoder.num_rows(history.window.max_history)
         sizes[history.name] = TowerSizes(num_planes, num_heads, head_dim, max_rows)
     encoder = asdict(model.collection.towers()[0].spec)
+    body = model.body
+    if body not in SCRIPTABLE_BODIES:
+        raise ConfigError(f"attention body {body} cannot be exported; {SCRIPTABLE_BODIES} can")
     audit = audit_model(model, schema)
     with artifact_folder(destination) as folder:
         with _deprecation_accepted():
             torch.jit.save(torch.jit.script(model), str(folder / PROGRAM))
         write_schema(folder, schema)
         parity = check_parity(_load_program(folder / PROGRAM), model, schema)
-        description = {"encoder": encoder, "schema": schema.to_json()}
+        description = {"encoder": encoder, "body": body, "schema": schema.to_json()}
         manifest = Manifest(
             model_digest(model.state_dict(), description),
             encoder,
+            body,
             sizes,
             _inputs(schema),
             audit.to_json(),
@@ -93,8 +101,11 @@ def load_artifact(folder: Path) -> Artifact:
 
     Raises:
         ArtifactError: if a file is missing, changed or cannot be loaded.
+        ConfigError: if its attention body is ``native`` and cannot be compiled here.
     """
     manifest, schema = read_artifact(folder)
+    if manifest.body == NATIVE:
+        load_native()
     if PROGRAM not in manifest.sha256_by_file:
         raise ArtifactError(f"{folder / MANIFEST} does not vouch for {PROGRAM}")
     return Artifact(_load_program(folder / PROGRAM), schema, manifest)

@@ -7,7 +7,6 @@ candidates that see a prefix need a prefill of that prefix.
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.attention.shared import full_attention
 from torchrec_kvshare.history.transformer import TransformerEncoder
 
 
@@ -35,7 +34,7 @@ class BidirectionalEncoder(TransformerEncoder):
                 key, value = layer.project_kv(rows)
             else:
                 query, key, value = layer.heads(layer.project(rows))
-                attended = full_attention(query, key, value, event_spans, event_spans)
+                attended = self.attention.full(query, key, value, event_spans, event_spans)
                 rows = layer.finish(rows, attended)
             planes.append(key)
             planes.append(value)

@@ -7,7 +7,6 @@ sliding window nothing depends on where the history starts either: old rows may 
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.attention.shared import causal_attention
 from torchrec_kvshare.history.encoder import append_rows
 from torchrec_kvshare.history.transformer import TransformerEncoder
 
@@ -37,7 +36,9 @@ class CausalEncoder(TransformerEncoder):
                 query, key, value = layer.heads(layer.project(rows))
                 keys, spans = append_rows(cached[2 * depth], cached_spans, key, event_spans)
                 values, _ = append_rows(cached[2 * depth + 1], cached_spans, value, event_spans)
-                attended = causal_attention(query, keys, values, event_spans, spans, self.window)
+                attended = self.attention.causal(
+                    query, keys, values, event_spans, spans, self.window
+                )
                 rows = layer.finish(rows, attended)
             planes.append(key)
             planes.append(value)

@@ -7,6 +7,7 @@ An encoder has four verbs and no state: ``prefill`` and ``extend`` make K/V of e
 import torch
 from torch import Tensor, nn
 
+from torchrec_kvshare.attention.bodies import Attention
 from torchrec_kvshare.errors import ConfigError
 
 # Time since an event falls into buckets of doubling width, from one second to 2**30 s (34 years).
@@ -45,6 +46,7 @@ class Encoder(nn.Module):
             torch.full((len(layers), NUM_TIME_BUCKETS, num_heads), start_bias)
         )
         self.window = window
+        self.attention = Attention()
         self.takes_prefixes: bool = True
         self.num_planes: int = 2 * len(layers)
 

@@ -13,9 +13,7 @@ from torch.nn import functional
 
 from torchrec_kvshare.attention.shared import Spans
 from torchrec_kvshare.attention.silu import (
-    silu_causal_attention,
     silu_of_twice,
-    silu_shared_attention,
 )
 from torchrec_kvshare.history.encoder import Encoder, append_rows, check_heads, project_alike
 from torchrec_kvshare.history.moments import Moments, candidate_biases, doubling_bucket
@@ -132,7 +130,7 @@ class HSTUEncoder(Encoder):
                 gate, query, key, value = layer.heads(layer.project(rows))
                 keys, spans = append_rows(cached[2 * depth], cached_spans, key, event_spans)
                 values, _ = append_rows(cached[2 * depth + 1], cached_spans, value, event_spans)
-                attended = silu_causal_attention(
+                attended = self.attention.silu_causal(
                     query, keys, values, event_spans, spans, self.window
                 )
                 rows = layer.finish(rows, attended * self.scale, gate)
@@ -149,10 +147,7 @@ class HSTUEncoder(Encoder):
         spans: Spans,
         body: str,
     ) -> Tensor:
-        """Candidates [C, M, E] through all layers, over K/V [planes, R, H, D]: [C, M, E].
-
-        SiLU attention has one body, which is ``body`` for all it can be asked for.
-        """
+        """Candidates [C, M, E] through all layers, over K/V [planes, R, H, D]: [C, M, E]."""
         rows = candidates
         buckets = [doubling_bucket(elapsed, self.num_time_buckets) for elapsed in moments.elapsed]
         places = self.place_buckets(moments)
@@ -166,8 +161,8 @@ class HSTUEncoder(Encoder):
                 )
             biases = candidate_biases(by_event, moments, spans)
             gate, query, own_key, own_value = layer.heads(projected)
-            attended = silu_shared_attention(
-                query, kv[2 * depth], kv[2 * depth + 1], own_key, own_value, biases, spans
+            attended = self.attention.silu_shared(
+                query, kv[2 * depth], kv[2 * depth + 1], own_key, own_value, biases, spans, body
             )
             rows = layer.finish(rows, attended * self.scale, gate)
         return rows

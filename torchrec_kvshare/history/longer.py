@@ -18,8 +18,6 @@ from torch.nn import functional
 
 from torchrec_kvshare.attention.shared import (
     Spans,
-    causal_attention,
-    full_attention,
     lengths_to_spans,
 )
 from torchrec_kvshare.errors import ConfigError
@@ -201,8 +199,10 @@ class LongerEncoder(TransformerEncoder):
             group_keys = [(key_first, key_last - num_globals[user])]
             all_keys = [(key_first, key_last)]
             own, together = [(0, num_groups[user])], [(0, num_globals[user])]
-            attended.append(causal_attention(query[first:middle], keys, values, own, group_keys, 0))
-            attended.append(full_attention(query[middle:last], keys, values, together, all_keys))
+            rows = query[first:middle]
+            attended.append(self.attention.causal(rows, keys, values, own, group_keys, 0))
+            rows = query[middle:last]
+            attended.append(self.attention.full(rows, keys, values, together, all_keys))
             first = last
         return torch.cat(attended)
 

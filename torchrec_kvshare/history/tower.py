@@ -9,7 +9,7 @@ K/V: what is trained is what is served.
 import torch
 from torch import Tensor, nn
 
-from torchrec_kvshare.attention.bodies import FLASH
+from torchrec_kvshare.attention.bodies import FLASH, NATIVE
 from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
 from torchrec_kvshare.history.kinds import TowerSpec, new_encoder
 from torchrec_kvshare.history.moments import (
@@ -46,6 +46,11 @@ class HistoryTower(nn.Module):
         self.norm = nn.LayerNorm(spec.dim)
         self.head = nn.Linear(spec.dim, spec.dim)
         self.dropout = nn.Dropout(spec.dropout)
+
+    def use_body(self, body: str) -> None:
+        """Compute attention by a body that ``choose_body`` gave."""
+        self.body = body
+        self.encoder.attention.native = body == NATIVE
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ fixed. Time since an event is a bias on the candidate's side only.
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchrec_kvshare.attention.shared import Spans, shared_attention
+from torchrec_kvshare.attention.shared import Spans
 from torchrec_kvshare.history.encoder import Encoder, check_heads, project_alike
 from torchrec_kvshare.history.moments import (
     Moments,
@@ -135,7 +135,7 @@ class TransformerEncoder(Encoder):
             projected = entered if depth == 0 else layer.project(rows)
             query, own_key, own_value = layer.heads(projected)
             key, value = kv[2 * depth], kv[2 * depth + 1]
-            attended = shared_attention(
+            attended = self.attention.shared(
                 query, key, value, own_key, own_value, biases[depth], spans[depth], body
             )
             rows = layer.finish(rows, attended)

@@ -103,7 +103,7 @@ def measure_attention(plan: Plan, sizes: Sizes) -> list[Record]:
 
 def _encoder_records(plan: Plan, sizes: Sizes, encoder: str, history: int) -> Iterator[Record]:
     spec = sizes.spec(encoder, history)
-    tower = make_tower(spec, history, plan.seed)
+    tower = make_tower(spec, history, sizes.body, plan.seed)
     for count in plan.candidates:
         tokens = draw_tokens(spec, [history], [count], plan.seed)
         kv = tower.prefill(tokens.events, lengths_to_spans(tokens.lengths))
@@ -153,7 +153,7 @@ def _ragged_records(plan: Plan, sizes: Sizes, encoder: str) -> Iterator[Record]:
     """Attend of eight unequal users in one batch, and of the same users one at a time."""
     longest = max(length for length, _ in RAGGED_USERS)
     spec = sizes.spec(encoder, longest)
-    tower = make_tower(spec, longest, plan.seed)
+    tower = make_tower(spec, longest, sizes.body, plan.seed)
     calls: dict[str, Call] = {}
     alone = []
     for place, (length, count) in enumerate(RAGGED_USERS):
@@ -183,11 +183,13 @@ def _ragged_records(plan: Plan, sizes: Sizes, encoder: str) -> Iterator[Record]:
     yield Record(ATTENTION, case, "time_over_alone", latency_ms[RAGGED] / sum_ms, "x")
 
 
-def make_tower(spec: TowerSpec, history: int, seed: int) -> HistoryTower:
+def make_tower(spec: TowerSpec, history: int, body: str, seed: int) -> HistoryTower:
     """A tower whose weights are drawn, none of them left at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return fill_zeros(HistoryTower(spec, history, spec.merge))
+        tower = fill_zeros(HistoryTower(spec, history, spec.merge))
+    tower.use_body(body)
+    return tower
 
 
 def draw_tokens(spec: TowerSpec, lengths: list[int], counts: list[int], seed: int) -> _Tokens:

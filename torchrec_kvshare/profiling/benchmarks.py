@@ -62,16 +62,16 @@ class Paths:
     Args:
         schema: columns; its window is the history's length.
         ranker: the model, with one history; see ``workload.fill_zeros``.
-        page_size: rows per page of K/V.
+        sizes: its page size and its body.
     """
 
-    def __init__(self, schema: FeatureSchema, ranker: nn.Module, page_size: int) -> None:
+    def __init__(self, schema: FeatureSchema, ranker: nn.Module, sizes: Sizes) -> None:
         self.schema = schema
         self.ranker = ranker
-        self.model = RankingModel(ranker).eval()
+        self.model = RankingModel(ranker, sizes.body).eval()
         [tower] = self.model.collection.towers()
         longest = schema.histories[0].window.max_history
-        self.cache = make_cache(tower, longest, num_users=1, page_size=page_size)
+        self.cache = make_cache(tower, longest, num_users=1, page_size=sizes.page_size)
 
     def merged(self, chunk_rows: int) -> nn.Module:
         """The same ranking model over the same weights, its history pooled without sharing."""
@@ -220,7 +220,7 @@ class _Bench:
         self.sizes = sizes
         self.history = history
         schema = make_schema(history, num_users=1)
-        self.paths = Paths(schema, make_dlrm(schema, sizes, plan.seed), sizes.page_size)
+        self.paths = Paths(schema, make_dlrm(schema, sizes, plan.seed), sizes)
         self.requests = draw_requests(schema, plan.candidates, user=0, seed=plan.seed)
         self.paths.put(self.requests[0])
         self.merged_max_candidates = plan.merged_max_candidates

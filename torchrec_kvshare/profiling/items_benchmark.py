@@ -63,7 +63,7 @@ def _engines(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         ranker = dlrm_with_history(schema, sizes.spec(encoder, history), [sizes.dim, 1])
-    model = RankingModel(fill_zeros(ranker)).eval()
+    model = RankingModel(fill_zeros(ranker), sizes.body).eval()
     [tower] = model.collection.towers()
     items_by_path = {WITHOUT_ITEMS: None, WITH_ITEMS: ItemCache(NUM_ITEMS, schema)}
     engines = {

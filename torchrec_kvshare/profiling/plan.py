@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torchrec_kvshare.attention.bodies import FLASH
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
 from torchrec_kvshare.profiling.results import Case
@@ -58,6 +59,7 @@ class Sizes:
         num_heads: heads of each layer.
         page_size: rows per page of K/V.
         num_tokens: M, tokens of one candidate.
+        body: how attention is computed, as ``choose_body`` gave it.
     """
 
     dim: int
@@ -65,6 +67,7 @@ class Sizes:
     num_heads: int
     page_size: int
     num_tokens: int = 1
+    body: str = FLASH
 
     def spec(self, encoder: str = CAUSAL, history: int = 0) -> TowerSpec:
         """A tower of these sizes for histories of so many events."""
@@ -87,4 +90,5 @@ class Sizes:
             "heads": self.num_heads,
             "layers": self.num_layers,
             "tokens": self.num_tokens,
+            "body": self.body,
         }

@@ -5,6 +5,7 @@ is compared with. The model alone scores the same requests without the history's
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -66,7 +67,7 @@ def measure_throughput_drop(plan: Plan, sizes: Sizes) -> list[Record]:
     Raises:
         ParityError: if two paths differ.
     """
-    sizes = Sizes(DIM, sizes.num_layers, sizes.num_heads, sizes.page_size)
+    sizes = replace(sizes, dim=DIM, num_tokens=1)
     return [
         record
         for encoder, history in CASES
@@ -81,7 +82,7 @@ def _case_records(plan: Plan, sizes: Sizes, encoder: str, history: int) -> Itera
         plain = fill_zeros(dlrm_dcn(user_candidate_bags(schema, DIM), schema))
         spec = sizes.spec(encoder, history)
         ranker = fill_zeros(dlrm_dcn(kvshare_collection(schema, spec), schema))
-    paths = Paths(schema, ranker, sizes.page_size)
+    paths = Paths(schema, ranker, sizes)
     for request in draw_requests(schema, plan.candidates, user=0, seed=plan.seed):
         paths.put(request)
         calls = dict(paths.calls(request, paths.merged(min(plan.merged_chunk_rows))))

@@ -81,7 +81,7 @@ def profile_scoring(
         Profiles named ``cached`` and ``uncached``.
     """
     schema = make_schema(history, num_users)
-    model = RankingModel(make_dlrm(schema, sizes, seed)).eval()
+    model = RankingModel(make_dlrm(schema, sizes, seed), sizes.body).eval()
     requests = [
         request
         for user in range(num_users)
