@@ -47,6 +47,7 @@ from torchrec_kvshare.data.batches import single, with_key
 from torchrec_kvshare.data.schema import FIRST_EVENT, HISTORY, Window, history_key
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.parity import score_through_pages
+from torchrec_kvshare.export.torchscript import script_model
 from torchrec_kvshare.features import Request, collate, collate_history, user_of_candidates
 from torchrec_kvshare.history.kinds import (
     BIDIRECTIONAL,
@@ -647,7 +648,7 @@ def test_a_scripted_tower_is_bit_equal_to_eager(name: str, body: str) -> None:
 def models_of(name: str) -> tuple[RankingModel, torch.jit.ScriptModule]:
     """The model of a world, eager and scripted."""
     model = RankingModel(world_of(name).dlrm).eval()
-    return model, torch.jit.script(model)
+    return model, script_model(model)
 
 
 # The other kinds differ in their towers alone, which are scripted above.

@@ -60,6 +60,7 @@ from torchrec_kvshare.data.targets import Windows, build_batch, windows_of
 from torchrec_kvshare.engine import Answer, Engine
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.parity import score_through_pages
+from torchrec_kvshare.export.torchscript import script_model
 from torchrec_kvshare.features import collate, parse_request
 from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
 from torchrec_kvshare.ranking import RankingModel
@@ -176,7 +177,7 @@ def test_a_model_of_two_histories_passes_its_audit() -> None:
 @torch.no_grad()
 def test_a_scripted_model_is_bit_equal_to_eager() -> None:
     model = ranking_model()
-    scripted = torch.jit.script(model)
+    scripted = script_model(model)
     batch = collate(
         parse_all([draw_buyer("a", 28, 3, 1), draw_buyer("b", 0, 2, 2)], TWO_HISTORIES),
         TWO_HISTORIES,

@@ -31,6 +31,7 @@ from torchrec_kvshare.collection import KVShareEmbeddingBagCollection, kvshare_c
 from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.parity import score_through_pages
+from torchrec_kvshare.export.torchscript import script_model
 from torchrec_kvshare.features import collate, user_of_candidates
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel, lift_kv_pages, plain_dlrm
@@ -142,7 +143,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 
 @torch.no_grad()
 def test_the_scripted_dlrm_is_bit_equal_to_eager(dlrm: DLRM) -> None:
-    scripted = torch.jit.script(dlrm)
+    scripted = script_model(dlrm)
     for users in (USERS, USERS[:1], [(0, 1, 6)], USERS[1:], [(14, 31, 7)]):
         batch = collate(parse_all(draw_raws(users)), SCHEMA)
         expected = dlrm(batch.dense_features, batch.sparse_features)

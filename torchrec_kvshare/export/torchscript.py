@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fbgemm_gpu  # noqa: F401  # registers the operators that a loaded program calls
 import torch
+from torch import nn
 
 import torchrec_kvshare
 from torchrec_kvshare.attention.bodies import DENSE, FLASH, NATIVE
@@ -76,8 +77,9 @@ def export_torchscript(model: RankingModel, schema: FeatureSchema, destination: 
         raise ConfigError(f"attention body {body} cannot be exported; {SCRIPTABLE_BODIES} can")
     audit = audit_model(model, schema)
     with artifact_folder(destination) as folder:
-        with _deprecation_accepted():
-            torch.jit.save(torch.jit.script(model), str(folder / PROGRAM))
+        program = script_model(model)
+        with _notices_accepted():
+            torch.jit.save(program, str(folder / PROGRAM))
         write_schema(folder, schema)
         parity = check_parity(_load_program(folder / PROGRAM), model, schema)
         description = {"encoder": encoder, "body": body, "schema": schema.to_json()}
@@ -94,6 +96,13 @@ def export_torchscript(model: RankingModel, schema: FeatureSchema, destination: 
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def script_model(model: nn.Module) -> torch.jit.ScriptModule:
+    """The model as a TorchScript program, without upstream's notices about it."""
+    with _notices_accepted():
+        scripted: torch.jit.ScriptModule = torch.jit.script(model)
+    return scripted
 
 
 def load_artifact(folder: Path) -> Artifact:
@@ -113,7 +122,7 @@ def load_artifact(folder: Path) -> Artifact:
 
 def _load_program(path: Path) -> RankingFunctions:
     try:
-        with _deprecation_accepted():
+        with _notices_accepted():
             program: RankingFunctions = torch.jit.load(str(path), map_location="cpu").eval()
     except RuntimeError as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
@@ -138,10 +147,9 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _deprecation_accepted() -> Iterator[None]:
-    """TorchScript is deprecated upstream and says so at every call."""
+def _notices_accepted() -> Iterator[None]:
+    """TorchScript is deprecated upstream, and torchrec's batches are annotated with IntTensor."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*torch.jit.*deprecated", category=DeprecationWarning
-        )
+        warnings.filterwarnings("ignore", ".*torch.jit.*deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "TorchScript will treat type annotations", UserWarning)
         yield

@@ -24,6 +24,7 @@ from torchrec_kvshare.data.schema import (
 )
 from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.errors import ParityError
+from torchrec_kvshare.export.parity import LOGIT_TOLERANCE
 from torchrec_kvshare.features import collate, parse_request
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record
@@ -36,7 +37,6 @@ WHOLE_WINDOWS = "whole_windows"
 ROW_PER_CANDIDATE = "row_per_candidate"
 NEGATIVES = 4  # of every event
 SAMPLED_TARGETS = 16  # of a window that are trained one row per candidate: all would take minutes
-TOLERANCE = 2e-5  # of logits
 
 RawRequest = dict[str, Any]
 
@@ -136,5 +136,5 @@ def _assert_parity(model: DLRMTrain, whole: Batch, rows: Batch, sampled: Sequenc
         for batch in (whole, rows)
     ]
     difference = float((logits[0][list(sampled)] - logits[1]).abs().max())
-    if not difference <= TOLERANCE:
+    if not difference <= LOGIT_TOLERANCE:
         raise ParityError(f"{ROW_PER_CANDIDATE} logits differ by {difference} from {WHOLE_WINDOWS}")
