@@ -23,8 +23,8 @@ CROSS_REQUEST = "cross_request"
 REQUEST = "request"
 EXACT = "exact"
 REFUSED = "refused"
-# A share of the greatest value. The suite: rounding in other batches moves K/V of every kind by less
-# than a tenth of this, a planted violation by more than a hundred times.
+# A share of the greatest value. In the suite, rounding in other batches moves K/V of every kind by
+# less than a tenth of this, a planted violation by more than a hundred times.
 TOLERANCE = 2e-5
 NUM_CANDIDATES = 3
 SCORES = "scores"
