@@ -150,7 +150,7 @@ class _Auditor:
     def claims_append(self) -> bool:
         """Whether the encoders say that rows stay when events come."""
         return any(
-            tower.encoder.reusable_events(earlier, self.longest) > 0
+            tower.encoder.reusable_events(earlier, earlier, self.longest) > 0
             for tower in self.model.collection.towers()
             for earlier in range(1, self.longest)
         )
@@ -168,7 +168,7 @@ class _Auditor:
             earlier = self.encode([cut])[0]
             for place, history in enumerate(self.schema.histories):
                 encoder = towers[place].encoder
-                stays = encoder.reusable_events(before[place], after[place])
+                stays = encoder.reusable_events(before[place], before[place], after[place])
                 rows = encoder.reusable_rows(stays) if claims else before[place]
                 part, full = earlier[place][:, :rows], self.kv[0][place][:, :rows]
                 for name, value in _by_layer(history.name, part, full).items():

@@ -488,6 +488,28 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             rows.append(pooling.tower.encoder.num_rows(num_events[place]))
         return rows
 
+    @torch.jit.export
+    def reusable(
+        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
+    ) -> list[tuple[int, int]]:
+        """What of cached K/V is right for histories that begin as the cached ones do.
+
+        Args:
+            num_matched: events that the cached and the other history begin with, by history.
+            cached_events: events of the cached histories.
+            num_events: events of the others.
+
+        Returns:
+            For each history its events, and the rows of K/V that they have.
+        """
+        reusable: list[tuple[int, int]] = []
+        for place, pooling in enumerate(self.poolings):
+            events = pooling.tower.encoder.reusable_events(
+                num_matched[place], cached_events[place], num_events[place]
+            )
+            reusable.append((events, pooling.tower.encoder.reusable_rows(events)))
+        return reusable
+
     @torch.jit.ignore
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The ranking stage's tables, and one entry for each pooled history."""

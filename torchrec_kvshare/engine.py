@@ -1,4 +1,4 @@
-"""The only place where cache meets model: look up, prefill what misses, expand, score.
+"""The only place where cache meets model: look up, prefill or extend what misses, expand, score.
 
 The model is a function of tensors and the cache keeps K/V; this file hands one to the other. Every
 fault of the cache is a recomputation, so scores never depend on what it holds.
@@ -13,16 +13,25 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.cache.identity import history_digest
+from torchrec_kvshare.cache.identity import PrefixDigests
 from torchrec_kvshare.cache.items import ItemCache
-from torchrec_kvshare.cache.kv_cache import HIT, NOT_ADMITTED, TOO_SHORT, Entry, KVCache
+from torchrec_kvshare.cache.kv_cache import (
+    HIT,
+    NOT_ADMITTED,
+    TOO_SHORT,
+    Entry,
+    KVCache,
+    Lookup,
+)
 from torchrec_kvshare.data.batches import Bags, with_key
 from torchrec_kvshare.data.schema import PAGES, FeatureSchema, history_key
 from torchrec_kvshare.features import (
+    Events,
     Request,
     collate,
     collate_candidates,
     collate_history,
+    collate_tails,
     distinct_histories,
     user_of_candidates,
 )
@@ -40,8 +49,18 @@ class RankingFunctions(Protocol):
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
         """For each history K/V [planes, R, H, D]."""
 
+    def extend(
+        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
+    ) -> list[Tensor]:
+        """For each history K/V of new events behind cached rows."""
+
     def num_rows(self, num_events: list[int]) -> list[int]:
         """Rows of K/V of histories of so many events, in the order of the histories."""
+
+    def reusable(
+        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
+    ) -> list[tuple[int, int]]:
+        """For each history events and rows of cached K/V that are right for another history."""
 
     def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
         """For each history what candidates are before they meet a user."""
@@ -61,7 +80,7 @@ class CacheUse:
     """What the cache did for one answer, over all histories.
 
     Attributes:
-        status: ``hit``, ``partial`` (some histories hit), ``miss`` or ``bypass``.
+        status: ``hit``, ``partial`` (some of the K/V was there), ``miss`` or ``bypass``.
         reason: why not a hit; empty for a hit.
         cached_events: events whose K/V was there.
         computed_events: events encoded for this answer.
@@ -119,6 +138,7 @@ class Engine:
         caches: where K/V is kept between requests, one for each history of the schema; None shares
             it within a request only.
         items: where projected candidates are kept; None projects them anew.
+        extends: whether K/V may be extended by new events; else whole histories alone are reused.
     """
 
     def __init__(
@@ -128,6 +148,7 @@ class Engine:
         model_version: str,
         caches: Sequence[KVCache] | None,
         items: ItemCache | None = None,
+        extends: bool = True,
     ) -> None:
         assert caches is None or len(caches) == len(schema.histories)
         self.model = model
@@ -135,6 +156,7 @@ class Engine:
         self.model_version = model_version
         self.caches = caches
         self.items = items
+        self.extends = extends
 
     @torch.no_grad()
     def rank(self, requests: Sequence[Request]) -> list[Answer]:
@@ -186,17 +208,32 @@ class Engine:
         caches: Sequence[KVCache],
         pinned: list[tuple[KVCache, Entry]],
     ) -> list["_Lookup"]:
-        lookups = []
+        found = []
         for history, cache in zip(self.schema.histories, caches, strict=True):
             events = request.events_by_history[history.name]
-            if events.num_events == 0:
-                lookups.append(_Lookup(None, TOO_SHORT, b"", 0))
-                continue
-            digest = history_digest(events, self.schema)
-            entry, reason = cache.lookup(request.user_id, digest, events.num_events)
-            if entry is not None:
-                pinned.append((cache, entry))
-            lookups.append(_Lookup(entry, reason, digest, events.num_events))
+            digests = PrefixDigests(events, self.schema, cache.pool.page_size)
+            lookup = Lookup(None, TOO_SHORT, 0)
+            if events.num_events:
+                lookup = cache.lookup(request.user_id, digests)
+            if lookup.entry is not None:
+                pinned.append((cache, lookup.entry))
+            found.append((digests, lookup))
+        reusable = self.model.reusable(
+            [lookup.num_matched if self.extends else 0 for _, lookup in found],
+            [0 if lookup.entry is None else lookup.entry.num_events for _, lookup in found],
+            [digests.num_events for digests, _ in found],
+        )
+        lookups = []
+        for cache, (digests, lookup), (kept_events, rows) in zip(
+            caches, found, reusable, strict=True
+        ):
+            entry = lookup.entry
+            if entry is not None and rows == 0 and lookup.reason != HIT:
+                # Nothing of it is of use: its own pages may make room for what comes.
+                pinned.remove((cache, entry))
+                cache.release(entry)
+                entry = None
+            lookups.append(_Lookup(entry, lookup.reason, digests, kept_events, rows))
         return lookups
 
     def _prefill(
@@ -207,33 +244,71 @@ class Engine:
         found: dict[int, _Found],
         pinned: list[tuple[KVCache, Entry]],
     ) -> None:
-        """Encode the histories that miss, all in one batch, and keep what the pool has room for."""
+        """Encode what misses, all in one batch, and keep what the pool has room for."""
         places = list(missing)
         firsts, row_of_place = distinct_histories([requests[place] for place in places])
-        encoded = [requests[places[first]] for first in firsts]
+        lookups_by_row = [missing[places[first]] for first in firsts]
         with record_function(PREFILL):
-            kv_by_history = self.model.prefill(
-                collate_history(encoded, self.schema).sparse_features
+            kv_by_history = self._encode(
+                [requests[places[first]] for first in firsts], lookups_by_row, caches
             )
-        lengths = [
-            [request.events_by_history[h.name].num_events for h in self.schema.histories]
-            for request in encoded
-        ]
-        rows = [self.model.num_rows(num_events) for num_events in lengths]
-        parts_by_history = [
-            kv.split([counts[place] for counts in rows], dim=1)
-            for place, kv in enumerate(kv_by_history)
-        ]
         kept: dict[int, list[_Lookup]] = {}
         for place, row in zip(places, row_of_place, strict=True):
             if row not in kept:
                 kept[row] = [
-                    _keep(encoded[row], lookup, cache, parts[row], pinned)
+                    _keep(requests[place].user_id, lookup, cache, parts[row], pinned)
                     for lookup, cache, parts in zip(
-                        missing[place], caches, parts_by_history, strict=True
+                        lookups_by_row[row], caches, kv_by_history, strict=True
                     )
                 ]
             found[place] = _found_pages(missing[place], kept[row])
+
+    def _encode(
+        self,
+        requests: Sequence[Request],
+        lookups_by_row: Sequence[Sequence["_Lookup"]],
+        caches: Sequence[KVCache],
+    ) -> list[tuple[Tensor, ...]]:
+        """For each history the K/V [planes, new rows, H, D] of each request, behind kept rows."""
+        num_rows = [
+            self.model.num_rows([lookup.num_events for lookup in lookups])
+            for lookups in lookups_by_row
+        ]
+        if any(lookup.kept_rows for lookups in lookups_by_row for lookup in lookups):
+            kv_by_history = self._extend(requests, lookups_by_row, caches)
+        else:
+            kv_by_history = self.model.prefill(
+                collate_history(requests, self.schema).sparse_features
+            )
+        parts = []
+        for place, kv in enumerate(kv_by_history):
+            new_rows = [
+                counts[place] - lookups[place].kept_rows
+                for counts, lookups in zip(num_rows, lookups_by_row, strict=True)
+            ]
+            parts.append(kv.split(new_rows, dim=1))
+        return parts
+
+    def _extend(
+        self,
+        requests: Sequence[Request],
+        lookups_by_row: Sequence[Sequence["_Lookup"]],
+        caches: Sequence[KVCache],
+    ) -> list[Tensor]:
+        tails: list[dict[str, Events]] = [{} for _ in requests]
+        first_places: dict[str, list[int]] = {}
+        cached, cached_rows = [], []
+        for place, (history, cache) in enumerate(zip(self.schema.histories, caches, strict=True)):
+            of_history = [lookups[place] for lookups in lookups_by_row]
+            first_places[history.name] = [lookup.kept_events for lookup in of_history]
+            for tail, request, lookup in zip(tails, requests, of_history, strict=True):
+                events = request.events_by_history[history.name]
+                tail[history.name] = events.part(lookup.kept_events, events.num_events)
+            rows = [_cached_rows(cache, lookup) for lookup in of_history]
+            cached.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
+            cached_rows.append(torch.tensor([lookup.kept_rows for lookup in of_history]))
+        batch = collate_tails(tails, first_places, self.schema)
+        return self.model.extend(batch.sparse_features, cached, cached_rows)
 
     def _answers(self, requests: Sequence[Request], found: Sequence[_Found]) -> list[Answer]:
         paged = [place for place, one in enumerate(found) if one.in_pages]
@@ -281,12 +356,30 @@ class Engine:
 
 
 class _Lookup(NamedTuple):
-    """What is known of one history of a request: its K/V, or why there is none."""
+    """What is known of one history of a request: its K/V, or why some is missing.
+
+    Attributes:
+        entry: pinned; None if nothing is cached.
+        reason: why it is not a hit.
+        digests: of the history.
+        kept_events: events whose cached K/V is right for it.
+        kept_rows: rows of K/V that they have.
+    """
 
     entry: Entry | None
     reason: str
-    digest: bytes
-    num_events: int
+    digests: PrefixDigests
+    kept_events: int
+    kept_rows: int
+
+    @property
+    def num_events(self) -> int:
+        return self.digests.num_events
+
+    @property
+    def num_cached(self) -> int:
+        """Events that need not be encoded."""
+        return self.num_events if self.reason == HIT else self.kept_events
 
 
 def expand(
@@ -311,17 +404,23 @@ def expand(
     return with_key(features, history_key(history, PAGES), Bags(pages, lengths), candidate_user)
 
 
+def _cached_rows(cache: KVCache, lookup: _Lookup) -> Tensor:
+    """Those rows [planes, R, H, D] of what is cached that are right for the history."""
+    pages = [] if lookup.entry is None else lookup.entry.pages
+    return cache.pool.read(pages, lookup.kept_rows)
+
+
 def _keep(
-    request: Request,
+    user_id: str,
     lookup: _Lookup,
     cache: KVCache,
     kv: Tensor,
     pinned: list[tuple[KVCache, Entry]],
 ) -> _Lookup:
     """Put the K/V of a history that missed into the cache; what was there stays as it is."""
-    if lookup.entry is not None or lookup.num_events == 0:
+    if lookup.reason == HIT or lookup.num_events == 0:
         return lookup
-    entry = cache.put(request.user_id, lookup.digest, kv, lookup.num_events)
+    entry = cache.put(user_id, lookup.digests, kv, lookup.entry, lookup.kept_rows)
     if entry is None:
         return lookup._replace(reason=NOT_ADMITTED)
     pinned.append((cache, entry))
@@ -333,16 +432,15 @@ def _found_pages(looked_up: Sequence[_Lookup], kept: Sequence[_Lookup]) -> _Foun
 
     Where one history has no room, none of the request's is read from pages.
     """
+    num_events = sum(lookup.num_events for lookup in looked_up)
     if any(lookup.reason == NOT_ADMITTED for lookup in kept):
-        num_events = sum(lookup.num_events for lookup in looked_up)
         use = CacheUse("bypass", NOT_ADMITTED, 0, num_events, "none")
         return _Found((), use, in_pages=False)
-    cached = sum(lookup.num_events for lookup in looked_up if lookup.entry is not None)
-    computed = sum(lookup.num_events for lookup in looked_up if lookup.entry is None)
+    cached = sum(lookup.num_cached for lookup in looked_up)
     reasons = [lookup.reason for lookup in looked_up if lookup.reason not in (HIT, TOO_SHORT)]
-    status = HIT if not computed else "partial" if cached else "miss"
+    status = "partial" if reasons and cached else "miss" if reasons else HIT
     tier = "device" if cached else "none"
-    use = CacheUse(status, reasons[0] if reasons else "", cached, computed, tier)
+    use = CacheUse(status, reasons[0] if reasons else "", cached, num_events - cached, tier)
     return _Found(tuple(lookup.entry for lookup in kept or looked_up), use, in_pages=True)
 
 

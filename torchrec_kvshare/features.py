@@ -18,6 +18,7 @@ from torchrec.datasets.utils import Batch
 from torchrec_kvshare.data.batches import Bags, assemble, clock_features, single, squash
 from torchrec_kvshare.data.schema import (
     ACTION,
+    FIRST_EVENT,
     ITEM,
     REQUEST_HISTORY,
     REQUEST_TIME,
@@ -43,15 +44,26 @@ class Events:
     Attributes:
         columns: one [L] int64 per event column, and ``time``.
         bags: rows of each event by multi-valued item attribute.
+        first_event: place of the first of them among all of the history's events.
     """
 
     columns: dict[str, Tensor]
     bags: dict[str, Bags]
+    first_event: int
 
     @property
     def num_events(self) -> int:
         """Events that the model reads."""
         return self.columns[TIME].numel()
+
+    def part(self, first: int, last: int) -> "Events":
+        """The events from one place of the window to another."""
+        columns = {column: values[first:last] for column, values in self.columns.items()}
+        bags = {}
+        for column, bag in self.bags.items():
+            start, end = int(bag.lengths[:first].sum()), int(bag.lengths[:last].sum())
+            bags[column] = Bags(bag.values[start:end], bag.lengths[first:last])
+        return Events(columns, bags, self.first_event + first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,13 +172,31 @@ def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch
     Returns:
         A batch with the histories' keys alone.
     """
-    nobody = torch.empty(0, dtype=torch.int64)
-    return assemble(
-        _history_bags(requests, schema),
-        nobody,
-        torch.empty(0, schema.num_dense),
-        torch.empty(0),
+    firsts, _ = distinct_histories(requests)
+    return _without_candidates(
+        _history_bags([requests[row].events_by_history for row in firsts], schema), schema
     )
+
+
+def collate_tails(
+    events_by_history: Sequence[Mapping[str, Events]],
+    first_places: Mapping[str, Sequence[int]],
+    schema: FeatureSchema,
+) -> Batch:
+    """The new events of some histories, as ``extend`` wants them.
+
+    Args:
+        events_by_history: new events of each user by the history's name; maybe none.
+        first_places: by the history's name, the window's place of each user's first new event.
+        schema: the model's columns.
+
+    Returns:
+        A batch with the histories' keys, and with ``first_event``, alone.
+    """
+    bags = _history_bags(events_by_history, schema)
+    for name, places in first_places.items():
+        bags[history_key(name, FIRST_EVENT)] = single(torch.tensor(places))
+    return _without_candidates(bags, schema)
 
 
 def collate_candidates(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
@@ -192,7 +222,9 @@ def collate(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
     Returns:
         A batch for ``model(dense, features)``.
     """
-    return _collate(requests, _request_bags(requests, schema) | _history_bags(requests, schema))
+    firsts, _ = distinct_histories(requests)
+    history_bags = _history_bags([requests[row].events_by_history for row in firsts], schema)
+    return _collate(requests, _request_bags(requests, schema) | history_bags)
 
 
 def distinct_histories(requests: Sequence[Request]) -> tuple[list[int], list[int]]:
@@ -246,11 +278,17 @@ def _request_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[st
     return bags
 
 
-def _history_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
-    firsts, _ = distinct_histories(requests)
+def _without_candidates(bags: dict[str, Bags], schema: FeatureSchema) -> Batch:
+    nobody = torch.empty(0, dtype=torch.int64)
+    return assemble(bags, nobody, torch.empty(0, schema.num_dense), torch.empty(0))
+
+
+def _history_bags(
+    events_by_history: Sequence[Mapping[str, Events]], schema: FeatureSchema
+) -> dict[str, Bags]:
     bags = {}
     for history in schema.histories:
-        events = [requests[row].events_by_history[history.name] for row in firsts]
+        events = [by_history[history.name] for by_history in events_by_history]
         for column in (*schema.event_columns, TIME):
             bags[history_key(history.name, column)] = _jagged([e.columns[column] for e in events])
         for column in schema.item_attributes:
@@ -285,6 +323,7 @@ def _events(history: History, columns: dict[str, list[Any]], schema: FeatureSche
         {c: _rows(read[c], schema, c, f"history.{c}") for c in schema.event_columns}
         | {TIME: _times(read[TIME])},
         {c: _bags(read[c], schema, c, f"history.{c}") for c in schema.item_attributes},
+        history.window.start(history.num_events(columns[ACTION if history.actions else TIME])),
     )
 
 

@@ -117,6 +117,13 @@ class RankingModel(nn.Module):
         return self.collection.num_rows(num_events)
 
     @torch.jit.export
+    def reusable(
+        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
+    ) -> list[tuple[int, int]]:
+        """For each history events and rows; see ``KVShareEmbeddingBagCollection.reusable``."""
+        return self.collection.reusable(num_matched, cached_events, num_events)
+
+    @torch.jit.export
     def score(
         self,
         dense: Tensor,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_kvshare.audit import CROSS_REQUEST
+from torchrec_kvshare.audit import CROSS_REQUEST, EXACT
 from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
@@ -96,7 +96,8 @@ def new_engine(
         ]
     items = ItemCache(num_items, artifact.schema) if num_items and kept is not None else None
     version = artifact.manifest.model_version
-    return Engine(artifact.model, artifact.schema, version, kept, items)
+    extends = artifact.manifest.audit["append"] == EXACT
+    return Engine(artifact.model, artifact.schema, version, kept, items, extends)
 
 
 def _check_audit(manifest: Manifest) -> None:

@@ -244,7 +244,7 @@ def test_who_claims_nothing_is_refused_to_append_and_may_be_kept_all_the_same() 
 class ClaimsNothing(CausalEncoder):
     """Would stay as it is, but does not say so."""
 
-    def reusable_events(self, cached_events: int, num_events: int) -> int:
+    def reusable_events(self, num_matched: int, cached_events: int, num_events: int) -> int:
         return 0
 
 

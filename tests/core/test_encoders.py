@@ -194,7 +194,7 @@ def test_another_brand_changes_what_its_candidate_pools_and_no_other(name: str) 
 
 def grow(tower: HistoryTower, cached: Tensor, num_cached: int, events: Tensor) -> Tensor:
     """K/V of events of which the first were encoded before: reuse what stays, add the rest."""
-    num_kept = tower.encoder.reusable_events(num_cached, len(events))
+    num_kept = tower.encoder.reusable_events(num_cached, num_cached, len(events))
     rows = tower.encoder.reusable_rows(num_kept)
     new = tower.extend(
         cached[:, :rows], [(0, rows)], events[num_kept:], [(0, len(events) - num_kept)]
@@ -249,7 +249,7 @@ def test_users_are_extended_together_as_alone_wherever_their_rows_lie(
     cached, new_events, expected = [], [], []
     for place, (num_cached, num_new) in enumerate(users):
         events = draw_rows(seed + place, torch.float64, num_cached + num_new, WIDTH)
-        num_kept = encoder.reusable_events(num_cached, len(events))
+        num_kept = encoder.reusable_events(num_cached, num_cached, len(events))
         rows = encoder.reusable_rows(num_kept)
         cached.append(prefill_alone(tower, events[:num_cached])[:, :rows])
         new_events.append(events[num_kept:])
@@ -284,7 +284,7 @@ def test_what_is_cached_is_read_and_not_encoded_again(name: str) -> None:
     events = draw_rows(6, torch.float32, 11, WIDTH)
     cached = prefill_alone(tower, events[:8])
     moved = (grow(tower, cached + 1.0, 8, events) - grow(tower, cached, 8, events)).abs()
-    rows = tower.encoder.reusable_rows(tower.encoder.reusable_events(8, 11))
+    rows = tower.encoder.reusable_rows(tower.encoder.reusable_events(8, 8, 11))
     assert rows > 0
     assert (moved[:, :rows] > 0.9).all()
     if tower.spec.kind == TARGET_ONLY:  # Its events do not see each other.
@@ -310,7 +310,7 @@ def test_longer_reuses_closed_groups_while_the_recent_ones_start_where_they_did(
     num_cached: int, num_events: int, reusable: int
 ) -> None:
     encoder = make_tower(LONGER, torch.float32).encoder
-    assert encoder.reusable_events(num_cached, num_events) == reusable
+    assert encoder.reusable_events(num_cached, num_cached, num_events) == reusable
     assert encoder.reusable_rows(reusable) == reusable / 3
 
 
@@ -329,7 +329,7 @@ def test_a_model_extends_to_what_it_would_prefill(
     )
     cuts = [data.draw(st.integers(0, num_events)) for num_events, data in users]
     kept = [
-        encoder.reusable_events(cut_at, raw_length(raw))
+        encoder.reusable_events(cut_at, cut_at, raw_length(raw))
         for cut_at, raw in zip(cuts, raws, strict=True)
     ]
     rows = [encoder.reusable_rows(num_kept) for num_kept in kept]
@@ -361,7 +361,7 @@ def raw_length(raw: RawRequest) -> int:
 @torch.no_grad()
 def test_a_bidirectional_history_refuses_to_be_extended() -> None:
     tower = make_tower(BIDIRECTIONAL, torch.float32)
-    assert [tower.encoder.reusable_events(cached, 9) for cached in (0, 5, 9)] == [0, 0, 0]
+    assert [tower.encoder.reusable_events(cached, cached, 9) for cached in (0, 5, 9)] == [0, 0, 0]
     events = draw_rows(6, torch.float32, 9, WIDTH)
     cached = prefill_alone(tower, events[:6])
     with pytest.raises(ValueError, match="bidirectional histories cannot be extended"):
@@ -593,7 +593,7 @@ def test_native_extends_as_it_prefills(name: str) -> None:
     whole = prefill_alone(tower, draw_rows(2, torch.float32, 22, WIDTH))
     assert_close(whole, expected, ROW_TOLERANCE[torch.float32])
     for num_cached in (0, 1, 13, 21):
-        kept = tower.encoder.reusable_events(num_cached, 22)
+        kept = tower.encoder.reusable_events(num_cached, num_cached, 22)
         rows = tower.encoder.reusable_rows(kept)
         new = draw_rows(2, torch.float32, 22, WIDTH)[kept:]
         got = tower.extend(whole[:, :rows], [(0, rows)], new, [(0, 22 - kept)])
@@ -674,7 +674,7 @@ def test_a_scripted_model_extends_bit_equal_to_eager(kind: str) -> None:
     [raw] = raws_of(world, [(11, 1, 3)])
     eager, scripted = models_of(kind)
     encoder = eager.collection.towers()[0].encoder
-    num_kept = encoder.reusable_events(8, 11)
+    num_kept = encoder.reusable_events(8, 8, 11)
     rows = encoder.reusable_rows(num_kept)
     earlier, tail = parse_all([cut(raw, 0, 8), cut(raw, num_kept, 11)], world.schema)
     cached = [eager.prefill(history_features(world, [earlier]))[0][:, :rows]]

@@ -133,28 +133,69 @@ def test_a_stale_entry_is_never_used(ranking_model: RankingModel) -> None:
     raw = raw_of("a", 11, 3, 1)
     before = rank(engine, raw)
     after = rank(engine, edited(raw))
-    assert uses(after) == [("miss", "edited", 0, 11, "none")]
+    assert uses(after) == [("partial", "edited", 10, 1, "device")]
     assert_same_scores(after, rank(uncached, edited(raw)))
     moved = np.abs(np.subtract(after[0].scores, before[0].scores)).max()
     assert moved > 100 * PROBABILITY_TOLERANCE
-    assert uses(rank(engine, raw)) == [("miss", "edited", 0, 11, "none")]
+    assert uses(rank(engine, raw)) == [("partial", "edited", 10, 1, "device")]
+    assert_same_scores(rank(engine, raw), before)
 
 
-def test_a_shortened_history_is_a_miss(ranking_model: RankingModel) -> None:
+@pytest.mark.parametrize(("place", "num_kept"), [(0, 0), (4, 0), (5, 5), (9, 5)])
+def test_what_stands_before_an_edit_is_used_again(
+    ranking_model: RankingModel, place: int, num_kept: int
+) -> None:
     engine, uncached = make_engine(ranking_model, 4), make_engine(ranking_model, 0)
     raw = raw_of("a", 11, 3, 1)
     rank(engine, raw)
-    after = rank(engine, cut(raw, 4))
-    assert uses(after) == [("miss", "shrunk", 0, 4, "none")]
-    assert_same_scores(after, rank(uncached, cut(raw, 4)))
+    changed = copy.deepcopy(raw)
+    changed["history"]["time"][place] += 1
+    after = rank(engine, changed)
+    status, tier = ("partial", "device") if num_kept else ("miss", "none")
+    assert uses(after) == [(status, "edited", num_kept, 11 - num_kept, tier)]
+    assert_same_scores(after, rank(uncached, changed))
 
 
-def test_a_grown_history_is_a_miss(ranking_model: RankingModel) -> None:
+@pytest.mark.parametrize(("num_events", "num_kept"), [(4, 0), (7, 5), (10, 10)])
+def test_a_shortened_history_keeps_whole_blocks(
+    ranking_model: RankingModel, num_events: int, num_kept: int
+) -> None:
     engine, uncached = make_engine(ranking_model, 4), make_engine(ranking_model, 0)
     raw = raw_of("a", 11, 3, 1)
+    rank(engine, raw)
+    after = rank(engine, cut(raw, num_events))
+    assert [use[1:4] for use in uses(after)] == [("shrunk", num_kept, num_events - num_kept)]
+    assert_same_scores(after, rank(uncached, cut(raw, num_events)))
+    assert uses(rank(engine, cut(raw, num_events))) == [("hit", "", num_events, 0, "device")]
+
+
+def test_a_grown_history_is_extended(ranking_model: RankingModel) -> None:
+    engine, uncached = make_engine(ranking_model, 4), make_engine(ranking_model, 0)
+    raw = raw_of("a", 14, 3, 1)
+    rank(engine, cut(raw, 3))
+    for before, now in ((3, 4), (4, 11), (11, 14)):
+        after = rank(engine, cut(raw, now))
+        assert uses(after) == [("partial", "cold", before, now - before, "device")]
+        assert_same_scores(after, rank(uncached, cut(raw, now)))
+    assert uses(rank(engine, raw)) == [("hit", "", 14, 0, "device")]
+    assert_nothing_pinned(engine)
+
+
+def test_where_the_audit_refuses_it_nothing_is_extended(ranking_model: RankingModel) -> None:
+    engine = make_engine(ranking_model, 4)
+    engine.extends = False
+    raw = raw_of("a", 11, 3, 1)
     rank(engine, cut(raw, 10))
+    assert uses(rank(engine, raw)) == [("miss", "cold", 0, 11, "none")]
+    assert uses(rank(engine, raw)) == [("hit", "", 11, 0, "device")]
+
+
+def test_a_window_that_slid_is_encoded_anew(ranking_model: RankingModel) -> None:
+    engine, uncached = make_engine(ranking_model, 4), make_engine(ranking_model, 0)
+    raw = raw_of("a", 15, 3, 1)  # The window starts at event 7, a moment ago it did at the first.
+    rank(engine, cut(raw, 14))
     after = rank(engine, raw)
-    assert uses(after) == [("miss", "edited", 0, 11, "none")]
+    assert uses(after) == [("miss", "slid", 0, 8, "none")]
     assert_same_scores(after, rank(uncached, raw))
 
 
@@ -250,10 +291,10 @@ def test_one_user_with_two_histories_in_a_batch_gets_each_its_own(
     raws = [edited(raw), raw, cut(raw, 6), edited(raw), cut(raw, 10)]
     answers = rank(engine, *raws)
     assert [use[:2] for use in uses(answers)] == [
-        ("miss", "edited"),
+        ("partial", "edited"),
         ("hit", ""),
-        ("miss", "shrunk"),
-        ("miss", "edited"),  # Encoded with the first.
+        ("partial", "shrunk"),
+        ("partial", "edited"),  # Encoded with the first.
         ("bypass", "not_admitted"),
     ]
     assert_same_scores(answers, rank(uncached, *raws))
@@ -339,9 +380,14 @@ def assert_use_is_consistent(
     if status == "hit":
         assert (reason, cached, computed, tier) == ("", num_events, 0, "device")
         return
+    if status == "partial":
+        assert reason in {"cold", "edited", "shrunk"}
+        assert (cached + computed, tier) == (num_events, "device")
+        assert cached > 0
+        return
     assert (cached, computed, tier) == (0, num_events, "none")
     if status == "miss":
-        assert reason in {"cold", "evicted", "edited", "shrunk"}
+        assert reason in {"cold", "evicted", "edited", "shrunk", "slid"}
     else:
         assert (status, reason) == ("bypass", "not_admitted" if num_events else "too_short")
 
@@ -389,6 +435,16 @@ class BrokenPrefill:
 
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
         raise RuntimeError("not enough memory")
+
+    def extend(
+        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
+    ) -> list[Tensor]:
+        raise RuntimeError("not enough memory")
+
+    def reusable(
+        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
+    ) -> list[tuple[int, int]]:
+        return self.model.reusable(num_matched, cached_events, num_events)
 
     def num_rows(self, num_events: list[int]) -> list[int]:
         return self.model.num_rows(num_events)

@@ -137,7 +137,9 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
         "candidates": ["item_id", "genres", "price"],
     }
     parity = written["parity"]
-    assert set(parity) == {"exported_eager", "cached_uncached", "one_by_one_together"}
+    assert set(parity) == {
+        *("exported_eager", "cached_uncached", "extended_uncached", "one_by_one_together")
+    }
     assert parity["exported_eager"] == 0.0
     assert all(0.0 <= difference <= LOGIT_TOLERANCE for difference in parity.values())
     assert written["versions"]["torch"] == torch.__version__

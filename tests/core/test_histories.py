@@ -214,16 +214,16 @@ def test_a_new_view_leaves_what_was_bought_in_the_cache() -> None:
     rank(engine, cut(raw, 0, 11))  # The twelfth event is a buy, the eleventh a view.
     rank(engine, cut(raw, 0, 10))
     after = rank(engine, cut(raw, 0, 11))
-    assert uses(after) == [("partial", "edited", 4, 11, "device")]
+    assert uses(after) == [("partial", "cold", 10 + 4, 1, "device")]
     assert_same_scores(after, rank(uncached_engine(), cut(raw, 0, 11)))
     assert uses(rank(engine, cut(raw, 0, 11))) == [("hit", "", 11 + 4, 0, "device")]
 
 
-def test_a_new_buy_is_a_miss_of_both() -> None:
+def test_a_new_buy_extends_both() -> None:
     engine, raw = make_engine(), twelve_events()
     rank(engine, cut(raw, 0, 11))
     after = rank(engine, raw)
-    assert uses(after) == [("miss", "edited", 0, 12 + 5, "none")]
+    assert uses(after) == [("partial", "cold", 11 + 4, 2, "device")]
     assert_same_scores(after, rank(uncached_engine(), raw))
 
 

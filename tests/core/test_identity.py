@@ -11,15 +11,21 @@ from hypothesis import strategies as st
 from torchrec.models.dlrm import DLRM
 
 from tests.core.worlds import CAUSAL_SPEC, SCHEMA, draw_raw, fresh_process
-from torchrec_kvshare.cache.identity import history_digest, model_digest
+from torchrec_kvshare.cache.identity import PrefixDigests, model_digest
 from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.features import parse_request
 
 RawRequest = dict[str, Any]
 
+BLOCK = 3  # events
+
+
+def digests_of(raw: RawRequest) -> PrefixDigests:
+    return PrefixDigests(parse_request(raw, SCHEMA).events_by_history[HISTORY], SCHEMA, BLOCK)
+
 
 def digest_of(raw: RawRequest) -> bytes:
-    return history_digest(parse_request(raw, SCHEMA).events_by_history[HISTORY], SCHEMA)
+    return digests_of(raw).whole
 
 
 def events(**columns: list[Any]) -> RawRequest:
@@ -122,6 +128,17 @@ def test_only_the_history_is_in_its_digest(num_events: int, seed: int) -> None:
     assert digest_of(other) == digest_of(raw)
 
 
+@given(histories)
+def test_a_prefix_has_the_digest_of_the_history_that_ends_there(
+    drawn: list[tuple[Any, ...]],
+) -> None:
+    digests = digests_of(history_of(drawn))
+    for length in range(len(drawn) + 1):
+        assert digests.at(length) == digest_of(history_of(drawn[:length]))
+    multiples = range(BLOCK, len(drawn) + 1, BLOCK)
+    assert digests.blocks == tuple(digests.at(length) for length in multiples)
+
+
 def test_events_before_the_window_are_not_in_the_digest() -> None:
     raw = draw_raw(20, 1, 6)  # The window starts at event 7.
     edited = copy.deepcopy(raw)
@@ -138,10 +155,9 @@ def test_an_id_as_integer_and_as_text_is_the_same_id() -> None:
 def test_digests_are_the_same_in_every_process() -> None:
     program = """
 from tests.core.worlds import SCHEMA, draw_raw, make_dlrm
-from torchrec_kvshare.cache.identity import history_digest, model_digest
-from torchrec_kvshare.features import parse_request
-request = parse_request(draw_raw(9, 2, 5), SCHEMA)
-print(history_digest(request.events_by_history["history"], SCHEMA).hex())
+from tests.core.test_identity import digests_of
+from torchrec_kvshare.cache.identity import model_digest
+print(digests_of(draw_raw(9, 2, 5)).whole.hex())
 print(model_digest(make_dlrm(4).state_dict(), {"schema": SCHEMA.to_json(), "encoder": "x"}))
 """
     processes = [fresh_process(program, PYTHONHASHSEED=str(seed)) for seed in (1, 2)]

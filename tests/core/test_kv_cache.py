@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,11 +14,16 @@ from torch import Tensor
 
 from tests.core.worlds import HEAD_DIM, NUM_HEADS, NUM_PLANES, PAGE_BYTES, PAGE_SIZE
 from torchrec_kvshare.cache import kv_cache
+from torchrec_kvshare.cache.identity import PrefixDigests
 from torchrec_kvshare.cache.kv_cache import Entry, KVCache
 from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.data.schema import HISTORY, TIME, FeatureSchema, History, Window
 from torchrec_kvshare.errors import ShapeError
+from torchrec_kvshare.features import Events
 
 HAMMER_SECONDS = 20.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.0
+
+BARE = FeatureSchema({}, (), False, (), (), (History(HISTORY, Window(100, 5)),))
 
 
 def make_cache(num_pages: int) -> KVCache:
@@ -25,24 +31,42 @@ def make_cache(num_pages: int) -> KVCache:
     return KVCache(pool)
 
 
-def kv_of(digest: bytes, num_events: int) -> Tensor:
-    """K/V that tells which history it is of."""
-    kv = torch.full((NUM_PLANES, num_events, NUM_HEADS, HEAD_DIM), float(hash(digest) % 9973))
-    return kv + torch.arange(num_events)[:, None, None] / 64
+def history_of(events: Sequence[int], first_event: int = 0) -> PrefixDigests:
+    """A history whose events are told apart by their times alone."""
+    return PrefixDigests(Events({TIME: torch.tensor(events)}, {}, first_event), BARE, PAGE_SIZE)
 
 
-def is_intact(cache: KVCache, entry: Entry) -> bool:
+def events_of(name: str, num_pages: int) -> list[int]:
+    """Events of so many pages that no history of another name has."""
+    return [1000 * ord(name) + place for place in range(num_pages * PAGE_SIZE)]
+
+
+def kv_of(events: Sequence[int]) -> Tensor:
+    """K/V that tells which events it is of."""
+    return torch.tensor(events).float()[:, None, None].expand(NUM_PLANES, -1, NUM_HEADS, HEAD_DIM)
+
+
+def holds(cache: KVCache, entry: Entry, events: Sequence[int]) -> bool:
     kv = cache.pool.kv_pages[:, entry.pages].flatten(1, 2)[:, : entry.num_events]
-    return torch.equal(kv, kv_of(entry.digest, entry.num_events))
+    return torch.equal(kv, kv_of(events))
 
 
-def put(cache: KVCache, user_id: str, digest: bytes, num_pages: int) -> Entry | None:
-    num_events = num_pages * PAGE_SIZE
-    return cache.put(user_id, digest, kv_of(digest, num_events), num_events)
+def look_up(cache: KVCache, user_id: str, events: Sequence[int]) -> tuple[str, int]:
+    """Reason and matched events; nothing stays pinned."""
+    found = cache.lookup(user_id, history_of(events))
+    assert (found.entry is None) == (found.num_matched == 0)
+    if found.entry is not None:
+        cache.release(found.entry)
+    return found.reason, found.num_matched
 
 
-def put_and_release(cache: KVCache, user_id: str, digest: bytes, num_pages: int) -> None:
-    entry = put(cache, user_id, digest, num_pages)
+def put(cache: KVCache, user_id: str, name: str, num_pages: int) -> Entry | None:
+    events = events_of(name, num_pages)
+    return cache.put(user_id, history_of(events), kv_of(events))
+
+
+def put_and_release(cache: KVCache, user_id: str, name: str, num_pages: int) -> None:
+    entry = put(cache, user_id, name, num_pages)
     assert entry is not None
     cache.release(entry)
 
@@ -53,73 +77,200 @@ def state_of(cache: KVCache) -> tuple[list[str], int]:
 
 
 def test_an_unknown_user_is_cold() -> None:
-    lookup = make_cache(3).lookup("7", b"a", 5)
-    assert (lookup.entry, lookup.reason) == (None, "cold")
+    assert look_up(make_cache(3), "7", [1, 2, 3]) == ("cold", 0)
 
 
 def test_the_same_history_hits_and_is_intact() -> None:
     cache = make_cache(3)
-    put_and_release(cache, "7", b"a", 2)
-    lookup = cache.lookup("7", b"a", 10)
-    assert lookup.reason == "hit"
+    put_and_release(cache, "7", "a", 2)
+    lookup = cache.lookup("7", history_of(events_of("a", 2)))
+    assert (lookup.reason, lookup.num_matched) == ("hit", 10)
     assert lookup.entry is not None
     assert lookup.entry.num_events == 10
-    assert is_intact(cache, lookup.entry)
+    assert holds(cache, lookup.entry, events_of("a", 2))
 
 
-def test_another_history_of_no_fewer_events_was_edited() -> None:
-    cache = make_cache(3)
-    put_and_release(cache, "7", b"a", 2)
-    assert cache.lookup("7", b"b", 10).reason == "edited"
-    assert cache.lookup("7", b"b", 11).reason == "edited"
+NUM_KEPT = 17  # events: three pages and a part
 
 
-def test_another_history_of_fewer_events_was_shrunk() -> None:
-    cache = make_cache(3)
-    put_and_release(cache, "7", b"a", 2)
-    assert cache.lookup("7", b"b", 9).reason == "shrunk"
+@pytest.mark.parametrize(
+    ("events", "reason", "num_matched"),
+    [
+        (range(NUM_KEPT), "hit", NUM_KEPT),
+        # New events behind all of the old ones were never seen.
+        (range(NUM_KEPT + 1), "cold", NUM_KEPT),
+        (range(40), "cold", NUM_KEPT),
+        # An edit is found to within a block; what stands before it is of use.
+        ([*range(16), 99], "edited", 15),
+        ([*range(16), 99, 17, 18], "edited", 15),
+        ([*range(9), 99, *range(10, 30)], "edited", 5),
+        ([*range(10), 99, *range(11, 30)], "edited", 10),
+        ([99, *range(1, 30)], "edited", 0),
+        ([1, 0, *range(2, NUM_KEPT)], "edited", 0),
+        (range(NUM_KEPT - 1), "shrunk", 15),
+        (range(10), "shrunk", 10),
+        (range(4), "shrunk", 0),
+        (range(1, NUM_KEPT), "shrunk", 0),
+    ],
+)
+def test_a_lookup_says_how_far_the_histories_agree_and_why_not_further(
+    events: Sequence[int], reason: str, num_matched: int
+) -> None:
+    cache = make_cache(5)
+    entry = cache.put("7", history_of(range(NUM_KEPT)), kv_of(range(NUM_KEPT)))
+    assert entry is not None
+    cache.release(entry)
+    assert look_up(cache, "7", [*events]) == (reason, num_matched)
+    assert look_up(cache, "7", [*range(NUM_KEPT)]) == ("hit", NUM_KEPT)
 
 
-def test_a_miss_leaves_what_is_kept_of_the_user() -> None:
-    cache = make_cache(3)
-    put_and_release(cache, "7", b"a", 2)
-    cache.lookup("7", b"b", 9)
-    assert cache.lookup("7", b"a", 10).reason == "hit"
+def test_a_window_that_starts_elsewhere_has_slid() -> None:
+    cache = make_cache(5)
+    put_and_release(cache, "7", "a", 2)
+    slid = history_of(events_of("a", 3)[PAGE_SIZE:], first_event=PAGE_SIZE)
+    assert cache.lookup("7", slid) == (None, "slid", 0)
 
 
 def test_the_history_of_one_user_is_not_that_of_another() -> None:
     cache = make_cache(3)
-    put_and_release(cache, "7", b"a", 2)
-    assert cache.lookup("8", b"a", 10).reason == "cold"
+    put_and_release(cache, "7", "a", 2)
+    assert look_up(cache, "8", events_of("a", 2)) == ("cold", 0)
+
+
+# Growing.
+
+
+def grow(cache: KVCache, user_id: str, events: Sequence[int]) -> Entry | None:
+    """As the engine does: keep what both begin with, put the rest behind it."""
+    history = history_of(events)
+    entry, _, num_kept = cache.lookup(user_id, history)
+    grown = cache.put(user_id, history, kv_of(events)[:, num_kept:], entry, num_kept)
+    if entry is not None:
+        cache.release(entry)
+    return grown
+
+
+@pytest.mark.parametrize("num_events", [11, 15, 16, 29])
+def test_a_history_grows_where_it_lies(num_events: int) -> None:
+    cache = make_cache(8)
+    first = cache.put("7", history_of(range(11)), kv_of(range(11)))
+    assert first is not None
+    pages = list(first.pages)
+    cache.release(first)
+    grown = grow(cache, "7", range(num_events + 1))
+    assert grown is first
+    assert grown.pages[: len(pages)] == pages
+    assert holds(cache, grown, range(num_events + 1))
+    cache.release(grown)
+    assert look_up(cache, "7", [*range(num_events + 1)])[0] == "hit"
+    assert cache.pool.num_free == 8 - len(grown.pages)
+
+
+def test_a_growing_history_stays_in_one_piece_where_there_is_room() -> None:
+    cache = make_cache(9)
+    put_and_release(cache, "8", "b", 2)
+    for num_events in range(1, 33):
+        grown = grow(cache, "7", range(num_events))
+        assert grown is not None
+        cache.release(grown)
+    assert grown.pages == list(range(2, 9))
+    assert holds(cache, grown, range(32))
+
+
+def test_an_edited_history_keeps_what_stands_before_the_edit() -> None:
+    cache = make_cache(5)
+    put_and_release(cache, "7", "a", 4)
+    edited = [*events_of("a", 2), *events_of("z", 1)]
+    grown = grow(cache, "7", edited)
+    assert grown is not None
+    assert holds(cache, grown, edited)
+    assert cache.pool.num_free == 2
+
+
+def test_a_history_that_someone_reads_is_copied_before_it_grows() -> None:
+    cache = make_cache(6)
+    put_and_release(cache, "7", "a", 2)
+    reader = cache.lookup("7", history_of(events_of("a", 2))).entry
+    assert reader is not None
+    edited = [*events_of("a", 1), *events_of("z", 2)]
+    grown = grow(cache, "7", edited)
+    assert grown is not None
+    assert holds(cache, reader, events_of("a", 2))
+    assert holds(cache, grown, edited)
+    assert cache.pool.num_free == 1
+    cache.release(reader)
+    assert cache.pool.num_free == 3
+
+
+def test_two_ways_to_grow_one_history_do_not_meet() -> None:
+    """Both found the same entry; the second finds that it is the first one's by now."""
+    cache = make_cache(9)
+    put_and_release(cache, "7", "a", 1)
+    ways = [[*events_of("a", 1), *events_of(name, 1)] for name in "xy"]
+    bases = [cache.lookup("7", history_of(events)).entry for events in ways]
+    grown = []
+    for events, base in zip(ways, bases, strict=True):
+        grown.append(
+            cache.put("7", history_of(events), kv_of(events)[:, PAGE_SIZE:], base, PAGE_SIZE)
+        )
+        cache.release(base)
+    for events, entry in zip(ways, grown, strict=True):
+        assert entry is not None
+        assert holds(cache, entry, events)
+        cache.release(entry)
+    assert look_up(cache, "7", ways[1])[0] == "hit"
+    assert cache.pool.num_free == 7
+
+
+def test_a_history_that_has_no_room_to_grow_stays_as_it_was() -> None:
+    cache = make_cache(4)
+    put_and_release(cache, "7", "a", 2)
+    pinned = put(cache, "8", "b", 1)
+    assert grow(cache, "7", [*events_of("a", 2), *range(11)]) is None
+    assert look_up(cache, "7", events_of("a", 2)) == ("hit", 10)
+    assert pinned is not None
+    assert cache.pool.num_free == 1
+
+
+def test_a_growing_history_evicts_others_and_not_itself() -> None:
+    cache = make_cache(4)
+    put_and_release(cache, "7", "a", 2)
+    put_and_release(cache, "8", "b", 2)
+    grown = grow(cache, "7", [*events_of("a", 2), *range(10)])
+    assert grown is not None
+    assert state_of(cache) == (["7"], 0)
+
+
+# Eviction, pins, counts.
 
 
 def test_an_evicted_user_is_told_from_a_cold_one_until_it_is_put_again() -> None:
     cache = make_cache(3)
-    put_and_release(cache, "7", b"a", 2)
-    put_and_release(cache, "8", b"b", 2)
-    assert cache.lookup("7", b"a", 10).reason == "evicted"
-    put_and_release(cache, "7", b"a", 1)
-    assert cache.lookup("7", b"a", 5).reason == "hit"
+    put_and_release(cache, "7", "a", 2)
+    put_and_release(cache, "8", "b", 2)
+    assert look_up(cache, "7", events_of("a", 2))[0] == "evicted"
+    put_and_release(cache, "7", "a", 1)
+    assert look_up(cache, "7", events_of("a", 1))[0] == "hit"
 
 
 def test_the_least_recently_used_user_goes_first() -> None:
     cache = make_cache(6)
     for user_id in "abc":
-        put_and_release(cache, user_id, user_id.encode(), 2)
-    found = cache.lookup("a", b"a", 10).entry
+        put_and_release(cache, user_id, user_id, 2)
+    found = cache.lookup("a", history_of(events_of("a", 2))).entry
     assert found is not None
     cache.release(found)
-    put_and_release(cache, "d", b"d", 2)
+    put_and_release(cache, "d", "d", 2)
     assert state_of(cache) == (["c", "a", "d"], 0)
-    put_and_release(cache, "e", b"e", 3)
+    put_and_release(cache, "e", "e", 3)
     assert state_of(cache) == (["d", "e"], 1)
     assert cache.counts["evictions"] == 3
 
 
 def test_a_replaced_history_gives_its_pages_back() -> None:
     cache = make_cache(4)
-    put_and_release(cache, "7", b"a", 3)
-    put_and_release(cache, "7", b"b", 4)
+    put_and_release(cache, "7", "a", 3)
+    put_and_release(cache, "7", "b", 4)
     assert state_of(cache) == (["7"], 0)
     assert cache.counts["evictions"] == 0
     assert cache.held_bytes == 4 * PAGE_BYTES
@@ -127,72 +278,72 @@ def test_a_replaced_history_gives_its_pages_back() -> None:
 
 def test_pins_outlive_replacement() -> None:
     cache = make_cache(5)
-    old = put(cache, "7", b"a", 2)
-    new = put(cache, "7", b"b", 3)
+    old = put(cache, "7", "a", 2)
+    new = put(cache, "7", "b", 3)
     assert old is not None
     assert new is not None
-    assert is_intact(cache, old)
+    assert holds(cache, old, events_of("a", 2))
     assert cache.pool.num_free == 0
     cache.release(old)
     assert cache.pool.num_free == 2
-    assert is_intact(cache, new)
+    assert holds(cache, new, events_of("b", 3))
 
 
 def test_pins_outlive_being_forgotten() -> None:
     cache = make_cache(3)
-    entry = put(cache, "7", b"a", 2)
+    entry = put(cache, "7", "a", 2)
     assert entry is not None
     assert cache.forget("7") == 2 * PAGE_BYTES
-    assert cache.lookup("7", b"a", 10).reason == "cold"
-    assert put(cache, "8", b"b", 2) is None
-    assert is_intact(cache, entry)
+    assert look_up(cache, "7", events_of("a", 2))[0] == "cold"
+    assert put(cache, "8", "b", 2) is None
+    assert holds(cache, entry, events_of("a", 2))
     cache.release(entry)
     assert cache.pool.num_free == 3
 
 
 def test_a_pinned_user_is_not_evicted() -> None:
     cache = make_cache(4)
-    pinned = put(cache, "a", b"a", 2)
-    put_and_release(cache, "b", b"b", 2)
-    put_and_release(cache, "c", b"c", 2)
+    pinned = put(cache, "a", "a", 2)
+    put_and_release(cache, "b", "b", 2)
+    put_and_release(cache, "c", "c", 2)
     assert state_of(cache) == (["a", "c"], 0)
     assert pinned is not None
-    assert is_intact(cache, pinned)
+    assert holds(cache, pinned, events_of("a", 2))
 
 
 def test_a_put_that_does_not_fit_changes_nothing() -> None:
     cache = make_cache(5)
-    pinned = put(cache, "a", b"a", 2)
-    put_and_release(cache, "b", b"b", 1)
-    put_and_release(cache, "c", b"c", 2)
+    pinned = put(cache, "a", "a", 2)
+    put_and_release(cache, "b", "b", 1)
+    put_and_release(cache, "c", "c", 2)
     before = state_of(cache)
-    assert put(cache, "d", b"d", 4) is None
-    assert put(cache, "b", b"x", 4) is None
-    assert put(cache, "a", b"x", 4) is None
+    assert put(cache, "d", "d", 4) is None
+    assert put(cache, "b", "x", 4) is None
+    assert put(cache, "a", "x", 4) is None
     assert state_of(cache) == before
     assert cache.counts["evictions"] == 0
     assert cache.counts["not_admitted"] == 3
     assert pinned is not None
-    assert is_intact(cache, pinned)
-    assert cache.lookup("b", b"b", 5).reason == "hit"
+    assert holds(cache, pinned, events_of("a", 2))
+    assert look_up(cache, "b", events_of("b", 1))[0] == "hit"
 
 
 def test_a_history_of_the_whole_pool_fits_and_one_page_more_does_not() -> None:
     cache = make_cache(3)
-    put_and_release(cache, "a", b"a", 1)
-    put_and_release(cache, "b", b"b", 3)
-    assert put(cache, "c", b"c", 4) is None
-    assert cache.lookup("b", b"b", 15).reason == "hit"
+    put_and_release(cache, "a", "a", 1)
+    put_and_release(cache, "b", "b", 3)
+    assert put(cache, "c", "c", 4) is None
+    assert look_up(cache, "b", events_of("b", 3))[0] == "hit"
 
 
 def test_forgetting_a_user_leaves_nothing_of_it() -> None:
     cache = make_cache(3)
-    put_and_release(cache, "a", b"a", 2)
-    put_and_release(cache, "b", b"b", 3)
+    put_and_release(cache, "a", "a", 2)
+    put_and_release(cache, "b", "b", 3)
     assert cache.forget("a") == 0  # evicted already; now not even that is known
-    assert cache.lookup("a", b"a", 10).reason == "cold"
+    assert look_up(cache, "a", events_of("a", 2))[0] == "cold"
     assert cache.forget("b") == 3 * PAGE_BYTES
-    assert cache.lookup("b", b"b", 15).reason == "cold"
+    assert look_up(cache, "b", events_of("b", 3))[0] == "cold"
     assert state_of(cache) == ([], 3)
 
 
@@ -200,54 +351,62 @@ def test_evictions_are_remembered_of_so_many_users_only(monkeypatch: pytest.Monk
     monkeypatch.setattr(kv_cache, "MAX_REMEMBERED_EVICTIONS", 2)
     cache = make_cache(1)
     for user_id in "abcd":
-        put_and_release(cache, user_id, user_id.encode(), 1)
-    reasons = [cache.lookup(user_id, user_id.encode(), 5).reason for user_id in "abcd"]
+        put_and_release(cache, user_id, user_id, 1)
+    reasons = [look_up(cache, user_id, events_of(user_id, 1))[0] for user_id in "abcd"]
     assert reasons == ["cold", "evicted", "evicted", "hit"]
 
 
 def test_every_lookup_is_counted_under_its_reason() -> None:
     cache = make_cache(2)
-    put_and_release(cache, "a", b"a", 2)
-    for digest, num_events in ((b"a", 10), (b"b", 10), (b"c", 12), (b"d", 3)):
-        cache.lookup("a", digest, num_events)
-    cache.lookup("z", b"a", 10)
-    assert cache.counts == {"hit": 1, "edited": 2, "shrunk": 1, "cold": 1}
+    put_and_release(cache, "a", "a", 2)
+    for events in (events_of("a", 2), events_of("b", 2), events_of("c", 3), [1, 2, 3]):
+        look_up(cache, "a", events)
+    look_up(cache, "a", events_of("a", 3))
+    look_up(cache, "z", events_of("a", 2))
+    cache.lookup("a", history_of([1, 2, 3], first_event=1))
+    assert cache.counts == {"hit": 1, "edited": 2, "shrunk": 1, "cold": 2, "slid": 1}
 
 
-# A user comes with one of three histories, a request in flight ends, a user is forgotten.
+# A user comes with one of three histories, maybe grown; a request in flight ends; one is forgotten.
 steps = st.lists(
-    st.tuples(st.just("come"), st.integers(0, 3), st.integers(0, 2))
-    | st.tuples(st.just("end"), st.integers(0, 100), st.just(0))
-    | st.tuples(st.just("forget"), st.integers(0, 3), st.just(0)),
+    st.tuples(st.just("come"), st.integers(0, 3), st.integers(0, 2), st.integers(0, 12))
+    | st.tuples(st.just("end"), st.integers(0, 100), st.just(0), st.just(0))
+    | st.tuples(st.just("forget"), st.integers(0, 3), st.just(0), st.just(0)),
     max_size=40,
 )
 
 
+def version_of(user: int, version: int, num_events: int) -> list[int]:
+    """Histories of a user that begin alike for 0, 6 or 12 events."""
+    start = [100 * user + place for place in range(6 * version)]
+    return [*start, *(1000 * (1 + version) + 100 * user + place for place in range(num_events + 1))]
+
+
 @given(st.integers(1, 9), steps)
 def test_random_traffic_keeps_pinned_kv_intact_and_loses_no_page(
-    num_pages: int, traffic: list[tuple[str, int, int]]
+    num_pages: int, traffic: list[tuple[str, int, int, int]]
 ) -> None:
     cache = make_cache(num_pages)
-    in_flight: list[Entry] = []
-    for step, number, version in traffic:
+    in_flight: list[tuple[Entry, list[int]]] = []
+    events_by_entry: dict[int, list[int]] = {}
+    for step, number, version, num_events in traffic:
         if step == "come":
-            digest, num_events = bytes([number, version]), 3 * number + 4 * version + 1
-            entry = cache.lookup(str(number), digest, num_events).entry
-            if entry is None:
-                entry = cache.put(str(number), digest, kv_of(digest, num_events), num_events)
+            events = version_of(number, version, num_events)
+            entry = grow(cache, str(number), events)
             if entry is not None:
-                assert (entry.digest, entry.num_events) == (digest, num_events)
-                in_flight.append(entry)
+                events_by_entry[id(entry)] = events
+                in_flight.append((entry, events))
         elif step == "forget":
             cache.forget(str(number))
         elif in_flight:
-            cache.release(in_flight.pop(number % len(in_flight)))
+            cache.release(in_flight.pop(number % len(in_flight))[0])
         kept = list(cache._entry_by_user.values())
-        alive = {id(entry): entry for entry in kept + in_flight}.values()
-        held = [page for entry in alive for page in entry.pages]
+        alive = {id(entry): entry for entry in [*kept, *(one for one, _ in in_flight)]}
+        held = [page for entry in alive.values() for page in entry.pages]
         assert len(set(held)) == len(held) == num_pages - cache.pool.num_free
-        assert all(is_intact(cache, entry) for entry in alive)
-    for entry in in_flight:
+        assert all(holds(cache, entry, events) for entry, events in in_flight)
+        assert all(holds(cache, entry, events_by_entry[id(entry)]) for entry in kept)
+    for entry, _ in in_flight:
         cache.release(entry)
     for number in range(4):
         cache.forget(str(number))
@@ -255,7 +414,7 @@ def test_random_traffic_keeps_pinned_kv_intact_and_loses_no_page(
 
 
 def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
-    cache = make_cache(12)
+    cache = make_cache(20)
     stop = time.monotonic() + HAMMER_SECONDS
     wrong: list[str] = []
     rounds = [0] * 4
@@ -264,12 +423,10 @@ def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
         rng = random.Random(place)
         while time.monotonic() < stop and not wrong:
             user, version = rng.randrange(6), rng.randrange(3)
-            digest, num_events = bytes([user, version]), 4 * user + 3 * version + 1
-            entry = cache.lookup(str(user), digest, num_events).entry
-            if entry is None:
-                entry = cache.put(str(user), digest, kv_of(digest, num_events), num_events)
+            events = version_of(user, version, rng.randrange(9))
+            entry = grow(cache, str(user), events)
             if entry is not None:
-                if entry.digest != digest or not is_intact(cache, entry):
+                if not holds(cache, entry, events):
                     wrong.append(f"user {user}, version {version}")
                 cache.release(entry)
             if rng.random() < 0.05:
@@ -285,17 +442,15 @@ def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
     assert min(rounds) > 10
     kept = cache._entry_by_user.values()
     assert all(entry.num_pins == 0 and not entry.dropped for entry in kept)
-    assert sum(len(entry.pages) for entry in kept) == 12 - cache.pool.num_free
+    assert sum(len(entry.pages) for entry in kept) == 20 - cache.pool.num_free
 
 
 def test_kv_of_another_model_is_refused_before_anything_changed() -> None:
     """It was found out while copying, when victims were evicted and pages taken already."""
-    cache = KVCache(PagePool(4096, 4, 2, 2, 8))
-    kept = cache.put("7", b"abc", torch.zeros(2, 3, 2, 8), 3)
-    assert kept is not None
-    cache.release(kept)
+    cache = make_cache(3)
+    put_and_release(cache, "7", "a", 2)
     held = cache.held_bytes
     with pytest.raises(ShapeError, match=r"K/V is \[2, 30, 4, 4\]; the pool holds"):
-        cache.put("8", b"xyz", torch.zeros(2, 30, 4, 4), 30)
+        cache.put("8", history_of(range(30)), torch.zeros(2, 30, 4, 4))
     assert cache.held_bytes == held
-    assert cache.lookup("7", b"abc", 3).reason == "hit"
+    assert look_up(cache, "7", events_of("a", 2)) == ("hit", 10)

@@ -19,7 +19,7 @@ from torchrec_kvshare.bags import user_candidate_bags
 from torchrec_kvshare.config import BenchmarkConfig, checked
 from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.features import parse_request
-from torchrec_kvshare.history.kinds import KINDS
+from torchrec_kvshare.history.kinds import BIDIRECTIONAL, KINDS
 from torchrec_kvshare.profiling import (
     attention_benchmark,
     attention_paths,
@@ -32,6 +32,7 @@ from torchrec_kvshare.profiling.benchmarks import Paths
 from torchrec_kvshare.profiling.cost_model import Rates, attend_cost, prefill_cost
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.scenarios import MEASURE_BY_SCENARIO, measure
+from torchrec_kvshare.ranking import RankingModel
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE = 12, 2, 3, 8
@@ -82,6 +83,7 @@ OVERRIDES = {
     "throughput_drop": [],
     "training": [f"encoders={PREFIX_KINDS}".replace("'", ""), f"histories=[{LONG_HISTORY}]"],
     "items": [f"encoders={[*KINDS]}".replace("'", ""), "num_tokens=2"],
+    "append": [f"encoders={[*KINDS]}".replace("'", ""), f"histories=[{LONG_HISTORY}]"],
 }
 Run = Callable[[str], Measured]
 
@@ -121,13 +123,13 @@ def composed(scenario: str, *overrides: str) -> DictConfig:
         return compose("benchmark", [f"scenario={scenario}", *overrides])
 
 
-def values(records: list[dict[str, Any]], metric: str) -> dict[tuple[str, str, int, int], float]:
+def values(records: list[dict[str, Any]], metric: str) -> dict[tuple[str, str, int, Any], float]:
     """Figures by encoder, path, history and candidates."""
     found = {}
     for record in records:
         case = record["case"]
         if record["metric"] == metric:
-            key = (case["encoder"], case["path"], case["history"], case["candidates"])
+            key = (case["encoder"], case["path"], case["history"], case.get("candidates"))
             assert key not in found
             found[key] = record["value"]
     return found
@@ -535,3 +537,34 @@ def test_an_item_cache_that_gives_other_rows_is_found_out(monkeypatch: pytest.Mo
     monkeypatch.setattr(items_benchmark, "ItemCache", Wrong)
     with pytest.raises(ParityError, match=r"with_items scores differ by .* from without_items"):
         measure("items", plan_of(), SIZES)
+
+
+# --- append
+
+
+def test_append_measures_every_kind_that_extends(run: Run) -> None:
+    records = run("append").records
+    assert units(records) == {"latency_ms": "ms", "share_of_prefill": "x"}
+    latencies = values(records, "latency_ms")
+    extending = [kind for kind in KINDS if kind != BIDIRECTIONAL]
+    assert set(latencies) == {
+        (encoder, path, LONG_HISTORY, None)
+        for encoder in extending
+        for path in ("prefill", "extend", "digest", "lookup_expand")
+    }
+    shares = values(records, "share_of_prefill")
+    assert set(shares) == {(encoder, "extend", LONG_HISTORY, None) for encoder in extending}
+    for (encoder, path, history, _), share in shares.items():
+        prefill = latencies[encoder, "prefill", history, None]
+        assert share == pytest.approx(latencies[encoder, path, history, None] / prefill)
+
+
+def test_an_extension_that_is_no_prefill_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = RankingModel.extend
+
+    def wrong(*arguments: Any) -> list[Tensor]:
+        return [kv + 1e-4 for kv in extend(*arguments)]
+
+    monkeypatch.setattr(RankingModel, "extend", wrong)
+    with pytest.raises(ParityError, match="K/V of causal extended differs by"):
+        measure("append", plan_of(histories=[LONG_HISTORY]), SIZES)

@@ -60,11 +60,16 @@ class PagePool:
         """Pages that so many rows take."""
         return -(-num_rows // self.page_size)
 
-    def allocate(self, num_pages: int) -> list[int] | None:
-        """Take pages: the first run long enough, else any, else None and nothing is taken."""
+    def allocate(self, num_pages: int, after: int = -1) -> list[int] | None:
+        """Take pages: a run behind ``after``, else the first one long enough, else any, else None.
+
+        Where there are too few pages nothing is taken.
+        """
         if num_pages > self.num_free:
             return None
-        first = self._state.find(bytes([FREE]) * num_pages)
+        run = bytes([FREE]) * num_pages
+        behind = self._state.startswith(run, after + 1)
+        first = after + 1 if behind else self._state.find(run)
         if first >= 0:
             pages = list(range(first, first + num_pages))
         else:
@@ -92,8 +97,28 @@ class PagePool:
                 f"{head_dim}]"
             )
 
-    def write(self, pages: list[int], kv: Tensor) -> None:
-        """Copy the K/V of one history [planes, R, H, D] into its pages, oldest rows first."""
-        for place, page in enumerate(pages):
-            part = kv[:, place * self.page_size : (place + 1) * self.page_size]
-            self.kv_pages[:, page, : part.size(1)] = part
+    def write(self, pages: list[int], kv: Tensor, first: int = 0) -> None:
+        """Copy rows [planes, R, H, D] of one history into its pages, from row ``first`` on."""
+        rows = self.kv_pages.flatten(1, 2)  # [planes, P x S, H, D], the pages themselves
+        last = first + kv.size(1)
+        if _follow_each_other(pages):
+            start = pages[0] * self.page_size if pages else 0
+            rows[:, start + first : start + last] = kv
+        else:
+            rows.index_copy_(1, self._rows_of(pages)[first:last], kv)
+
+    def read(self, pages: list[int], num_rows: int) -> Tensor:
+        """The first rows [planes, R, H, D] of one history; a view where its pages lie together."""
+        rows = self.kv_pages.flatten(1, 2)
+        if _follow_each_other(pages):
+            start = pages[0] * self.page_size if pages else 0
+            return rows[:, start : start + num_rows]
+        return rows.index_select(1, self._rows_of(pages)[:num_rows])
+
+    def _rows_of(self, pages: list[int]) -> Tensor:
+        starts = torch.tensor(pages).unsqueeze(1) * self.page_size
+        return (starts + torch.arange(self.page_size)).flatten()
+
+
+def _follow_each_other(pages: list[int]) -> bool:
+    return pages == list(range(pages[0], pages[0] + len(pages))) if pages else True

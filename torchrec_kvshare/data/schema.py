@@ -134,6 +134,12 @@ class History:
         places = [place for place, action in enumerate(actions) if str(action) in self.actions]
         return places[self.window.start(len(places)) :]
 
+    def num_events(self, actions: Sequence[Any]) -> int:
+        """How many of a user's events are this history's, before it is cut to the window."""
+        if not self.actions:
+            return len(actions)
+        return sum(str(action) in self.actions for action in actions)
+
 
 @dataclass(frozen=True)
 class FeatureSchema:

@@ -21,7 +21,7 @@ class BidirectionalEncoder(TransformerEncoder):
         super().__init__(dim, num_layers, num_heads, dropout, window=0)
         self.takes_prefixes = False
 
-    def reusable_events(self, cached_events: int, num_events: int) -> int:
+    def reusable_events(self, num_matched: int, cached_events: int, num_events: int) -> int:
         """None: every event sees those that come."""
         return 0
 

@@ -54,9 +54,15 @@ class Encoder(nn.Module):
         """Rows of K/V that a history of so many events has."""
         return num_events
 
-    def reusable_events(self, cached_events: int, num_events: int) -> int:
-        """Events whose K/V stays right when a history grows from one length to another."""
-        return cached_events
+    def reusable_events(self, num_matched: int, cached_events: int, num_events: int) -> int:
+        """Events whose cached K/V is right for another history that begins in the same way.
+
+        Args:
+            num_matched: events that both histories begin with.
+            cached_events: of the cached history.
+            num_events: of the other one.
+        """
+        return num_matched
 
     def reusable_rows(self, reusable_events: int) -> int:
         """Rows that so many reusable events have."""

@@ -89,11 +89,11 @@ class LongerEncoder(TransformerEncoder):
         surplus = max(0, num_events - self.recent)
         return (surplus + self.block - 1) // self.block * self.block // self.merge
 
-    def reusable_events(self, cached_events: int, num_events: int) -> int:
+    def reusable_events(self, num_matched: int, cached_events: int, num_events: int) -> int:
         """Those of closed groups, as long as the recent ones start where they did."""
         if self.first_recent(cached_events) != self.first_recent(num_events):
             return 0
-        return cached_events // self.merge * self.merge
+        return num_matched // self.merge * self.merge
 
     def reusable_rows(self, reusable_events: int) -> int:
         """Closed groups of so many reusable events; the globals are not among them."""

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from torchrec_kvshare.cache.identity import history_digest
+from torchrec_kvshare.cache.identity import PrefixDigests
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.engine import expand
 from torchrec_kvshare.errors import ParityError
@@ -79,12 +79,17 @@ class Paths:
         merged = MergedEmbeddingBagCollection(collection, chunk_rows)
         return share_weights(self.ranker, collection, merged)
 
+    def digests(self, request: Request) -> PrefixDigests:
+        """The identity of the request's history."""
+        events = request.events_by_history[HISTORY]
+        return PrefixDigests(events, self.schema, self.cache.pool.page_size)
+
     @torch.no_grad()
     def put(self, request: Request) -> None:
         """Put the K/V of the request's history into the cache."""
         [kv] = self.model.prefill(collate_history([request], self.schema).sparse_features)
-        digest = history_digest(request.events_by_history[HISTORY], self.schema)
-        entry = self.cache.put(request.user_id, digest, kv, request.num_events)
+        digests = self.digests(request)
+        entry = self.cache.put(request.user_id, digests, kv)
         assert entry is not None  # The cache was made for this history.
         self.cache.release(entry)
 
@@ -103,8 +108,8 @@ class Paths:
     @torch.no_grad()
     def cross_request_hit(self, request: Request) -> Tensor:
         """Logits [N] over K/V that the cache holds: what the engine does for a hit."""
-        digest = history_digest(request.events_by_history[HISTORY], self.schema)
-        entry = self.cache.lookup(request.user_id, digest, request.num_events).entry
+        digests = self.digests(request)
+        entry = self.cache.lookup(request.user_id, digests).entry
         assert entry is not None
         batch = collate_candidates([request], self.schema)
         candidate_user = user_of_candidates([request])

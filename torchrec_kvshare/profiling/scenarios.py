@@ -1,6 +1,7 @@
 """The benchmarks by name."""
 
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.profiling.append_benchmark import APPEND, measure_append
 from torchrec_kvshare.profiling.attention_benchmark import ATTENTION, measure_attention
 from torchrec_kvshare.profiling.benchmarks import (
     MEMORY,
@@ -21,6 +22,7 @@ MEASURE_BY_SCENARIO = {
     THROUGHPUT_DROP: measure_throughput_drop,
     TRAINING: measure_training,
     ITEMS: measure_items,
+    APPEND: measure_append,
 }
 
 

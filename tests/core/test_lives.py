@@ -1,0 +1,118 @@
+"""Users of every kind of encoder live on between requests, and are scored as without a cache."""
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.core.encoder_worlds import (
+    EXTENDED_NAMES,
+    NAMES,
+    TWO_HISTORIES,
+    draw_buyer,
+    make_caches,
+    raws_of,
+    two_histories_model,
+    world_of,
+)
+from tests.core.worlds import PROBABILITY_TOLERANCE, examples, parse_all
+from torchrec_kvshare.engine import Answer, Engine
+from torchrec_kvshare.history.kinds import KINDS
+from torchrec_kvshare.ranking import RankingModel
+
+RawRequest = dict[str, Any]
+
+DEEDS = ("same", "grow by one", "grow", "edit late", "edit early", "shrink", "new")
+
+
+@lru_cache
+def model_of(name: str, body: str) -> RankingModel:
+    return RankingModel(copy.deepcopy(world_of(name).dlrm), body).eval()
+
+
+def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.scores == pytest.approx(other.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
+
+
+def live(history: dict[str, list[Any]], deed: str, rng: np.random.Generator) -> None:
+    """Change a history as its user did."""
+    num_events = len(history["time"])
+    if deed == "edit late" and num_events:
+        history["time"][-1] += 1
+    elif deed == "edit early" and num_events:
+        history["time"][int(rng.integers(num_events))] += 1
+    for cells in history.values():
+        if deed.startswith("grow") and cells:
+            cells += cells[-1 if deed == "grow by one" else -7 :]
+        elif deed == "shrink":
+            del cells[num_events * 2 // 3 :]
+
+
+lives = st.lists(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from(DEEDS)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=7,
+)
+
+
+@pytest.mark.parametrize("body", ["flash", "native"])
+@pytest.mark.parametrize("name", NAMES)
+@examples(0.04)
+@given(lives, st.integers(0, 2**32 - 1))
+def test_any_life_is_scored_as_without_a_cache(
+    name: str, body: str, lives: list[list[tuple[int, str]]], seed: int
+) -> None:
+    world, model = world_of(name), model_of(name, body)
+    engine = Engine(model, world.schema, "v1", make_caches(model, [14]))
+    uncached = Engine(model, world.schema, "v1", None)
+    rng = np.random.default_rng(seed)
+    raw_by_user: dict[int, RawRequest] = {}
+    for coming in lives:
+        raws = []
+        for user, deed in coming:
+            num_events, num_candidates, drawn_seed = rng.integers((30, 4, 2**32)).tolist()
+            [drawn] = raws_of(world, [(num_events, num_candidates, drawn_seed)])
+            old = drawn if deed == "new" else raw_by_user.get(user, drawn)
+            history = copy.deepcopy(old["history"])
+            live(history, deed, rng)
+            raw_by_user[user] = drawn | {"user_id": f"user {user}", "history": history}
+            raws.append(raw_by_user[user])
+        requests = parse_all(raws, world.schema)
+        assert_same_scores(engine.rank(requests), uncached.rank(requests))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_history_that_grew_is_extended_by_the_kinds_that_can(name: str) -> None:
+    world, model = world_of(name), model_of(name, "flash")
+    engine = Engine(model, world.schema, "v1", make_caches(model, [14]))
+    [raw] = raws_of(world, [(10, 2, 3)])
+    for num_events in range(4, 11):
+        history = {column: cells[:num_events] for column, cells in raw["history"].items()}
+        [answer] = engine.rank(parse_all([raw | {"history": history}], world.schema))
+        # longer keeps closed groups of 3 events.
+        kept = (num_events - 1) // 3 * 3 if name == "longer" else num_events - 1
+        if num_events == 4 or name not in EXTENDED_NAMES:
+            kept = 0
+        assert (answer.cache.cached_events, answer.cache.reason) == (kept, "cold")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_history_may_grow_while_another_stays(kind: str) -> None:
+    model = RankingModel(two_histories_model(kind)).eval()
+    engine = Engine(model, TWO_HISTORIES, "v1", make_caches(model, [14, 14]))
+    uncached = Engine(model, TWO_HISTORIES, "v1", None)
+    raw = draw_buyer("a", 9, 3, 4)
+    raw["history"]["action"] = ["buy", "view", "buy", "view", "view", "buy", "view", "view", "view"]
+    mate = draw_buyer("b", 8, 2, 5)
+    for num_events in (4, 6, 7, 9):  # The last three are not bought.
+        history = {column: cells[:num_events] for column, cells in raw["history"].items()}
+        requests = parse_all([raw | {"history": history}, mate], TWO_HISTORIES)
+        answers = engine.rank(requests)
+        assert_same_scores(answers, uncached.rank(requests))
+    assert answers[0].cache.status == "partial"
+    assert answers[1].cache.status == "hit"
