@@ -8,7 +8,7 @@ from torchrec_kvshare.features import parse_request
 from torchrec_kvshare.scoring import new_engine
 
 artifact = load_artifact(Path(sys.argv[1]))
-engine = new_engine(artifact, cache="memory", capacity_bytes=2**28, page_size=32)
+engine = new_engine(artifact, cache="memory")
 history = {"item_id": [3, 9, 4], "action": ["view", "buy", "view"], "category": [[1], [1], [7]]}
 candidates = {"item_id": [11, 12, 13], "category": [[1], [7], [2]], "price": [3.5, 20.0, 8.0]}
 raw = {"user_id": 7, "time": 1700000000, "context": {"country": ["GB"]}, "candidates": candidates}

@@ -1,6 +1,5 @@
 """The main job from end to end: ``python -m pipelines.demo``, or ``make demo``."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from torchrec_kvshare.config import CacheConfig, DemoConfig, TrainConfig, checked, literal_overrides
+from torchrec_kvshare.config import DemoConfig, TrainConfig, checked, literal_overrides
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
 from torchrec_kvshare.features import parse_request
@@ -39,8 +38,7 @@ def main(composed: DictConfig) -> None:
     export_torchscript(RankingModel(model).eval(), schema, output / "artifact")
     artifact = load_artifact(output / "artifact")
     requests = [parse_request(raw, artifact.schema) for raw in raws]
-    sizes = dataclasses.astuple(CacheConfig())[1:]
-    uncached, cached = (new_engine(artifact, kind, *sizes) for kind in ("off", "memory"))
+    uncached, cached = (new_engine(artifact, kind) for kind in ("off", "memory"))
     figures = compare_paths(model, uncached, cached, requests, NUM_MERGED)
     print(f"\nTest split of {config.data.name}, every model on the same budget:\n")
     print(metrics_table(metrics))

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torchrec_kvshare.config import ScoreConfig, checked, literal_overrides
 from torchrec_kvshare.deterministic import require_determinism
 from torchrec_kvshare.export.torchscript import load_artifact
-from torchrec_kvshare.scoring import new_engine, score_file
+from torchrec_kvshare.scoring import CacheLimits, new_engine, score_file
 
 REFUSED = 3  # exit status: some lines got an error in place of scores
 
@@ -23,7 +23,8 @@ def main(composed: DictConfig) -> None:
         torch.set_num_threads(config.threads)
     artifact = load_artifact(Path(config.artifact))
     cache = config.cache
-    engine = new_engine(artifact, cache.name, cache.capacity_bytes, cache.page_size, cache.items)
+    limits = CacheLimits(cache.capacity_bytes, cache.page_size, cache.ttl_s, cache.idle_ttl_s)
+    engine = new_engine(artifact, cache.name, limits, cache.items)
     if config.deterministic:
         require_determinism(artifact.model, artifact.schema)
     counts = score_file(engine, Path(config.requests), Path(config.output), config.batch_requests)

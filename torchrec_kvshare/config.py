@@ -165,6 +165,8 @@ class CacheConfig:
     name: str = "memory"  # or off
     capacity_bytes: int = 256 * 2**20
     page_size: int = 32  # rows of K/V
+    ttl_s: float = 300.0  # after so long K/V is encoded anew
+    idle_ttl_s: float = 300.0  # or after so long without use
     items: int = 0  # projected candidates kept; 0: none
 
 

@@ -181,6 +181,14 @@ class Engine:
             for cache, entry in pinned:
                 cache.release(entry)
 
+    def forget(self, user_id: str) -> int:
+        """Drop the K/V of all histories of a user, an id as text.
+
+        Returns:
+            Bytes that it was.
+        """
+        return sum(cache.forget(user_id) for cache in self.caches or ())
+
     def _find(
         self,
         requests: Sequence[Request],

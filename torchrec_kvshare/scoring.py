@@ -55,16 +55,35 @@ class Refusal:
         return {"request_id": self.request_id, "error": error}
 
 
+@dataclass(frozen=True)
+class CacheLimits:
+    """How much K/V is kept, and for how long.
+
+    Attributes:
+        capacity_bytes: most bytes; several histories share them by the size of theirs.
+        page_size: rows of K/V per page.
+        ttl_s: seconds after which K/V is encoded anew.
+        idle_ttl_s: seconds after which it is, if nobody used it.
+    """
+
+    capacity_bytes: int = 2**28
+    page_size: int = 32
+    ttl_s: float = 300.0
+    idle_ttl_s: float = 300.0
+
+
+DEFAULT_LIMITS = CacheLimits()
+
+
 def new_engine(
-    artifact: Artifact, cache: str, capacity_bytes: int, page_size: int, num_items: int = 0
+    artifact: Artifact, cache: str, limits: CacheLimits = DEFAULT_LIMITS, num_items: int = 0
 ) -> Engine:
     """An engine for a loaded artifact.
 
     Args:
         artifact: as ``load_artifact`` gives it.
         cache: ``memory`` keeps K/V between requests, ``off`` shares it within a request only.
-        capacity_bytes: most bytes of K/V kept; several histories share them by the size of theirs.
-        page_size: rows of K/V per page.
+        limits: of that K/V.
         num_items: projected candidates kept; 0 for none.
 
     Returns:
@@ -82,18 +101,12 @@ def new_engine(
         towers = artifact.manifest.towers.values()
         # What one user's full window takes of each history.
         weights = [t.num_planes * t.num_heads * t.head_dim * t.max_rows for t in towers]
-        kept = [
-            KVCache(
-                PagePool(
-                    capacity_bytes * weight // sum(weights),
-                    page_size,
-                    tower.num_planes,
-                    tower.num_heads,
-                    tower.head_dim,
-                )
-            )
-            for tower, weight in zip(towers, weights, strict=True)
-        ]
+        kept = []
+        for tower, weight in zip(towers, weights, strict=True):
+            capacity_bytes = limits.capacity_bytes * weight // sum(weights)
+            shape = (tower.num_planes, tower.num_heads, tower.head_dim)
+            pool = PagePool(capacity_bytes, limits.page_size, *shape)
+            kept.append(KVCache(pool, limits.ttl_s, limits.idle_ttl_s))
     items = ItemCache(num_items, artifact.schema) if num_items and kept is not None else None
     version = artifact.manifest.model_version
     extends = artifact.manifest.audit["append"] == EXACT

@@ -28,12 +28,11 @@ from torchrec_kvshare.history.kinds import BIDIRECTIONAL, CAUSAL, HSTU, TARGET_O
 from torchrec_kvshare.history.longer import LongerEncoder
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.scoring import new_engine
+from torchrec_kvshare.scoring import CacheLimits, new_engine
 
 JaggedByKey = dict[str, JaggedTensor]
 PERTURBED = ["candidates", "request_time", "context", "batchmates", "batch_order", "later_events"]
-CAPACITY_BYTES = 1 << 20
-PAGE_SIZE = 5
+LIMITS = CacheLimits(capacity_bytes=1 << 20, page_size=5)
 
 
 def audit_of(world: World, model: RankingModel | None = None, seed: int = 0) -> Audit:
@@ -289,9 +288,9 @@ def test_an_artifact_that_failed_its_audit_keeps_no_kv_between_requests(failed: 
     artifact = load_artifact(failed)
     refusal = r"cache is 'memory'.*audit failed at \['later_events'\]; cache=off is allowed"
     with pytest.raises(ConfigError, match=refusal):
-        new_engine(artifact, "memory", CAPACITY_BYTES, PAGE_SIZE)
+        new_engine(artifact, "memory", LIMITS)
     requests = parse_all(raws_of(world_of(CAUSAL), [(9, 3, 1)]), artifact.schema)
-    [answer] = new_engine(artifact, "off", CAPACITY_BYTES, PAGE_SIZE).rank(requests)
+    [answer] = new_engine(artifact, "off", LIMITS).rank(requests)
     assert (answer.cache.status, len(answer.scores)) == ("bypass", 3)
 
 
@@ -302,5 +301,5 @@ def test_an_artifact_whose_audit_passed_keeps_kv_between_requests(
     written = json.loads((passed / "manifest.json").read_text())
     written["audit"] |= {"scope": "cross_request", "failures": []}
     (passed / "manifest.json").write_text(json.dumps(written))
-    engine = new_engine(load_artifact(passed), "memory", CAPACITY_BYTES, PAGE_SIZE)
+    engine = new_engine(load_artifact(passed), "memory", LIMITS)
     assert engine.caches is not None

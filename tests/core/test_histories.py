@@ -244,6 +244,18 @@ def test_who_bought_nothing_misses_and_hits_by_what_was_seen() -> None:
     assert_same_scores(answers, rank(uncached_engine(), raw, raw))
 
 
+def test_a_user_is_forgotten_in_every_history() -> None:
+    engine = make_engine()
+    rank(engine, twelve_events("a"), twelve_events("b"))
+    assert engine.caches is not None
+    held = [cache.held_bytes for cache in engine.caches]
+    assert engine.forget("a") == sum(held) // 2
+    assert [cache.held_bytes for cache in engine.caches] == [part // 2 for part in held]
+    assert engine.forget("a") == uncached_engine().forget("b") == 0
+    uses_after = uses(rank(engine, twelve_events("a"), twelve_events("b")))
+    assert [use[:2] for use in uses_after] == [("miss", "cold"), ("hit", "")]
+
+
 def test_where_one_history_has_no_room_the_request_is_scored_all_the_same() -> None:
     engine = make_engine(num_pages=(1, 7))
     answers = rank(engine, twelve_events(), draw_buyer("b", 3, 2, 1))

@@ -1,5 +1,6 @@
 """What the cache finds, why it does not, and what it may never do to K/V in use."""
 
+import math
 import os
 import random
 import threading
@@ -18,7 +19,7 @@ from torchrec_kvshare.cache.identity import PrefixDigests
 from torchrec_kvshare.cache.kv_cache import Entry, KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.data.schema import HISTORY, TIME, FeatureSchema, History, Window
-from torchrec_kvshare.errors import ShapeError
+from torchrec_kvshare.errors import ConfigError, ShapeError
 from torchrec_kvshare.features import Events
 
 HAMMER_SECONDS = 20.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.0
@@ -129,6 +130,93 @@ def test_a_window_that_starts_elsewhere_has_slid() -> None:
     put_and_release(cache, "7", "a", 2)
     slid = history_of(events_of("a", 3)[PAGE_SIZE:], first_event=PAGE_SIZE)
     assert cache.lookup("7", slid) == (None, "slid", 0)
+
+
+# Age.
+
+
+class Clock:
+    """Seconds that a test lets pass."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def aged_cache(ttl_s: float, idle_ttl_s: float) -> tuple[KVCache, Clock]:
+    clock = Clock()
+    return KVCache(make_cache(8).pool, ttl_s, idle_ttl_s, clock), clock
+
+
+def test_kv_expires_however_often_it_is_used() -> None:
+    cache, clock = aged_cache(60.0, math.inf)
+    put_and_release(cache, "7", "a", 2)
+    for _ in range(6):
+        clock.now += 10.0
+        assert look_up(cache, "7", events_of("a", 2))[0] == "hit"
+    clock.now += 0.001
+    assert look_up(cache, "7", events_of("a", 2)) == ("expired", 0)
+    assert state_of(cache) == ([], 8)
+    assert look_up(cache, "7", events_of("a", 2)) == ("cold", 0)
+    put_and_release(cache, "7", "a", 2)
+    clock.now += 60.0
+    assert look_up(cache, "7", events_of("a", 2))[0] == "hit"
+
+
+def test_kv_that_nobody_uses_expires_sooner() -> None:
+    cache, clock = aged_cache(math.inf, 60.0)
+    put_and_release(cache, "7", "a", 2)
+    for _ in range(3):
+        clock.now += 60.0
+        assert look_up(cache, "7", events_of("a", 2))[0] == "hit"
+    clock.now += 60.001
+    assert look_up(cache, "7", events_of("a", 2)) == ("expired", 0)
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_growing_makes_kv_no_younger(is_read: bool) -> None:
+    """It is as old as its oldest rows, grown where it lies or copied."""
+    cache, clock = aged_cache(60.0, math.inf)
+    put_and_release(cache, "7", "a", 1)
+    clock.now += 50.0
+    reader = cache.lookup("7", history_of(events_of("a", 1))).entry if is_read else None
+    events = [*events_of("a", 1), 5, 6]
+    grown = grow(cache, "7", events)
+    assert grown is not None
+    cache.release(grown)
+    if reader is not None:
+        cache.release(reader)
+    clock.now += 11.0
+    assert look_up(cache, "7", events) == ("expired", 0)
+    assert cache.pool.num_free == 8
+
+
+def test_who_reads_kv_that_expires_reads_on() -> None:
+    cache, clock = aged_cache(60.0, math.inf)
+    reader = put(cache, "7", "a", 2)
+    clock.now += 61.0
+    assert look_up(cache, "7", events_of("a", 2)) == ("expired", 0)
+    assert reader is not None
+    assert holds(cache, reader, events_of("a", 2))
+    cache.release(reader)
+    assert cache.pool.num_free == 8
+
+
+@pytest.mark.parametrize(
+    ("ttl_s", "idle_ttl_s", "message"),
+    [
+        (0.0, 1.0, "ttl_s is 0.0"),
+        (-1.0, 1.0, "ttl_s is -1.0"),
+        (math.nan, 1.0, "ttl_s is nan"),
+        (1.0, 0.0, "idle_ttl_s is 0.0"),
+    ],
+)
+def test_a_time_to_live_that_is_none_is_named(
+    ttl_s: float, idle_ttl_s: float, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{message}; it must be above 0 seconds"):
+        aged_cache(ttl_s, idle_ttl_s)
 
 
 def test_the_history_of_one_user_is_not_that_of_another() -> None:

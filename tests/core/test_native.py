@@ -145,6 +145,12 @@ def test_what_the_compiler_says_is_in_the_error_and_nothing_is_left(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"body native cannot be kept: .*file/cache"):
+        native.load_native.__wrapped__(tmp_path / "file" / "cache")
+
+
 def test_a_library_is_compiled_once_and_again_for_another_source(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -25,17 +25,17 @@ FLAGS_BY_CAPABILITY = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 SOURCE = Path(__file__).with_name("native.cpp")
-CACHE = Path.home() / ".cache" / "torchrec_kvshare"
 
 logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def load_native(cache: Path = CACHE) -> None:
+def load_native(cache: Path | None = None) -> None:
     """Register the operators in this process; the first time on a machine, compile them.
 
     Args:
-        cache: folder that compiled libraries are kept in, one for each source, torch and CPU.
+        cache: folder that compiled libraries are kept in, one for each source, torch and CPU; None
+            for ``.cache/torchrec_kvshare`` in the user's home.
 
     Raises:
         ConfigError: if they cannot be compiled here, saying why.
@@ -43,7 +43,8 @@ def load_native(cache: Path = CACHE) -> None:
     flags = (*FLAGS, *FLAGS_BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), ()))
     identity = (SOURCE.read_text(), torch.__version__, COMPILER, *flags)
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    library = cache / f"native-{digest}.so"
+    folder = cache or Path.home() / ".cache" / "torchrec_kvshare"
+    library = folder / f"native-{digest}.so"
     if not library.exists():
         compile_native(flags, library)
     torch.ops.load_library(library)
@@ -53,10 +54,13 @@ def compile_native(flags: tuple[str, ...], library: Path) -> None:
     """Compile ``native.cpp``; ``library`` is there whole or not at all.
 
     Raises:
-        ConfigError: if there is no compiler, or it fails.
+        ConfigError: if there is no compiler, it fails, or the folder cannot be written to.
     """
     logger.info("compiling %s to %s", SOURCE.name, library)
-    library.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"attention body native cannot be kept: {error}") from error
     torch_folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built, compiled = f"{folder}/native.so", f"{folder}/native.o"

@@ -5,8 +5,11 @@ of requests in flight are pinned: their pages outlive eviction and replacement, 
 to them.
 """
 
+import math
 import threading
+import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +18,12 @@ from torch import Tensor
 
 from torchrec_kvshare.cache.identity import PrefixDigests
 from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.errors import ConfigError
 
 HIT = "hit"
 # Why K/V is not there, or not used.
 COLD = "cold"
+EXPIRED = "expired"
 EVICTED = "evicted"
 EDITED = "edited"
 SHRUNK = "shrunk"
@@ -31,13 +36,15 @@ MAX_REMEMBERED_EVICTIONS = 65_536  # users; only so that a miss can say "evicted
 
 @dataclass(eq=False)
 class Entry:
-    """One history's K/V: what it is of, its pages, and who holds it."""
+    """One history's K/V: what it is of, its pages, how old it is, and who holds it."""
 
     digests: tuple[bytes, ...]
     whole_digest: bytes
     first_event: int
     num_events: int
     pages: list[int]
+    encoded_at: float  # seconds: when its oldest K/V was put, whatever was put behind that since
+    used_at: float
     num_pins: int = 0
     dropped: bool = False
 
@@ -61,6 +68,12 @@ class KVCache:
 
     Args:
         pool: where the K/V lies; the cache is its only user.
+        ttl_s: seconds after which K/V is encoded anew.
+        idle_ttl_s: seconds after which it is, if nobody used it.
+        clock: seconds that only go forward.
+
+    Raises:
+        ConfigError: if a time to live is not above zero.
 
     Example:
         >>> from torchrec_kvshare.data.schema import FeatureSchema, History, Window
@@ -75,8 +88,20 @@ class KVCache:
         'hit'
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        ttl_s: float = math.inf,
+        idle_ttl_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, seconds in (("ttl_s", ttl_s), ("idle_ttl_s", idle_ttl_s)):
+            if not seconds > 0.0:
+                raise ConfigError(f"{name} is {seconds}; it must be above 0 seconds")
         self.pool = pool
+        self.ttl_s = ttl_s
+        self.idle_ttl_s = idle_ttl_s
+        self._clock = clock
         self.counts: Counter[str] = Counter()
         self._entry_by_user: OrderedDict[str, Entry] = OrderedDict()
         self._evicted_users: OrderedDict[str, None] = OrderedDict()
@@ -125,7 +150,7 @@ class KVCache:
             else:
                 if base is not None:  # Someone else reads its pages, or will.
                     kv = torch.cat([self.pool.read(base.pages, num_kept), kv], dim=1)
-                entry = self._replace(user_id, kv)
+                entry = self._replace(user_id, kv, base)
             if entry is None:
                 self.counts[NOT_ADMITTED] += 1
                 return None
@@ -155,16 +180,21 @@ class KVCache:
         entry = self._entry_by_user.get(user_id)
         if entry is None:
             return Lookup(None, EVICTED if user_id in self._evicted_users else COLD, 0)
+        now = self._clock()
+        if now - entry.encoded_at > self.ttl_s or now - entry.used_at > self.idle_ttl_s:
+            self._drop(user_id)
+            return Lookup(None, EXPIRED, 0)
         if entry.first_event != history.first_event:
             return Lookup(None, SLID, 0)
         reason, num_matched = _compare(entry, history)
         if num_matched == 0:
             return Lookup(None, reason, 0)
         self._entry_by_user.move_to_end(user_id)
+        entry.used_at = now
         entry.num_pins += 1
         return Lookup(entry, reason, num_matched)
 
-    def _replace(self, user_id: str, kv: Tensor) -> Entry | None:
+    def _replace(self, user_id: str, kv: Tensor, base: Entry | None) -> Entry | None:
         """A new entry in place of what the user had, without its identity yet."""
         own = self._entry_by_user.get(user_id)
         num_pages = self.pool.pages_for(kv.size(1))
@@ -176,7 +206,8 @@ class KVCache:
         pages = self.pool.allocate(num_pages)
         assert pages is not None
         self.pool.write(pages, kv)
-        entry = Entry((), b"", 0, 0, pages)
+        now = self._clock()
+        entry = Entry((), b"", 0, 0, pages, now if base is None else base.encoded_at, now)
         self._entry_by_user[user_id] = entry
         self._evicted_users.pop(user_id, None)
         return entry
