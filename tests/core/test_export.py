@@ -1,5 +1,6 @@
 """An artifact scores as the model does, is whole or not there, and says so when it is neither."""
 
+import copy
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
 from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
-from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, score_through_pages
+from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity, score_through_pages
 from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
 from torchrec_kvshare.features import collate
 from torchrec_kvshare.history.tower import HistoryTower
@@ -180,6 +181,14 @@ def test_an_artifact_with_the_native_body_brings_its_operators_along(
     for sizes in BATCHES:
         for one, other in zip(logits_of(native, sizes), logits_of(model, sizes), strict=True):
             torch.testing.assert_close(one, other, rtol=0.0, atol=LOGIT_TOLERANCE)
+
+
+def test_a_program_that_extends_wrongly_is_found_out(model: RankingModel) -> None:
+    wrong = copy.copy(model)
+    wrong.extend = lambda *arguments: [kv + 0.1 for kv in model.extend(*arguments)]
+    assert "extended_uncached" not in check_parity(wrong, model, SCHEMA, extends=False)
+    with pytest.raises(ParityError, match="extended_uncached logits differ by"):
+        check_parity(wrong, model, SCHEMA, extends=True)
 
 
 def test_a_body_that_is_not_torchscripts_cannot_be_exported(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 import torchrec_kvshare
 from torchrec_kvshare.attention.bodies import DENSE, FLASH, NATIVE
 from torchrec_kvshare.attention.native import load_native
-from torchrec_kvshare.audit import audit_model
+from torchrec_kvshare.audit import EXACT, audit_model
 from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
 from torchrec_kvshare.engine import RankingFunctions
@@ -77,11 +77,12 @@ def export_torchscript(model: RankingModel, schema: FeatureSchema, destination: 
         raise ConfigError(f"attention body {body} cannot be exported; {SCRIPTABLE_BODIES} can")
     audit = audit_model(model, schema)
     with artifact_folder(destination) as folder:
-        program = script_model(model)
+        scripted = script_model(model)
         with _notices_accepted():
-            torch.jit.save(program, str(folder / PROGRAM))
+            torch.jit.save(scripted, str(folder / PROGRAM))
         write_schema(folder, schema)
-        parity = check_parity(_load_program(folder / PROGRAM), model, schema)
+        program = _load_program(folder / PROGRAM)
+        parity = check_parity(program, model, schema, audit.append == EXACT)
         description = {"encoder": encoder, "body": body, "schema": schema.to_json()}
         manifest = Manifest(
             model_digest(model.state_dict(), description),
