@@ -27,6 +27,7 @@ def main(composed: DictConfig) -> None:
     engine = new_engine(artifact, cache.name, limits, cache.items)
     if config.deterministic:
         require_determinism(artifact.model, artifact.schema)
+        engine.extends = False  # Extended K/V has other last bits than that of a prefill.
     counts = score_file(engine, Path(config.requests), Path(config.output), config.batch_requests)
     print(f"scored {counts.scored}, refused {counts.refused}; cache: {counts.by_status}")
     print(f"wrote {config.output}")

@@ -223,9 +223,17 @@ def test_deterministic_mode_needs_mkl_to_be_strict(
 
 
 def test_in_deterministic_mode_scores_do_not_depend_on_batches_or_caches(
-    artifact: Path, requests_file: Path, tmp_path: Path
+    artifact: Path, requests_file: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    given = (f"artifact={artifact}", f"requests={requests_file}")
+    # Every user asks with half of its history first: nothing may be put together of two prefills.
+    grown = tmp_path_factory.mktemp("grown") / "requests.jsonl"
+    raws = [json.loads(line) for line in requests_file.read_text().splitlines()]
+    with grown.open("w") as file:
+        for raw in raws:
+            half = {name: cells[: len(cells) // 2] for name, cells in raw["history"].items()}
+            print(json.dumps(raw | {"history": half}), file=file)
+            print(json.dumps(raw), file=file)
+    given = (f"artifact={artifact}", f"requests={grown}")
     name, value = STRICT_MKL.split("=")
     environment = {name: value, "OMP_NUM_THREADS": "1"}
     process = fresh_process(STRICT_PROGRAM, str(tmp_path), *given, **environment)
@@ -239,10 +247,11 @@ def test_in_deterministic_mode_scores_do_not_depend_on_batches_or_caches(
         [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted(tmp_path.iterdir())
     )
-    assert len(one) == NUM_REQUESTS
+    assert len(one) == 2 * NUM_REQUESTS
     assert [answer["scores"] for answer in one] == [answer["scores"] for answer in other]
     assert set(statuses(one)) == {"bypass"}
     assert "miss" in statuses(other)
+    assert "partial" not in statuses(other)
 
 
 # --- broken requests
