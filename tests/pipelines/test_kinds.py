@@ -21,6 +21,7 @@ RUNS = {
         "+model.histories.buys=[buy]",
     ),
 }
+BODIES = {LONGER: "flash", HSTU: "native"}
 SMALLER = ("budget.baselines=false", "budget.max_users=12", "budget.eval_users=5")
 NUM_REQUESTS = 9
 NUM_EVENTS = 11  # no window moves when one more comes
@@ -50,7 +51,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
             folder = tmp_path_factory.mktemp("kinds")
             made = Made(folder / "run", folder / "artifact")
             run_pipeline("train", *WORLD, *TINY, *SMALLER, *RUNS[name], f"output={made.run}")
-            run_pipeline("export", f"run={made.run}", f"output={made.artifact}", "threads=1")
+            given = (f"run={made.run}", f"output={made.artifact}", f"body={BODIES[name]}")
+            run_pipeline("export", *given, "threads=1")
+            assert made.manifest["body"] == BODIES[name]
             made_by_name[name] = made
         return made_by_name[name]
 
@@ -104,14 +107,12 @@ def test_cached_and_uncached_scores_agree_while_histories_grow(
     for one, other in zip(cached, uncached, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=PROBABILITY_TOLERANCE)
     statuses = [answer["cache"]["status"] for answer in cached]
-    assert statuses[:-NUM_REQUESTS] == ["miss"] * NUM_REQUESTS + ["hit"] * NUM_REQUESTS
-    if name == HSTU:
-        # What they bought is still there.
-        bought = ["buy" in raw["history"]["action"] for raw in early]
-        assert any(bought)
-        assert statuses[-NUM_REQUESTS:] == ["partial" if one else "miss" for one in bought]
-    else:
-        assert "hit" not in statuses[-NUM_REQUESTS:]
+    assert statuses == [s for s in ("miss", "hit", "partial") for _ in range(NUM_REQUESTS)]
+    for answer, raw in zip(cached[-NUM_REQUESTS:], early, strict=True):
+        # Closed groups of four events, or all but the new one, and all that they bought.
+        num_bought = raw["history"]["action"].count("buy") if name == HSTU else 0
+        kept, new = (NUM_EVENTS + num_bought, 1) if name == HSTU else (8, 4)
+        assert [answer["cache"][f"{key}_events"] for key in ("cached", "computed")] == [kept, new]
     # Scores differ from candidate to candidate, and by what has come: nothing is left out.
     assert all(len(set(answer["scores"])) > 1 for answer in uncached)
     for before, after in zip(uncached[:NUM_REQUESTS], uncached[-NUM_REQUESTS:], strict=True):
