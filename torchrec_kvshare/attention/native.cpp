@@ -4,6 +4,7 @@
 // user; it walks over the blocks and, under each, over tiles of queries, so that the block stays in
 // the core's first cache and no score ever leaves it. A row's result depends on that row and on its
 // keys alone, to the bit: tiles are filled up with zeros, and every row rescales for itself.
+// Running softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867).
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>

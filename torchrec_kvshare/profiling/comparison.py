@@ -14,6 +14,7 @@ from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.features import Request, collate
 from torchrec_kvshare.profiling.merged import MergedEmbeddingBagCollection, share_weights
 
+NUM_WARM_UP = 3  # requests: TorchScript rewrites a program in its first calls, which takes seconds
 MERGED_CHUNK_ROWS = 16_384  # events and candidates at once; the fastest of those tried at dim 64
 
 
@@ -41,7 +42,7 @@ class PathFigures:
 def compare_paths(
     model: DLRM, uncached: Engine, cached: Engine, requests: Sequence[Request], num_merged: int
 ) -> list[PathFigures]:
-    """Score every request alone, on each path; the cached engine is warmed with one pass before.
+    """Score every request alone, on each path, warmed up and with every history in the cache.
 
     Args:
         model: the trained model, in eval mode, for the merged path.
@@ -56,6 +57,9 @@ def compare_paths(
     assert cached.caches is not None
     merged = merged_dlrm(model)
     cached.rank(requests)
+    for engine in (uncached, cached):
+        for request in requests[:NUM_WARM_UP]:
+            engine.rank([request])
 
     def score_merged(request: Request) -> list[float]:
         batch = collate([request], uncached.schema)
