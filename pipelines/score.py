@@ -8,7 +8,6 @@ import torch
 from omegaconf import DictConfig
 
 from torchrec_kvshare.config import ScoreConfig, checked, literal_overrides
-from torchrec_kvshare.deterministic import require_determinism
 from torchrec_kvshare.export.torchscript import load_artifact
 from torchrec_kvshare.scoring import CacheLimits, new_engine, score_file
 
@@ -24,10 +23,7 @@ def main(composed: DictConfig) -> None:
     artifact = load_artifact(Path(config.artifact))
     cache = config.cache
     limits = CacheLimits(cache.capacity_bytes, cache.page_size, cache.ttl_s, cache.idle_ttl_s)
-    engine = new_engine(artifact, cache.name, limits, cache.items)
-    if config.deterministic:
-        require_determinism(artifact.model, artifact.schema)
-        engine.extends = False  # Extended K/V has other last bits than that of a prefill.
+    engine = new_engine(artifact, cache.name, limits, cache.items, config.deterministic)
     counts = score_file(engine, Path(config.requests), Path(config.output), config.batch_requests)
     print(f"scored {counts.scored}, refused {counts.refused}; cache: {counts.by_status}")
     print(f"wrote {config.output}")

@@ -17,6 +17,7 @@ from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.deterministic import require_determinism
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError, RequestError
 from torchrec_kvshare.export.artifact import Manifest
@@ -76,7 +77,11 @@ DEFAULT_LIMITS = CacheLimits()
 
 
 def new_engine(
-    artifact: Artifact, cache: str, limits: CacheLimits = DEFAULT_LIMITS, num_items: int = 0
+    artifact: Artifact,
+    cache: str,
+    limits: CacheLimits = DEFAULT_LIMITS,
+    num_items: int = 0,
+    deterministic: bool = False,
 ) -> Engine:
     """An engine for a loaded artifact.
 
@@ -85,13 +90,15 @@ def new_engine(
         cache: ``memory`` keeps K/V between requests, ``off`` shares it within a request only.
         limits: of that K/V.
         num_items: projected candidates kept; 0 for none.
+        deterministic: scores bit-equal whatever else is scored, or an error.
 
     Returns:
         The engine, its cache empty.
 
     Raises:
         ConfigError: if the kind of cache is unknown or its sizes cannot work, or if the model's
-            audit allows no K/V between requests.
+            audit allows no K/V between requests, or if the scores of this process are not
+            deterministic.
     """
     if cache not in CACHE_KINDS:
         raise ConfigError(f"cache is {cache!r}; one of {CACHE_KINDS} is allowed")
@@ -109,7 +116,10 @@ def new_engine(
             kept.append(KVCache(pool, limits.ttl_s, limits.idle_ttl_s))
     items = ItemCache(num_items, artifact.schema) if num_items and kept is not None else None
     version = artifact.manifest.model_version
-    extends = artifact.manifest.audit["append"] == EXACT
+    if deterministic:
+        require_determinism(artifact.model, artifact.schema)
+    # Extended K/V has other last bits than that of a prefill.
+    extends = artifact.manifest.audit["append"] == EXACT and not deterministic
     return Engine(artifact.model, artifact.schema, version, kept, items, extends)
 
 

@@ -25,6 +25,7 @@ from tests.core.worlds import (
     PAGE_SIZE,
     PROBABILITY_TOLERANCE,
     SCHEMA,
+    assert_same_scores,
     draw_raw,
     examples,
     parse_all,
@@ -63,11 +64,6 @@ def rank(engine: Engine, *raws: RawRequest) -> list[Answer]:
 
 def uses(answers: list[Answer]) -> list[tuple[str, str, int, int, str]]:
     return [tuple(vars(answer.cache).values()) for answer in answers]
-
-
-def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
-    for answer, other in zip(answers, expected, strict=True):
-        assert answer.scores == pytest.approx(other.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
 
 
 def assert_nothing_pinned(engine: Engine) -> None:

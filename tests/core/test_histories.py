@@ -27,8 +27,8 @@ from tests.core.oracle import reference_logits
 from tests.core.worlds import (
     LOGIT_TOLERANCE,
     PATH_TOLERANCE,
-    PROBABILITY_TOLERANCE,
     SCHEMA,
+    assert_same_scores,
     draw_raw,
     examples,
     make_dlrm,
@@ -98,11 +98,6 @@ def rank(engine: Engine, *raws: RawRequest) -> list[Answer]:
 
 def uses(answers: list[Answer]) -> list[Use]:
     return [tuple(vars(answer.cache).values()) for answer in answers]
-
-
-def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
-    for answer, other in zip(answers, expected, strict=True):
-        assert answer.scores == pytest.approx(other.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -25,7 +25,12 @@ from tests.core.encoder_worlds import (
     two_histories_model,
     world_of,
 )
-from tests.core.worlds import PATH_TOLERANCE, PROBABILITY_TOLERANCE, examples, parse_all
+from tests.core.worlds import (
+    PATH_TOLERANCE,
+    assert_same_scores,
+    examples,
+    parse_all,
+)
 from torchrec_kvshare.cache.items import MAX_BAG, ItemCache
 from torchrec_kvshare.engine import Answer, Engine
 from torchrec_kvshare.errors import ConfigError
@@ -261,11 +266,6 @@ def two_histories_engine(kind: str, capacity_items: int) -> Engine:
 
 def rank(engine: Engine, raws: list[RawRequest]) -> list[Answer]:
     return engine.rank(parse_all(raws, engine.schema))
-
-
-def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
-    for answer, other in zip(answers, expected, strict=True):
-        assert answer.scores == pytest.approx(other.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
 
 
 def items_of(engine: Engine) -> ItemCache:

@@ -19,8 +19,8 @@ from tests.core.encoder_worlds import (
     two_histories_model,
     world_of,
 )
-from tests.core.worlds import PROBABILITY_TOLERANCE, examples, parse_all
-from torchrec_kvshare.engine import Answer, Engine
+from tests.core.worlds import assert_same_scores, examples, parse_all
+from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.ranking import RankingModel
 
@@ -32,11 +32,6 @@ DEEDS = ("same", "grow by one", "grow", "edit late", "edit early", "shrink", "ne
 @lru_cache
 def model_of(name: str, body: str) -> RankingModel:
     return RankingModel(copy.deepcopy(world_of(name).dlrm), body).eval()
-
-
-def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
-    for answer, other in zip(answers, expected, strict=True):
-        assert answer.scores == pytest.approx(other.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
 
 
 def live(history: dict[str, list[Any]], deed: str, rng: np.random.Generator) -> None:

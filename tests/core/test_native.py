@@ -5,6 +5,7 @@ Its values are compared with the reference in test_bodies.py and, in whole model
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,54 @@ def test_other_dtypes_are_refused(attention: Attention, dtype: torch.dtype) -> N
     rows = draw(3, 4, NUM_HEADS, 8).to(dtype)
     with pytest.raises(RuntimeError, match="expected scalar type Float but found"):
         attention.causal(*rows.unbind(0), [(0, 4)], [(0, 4)], 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"spans": Spans([(0, 5)], [(0, 151)]), "biases": [torch.zeros(NUM_HEADS, 1, 151)]},
+            "keys are 0 to 151 of 150",
+        ),
+        ({"spans": Spans([(0, 5)], [(-1, 149)])}, "keys are -1 to 149 of 150"),
+        ({"spans": Spans([(0, 138)], [(0, 150)])}, "rows are 0 to 138 of 137"),
+        ({"spans": Spans([(0, 5)], [])}, "0 spans of events and 1 biases are for 1 users"),
+        ({"biases": [torch.zeros(NUM_HEADS, 1, 149)]}, r"a bias is \[3, 1, 149\]"),
+        ({"biases": [torch.zeros(NUM_HEADS, 4, 150)]}, r"a bias is \[3, 4, 150\]"),
+        ({"keys": torch.zeros(150, NUM_HEADS, 9)}, r"values are .*the keys are \[150, 3, 9\]"),
+        ({"own_keys": torch.zeros(5, 1, NUM_HEADS, 8)}, "own keys and values are"),
+    ],
+)
+@pytest.mark.parametrize("function", ["shared", "silu_shared"])
+def test_what_lies_outside_a_tensor_is_not_read(
+    attention: Attention, function: str, change: dict[str, Any], message: str
+) -> None:
+    queries, keys, values, own_keys, own_values = candidates_of(8, 1)
+    arguments = {
+        "queries": queries,
+        "keys": keys,
+        "values": values,
+        "own_keys": own_keys,
+        "own_values": own_values,
+        "biases": [torch.zeros(NUM_HEADS, 1, NUM_EVENTS)],
+        "spans": Spans([(0, 5)], [(0, NUM_EVENTS)]),
+    }
+    with pytest.raises(ValueError, match=message):
+        getattr(attention, function)(**(arguments | change), body="native")
+
+
+def test_events_outside_a_tensor_are_not_read(attention: Attention) -> None:
+    rows = draw(9, NUM_HEADS, 8)
+    for queries, keys, message in (
+        ([(0, 9)], [(0, 10)], "keys are 0 to 10 of 9"),
+        ([(0, 9)], [(3, 9)], "keys are 3 to 9 of 9"),  # fewer than the rows that are their last
+        ([(0, 10)], [(0, 9)], "rows are 0 to 10 of 9"),
+        ([(0, 9)], [], "1 and 0 spans do not pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention.causal(rows, rows, rows, queries, keys, 0)
+    with pytest.raises(ValueError, match="1 and 0 spans do not pair"):
+        attention.full(rows, rows, rows, [(0, 9)], [])
 
 
 # Compiling.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from torchrec_kvshare.data.schema import (
     visible_key,
 )
 from torchrec_kvshare.draw import draw_raw_request
+from torchrec_kvshare.engine import Answer
 from torchrec_kvshare.features import Request, parse_request
 from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
 from torchrec_kvshare.ranking import dlrm_with_history
@@ -161,6 +163,12 @@ def see_prefixes(batch: Batch, visible: list[int], times: list[int]) -> Batch:
     bags_by_key[visible_key(HISTORY)] = single(torch.tensor(visible))
     candidate_user = inverse[keys.index("user_id")]
     return assemble(bags_by_key, candidate_user, batch.dense_features, batch.labels)
+
+
+def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
+    """Of two engines, one of them mostly without a cache."""
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.scores == pytest.approx(other.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
 
 
 def fresh_process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:

@@ -422,10 +422,29 @@ std::tuple<at::Tensor, at::Tensor> pack(const at::Tensor& keys, const at::Tensor
   return {key_blocks, value_blocks};
 }
 
+// What is read lies within its tensor: nothing behind this looks again.
+void check(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
+           const std::vector<User>& users) {
+  TORCH_CHECK_VALUE(keys.sizes() == values.sizes(), "values are ", values.sizes(),
+                    "; the keys are ", keys.sizes());
+  TORCH_CHECK_VALUE(keys.sizes().slice(1) == queries.sizes().slice(1), "keys are ", keys.sizes(),
+                    "; the queries are ", queries.sizes());
+  for (const User& user : users) {
+    const int64_t end_row = user.first_row + user.num_rows, end_key = user.first_key + user.num_keys;
+    TORCH_CHECK_VALUE(user.num_rows >= 0 && user.first_row >= 0 && end_row <= queries.size(0),
+                      "a user's rows are ", user.first_row, " to ", end_row, " of ",
+                      queries.size(0));
+    TORCH_CHECK_VALUE(user.num_keys >= (user.causal ? user.num_rows : 0) && user.first_key >= 0 &&
+                          end_key <= keys.size(0),
+                      "a user's keys are ", user.first_key, " to ", end_key, " of ", keys.size(0));
+  }
+}
+
 template <typename Scoring>
 at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                   const Rows& own_keys, const Rows& own_values, int64_t num_tokens,
                   std::vector<User>& users) {
+  check(queries, keys, values, users);
   const Sizes sizes(queries);
   const auto [key_blocks, value_blocks] = pack(keys, values, sizes, users);
   at::Tensor out = at::empty(queries.sizes(), queries.options());
@@ -459,10 +478,21 @@ at::Tensor shared(const at::Tensor& queries, const at::Tensor& keys, const at::T
                   const std::vector<at::Tensor>& biases, const Spans& candidates,
                   const Spans& events) {
   const int64_t num_tokens = queries.size(1);
+  TORCH_CHECK_VALUE(own_keys.sizes() == queries.sizes() && own_values.sizes() == queries.sizes(),
+                    "own keys and values are ", own_keys.sizes(), " and ", own_values.sizes(),
+                    "; the queries are ", queries.sizes());
+  TORCH_CHECK_VALUE(events.size() == candidates.size() && biases.size() == candidates.size(),
+                    events.size(), " spans of events and ", biases.size(), " biases are for ",
+                    candidates.size(), " users");
   std::vector<User> users;
   for (size_t place = 0; place < candidates.size(); ++place) {
     const auto& [first, end] = candidates[place];
     User user({first * num_tokens, end * num_tokens}, events[place]);
+    const at::IntArrayRef bias = biases[place].sizes();
+    TORCH_CHECK_VALUE(bias.size() == 3 && bias[0] == queries.size(2) && bias[2] == user.num_keys &&
+                          (bias[1] == 1 || bias[1] == end - first),
+                      "a bias is ", bias, "; its user has ", end - first, " candidates and ",
+                      user.num_keys, " events");
     const int64_t missing = user.num_blocks() * kBlock - user.num_keys;
     user.bias = at::constant_pad_nd(biases[place].mul(Scoring::kScale), {0, missing}).contiguous();
     users.push_back(user);
@@ -476,6 +506,8 @@ at::Tensor shared(const at::Tensor& queries, const at::Tensor& keys, const at::T
 template <typename Scoring>
 at::Tensor causal(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                   const Spans& query_spans, const Spans& key_spans, int64_t window) {
+  TORCH_CHECK_VALUE(query_spans.size() == key_spans.size(), query_spans.size(), " and ",
+                    key_spans.size(), " spans do not pair");
   std::vector<User> users;
   for (size_t place = 0; place < query_spans.size(); ++place) {
     users.emplace_back(query_spans[place], key_spans[place]);
@@ -487,6 +519,8 @@ at::Tensor causal(const at::Tensor& queries, const at::Tensor& keys, const at::T
 
 at::Tensor full(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                 const Spans& query_spans, const Spans& key_spans) {
+  TORCH_CHECK_VALUE(query_spans.size() == key_spans.size(), query_spans.size(), " and ",
+                    key_spans.size(), " spans do not pair");
   std::vector<User> users;
   for (size_t place = 0; place < query_spans.size(); ++place)
     users.emplace_back(query_spans[place], key_spans[place]);
