@@ -36,12 +36,14 @@ $(STAMP): setup.cfg constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
-	$(INSTALL) --editable '.[parquet,plots,test,lint]'
+	$(INSTALL) --editable '.[parquet,plots,tiers,metrics,test,lint]'
 	@echo "If pip says above that torchrec misses fbgemm-gpu: $(FBGEMM_$(BUILD)) stands in for it."
 	@echo $(BUILD) > $@
 
-tools: ## what the suite needs beyond Python: a C++ compiler, for body native and torch.compile
-	command -v g++ >/dev/null || { apt-get update && apt-get install --yes g++; }
+tools: ## what the suite needs beyond Python: a C++ compiler, a Redis server, openssl
+	for tool in g++ redis-server openssl; do \
+		command -v $$tool >/dev/null || { apt-get update && apt-get install --yes $$tool; } || exit; \
+	done
 
 demo: $(STAMP) ## train, export and score end to end (DATA=synthetic, ROOT=folder of the data, DEMO_ARGS)
 	$(RUN) -m pipelines.demo data=$(DATA) $(if $(ROOT),'data.root=$(ROOT)') $(DEMO_ARGS)

@@ -10,6 +10,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.collection import KVShareEmbeddingBagCollection, token_tables
 from torchrec_kvshare.data.schema import FeatureSchema, History, Vocabulary, Window
 from torchrec_kvshare.engine import Engine
@@ -67,8 +68,8 @@ request = parse_request(
 )
 pool = PagePool(2**24, 32, *tower.kv_shape)
 ranking = RankingModel(model).eval()
-cached = Engine(ranking, schema, "untrained", [KVCache(pool)])
-uncached = Engine(ranking, schema, "untrained", caches=None)
+cached = Engine(ranking, schema, "untrained", KVStore([KVCache(pool)]))
+uncached = Engine(ranking, schema, "untrained", store=None)
 for engine in (uncached, cached, cached):
     answer = engine.rank([request])[0]
     print(answer.cache.status, [round(score, 4) for score in answer.scores])

@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
+from torchrec_kvshare.assembly import new_engine
 from torchrec_kvshare.export.torchscript import load_artifact
 from torchrec_kvshare.features import parse_request
-from torchrec_kvshare.scoring import new_engine
 
 artifact = load_artifact(Path(sys.argv[1]))
-engine = new_engine(artifact, cache="memory")
+engine = new_engine(artifact)
 history = {"item_id": [3, 9, 4], "action": ["view", "buy", "view"], "category": [[1], [1], [7]]}
 candidates = {"item_id": [11, 12, 13], "category": [[1], [7], [2]], "price": [3.5, 20.0, 8.0]}
 raw = {"user_id": 7, "time": 1700000000, "context": {"country": ["GB"]}, "candidates": candidates}

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from torchrec_kvshare.attention.bodies import choose_body
-from torchrec_kvshare.config import BenchmarkConfig, checked
+from torchrec_kvshare.config import BenchmarkConfig, checked, literal_overrides
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.plots import figure_class, write_plots
 from torchrec_kvshare.profiling.results import figures_table, write_results, write_tensorboard
@@ -34,6 +34,9 @@ def main(composed: DictConfig) -> None:
         config.encoders,
         config.repeats,
         config.seed,
+        None if config.artifact is None else Path(config.artifact),
+        config.data,
+        config.requests,
     )
     sizes = Sizes(
         config.dim,
@@ -55,4 +58,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv = literal_overrides(sys.argv)
     main()

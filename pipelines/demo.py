@@ -7,13 +7,19 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from torchrec_kvshare.config import DemoConfig, TrainConfig, checked, literal_overrides
+from torchrec_kvshare.assembly import MEMORY, OFF, new_engine
+from torchrec_kvshare.config import (
+    CacheConfig,
+    DemoConfig,
+    TrainConfig,
+    checked,
+    literal_overrides,
+)
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
 from torchrec_kvshare.features import parse_request
 from torchrec_kvshare.profiling.comparison import compare_paths, comparison_table
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.scoring import new_engine
 from torchrec_kvshare.training.run import Metrics, load_dataset, load_trained, train_run
 
 NUM_MERGED = 10  # requests scored the merged way; it is slow
@@ -38,7 +44,7 @@ def main(composed: DictConfig) -> None:
     export_torchscript(RankingModel(model).eval(), schema, output / "artifact")
     artifact = load_artifact(output / "artifact")
     requests = [parse_request(raw, artifact.schema) for raw in raws]
-    uncached, cached = (new_engine(artifact, kind) for kind in ("off", "memory"))
+    uncached, cached = (new_engine(artifact, CacheConfig(name)) for name in (OFF, MEMORY))
     figures = compare_paths(model, uncached, cached, requests, NUM_MERGED)
     print(f"\nTest split of {config.data.name}, every model on the same budget:\n")
     print(metrics_table(metrics))

@@ -1,15 +1,19 @@
 """Score a file of requests with an artifact: ``python -m pipelines.score artifact=DIR``."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig
+from torch.utils.tensorboard import SummaryWriter
 
+from torchrec_kvshare.assembly import new_engine
+from torchrec_kvshare.cache.exporters import write_scalars
 from torchrec_kvshare.config import ScoreConfig, checked, literal_overrides
 from torchrec_kvshare.export.torchscript import load_artifact
-from torchrec_kvshare.scoring import CacheLimits, new_engine, score_file
+from torchrec_kvshare.scoring import score_file
 
 REFUSED = 3  # exit status: some lines got an error in place of scores
 
@@ -21,10 +25,14 @@ def main(composed: DictConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     artifact = load_artifact(Path(config.artifact))
-    cache = config.cache
-    limits = CacheLimits(cache.capacity_bytes, cache.page_size, cache.ttl_s, cache.idle_ttl_s)
-    engine = new_engine(artifact, cache.name, limits, cache.items, config.deterministic)
-    counts = score_file(engine, Path(config.requests), Path(config.output), config.batch_requests)
+    engine = new_engine(artifact, config.cache, config.deterministic)
+    with closing(engine):
+        counts = score_file(
+            engine, Path(config.requests), Path(config.output), config.batch_requests
+        )
+    if engine.store is not None and config.tensorboard is not None:
+        with SummaryWriter(config.tensorboard) as writer:
+            write_scalars(engine.store.metrics.snapshot(), writer, step=0)
     print(f"scored {counts.scored}, refused {counts.refused}; cache: {counts.by_status}")
     print(f"wrote {config.output}")
     if counts.refused:

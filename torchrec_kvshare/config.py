@@ -159,15 +159,70 @@ class AuditConfig:
 
 
 @dataclass
-class CacheConfig:
-    """Where K/V is kept between requests."""
+class HostConfig:
+    """The tier in this process's memory: it takes what leaves the device."""
 
-    name: str = "memory"  # or off
-    capacity_bytes: int = 256 * 2**20
+    capacity_bytes: int = 0  # 0: no such tier
+    codec: str = "float32"
+    min_events: int | None = None  # None: as the artifact's manifest has measured it, or 0
+
+
+@dataclass
+class DiskConfig:
+    """The tier on a local disk: it gets what is encoded, and survives a restart."""
+
+    folder: str | None = None  # None: no such tier
+    capacity_bytes: int = 4 * 2**30
+    codec: str = "float32"
+    min_events: int | None = None
+    deadline_ms: float = 50.0  # of a look-up
+
+
+@dataclass
+class RemoteConfig:
+    """The tier in Redis or Valkey, shared by processes: it gets what is encoded."""
+
+    url: str | None = None  # redis://host:port, rediss:// with TLS; None: no such tier
+    cluster: bool = False
+    username: str | None = None
+    password_file: str | None = None
+    tls_ca_file: str | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
+    codec: str = "float32"
+    min_events: int | None = None
+    deadline_ms: float = 50.0
+
+
+@dataclass
+class CacheConfig:
+    """Where K/V is kept between requests, and for how long."""
+
+    name: str = "memory"  # or tiered: the tiers below too; or off
+    capacity_bytes: int = 256 * 2**20  # on the device; histories share them by the size of theirs
+    watermark: float = 0.9  # share of them that K/V at rest may take
     page_size: int = 32  # rows of K/V
+    policy: str = "lru"  # or tiny_lfu
+    share: str = "user"  # or content: K/V of equal histories is shared between users
     ttl_s: float = 300.0  # after so long K/V is encoded anew
     idle_ttl_s: float = 300.0  # or after so long without use
+    pinned_bytes: int = 0  # of the capacity, for pinned users
+    min_events: int = 0  # requests with fewer are not kept
+    context: list[str] = field(default_factory=list)  # context columns that history rows read
     items: int = 0  # projected candidates kept; 0: none
+    wait_ms: float = 1000.0  # for another request that encodes the same history
+    second_touch: bool = False  # disk and remote get a user's K/V from its second time on
+    key_file: str | None = None  # secret that signs what is written to disk and remote
+    queue_length: int = 64  # writes that wait, for each tier
+    queue_bytes: int = 32 * 2**20
+    max_failures: int = 3  # in a row, until a tier is left alone
+    pause_ms: float = 1000.0  # until it is tried again
+    max_auc_change: float = 5e-4  # of a codec, as scenario=codec measured it
+    max_top10_loss: float = 0.01  # share of the exact top 10 that is not in the codec's
+    max_score_difference: float = 0.05  # of a probability
+    host: HostConfig = field(default_factory=HostConfig)
+    disk: DiskConfig = field(default_factory=DiskConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
 
 
 @dataclass
@@ -180,6 +235,7 @@ class ScoreConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     batch_requests: int = 8  # scored together
     deterministic: bool = False  # scores bit-equal whatever else is scored, or no start
+    tensorboard: str | None = None  # folder for what the cache counted
     threads: int | None = None
 
 
@@ -227,6 +283,9 @@ class BenchmarkConfig:
     num_tokens: int = 1  # of one candidate
     body: str = "auto"  # of attention: auto|flash|native|dense
     page_size: int = 32  # rows of K/V
+    artifact: str | None = None  # of pipelines.export, where a scenario measures a trained model
+    data: Any = MISSING  # what its requests are made of
+    requests: int = 500  # how many
     repeats: int = 5
     seed: int = 0
     threads: int | None = None

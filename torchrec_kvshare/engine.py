@@ -4,6 +4,7 @@ The model is a function of tensors and the cache keeps K/V; this file hands one 
 fault of the cache is a recomputation, so scores never depend on what it holds.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -13,18 +14,20 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.cache.identity import PrefixDigests
-from torchrec_kvshare.cache.items import ItemCache
-from torchrec_kvshare.cache.kv_cache import (
-    HIT,
-    NOT_ADMITTED,
-    TOO_SHORT,
-    Entry,
-    KVCache,
-    Lookup,
+from torchrec_kvshare.cache.identity import (
+    NO_CONTEXT,
+    PrefixDigests,
+    identity_of,
+    text_digest,
 )
+from torchrec_kvshare.cache.items import ItemCache
+from torchrec_kvshare.cache.kv_cache import DEVICE, Entry, Lookup
+from torchrec_kvshare.cache.reasons import HIT, NOT_ADMITTED, TOO_SHORT
+from torchrec_kvshare.cache.stack import Want
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.batches import Bags, with_key
 from torchrec_kvshare.data.schema import PAGES, FeatureSchema, history_key
+from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features import (
     Events,
     Request,
@@ -38,6 +41,7 @@ from torchrec_kvshare.features import (
 from torchrec_kvshare.labels import EXPAND, LOOKUP, PREFILL, SCORE
 
 CACHE_OFF = "cache_off"
+NO_TIER = "none"
 
 
 class RankingFunctions(Protocol):
@@ -113,269 +117,17 @@ class Answer:
         }
 
 
-@dataclass(frozen=True)
-class _Found:
-    """One request's K/V, if it lies in pages, and what to say of it.
-
-    Attributes:
-        entries: of each history; None for one without events.
-        use: for the answer.
-        in_pages: whether it can be scored from pages.
-    """
-
-    entries: tuple[Entry | None, ...]
-    use: CacheUse
-    in_pages: bool
-
-
-class Engine:
-    """Score requests, their histories encoded once per user while the cache holds them.
-
-    Args:
-        model: the ranking functions; read only.
-        schema: the model's columns.
-        model_version: stands in every answer.
-        caches: where K/V is kept between requests, one for each history of the schema; None shares
-            it within a request only.
-        items: where projected candidates are kept; None projects them anew.
-        extends: whether K/V may be extended by new events; else whole histories alone are reused.
-    """
-
-    def __init__(
-        self,
-        model: RankingFunctions,
-        schema: FeatureSchema,
-        model_version: str,
-        caches: Sequence[KVCache] | None,
-        items: ItemCache | None = None,
-        extends: bool = True,
-    ) -> None:
-        assert caches is None or len(caches) == len(schema.histories)
-        self.model = model
-        self.schema = schema
-        self.model_version = model_version
-        self.caches = caches
-        self.items = items
-        self.extends = extends
-
-    @torch.no_grad()
-    def rank(self, requests: Sequence[Request]) -> list[Answer]:
-        """Score requests in one batch.
-
-        Args:
-            requests: parsed requests; users may repeat, candidates may be none.
-
-        Returns:
-            One answer per request, in their order.
-        """
-        if not requests:
-            return []
-        if self.caches is None:
-            return self._answers(requests, [_not_cached(r, CACHE_OFF) for r in requests])
-        found: dict[int, _Found] = {}
-        pinned: list[tuple[KVCache, Entry]] = []
-        try:
-            self._find(requests, self.caches, found, pinned)
-            return self._answers(requests, [found[place] for place in range(len(requests))])
-        finally:
-            for cache, entry in pinned:
-                cache.release(entry)
-
-    def forget(self, user_id: str) -> int:
-        """Drop the K/V of all histories of a user, an id as text.
-
-        Returns:
-            Bytes that it was.
-        """
-        return sum(cache.forget(user_id) for cache in self.caches or ())
-
-    def _find(
-        self,
-        requests: Sequence[Request],
-        caches: Sequence[KVCache],
-        found: dict[int, _Found],
-        pinned: list[tuple[KVCache, Entry]],
-    ) -> None:
-        """K/V of every request into ``found``: looked up, or encoded in one batch and kept."""
-        missing: dict[int, list[_Lookup]] = {}
-        with record_function(LOOKUP):
-            for place, request in enumerate(requests):
-                lookups = self._look_up(request, caches, pinned)
-                if request.num_events == 0:
-                    found[place] = _found_nothing(lookups)
-                elif all(lookup.reason in (HIT, TOO_SHORT) for lookup in lookups):
-                    found[place] = _found_pages(lookups, [])
-                else:
-                    missing[place] = lookups
-        if missing:
-            self._prefill(requests, missing, caches, found, pinned)
-
-    def _look_up(
-        self,
-        request: Request,
-        caches: Sequence[KVCache],
-        pinned: list[tuple[KVCache, Entry]],
-    ) -> list["_Lookup"]:
-        found = []
-        for history, cache in zip(self.schema.histories, caches, strict=True):
-            events = request.events_by_history[history.name]
-            digests = PrefixDigests(events, self.schema, cache.pool.page_size)
-            lookup = Lookup(None, TOO_SHORT, 0)
-            if events.num_events:
-                lookup = cache.lookup(request.user_id, digests)
-            if lookup.entry is not None:
-                pinned.append((cache, lookup.entry))
-            found.append((digests, lookup))
-        reusable = self.model.reusable(
-            [lookup.num_matched if self.extends else 0 for _, lookup in found],
-            [0 if lookup.entry is None else lookup.entry.num_events for _, lookup in found],
-            [digests.num_events for digests, _ in found],
-        )
-        lookups = []
-        for cache, (digests, lookup), (kept_events, rows) in zip(
-            caches, found, reusable, strict=True
-        ):
-            entry = lookup.entry
-            if entry is not None and rows == 0 and lookup.reason != HIT:
-                # Nothing of it is of use: its own pages may make room for what comes.
-                pinned.remove((cache, entry))
-                cache.release(entry)
-                entry = None
-            lookups.append(_Lookup(entry, lookup.reason, digests, kept_events, rows))
-        return lookups
-
-    def _prefill(
-        self,
-        requests: Sequence[Request],
-        missing: dict[int, list["_Lookup"]],
-        caches: Sequence[KVCache],
-        found: dict[int, _Found],
-        pinned: list[tuple[KVCache, Entry]],
-    ) -> None:
-        """Encode what misses, all in one batch, and keep what the pool has room for."""
-        places = list(missing)
-        firsts, row_of_place = distinct_histories([requests[place] for place in places])
-        lookups_by_row = [missing[places[first]] for first in firsts]
-        with record_function(PREFILL):
-            kv_by_history = self._encode(
-                [requests[places[first]] for first in firsts], lookups_by_row, caches
-            )
-        kept: dict[int, list[_Lookup]] = {}
-        for place, row in zip(places, row_of_place, strict=True):
-            if row not in kept:
-                kept[row] = [
-                    _keep(requests[place].user_id, lookup, cache, parts[row], pinned)
-                    for lookup, cache, parts in zip(
-                        lookups_by_row[row], caches, kv_by_history, strict=True
-                    )
-                ]
-            found[place] = _found_pages(missing[place], kept[row])
-
-    def _encode(
-        self,
-        requests: Sequence[Request],
-        lookups_by_row: Sequence[Sequence["_Lookup"]],
-        caches: Sequence[KVCache],
-    ) -> list[tuple[Tensor, ...]]:
-        """For each history the K/V [planes, new rows, H, D] of each request, behind kept rows."""
-        num_rows = [
-            self.model.num_rows([lookup.num_events for lookup in lookups])
-            for lookups in lookups_by_row
-        ]
-        if any(lookup.kept_rows for lookups in lookups_by_row for lookup in lookups):
-            kv_by_history = self._extend(requests, lookups_by_row, caches)
-        else:
-            kv_by_history = self.model.prefill(
-                collate_history(requests, self.schema).sparse_features
-            )
-        parts = []
-        for place, kv in enumerate(kv_by_history):
-            new_rows = [
-                counts[place] - lookups[place].kept_rows
-                for counts, lookups in zip(num_rows, lookups_by_row, strict=True)
-            ]
-            parts.append(kv.split(new_rows, dim=1))
-        return parts
-
-    def _extend(
-        self,
-        requests: Sequence[Request],
-        lookups_by_row: Sequence[Sequence["_Lookup"]],
-        caches: Sequence[KVCache],
-    ) -> list[Tensor]:
-        tails: list[dict[str, Events]] = [{} for _ in requests]
-        first_places: dict[str, list[int]] = {}
-        cached, cached_rows = [], []
-        for place, (history, cache) in enumerate(zip(self.schema.histories, caches, strict=True)):
-            of_history = [lookups[place] for lookups in lookups_by_row]
-            first_places[history.name] = [lookup.kept_events for lookup in of_history]
-            for tail, request, lookup in zip(tails, requests, of_history, strict=True):
-                events = request.events_by_history[history.name]
-                tail[history.name] = events.part(lookup.kept_events, events.num_events)
-            rows = [_cached_rows(cache, lookup) for lookup in of_history]
-            cached.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
-            cached_rows.append(torch.tensor([lookup.kept_rows for lookup in of_history]))
-        batch = collate_tails(tails, first_places, self.schema)
-        return self.model.extend(batch.sparse_features, cached, cached_rows)
-
-    def _answers(self, requests: Sequence[Request], found: Sequence[_Found]) -> list[Answer]:
-        paged = [place for place, one in enumerate(found) if one.in_pages]
-        unpaged = [place for place, one in enumerate(found) if not one.in_pages]
-        scores: dict[int, list[float]] = {}
-        scores |= self._score_cached(requests, paged, found)
-        scores |= self._score_uncached(requests, unpaged)
-        return [
-            Answer(request.request_id, scores[place], self.model_version, found[place].use)
-            for place, request in enumerate(requests)
-        ]
-
-    def _score_cached(
-        self, requests: Sequence[Request], places: list[int], found: Sequence[_Found]
-    ) -> dict[int, list[float]]:
-        chosen = [requests[place] for place in places]
-        if self.caches is None or not any(request.num_candidates for request in chosen):
-            return {place: [] for place in places}
-        with record_function(EXPAND):
-            batch = collate_candidates(chosen, self.schema)
-            features = batch.sparse_features
-            firsts, _ = distinct_histories(chosen)
-            for number, history in enumerate(self.schema.histories):
-                entries = [found[places[first]].entries[number] for first in firsts]
-                pages = [[] if entry is None else entry.pages for entry in entries]
-                features = expand(features, history.name, pages, user_of_candidates(chosen))
-            items = None
-            if self.items is not None:
-                items = self.items.project(features, self.model.project_candidates)
-        with record_function(SCORE):
-            kv_pages = [cache.pool.kv_pages for cache in self.caches]
-            logits = self.model.score(batch.dense_features, features, kv_pages, items)
-        return _scores_by_place(places, chosen, logits)
-
-    def _score_uncached(
-        self, requests: Sequence[Request], places: list[int]
-    ) -> dict[int, list[float]]:
-        chosen = [requests[place] for place in places]
-        if not any(request.num_candidates for request in chosen):
-            return {place: [] for place in places}
-        batch = collate(chosen, self.schema)
-        with record_function(SCORE):
-            logits = self.model(batch.dense_features, batch.sparse_features)
-        return _scores_by_place(places, chosen, logits)
-
-
-class _Lookup(NamedTuple):
+class _Sought(NamedTuple):
     """What is known of one history of a request: its K/V, or why some is missing.
 
     Attributes:
-        entry: pinned; None if nothing is cached.
-        reason: why it is not a hit.
+        lookup: the best that any tier has.
         digests: of the history.
         kept_events: events whose cached K/V is right for it.
         kept_rows: rows of K/V that they have.
     """
 
-    entry: Entry | None
-    reason: str
+    lookup: Lookup
     digests: PrefixDigests
     kept_events: int
     kept_rows: int
@@ -387,7 +139,442 @@ class _Lookup(NamedTuple):
     @property
     def num_cached(self) -> int:
         """Events that need not be encoded."""
-        return self.num_events if self.reason == HIT else self.kept_events
+        return self.num_events if self.lookup.reason == HIT else self.kept_events
+
+    @property
+    def is_complete(self) -> bool:
+        return self.lookup.reason == HIT or self.num_events == 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One request's K/V and what to say of it.
+
+    Attributes:
+        use: for the answer.
+        entries: of each history, where it lies in pages; None for one without events.
+        kv: of each history, where it was encoded and there was no room to keep it.
+    """
+
+    use: CacheUse
+    entries: tuple[Entry | None, ...] | None = None
+    kv: tuple[Tensor, ...] | None = None
+
+
+class _Holds:
+    """Entries that are held for a batch, each until the batch is done or it is let go."""
+
+    def __init__(self, store: KVStore) -> None:
+        self._store = store
+        self._held: list[tuple[int, Entry]] = []
+
+    def add(self, number: int, entry: Entry | None) -> None:
+        if entry is not None:
+            self._held.append((number, entry))
+
+    def release(self, number: int, entry: Entry | None) -> None:
+        if entry is not None:
+            self._held.remove((number, entry))
+            self._store.release(number, entry)
+
+    def release_all(self) -> None:
+        for number, entry in self._held:
+            self._store.release(number, entry)
+        self._held.clear()
+
+
+class Engine:
+    """Score requests, their histories encoded once per user while the store holds them.
+
+    Args:
+        model: the ranking functions; read only.
+        schema: the model's columns.
+        model_version: ``<model>-<tables>``, stands in every answer and in the identity of K/V.
+        store: where K/V is kept between requests; None shares it within a request only.
+        items: where projected candidates are kept; None projects them anew.
+
+    Raises:
+        ConfigError: if the store keeps K/V apart by a context column that the schema has not.
+    """
+
+    def __init__(
+        self,
+        model: RankingFunctions,
+        schema: FeatureSchema,
+        model_version: str,
+        store: KVStore | None,
+        items: ItemCache | None = None,
+    ) -> None:
+        if store is not None:
+            assert len(store.caches) == len(schema.histories)
+            if unknown := sorted(set(store.context) - set(schema.context)):
+                raise ConfigError(
+                    f"the store's context is {unknown}; of {list(schema.context)} some are allowed"
+                )
+        self.model = model
+        self.schema = schema
+        self.model_version = model_version
+        self.store = store
+        self.items = items
+
+    @torch.no_grad()
+    def rank(self, requests: Sequence[Request]) -> list[Answer]:
+        """Score requests in one batch; safe to call from several threads.
+
+        Args:
+            requests: parsed requests; users may repeat, candidates may be none.
+
+        Returns:
+            One answer per request, in their order.
+        """
+        if not requests:
+            return []
+        if self.store is None:
+            return self._answers(requests, [_not_cached(r, CACHE_OFF) for r in requests])
+        holds = _Holds(self.store)
+        try:
+            found = self._find(requests, self.store, holds)
+            return self._answers(requests, [found[place] for place in range(len(requests))])
+        finally:
+            holds.release_all()
+
+    @torch.no_grad()
+    def prefetch(self, users: Sequence[Request]) -> None:
+        """Bring the K/V of users to the device before they are ranked, encoded if it is nowhere.
+
+        Args:
+            users: as ``parse_user`` gives them; candidates are not read.
+        """
+        if self.store is not None:
+            holds = _Holds(self.store)
+            try:
+                self._find(users, self.store, holds)
+            finally:
+                holds.release_all()
+
+    @torch.no_grad()
+    def encode(self, user: Request) -> list[Tensor]:
+        """K/V [planes, R, H, D] of each history of a user, taken out of the store or into it.
+
+        Args:
+            user: as ``parse_user`` gives it; candidates are not read.
+        """
+        if self.store is not None:
+            holds = _Holds(self.store)
+            try:
+                found = self._find([user], self.store, holds)[0]
+                if found.kv is not None:
+                    return list(found.kv)
+                if found.entries is not None:
+                    return [
+                        self.store.rows(
+                            number, entry, 0 if entry is None else entry.num_rows
+                        ).clone()
+                        for number, entry in enumerate(found.entries)
+                    ]
+            finally:
+                holds.release_all()
+        return self.model.prefill(collate_history([user], self.schema).sparse_features)
+
+    def forget(self, user_id: str) -> dict[str, int | None]:
+        """Drop the K/V of all histories of a user, an id as text; see ``KVStore.forget``."""
+        return {} if self.store is None else self.store.forget(user_id)
+
+    def close(self) -> None:
+        """Let go of the store; see ``KVStore.close``."""
+        if self.store is not None:
+            self.store.close()
+
+    def _find(
+        self, requests: Sequence[Request], store: KVStore, holds: _Holds
+    ) -> dict[int, _Found]:
+        """K/V of every request: looked up, or encoded in one batch and kept."""
+        found: dict[int, _Found] = {}
+        missing: dict[int, tuple[_Sought, ...]] = {}
+        num_landed = store.flights.num_landed
+        with record_function(LOOKUP):
+            places = []
+            for place, request in enumerate(requests):
+                if request.num_events == 0:
+                    found[place] = _found_nothing(len(store.caches))
+                elif request.num_events < store.min_events:
+                    found[place] = _not_cached(request, TOO_SHORT)
+                else:
+                    places.append(place)
+            sought = self._seek([requests[place] for place in places], store, holds)
+        for place, of_request in zip(places, sought, strict=True):
+            if all(one.is_complete for one in of_request):
+                found[place] = _found_pages(of_request)
+                store.count_hit(requests[place].user_id, [one.lookup for one in of_request])
+            else:
+                missing[place] = of_request
+        if missing:
+            found |= self._encode_once(requests, missing, num_landed, store, holds)
+        for one in found.values():
+            store.metrics.count("events", one.use.cached_events, source="cached")
+            store.metrics.count("events", one.use.computed_events, source="computed")
+        return found
+
+    def _seek(
+        self, requests: Sequence[Request], store: KVStore, holds: _Holds
+    ) -> list[tuple[_Sought, ...]]:
+        """The best K/V of each history of each request that any tier has."""
+        on_device = [self._look_up(request, store, holds) for request in requests]
+        if store.stack is None:
+            return on_device
+        wants, lookups = [], []
+        for request, of_request in zip(requests, on_device, strict=True):
+            for number, one in enumerate(of_request):
+                if not one.is_complete:
+                    want = Want(request.user_id, one.digests, one.kept_events)
+                    wants.append((number, want))
+                    lookups.append(one.lookup)
+        fetched = iter(store.fetch(wants, lookups))
+        best = []
+        for of_request in on_device:
+            found = []
+            for number, one in enumerate(of_request):
+                lookup = one.lookup if one.is_complete else next(fetched)
+                if lookup.entry is not one.lookup.entry:
+                    holds.add(number, lookup.entry)
+                    holds.release(number, one.lookup.entry)
+                found.append((lookup, one.digests))
+            best.append(self._usable(found, store, holds))
+        return best
+
+    def _look_up(self, request: Request, store: KVStore, holds: _Holds) -> tuple[_Sought, ...]:
+        """What the device has of each history of a request."""
+        found = []
+        context = _context_digest(request, store.context)
+        for number, history in enumerate(self.schema.histories):
+            block = store.caches[number].pool.page_size
+            identity = identity_of(self.model_version, context, history.name, block)
+            digests = PrefixDigests(request.events_by_history[history.name], self.schema, identity)
+            lookup = Lookup(None, TOO_SHORT, 0, 0.0)
+            if digests.num_events:
+                lookup = store.caches[number].lookup(request.user_id, digests)
+                holds.add(number, lookup.entry)
+            found.append((lookup, digests))
+        return self._usable(found, store, holds)
+
+    def _usable(
+        self, found: Sequence[tuple[Lookup, PrefixDigests]], store: KVStore, holds: _Holds
+    ) -> tuple[_Sought, ...]:
+        """What of the K/V is right for the histories of a request; what is of no use is let go."""
+        reusable = self.model.reusable(
+            [lookup.num_matched if store.extends else 0 for lookup, _ in found],
+            [0 if lookup.entry is None else lookup.entry.num_events for lookup, _ in found],
+            [digests.num_events for _, digests in found],
+        )
+        sought = []
+        for number, ((lookup, digests), (events, rows)) in enumerate(
+            zip(found, reusable, strict=True)
+        ):
+            if rows == 0 and lookup.reason != HIT:
+                # Its own pages may make room for what comes.
+                holds.release(number, lookup.entry)
+                lookup = lookup._replace(entry=None, num_matched=0)
+            sought.append(_Sought(lookup, digests, events, rows))
+        return tuple(sought)
+
+    def _encode_once(
+        self,
+        requests: Sequence[Request],
+        missing: dict[int, tuple[_Sought, ...]],
+        num_landed: int,
+        store: KVStore,
+        holds: _Holds,
+    ) -> dict[int, _Found]:
+        """K/V of what misses, encoded here, or waited for where another request is encoding it."""
+        key_by_place = {
+            place: store.flight_key(requests[place].user_id, [one.digests for one in of_request])
+            for place, of_request in missing.items()
+        }
+        led = store.flights.lead(key_by_place.values())
+        found: dict[int, _Found] = {}
+        try:
+            mine = {place: missing[place] for place, key in key_by_place.items() if key in led}
+            others = [place for place in missing if place not in mine]
+            for place in others:
+                _let_go(missing[place], holds)
+            if store.flights.num_landed != num_landed:
+                # One of them may have been encoded since it was looked up.
+                for place in mine:
+                    _let_go(missing[place], holds)
+                mine = self._look_up_again(requests, list(mine), found, store, holds)
+            found |= self._prefill(requests, mine, store, holds)
+        finally:
+            store.flights.land(led)
+        if others:
+            store.join([key_by_place[place] for place in others])
+            rest = self._look_up_again(requests, others, found, store, holds)
+            found |= self._prefill(requests, rest, store, holds)
+        return found
+
+    def _look_up_again(
+        self,
+        requests: Sequence[Request],
+        places: Sequence[int],
+        found: dict[int, _Found],
+        store: KVStore,
+        holds: _Holds,
+    ) -> dict[int, tuple[_Sought, ...]]:
+        """What the device still lacks; the rest goes to ``found``."""
+        missing = {}
+        for place in places:
+            of_request = self._look_up(requests[place], store, holds)
+            if all(one.is_complete for one in of_request):
+                found[place] = _found_pages(of_request)
+            else:
+                missing[place] = of_request
+        return missing
+
+    def _prefill(
+        self,
+        requests: Sequence[Request],
+        missing: dict[int, tuple[_Sought, ...]],
+        store: KVStore,
+        holds: _Holds,
+    ) -> dict[int, _Found]:
+        """Encode what misses, all in one batch, and keep what there is room for."""
+        if not missing:
+            return {}
+        places = list(missing)
+        firsts, row_of_place = distinct_histories([requests[place] for place in places])
+        sought_by_row = [missing[places[first]] for first in firsts]
+        with record_function(PREFILL):
+            kv_by_history = self._encode(
+                [requests[places[first]] for first in firsts], sought_by_row, store
+            )
+        found_by_row = []
+        for row, first in enumerate(firsts):
+            user_id = requests[places[first]].user_id
+            new_kv = [parts[row] for parts in kv_by_history]
+            found_by_row.append(_keep(user_id, sought_by_row[row], new_kv, store, holds))
+        store.metrics.count("hits_by_scope", len(places) - len(firsts), scope="request")
+        return {place: found_by_row[row] for place, row in zip(places, row_of_place, strict=True)}
+
+    def _encode(
+        self,
+        requests: Sequence[Request],
+        sought_by_row: Sequence[Sequence[_Sought]],
+        store: KVStore,
+    ) -> list[tuple[Tensor, ...]]:
+        """For each history the K/V [planes, new rows, H, D] of each request, behind kept rows."""
+        num_rows = [
+            self.model.num_rows([one.num_events for one in sought]) for sought in sought_by_row
+        ]
+        if any(one.kept_rows for sought in sought_by_row for one in sought):
+            kv_by_history = self._extend(requests, sought_by_row, store)
+        else:
+            kv_by_history = self.model.prefill(
+                collate_history(requests, self.schema).sparse_features
+            )
+        parts = []
+        for number, kv in enumerate(kv_by_history):
+            new_rows = [
+                counts[number] - sought[number].kept_rows
+                for counts, sought in zip(num_rows, sought_by_row, strict=True)
+            ]
+            parts.append(kv.split(new_rows, dim=1))
+        return parts
+
+    def _extend(
+        self,
+        requests: Sequence[Request],
+        sought_by_row: Sequence[Sequence[_Sought]],
+        store: KVStore,
+    ) -> list[Tensor]:
+        tails: list[dict[str, Events]] = [{} for _ in requests]
+        first_places: dict[str, list[int]] = {}
+        cached, cached_rows = [], []
+        for number, history in enumerate(self.schema.histories):
+            of_history = [sought[number] for sought in sought_by_row]
+            first_places[history.name] = [one.kept_events for one in of_history]
+            for tail, request, one in zip(tails, requests, of_history, strict=True):
+                events = request.events_by_history[history.name]
+                tail[history.name] = events.part(one.kept_events, events.num_events)
+            rows = [store.rows(number, one.lookup.entry, one.kept_rows) for one in of_history]
+            cached.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
+            cached_rows.append(torch.tensor([one.kept_rows for one in of_history]))
+        batch = collate_tails(tails, first_places, self.schema)
+        return self.model.extend(batch.sparse_features, cached, cached_rows)
+
+    def _answers(self, requests: Sequence[Request], found: Sequence[_Found]) -> list[Answer]:
+        in_pages = [place for place, one in enumerate(found) if one.entries is not None]
+        nowhere = [
+            place for place, one in enumerate(found) if one.entries is None and one.kv is None
+        ]
+        scores = self._score_cached(requests, in_pages, found)
+        scores |= self._score_uncached(requests, nowhere)
+        for place, one in enumerate(found):
+            if one.kv is not None:
+                scores[place] = self.score_with(requests[place], one.kv)
+        return [
+            Answer(request.request_id, scores[place], self.model_version, found[place].use)
+            for place, request in enumerate(requests)
+        ]
+
+    @torch.no_grad()
+    def score_with(self, request: Request, kv_by_history: Sequence[Tensor]) -> list[float]:
+        """Probabilities of a request's candidates over K/V that lies in no cache.
+
+        Args:
+            request: its events are not read, but for their times.
+            kv_by_history: [planes, R, H, D] of each history.
+        """
+        # A history's K/V is a table of one page.
+        pages = [[[0] if kv.size(1) else []] for kv in kv_by_history]
+        tables = [kv.unsqueeze(1) for kv in kv_by_history]
+        return self._score_pages([request], pages, tables)[0]
+
+    def _score_cached(
+        self, requests: Sequence[Request], places: list[int], found: Sequence[_Found]
+    ) -> dict[int, list[float]]:
+        if self.store is None or not places:
+            return {}
+        chosen = [requests[place] for place in places]
+        firsts, _ = distinct_histories(chosen)
+        pages_by_history = []
+        for number in range(len(self.schema.histories)):
+            entries = [(found[places[first]].entries or ())[number] for first in firsts]
+            pages_by_history.append([[] if entry is None else entry.pages for entry in entries])
+        tables = [cache.pool.kv_pages for cache in self.store.caches]
+        scores = self._score_pages(chosen, pages_by_history, tables)
+        return dict(zip(places, scores, strict=True))
+
+    def _score_pages(
+        self,
+        requests: Sequence[Request],
+        pages_by_history: Sequence[Sequence[list[int]]],
+        tables: list[Tensor],
+    ) -> list[list[float]]:
+        """Probabilities over K/V in tables of pages, those of each distinct history."""
+        if not any(request.num_candidates for request in requests):
+            return [[] for _ in requests]
+        with record_function(EXPAND):
+            batch = collate_candidates(requests, self.schema)
+            features = batch.sparse_features
+            candidate_user = user_of_candidates(requests)
+            for history, pages in zip(self.schema.histories, pages_by_history, strict=True):
+                features = expand(features, history.name, pages, candidate_user)
+            items = None
+            if self.items is not None:
+                items = self.items.project(features, self.model.project_candidates)
+        with record_function(SCORE):
+            logits = self.model.score(batch.dense_features, features, tables, items)
+        return _probabilities(requests, logits)
+
+    def _score_uncached(
+        self, requests: Sequence[Request], places: list[int]
+    ) -> dict[int, list[float]]:
+        chosen = [requests[place] for place in places]
+        if not any(request.num_candidates for request in chosen):
+            return {place: [] for place in places}
+        batch = collate(chosen, self.schema)
+        with record_function(SCORE):
+            logits = self.model(batch.dense_features, batch.sparse_features)
+        return dict(zip(places, _probabilities(chosen, logits), strict=True))
 
 
 def expand(
@@ -412,61 +599,82 @@ def expand(
     return with_key(features, history_key(history, PAGES), Bags(pages, lengths), candidate_user)
 
 
-def _cached_rows(cache: KVCache, lookup: _Lookup) -> Tensor:
-    """Those rows [planes, R, H, D] of what is cached that are right for the history."""
-    pages = [] if lookup.entry is None else lookup.entry.pages
-    return cache.pool.read(pages, lookup.kept_rows)
+def _context_digest(request: Request, columns: Sequence[str]) -> str:
+    if not columns:
+        return NO_CONTEXT
+    return text_digest(json.dumps([request.context[column].tolist() for column in columns]))[:16]
 
 
 def _keep(
     user_id: str,
-    lookup: _Lookup,
-    cache: KVCache,
-    kv: Tensor,
-    pinned: list[tuple[KVCache, Entry]],
-) -> _Lookup:
-    """Put the K/V of a history that missed into the cache; what was there stays as it is."""
-    if lookup.reason == HIT or lookup.num_events == 0:
-        return lookup
-    entry = cache.put(user_id, lookup.digests, kv, lookup.entry, lookup.kept_rows)
-    if entry is None:
-        return lookup._replace(reason=NOT_ADMITTED)
-    pinned.append((cache, entry))
-    return lookup._replace(entry=entry)
-
-
-def _found_pages(looked_up: Sequence[_Lookup], kept: Sequence[_Lookup]) -> _Found:
-    """A request whose histories lie in pages, all looked up or encoded and kept.
+    sought: Sequence[_Sought],
+    new_kv: Sequence[Tensor],
+    store: KVStore,
+    holds: _Holds,
+) -> _Found:
+    """Put the new K/V of a request's histories into the store; what was there stays as it is.
 
     Where one history has no room, none of the request's is read from pages.
     """
-    num_events = sum(lookup.num_events for lookup in looked_up)
-    if any(lookup.reason == NOT_ADMITTED for lookup in kept):
-        use = CacheUse("bypass", NOT_ADMITTED, 0, num_events, "none")
-        return _Found((), use, in_pages=False)
-    cached = sum(lookup.num_cached for lookup in looked_up)
-    reasons = [lookup.reason for lookup in looked_up if lookup.reason not in (HIT, TOO_SHORT)]
+    kept = []
+    for number, (one, kv) in enumerate(zip(sought, new_kv, strict=True)):
+        entry = one.lookup.entry
+        if not one.is_complete:
+            entry = store.put(number, user_id, one.digests.content, kv, one.lookup, one.kept_rows)
+            holds.add(number, entry)
+        kept.append(entry)
+    if all(
+        entry is not None or not one.num_events for entry, one in zip(kept, sought, strict=True)
+    ):
+        return _found_pages(sought, kept)
+    kv_by_history = []
+    for number, (one, entry, kv) in enumerate(zip(sought, kept, new_kv, strict=True)):
+        if entry is not None:
+            kv_by_history.append(store.rows(number, entry, entry.num_rows))
+        else:
+            cached = store.rows(number, one.lookup.entry, one.kept_rows)
+            kv_by_history.append(torch.cat([cached, kv], dim=1))
+    cached_events = sum(one.num_cached for one in sought)
+    computed = sum(one.num_events for one in sought) - cached_events
+    use = CacheUse("bypass", NOT_ADMITTED, cached_events, computed, _tier(sought))
+    return _Found(use, kv=tuple(kv_by_history))
+
+
+def _let_go(sought: Sequence[_Sought], holds: _Holds) -> None:
+    for number, one in enumerate(sought):
+        holds.release(number, one.lookup.entry)
+
+
+def _found_pages(sought: Sequence[_Sought], kept: Sequence[Entry | None] | None = None) -> _Found:
+    """A request whose histories lie in pages, all looked up or encoded and kept."""
+    entries = [one.lookup.entry for one in sought] if kept is None else kept
+    num_events = sum(one.num_events for one in sought)
+    cached = sum(one.num_cached for one in sought)
+    reasons = [one.lookup.reason for one in sought if not one.is_complete]
     status = "partial" if reasons and cached else "miss" if reasons else HIT
-    tier = "device" if cached else "none"
-    use = CacheUse(status, reasons[0] if reasons else "", cached, num_events - cached, tier)
-    return _Found(tuple(lookup.entry for lookup in kept or looked_up), use, in_pages=True)
+    reason = reasons[0] if reasons else ""
+    use = CacheUse(status, reason, cached, num_events - cached, _tier(sought))
+    return _Found(use, entries=tuple(entries))
 
 
-def _found_nothing(lookups: Sequence[_Lookup]) -> _Found:
+def _tier(sought: Sequence[_Sought]) -> str:
+    """Where cached K/V was found; the tier below the device, where any of it was there."""
+    tiers = [one.lookup.tier for one in sought if one.num_events and one.num_cached]
+    return next((tier for tier in tiers if tier != DEVICE), DEVICE if tiers else NO_TIER)
+
+
+def _found_nothing(num_histories: int) -> _Found:
     """A request without events: there is nothing to keep, and no page to read."""
-    use = CacheUse("bypass", TOO_SHORT, 0, 0, "none")
-    return _Found(tuple(None for _ in lookups), use, in_pages=True)
+    use = CacheUse("bypass", TOO_SHORT, 0, 0, NO_TIER)
+    return _Found(use, entries=(None,) * num_histories)
 
 
 def _not_cached(request: Request, reason: str) -> _Found:
-    use = CacheUse("bypass", reason, 0, request.num_events, "none")
-    return _Found((), use, in_pages=False)
+    return _Found(CacheUse("bypass", reason, 0, request.num_events, NO_TIER))
 
 
-def _scores_by_place(
-    places: list[int], requests: Sequence[Request], logits: Tensor
-) -> dict[int, list[float]]:
+def _probabilities(requests: Sequence[Request], logits: Tensor) -> list[list[float]]:
     # Not torch.sigmoid: its vectorised form gives other bits than the one for a tensor's last rows.
     probabilities = 1.0 / (1.0 + torch.exp(-logits.double()))
     parts = probabilities.split([request.num_candidates for request in requests])
-    return {place: part.tolist() for place, part in zip(places, parts, strict=True)}
+    return [part.tolist() for part in parts]

@@ -6,6 +6,8 @@ KVShareError
 ├── RequestError (ValueError)        the caller of the scorer: one request that cannot be scored
 ├── ShapeError (ValueError)          the caller of a function: tensors that do not fit each other
 ├── ArtifactError (RuntimeError)     the exporter: an artifact that is broken or does not fit
+├── RecordError (ValueError)         a store's writer: K/V that is broken, forged or not ours
+├── TierError (OSError)              a store behind the cache: it is dead, slow or full
 ├── ParityError (AssertionError)     us: two paths that must agree do not
 └── MissingExtraError (ImportError)  the installation: a component whose extra is not installed
 """
@@ -33,6 +35,14 @@ class ShapeError(KVShareError, ValueError):
 
 class ArtifactError(KVShareError, RuntimeError):
     """An exported artifact that is broken, incomplete or does not fit what it is used for."""
+
+
+class RecordError(KVShareError, ValueError):
+    """Bytes from a store that are not the K/V they should be: torn, forged or of another."""
+
+
+class TierError(KVShareError, OSError):
+    """A store behind a tier of the cache that does not do what it was asked."""
 
 
 class ParityError(KVShareError, AssertionError):

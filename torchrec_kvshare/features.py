@@ -162,6 +162,23 @@ def parse_request(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
     )
 
 
+def parse_user(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
+    """Check a user whose history is to be encoded: a request without candidates.
+
+    Args:
+        raw: as a request; ``time`` may be missing, and candidates are not read.
+        schema: the model's columns.
+
+    Returns:
+        The request, its history cut to the window.
+
+    Raises:
+        RequestError: naming the column, what came and what was allowed.
+    """
+    columns = (ITEM, *schema.item_attributes, *schema.item_floats)
+    return parse_request({TIME: 0} | {**raw, "candidates": {c: [] for c in columns}}, schema)
+
+
 def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
     """The histories of some requests, as prefill wants them: no candidates.
 

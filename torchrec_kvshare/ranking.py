@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchrec.fx import symbolic_trace
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_kvshare.attention.bodies import AUTO, choose_body
@@ -150,6 +150,21 @@ def dlrm_with_history(schema: FeatureSchema, spec: TowerSpec, top_mlp: list[int]
     # DLRM's annotation names the class, but it uses the interface only.
     bags = cast(EmbeddingBagCollection, collection)
     return DLRM(bags, schema.num_dense, [spec.dim, spec.dim], top_mlp)
+
+
+def split_tables(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's state: dense weights, and embedding tables."""
+    collections = (EmbeddingBagCollection, EmbeddingCollection)
+    prefixes = tuple(
+        f"{name}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, collections)
+    )
+    dense: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        (tables if name.startswith(prefixes) else dense)[name] = tensor
+    return dense, tables
 
 
 def takes_prefixes(model: nn.Module) -> bool:

@@ -12,20 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_kvshare.audit import CROSS_REQUEST, EXACT
-from torchrec_kvshare.cache.items import ItemCache
-from torchrec_kvshare.cache.kv_cache import KVCache
-from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.deterministic import require_determinism
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError, RequestError
-from torchrec_kvshare.export.artifact import Manifest
-from torchrec_kvshare.export.torchscript import Artifact
 from torchrec_kvshare.features import Request, decode_request, parse_request
 
 MAX_CANDIDATES_AT_A_TIME = 4096  # of one batch; a longer request is a batch of its own
-CACHE_KINDS = ("memory", "off")
 
 
 @dataclass(frozen=True)
@@ -54,82 +46,6 @@ class Refusal:
         """The project's one error format."""
         error = {"type": RequestError.__name__, "message": self.message}
         return {"request_id": self.request_id, "error": error}
-
-
-@dataclass(frozen=True)
-class CacheLimits:
-    """How much K/V is kept, and for how long.
-
-    Attributes:
-        capacity_bytes: most bytes; several histories share them by the size of theirs.
-        page_size: rows of K/V per page.
-        ttl_s: seconds after which K/V is encoded anew.
-        idle_ttl_s: seconds after which it is, if nobody used it.
-    """
-
-    capacity_bytes: int = 2**28
-    page_size: int = 32
-    ttl_s: float = 300.0
-    idle_ttl_s: float = 300.0
-
-
-DEFAULT_LIMITS = CacheLimits()
-
-
-def new_engine(
-    artifact: Artifact,
-    cache: str,
-    limits: CacheLimits = DEFAULT_LIMITS,
-    num_items: int = 0,
-    deterministic: bool = False,
-) -> Engine:
-    """An engine for a loaded artifact.
-
-    Args:
-        artifact: as ``load_artifact`` gives it.
-        cache: ``memory`` keeps K/V between requests, ``off`` shares it within a request only.
-        limits: of that K/V.
-        num_items: projected candidates kept; 0 for none.
-        deterministic: scores bit-equal whatever else is scored, or an error.
-
-    Returns:
-        The engine, its cache empty.
-
-    Raises:
-        ConfigError: if the kind of cache is unknown or its sizes cannot work, or if the model's
-            audit allows no K/V between requests, or if the scores of this process are not
-            deterministic.
-    """
-    if cache not in CACHE_KINDS:
-        raise ConfigError(f"cache is {cache!r}; one of {CACHE_KINDS} is allowed")
-    kept = None
-    if cache == "memory":
-        _check_audit(artifact.manifest)
-        towers = artifact.manifest.towers.values()
-        # What one user's full window takes of each history.
-        weights = [t.num_planes * t.num_heads * t.head_dim * t.max_rows for t in towers]
-        kept = []
-        for tower, weight in zip(towers, weights, strict=True):
-            capacity_bytes = limits.capacity_bytes * weight // sum(weights)
-            shape = (tower.num_planes, tower.num_heads, tower.head_dim)
-            pool = PagePool(capacity_bytes, limits.page_size, *shape)
-            kept.append(KVCache(pool, limits.ttl_s, limits.idle_ttl_s))
-    items = ItemCache(num_items, artifact.schema) if num_items and kept is not None else None
-    version = artifact.manifest.model_version
-    if deterministic:
-        require_determinism(artifact.model, artifact.schema)
-    # Extended K/V has other last bits than that of a prefill.
-    extends = artifact.manifest.audit["append"] == EXACT and not deterministic
-    return Engine(artifact.model, artifact.schema, version, kept, items, extends)
-
-
-def _check_audit(manifest: Manifest) -> None:
-    """Refuse to keep K/V of a model that failed its audit."""
-    if manifest.audit["scope"] != CROSS_REQUEST:
-        raise ConfigError(
-            f"cache is 'memory', but K/V of model {manifest.model_version} may be used within a "
-            f"request only: its audit failed at {manifest.audit['failures']}; cache=off is allowed"
-        )
 
 
 def score_file(engine: Engine, requests: Path, output: Path, batch_requests: int) -> Counts:

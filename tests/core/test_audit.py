@@ -16,9 +16,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from tests.core.encoder_worlds import EXTENDED_NAMES, NAMES, World, raws_of, world_of
 from tests.core.worlds import parse_all
 from torchrec_kvshare import audit as audit_module
+from torchrec_kvshare.assembly import new_engine
 from torchrec_kvshare.attention.shared import Spans
 from torchrec_kvshare.audit import Audit, audit_model, audit_table
 from torchrec_kvshare.collection import HistoryPooling, TokenFeatures
+from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
 from torchrec_kvshare.history.bidirectional import BidirectionalEncoder
@@ -28,11 +30,10 @@ from torchrec_kvshare.history.kinds import BIDIRECTIONAL, CAUSAL, HSTU, TARGET_O
 from torchrec_kvshare.history.longer import LongerEncoder
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.scoring import CacheLimits, new_engine
 
 JaggedByKey = dict[str, JaggedTensor]
 PERTURBED = ["candidates", "request_time", "context", "batchmates", "batch_order", "later_events"]
-LIMITS = CacheLimits(capacity_bytes=1 << 20, page_size=5)
+MEMORY = CacheConfig(capacity_bytes=1 << 20, page_size=5)
 
 
 def audit_of(world: World, model: RankingModel | None = None, seed: int = 0) -> Audit:
@@ -286,11 +287,11 @@ def test_the_manifest_holds_the_verdict_and_its_figures(failed: Path) -> None:
 
 def test_an_artifact_that_failed_its_audit_keeps_no_kv_between_requests(failed: Path) -> None:
     artifact = load_artifact(failed)
-    refusal = r"cache is 'memory'.*audit failed at \['later_events'\]; cache=off is allowed"
+    refusal = r"within a request only: its audit failed at \['later_events'\]; cache=off is allowed"
     with pytest.raises(ConfigError, match=refusal):
-        new_engine(artifact, "memory", LIMITS)
+        new_engine(artifact, MEMORY)
     requests = parse_all(raws_of(world_of(CAUSAL), [(9, 3, 1)]), artifact.schema)
-    [answer] = new_engine(artifact, "off", LIMITS).rank(requests)
+    [answer] = new_engine(artifact, CacheConfig("off")).rank(requests)
     assert (answer.cache.status, len(answer.scores)) == ("bypass", 3)
 
 
@@ -301,5 +302,5 @@ def test_an_artifact_whose_audit_passed_keeps_kv_between_requests(
     written = json.loads((passed / "manifest.json").read_text())
     written["audit"] |= {"scope": "cross_request", "failures": []}
     (passed / "manifest.json").write_text(json.dumps(written))
-    engine = new_engine(load_artifact(passed), "memory", LIMITS)
-    assert engine.caches is not None
+    engine = new_engine(load_artifact(passed), MEMORY)
+    assert engine.store is not None

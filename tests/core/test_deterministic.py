@@ -20,6 +20,7 @@ from tests.core.worlds import fresh_process
 from torchrec_kvshare import deterministic
 from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import KVCache
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.deterministic import STRICT_MKL, require_determinism
 from torchrec_kvshare.engine import Engine
@@ -76,8 +77,10 @@ def what_moves_scores(world: World, model: RankingModel, caches: list[KVCache]) 
     schema, rng = world.schema, random.Random(7)
     engines = {
         "off": Engine(model, schema, "v1", None),
-        "cached": Engine(model, schema, "v1", caches, extends=False),
-        "items": Engine(model, schema, "v1", caches, ItemCache(300, schema), extends=False),
+        "cached": Engine(model, schema, "v1", KVStore(caches, extends=False)),
+        "items": Engine(
+            model, schema, "v1", KVStore(caches, extends=False), ItemCache(300, schema)
+        ),
     }
     moved = set()
     for num_events in NUM_EVENTS:

@@ -36,7 +36,7 @@ from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity, score_
 from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
 from torchrec_kvshare.features import collate
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.ranking import RankingModel, dlrm_with_history, split_tables
 
 FILES = ["manifest.json", "model.pt", "schema.json"]
 # Sizes that the export never saw: one request, many candidates, more users than it drew.
@@ -124,9 +124,9 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
     written = json.loads((artifact / "manifest.json").read_text())
     assert set(written) == {
         *("format", "model_digest", "encoder", "body", "towers", "inputs", "audit", "parity"),
-        *("versions", "sha256_by_file"),
+        *("versions", "sha256_by_file", "tables_digest", "codecs", "break_even_events"),
     }
-    assert (written["format"], written["encoder"]) == (3, asdict(CAUSAL_SPEC))
+    assert (written["format"], written["encoder"]) == (4, asdict(CAUSAL_SPEC))
     assert written["body"] == "flash"
     sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}
@@ -152,14 +152,17 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
         "body": written["body"],
         "schema": SCHEMA.to_json(),
     }
-    assert written["model_digest"] == model_digest(model.state_dict(), description)
+    dense, tables = split_tables(model)
+    assert written["model_digest"] == model_digest(dense, description)
+    assert written["tables_digest"] == model_digest(tables, {})
 
 
 def test_reading_gives_back_what_was_written(artifact: Path) -> None:
     manifest, schema = read_artifact(artifact)
     assert json.loads((artifact / "manifest.json").read_text()) == manifest.to_json()
     assert schema.to_json() == SCHEMA.to_json()
-    assert manifest.model_version == manifest.model_digest[:16]
+    digests = (manifest.model_digest[:16], manifest.tables_digest[:16])
+    assert manifest.model_version == "-".join(digests)
     assert load_artifact(artifact).manifest == manifest
 
 

@@ -45,6 +45,7 @@ from tests.data.logs import (
     price_of,
 )
 from torchrec_kvshare.audit import audit_model
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.schema import (
     ITEM,
@@ -85,7 +86,7 @@ def twelve_events(user: str = "user 1", num_candidates: int = 3) -> RawRequest:
 def make_engine(kind: str = CAUSAL, num_pages: Sequence[int] = (9, 7)) -> Engine:
     """An engine over so many pages for each history."""
     model = ranking_model(kind)
-    return Engine(model, TWO_HISTORIES, "v1", make_caches(model, num_pages))
+    return Engine(model, TWO_HISTORIES, "v1", KVStore(make_caches(model, num_pages)))
 
 
 def uncached_engine(kind: str = CAUSAL) -> Engine:
@@ -199,9 +200,10 @@ def test_the_kv_of_both_histories_is_found_again(kind: str) -> None:
     expected = rank(uncached_engine(kind), *raws)
     assert_same_scores(first, expected)
     assert_same_scores(second, expected)
-    assert engine.caches is not None
-    counts = [cache.counts for cache in engine.caches]
-    assert [(count["cold"], count["hit"]) for count in counts] == [(2, 2), (2, 2)]
+    assert engine.store is not None
+    for cache in engine.store.caches:
+        counted = cache.metrics.snapshot()
+        assert [counted.value("lookups", outcome=reason) for reason in ("cold", "hit")] == [2, 2]
 
 
 def test_a_new_view_leaves_what_was_bought_in_the_cache() -> None:
@@ -242,11 +244,12 @@ def test_who_bought_nothing_misses_and_hits_by_what_was_seen() -> None:
 def test_a_user_is_forgotten_in_every_history() -> None:
     engine = make_engine()
     rank(engine, twelve_events("a"), twelve_events("b"))
-    assert engine.caches is not None
-    held = [cache.held_bytes for cache in engine.caches]
-    assert engine.forget("a") == sum(held) // 2
-    assert [cache.held_bytes for cache in engine.caches] == [part // 2 for part in held]
-    assert engine.forget("a") == uncached_engine().forget("b") == 0
+    assert engine.store is not None
+    held = [cache.held_bytes for cache in engine.store.caches]
+    assert engine.forget("a") == {"device": sum(held) // 2}
+    assert [cache.held_bytes for cache in engine.store.caches] == [part // 2 for part in held]
+    assert engine.forget("a") == {"device": 0}
+    assert uncached_engine().forget("b") == {}
     uses_after = uses(rank(engine, twelve_events("a"), twelve_events("b")))
     assert [use[:2] for use in uses_after] == [("miss", "cold"), ("hit", "")]
 
@@ -256,9 +259,9 @@ def test_where_one_history_has_no_room_the_request_is_scored_all_the_same() -> N
     answers = rank(engine, twelve_events(), draw_buyer("b", 3, 2, 1))
     assert [use[:2] for use in uses(answers)] == [("bypass", "not_admitted"), ("miss", "cold")]
     assert_same_scores(answers, rank(uncached_engine(), twelve_events(), draw_buyer("b", 3, 2, 1)))
-    assert engine.caches is not None
-    for cache in engine.caches:
-        assert all(entry.num_pins == 0 for entry in cache._entry_by_user.values())
+    assert engine.store is not None
+    for cache in engine.store.caches:
+        assert all(entry.num_holders == 0 for entry in cache._entry_by_user.values())
 
 
 deeds = st.sampled_from(["same", "view", "buy", "edit", "shrink", "new"])

@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from torchrec.models.dlrm import DLRM
 
 from tests.core.worlds import CAUSAL_SPEC, SCHEMA, draw_raw, fresh_process
-from torchrec_kvshare.cache.identity import PrefixDigests, model_digest
+from torchrec_kvshare.cache.identity import NO_CONTEXT, Identity, PrefixDigests, model_digest
 from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.features import parse_request
 
 RawRequest = dict[str, Any]
 
 BLOCK = 3  # events
+IDENTITY = Identity("model", "tables", NO_CONTEXT, HISTORY, BLOCK)
 
 
 def digests_of(raw: RawRequest) -> PrefixDigests:
-    return PrefixDigests(parse_request(raw, SCHEMA).events_by_history[HISTORY], SCHEMA, BLOCK)
+    return PrefixDigests(parse_request(raw, SCHEMA).events_by_history[HISTORY], SCHEMA, IDENTITY)
 
 
 def digest_of(raw: RawRequest) -> bytes:

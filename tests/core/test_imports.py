@@ -14,7 +14,7 @@ FOLDER = Path(torchrec_kvshare.__path__[0])
 ROOMS = (
     *("errors", "labels", "config", "data", "features", "draw", "attention", "history", "bags"),
     *("collection", "ranking", "audit", "cache", "engine", "training", "export", "deterministic"),
-    *("scoring", "serving", "profiling"),
+    *("encoded_user", "assembly", "scoring", "serving", "profiling"),
 )
 
 

@@ -32,6 +32,7 @@ from tests.core.worlds import (
     parse_all,
 )
 from torchrec_kvshare.cache.items import MAX_BAG, ItemCache
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.engine import Answer, Engine
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features import collate_candidates
@@ -255,13 +256,13 @@ def make_engine(name: str, capacity_items: int, num_tokens: int = NUM_TOKENS) ->
     """An engine that keeps so many items; 0 for none."""
     model, schema = model_of(name, num_tokens), world_of(name, num_tokens).schema
     items = ItemCache(capacity_items, schema) if capacity_items else None
-    return Engine(model, schema, "v1", make_caches(model, [30]), items)
+    return Engine(model, schema, "v1", KVStore(make_caches(model, [30])), items)
 
 
 def two_histories_engine(kind: str, capacity_items: int) -> Engine:
     model = RankingModel(two_histories_model(kind)).eval()
     items = ItemCache(capacity_items, TWO_HISTORIES) if capacity_items else None
-    return Engine(model, TWO_HISTORIES, "v1", make_caches(model, [20, 9]), items)
+    return Engine(model, TWO_HISTORIES, "v1", KVStore(make_caches(model, [20, 9])), items)
 
 
 def rank(engine: Engine, raws: list[RawRequest]) -> list[Answer]:
@@ -304,7 +305,7 @@ def test_items_are_kept_across_users() -> None:
 
 def test_without_kv_between_requests_no_items_are_kept() -> None:
     engine = make_engine(CAUSAL, 6)
-    engine.caches = None
+    engine.store = None
     rank(engine, [candidates_of(PLAIN, OTHER)])
     assert counts_of(items_of(engine)) == (0, 0)
 

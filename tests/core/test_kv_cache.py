@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tests.core.worlds import HEAD_DIM, NUM_HEADS, NUM_PLANES, PAGE_BYTES, PAGE_SIZE
 from torchrec_kvshare.cache import kv_cache
-from torchrec_kvshare.cache.identity import PrefixDigests
-from torchrec_kvshare.cache.kv_cache import Entry, KVCache
+from torchrec_kvshare.cache.identity import NO_CONTEXT, Identity, PrefixDigests
+from torchrec_kvshare.cache.kv_cache import Entry, KVCache, Rules
 from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.cache.policies import LruPolicy
 from torchrec_kvshare.data.schema import HISTORY, TIME, FeatureSchema, History, Window
 from torchrec_kvshare.errors import ConfigError, ShapeError
 from torchrec_kvshare.features import Events
@@ -27,6 +28,9 @@ HAMMER_SECONDS = 20.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.0
 BARE = FeatureSchema({}, (), False, (), (), (History(HISTORY, Window(100, 5)),))
 
 
+IDENTITY = Identity("model", "tables", NO_CONTEXT, HISTORY, PAGE_SIZE)
+
+
 def make_cache(num_pages: int) -> KVCache:
     pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     return KVCache(pool)
@@ -34,7 +38,7 @@ def make_cache(num_pages: int) -> KVCache:
 
 def history_of(events: Sequence[int], first_event: int = 0) -> PrefixDigests:
     """A history whose events are told apart by their times alone."""
-    return PrefixDigests(Events({TIME: torch.tensor(events)}, {}, first_event), BARE, PAGE_SIZE)
+    return PrefixDigests(Events({TIME: torch.tensor(events)}, {}, first_event), BARE, IDENTITY)
 
 
 def events_of(name: str, num_pages: int) -> list[int]:
@@ -63,7 +67,7 @@ def look_up(cache: KVCache, user_id: str, events: Sequence[int]) -> tuple[str, i
 
 def put(cache: KVCache, user_id: str, name: str, num_pages: int) -> Entry | None:
     events = events_of(name, num_pages)
-    return cache.put(user_id, history_of(events), kv_of(events))
+    return cache.put(user_id, history_of(events).content, kv_of(events))
 
 
 def put_and_release(cache: KVCache, user_id: str, name: str, num_pages: int) -> None:
@@ -74,7 +78,12 @@ def put_and_release(cache: KVCache, user_id: str, name: str, num_pages: int) -> 
 
 def state_of(cache: KVCache) -> tuple[list[str], int]:
     """Users kept, the least recently used first, and free pages."""
-    return list(cache._entry_by_user), cache.pool.num_free
+    assert isinstance(cache._policy, LruPolicy)
+    return list(cache._policy._bytes_by_key), cache.pool.num_free
+
+
+def counted(cache: KVCache, name: str, **labels: str) -> float:
+    return cache.metrics.snapshot().value(name, tier="device", **labels)
 
 
 def test_an_unknown_user_is_cold() -> None:
@@ -118,7 +127,7 @@ def test_a_lookup_says_how_far_the_histories_agree_and_why_not_further(
     events: Sequence[int], reason: str, num_matched: int
 ) -> None:
     cache = make_cache(5)
-    entry = cache.put("7", history_of(range(NUM_KEPT)), kv_of(range(NUM_KEPT)))
+    entry = cache.put("7", history_of(range(NUM_KEPT)).content, kv_of(range(NUM_KEPT)))
     assert entry is not None
     cache.release(entry)
     assert look_up(cache, "7", [*events]) == (reason, num_matched)
@@ -129,7 +138,7 @@ def test_a_window_that_starts_elsewhere_has_slid() -> None:
     cache = make_cache(5)
     put_and_release(cache, "7", "a", 2)
     slid = history_of(events_of("a", 3)[PAGE_SIZE:], first_event=PAGE_SIZE)
-    assert cache.lookup("7", slid) == (None, "slid", 0)
+    assert cache.lookup("7", slid)[:3] == (None, "slid", 0)
 
 
 # Age.
@@ -146,7 +155,7 @@ class Clock:
 
 def aged_cache(ttl_s: float, idle_ttl_s: float) -> tuple[KVCache, Clock]:
     clock = Clock()
-    return KVCache(make_cache(8).pool, ttl_s, idle_ttl_s, clock), clock
+    return KVCache(make_cache(8).pool, Rules(ttl_s, idle_ttl_s), clock=clock), clock
 
 
 def test_kv_expires_however_often_it_is_used() -> None:
@@ -231,8 +240,8 @@ def test_the_history_of_one_user_is_not_that_of_another() -> None:
 def grow(cache: KVCache, user_id: str, events: Sequence[int]) -> Entry | None:
     """As the engine does: keep what both begin with, put the rest behind it."""
     history = history_of(events)
-    entry, _, num_kept = cache.lookup(user_id, history)
-    grown = cache.put(user_id, history, kv_of(events)[:, num_kept:], entry, num_kept)
+    entry, _, num_kept = cache.lookup(user_id, history)[:3]
+    grown = cache.put(user_id, history.content, kv_of(events)[:, num_kept:], entry, num_kept)
     if entry is not None:
         cache.release(entry)
     return grown
@@ -241,12 +250,12 @@ def grow(cache: KVCache, user_id: str, events: Sequence[int]) -> Entry | None:
 @pytest.mark.parametrize("num_events", [11, 15, 16, 29])
 def test_a_history_grows_where_it_lies(num_events: int) -> None:
     cache = make_cache(8)
-    first = cache.put("7", history_of(range(11)), kv_of(range(11)))
+    first = cache.put("7", history_of(range(11)).content, kv_of(range(11)))
     assert first is not None
     pages = list(first.pages)
     cache.release(first)
     grown = grow(cache, "7", range(num_events + 1))
-    assert grown is first
+    assert grown is not None
     assert grown.pages[: len(pages)] == pages
     assert holds(cache, grown, range(num_events + 1))
     cache.release(grown)
@@ -299,7 +308,9 @@ def test_two_ways_to_grow_one_history_do_not_meet() -> None:
     grown = []
     for events, base in zip(ways, bases, strict=True):
         grown.append(
-            cache.put("7", history_of(events), kv_of(events)[:, PAGE_SIZE:], base, PAGE_SIZE)
+            cache.put(
+                "7", history_of(events).content, kv_of(events)[:, PAGE_SIZE:], base, PAGE_SIZE
+            )
         )
         cache.release(base)
     for events, entry in zip(ways, grown, strict=True):
@@ -329,6 +340,31 @@ def test_a_growing_history_evicts_others_and_not_itself() -> None:
     assert state_of(cache) == (["7"], 0)
 
 
+class Refusing(LruPolicy):
+    """Admits every user once, and nothing of it afterwards."""
+
+    def put(self, key: str, num_bytes: int) -> list[str]:
+        if key in self._bytes_by_key:
+            self.remove(key)
+            return [key]
+        return super().put(key, num_bytes)
+
+
+def test_what_a_refused_history_was_to_grow_on_stays_with_who_holds_it() -> None:
+    """Its pages were given away while its reader still had to read them."""
+    pool = make_cache(4).pool
+    cache = KVCache(pool, policy=Refusing(pool.capacity_bytes))
+    put_and_release(cache, "7", "a", 2)
+    put_and_release(cache, "8", "b", 2)
+    base = cache.lookup("7", history_of(events_of("a", 2))).entry
+    assert base is not None
+    longer = [*events_of("a", 2), *range(5)]
+    assert cache.put("7", history_of(longer).content, kv_of(longer)[:, 10:], base, 10) is None
+    assert holds(cache, base, events_of("a", 2))
+    cache.release(base)
+    assert pool.num_free == 2
+
+
 # Eviction, pins, counts.
 
 
@@ -352,7 +388,7 @@ def test_the_least_recently_used_user_goes_first() -> None:
     assert state_of(cache) == (["c", "a", "d"], 0)
     put_and_release(cache, "e", "e", 3)
     assert state_of(cache) == (["d", "e"], 1)
-    assert cache.counts["evictions"] == 3
+    assert counted(cache, "evictions") == 3
 
 
 def test_a_replaced_history_gives_its_pages_back() -> None:
@@ -360,7 +396,7 @@ def test_a_replaced_history_gives_its_pages_back() -> None:
     put_and_release(cache, "7", "a", 3)
     put_and_release(cache, "7", "b", 4)
     assert state_of(cache) == (["7"], 0)
-    assert cache.counts["evictions"] == 0
+    assert counted(cache, "evictions") == 0
     assert cache.held_bytes == 4 * PAGE_BYTES
 
 
@@ -409,8 +445,8 @@ def test_a_put_that_does_not_fit_changes_nothing() -> None:
     assert put(cache, "b", "x", 4) is None
     assert put(cache, "a", "x", 4) is None
     assert state_of(cache) == before
-    assert cache.counts["evictions"] == 0
-    assert cache.counts["not_admitted"] == 3
+    assert counted(cache, "evictions") == 0
+    assert counted(cache, "not_kept") == 3
     assert pinned is not None
     assert holds(cache, pinned, events_of("a", 2))
     assert look_up(cache, "b", events_of("b", 1))[0] == "hit"
@@ -436,7 +472,7 @@ def test_forgetting_a_user_leaves_nothing_of_it() -> None:
 
 
 def test_evictions_are_remembered_of_so_many_users_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "MAX_REMEMBERED_EVICTIONS", 2)
+    monkeypatch.setattr(kv_cache, "MAX_REMEMBERED", 2)
     cache = make_cache(1)
     for user_id in "abcd":
         put_and_release(cache, user_id, user_id, 1)
@@ -452,7 +488,9 @@ def test_every_lookup_is_counted_under_its_reason() -> None:
     look_up(cache, "a", events_of("a", 3))
     look_up(cache, "z", events_of("a", 2))
     cache.lookup("a", history_of([1, 2, 3], first_event=1))
-    assert cache.counts == {"hit": 1, "edited": 2, "shrunk": 1, "cold": 2, "slid": 1}
+    expected = {"hit": 1, "edited": 2, "shrunk": 1, "cold": 2, "slid": 1}
+    assert {reason: counted(cache, "lookups", outcome=reason) for reason in expected} == expected
+    assert counted(cache, "lookups") == 7
 
 
 # A user comes with one of three histories, maybe grown; a request in flight ends; one is forgotten.
@@ -529,7 +567,7 @@ def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
     assert wrong == []
     assert min(rounds) > 10
     kept = cache._entry_by_user.values()
-    assert all(entry.num_pins == 0 and not entry.dropped for entry in kept)
+    assert all(entry.num_holders == 0 and not entry.dropped for entry in kept)
     assert sum(len(entry.pages) for entry in kept) == 20 - cache.pool.num_free
 
 
@@ -539,6 +577,6 @@ def test_kv_of_another_model_is_refused_before_anything_changed() -> None:
     put_and_release(cache, "7", "a", 2)
     held = cache.held_bytes
     with pytest.raises(ShapeError, match=r"K/V is \[2, 30, 4, 4\]; the pool holds"):
-        cache.put("8", history_of(range(30)), torch.zeros(2, 30, 4, 4))
+        cache.put("8", history_of(range(30)).content, torch.zeros(2, 30, 4, 4))
     assert cache.held_bytes == held
     assert look_up(cache, "7", events_of("a", 2)) == ("hit", 10)

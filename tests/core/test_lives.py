@@ -20,6 +20,7 @@ from tests.core.encoder_worlds import (
     world_of,
 )
 from tests.core.worlds import assert_same_scores, examples, parse_all
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.ranking import RankingModel
@@ -63,7 +64,7 @@ def test_any_life_is_scored_as_without_a_cache(
     name: str, body: str, lives: list[list[tuple[int, str]]], seed: int
 ) -> None:
     world, model = world_of(name), model_of(name, body)
-    engine = Engine(model, world.schema, "v1", make_caches(model, [14]))
+    engine = Engine(model, world.schema, "v1", KVStore(make_caches(model, [14])))
     uncached = Engine(model, world.schema, "v1", None)
     rng = np.random.default_rng(seed)
     raw_by_user: dict[int, RawRequest] = {}
@@ -84,7 +85,7 @@ def test_any_life_is_scored_as_without_a_cache(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_history_that_grew_is_extended_by_the_kinds_that_can(name: str) -> None:
     world, model = world_of(name), model_of(name, "flash")
-    engine = Engine(model, world.schema, "v1", make_caches(model, [14]))
+    engine = Engine(model, world.schema, "v1", KVStore(make_caches(model, [14])))
     [raw] = raws_of(world, [(10, 2, 3)])
     for num_events in range(4, 11):
         history = {column: cells[:num_events] for column, cells in raw["history"].items()}
@@ -99,7 +100,7 @@ def test_a_history_that_grew_is_extended_by_the_kinds_that_can(name: str) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_history_may_grow_while_another_stays(kind: str) -> None:
     model = RankingModel(two_histories_model(kind)).eval()
-    engine = Engine(model, TWO_HISTORIES, "v1", make_caches(model, [14, 14]))
+    engine = Engine(model, TWO_HISTORIES, "v1", KVStore(make_caches(model, [14, 14])))
     uncached = Engine(model, TWO_HISTORIES, "v1", None)
     raw = draw_buyer("a", 9, 3, 4)
     raw["history"]["action"] = ["buy", "view", "buy", "view", "view", "buy", "view", "view", "view"]

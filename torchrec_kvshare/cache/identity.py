@@ -1,22 +1,77 @@
 """What a piece of cached K/V is the K/V of: the model, the user and every event of the history.
 
-The model's digest and that of the events must both match before K/V is used again. They are made of
-bytes alone, so they are the same in every process and on every machine of one byte order.
+All of it must match before K/V is used again. Digests are made of bytes alone, so they are the same
+in every process and on every machine of one byte order.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from torchrec_kvshare.cache.reasons import COLD, EDITED, HIT, SHRUNK, SLID
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.features import Events
 
 DIGEST_BYTES = 16
+NO_CONTEXT = ""
+
+
+class Identity(NamedTuple):
+    """What K/V depends on besides the user's events.
+
+    Attributes:
+        model: digest of dense weights, architecture and window.
+        tables: digest of the embedding tables.
+        context: digest of those context columns that history rows read; ``NO_CONTEXT`` for none.
+        tower: the history's name.
+        block: events between two of the history's digests.
+    """
+
+    model: str
+    tables: str
+    context: str
+    tower: str
+    block: int
+
+    @property
+    def model_version(self) -> str:
+        """What answers call the model: ``<model>-<tables>``."""
+        return f"{self.model}-{self.tables}"
+
+
+def identity_of(model_version: str, context: str, tower: str, block: int) -> Identity:
+    """The identity of K/V of a model version, ``<model>-<tables>``."""
+    model, _, tables = model_version.partition("-")
+    return Identity(model, tables, context, tower, block)
+
+
+class Content(NamedTuple):
+    """Which events K/V is of.
+
+    Attributes:
+        identity: what it depends on besides them.
+        blocks: digests of the first block of events, of the first two, and so on.
+        whole: digest of all of them.
+        first_event: place of the first among all of the user's.
+        num_events: in the window.
+    """
+
+    identity: Identity
+    blocks: tuple[bytes, ...]
+    whole: bytes
+    first_event: int
+    num_events: int
+
+
+def text_digest(text: str) -> str:
+    """A short name for any text, safe in every key: 32 hexadecimal digits."""
+    encoded = text.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).hexdigest()
 
 
 def model_digest(state: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
@@ -42,7 +97,7 @@ class PrefixDigests:
     Args:
         events: the history, already cut to its window.
         schema: the model's columns, whose order the digests follow.
-        block: events between two of ``blocks``.
+        identity: what K/V of it depends on besides.
 
     Attributes:
         num_events: of the whole history.
@@ -54,16 +109,17 @@ class PrefixDigests:
         >>> histories = (History("history", Window(8, 4)),)
         >>> schema = FeatureSchema({}, (), False, (), (), histories)
         >>> times = torch.arange(5)
-        >>> five = PrefixDigests(Events({"time": times}, {}, 0), schema, 2)
-        >>> three = PrefixDigests(Events({"time": times[:3]}, {}, 0), schema, 2)
+        >>> identity = Identity("model", "tables", NO_CONTEXT, "history", 2)
+        >>> five = PrefixDigests(Events({"time": times}, {}, 0), schema, identity)
+        >>> three = PrefixDigests(Events({"time": times[:3]}, {}, 0), schema, identity)
         >>> five.at(3) == three.at(3), len(five.blocks)
         (True, 2)
     """
 
-    def __init__(self, events: Events, schema: FeatureSchema, block: int) -> None:
+    def __init__(self, events: Events, schema: FeatureSchema, identity: Identity) -> None:
+        self.identity = identity
         self.num_events = events.num_events
         self.first_event = events.first_event
-        self.block = block
         bags = [events.bags[column] for column in schema.item_attributes]
         columns = [events.columns[column] for column in sorted(events.columns)]
         columns += [bag.lengths for bag in bags]
@@ -73,6 +129,11 @@ class PrefixDigests:
             rows[:, place] = column.numpy()
         self._parts = [rows, *(bag.values.numpy().astype(np.uint32) for bag in bags)]
 
+    @property
+    def content(self) -> Content:
+        """What a cache keeps of it."""
+        return Content(self.identity, self.blocks, self.whole, self.first_event, self.num_events)
+
     @cached_property
     def whole(self) -> bytes:
         """Digest of all events."""
@@ -80,12 +141,13 @@ class PrefixDigests:
 
     @cached_property
     def blocks(self) -> tuple[bytes, ...]:
-        """Digests of the first ``block`` events, of twice as many, and so on."""
+        """Digests of the first block of events, of the first two, and so on."""
+        block = self.identity.block
         states = [hashlib.blake2b(digest_size=DIGEST_BYTES) for _ in self._parts]
         digests = []
-        for last in range(self.block, self.num_events + 1, self.block):
+        for last in range(block, self.num_events + 1, block):
             for state, part, ends in zip(states, self._parts, self._ends, strict=True):
-                state.update(part[ends[last - self.block] : ends[last]].data)
+                state.update(part[ends[last - block] : ends[last]].data)
             digests.append(_joined(states, last))
         return tuple(digests)
 
@@ -104,6 +166,41 @@ class PrefixDigests:
         num_bags = len(self._parts) - 1
         lengths = rows[:, rows.shape[1] - num_bags :].T
         return [range(self.num_events + 1), *([0, *each.cumsum().tolist()] for each in lengths)]
+
+
+def why_different(cached: Identity, wanted: Identity) -> str:
+    """The reason why K/V of one identity is not that of another: the first field that differs."""
+    return next(
+        name
+        for name, ours, theirs in zip(Identity._fields, cached, wanted, strict=True)
+        if ours != theirs
+    )
+
+
+def compare(cached: Content, history: PrefixDigests) -> tuple[str, int]:
+    """How far cached K/V is that of a history, and why no further.
+
+    Args:
+        cached: what the K/V is of.
+        history: what it is wanted for.
+
+    Returns:
+        ``hit`` or a reason, and the events that both begin with.
+    """
+    if cached.identity != history.identity:
+        return why_different(cached.identity, history.identity), 0
+    num_events = cached.num_events
+    if num_events <= history.num_events and cached.whole == history.at(num_events):
+        return (HIT if num_events == history.num_events else COLD), num_events
+    num_blocks = 0
+    for ours, theirs in zip(history.blocks, cached.blocks, strict=False):
+        if ours != theirs:
+            break
+        num_blocks += 1
+    if num_blocks == 0 and cached.first_event != history.first_event:
+        return SLID, 0
+    reason = SHRUNK if history.num_events < num_events else EDITED
+    return reason, num_blocks * history.identity.block
 
 
 def _joined(states: Sequence["hashlib.blake2b"], num_events: int) -> bytes:

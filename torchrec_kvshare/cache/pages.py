@@ -52,6 +52,11 @@ class PagePool:
         self._state = bytearray([FREE]) * self.num_pages
 
     @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.num_pages * self.page_bytes
+
+    @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
         return self._state.count(FREE)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from torchrec_kvshare.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
-FORMAT = 3
+FORMAT = 4
 CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than the memory
-VERSION_DIGITS = 16  # of the model digest: what an answer calls the model's version
+VERSION_DIGITS = 16  # of each digest: what an answer calls the model's version
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Manifest:
     """What an artifact says of itself.
 
     Attributes:
-        model_digest: of weights, tables, architecture and window.
+        model_digest: of dense weights, architecture and window.
+        tables_digest: of the embedding tables.
         encoder: what the history towers are, as ``TowerSpec`` has it.
         body: how attention is computed; ``native`` needs its operators in the process.
         towers: sizes of their K/V, by history.
@@ -48,9 +49,13 @@ class Manifest:
         parity: greatest differences of logits found before the artifact was kept.
         versions: of the libraries it was made with.
         sha256_by_file: of the other files.
+        codecs: by codec, what writing K/V in it does to scores and to bytes, where it was measured.
+        break_even_events: by tier, from how many events on fetching K/V beats encoding it, where it
+            was measured.
     """
 
     model_digest: str
+    tables_digest: str
     encoder: dict[str, Any]
     body: str
     towers: dict[str, TowerSizes]
@@ -59,11 +64,13 @@ class Manifest:
     parity: dict[str, float]
     versions: dict[str, str]
     sha256_by_file: dict[str, str]
+    codecs: dict[str, dict[str, float]] = field(default_factory=dict)
+    break_even_events: dict[str, int] = field(default_factory=dict)
 
     @property
     def model_version(self) -> str:
-        """Short name of the model, as it stands in answers."""
-        return self.model_digest[:VERSION_DIGITS]
+        """Short name of the model, as it stands in answers: ``<model>-<tables>``."""
+        return f"{self.model_digest[:VERSION_DIGITS]}-{self.tables_digest[:VERSION_DIGITS]}"
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
@@ -98,7 +105,29 @@ def write_schema(folder: Path, schema: FeatureSchema) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, last of all files."""
-    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+    (folder / MANIFEST).write_text(_encoded(manifest))
+
+
+def add_measured(folder: Path, **measured: dict[str, Any]) -> Manifest:
+    """Add to ``codecs`` or ``break_even_events`` of an artifact's manifest what was measured.
+
+    Args:
+        folder: the artifact.
+        measured: by the manifest's field, what to add to it.
+
+    Returns:
+        The manifest as it is now.
+
+    Raises:
+        ArtifactError: if the artifact is broken.
+    """
+    manifest, _ = read_artifact(folder)
+    merged = {name: getattr(manifest, name) | values for name, values in measured.items()}
+    manifest = replace(manifest, **merged)
+    written = folder / f".{MANIFEST}.new"
+    written.write_text(_encoded(manifest))
+    os.replace(written, folder / MANIFEST)
+    return manifest
 
 
 def read_artifact(folder: Path) -> tuple[Manifest, FeatureSchema]:
@@ -134,6 +163,10 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _encoded(manifest: Manifest) -> str:
+    return json.dumps(manifest.to_json(), indent=2) + "\n"
 
 
 def _decode_manifest(path: Path) -> Manifest:

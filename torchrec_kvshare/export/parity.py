@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.draw import draw_ragged_requests
 from torchrec_kvshare.engine import Engine, RankingFunctions, expand
@@ -72,7 +73,7 @@ def score_extended(
         shape = (kv.size(0), kv.size(2), kv.size(3))
         page_bytes = math.prod(shape) * PARITY_PAGE_SIZE * kv.element_size()
         caches.append(KVCache(PagePool(num_pages * page_bytes, PARITY_PAGE_SIZE, *shape)))
-    engine = Engine(model, schema, "parity", caches)
+    engine = Engine(model, schema, "parity", KVStore(caches))
     engine.rank(halves)
     answers = engine.rank(requests)
     return torch.tensor(

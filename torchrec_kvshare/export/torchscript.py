@@ -35,7 +35,7 @@ from torchrec_kvshare.export.artifact import (
     write_schema,
 )
 from torchrec_kvshare.export.parity import check_parity
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.ranking import RankingModel, split_tables
 
 PROGRAM = "model.pt"
 SCRIPTABLE_BODIES = (FLASH, NATIVE, DENSE)
@@ -84,8 +84,10 @@ def export_torchscript(model: RankingModel, schema: FeatureSchema, destination: 
         program = _load_program(folder / PROGRAM)
         parity = check_parity(program, model, schema, audit.append == EXACT)
         description = {"encoder": encoder, "body": body, "schema": schema.to_json()}
+        dense, tables = split_tables(model)
         manifest = Manifest(
-            model_digest(model.state_dict(), description),
+            model_digest(dense, description),
+            model_digest(tables, {}),
             encoder,
             body,
             sizes,

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from torchrec_kvshare.cache.identity import PrefixDigests
+from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of
 from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.engine import expand
 from torchrec_kvshare.errors import ConfigError, ParityError
@@ -95,10 +95,12 @@ def _calls(plan: Plan, sizes: Sizes, encoder: str, history: int) -> dict[str, Ca
     if not difference <= LOGIT_TOLERANCE:
         raise ParityError(f"K/V of {encoder} extended differs by {difference} from a prefill's")
 
-    def digests() -> PrefixDigests:
-        return PrefixDigests(events, schema, sizes.page_size)
+    identity = identity_of(encoder, NO_CONTEXT, HISTORY, sizes.page_size)
 
-    entry = cache.put(request.user_id, digests(), kv)
+    def digests() -> PrefixDigests:
+        return PrefixDigests(events, schema, identity)
+
+    entry = cache.put(request.user_id, digests().content, kv)
     assert entry is not None  # The cache was made for this history.
     cache.release(entry)
     features = collate_candidates([request], schema).sparse_features

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from torchrec_kvshare.cache.identity import PrefixDigests
+from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.engine import expand
 from torchrec_kvshare.errors import ParityError
@@ -82,14 +82,14 @@ class Paths:
     def digests(self, request: Request) -> PrefixDigests:
         """The identity of the request's history."""
         events = request.events_by_history[HISTORY]
-        return PrefixDigests(events, self.schema, self.cache.pool.page_size)
+        identity = identity_of("benchmark", NO_CONTEXT, HISTORY, self.cache.pool.page_size)
+        return PrefixDigests(events, self.schema, identity)
 
     @torch.no_grad()
     def put(self, request: Request) -> None:
         """Put the K/V of the request's history into the cache."""
         [kv] = self.model.prefill(collate_history([request], self.schema).sparse_features)
-        digests = self.digests(request)
-        entry = self.cache.put(request.user_id, digests, kv)
+        entry = self.cache.put(request.user_id, self.digests(request).content, kv)
         assert entry is not None  # The cache was made for this history.
         self.cache.release(entry)
 

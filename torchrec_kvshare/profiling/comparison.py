@@ -54,7 +54,7 @@ def compare_paths(
     Returns:
         One row per path.
     """
-    assert cached.caches is not None
+    assert cached.store is not None
     merged = merged_dlrm(model)
     cached.rank(requests)
     for engine in (uncached, cached):
@@ -81,7 +81,7 @@ def compare_paths(
         for path, score in score_by_path.items():
             if path != "uncached_merged" or place < num_merged:
                 timings[path].append(_timed(score, request, expected))
-    held = {"cross_request_hit": sum(cache.held_bytes for cache in cached.caches)}
+    held = {"cross_request_hit": sum(cache.held_bytes for cache in cached.store.caches)}
     return [_figures(path, rows, held.get(path, 0)) for path, rows in timings.items()]
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from torchrec_kvshare.cache.items import ItemCache
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.features import Request
@@ -67,8 +68,12 @@ def _engines(
     model = RankingModel(fill_zeros(ranker), sizes.body).eval()
     [tower] = model.collection.towers()
     items_by_path = {WITHOUT_ITEMS: None, WITH_ITEMS: ItemCache(NUM_ITEMS, schema)}
+
+    def new_store() -> KVStore:
+        return KVStore([make_cache(tower, history, 1, sizes.page_size)])
+
     engines = {
-        path: Engine(model, schema, path, [make_cache(tower, history, 1, sizes.page_size)], items)
+        path: Engine(model, schema, path, new_store(), items)
         for path, items in items_by_path.items()
     }
     return engines, draw_requests(schema, plan.candidates, user=0, seed=plan.seed)

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torchrec_kvshare.attention.bodies import FLASH
+from torchrec_kvshare.config import DataConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
 from torchrec_kvshare.profiling.results import Case
@@ -26,6 +28,9 @@ class Plan:
         encoders: kinds of history encoders, where a scenario compares them.
         repeats: turns of each path.
         seed: of weights and requests.
+        artifact: a trained model, where a scenario measures one.
+        data: what its requests are made of.
+        requests: how many, where a scenario makes them of data.
     """
 
     histories: Sequence[int]
@@ -36,6 +41,9 @@ class Plan:
     encoders: Sequence[str]
     repeats: int
     seed: int
+    artifact: Path | None = None
+    data: DataConfig | None = None
+    requests: int = 500
 
     def __post_init__(self) -> None:
         if self.repeats < MIN_REPEATS:

@@ -16,6 +16,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.tensorboard import SummaryWriter
 
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.features import Request
 from torchrec_kvshare.labels import ATTEND, EXPAND, LOOKUP, PREFILL, SCORE
@@ -90,12 +91,12 @@ def profile_scoring(
     [tower] = model.collection.towers()
     cache = make_cache(tower, history, num_users, sizes.page_size)
     engine_by_name = {
-        "cached": Engine(model, schema, "profiled", [cache]),
+        "cached": Engine(model, schema, "profiled", KVStore([cache])),
         "uncached": Engine(model, schema, "profiled", None),
     }
     # What torch sets up at its first call belongs to neither engine.
     warm_up = make_cache(tower, history, 1, sizes.page_size)
-    Engine(model, schema, "warm-up", [warm_up]).rank(requests[:1])
+    Engine(model, schema, "warm-up", KVStore([warm_up])).rank(requests[:1])
     engine_by_name["uncached"].rank(requests[:1])
     folder.mkdir(parents=True, exist_ok=True)
     profile_by_name = {}

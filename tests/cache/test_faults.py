@@ -1,0 +1,274 @@
+"""Whatever happens to a store, every request is answered with the scores that it has without one.
+
+Sixteen clients ask at once while real servers are killed, frozen, emptied and lied to.
+"""
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cache.servers import RedisServer, redis_cluster, wait_until
+from tests.core.worlds import (
+    HEAD_DIM,
+    NUM_HEADS,
+    NUM_PLANES,
+    PAGE_BYTES,
+    PAGE_SIZE,
+    SCHEMA,
+    assert_same_scores,
+    draw_raw,
+    make_dlrm,
+    parse_all,
+)
+from torchrec_kvshare.cache.codecs import get_codec
+from torchrec_kvshare.cache.disk import DiskTier
+from torchrec_kvshare.cache.identity import text_digest
+from torchrec_kvshare.cache.kv_cache import KVCache
+from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.cache.remote import RemoteTier
+from torchrec_kvshare.cache.stack import Level, Limits, TierStack
+from torchrec_kvshare.cache.store import KVStore
+from torchrec_kvshare.cache.tiers import Tier
+from torchrec_kvshare.engine import Answer, Engine
+from torchrec_kvshare.ranking import RankingModel
+
+NUM_CLIENTS = 16
+NUM_USERS = 24
+NUM_PAGES = 9  # on the device: of three users, so that most K/V comes from below
+DEADLINE_S = 0.25  # of a look-up, on a machine with two cores and sixteen clients
+TTL_S = 300.0
+PATIENCE_S = 30.0  # until a tier that is well again is used again
+VERSION = f"{'5e' * 8}-{'0f' * 8}"
+
+REQUESTS = parse_all(
+    [
+        draw_raw(9 + user % 6, 1 + user % 3, user) | {"user_id": str(user)}
+        for user in range(NUM_USERS)
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> RankingModel:
+    return RankingModel(make_dlrm(seed=5)).eval()
+
+
+@pytest.fixture(scope="module")
+def expected(model: RankingModel) -> list[Answer]:
+    return Engine(model, SCHEMA, VERSION, None).rank(REQUESTS)
+
+
+class Load:
+    """Clients that ask at random until the block ends; what they were answered is checked."""
+
+    def __init__(self, engine: Engine, expected: list[Answer]) -> None:
+        self.engine = engine
+        self.uses: Counter[tuple[str, str]] = Counter()  # by tier and reason
+        self._expected = expected
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+
+    def saw(self, tier: str | None = None, reason: str | None = None) -> int:
+        with self._lock:
+            return sum(
+                count
+                for (of_tier, of_reason), count in self.uses.items()
+                if tier in (None, of_tier) and reason in (None, of_reason)
+            )
+
+    def sees_again(self, tier: str) -> bool:
+        """Whether K/V of a tier is used, from now on."""
+        before = self.saw(tier)
+        wait_until(lambda: self.saw(tier) > before, PATIENCE_S)
+        return True
+
+    def client(self, seed: int) -> int:
+        rng = random.Random(seed)
+        num_answered = 0
+        while not self._stop.is_set():
+            user = rng.randrange(NUM_USERS)
+            [answer] = self.engine.rank([REQUESTS[user]])
+            assert_same_scores([answer], [self._expected[user]])
+            with self._lock:
+                self.uses[answer.cache.tier, answer.cache.reason] += 1
+            num_answered += 1
+        return num_answered
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+@contextmanager
+def load_on(engine: Engine, expected: list[Answer]) -> Iterator[Load]:
+    load = Load(engine, expected)
+    with ThreadPoolExecutor(NUM_CLIENTS) as threads:
+        clients = [threads.submit(load.client, seed) for seed in range(NUM_CLIENTS)]
+        try:
+            yield load
+        finally:
+            load.stop()
+        assert min(client.result() for client in clients) > 0
+    engine.close()
+    [cache] = engine.store.caches if engine.store else []
+    assert all(entry.num_holders == 0 for entry in cache._entry_by_user.values())
+
+
+def engine_on(model: RankingModel, tier: Tier, key: bytes | None = None) -> Engine:
+    level = Level(tier, get_codec("float32"), min_events=1, deadline_s=DEADLINE_S)
+    stack = TierStack([level], TTL_S, key, Limits(max_failures=2, pause_s=0.3))
+    pool = PagePool(NUM_PAGES * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+    cache = KVCache(pool, on_evict=stack.take, metrics=stack.metrics)
+    return Engine(model, SCHEMA, VERSION, KVStore([cache], stack))
+
+
+def failures(engine: Engine, kind: str) -> float:
+    assert engine.store is not None
+    return engine.store.metrics.snapshot().value("tier_failures", kind=kind)
+
+
+def remote(server: RedisServer, cluster: bool = False) -> RemoteTier:
+    return RemoteTier(server.url, TTL_S, DEADLINE_S, cluster=cluster)
+
+
+@pytest.mark.parametrize(
+    ("harm", "heal", "kind"),
+    [
+        (RedisServer.stop, RedisServer.start, "error"),
+        (RedisServer.pause, RedisServer.resume, "deadline"),
+    ],
+)
+def test_a_server_that_is_killed_or_frozen_costs_nobody_an_answer(
+    model: RankingModel,
+    expected: list[Answer],
+    tmp_path: Path,
+    harm: Callable[[RedisServer], None],
+    heal: Callable[[RedisServer], None],
+    kind: str,
+) -> None:
+    with RedisServer(tmp_path) as server:
+        engine = engine_on(model, remote(server))
+        with load_on(engine, expected) as load:
+            assert load.sees_again("remote")
+            harm(server)
+            kinds = {kind, "error"}  # A frozen server's answer comes late, or its socket gives up.
+            wait_until(lambda: sum(failures(engine, one) for one in kinds) > 2, PATIENCE_S)
+            wait_until(lambda: failures(engine, "breaker_open") > 20, PATIENCE_S)
+            heal(server)
+            assert load.sees_again("remote")
+
+
+def test_a_server_that_comes_back_empty_is_filled_again(
+    model: RankingModel, expected: list[Answer], tmp_path: Path
+) -> None:
+    with RedisServer(tmp_path) as server:
+        engine = engine_on(model, remote(server))
+        with load_on(engine, expected) as load:
+            assert load.sees_again("remote")
+            with server.client() as client:
+                client.flushall()
+            assert load.sees_again("remote")
+            assert failures(engine, "error") == 0
+
+
+def test_a_cluster_that_loses_a_primary_goes_on(
+    model: RankingModel, expected: list[Answer], tmp_path: Path
+) -> None:
+    with redis_cluster(tmp_path) as servers:
+        engine = engine_on(model, remote(servers[5], cluster=True))
+        with load_on(engine, expected) as load:
+            assert load.sees_again("remote")
+            servers[0].stop()
+            wait_until(lambda: failures(engine, "error") + failures(engine, "deadline") > 0, 30.0)
+            assert load.sees_again("remote")
+            # Its slots are a replica's, in time: a user of each of them is found again.
+            seen: set[str] = set()
+
+            def all_are_found() -> bool:
+                for user in set(map(str, range(NUM_USERS))) - seen:
+                    [found] = engine_found(engine, user)
+                    if found:
+                        seen.add(user)
+                return len(seen) == NUM_USERS
+
+            wait_until(all_are_found, PATIENCE_S)
+
+
+def engine_found(engine: Engine, user: str) -> list[bool]:
+    """Whether the tier has something of a user."""
+    assert engine.store is not None
+    assert engine.store.stack is not None
+    [level] = engine.store.stack.levels
+    try:
+        return [
+            bool(found.value or found.scopes) for found in level.tier.get([(text_digest(user), "")])
+        ]
+    except OSError:
+        return [False]
+
+
+@pytest.mark.parametrize("key", [None, b"a secret of this test"])
+def test_values_that_are_cut_or_changed_in_the_server_are_refused(
+    model: RankingModel, expected: list[Answer], tmp_path: Path, key: bytes | None
+) -> None:
+    with RedisServer(tmp_path) as server:
+        engine = engine_on(model, remote(server), key)
+        rng = random.Random(3)
+        with load_on(engine, expected) as load, server.client() as client:
+            assert load.sees_again("remote")
+            stop = time.monotonic() + 2.0
+            while time.monotonic() < stop or failures(engine, "corrupt") < 5:
+                for name in client.scan_iter("kvshare:*"):
+                    if client.type(name) == b"string" and (value := client.get(name)):
+                        place = rng.randrange(len(value))
+                        changed = bytes([value[place] ^ (1 << rng.randrange(8))])
+                        forged = rng.choice(
+                            [value[:place], value[:place] + changed + value[place + 1 :], b""]
+                        )
+                        client.set(name, forged, px=60_000)
+            assert load.sees_again("remote")
+            assert failures(engine, "error") == 0
+
+
+def test_kv_of_another_user_in_the_place_of_ones_own_is_refused(
+    model: RankingModel, expected: list[Answer], tmp_path: Path
+) -> None:
+    with RedisServer(tmp_path) as server:
+        engine = engine_on(model, remote(server))
+        with load_on(engine, expected) as load, server.client() as client:
+            assert load.sees_again("remote")
+            for _ in range(20):
+                names = [
+                    name for name in client.scan_iter("kvshare:*") if client.type(name) == b"string"
+                ]
+                values = [client.get(name) for name in names]
+                for name, value in zip(names, values[1:] + values[:1], strict=True):
+                    if value:
+                        client.set(name, value, px=60_000)
+                time.sleep(0.05)
+            wait_until(lambda: failures(engine, "corrupt") > 5, PATIENCE_S)
+
+
+def test_a_disk_whose_files_are_overwritten_is_refused_and_used_again(
+    model: RankingModel, expected: list[Answer], tmp_path: Path
+) -> None:
+    folder = tmp_path / "tier"
+    engine = engine_on(model, DiskTier(folder, 64 * 2**20, TTL_S))
+    rng = random.Random(3)
+    with load_on(engine, expected) as load:
+        assert load.sees_again("disk")
+        stop = time.monotonic() + 2.0
+        while time.monotonic() < stop:
+            for path in folder.rglob("*"):
+                if path.suffix in (".sst", ".log") and path.is_file() and path.stat().st_size > 64:
+                    with path.open("r+b") as file:
+                        file.seek(rng.randrange(path.stat().st_size - 16))
+                        file.write(rng.randbytes(16))
+            time.sleep(0.05)
+        assert load.sees_again("disk")

@@ -1,0 +1,153 @@
+"""A store behind a tier, so that whatever it does costs a request no more than its deadline.
+
+The known breaker libraries hold a lock while the guarded call runs, which would make every request
+wait for the slowest, so the breaker is our own.
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from torchrec_kvshare.cache.metrics import CacheMetrics
+from torchrec_kvshare.cache.reasons import DEADLINE, TIER_ERROR
+from torchrec_kvshare.cache.tiers import Found, Tier
+from torchrec_kvshare.errors import TierError
+
+logger = logging.getLogger(__name__)
+
+READERS = 4  # look-ups of one store at a time; more of them wait within their deadline
+CLOSED, TRIAL, OPEN = 0.0, 0.5, 1.0
+
+
+class Breaker:
+    """Refuses calls after so many failures in a row; after a pause it lets one of them try.
+
+    Args:
+        max_failures: that open it.
+        pause_s: seconds until the next trial.
+        clock: seconds that only go forward.
+    """
+
+    def __init__(self, max_failures: int, pause_s: float, clock: Callable[[], float]) -> None:
+        self._max_failures = max_failures
+        self._pause_s = pause_s
+        self._clock = clock
+        self._num_failures = 0
+        self._state = CLOSED
+        self._opened_at = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def state(self) -> float:
+        """0 if calls go through, 1 if none do, 0.5 while one is on trial."""
+        return self._state
+
+    def admits(self) -> bool:
+        """Whether to call; who was told so says then how it went."""
+        with self._lock:
+            if self._state == OPEN and self._clock() - self._opened_at >= self._pause_s:
+                self._state = TRIAL
+                return True
+            return self._state == CLOSED
+
+    def succeeded(self) -> None:
+        """A call did what it should."""
+        with self._lock:
+            self._num_failures = 0
+            self._state = CLOSED
+
+    def failed(self) -> None:
+        """A call did not, or took too long."""
+        with self._lock:
+            self._num_failures += 1
+            if self._state == TRIAL or self._num_failures >= self._max_failures:
+                self._state = OPEN
+                self._opened_at = self._clock()
+
+
+class GuardedTier:
+    """A tier whose failures are answers: counted, logged when they begin, and never raised.
+
+    Args:
+        tier: the store.
+        deadline_s: of a look-up; None asks in the caller's own thread, for a store that is memory.
+        breaker: shared by look-ups and writes.
+        metrics: where failures and times are counted.
+    """
+
+    def __init__(
+        self, tier: Tier, deadline_s: float | None, breaker: Breaker, metrics: CacheMetrics
+    ) -> None:
+        self.tier = tier
+        self.name = tier.name
+        self.breaker = breaker
+        self._deadline_s = deadline_s
+        self._metrics = metrics
+        self._readers: ThreadPoolExecutor | None = None
+        if deadline_s is not None:
+            self._readers = ThreadPoolExecutor(READERS, f"kvshare-{tier.name}")
+
+    def get(self, keys: Sequence[tuple[str, str]]) -> list[Found] | str:
+        """What is kept under some keys, or the reason why nobody knows."""
+        if not self.breaker.admits():
+            self._metrics.count("tier_failures", tier=self.name, kind="breaker_open")
+            return TIER_ERROR
+        try:
+            with self._metrics.timed("seconds", tier=self.name, operation="get"):
+                if self._readers is None:
+                    found = self.tier.get(keys)
+                else:
+                    found = self._readers.submit(self.tier.get, keys).result(self._deadline_s)
+        except FutureTimeoutError as error:
+            return self._failed("deadline", error, DEADLINE)
+        except Exception as error:  # A store's fault is a miss, whatever it raises.
+            return self._failed("error", error, TIER_ERROR)
+        self.breaker.succeeded()
+        return found
+
+    def put(self, user: str, scope: str, value: bytes, encoded_at: float) -> str:
+        """Write a value; returns an empty text, or why it was dropped."""
+        if not self.breaker.admits():
+            return "breaker_open"
+        try:
+            with self._metrics.timed("seconds", tier=self.name, operation="put"):
+                is_kept = self.tier.put(user, scope, value, encoded_at)
+        except Exception as error:  # As above: nobody waits for this write.
+            self._failed("error", error, TIER_ERROR)
+            return "error"
+        self.breaker.succeeded()
+        return "" if is_kept else "fenced"
+
+    def remove(self, remove: Callable[[Tier], int]) -> int | None:
+        """Bytes that ``remove`` dropped, or None if the store did not do it."""
+        try:
+            return remove(self.tier)
+        except TierError as error:
+            self._failed("error", error, TIER_ERROR)
+            return None
+
+    def held_bytes(self) -> float:
+        """What the store takes; NaN while nobody knows."""
+        if self.breaker.state == OPEN:
+            return math.nan
+        try:
+            return float(self.tier.held_bytes())
+        except TierError:
+            return math.nan
+
+    def close(self) -> None:
+        """Let go of the store; look-ups that hang are not waited for."""
+        if self._readers is not None:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+        self.tier.close()
+
+    def _failed(self, kind: str, error: BaseException, reason: str) -> str:
+        was_open = self.breaker.state == OPEN
+        self.breaker.failed()
+        self._metrics.count("tier_failures", tier=self.name, kind=kind)
+        if self.breaker.state == OPEN and not was_open:
+            logger.warning("tier %s fails and is left alone for now: %r", self.name, error)
+        return reason

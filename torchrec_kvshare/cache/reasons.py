@@ -1,0 +1,18 @@
+"""Why K/V was not there, or not used: words that answers, look-ups and metrics have in common."""
+
+HIT = "hit"
+
+COLD = "cold"  # these events were never seen
+EXPIRED = "expired"
+EVICTED = "evicted"
+EDITED = "edited"
+SHRUNK = "shrunk"
+SLID = "slid"  # the window starts elsewhere
+MODEL = "model"  # what is kept is another model's
+TABLES = "tables"  # of the same model with other embeddings
+CONTEXT = "context"
+CODEC = "codec"  # it is written in another codec
+DEADLINE = "deadline"  # a tier took too long
+TIER_ERROR = "tier_error"
+TOO_SHORT = "too_short"  # to be worth keeping
+NOT_ADMITTED = "not_admitted"  # there was no room
