@@ -244,7 +244,7 @@ def test_the_longest_part_of_a_history_wins(
     near, far = DictTier("near"), DictTier("far")
     new_world(near).write("7", first(in_near))
     new_world(far).write("7", first(in_far))
-    fetched = new_world(near, far).fetch("7", first(14))
+    fetched = new_world(near, far).fetch("7", first(15))
     assert fetched.record is not None
     assert (fetched.tier, fetched.num_matched) == (winner, 11)
     assert fetched.record.content == first(11).content
@@ -255,18 +255,21 @@ def test_the_longest_part_of_a_history_wins(
 def test_of_two_tiers_with_the_same_the_nearer_is_read(new_world: NewWorld) -> None:
     world = new_world(DictTier("near"), DictTier("far"))
     world.write("7", first(11))
-    fetched = world.fetch("7", first(14))
+    fetched = world.fetch("7", first(15))
     assert (fetched.tier, fetched.reason, fetched.num_matched) == ("near", "cold", 11)
+    assert world.counted("bytes", tier="far", direction="read") > 0
 
 
-@pytest.mark.parametrize("num_matched", [11, 13])
+@pytest.mark.parametrize(("num_events", "num_matched"), [(15, 11), (20, 13)])
 def test_what_the_device_has_as_much_of_is_not_brought_up(
-    new_world: NewWorld, num_matched: int
+    new_world: NewWorld, num_events: int, num_matched: int
 ) -> None:
-    world = new_world(DictTier("near"))
+    near = DictTier("near")
+    world = new_world(near)
     world.write("7", first(11))
-    assert world.fetch("7", first(14), num_matched).record is None
-    assert world.fetch("7", first(14), num_matched=10).num_matched == 11
+    assert world.fetch("7", first(num_events), num_matched).record is None
+    assert len(near.asked) == 1
+    assert world.fetch("7", first(num_events), num_matched=10).num_matched == 11
 
 
 @pytest.mark.parametrize(
@@ -319,7 +322,7 @@ def test_one_users_kv_is_not_that_of_another(new_world: NewWorld) -> None:
 def test_every_look_up_is_counted_under_its_tier_and_outcome(new_world: NewWorld) -> None:
     world = new_world(DictTier("near"), DictTier("far"))
     world.write("7", first(11))
-    for history in (first(11), first(12), history_of([5, 6, 7])):
+    for history in (first(11), first(15), history_of([5, 6, 7])):
         world.fetch("7", history)
     outcomes = {"hit": 1, "cold": 1, "shrunk": 1}
     for outcome, number in outcomes.items():
@@ -341,6 +344,15 @@ def test_a_tier_is_not_asked_for_fewer_events_than_are_worth_it(new_world: NewWo
     assert world.fetch("7", first(14), num_matched=8).num_matched == 11
     assert world.fetch("7", first(5)).record is None
     assert len(near.asked) == 1
+
+
+def test_a_small_part_of_a_history_is_encoded_and_not_fetched(new_world: NewWorld) -> None:
+    near = DictTier("near")
+    world = new_world(near)
+    world.write("7", first(12))
+    assert world.fetch("7", first(12), num_matched=10) == Fetched(None, "", 10, "none")
+    assert near.asked == []
+    assert world.fetch("7", first(12), num_matched=9).reason == "hit"
 
 
 def test_what_a_nearer_tier_has_leaves_less_to_ask_for(new_world: NewWorld) -> None:
@@ -376,7 +388,9 @@ def flipped(value: bytes) -> bytes:
 
 
 corruptions = pytest.mark.parametrize(
-    "lie", [cut, flipped, lambda _: b"", lambda _: b"KVSH garbage" * 9], ids=str
+    "lie",
+    [cut, flipped, lambda _: b"", lambda _: b"KVSH garbage" * 9],
+    ids=["cut", "flipped", "nothing", "garbage"],
 )
 
 
@@ -492,7 +506,8 @@ def test_a_tier_that_fails_does_not_take_away_what_a_nearer_one_had(new_world: N
     world = new_world(near, far)
     world.write("7", first(11))
     far.before_get = fail
-    fetched = world.fetch("7", first(14))
+    fetched = world.fetch("7", first(15))
+    assert len(far.asked) == 1
     assert (fetched.num_matched, fetched.tier) == (11, "near")
     assert fetched.record is not None
 
@@ -504,7 +519,8 @@ def test_a_tier_with_another_history_does_not_change_why_more_is_missing(
     near, far = DictTier("near"), DictTier("far")
     new_world(near).write("7", first(11))
     new_world(far).write("7", history_of([99, *range(1, 13)]))
-    fetched = new_world(near, far).fetch("7", first(14))
+    fetched = new_world(near, far).fetch("7", first(15))
+    assert len(far.asked) == 1
     assert (fetched.tier, fetched.num_matched, fetched.reason) == ("near", 11, "cold")
 
 

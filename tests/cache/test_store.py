@@ -185,8 +185,10 @@ def cut(raw: RawRequest, num_events: int) -> RawRequest:
 
 
 def edited(raw: RawRequest, place: int) -> RawRequest:
+    """The same request, the item of one event replaced."""
     changed = copy.deepcopy(raw)
-    changed["history"]["time"][place] += 1
+    items = changed["history"]["item_id"]
+    items[place] = "110" if items[place] != "110" else "109"
     return changed
 
 

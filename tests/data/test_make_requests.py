@@ -18,7 +18,7 @@ from tests.data.logs import (
     price_of,
 )
 from torchrec_kvshare.data.dataset import TEST, Dataset, build_dataset
-from torchrec_kvshare.data.requests import make_requests
+from torchrec_kvshare.data.requests import make_requests, make_targeted_requests
 from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features import decode_request, parse_request
@@ -113,6 +113,20 @@ def test_the_item_of_the_event_is_among_distinct_candidates(
         assert set(shown) - now <= catalogue
         places |= {shown.index(item) for item in now & set(shown)}
     assert len(places) > 2  # A scorer that prefers a place learns nothing.
+
+
+def test_a_target_is_what_the_user_took_at_that_time(
+    requests: list[dict[str, Any]], events: list[Event], dataset: Dataset
+) -> None:
+    targeted = list(make_targeted_requests(dataset, 50, NUM_CANDIDATES, seed=1))
+    assert [request.raw for request in targeted] == requests
+    for raw, target in targeted:
+        taken = str(raw["candidates"]["item_id"][target])
+        assert any(
+            (event.user, event.time, event.item) == (str(raw["user_id"]), raw["time"], taken)
+            for event in events
+        )
+    assert {request.target for request in targeted} == set(range(NUM_CANDIDATES))
 
 
 def test_attributes_of_candidates_and_users_are_those_of_the_log(

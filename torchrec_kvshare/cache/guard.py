@@ -8,8 +8,10 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
+from queue import SimpleQueue
 
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import DEADLINE, TIER_ERROR
@@ -68,6 +70,50 @@ class Breaker:
                 self._opened_at = self._clock()
 
 
+class Readers:
+    """Threads for look-ups. Python does not wait for them when it ends, as for an executor's.
+
+    Args:
+        name: of the threads.
+        count: look-ups at a time.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        self._waiting: SimpleQueue[tuple[Future[list[Found]], Callable[[], list[Found]]] | None]
+        self._waiting = SimpleQueue()
+        self._count = count
+        self._is_closed = False
+        for _ in range(count):
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def submit(self, look_up: Callable[[], list[Found]]) -> "Future[list[Found]]":
+        """Look something up, when a thread is free.
+
+        Raises:
+            TierError: if the threads were ended.
+        """
+        if self._is_closed:
+            raise TierError("nobody looks up any more")
+        future: Future[list[Found]] = Future()
+        self._waiting.put((future, look_up))
+        return future
+
+    def close(self) -> None:
+        """End the threads, each after what it is doing."""
+        self._is_closed = True
+        for _ in range(self._count):
+            self._waiting.put(None)
+
+    def _work(self) -> None:
+        while (one := self._waiting.get()) is not None:
+            future, look_up = one
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(look_up())
+                except BaseException as error:
+                    future.set_exception(error)
+
+
 class GuardedTier:
     """A tier whose failures are answers: counted, logged when they begin, and never raised.
 
@@ -86,9 +132,9 @@ class GuardedTier:
         self.breaker = breaker
         self._deadline_s = deadline_s
         self._metrics = metrics
-        self._readers: ThreadPoolExecutor | None = None
+        self._readers: Readers | None = None
         if deadline_s is not None:
-            self._readers = ThreadPoolExecutor(READERS, f"kvshare-{tier.name}")
+            self._readers = Readers(f"kvshare-read-{tier.name}", READERS)
 
     def get(self, keys: Sequence[tuple[str, str]]) -> list[Found] | str:
         """What is kept under some keys, or the reason why nobody knows."""
@@ -100,8 +146,10 @@ class GuardedTier:
                 if self._readers is None:
                     found = self.tier.get(keys)
                 else:
-                    found = self._readers.submit(self.tier.get, keys).result(self._deadline_s)
+                    look_up = self._readers.submit(partial(self.tier.get, keys))
+                    found = look_up.result(self._deadline_s)
         except FutureTimeoutError as error:
+            look_up.cancel()
             return self._failed("deadline", error, DEADLINE)
         except Exception as error:  # A store's fault is a miss, whatever it raises.
             return self._failed("error", error, TIER_ERROR)
@@ -141,7 +189,7 @@ class GuardedTier:
     def close(self) -> None:
         """Let go of the store; look-ups that hang are not waited for."""
         if self._readers is not None:
-            self._readers.shutdown(wait=False, cancel_futures=True)
+            self._readers.close()
         self.tier.close()
 
     def _failed(self, kind: str, error: BaseException, reason: str) -> str:

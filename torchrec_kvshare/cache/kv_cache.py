@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.cache.identity import Content, PrefixDigests, compare
+from torchrec_kvshare.cache.identity import Content, Identity, PrefixDigests, compare
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LruPolicy, Policy
@@ -170,7 +170,8 @@ class KVCache:
             )
         self._on_evict = on_evict
         self._entry_by_user: dict[str, Entry] = {}
-        self._owner_by_digest: dict[bytes, str] = {}  # only where users share content
+        # Only where users share content.
+        self._owner_by_digest: dict[tuple[Identity, bytes], str] = {}
         self._pinned_users: set[str] = set()
         self._pinned_held_bytes = 0
         self._evicted_users: OrderedDict[str, float] = OrderedDict()
@@ -228,12 +229,13 @@ class KVCache:
         self.pool.check(kv)
         with self._lock:
             now = self.clock()
-            if base is not None:
-                encoded_at = base.encoded_at
-            elif encoded_at is None:
-                encoded_at = now
+            # What is forgotten is what was made of this user's events.
+            since = now if encoded_at is None else encoded_at
+            encoded_at = since if base is None else base.encoded_at
+            if base is not None and base.user_id == user_id:
+                since = base.encoded_at
             new = Entry(user_id, content, num_kept + kv.size(1), [], encoded_at, now, 1)
-            if encoded_at > self._forgotten_at.get(user_id, -math.inf):
+            if since > self._forgotten_at.get(user_id, -math.inf):
                 if self._place(new, kv, base, num_kept):
                     return new
                 _remember(self._evicted_users, user_id, 0.0)
@@ -320,11 +322,10 @@ class KVCache:
         self, history: PrefixDigests, now: float, num_matched: int
     ) -> tuple[Entry, str, int] | None:
         """The entry of another user that begins as the history does, for longer than so far."""
-        for digest in (
-            history.whole,
-            *reversed(history.blocks[num_matched // history.identity.block :]),
-        ):
-            entry = self._entry_by_user.get(self._owner_by_digest.get(digest, ""))
+        longer = history.blocks[num_matched // history.identity.block :]
+        for digest in (history.whole, *reversed(longer)):
+            owner = self._owner_by_digest.get((history.identity, digest), "")
+            entry = self._entry_by_user.get(owner)
             if entry is not None and not self._is_expired(entry, now):
                 reason, num_shared = compare(entry.content, history)
                 if num_shared > num_matched:
@@ -436,7 +437,7 @@ class KVCache:
         self._pinned_held_bytes += entry.pinned_bytes
         if self.rules.share == CONTENT:
             for digest in (*entry.content.blocks, entry.content.whole):
-                self._owner_by_digest[digest] = entry.user_id
+                self._owner_by_digest[entry.content.identity, digest] = entry.user_id
 
     def _take_out(self, entry: Entry, still_read: bool = False) -> None:
         del self._entry_by_user[entry.user_id]
@@ -444,8 +445,9 @@ class KVCache:
         self._pinned_held_bytes -= entry.pinned_bytes
         if self.rules.share == CONTENT:
             for digest in (*entry.content.blocks, entry.content.whole):
-                if self._owner_by_digest.get(digest) == entry.user_id:
-                    del self._owner_by_digest[digest]
+                key = entry.content.identity, digest
+                if self._owner_by_digest.get(key) == entry.user_id:
+                    del self._owner_by_digest[key]
         if not still_read:
             self._free_if_unused(entry)
 

@@ -215,17 +215,25 @@ def unpack(
         raise RecordError(f"the header does not read as a record's: {error!r}") from error
 
 
+def check_key(key: bytes) -> None:
+    """Refuse a key that signs nothing: with an empty one BLAKE2b is what anyone can make.
+
+    Raises:
+        ConfigError: if it is empty or too long.
+    """
+    if not 1 <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
+        raise ConfigError(
+            f"the key is {len(key)} bytes; 1 to {hashlib.blake2b.MAX_KEY_SIZE} are allowed"
+        )
+
+
 def _trailer(parts: Sequence[bytes | memoryview], key: bytes | None) -> bytes:
     if key is None:
         checksum = 0
         for part in parts:
             checksum = zlib.crc32(part, checksum)
         return checksum.to_bytes(TRAILER_BYTES[CHECKSUM], "little")
-    # With an empty key BLAKE2b is a checksum that anyone can make.
-    if not 1 <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
-        raise ConfigError(
-            f"the key is {len(key)} bytes; 1 to {hashlib.blake2b.MAX_KEY_SIZE} are allowed"
-        )
+    check_key(key)
     digest = hashlib.blake2b(key=key, digest_size=TRAILER_BYTES[MAC])
     for part in parts:
         digest.update(part)

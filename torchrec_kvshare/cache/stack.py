@@ -27,7 +27,15 @@ from torchrec_kvshare.cache.identity import (
 from torchrec_kvshare.cache.kv_cache import Entry, KVCache, steady_clock
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import CODEC, COLD, CONTEXT, EXPIRED, MODEL, TABLES, TIER_ERROR
-from torchrec_kvshare.cache.record import KVRecord, pack, parse_scope, scope_of, shortened, unpack
+from torchrec_kvshare.cache.record import (
+    KVRecord,
+    check_key,
+    pack,
+    parse_scope,
+    scope_of,
+    shortened,
+    unpack,
+)
 from torchrec_kvshare.cache.tiers import Found, Tier
 from torchrec_kvshare.cache.write_behind import Write, WriteQueue
 from torchrec_kvshare.errors import RecordError
@@ -122,6 +130,9 @@ class TierStack:
         limits: of queues and failures.
         clock: Unix seconds that only go forward.
         metrics: where everything is counted.
+
+    Raises:
+        ConfigError: if the key is empty or longer than 64 bytes.
     """
 
     def __init__(
@@ -133,6 +144,8 @@ class TierStack:
         clock: Callable[[], float] | None = None,
         metrics: CacheMetrics | None = None,
     ) -> None:
+        if key is not None:
+            check_key(key)
         self.levels = tuple(levels)
         self.metrics = metrics or CacheMetrics()
         self._ttl_s = ttl_s
@@ -171,11 +184,14 @@ class TierStack:
             answer = guard.get(keys)
             for number, place in enumerate(due):
                 if isinstance(answer, str):
-                    found = best[place]._replace(reason=answer)
+                    found = Fetched(None, answer, 0, "none")
                 else:
                     found = self._open(level, wants[place], answer[number], best[place])
                 self.metrics.count("lookups", tier=level.tier.name, outcome=found.reason or COLD)
-                best[place] = found
+                if found.record is not None:
+                    best[place] = found
+                elif found.reason and best[place].record is None:
+                    best[place] = best[place]._replace(reason=found.reason)
         return best
 
     def publish(self, cache: KVCache, entry: Entry) -> None:
@@ -237,10 +253,10 @@ class TierStack:
             guard.close()
 
     def _open(self, level: Level, want: Want, found: Found, best: Fetched) -> Fetched:
-        """What a tier's answer is worth, against the best so far."""
+        """What a tier's answer is worth: a record if it is better than the best so far."""
         name = level.tier.name
         if found.value is None:
-            return best._replace(reason=best.reason or _why_missing(want, level, found.scopes))
+            return Fetched(None, _why_missing(want, level, found.scopes), 0, name)
         self.metrics.count("bytes", len(found.value), tier=name, direction="read")
         try:
             with self.metrics.timed("seconds", tier=name, operation="decode"):
@@ -254,13 +270,12 @@ class TierStack:
         except RecordError as error:
             self.metrics.count("tier_failures", tier=name, kind="corrupt")
             logger.warning("K/V in tier %s is not used: %s", name, error)
-            return best._replace(reason=TIER_ERROR)
+            return Fetched(None, TIER_ERROR, 0, name)
         if self._clock() - record.encoded_at > self._ttl_s:
-            return best._replace(reason=EXPIRED)
+            return Fetched(None, EXPIRED, 0, name)
         reason, num_matched = compare(record.content, want.history)
-        if num_matched <= best.num_matched:
-            return best._replace(reason=reason)
-        return Fetched(record, reason, num_matched, name)
+        is_better = num_matched > best.num_matched
+        return Fetched(record if is_better else None, reason, num_matched, name)
 
     def _offer(self, place: int, entry: Entry, kv: Tensor, release: Callable[[], None]) -> bool:
         """Queue a write; False, and counted, if it is not worth it or there is no room."""

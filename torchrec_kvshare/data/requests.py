@@ -1,13 +1,20 @@
 """Requests of a data set's test users, in the project's one request format."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from torchrec_kvshare.data.dataset import TEST, Dataset
 from torchrec_kvshare.data.schema import ACTION, ITEM, TIME, USER
 from torchrec_kvshare.errors import ConfigError, DataError
+
+
+class TargetedRequest(NamedTuple):
+    """A raw request, and the place of its event's item among the candidates."""
+
+    raw: dict[str, Any]
+    target: int
 
 
 def make_requests(
@@ -31,6 +38,14 @@ def make_requests(
         ConfigError: if a number is below 1, or the catalogue is smaller than ``num_candidates``.
         DataError: if nothing is in the test split.
     """
+    for request in make_targeted_requests(dataset, count, num_candidates, seed):
+        yield request.raw
+
+
+def make_targeted_requests(
+    dataset: Dataset, count: int, num_candidates: int, seed: int
+) -> Iterator[TargetedRequest]:
+    """The requests of ``make_requests``, each with what its user took."""
     for name, value in (("count", count), ("candidates", num_candidates)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -47,7 +62,9 @@ def make_requests(
         drawn = rng.choice(dataset.known_items, num_candidates, replace=False)
         if dataset.item[event] not in drawn:
             drawn[rng.integers(num_candidates)] = dataset.item[event]
-        yield {"request_id": f"r{number + 1}"} | _request(dataset, event, drawn.tolist())
+        candidates = drawn.tolist()
+        raw = {"request_id": f"r{number + 1}"} | _request(dataset, event, candidates)
+        yield TargetedRequest(raw, candidates.index(dataset.item[event]))
 
 
 def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, Any]:

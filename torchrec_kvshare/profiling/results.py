@@ -14,6 +14,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 CPU_INFO = Path("/proc/cpuinfo")
 
 Case = dict[str, str | int]
+# What else tells two cases of one path apart, where a scenario has it.
+MORE_KEYS = ("data", "capacity_percent", "share", "ttl_s")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def write_tensorboard(folder: Path, records: Sequence[Record], table: str) -> No
         for record in records:
             encoder, history = record.case.get("encoder", "-"), record.case.get("history", 0)
             path = record.case["path"]
+            more = [f"/{key}_{record.case[key]}" for key in MORE_KEYS if key in record.case]
             tag = f"{record.scenario}/{encoder}/history_{history}/{record.metric}/{path}"
+            tag += "".join(more)
             writer.add_scalar(tag, record.value, int(record.case.get("candidates", 0)))
         if records:
             writer.add_text(records[0].scenario, fixed_width(table))
@@ -101,9 +105,10 @@ def figures_table(records: Sequence[Record]) -> str:
         Text without a newline at its end.
     """
     metrics = list(dict.fromkeys(record.metric for record in records))
-    value_by_cell = {(_sizes(record), record.metric): record.value for record in records}
-    rows = [("encoder", "history", "candidates", "path", *metrics)]
-    for sizes in dict.fromkeys(_sizes(record) for record in records):
+    keys = [key for key in MORE_KEYS if any(key in record.case for record in records)]
+    value_by_cell = {(_sizes(record, keys), record.metric): record.value for record in records}
+    rows = [("encoder", "history", "candidates", "path", *keys, *metrics)]
+    for sizes in dict.fromkeys(_sizes(record, keys) for record in records):
         rows.append((*sizes, *(_figure(value_by_cell.get((sizes, metric))) for metric in metrics)))
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join(
@@ -118,11 +123,12 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _sizes(record: Record) -> tuple[str, str, str, str]:
+def _sizes(record: Record, keys: Sequence[str]) -> tuple[str, ...]:
     case = record.case
     return (
         str(case.get("encoder", "-")),
         str(case.get("history", "-")),
         str(case.get("candidates", "all")),
         str(case["path"]),
+        *(str(case.get(key, "-")) for key in keys),
     )

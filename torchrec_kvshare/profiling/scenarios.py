@@ -9,10 +9,14 @@ from torchrec_kvshare.profiling.benchmarks import (
     measure_memory,
     measure_queue_length,
 )
+from torchrec_kvshare.profiling.codec_benchmark import CODEC, measure_codec
+from torchrec_kvshare.profiling.faults_benchmark import FAULTS, measure_faults
 from torchrec_kvshare.profiling.items_benchmark import ITEMS, measure_items
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Record
 from torchrec_kvshare.profiling.throughput_drop import THROUGHPUT_DROP, measure_throughput_drop
+from torchrec_kvshare.profiling.tiers_benchmark import TIERS, measure_tiers
+from torchrec_kvshare.profiling.trace_benchmark import CACHE_TRACE, measure_cache_trace
 from torchrec_kvshare.profiling.training_benchmark import TRAINING, measure_training
 
 MEASURE_BY_SCENARIO = {
@@ -23,6 +27,10 @@ MEASURE_BY_SCENARIO = {
     TRAINING: measure_training,
     ITEMS: measure_items,
     APPEND: measure_append,
+    CODEC: measure_codec,
+    CACHE_TRACE: measure_cache_trace,
+    TIERS: measure_tiers,
+    FAULTS: measure_faults,
 }
 
 

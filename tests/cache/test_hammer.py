@@ -1,0 +1,197 @@
+"""Thirty-two threads over one engine and its tiers: right scores, kept budgets, no deadlock."""
+
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.core.worlds import (
+    HEAD_DIM,
+    NUM_HEADS,
+    NUM_PLANES,
+    PAGE_BYTES,
+    PAGE_SIZE,
+    PROBABILITY_TOLERANCE,
+    SCHEMA,
+    draw_raw,
+    make_dlrm,
+    parse_all,
+)
+from torchrec_kvshare.cache.codecs import get_codec
+from torchrec_kvshare.cache.kv_cache import CONTENT, USER, KVCache, Rules
+from torchrec_kvshare.cache.pages import PagePool
+from torchrec_kvshare.cache.policies import LRU, TINY_LFU, LruPolicy, new_policy
+from torchrec_kvshare.cache.stack import Level, Limits, TierStack
+from torchrec_kvshare.cache.store import KVStore
+from torchrec_kvshare.cache.tiers import HostTier
+from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.features import Request
+from torchrec_kvshare.ranking import RankingModel
+
+HAMMER_SECONDS = 60.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.5
+NUM_THREADS = 32
+# Thirty-two requests are under way when time is up, and one core may serve them all.
+PATIENCE_S = 60.0
+
+VERSION = "5e" * 8 + "-" + "0f" * 8
+USERS = tuple(f"user {place}" for place in range(9))
+HOST_BYTES, NUM_PAGES = 9000, 19
+TTL_S = 600.0
+WAIT_S = 0.2
+
+
+class Asked(NamedTuple):
+    """A request and its scores without a cache."""
+
+    request: Request
+    scores: list[float]
+
+
+@pytest.fixture(scope="module")
+def model() -> RankingModel:
+    return RankingModel(make_dlrm(seed=3)).eval()
+
+
+@pytest.fixture(scope="module")
+def asked_by_user(model: RankingModel) -> dict[str, list[Asked]]:
+    """Of each user histories that are the same, grown, edited, shortened and of another user."""
+    uncached = Engine(model, SCHEMA, VERSION, None)
+    shared = draw_raw(13, 0, 99)["history"]
+    asked = {}
+    for place, user in enumerate(USERS):
+        raw = draw_raw(14, 1 + place % 3, place) | {"user_id": user}
+        histories: list[dict[str, list[Any]]] = [
+            {column: cells[:num_events] for column, cells in raw["history"].items()}
+            for num_events in (3 + place % 4, 8 + place % 3, 14)
+        ]
+        histories.append(histories[1] | {"item_id": ["110", *histories[1]["item_id"][1:]]})
+        histories.append(shared)
+        requests = parse_all([raw | {"history": history} for history in histories])
+        scores = [answer.scores for answer in uncached.rank(requests)]
+        asked[user] = [Asked(*each) for each in zip(requests, scores, strict=True)]
+    return asked
+
+
+class Hammered(NamedTuple):
+    """What the threads share."""
+
+    engine: Engine
+    cache: KVCache
+    num_at_rest: int
+    host: HostTier
+    stack: TierStack
+
+
+# Without pages to spare what is encoded competes with what is on its way to the host.
+@pytest.fixture(
+    params=[(LRU, USER, True, NUM_PAGES), (TINY_LFU, CONTENT, False, NUM_PAGES - 5)],
+    ids=["lru", "tiny_lfu"],
+)
+def hammered(request: pytest.FixtureRequest, model: RankingModel) -> Iterator[Hammered]:
+    policy, share, takes_evicted, num_at_rest = request.param
+    host = HostTier(LruPolicy(HOST_BYTES), TTL_S)
+    level = Level(host, get_codec("float32"), takes_evicted=takes_evicted, deadline_s=5.0)
+    stack = TierStack([level], TTL_S, limits=Limits(queue_length=5))
+    pool = PagePool(NUM_PAGES * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+    pool.kv_pages.fill_(torch.nan)
+    cache = KVCache(
+        pool,
+        Rules(TTL_S, share=share, pinned_bytes=3 * PAGE_BYTES),
+        new_policy(policy, (num_at_rest - 3) * PAGE_BYTES),
+        on_evict=stack.take,
+        metrics=stack.metrics,
+    )
+    store = KVStore([cache], stack, min_events=4, wait_s=WAIT_S)
+    store.pin([USERS[0]])
+    yield Hammered(Engine(model, SCHEMA, VERSION, store), cache, num_at_rest, host, stack)
+    stack.close()
+
+
+def hammer(
+    engine: Engine,
+    asked_by_user: dict[str, list[Asked]],
+    seed: int,
+    until: float,
+    faults: list[str],
+) -> int:
+    """Rank, prefetch and forget at random until the time is up; returns the batches ranked."""
+    rng = random.Random(seed)
+    num_ranked = 0
+    while time.monotonic() < until and not faults:
+        users = rng.choices(USERS, k=rng.randint(1, 4))
+        asked = [rng.choice(asked_by_user[user]) for user in users]
+        requests = [one.request for one in asked]
+        if rng.random() < 0.05:
+            engine.forget(rng.choice(USERS))
+        if rng.random() < 0.05:
+            engine.prefetch(requests)
+        for one, answer in zip(asked, engine.rank(requests), strict=True):
+            errors = [abs(a - b) for a, b in zip(answer.scores, one.scores, strict=True)]
+            # Not the other way round: NaN is a fault too.
+            if not max(errors) <= PROBABILITY_TOLERANCE:
+                faults.append(f"{answer} is {max(errors):.1e} from {one.scores}")
+        num_ranked += 1
+    return num_ranked
+
+
+def test_threads_that_hammer_one_engine_get_the_scores_of_one(
+    hammered: Hammered, asked_by_user: dict[str, list[Asked]]
+) -> None:
+    engine, cache, _, host, stack = hammered
+    until = time.monotonic() + HAMMER_SECONDS
+    faults: list[str] = []
+    num_ranked: list[int] = []
+
+    def run(seed: int) -> None:
+        try:
+            num_ranked.append(hammer(engine, asked_by_user, seed, until, faults))
+        except BaseException as error:
+            faults.append(repr(error))
+
+    threads = [
+        threading.Thread(target=run, args=(seed,), name=f"hammer {seed}", daemon=True)
+        for seed in range(NUM_THREADS)
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
+        assert host.held_bytes() <= HOST_BYTES
+        assert cache.held_bytes <= cache.pool.capacity_bytes
+        assert stack.metrics.snapshot().value("queue_length", tier="host") <= 5
+        threads[0].join(0.02)
+    for thread in threads:
+        thread.join(max(0.0, until + PATIENCE_S - time.monotonic()))
+    assert [thread.name for thread in threads if thread.is_alive()] == []
+    assert faults == []
+    assert len(num_ranked) == NUM_THREADS
+    assert sum(num_ranked) >= NUM_THREADS
+    assert stack.drain(PATIENCE_S)
+    assert_at_rest(hammered)
+    snapshot = stack.metrics.snapshot()
+    assert snapshot.value("tier_failures", kind="corrupt") == 0
+    assert snapshot.value("tier_failures", kind="error") == 0
+    assert snapshot.value("lookups", tier="host") > 0
+    for user in USERS:
+        engine.forget(user)
+    assert cache.pool.num_free == NUM_PAGES
+    assert host.held_bytes() == 0
+
+
+def assert_at_rest(hammered: Hammered) -> None:
+    """Nobody holds anything, no page is lost, and the budgets hold."""
+    engine, cache, num_at_rest, host, _ = hammered
+    assert engine.store is not None
+    assert engine.store.flights._landed_by_key == {}
+    kept = cache._entry_by_user
+    assert all(entry.num_holders == 0 and not entry.dropped for entry in kept.values())
+    held = [page for entry in kept.values() for page in entry.pages]
+    assert len(set(held)) == len(held) == NUM_PAGES - cache.pool.num_free
+    assert len(held) <= num_at_rest
+    assert cache._pinned_held_bytes == sum(entry.pinned_bytes for entry in kept.values())
+    assert cache._pinned_held_bytes <= 3 * PAGE_BYTES
+    assert host.held_bytes() <= HOST_BYTES
