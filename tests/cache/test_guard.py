@@ -289,6 +289,15 @@ def test_whatever_a_tier_raises_is_an_answer(world: World, error: Exception) -> 
     assert world.timed() == {"get": 1, "put": 1}
 
 
+def test_a_store_that_gives_up_by_itself_is_an_answer_too(world: World) -> None:
+    """Python has one TimeoutError for both: what a memory tier raised was taken for the end of a
+    look-up in another thread, of which there was none, and the request failed."""
+    world.tier.answer = fail_with(TimeoutError("the socket was silent"))
+    assert world.guard.get(KEYS) in ("deadline", "tier_error")
+    assert world.guard.put("7e", "m-t.none", b"1", 200.0) == "error"
+    assert sum(world.failures().values()) == 2
+
+
 def test_a_tier_that_keeps_failing_is_not_called_any_more(world: World) -> None:
     world.tier.answer = fail_with(TierError("down"))
     answers = [world.guard.get(KEYS) for _ in range(MAX_FAILURES + 2)]

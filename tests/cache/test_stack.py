@@ -610,6 +610,17 @@ def test_kv_that_came_from_a_tier_is_not_written_there_again(new_world: NewWorld
     assert near.num_puts == 1
 
 
+def test_kv_that_came_from_a_tier_is_no_younger_on_the_device(new_world: NewWorld) -> None:
+    world = new_world(DictTier("near"))
+    world.write("7", first(11))
+    cold = world.cache.lookup("7", first(11))
+    world.clock.now += 100.0
+    [lookup] = world.store.fetch([(0, Want("7", first(11), 0))], [cold])
+    assert lookup.entry is not None
+    assert (lookup.entry.encoded_at, lookup.entry.used_at) == (1000.0, 1100.0)
+    world.store.release(0, lookup.entry)
+
+
 def test_a_user_who_comes_once_is_not_written_where_that_is_asked_for(
     new_world: NewWorld,
 ) -> None:
@@ -905,7 +916,9 @@ def test_kv_that_a_tier_gave_out_does_not_bring_a_forgotten_user_back(
     world.write("7", first(11))
 
     def forget() -> None:
+        world.clock.now += 1.0
         world.store.forget("7")
+        world.clock.now += 1.0
 
     near.after_get = forget
     cold = Lookup(None, "cold", 0, world.clock.now)

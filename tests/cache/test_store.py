@@ -3,7 +3,7 @@
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -571,29 +571,37 @@ def test_the_kv_of_a_forgotten_user_is_nobodys(new_engine: NewEngine, model: Wat
     assert uses(rank(engine, as_user(raw, "b"))) == [("miss", "cold", 0, 11, "none")]
 
 
-def test_a_forgotten_user_that_shares_again_is_kept_again(
+def test_a_forgotten_user_that_shares_again_is_kept_again_and_grows(
     new_engine: NewEngine, model: Watched
 ) -> None:
     """What it extends is another's K/V, encoded before it was forgotten: its own was refused as
     long as the other's lived, and encoded anew for every request."""
     engine = new_engine(model, rules=BY_CONTENT)
     raw = raw_of("a", 14, 3, 1)
-    rank(engine, cut(raw, 11))
+    rank(engine, cut(raw, 6))
     engine.forget("b")
-    other = as_user(raw, "b")
-    rank(engine, other)
-    assert uses(rank(engine, other)) == [("hit", "", 14, 0, "device")]
+    for num_events in (9, 12, 14):
+        other = cut(as_user(raw, "b"), num_events)
+        assert_as_uncached(engine, rank(engine, other), other)
+        assert uses(rank(engine, other)) == [("hit", "", num_events, 0, "device")]
+    engine.forget("b")
+    assert uses(rank(engine, other))[0][2] == 6  # Of its own there is nothing.
 
 
 # Several requests at once.
 
 
 class WatchedFlights(Flights):
-    """Flights that say when somebody waits."""
+    """Flights that say when somebody waits, and let a test step in before somebody leads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waited_for = threading.Event()
+        self.before_leading: Callable[[], None] = do_nothing
+
+    def lead(self, keys: Collection[Hashable]) -> set[Hashable]:
+        self.before_leading()
+        return super().lead(keys)
 
     def wait(self, key: Any, timeout_s: float) -> bool:
         self.waited_for.set()
@@ -673,6 +681,25 @@ def test_who_comes_second_waits_for_who_encodes(new_engine: NewEngine, model: Wa
     assert scores(answers) == scores(leader.answers)
     assert model.num_encodings == 1
     assert counted(engine, "flights", outcome="joined") == 1
+    assert_idle(engine)
+
+
+def test_what_was_encoded_since_it_was_looked_up_is_not_encoded_again(
+    new_engine: NewEngine, model: Watched
+) -> None:
+    engine = new_engine(model)
+    flights = watched_flights(engine)
+    raw, mate = raw_of("a", 11, 3, 1), raw_of("b", 9, 2, 2)
+
+    def let_another_pass() -> None:
+        flights.before_leading = do_nothing
+        InBackground(engine, raw).join()
+
+    flights.before_leading = let_another_pass
+    answers = rank(engine, raw, mate)
+    assert uses(answers) == [("hit", "", 11, 0, "device"), ("miss", "cold", 0, 9, "none")]
+    assert_as_uncached(engine, answers, raw, mate)
+    assert model.num_encodings == 2  # each of them once
     assert_idle(engine)
 
 

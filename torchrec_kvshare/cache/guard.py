@@ -143,18 +143,22 @@ class GuardedTier:
             return TIER_ERROR
         try:
             with self._metrics.timed("seconds", tier=self.name, operation="get"):
-                if self._readers is None:
-                    found = self.tier.get(keys)
-                else:
-                    look_up = self._readers.submit(partial(self.tier.get, keys))
-                    found = look_up.result(self._deadline_s)
+                found = self._look_up(keys)
         except FutureTimeoutError as error:
-            look_up.cancel()
             return self._failed("deadline", error, DEADLINE)
         except Exception as error:  # A store's fault is a miss, whatever it raises.
             return self._failed("error", error, TIER_ERROR)
         self.breaker.succeeded()
         return found
+
+    def _look_up(self, keys: Sequence[tuple[str, str]]) -> list[Found]:
+        if self._readers is None:
+            return self.tier.get(keys)
+        look_up = self._readers.submit(partial(self.tier.get, keys))
+        try:
+            return look_up.result(self._deadline_s)
+        finally:
+            look_up.cancel()  # Nobody waits for it any more, if it has not begun.
 
     def put(self, user: str, scope: str, value: bytes, encoded_at: float) -> str:
         """Write a value; returns an empty text, or why it was dropped."""

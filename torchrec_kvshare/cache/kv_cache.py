@@ -77,6 +77,7 @@ class Entry:
     num_rows: int
     pages: list[int]
     encoded_at: float  # when its oldest K/V was, whatever was put behind that since
+    known_at: float  # since when it is its user's: of no use if that was forgotten later
     used_at: float
     num_holders: int = 0
     dropped: bool = False
@@ -171,7 +172,7 @@ class KVCache:
         self._on_evict = on_evict
         self._entry_by_user: dict[str, Entry] = {}
         # Only where users share content.
-        self._owner_by_digest: dict[tuple[Identity, bytes], str] = {}
+        self._owners_by_digest: dict[tuple[Identity, bytes], dict[str, None]] = {}
         self._pinned_users: set[str] = set()
         self._pinned_held_bytes = 0
         self._evicted_users: OrderedDict[str, float] = OrderedDict()
@@ -230,12 +231,13 @@ class KVCache:
         with self._lock:
             now = self.clock()
             # What is forgotten is what was made of this user's events.
-            since = now if encoded_at is None else encoded_at
-            encoded_at = since if base is None else base.encoded_at
+            known_at = now if encoded_at is None else encoded_at
+            encoded_at = known_at if base is None else base.encoded_at
             if base is not None and base.user_id == user_id:
-                since = base.encoded_at
-            new = Entry(user_id, content, num_kept + kv.size(1), [], encoded_at, now, 1)
-            if since > self._forgotten_at.get(user_id, -math.inf):
+                known_at = base.known_at
+            num_rows = num_kept + kv.size(1)
+            new = Entry(user_id, content, num_rows, [], encoded_at, known_at, now, 1)
+            if known_at > self._forgotten_at.get(user_id, -math.inf):
                 if self._place(new, kv, base, num_kept):
                     return new
                 _remember(self._evicted_users, user_id, 0.0)
@@ -314,7 +316,7 @@ class KVCache:
         else:
             reason, num_matched = compare(own.content, history)
             found = own if num_matched else None, reason, num_matched
-        if found[1] == HIT or not self._owner_by_digest:
+        if found[1] == HIT or not self._owners_by_digest:
             return found
         return self._shared(history, now, found[2]) or found
 
@@ -324,11 +326,10 @@ class KVCache:
         """The entry of another user that begins as the history does, for longer than so far."""
         longer = history.blocks[num_matched // history.identity.block :]
         for digest in (history.whole, *reversed(longer)):
-            owner = self._owner_by_digest.get((history.identity, digest), "")
-            entry = self._entry_by_user.get(owner)
-            if entry is not None and not self._is_expired(entry, now):
+            for owner in self._owners_by_digest.get((history.identity, digest), ()):
+                entry = self._entry_by_user[owner]
                 reason, num_shared = compare(entry.content, history)
-                if num_shared > num_matched:
+                if num_shared > num_matched and not self._is_expired(entry, now):
                     return entry, reason, num_shared
         return None
 
@@ -437,7 +438,8 @@ class KVCache:
         self._pinned_held_bytes += entry.pinned_bytes
         if self.rules.share == CONTENT:
             for digest in (*entry.content.blocks, entry.content.whole):
-                self._owner_by_digest[entry.content.identity, digest] = entry.user_id
+                key = entry.content.identity, digest
+                self._owners_by_digest.setdefault(key, {})[entry.user_id] = None
 
     def _take_out(self, entry: Entry, still_read: bool = False) -> None:
         del self._entry_by_user[entry.user_id]
@@ -446,8 +448,10 @@ class KVCache:
         if self.rules.share == CONTENT:
             for digest in (*entry.content.blocks, entry.content.whole):
                 key = entry.content.identity, digest
-                if self._owner_by_digest.get(key) == entry.user_id:
-                    del self._owner_by_digest[key]
+                owners = self._owners_by_digest.get(key, {})
+                owners.pop(entry.user_id, None)
+                if not owners:
+                    self._owners_by_digest.pop(key, None)
         if not still_read:
             self._free_if_unused(entry)
 
