@@ -391,6 +391,7 @@ class Engine:
             for place, of_request in missing.items()
         }
         led = store.flights.lead(key_by_place.values())
+        store.metrics.count("flights", len(led), outcome="led")
         found: dict[int, _Found] = {}
         try:
             mine = {place: missing[place] for place, key in key_by_place.items() if key in led}

@@ -586,3 +586,17 @@ def test_of_many_threads_exactly_one_leads() -> None:
         in_threads(16, lambda _, leads=leads: leads.append(flights.lead(["a"])))
         assert sorted(map(len, leads)) == [0] * 15 + [1]
         flights.land(["a"])
+
+
+def test_a_write_that_fails_does_not_keep_others_from_being_made() -> None:
+    queue = WriteQueue("test", 4, 100)
+    done = threading.Event()
+
+    def fails() -> None:
+        raise KeyError("a bug")
+
+    assert queue.offer(Write(fails, 1))
+    assert queue.offer(Write(done.set, 1))
+    assert done.wait(5.0)
+    assert queue.drain(5.0)
+    queue.close(5.0)

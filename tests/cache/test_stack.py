@@ -22,7 +22,7 @@ from torchrec_kvshare.cache.identity import (
 from torchrec_kvshare.cache.kv_cache import Entry, KVCache, Lookup
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LruPolicy
-from torchrec_kvshare.cache.record import scope_of
+from torchrec_kvshare.cache.record import KVRecord, pack, scope_of
 from torchrec_kvshare.cache.stack import Fetched, Level, Limits, TierStack, Want
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import Found, HostTier
@@ -1038,3 +1038,18 @@ def test_threads_read_only_what_their_users_wrote(new_world: NewWorld) -> None:
     held: list[Entry] = [*world.cache._entry_by_user.values()]
     assert all(entry.num_holders == 0 for entry in held)
     assert sum(len(entry.pages) for entry in held) == 16 - world.cache.pool.num_free
+
+
+def test_kv_of_another_shape_that_somebody_wrote_is_refused(new_world: NewWorld) -> None:
+    """Its checksum is right, and so is all that it says; it failed the request."""
+    world = new_world(DictTier("near"))
+    history = first(11)
+    record = KVRecord(history.content, 1000.0, torch.ones(NUM_PLANES, 11, NUM_HEADS, HEAD_DIM + 1))
+    codec = get_codec("float32")
+    [level] = world.stack.levels
+    user = text_digest("7")
+    scope = scope_of(history.identity, codec.name)
+    level.tier.put(user, scope, pack(record, user, codec, None), 1000.0)
+    cold = world.cache.lookup("7", history)
+    [lookup] = world.store.fetch([(0, Want("7", history, 0))], [cold])
+    assert (lookup.entry, lookup.reason) == (None, "tier_error")

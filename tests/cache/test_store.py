@@ -231,6 +231,8 @@ def assert_as_uncached(engine: Engine, answers: list[Answer], *raws: RawRequest)
 def assert_idle(engine: Engine) -> None:
     """Nobody holds anything, and every page is free or an entry's."""
     assert engine.store is not None
+    # A write that waits holds what it is of.
+    assert engine.store.stack is None or engine.store.stack.drain(5.0)
     for cache in engine.store.caches:
         kept = cache._entry_by_user.values()
         assert all(entry.num_holders == 0 for entry in kept)

@@ -177,7 +177,7 @@ class GuardedTier:
         """Bytes that ``remove`` dropped, or None if the store did not do it."""
         try:
             return remove(self.tier)
-        except TierError as error:
+        except Exception as error:  # The other tiers are to be asked all the same.
             self._failed("error", error, TIER_ERROR)
             return None
 

@@ -225,6 +225,8 @@ class TierStack:
         Returns:
             Bytes dropped by tier; None for a tier that could not be reached.
         """
+        with self._lock:
+            self._touched.pop(user_id, None)
         dropped = {
             guard.name: guard.remove(lambda tier: tier.forget(_user_key(user_id), at))
             for guard in self._guards

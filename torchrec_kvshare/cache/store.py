@@ -4,6 +4,7 @@ What is asked for is brought to the device and held there, wherever it lay; what
 the tiers that want it.
 """
 
+import logging
 import time
 from collections.abc import Collection, Hashable, Sequence
 
@@ -13,8 +14,11 @@ from torchrec_kvshare.cache.flights import Flights
 from torchrec_kvshare.cache.identity import Content, PrefixDigests
 from torchrec_kvshare.cache.kv_cache import CONTENT, DEVICE, Entry, KVCache, Lookup
 from torchrec_kvshare.cache.metrics import CacheMetrics
-from torchrec_kvshare.cache.reasons import COLD, EVICTED, EXPIRED
+from torchrec_kvshare.cache.reasons import COLD, EVICTED, EXPIRED, TIER_ERROR
 from torchrec_kvshare.cache.stack import TierStack, Want
+from torchrec_kvshare.errors import ShapeError
+
+logger = logging.getLogger(__name__)
 
 NOT_HERE = (COLD, EVICTED, EXPIRED)
 
@@ -82,9 +86,15 @@ class KVStore:
                     lookup if is_known or not found.reason else lookup._replace(reason=found.reason)
                 )
                 continue
-            entry = self.caches[number].put(
-                want.user_id, record.content, record.kv, encoded_at=record.encoded_at
-            )
+            try:
+                entry = self.caches[number].put(
+                    want.user_id, record.content, record.kv, encoded_at=record.encoded_at
+                )
+            except ShapeError as error:  # Somebody wrote K/V that no model of ours made.
+                logger.warning("K/V in tier %s is not used: %s", found.tier, error)
+                self.metrics.count("tier_failures", tier=found.tier, kind="corrupt")
+                best.append(lookup._replace(reason=TIER_ERROR))
+                continue
             if entry is None:
                 best.append(lookup)
             else:

@@ -1,10 +1,13 @@
 """Writes that nobody waits for: a queue, bounded in length and in bytes, and one thread."""
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
 
 
 class Write(NamedTuple):
@@ -88,4 +91,7 @@ class WriteQueue:
                 write = self._waiting.popleft()
                 self._waiting_bytes -= write.num_bytes
                 self._is_running = True
-            write.run()
+            try:
+                write.run()
+            except Exception:  # One write that fails must not keep the others from being made.
+                logger.exception("a write behind failed")
