@@ -284,6 +284,20 @@ def test_an_edited_history_keeps_what_stands_before_the_edit() -> None:
     assert cache.pool.num_free == 2
 
 
+@pytest.mark.parametrize(("name", "num_published"), [("a", 20), ("z", 0)])
+def test_lower_tiers_are_given_an_edited_history_again_and_a_grown_one_not(
+    name: str, num_published: int
+) -> None:
+    cache = make_cache(6)
+    first = put(cache, "7", "a", 4)
+    assert first is not None
+    first.num_published = 20
+    cache.release(first)
+    grown = grow(cache, "7", [*events_of("a", 2), *events_of(name, 4)[10:], 1])
+    assert grown is not None
+    assert grown.num_published == num_published
+
+
 def test_a_history_that_someone_reads_is_copied_before_it_grows() -> None:
     cache = make_cache(6)
     put_and_release(cache, "7", "a", 2)

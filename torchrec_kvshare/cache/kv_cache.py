@@ -358,7 +358,10 @@ class KVCache:
         has_pages = self._resize(pages, num_pages)
         if own is not None and grows:
             if has_pages:  # Otherwise they stay with the entry that the caller holds.
-                own.pages, new.num_published = [], own.num_published
+                own.pages = []
+                written = own.content.blocks
+                if new.content.blocks[: len(written)] == written:
+                    new.num_published = own.num_published
             self._take_out(own)
         if not has_pages:
             self._policy.remove(new.user_id)
