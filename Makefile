@@ -36,13 +36,18 @@ $(STAMP): setup.cfg constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
-	$(INSTALL) --editable '.[parquet,plots,tiers,metrics,test,lint]'
+	$(INSTALL) --editable '.[parquet,plots,tiers,metrics,triton,test,lint]'
 	@echo "If pip says above that torchrec misses fbgemm-gpu: $(FBGEMM_$(BUILD)) stands in for it."
 	@echo $(BUILD) > $@
 
-tools: ## what the suite needs beyond Python: a C++ compiler, a Redis server, openssl
-	for tool in g++ redis-server openssl; do \
-		command -v $$tool >/dev/null || { apt-get update && apt-get install --yes $$tool; } || exit; \
+# Debian's packages, each behind the command or file that shows it is there.
+TOOLS := g++:g++ cmake:cmake make:make openssl:openssl redis-server:redis-server \
+	/usr/include/nlohmann/json.hpp:nlohmann-json3-dev
+
+tools: ## what the suite needs beyond Python: a C++ compiler, cmake, a JSON header, Redis, openssl
+	for tool in $(TOOLS); do \
+		command -v $${tool%:*} >/dev/null || test -e $${tool%:*} || \
+			{ apt-get update && apt-get install --yes $${tool#*:}; } || exit; \
 	done
 
 demo: $(STAMP) ## train, export and score end to end (DATA=synthetic, ROOT=folder of the data, DEMO_ARGS)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from torchrec_kvshare.assembly import new_engine
-from torchrec_kvshare.export.torchscript import load_artifact
+from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.features import parse_request
 
 artifact = load_artifact(Path(sys.argv[1]))

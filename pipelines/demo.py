@@ -16,7 +16,7 @@ from torchrec_kvshare.config import (
     literal_overrides,
 )
 from torchrec_kvshare.data.requests import make_requests
-from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
+from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.features import parse_request
 from torchrec_kvshare.profiling.comparison import compare_paths, comparison_table
 from torchrec_kvshare.ranking import RankingModel
@@ -41,7 +41,7 @@ def main(composed: DictConfig) -> None:
     )
     metrics = train_run(training)
     model, schema = load_trained(output / "train")
-    export_torchscript(RankingModel(model).eval(), schema, output / "artifact")
+    export_model(RankingModel(model).eval(), schema, output / "artifact")
     artifact = load_artifact(output / "artifact")
     requests = [parse_request(raw, artifact.schema) for raw in raws]
     uncached, cached = (new_engine(artifact, CacheConfig(name)) for name in (OFF, MEMORY))

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec_kvshare.assembly import new_engine
 from torchrec_kvshare.cache.exporters import write_scalars
 from torchrec_kvshare.config import ScoreConfig, checked, literal_overrides
-from torchrec_kvshare.export.torchscript import load_artifact
+from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.scoring import score_file
 
 REFUSED = 3  # exit status: some lines got an error in place of scores

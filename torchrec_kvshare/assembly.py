@@ -21,7 +21,7 @@ from torchrec_kvshare.deterministic import require_determinism
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.artifact import Manifest
-from torchrec_kvshare.export.torchscript import Artifact
+from torchrec_kvshare.export.exporter import Artifact
 
 MEMORY, TIERED, OFF = "memory", "tiered", "off"
 CACHES = (MEMORY, TIERED, OFF)

@@ -144,7 +144,11 @@ class ExportConfig:
 
     run: str = MISSING  # output of pipelines.train
     output: str = MISSING
+    target: str = "torchscript"  # torchscript|pt2|triton
+    tables: str = "float32"  # float32|float16|int8|int4
     body: str = "auto"  # of attention: auto|flash|native|dense
+    name: str = "kvshare"  # of the models in a Triton repository
+    licence: str = ""  # of the model, for the manifest
     threads: int | None = None
 
 

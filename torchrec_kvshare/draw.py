@@ -58,11 +58,16 @@ def draw_raw_request(
     }
 
 
-def draw_ragged_requests(schema: FeatureSchema, seed: int) -> list[Request]:
-    """Requests with empty, short and cut histories and unequal candidates."""
+def draw_ragged_raws(schema: FeatureSchema, seed: int) -> list[dict[str, Any]]:
+    """Raw requests with empty, short and cut histories and unequal candidates."""
     longest = max(history.window.max_history for history in schema.histories)
     sizes = [(0, 3), (1, 1), (SHORT, 5), (longest // 2, 2), (longest + 3, 7)]
     return [
-        parse_request(draw_raw_request(schema, num_events, num_candidates, seed + place), schema)
+        draw_raw_request(schema, num_events, num_candidates, seed + place)
         for place, (num_events, num_candidates) in enumerate(sizes)
     ]
+
+
+def draw_ragged_requests(schema: FeatureSchema, seed: int) -> list[Request]:
+    """The same requests, parsed."""
+    return [parse_request(raw, schema) for raw in draw_ragged_raws(schema, seed)]

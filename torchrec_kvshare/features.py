@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from torchrec_kvshare.data.batches import Bags, assemble, clock_features, single, squash
+from torchrec_kvshare.data.batches import (
+    Bags,
+    assemble,
+    clock_features,
+    jagged,
+    joined,
+    single,
+    squash,
+)
 from torchrec_kvshare.data.schema import (
     ACTION,
     FIRST_EVENT,
@@ -283,15 +291,15 @@ def _request_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[st
     firsts, row_of_request = distinct_histories(requests)
     bags = {USER: single(torch.tensor([request.user_row for request in requests]))}
     for column in schema.context:
-        bags[context_key(column)] = _jagged([request.context[column] for request in requests])
+        bags[context_key(column)] = jagged([request.context[column] for request in requests])
     bags[REQUEST_TIME] = single(torch.tensor([request.time for request in requests]))
     bags[REQUEST_HISTORY] = single(torch.tensor(row_of_request))
     for history in schema.histories:
         times = [requests[row].events_by_history[history.name].columns[TIME] for row in firsts]
-        bags[history_key(history.name, TIME)] = _jagged(times)
+        bags[history_key(history.name, TIME)] = jagged(times)
     bags[candidate_key(ITEM)] = single(torch.cat([r.candidate_items for r in requests]))
     for column in schema.item_attributes:
-        bags[candidate_key(column)] = _joined([r.candidate_bags[column] for r in requests])
+        bags[candidate_key(column)] = joined([r.candidate_bags[column] for r in requests])
     return bags
 
 
@@ -307,9 +315,9 @@ def _history_bags(
     for history in schema.histories:
         events = [by_history[history.name] for by_history in events_by_history]
         for column in (*schema.event_columns, TIME):
-            bags[history_key(history.name, column)] = _jagged([e.columns[column] for e in events])
+            bags[history_key(history.name, column)] = jagged([e.columns[column] for e in events])
         for column in schema.item_attributes:
-            bags[history_key(history.name, column)] = _joined([e.bags[column] for e in events])
+            bags[history_key(history.name, column)] = joined([e.bags[column] for e in events])
     return bags
 
 
@@ -342,14 +350,6 @@ def _events(history: History, columns: dict[str, list[Any]], schema: FeatureSche
         {c: _bags(read[c], schema, c, f"history.{c}") for c in schema.item_attributes},
         history.window.start(history.num_events(columns[ACTION if history.actions else TIME])),
     )
-
-
-def _jagged(rows: list[Tensor]) -> Bags:
-    return Bags(torch.cat(rows), torch.tensor([row.numel() for row in rows]))
-
-
-def _joined(bags: list[Bags]) -> Bags:
-    return Bags(torch.cat([b.values for b in bags]), torch.cat([b.lengths for b in bags]))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torchrec_kvshare.audit import Audit, audit_model, audit_table
 from torchrec_kvshare.collection import HistoryPooling, TokenFeatures
 from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
+from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.history.bidirectional import BidirectionalEncoder
 from torchrec_kvshare.history.causal import CausalEncoder
 from torchrec_kvshare.history.hstu import HSTUEncoder
@@ -275,7 +275,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of a model that sees later events and says that it does not."""
     world, model = planted(CAUSAL, with_encoder(SeesAll))
     destination = tmp_path_factory.mktemp("failed") / "artifact"
-    export_torchscript(model, world.schema, destination)
+    export_model(model, world.schema, destination)
     return destination
 
 

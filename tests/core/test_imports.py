@@ -12,9 +12,9 @@ PACKAGE = torchrec_kvshare.__name__
 FOLDER = Path(torchrec_kvshare.__path__[0])
 # Rooms as files and folders of the package, those that others build on first.
 ROOMS = (
-    *("errors", "labels", "config", "data", "features", "draw", "attention", "history", "bags"),
-    *("collection", "ranking", "audit", "cache", "engine", "training", "export", "deterministic"),
-    *("encoded_user", "assembly", "scoring", "serving", "profiling"),
+    *("errors", "labels", "config", "data", "features", "draw", "tensors", "attention", "history"),
+    *("bags", "collection", "ranking", "audit", "cache", "engine", "training", "export"),
+    *("deterministic", "encoded_user", "assembly", "scoring", "serving", "profiling"),
 )
 
 

@@ -14,7 +14,7 @@ from torchrec_kvshare.errors import ArtifactError, ConfigError, DataError
 from torchrec_kvshare.training.run import load_dataset
 
 METRIC_NAMES = ["AUC", "GAUC", "NE", "HR@10", "NDCG@10"]
-ARTIFACT_FILES = ["manifest.json", "model.pt", "schema.json"]
+ARTIFACT_FILES = ["golden.json", "manifest.json", "model.pt", "schema.json"]
 
 
 def metrics_of(run: Path) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ from torchrec_kvshare.data.requests import make_targeted_requests
 from torchrec_kvshare.data.schema import HISTORY, History, Window
 from torchrec_kvshare.errors import ArtifactError, ConfigError, DataError
 from torchrec_kvshare.export.artifact import read_artifact
-from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
+from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.features import collate_history, parse_request
 from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
 from torchrec_kvshare.profiling import codec_benchmark
@@ -55,7 +55,7 @@ def export(dataset: Dataset, destination: Path) -> Path:
         for name, parameter in model.named_parameters():
             if ".tower." in name and not name.endswith("norm.weight"):
                 parameter.mul_(5 / 3)
-    export_torchscript(RankingModel(model.eval()).eval(), dataset.schema, destination)
+    export_model(RankingModel(model.eval()).eval(), dataset.schema, destination)
     return destination
 
 

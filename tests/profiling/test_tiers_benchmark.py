@@ -19,7 +19,7 @@ from torchrec_kvshare.cache.tiers import Found, HostTier
 from torchrec_kvshare.config import CacheConfig, DiskConfig, HostConfig
 from torchrec_kvshare.errors import ConfigError, ParityError, TierError
 from torchrec_kvshare.export.artifact import add_measured, read_artifact
-from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
+from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.profiling import tiers_benchmark, timing
 from torchrec_kvshare.profiling.plan import Plan, Sizes
@@ -72,7 +72,7 @@ def records(small: None) -> list[Record]:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "artifact"
-    export_torchscript(RankingModel(make_dlrm(0)).eval(), SCHEMA, folder)
+    export_model(RankingModel(make_dlrm(0)).eval(), SCHEMA, folder)
     return folder
 
 

@@ -32,6 +32,16 @@ def single(values: Tensor) -> Bags:
     return Bags(values, torch.ones_like(values))
 
 
+def jagged(rows: list[Tensor]) -> Bags:
+    """Bags of the ids of each row."""
+    return Bags(torch.cat(rows), torch.tensor([row.numel() for row in rows]))
+
+
+def joined(parts: list[Bags]) -> Bags:
+    """The bags of some parts one after the other."""
+    return Bags(torch.cat([b.values for b in parts]), torch.cat([b.lengths for b in parts]))
+
+
 def assemble(
     bags_by_key: dict[str, Bags], candidate_user: Tensor, dense: Tensor, labels: Tensor
 ) -> Batch:

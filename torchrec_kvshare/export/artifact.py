@@ -19,7 +19,7 @@ from torchrec_kvshare.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
-FORMAT = 4
+FORMAT = 5
 CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than the memory
 VERSION_DIGITS = 16  # of each digest: what an answer calls the model's version
 
@@ -39,14 +39,18 @@ class Manifest:
     """What an artifact says of itself.
 
     Attributes:
+        runtime: what its programs are for.
         model_digest: of dense weights, architecture and window.
         tables_digest: of the embedding tables.
+        tables: dtype of the embedding tables.
         encoder: what the history towers are, as ``TowerSpec`` has it.
         body: how attention is computed; ``native`` needs its operators in the process.
         towers: sizes of their K/V, by history.
-        inputs: columns a request must have, by group.
+        columns: that a request must have, by group.
+        inputs: the tensors that its programs take, see ``tensors.TensorSpec``.
         audit: where K/V may be used and whether it may be extended, with the figures behind that.
         parity: greatest differences of logits found before the artifact was kept.
+        provenance: what was said of the model's origin and licence.
         versions: of the libraries it was made with.
         sha256_by_file: of the other files.
         codecs: by codec, what writing K/V in it does to scores and to bytes, where it was measured.
@@ -54,14 +58,18 @@ class Manifest:
             was measured.
     """
 
+    runtime: str
     model_digest: str
     tables_digest: str
+    tables: str
     encoder: dict[str, Any]
     body: str
     towers: dict[str, TowerSizes]
-    inputs: dict[str, list[str]]
+    columns: dict[str, list[str]]
+    inputs: list[dict[str, Any]]
     audit: dict[str, Any]
     parity: dict[str, float]
+    provenance: dict[str, str]
     versions: dict[str, str]
     sha256_by_file: dict[str, str]
     codecs: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -69,13 +77,18 @@ class Manifest:
 
     @property
     def model_version(self) -> str:
-        """Short name of the model, as it stands in answers: ``<model>-<tables>``."""
-        return f"{self.model_digest[:VERSION_DIGITS]}-{self.tables_digest[:VERSION_DIGITS]}"
+        """Short name of the model, as it stands in answers."""
+        return model_version_of(self.model_digest, self.tables_digest)
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
         towers = {name: vars(sizes) for name, sizes in self.towers.items()}
         return {"format": FORMAT} | vars(self) | {"towers": towers}
+
+
+def model_version_of(model_digest: str, tables_digest: str) -> str:
+    """What answers call a model: ``<model>-<tables>``."""
+    return f"{model_digest[:VERSION_DIGITS]}-{tables_digest[:VERSION_DIGITS]}"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.draw import draw_ragged_requests
 from torchrec_kvshare.engine import Engine, RankingFunctions, expand
 from torchrec_kvshare.errors import ParityError
+from torchrec_kvshare.export.program import RankingProgram
 from torchrec_kvshare.features import (
     Request,
     collate,
@@ -25,6 +26,8 @@ from torchrec_kvshare.features import (
     distinct_histories,
     user_of_candidates,
 )
+from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.tensors import request_tensors
 
 # float32 against the float64 reference: the worst of 800 drawn batches was 1.1e-6.
 LOGIT_TOLERANCE = 2e-5
@@ -104,6 +107,7 @@ def check_parity(
     eager: RankingFunctions,
     schema: FeatureSchema,
     extends: bool,
+    tolerance: float,
     seed: int = 0,
 ) -> dict[str, float]:
     """Compare an exported model with the eager one, and its own paths with each other.
@@ -113,15 +117,15 @@ def check_parity(
         eager: the model that was exported, in eval mode.
         schema: its columns.
         extends: whether its K/V may be extended, so that this is compared too.
+        tolerance: of the exported logits against the eager ones; the others have
+            ``LOGIT_TOLERANCE``.
         seed: of the requests drawn.
 
     Returns:
         The greatest absolute differences of logits, by what was compared.
 
     Raises:
-        ParityError: if the exported model is not bit-equal to the eager one, or if its cached,
-            extended or one-by-one logits differ from its uncached ones by more than
-            ``LOGIT_TOLERANCE``.
+        ParityError: naming what differs by more than is allowed.
     """
     requests = draw_ragged_requests(schema, seed)
     batch = collate(requests, schema)
@@ -136,10 +140,44 @@ def check_parity(
         differences["extended_uncached"] = score_extended(exported, requests, schema) - uncached
     greatest = {name: float(diff.abs().max()) for name, diff in differences.items()}
     for name, value in greatest.items():
-        allowed = 0.0 if name == "exported_eager" else LOGIT_TOLERANCE
+        allowed = tolerance if name == "exported_eager" else LOGIT_TOLERANCE
         if not value <= allowed:
             raise ParityError(f"{name} logits differ by {value}; at most {allowed} is allowed")
     return greatest
+
+
+@torch.no_grad()
+def check_program(
+    program: RankingProgram, eager: RankingModel, schema: FeatureSchema, seed: int = 0
+) -> None:
+    """Compare a program's probabilities, uncached and through its own cache, with the model's.
+
+    Args:
+        program: as a fresh load gives it; its cache is used.
+        eager: the model that was exported, in eval mode.
+        schema: its columns.
+        seed: of the requests drawn.
+
+    Raises:
+        ParityError: if an uncached score is not bit-equal, or a cached one differs by more than
+            ``LOGIT_TOLERANCE``.
+    """
+    # Everyone twice in one batch: the second time K/V is there. TorchScript rewrites a program at its
+    # second call, which takes seconds.
+    requests = draw_ragged_requests(schema, seed) * 2
+    answers = Engine(eager, schema, "parity", store=None).rank(requests)
+    expected = torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
+    features = request_tensors(requests, schema)
+    cached, _ = program.rank(features)
+    for name, got, allowed in (
+        ("uncached", program(features), 0.0),
+        ("cached", cached, LOGIT_TOLERANCE),
+    ):
+        difference = float((got - expected).abs().max())
+        if not difference <= allowed:
+            raise ParityError(
+                f"{name} scores of the program differ by {difference}; at most {allowed} is allowed"
+            )
 
 
 def _alone(model: RankingFunctions, request: Request, schema: FeatureSchema) -> Tensor:

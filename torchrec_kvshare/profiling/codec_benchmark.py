@@ -24,7 +24,7 @@ from torchrec_kvshare.data.schema import ITEM, FeatureSchema
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.export.artifact import add_measured
-from torchrec_kvshare.export.torchscript import load_artifact
+from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.features import Request, collate_history, parse_request
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record

@@ -15,7 +15,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 Case = dict[str, str | int]
 # What else tells two cases of one path apart, where a scenario has it.
-MORE_KEYS = ("data", "capacity_percent", "share", "ttl_s")
+MORE_KEYS = ("runtime", "data", "capacity_percent", "share", "ttl_s")
 
 
 @dataclass(frozen=True)

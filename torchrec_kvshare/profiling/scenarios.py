@@ -14,6 +14,7 @@ from torchrec_kvshare.profiling.faults_benchmark import FAULTS, measure_faults
 from torchrec_kvshare.profiling.items_benchmark import ITEMS, measure_items
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Record
+from torchrec_kvshare.profiling.runtimes_benchmark import RUNTIMES_SCENARIO, measure_runtimes
 from torchrec_kvshare.profiling.throughput_drop import THROUGHPUT_DROP, measure_throughput_drop
 from torchrec_kvshare.profiling.tiers_benchmark import TIERS, measure_tiers
 from torchrec_kvshare.profiling.trace_benchmark import CACHE_TRACE, measure_cache_trace
@@ -31,6 +32,7 @@ MEASURE_BY_SCENARIO = {
     CACHE_TRACE: measure_cache_trace,
     TIERS: measure_tiers,
     FAULTS: measure_faults,
+    RUNTIMES_SCENARIO: measure_runtimes,
 }
 
 

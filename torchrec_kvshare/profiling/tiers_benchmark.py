@@ -36,7 +36,7 @@ from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ConfigError, ParityError, TierError
 from torchrec_kvshare.export.artifact import add_measured
-from torchrec_kvshare.export.torchscript import load_artifact
+from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.features import collate_history, parse_request
 from torchrec_kvshare.history.kinds import LONGER, TowerSpec
 from torchrec_kvshare.profiling.plan import MERGE, Plan, Sizes

@@ -95,7 +95,11 @@ def fill_zeros(ranker: Ranker) -> Ranker:
 
 
 def draw_requests(
-    schema: FeatureSchema, queue_lengths: Sequence[int], user: int, seed: int
+    schema: FeatureSchema,
+    queue_lengths: Sequence[int],
+    user: int,
+    seed: int,
+    history: int | None = None,
 ) -> list[Request]:
     """Parsed requests of one user that differ in the number of candidates alone.
 
@@ -104,12 +108,13 @@ def draw_requests(
         queue_lengths: candidates of each request; a shorter queue is the start of a longer one.
         user: which of the schema's users asks.
         seed: same seed, same requests.
+        history: events; None for as many as the window holds.
 
     Returns:
-        One request for each queue length, all with one history, as long as the window.
+        One request for each queue length, all with one history.
     """
-    longest = schema.histories[0].window.max_history
-    raw = draw_raw_request(schema, longest, max(queue_lengths), seed)
+    num_events = schema.histories[0].window.max_history if history is None else history
+    raw = draw_raw_request(schema, num_events, max(queue_lengths), seed)
     raw[USER] = user
     cut = [{c: values[:n] for c, values in raw["candidates"].items()} for n in queue_lengths]
     return [parse_request(raw | {"candidates": candidates}, schema) for candidates in cut]

@@ -5,6 +5,7 @@ A run's folder holds the config, the schema, a checkpoint for each trained model
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -116,6 +117,17 @@ def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
     model = new_model(schema, model_config, model_config.history, values["seed"])
     load_weights(model, folder / model_config.history)
     return model.eval(), schema
+
+
+def provenance_of(folder: Path) -> dict[str, str]:
+    """What a run's config says of a model's origin: its data, its seed, the digest of all of it."""
+    config = (folder / CONFIG).read_bytes()
+    values = json.loads(config)
+    return {
+        "data": values["data"]["name"],
+        "seed": str(values["seed"]),
+        "run_config_sha256": hashlib.sha256(config).hexdigest(),
+    }
 
 
 def new_model(schema: FeatureSchema, sizes: ModelConfig, kind: str, seed: int) -> DLRM:

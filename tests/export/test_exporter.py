@@ -30,15 +30,18 @@ from tests.core.worlds import (
 from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
+from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
-from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
+from torchrec_kvshare.export.artifact import artifact_folder, file_sha256, read_artifact
+from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity, score_through_pages
-from torchrec_kvshare.export.torchscript import export_torchscript, load_artifact
 from torchrec_kvshare.features import collate
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel, dlrm_with_history, split_tables
+from torchrec_kvshare.tensors import input_specs
 
-FILES = ["manifest.json", "model.pt", "schema.json"]
+FILES = ["golden.json", "manifest.json", "model.pt", "schema.json"]
+VOUCHED = [name for name in FILES if name != "manifest.json"]
 # Sizes that the export never saw: one request, many candidates, more users than it drew.
 BATCHES = [
     [(9, 1, 31)],
@@ -56,7 +59,7 @@ def model() -> RankingModel:
 @pytest.fixture(scope="module")
 def artifact(model: RankingModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     destination = tmp_path_factory.mktemp("export") / "artifact"
-    export_torchscript(model, SCHEMA, destination)
+    export_model(model, SCHEMA, destination)
     return destination
 
 
@@ -80,10 +83,10 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from torchrec_kvshare.export.torchscript import load_artifact
+from torchrec_kvshare.export.exporter import load_artifact
 loaded = load_artifact(Path(sys.argv[1]))
 modules = sorted(name for name in sys.modules if name.startswith("torchrec_kvshare"))
-from tests.core.test_export import BATCHES, logits_of
+from tests.export.test_exporter import BATCHES, logits_of
 logits = [[part.tolist() for part in logits_of(loaded.model, sizes)] for sizes in BATCHES]
 print(json.dumps({"modules": modules, "schema": loaded.schema.to_json(), "logits": logits}))
 """
@@ -106,7 +109,7 @@ def test_a_fresh_process_scores_as_eager_does_bit_for_bit(
     assert found["logits"] == all_logits(model)
     assert found["schema"] == SCHEMA.to_json()
     # Loading needs neither the training code nor the readers of data sets.
-    assert "torchrec_kvshare.export.torchscript" in found["modules"]
+    assert "torchrec_kvshare.export.exporter" in found["modules"]
     assert [name for name in found["modules"] if ".training" in name] == []
     assert "torchrec_kvshare.data.interactions" not in found["modules"]
 
@@ -123,20 +126,32 @@ def test_a_loaded_program_stays_bit_equal_call_after_call(
 def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: Path) -> None:
     written = json.loads((artifact / "manifest.json").read_text())
     assert set(written) == {
-        *("format", "model_digest", "encoder", "body", "towers", "inputs", "audit", "parity"),
-        *("versions", "sha256_by_file", "tables_digest", "codecs", "break_even_events"),
+        *("format", "runtime", "model_digest", "tables_digest", "tables", "encoder", "body"),
+        *(
+            "towers",
+            "columns",
+            "inputs",
+            "audit",
+            "parity",
+            "provenance",
+            "versions",
+            "sha256_by_file",
+        ),
+        *("codecs", "break_even_events"),
     }
-    assert (written["format"], written["encoder"]) == (4, asdict(CAUSAL_SPEC))
+    assert (written["format"], written["encoder"]) == (5, asdict(CAUSAL_SPEC))
+    assert (written["runtime"], written["tables"]) == ("torchscript", "float32")
     assert written["body"] == "flash"
     sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}
     assert written["audit"] == audit_model(model, SCHEMA).to_json()
-    assert written["inputs"] == {
+    assert written["columns"] == {
         "request": ["user_id", "time"],
         "context": ["country"],
         "history": ["item_id", "action", "genres", "time"],
         "candidates": ["item_id", "genres", "price"],
     }
+    assert written["inputs"] == [spec.to_json() for spec in input_specs(SCHEMA)]
     parity = written["parity"]
     assert set(parity) == {
         *("exported_eager", "cached_uncached", "extended_uncached", "one_by_one_together")
@@ -144,8 +159,8 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
     assert parity["exported_eager"] == 0.0
     assert all(0.0 <= difference <= LOGIT_TOLERANCE for difference in parity.values())
     assert written["versions"]["torch"] == torch.__version__
-    assert set(written["versions"]) == {"torch", "torchrec", "torchrec_kvshare"}
-    assert sorted(written["sha256_by_file"]) == FILES[1:]
+    assert set(written["versions"]) == {"torch", "torchrec", "fbgemm", "torchrec_kvshare"}
+    assert sorted(written["sha256_by_file"]) == sorted(VOUCHED)
     assert sorted(path.name for path in artifact.iterdir()) == FILES
     description = {
         "encoder": written["encoder"],
@@ -168,7 +183,7 @@ def test_reading_gives_back_what_was_written(artifact: Path) -> None:
 
 def test_another_weight_is_another_version(artifact: Path, tmp_path: Path) -> None:
     model = RankingModel(make_dlrm(seed=9)).eval()
-    manifest = export_torchscript(model, SCHEMA, tmp_path / "other")
+    manifest = export_model(model, SCHEMA, tmp_path / "other")
     assert manifest.model_version != read_artifact(artifact)[0].model_version
 
 
@@ -177,7 +192,7 @@ def test_an_artifact_with_the_native_body_brings_its_operators_along(
 ) -> None:
     """A fresh process is told nothing but the folder."""
     native = RankingModel(make_dlrm(seed=8), "native").eval()
-    manifest = export_torchscript(native, SCHEMA, tmp_path / "native")
+    manifest = export_model(native, SCHEMA, tmp_path / "native")
     assert manifest.body == "native"
     assert manifest.model_version != read_artifact(artifact)[0].model_version
     assert found_in_fresh_process(tmp_path / "native")["logits"] == all_logits(native)
@@ -189,15 +204,15 @@ def test_an_artifact_with_the_native_body_brings_its_operators_along(
 def test_a_program_that_extends_wrongly_is_found_out(model: RankingModel) -> None:
     wrong = copy.copy(model)
     wrong.extend = lambda *arguments: [kv + 0.1 for kv in model.extend(*arguments)]
-    assert "extended_uncached" not in check_parity(wrong, model, SCHEMA, extends=False)
+    assert "extended_uncached" not in check_parity(wrong, model, SCHEMA, False, 0.0)
     with pytest.raises(ParityError, match="extended_uncached logits differ by"):
-        check_parity(wrong, model, SCHEMA, extends=True)
+        check_parity(wrong, model, SCHEMA, True, 0.0)
 
 
 def test_a_body_that_is_not_torchscripts_cannot_be_exported(tmp_path: Path) -> None:
     flex = RankingModel(make_dlrm(seed=8), "flex").eval()
     with pytest.raises(ConfigError, match="attention body flex cannot be exported"):
-        export_torchscript(flex, SCHEMA, tmp_path / "flex")
+        export_model(flex, SCHEMA, tmp_path / "flex")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,7 +223,7 @@ def test_one_process_exports_models_of_several_depths(artifact: Path, tmp_path: 
         spec = replace(CAUSAL_SPEC, dim=15, num_layers=num_layers, num_heads=5)
         dlrm = dlrm_with_history(SCHEMA, spec, [6, 1])
         destination = tmp_path / str(num_layers)
-        manifest = export_torchscript(RankingModel(dlrm).eval(), SCHEMA, destination)
+        manifest = export_model(RankingModel(dlrm).eval(), SCHEMA, destination)
         assert manifest.towers[HISTORY].num_planes == 2 * num_layers
 
 
@@ -227,7 +242,7 @@ def test_a_truncated_file_is_named(broken: Path, name: str) -> None:
         load_artifact(broken)
 
 
-@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("name", VOUCHED)
 def test_one_changed_bit_is_noticed(broken: Path, name: str) -> None:
     content = bytearray((broken / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -256,7 +271,7 @@ def test_a_manifest_with_a_field_of_another_kind_is_named(
         load_artifact(broken)
 
 
-@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("name", VOUCHED)
 def test_a_manifest_that_does_not_vouch_for_a_file_is_named(broken: Path, name: str) -> None:
     """A file whose digest had been left out of the manifest was loaded without any check."""
     written = json.loads((broken / "manifest.json").read_text())
@@ -278,6 +293,88 @@ def test_a_program_that_is_vouched_for_but_no_program_is_named(broken: Path) -> 
     shutil.copy(broken / "schema.json", broken / "model.pt")
     with pytest.raises(ArtifactError, match=r"model\.pt cannot be loaded"):
         load_artifact(broken)
+
+
+def rewrite(artifact: Path, **changed: Any) -> None:
+    """Change fields of a manifest."""
+    written = json.loads((artifact / "manifest.json").read_text())
+    (artifact / "manifest.json").write_text(json.dumps(written | changed))
+
+
+@pytest.mark.parametrize("name", ["torch", "torchrec", "fbgemm"])
+def test_a_library_of_another_version_is_named(broken: Path, name: str) -> None:
+    versions = read_artifact(broken)[0].versions
+    rewrite(broken, versions=versions | {name: "0.9.1"})
+    with pytest.raises(ArtifactError, match=f"was exported with {name} 0.9.1; here is "):
+        load_artifact(broken)
+    rewrite(broken, versions={key: value for key, value in versions.items() if key != name})
+    with pytest.raises(ArtifactError, match=f"was exported with {name} ; here is"):
+        load_artifact(broken)
+
+
+def test_another_build_of_the_same_version_will_do(broken: Path) -> None:
+    versions = read_artifact(broken)[0].versions
+    rewrite(broken, versions=versions | {"torch": versions["torch"].split("+")[0] + "+cu130"})
+    load_artifact(broken)
+
+
+def test_a_runtime_that_nobody_knows_is_named(broken: Path) -> None:
+    rewrite(broken, runtime="onnx")
+    with pytest.raises(ArtifactError, match="needs runtime 'onnx'"):
+        load_artifact(broken)
+
+
+def test_an_artifact_that_scores_otherwise_here_is_refused(broken: Path) -> None:
+    golden = json.loads((broken / "golden.json").read_text())
+    golden[3]["scores"][1] += 1e-4
+    (broken / "golden.json").write_text(json.dumps(golden))
+    digests = read_sha256(broken) | {"golden.json": file_sha256(broken / "golden.json")}
+    rewrite(broken, sha256_by_file=digests)
+    with pytest.raises(ArtifactError, match="scores candidate 1 of golden request drawn-3"):
+        load_artifact(broken)
+
+
+def read_sha256(artifact: Path) -> dict[str, str]:
+    return json.loads((artifact / "manifest.json").read_text())["sha256_by_file"]
+
+
+def test_golden_scores_are_the_eager_models(model: RankingModel, artifact: Path) -> None:
+    golden = json.loads((artifact / "golden.json").read_text())
+    raws = [one["request"] for one in golden]
+    assert [len(raw["history"]["item_id"]) for raw in raws] == [0, 1, 4, 7, 17]
+    answers = Engine(model, SCHEMA, "model-tables", store=None).rank(parse_all(raws))
+    assert [one["scores"] for one in golden] == [answer.scores for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "onnx"}, "runtime is 'onnx'"),
+        ({"tables": "int3"}, "table dtype is 'int3'"),
+    ],
+)
+def test_what_cannot_be_exported_is_named_and_leaves_nothing(
+    model: RankingModel, tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_model(model, SCHEMA, tmp_path / "artifact", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_in_fewer_bits_are_other_tables_of_the_same_model(
+    model: RankingModel, artifact: Path, tmp_path: Path
+) -> None:
+    float32 = read_artifact(artifact)[0]
+    int8 = export_model(
+        model, SCHEMA, tmp_path / "int8", tables="int8", provenance={"licence": "Apache-2.0"}
+    )
+    assert int8.model_digest == float32.model_digest
+    assert int8.tables_digest != float32.tables_digest
+    assert (int8.tables, int8.provenance) == ("int8", {"licence": "Apache-2.0"})
+    loaded = load_artifact(tmp_path / "int8").model
+    for sizes in BATCHES:
+        for got, exact in zip(logits_of(loaded, sizes), logits_of(model, sizes), strict=True):
+            assert 0.0 < float((got - exact).abs().max()) < 0.1
 
 
 class Differing(nn.Module):
@@ -306,8 +403,8 @@ def with_head(dlrm: DLRM, head: nn.Module) -> RankingModel:
 def test_a_program_that_differs_from_its_model_leaves_nothing_behind(tmp_path: Path) -> None:
     dlrm = make_dlrm(seed=8)
     model = with_head(dlrm, Differing(tower_of(dlrm).head))
-    with pytest.raises(ParityError, match="exported_eager logits differ by"):
-        export_torchscript(model, SCHEMA, tmp_path / "artifact")
+    with pytest.raises(ParityError, match="uncached scores of the program differ by"):
+        export_model(model, SCHEMA, tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -316,7 +413,7 @@ def test_a_model_that_says_nan_leaves_nothing_behind(tmp_path: Path) -> None:
     with torch.no_grad():
         tower_of(dlrm).head.bias[3] = math.nan
     with pytest.raises(ParityError, match="differ by nan"):
-        export_torchscript(RankingModel(dlrm).eval(), SCHEMA, tmp_path / "artifact")
+        export_model(RankingModel(dlrm).eval(), SCHEMA, tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -324,7 +421,7 @@ def test_what_is_there_is_never_overwritten(model: RankingModel, tmp_path: Path)
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "precious").write_text("kept")
     with pytest.raises(ArtifactError, match="artifact exists; an artifact is never overwritten"):
-        export_torchscript(model, SCHEMA, tmp_path / "artifact")
+        export_model(model, SCHEMA, tmp_path / "artifact")
     assert [path.name for path in tmp_path.rglob("*")] == ["artifact", "precious"]
 
 
@@ -369,5 +466,5 @@ def test_a_model_of_items_and_times_alone_exports_too(tmp_path: Path) -> None:
     """Without multi-valued columns, as on Online Retail, scripting met an empty list and failed."""
     vocabularies = {name: SCHEMA.vocabulary_by_column[name] for name in ("user_id", "item_id")}
     bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
-    export_torchscript(RankingModel(make_dlrm(seed=5, schema=bare)).eval(), bare, tmp_path / "a")
+    export_model(RankingModel(make_dlrm(seed=5, schema=bare)).eval(), bare, tmp_path / "a")
     assert load_artifact(tmp_path / "a").schema.item_attributes == ()

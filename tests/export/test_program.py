@@ -1,0 +1,448 @@
+"""A program scores plain tensors as the engine scores requests; its own cache is never stale."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.core.encoder_worlds import (
+    EXTENDED_NAMES,
+    NAMES,
+    TWO_HISTORIES,
+    cut,
+    draw_buyer,
+    two_histories_model,
+    world_of,
+)
+from tests.core.worlds import (
+    NUM_HEADS,
+    PROBABILITY_TOLERANCE,
+    SCHEMA,
+    draw_raw,
+    examples,
+    fresh_process,
+    make_dlrm,
+)
+from torchrec_kvshare.data.schema import HISTORY, FeatureSchema, History, Window
+from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.export.program import RankingProgram
+from torchrec_kvshare.export.program_cache import PAGE_SIZE, leading_equal
+from torchrec_kvshare.export.torchscript import load_program, write_torchscript
+from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.history.kinds import KINDS
+from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.tensors import request_tensors, user_key
+
+Raw = dict[str, Any]
+
+# Histories of up to three pages.
+LONG = replace(SCHEMA, histories=(History(HISTORY, Window(3 * PAGE_SIZE, 8)),))
+LONG_MODEL = RankingModel(make_dlrm(6, LONG)).eval()
+LONG_PAGE_BYTES = 4 * PAGE_SIZE * NUM_HEADS * 4 * 4
+TTL_S = 1000.0
+
+
+class Use(NamedTuple):
+    """What a program says of its cache for one request."""
+
+    status: str
+    reason: str
+    cached_events: int
+    computed_events: int
+
+
+def new_program(
+    model: RankingModel = LONG_MODEL, schema: FeatureSchema = LONG, num_pages: int = 20
+) -> RankingProgram:
+    program = RankingProgram(model, schema, "model-tables").eval()
+    program.configure(num_pages * LONG_PAGE_BYTES, TTL_S)
+    return program
+
+
+def tensors_of(raws: list[Raw], schema: FeatureSchema = LONG) -> dict[str, Tensor]:
+    return request_tensors([parse_request(raw, schema) for raw in raws], schema)
+
+
+@torch.no_grad()
+def rank(
+    program: RankingProgram, raws: list[Raw], schema: FeatureSchema = LONG
+) -> tuple[Tensor, list[Use]]:
+    scores, use = program.rank(tensors_of(raws, schema))
+    statuses, reasons = program.status_names(), program.reason_names()
+    return scores, [
+        Use(statuses[status], reasons[reason], cached, computed)
+        for status, reason, cached, computed in use.tolist()
+    ]
+
+
+def uncached(
+    raws: list[Raw], model: RankingModel = LONG_MODEL, schema: FeatureSchema = LONG
+) -> Tensor:
+    engine = Engine(model, schema, "model-tables", store=None)
+    answers = engine.rank([parse_request(raw, schema) for raw in raws])
+    return torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
+
+
+def assert_right(scores: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(scores, expected, rtol=0.0, atol=PROBABILITY_TOLERANCE)
+
+
+def user(name: str, num_events: int, seed: int = 1, num_candidates: int = 3) -> Raw:
+    """A request of a user; the same seed gives the same events, however many."""
+    whole = draw_raw(3 * PAGE_SIZE + 20, num_candidates, seed, LONG)
+    return cut(whole, 0, num_events) | {"user_id": name}
+
+
+def edited(raw: Raw, place: int) -> Raw:
+    """The request with another item at one event."""
+    items = list(raw["history"]["item_id"])
+    items[place] = "100" if items[place] != "100" else "101"
+    return raw | {"history": raw["history"] | {"item_id": items}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_uncached_scores_are_the_engines_bit_for_bit(name: str) -> None:
+    world = world_of(name)
+    model = RankingModel(world.dlrm).eval()
+    raws = [draw_raw(*sizes, world.schema) for sizes in ((9, 4, 1), (0, 3, 2), (30, 2, 3))]
+    program = new_program(model, world.schema)
+    assert torch.equal(program(tensors_of(raws, world.schema)), uncached(raws, model, world.schema))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_users_life_is_scored_right_at_every_step(name: str) -> None:
+    world = world_of(name)
+    model = RankingModel(world.dlrm).eval()
+    program = new_program(model, world.schema)
+    whole = draw_raw(11, 3, 5, world.schema)
+    grows = name in EXTENDED_NAMES
+    for raw, status, reason in (
+        (cut(whole, 0, 7), "miss", "cold"),
+        (cut(whole, 0, 7), "hit", ""),
+        (whole, "partial" if grows else "miss", "cold"),
+        (edited(whole, 10), "partial" if grows else "miss", "edited"),
+        (cut(whole, 0, 5), "partial" if grows else "miss", "shrunk"),
+        (cut(whole, 0, 5), "hit", ""),
+    ):
+        scores, [use] = rank(program, [raw], world.schema)
+        assert (use.status, use.reason) == (status, reason)
+        assert_right(scores, uncached([raw], model, world.schema))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_histories_side_by_side_are_kept_apart(kind: str) -> None:
+    model = RankingModel(two_histories_model(kind)).eval()
+    program = new_program(model, TWO_HISTORIES)
+    buyer = draw_buyer("user 1", 17, 3, seed=2)
+    viewer = buyer | {"history": buyer["history"] | {"action": ["view"] * 17}}
+    for raws in ([buyer], [viewer], [buyer, viewer | {"user_id": "user 2"}], [buyer]):
+        scores, _ = rank(program, raws, TWO_HISTORIES)
+        assert_right(scores, uncached(raws, model, TWO_HISTORIES))
+    _, [use] = rank(program, [buyer], TWO_HISTORIES)
+    assert (use.status, use.computed_events) == ("hit", 0)
+
+
+def test_what_is_cached_is_counted_in_events() -> None:
+    program = new_program()
+    assert rank(program, [user("a", 40)])[1] == [Use("miss", "cold", 0, 40)]
+    assert rank(program, [user("a", 55)])[1] == [Use("partial", "cold", 40, 15)]
+    assert rank(program, [edited(user("a", 55), 50)])[1] == [Use("partial", "edited", 50, 5)]
+    assert rank(program, [user("a", 30)])[1] == [Use("partial", "shrunk", 30, 0)]
+    assert rank(program, [user("a", 0)])[1] == [Use("bypass", "too_short", 0, 0)]
+    assert rank(program, [user("a", 30)])[1] == [Use("hit", "", 30, 0)]
+
+
+def test_an_anchor_that_moves_is_a_miss() -> None:
+    program = new_program()
+    rank(program, [user("a", 96)])
+    raw = user("a", 97)
+    scores, [use] = rank(program, [raw])
+    assert use == Use("miss", "slid", 0, 89)
+    assert_right(scores, uncached([raw]))
+
+
+@pytest.mark.parametrize("shift", [TTL_S + 1, -TTL_S - 1])
+def test_k_v_expires_by_the_times_of_its_users_requests(shift: float) -> None:
+    program = new_program()
+    raw = user("a", 40)
+    rank(program, [raw, user("b", 40)])
+    later = raw | {"time": raw["time"] + int(shift)}
+    scores, [use] = rank(program, [later])
+    assert use == Use("miss", "expired", 0, 40)
+    assert_right(scores, uncached([later]))
+    assert rank(program, [user("b", 40)])[1][0].status == "hit"
+
+
+def test_the_least_recently_used_makes_room() -> None:
+    program = new_program(num_pages=4)
+    rank(program, [user("a", 60)])
+    rank(program, [user("b", 60)])
+    rank(program, [user("a", 60)])
+    assert rank(program, [user("c", 60)])[1] == [Use("miss", "cold", 0, 60)]
+    assert program.held_bytes() == 4 * LONG_PAGE_BYTES
+    assert rank(program, [user("a", 60)])[1][0].status == "hit"
+    assert rank(program, [user("b", 60)])[1] == [Use("miss", "evicted", 0, 60)]
+
+
+def test_who_has_no_room_is_scored_and_evicts_nobody_of_the_batch() -> None:
+    program = new_program(num_pages=3)
+    raws = [user("a", 60, 1), user("b", 60, 2), user("c", 20, 3)]
+    scores, uses = rank(program, raws)
+    assert uses == [
+        Use("miss", "cold", 0, 60),
+        Use("bypass", "not_admitted", 0, 60),
+        Use("miss", "cold", 0, 20),
+    ]
+    assert_right(scores, uncached(raws))
+    assert [use.status for use in rank(program, [raws[0], raws[2]])[1]] == ["hit", "hit"]
+
+
+def test_a_history_that_grew_beyond_the_pool_stays_as_it_was() -> None:
+    program = new_program(num_pages=2)
+    rank(program, [user("a", 60)])
+    grown = user("a", 70)
+    scores, [use] = rank(program, [grown])
+    assert use == Use("bypass", "not_admitted", 60, 10)
+    assert_right(scores, uncached([grown]))
+    assert rank(program, [user("a", 60)])[1][0].status == "hit"
+
+
+def test_a_history_that_cannot_grow_in_place_moves() -> None:
+    program = new_program(num_pages=6)
+    rank(program, [user("a", 20, 1), user("b", 20, 2)])
+    grown = user("a", 90, 1)
+    scores, [use] = rank(program, [grown])
+    assert use == Use("partial", "cold", 20, 70)
+    assert_right(scores, uncached([grown]))
+    assert rank(program, [user("b", 20, 2)])[1][0].status == "hit"
+    assert program.held_bytes() == 4 * LONG_PAGE_BYTES
+
+
+def test_a_user_may_stand_in_a_batch_twice() -> None:
+    program = new_program()
+    same, other = user("a", 40), edited(user("a", 40), 3)
+    much_later = same | {"time": same["time"] + 10 * int(TTL_S)}
+    scores, uses = rank(program, [same, same, other, much_later])
+    assert uses == [
+        Use("miss", "cold", 0, 40),
+        Use("hit", "", 40, 0),
+        Use("bypass", "not_admitted", 3, 37),
+        Use("bypass", "not_admitted", 0, 40),
+    ]
+    assert_right(scores, uncached([same, same, other, much_later]))
+
+
+def test_who_is_forgotten_is_unknown_again() -> None:
+    program = new_program()
+    rank(program, [user("a", 40), user("b", 40)])
+    program.forget(user_key("a"))
+    program.forget(user_key("nobody"))
+    assert program.held_bytes() == 2 * LONG_PAGE_BYTES
+    assert rank(program, [user("a", 40)])[1] == [Use("miss", "cold", 0, 40)]
+    assert rank(program, [user("b", 40)])[1][0].status == "hit"
+
+
+def test_other_weights_are_another_model() -> None:
+    program = new_program()
+    rank(program, [user("a", 40)])
+    program.renew("other-tables")
+    assert program.model_version == "other-tables"
+    assert rank(program, [user("a", 40)])[1] == [Use("miss", "model", 0, 40)]
+
+
+def test_two_users_with_one_key_cost_reuse_and_no_score() -> None:
+    program = new_program()
+    raws = [user("a", 40, 1), user("b", 40, 2)]
+    features = tensors_of(raws)
+    features["user_key"] = torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_right(program.rank(features)[0], uncached(raws))
+
+
+def test_the_hosts_tensors_are_its_own_again_after_a_call() -> None:
+    """A host may use one buffer for all requests."""
+    program = new_program()
+    features = tensors_of([user("a", 40)])
+    with torch.no_grad():
+        program.rank(features)
+    features["history.item_id.values"].fill_(0)
+    features["history.genres.lengths"].fill_(0)
+    assert rank(program, [user("a", 40)])[1][0].status == "hit"
+
+
+def test_a_cache_too_small_for_a_page_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"capacity_bytes is 9; a page has {LONG_PAGE_BYTES}"):
+        new_program().configure(9, TTL_S)
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from("abc"),
+        st.sampled_from([0, 1, 20, 33, 60, 64, 65, 96, 97, 110]),  # events
+        st.sampled_from([None, 0, 5, 31]),  # the event that is edited
+        st.sampled_from([0, 0, 0, 600, 1500]),  # seconds that pass
+        st.booleans(),  # with what came before in one batch
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@examples(0.3)
+@given(steps, st.integers(1, 9))
+def test_whatever_comes_the_cached_scores_are_the_uncached(
+    drawn: list[tuple[str, int, int | None, int, bool]], num_pages: int
+) -> None:
+    program = new_program(num_pages=num_pages)
+    raws: list[Raw] = []
+    now = 0
+    for name, num_events, place, seconds, joins in drawn:
+        now += seconds
+        raw = user(name, num_events, seed=ord(name))
+        raw |= {"time": raw["time"] + now}
+        if place is not None and place < num_events:
+            raw = edited(raw, place)
+        raws = [*raws, raw] if joins else [raw]
+        scores, uses = rank(program, raws)
+        assert_right(scores, uncached(raws))
+        read = [parse_request(one, LONG).num_events for one in raws]
+        assert [use.cached_events + use.computed_events for use in uses] == read
+        assert program.held_bytes() <= num_pages * LONG_PAGE_BYTES
+
+
+@pytest.mark.parametrize("name", EXTENDED_NAMES)
+@torch.no_grad()
+def test_a_host_may_keep_k_v_itself(name: str) -> None:
+    world = world_of(name)
+    model = RankingModel(world.dlrm).eval()
+    program = RankingProgram(model, world.schema, "model-tables").eval()
+    whole = draw_raw(11, 3, 5, world.schema)
+    half = program.prefill(tensors_of([cut(whole, 0, 8)], world.schema))
+    [(events, rows)] = program.reusable([8], [8], [11])
+    kept = [half[0][:, :rows]]
+    new = program.extend(tensors_of([cut(whole, events, 11)], world.schema), kept, [[events]])
+    assert rows + new[0].size(1) == program.num_rows([11])[0]
+    kv = [torch.cat([kept[0], new[0]], dim=1)]
+    scores = program.score(tensors_of([whole], world.schema), kv)
+    assert_right(scores, uncached([whole], model, world.schema))
+
+
+def without_last(tensor: Tensor) -> Tensor:
+    return tensor[:-1]
+
+
+def negative(tensor: Tensor) -> Tensor:
+    # The sum stays what it was.
+    return torch.cat([tensor[:1] + tensor[1] + 1, torch.tensor([-1]), tensor[2:]])
+
+
+def one_more(tensor: Tensor) -> Tensor:
+    return tensor + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("user_key", without_last, "user_key has 2 rows; it must have 3"),
+        ("time", without_last, "time has 2 rows"),
+        ("history.first_event", without_last, r"history\.first_event has 2 rows"),
+        ("candidates.dense", without_last, r"candidates\.dense has 8 rows; it must have 9"),
+        ("context.country.lengths", without_last, r"context\.country\.lengths has 2 rows"),
+        ("context.country.lengths", one_more, r"context\.country\.lengths sum to"),
+        ("history.item_id.lengths", negative, r"history\.item_id\.lengths holds -1"),
+        ("history.item_id.values", without_last, r"history\.item_id\.values has"),
+        ("history.action.lengths", one_more, r"history\.action\.lengths sum to"),
+        ("history.genres.lengths", without_last, r"history\.genres\.lengths has"),
+        ("history.genres.values", without_last, r"history\.genres\.values has"),
+        ("candidates.item_id.lengths", negative, r"candidates\.item_id\.lengths holds -1"),
+        ("candidates.genres.lengths", without_last, r"candidates\.genres\.lengths has"),
+    ],
+)
+@pytest.mark.parametrize("method", ["forward", "rank", "prefill"])
+def test_tensors_that_disagree_are_refused_by_name(
+    name: str, change: Callable[[Tensor], Tensor], message: str, method: str
+) -> None:
+    program = new_program()
+    features = tensors_of([user("a", 9, 1), user("b", 8, 2), user("c", 20, 3)])
+    features[name] = change(features[name])
+    with pytest.raises(ValueError, match=message):
+        getattr(program, method)(features)
+    assert program.held_bytes() == 0
+
+
+def test_columns_of_one_history_have_the_same_lengths() -> None:
+    features = tensors_of([user("a", 9, 1), user("b", 8, 2)])
+    features["history.time.lengths"] = features["history.time.lengths"].flip(0)
+    with pytest.raises(ValueError, match=r"time\.lengths differs from history\.item_id\.lengths"):
+        new_program().rank(features)
+
+
+def test_more_events_than_the_window_holds_are_refused() -> None:
+    wide = replace(SCHEMA, histories=(History(HISTORY, Window(4 * PAGE_SIZE, 8)),))
+    features = tensors_of([user("a", 100)], wide)
+    with pytest.raises(ValueError, match="holds 100 events; at most 96 are allowed"):
+        new_program()(features)
+
+
+def test_an_id_beyond_its_table_is_an_error() -> None:
+    features = tensors_of([user("a", 9)])
+    features["history.item_id.values"][4] = SCHEMA.num_rows("item_id")
+    with pytest.raises(IndexError):
+        new_program()(features)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"), [([], [], 0), ([5], [5], 1), ([5], [6], 0), ([5, 6], [5, 7], 1)]
+)
+def test_leading_equal(one: list[int], other: list[int], expected: int) -> None:
+    assert leading_equal(torch.tensor(one), torch.tensor(other)) == expected
+
+
+LIVES = [(5, 2), (5, 2), (9, 3), (9, 1), (0, 4), (11, 2)]  # events and candidates of one user
+
+FRESH = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.export.test_program import found_in
+print(json.dumps(found_in(Path(sys.argv[1]), sys.argv[2])))
+"""
+
+
+def found_in(folder: Path, kind: str) -> list[Any]:
+    """What a loaded program says of a user's life, of a batch, and uncached."""
+    return life_of(load_program(folder / "model.pt"), world_of(kind).schema)
+
+
+@torch.no_grad()
+def life_of(program: RankingProgram, schema: FeatureSchema) -> list[Any]:
+    found: list[Any] = [program.model_version]
+    for num_events, num_candidates in LIVES:
+        raw = cut(draw_raw(11, num_candidates, 5, schema), 0, num_events)
+        scores, uses = rank(program, [raw | {"time": 1_700_000_000}], schema)
+        found.append([scores.tolist(), uses])
+    raws = [draw_raw(number, 1 + number % 3, 40 + number, schema) for number in range(13)]
+    return [*found, program(tensors_of(raws, schema)).tolist()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_process_says_what_the_eager_program_says_bit_for_bit(
+    kind: str, tmp_path: Path
+) -> None:
+    world = world_of(kind)
+    model = RankingModel(world.dlrm).eval()
+    write_torchscript(model, world.schema, "model-tables", tmp_path)
+    output, errors = fresh_process(FRESH, str(tmp_path), kind).communicate()
+    assert output, errors
+    eager = life_of(RankingProgram(model, world.schema, "model-tables").eval(), world.schema)
+    assert json.loads(output) == json.loads(json.dumps(eager))

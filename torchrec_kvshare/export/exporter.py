@@ -1,0 +1,202 @@
+"""A trained model into an artifact, and an artifact into a model, whatever the runtime.
+
+An artifact is kept only after a fresh load of it scored as the model does, cached and uncached, and
+loaded only if its files, the libraries here and the scores of its golden requests are those that
+its manifest has.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fbgemm_gpu
+import torch
+
+import torchrec_kvshare
+from torchrec_kvshare.attention.bodies import DENSE, FLASH, NATIVE
+from torchrec_kvshare.attention.native import load_native
+from torchrec_kvshare.audit import EXACT, audit_model
+from torchrec_kvshare.cache.identity import model_digest
+from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
+from torchrec_kvshare.engine import RankingFunctions
+from torchrec_kvshare.errors import ArtifactError, ConfigError
+from torchrec_kvshare.export.artifact import (
+    MANIFEST,
+    SCHEMA,
+    Manifest,
+    TowerSizes,
+    artifact_folder,
+    file_sha256,
+    model_version_of,
+    read_artifact,
+    write_manifest,
+    write_schema,
+)
+from torchrec_kvshare.export.golden import GOLDEN, check_golden, write_golden
+from torchrec_kvshare.export.parity import check_parity
+from torchrec_kvshare.export.quantised import FLOAT32, quantise_tables
+from torchrec_kvshare.export.torchscript import PROGRAM, load_torchscript, write_torchscript
+from torchrec_kvshare.ranking import RankingModel, split_tables
+from torchrec_kvshare.tensors import input_specs
+
+TORCHSCRIPT, PT2 = "torchscript", "pt2"
+BODIES = (FLASH, NATIVE, DENSE)  # that can be exported
+CHECKED_VERSIONS = ("torch", "torchrec", "fbgemm")
+
+
+class Runtime(NamedTuple):
+    """How a model becomes files and these a model again.
+
+    Attributes:
+        files: that it always needs.
+        write: of model, schema, model version and folder; gives the names of the files written.
+        load: of folder, schema and encoder.
+        tolerance: greatest difference of its logits from the eager model's.
+    """
+
+    files: tuple[str, ...]
+    write: Callable[[RankingModel, FeatureSchema, str, Path], list[str]]
+    load: Callable[[Path, FeatureSchema, dict[str, Any]], RankingFunctions]
+    tolerance: float
+
+
+RUNTIMES = {TORCHSCRIPT: Runtime((PROGRAM,), write_torchscript, load_torchscript, 0.0)}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact: what it computes, what it reads, and what it says of itself."""
+
+    model: RankingFunctions
+    schema: FeatureSchema
+    manifest: Manifest
+
+
+def export_model(
+    model: RankingModel,
+    schema: FeatureSchema,
+    destination: Path,
+    runtime: str = TORCHSCRIPT,
+    tables: str = FLOAT32,
+    provenance: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Write an artifact; parity is checked on a fresh load before it is kept.
+
+    Args:
+        model: the trained model, in eval mode.
+        schema: its columns.
+        destination: the artifact's folder; must not exist.
+        runtime: one of ``RUNTIMES``.
+        tables: dtype that embedding tables are kept in, see ``quantised.TABLE_DTYPES``.
+        provenance: what is known of the model's origin and licence, for the manifest.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ArtifactError: if ``destination`` exists.
+        ConfigError: if there is no such runtime, or the model cannot be exported to it.
+        ParityError: if the exported scores are not the model's; nothing is left behind then.
+    """
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"runtime is {runtime!r}; one of {list(RUNTIMES)} is allowed")
+    if model.body not in BODIES:
+        raise ConfigError(f"attention body {model.body} cannot be exported; {BODIES} can")
+    encoder = asdict(model.collection.towers()[0].spec)
+    description = {"encoder": encoder, "body": model.body, "schema": schema.to_json()}
+    if runtime != TORCHSCRIPT:
+        description["runtime"] = runtime  # Its K/V has other last bits than the eager model's.
+    dense_state, table_state = split_tables(model)
+    digests = (
+        model_digest(dense_state, description),
+        model_digest(table_state, {} if tables == FLOAT32 else {"dtype": tables}),
+    )
+    model = quantise_tables(model, tables)
+    audit = audit_model(model, schema)
+    chosen = RUNTIMES[runtime]
+    with artifact_folder(destination) as folder:
+        write_schema(folder, schema)
+        files = [SCHEMA, *chosen.write(model, schema, model_version_of(*digests), folder)]
+        loaded = chosen.load(folder, schema, encoder)
+        parity = check_parity(loaded, model, schema, audit.append == EXACT, chosen.tolerance)
+        files.append(write_golden(folder, loaded, schema))
+        manifest = Manifest(
+            runtime=runtime,
+            model_digest=digests[0],
+            tables_digest=digests[1],
+            tables=tables,
+            encoder=encoder,
+            body=model.body,
+            towers=_sizes(model, schema),
+            columns=_columns(schema),
+            inputs=[spec.to_json() for spec in input_specs(schema)],
+            audit=audit.to_json(),
+            parity=parity,
+            provenance=dict(provenance or {}),
+            versions=installed_versions(),
+            sha256_by_file={name: file_sha256(folder / name) for name in files},
+        )
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def load_artifact(folder: Path) -> Artifact:
+    """Load an artifact that is what its manifest says, and scores here as it did there.
+
+    Raises:
+        ArtifactError: naming the file that is missing or changed, the library of another version,
+            or the golden request with other scores.
+        ConfigError: if its attention body is ``native`` and cannot be compiled here.
+    """
+    manifest, schema = read_artifact(folder)
+    if manifest.runtime not in RUNTIMES:
+        raise ArtifactError(f"{folder} needs runtime {manifest.runtime!r}; {list(RUNTIMES)} exist")
+    runtime = RUNTIMES[manifest.runtime]
+    for name in (GOLDEN, *runtime.files):
+        if name not in manifest.sha256_by_file:
+            raise ArtifactError(f"{folder / MANIFEST} does not vouch for {name}")
+    _check_versions(folder, manifest)
+    if manifest.body == NATIVE:
+        load_native()
+    model = runtime.load(folder, schema, manifest.encoder)
+    check_golden(folder, model, schema)
+    return Artifact(model, schema, manifest)
+
+
+def installed_versions() -> dict[str, str]:
+    """Of the libraries that an artifact depends on."""
+    return {
+        "torch": torch.__version__,
+        "torchrec": importlib.metadata.version("torchrec"),
+        "fbgemm": fbgemm_gpu.__version__,
+        "torchrec_kvshare": torchrec_kvshare.__version__,
+    }
+
+
+def _columns(schema: FeatureSchema) -> dict[str, list[str]]:
+    return {
+        "request": [USER, TIME],
+        "context": list(schema.context),
+        "history": [*schema.event_columns, *schema.item_attributes, TIME],
+        "candidates": [ITEM, *schema.item_attributes, *schema.item_floats],
+    }
+
+
+def _sizes(model: RankingModel, schema: FeatureSchema) -> dict[str, TowerSizes]:
+    sizes = {}
+    for history, tower in zip(schema.histories, model.collection.towers(), strict=True):
+        num_planes, num_heads, head_dim = tower.kv_shape
+        max_rows = tower.encoder.num_rows(history.window.max_history)
+        sizes[history.name] = TowerSizes(num_planes, num_heads, head_dim, max_rows)
+    return sizes
+
+
+def _check_versions(folder: Path, manifest: Manifest) -> None:
+    """Refuse other versions of the libraries; their builds, behind a plus sign, may differ."""
+    here = installed_versions()
+    for name in CHECKED_VERSIONS:
+        expected, found = (one.get(name, "").split("+")[0] for one in (manifest.versions, here))
+        if expected != found:
+            raise ArtifactError(f"{folder} was exported with {name} {expected}; here is {found}")

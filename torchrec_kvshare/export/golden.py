@@ -1,0 +1,48 @@
+"""Requests with their scores, kept in an artifact: whoever loads it can tell if it scores right.
+
+Requests are drawn from the schema alone and stand there raw, so that a host of any language checks
+its own way from JSON to scores with them.
+"""
+
+import json
+from pathlib import Path
+
+from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.draw import draw_ragged_raws
+from torchrec_kvshare.engine import Engine, RankingFunctions
+from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.export.parity import LOGIT_TOLERANCE
+from torchrec_kvshare.features import parse_request
+
+GOLDEN = "golden.json"
+SEED = 0
+
+
+def write_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -> str:
+    """Write drawn requests and what a model says of them; returns the file's name."""
+    engine = Engine(model, schema, "golden", store=None)
+    raws = draw_ragged_raws(schema, SEED)
+    answers = engine.rank([parse_request(raw, schema) for raw in raws])
+    golden = [
+        {"request": raw, "scores": answer.scores} for raw, answer in zip(raws, answers, strict=True)
+    ]
+    (folder / GOLDEN).write_text(json.dumps(golden))
+    return GOLDEN
+
+
+def check_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -> None:
+    """Refuse a loaded model that scores other than it did when it was exported.
+
+    Raises:
+        ArtifactError: naming the request and the scores.
+    """
+    golden = json.loads((folder / GOLDEN).read_text())
+    engine = Engine(model, schema, "golden", store=None)
+    answers = engine.rank([parse_request(one["request"], schema) for one in golden])
+    for one, answer in zip(golden, answers, strict=True):
+        for place, (expected, got) in enumerate(zip(one["scores"], answer.scores, strict=True)):
+            if not abs(got - expected) <= LOGIT_TOLERANCE:
+                raise ArtifactError(
+                    f"{folder} scores candidate {place} of golden request {answer.request_id} "
+                    f"{got} here; it was exported with {expected}"
+                )

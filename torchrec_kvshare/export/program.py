@@ -1,0 +1,548 @@
+"""What an exported program offers a host of any language: a ranking model with plain tensors.
+
+``tensors.py`` says which tensors there are. The program builds TorchRec's batches inside, and
+``rank`` keeps K/V between calls in caches of its own. Runs in TorchScript.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_kvshare.cache.reasons import (
+    COLD,
+    EDITED,
+    EVICTED,
+    EXPIRED,
+    HIT,
+    MODEL,
+    NOT_ADMITTED,
+    SHRUNK,
+    SLID,
+    TOO_SHORT,
+)
+from torchrec_kvshare.data.schema import (
+    FIRST_EVENT,
+    ITEM,
+    PAGES,
+    REQUEST_HISTORY,
+    REQUEST_TIME,
+    TIME,
+    USER,
+    FeatureSchema,
+    History,
+    candidate_key,
+    context_key,
+    history_key,
+)
+from torchrec_kvshare.export.program_cache import ProgramCache
+from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.tensors import DENSE, USER_KEY
+from torchrec_kvshare.tensors import FIRST_EVENT as WINDOW_START
+
+CAPACITY_BYTES = 256 * 2**20
+TTL_S = 300.0
+PARTIAL, MISS, BYPASS = "partial", "miss", "bypass"
+REASONS = ("", COLD, EXPIRED, EVICTED, EDITED, SHRUNK, SLID, MODEL, TOO_SHORT, NOT_ADMITTED)
+
+Part = tuple[str, Tensor, Tensor]  # key, values, lengths
+
+
+class ProgramHistory(nn.Module):
+    """One history of a program: its cache, and its events as tensors, by request and in a batch.
+
+    Args:
+        history: which one.
+        event_columns: columns with one id per event.
+        item_attributes: multi-valued columns of events.
+        kv_shape: planes, heads and head width of its K/V.
+    """
+
+    column_keys: list[str]
+    bag_keys: list[str]
+
+    def __init__(
+        self,
+        history: History,
+        event_columns: tuple[str, ...],
+        item_attributes: tuple[str, ...],
+        kv_shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        name = history.name
+        self.max_events: int = history.window.max_history
+        self.column_keys = [history_key(name, c) for c in (*event_columns, TIME)]
+        self.bag_keys = [history_key(name, c) for c in item_attributes]
+        self.time_key: str = history_key(name, TIME)
+        self.pages_key: str = history_key(name, PAGES)
+        self.first_key: str = history_key(name, FIRST_EVENT)
+        self.window_start_key: str = history_key(name, WINDOW_START)
+        self.cache = ProgramCache(*kv_shape, len(self.column_keys))
+
+    def check(self, features: dict[str, Tensor], num_requests: int) -> None:
+        """Refuse tensors that disagree, naming one."""
+        counts = lengths_of(features, self.column_keys[0], num_requests)
+        if counts.numel() > 0 and int(counts.max()) > self.max_events:
+            raise ValueError(
+                f"{self.column_keys[0]}.lengths holds {int(counts.max())} events; at most "
+                f"{self.max_events} are allowed"
+            )
+        for key in self.column_keys[1:]:
+            if not torch.equal(lengths_of(features, key, num_requests), counts):
+                raise ValueError(f"{key}.lengths differs from {self.column_keys[0]}.lengths")
+        num_events = int(counts.sum())
+        for key in self.bag_keys:
+            lengths_of(features, key, num_events)
+
+    def split(self, features: dict[str, Tensor]) -> list[list[Tensor]]:
+        """Of each request its columns, then for each bag its lengths and values."""
+        counts: list[int] = features[self.time_key + ".lengths"].tolist()
+        by_column: list[list[Tensor]] = []
+        for key in self.column_keys:
+            by_column.append(list(torch.split(features[key + ".values"], counts)))
+        for key in self.bag_keys:
+            lengths = list(torch.split(features[key + ".lengths"], counts))
+            num_values = [int(part.sum()) for part in lengths]
+            by_column.append(lengths)
+            by_column.append(list(torch.split(features[key + ".values"], num_values)))
+        return [[column[request] for column in by_column] for request in range(len(counts))]
+
+    def tail(self, events: list[Tensor], first: int) -> list[Tensor]:
+        """The events of a request from one on."""
+        if first == 0:
+            return events
+        num_columns = len(self.column_keys)
+        rest = [column[first:] for column in events[:num_columns]]
+        for bag in range(num_columns, len(events), 2):
+            num_before = int(events[bag][:first].sum())
+            rest.append(events[bag][first:])
+            rest.append(events[bag + 1][num_before:])
+        return rest
+
+    def parts(self, events: list[list[Tensor]]) -> list[Part]:
+        """Some requests' events as keys of a batch."""
+        parts: list[Part] = []
+        counts = torch.tensor([columns[0].size(0) for columns in events])
+        for place, key in enumerate(self.column_keys):
+            parts.append((key, torch.cat([columns[place] for columns in events]), counts))
+        for place, key in enumerate(self.bag_keys):
+            bag = len(self.column_keys) + 2 * place
+            lengths = torch.cat([columns[bag] for columns in events])
+            parts.append((key, torch.cat([columns[bag + 1] for columns in events]), lengths))
+        return parts
+
+    def pages_part(self, pages: list[list[int]]) -> Part:
+        """Page ids of each request as a key of a batch."""
+        ids: list[int] = []
+        for of_request in pages:
+            ids += of_request
+        counts = torch.tensor([len(of_request) for of_request in pages])
+        return self.pages_key, torch.tensor(ids, dtype=torch.int64), counts
+
+    def time_part(self, events: list[list[Tensor]]) -> Part:
+        """Times alone: what scoring over cached K/V reads of a history."""
+        time = len(self.column_keys) - 1
+        counts = torch.tensor([columns[time].size(0) for columns in events])
+        return self.time_key, torch.cat([columns[time] for columns in events]), counts
+
+
+class RankingProgram(nn.Module):
+    """The face of an exported model.
+
+    Args:
+        ranking: the model, whose methods take TorchRec's batches.
+        schema: its columns.
+        model_version: what answers call it.
+
+    Attributes:
+        ranking: kept whole, for hosts that build TorchRec's batches themselves.
+    """
+
+    user_key: Final[str] = USER
+    cache_key: Final[str] = USER_KEY
+    model: Final[str] = MODEL
+    time_key: Final[str] = TIME
+    request_time: Final[str] = REQUEST_TIME
+    request_history: Final[str] = REQUEST_HISTORY
+    dense: Final[str] = DENSE
+    hit: Final[str] = HIT
+    partial: Final[str] = PARTIAL
+    miss: Final[str] = MISS
+    bypass: Final[str] = BYPASS
+    too_short: Final[str] = TOO_SHORT
+    not_admitted: Final[str] = NOT_ADMITTED
+    default_capacity_bytes: Final[int] = CAPACITY_BYTES
+    default_ttl_s: Final[float] = TTL_S
+
+    context_keys: list[str]
+    bag_keys: list[str]
+    reasons: list[str]
+    shares: list[float]
+
+    def __init__(self, ranking: RankingModel, schema: FeatureSchema, model_version: str) -> None:
+        super().__init__()
+        self.ranking = ranking
+        self.model_version = model_version
+        self.context_keys = [context_key(column) for column in schema.context]
+        self.item_key: str = candidate_key(ITEM)
+        self.bag_keys = [candidate_key(column) for column in schema.item_attributes]
+        self.histories = nn.ModuleList()
+        weights: list[int] = []
+        columns = (schema.event_columns, schema.item_attributes)
+        for history, tower in zip(schema.histories, ranking.collection.towers(), strict=True):
+            self.histories.append(ProgramHistory(history, *columns, tower.kv_shape))
+            max_rows = tower.encoder.num_rows(history.window.max_history)
+            weights.append(tower.kv_shape[0] * max_rows)
+        # Of the bytes of a full window's K/V: how histories share a capacity.
+        self.shares = [weight / sum(weights) for weight in weights]
+        self.is_configured = False
+        self.reasons = list(REASONS)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """Probabilities [C] float64, every history encoded on the way; nothing is kept."""
+        self.check(features)
+        parts = self.request_parts(features) + self.event_parts(self.split_events(features))
+        batch = batch_of(parts, self.request_of_candidates(features))
+        return probabilities(self.ranking(features[self.dense], batch))
+
+    @torch.jit.export
+    def prefill(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """For each history K/V [planes, R, H, D] of all requests, one after the other."""
+        self.check(features)
+        parts = self.event_parts(self.split_events(features))
+        return self.ranking.prefill(batch_of(parts, torch.empty([0], dtype=torch.int64)))
+
+    @torch.jit.export
+    def extend(
+        self, features: dict[str, Tensor], cached: list[Tensor], cached_events: list[list[int]]
+    ) -> list[Tensor]:
+        """For each history K/V of the events given, which follow cached ones.
+
+        Args:
+            features: the new events alone.
+            cached: for each history [planes, R, H, D], the rows of the cached events.
+            cached_events: for each history how many each request has: ``reusable`` ones.
+        """
+        self.check(features)
+        by_request: list[list[tuple[int, int]]] = []
+        for request in range(len(cached_events[0])):
+            counts = [of_history[request] for of_history in cached_events]
+            by_request.append(self.ranking.reusable(counts, counts, counts))
+        rows = [[one[place][1] for one in by_request] for place in range(len(cached))]
+        return self.encode(self.split_events(features), cached, cached_events, rows)
+
+    @torch.jit.export
+    def reusable(
+        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
+    ) -> list[tuple[int, int]]:
+        """For each history events and rows that may be extended; see ``RankingModel.reusable``."""
+        return self.ranking.reusable(num_matched, cached_events, num_events)
+
+    @torch.jit.export
+    def num_rows(self, num_events: list[int]) -> list[int]:
+        """Rows of K/V of histories of so many events, in the order of the histories."""
+        return self.ranking.num_rows(num_events)
+
+    @torch.jit.export
+    def score(self, features: dict[str, Tensor], kv: list[Tensor]) -> Tensor:
+        """Probabilities [C] float64 over K/V that ``prefill`` and ``extend`` gave.
+
+        Args:
+            features: of the events the times alone are read.
+            kv: for each history [planes, R, H, D], all rows of all requests, one after the other.
+        """
+        self.check(features)
+        events = self.split_events(features)
+        tables = [one.unsqueeze(2) for one in kv]
+        pages = [one_page_for_each(rows) for rows in self.rows_of_requests(events)]
+        return self.score_pages(features, events, tables, pages)
+
+    @torch.jit.export
+    def rank(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Score through the program's own cache; what misses is encoded request by request.
+
+        Returns:
+            Probabilities [C] float64, and [B, 4] int64: places in ``status_names`` and in
+            ``reason_names``, cached events and computed events.
+        """
+        self.check(features)
+        if not self.is_configured:
+            self.configure(self.default_capacity_bytes, self.default_ttl_s)
+        events = self.split_events(features)
+        users: list[int] = features[self.cache_key].tolist()
+        first_events: list[list[int]] = []
+        for history in self.histories:
+            starts: list[int] = features[history.window_start_key].tolist()
+            first_events.append(starts)
+        times: list[int] = features[self.time_key].tolist()
+        held: dict[int, int] = {}
+        # Of each request by history; no rows where K/V lies in pages.
+        found_by_request: list[list[Tensor]] = []
+        use: list[list[int]] = []
+        for request, user in enumerate(users):
+            own_events = [of_history[request] for of_history in events]
+            own_firsts = [of_history[request] for of_history in first_events]
+            found, own_use = self.find(user, own_events, own_firsts, times[request], held)
+            held[user] = request
+            use.append(own_use)
+            found_by_request.append(found)
+        rows = self.rows_of_requests(events)
+        tables: list[Tensor] = []
+        pages: list[list[list[int]]] = []
+        for place, history in enumerate(self.histories):
+            loose = [found[place] for found in found_by_request]
+            if sum([kv.size(1) for kv in loose]) == 0:
+                tables.append(history.cache.kv_pages)
+                pages.append(history.cache.pages_of_users(users, rows[place]))
+            else:
+                kv = history.cache.gather_rows(users, rows[place], loose)
+                tables.append(kv.unsqueeze(2))
+                pages.append(one_page_for_each(rows[place]))
+        return self.score_pages(features, events, tables, pages), torch.tensor(use).view(-1, 4)
+
+    @torch.jit.export
+    def status_names(self) -> list[str]:
+        """What the first column of ``rank`` means."""
+        return [self.hit, self.partial, self.miss, self.bypass]
+
+    @torch.jit.export
+    def reason_names(self) -> list[str]:
+        """What the second column of ``rank`` means; nothing for a hit."""
+        return self.reasons
+
+    @torch.jit.export
+    def configure(self, capacity_bytes: int, ttl_s: float) -> None:
+        """Start with an empty cache of so many bytes; K/V is encoded anew after ``ttl_s``."""
+        for place, history in enumerate(self.histories):
+            history.cache.configure(int(capacity_bytes * self.shares[place]), ttl_s)
+        self.is_configured = True
+
+    @torch.jit.export
+    def forget(self, user: int) -> None:
+        """Drop what is kept of a user."""
+        for history in self.histories:
+            history.cache.forget(user)
+
+    @torch.jit.export
+    def renew(self, model_version: str) -> None:
+        """Drop all K/V: the host has put other weights into this program."""
+        self.model_version = model_version
+        for history in self.histories:
+            history.cache.clear(self.model)
+
+    @torch.jit.export
+    def held_bytes(self) -> int:
+        """Bytes of the pages that hold K/V."""
+        held = 0
+        for history in self.histories:
+            held += history.cache.held_bytes()
+        return held
+
+    def find(
+        self,
+        user: int,
+        events: list[list[Tensor]],
+        first_events: list[int],
+        time: int,
+        held: dict[int, int],
+    ) -> tuple[list[Tensor], list[int]]:
+        """K/V of a request's histories, no rows where it lies in pages; its row of ``rank``."""
+        kv: list[Tensor] = []
+        why = self.hit
+        reasons: list[str] = []
+        num_matched: list[int] = []
+        num_cached: list[int] = []
+        for place, history in enumerate(self.histories):
+            kv.append(history.cache.read(user, 0))
+            reason, matched, cached = self.too_short, 0, 0
+            if events[place][0].size(0) > 0:
+                reason, matched, cached = history.cache.lookup(
+                    user, events[place], first_events[place], time
+                )
+                if why == self.hit:
+                    why = reason
+            reasons.append(reason)
+            num_matched.append(matched)
+            num_cached.append(cached)
+        num_events = [columns[0].size(0) for columns in events]
+        if why == self.hit:
+            status, reason = (
+                (self.hit, "") if sum(num_events) > 0 else (self.bypass, self.too_short)
+            )
+            return kv, self.use_of(status, reason, sum(num_events), 0)
+        reusable = self.ranking.reusable(num_matched, num_cached, num_events)
+        cached_kv: list[Tensor] = []
+        tails: list[list[list[Tensor]]] = []
+        for place, history in enumerate(self.histories):
+            kept_events, kept_rows = reusable[place]
+            cached_kv.append(history.cache.read(user, kept_rows))
+            tails.append([history.tail(events[place], kept_events)])
+        kept = [[one[0]] for one in reusable]
+        fresh = self.encode(tails, cached_kv, kept, [[one[1]] for one in reusable])
+        cached_events = 0
+        is_kept = True
+        for place, history in enumerate(self.histories):
+            kept_events, kept_rows = reusable[place]
+            if reasons[place] == self.hit:
+                cached_events += num_events[place]
+            elif num_events[place] > 0:
+                cached_events += kept_events
+                first = first_events[place]
+                if not history.cache.keep(
+                    user, events[place], first, time, fresh[place], kept_rows, held
+                ):
+                    is_kept = False
+                    kv[place] = torch.cat([cached_kv[place], fresh[place]], dim=1)
+        computed_events = sum(num_events) - cached_events
+        if not is_kept:
+            return kv, self.use_of(self.bypass, self.not_admitted, cached_events, computed_events)
+        status = self.partial if cached_events > 0 else self.miss
+        return kv, self.use_of(status, why, cached_events, computed_events)
+
+    def use_of(self, status: str, reason: str, cached: int, computed: int) -> list[int]:
+        """One row of what ``rank`` says of its cache."""
+        return [self.status_names().index(status), self.reasons.index(reason), cached, computed]
+
+    def encode(
+        self,
+        events: list[list[list[Tensor]]],
+        cached: list[Tensor],
+        cached_events: list[list[int]],
+        cached_rows: list[list[int]],
+    ) -> list[Tensor]:
+        """For each history K/V of requests' events behind what is cached of them."""
+        parts = self.event_parts(events)
+        nobody = torch.empty([0], dtype=torch.int64)
+        if sum([kv.size(1) for kv in cached]) == 0:
+            return self.ranking.prefill(batch_of(parts, nobody))
+        for place, history in enumerate(self.histories):
+            firsts = torch.tensor(cached_events[place])
+            parts.append((history.first_key, firsts, torch.ones_like(firsts)))
+        rows = [torch.tensor(counts) for counts in cached_rows]
+        return self.ranking.extend(batch_of(parts, nobody), cached, rows)
+
+    def split_events(self, features: dict[str, Tensor]) -> list[list[list[Tensor]]]:
+        """By history and request what ``ProgramHistory.split`` gives."""
+        return [history.split(features) for history in self.histories]
+
+    def rows_of_requests(self, events: list[list[list[Tensor]]]) -> list[list[int]]:
+        """By history and request its rows of K/V."""
+        by_request: list[list[int]] = []
+        for request in range(len(events[0])):
+            counts = [of_history[request][0].size(0) for of_history in events]
+            by_request.append(self.ranking.num_rows(counts))
+        return [[rows[place] for rows in by_request] for place in range(len(events))]
+
+    def event_parts(self, events: list[list[list[Tensor]]]) -> list[Part]:
+        """All histories' events as keys of a batch."""
+        parts: list[Part] = []
+        for place, history in enumerate(self.histories):
+            parts += history.parts(events[place])
+        return parts
+
+    def request_parts(self, features: dict[str, Tensor]) -> list[Part]:
+        """Users, contexts, times and candidates as keys of a batch."""
+        users, time = features[self.user_key], features[self.time_key]
+        items = features[self.item_key + ".values"]
+        parts = [
+            (self.user_key, users, torch.ones_like(users)),
+            (self.request_time, time, torch.ones_like(time)),
+            (self.item_key, items, torch.ones_like(items)),
+        ]
+        for key in self.context_keys + self.bag_keys:
+            parts.append((key, features[key + ".values"], features[key + ".lengths"]))
+        return parts
+
+    def score_pages(
+        self,
+        features: dict[str, Tensor],
+        events: list[list[list[Tensor]]],
+        tables: list[Tensor],
+        pages: list[list[list[int]]],
+    ) -> Tensor:
+        """Probabilities [C] over K/V in tables of pages, those of each request."""
+        parts = self.request_parts(features)
+        for place, history in enumerate(self.histories):
+            parts.append(history.time_part(events[place]))
+            parts.append(history.pages_part(pages[place]))
+        batch = batch_of(parts, self.request_of_candidates(features))
+        return probabilities(self.ranking.score(features[self.dense], batch, tables))
+
+    def request_of_candidates(self, features: dict[str, Tensor]) -> Tensor:
+        """[C] int64: the request each candidate belongs to."""
+        counts = features[self.item_key + ".lengths"]
+        return torch.repeat_interleave(torch.arange(counts.size(0)), counts)
+
+    def check(self, features: dict[str, Tensor]) -> None:
+        """Refuse tensors that disagree; the error names one."""
+        num_requests = features[self.user_key].size(0)
+        for key in [self.cache_key, self.time_key]:
+            check_rows(features, key, num_requests)
+        for key in self.context_keys:
+            lengths_of(features, key, num_requests)
+        for history in self.histories:
+            history.check(features, num_requests)
+            check_rows(features, history.window_start_key, num_requests)
+        num_candidates = int(lengths_of(features, self.item_key, num_requests).sum())
+        for key in self.bag_keys:
+            lengths_of(features, key, num_candidates)
+        check_rows(features, self.dense, num_candidates)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """In exponentials: a vectorised sigmoid gives other bits in the last rows of a tensor."""
+    return 1.0 / (1.0 + torch.exp(-logits.double()))
+
+
+def check_rows(features: dict[str, Tensor], name: str, num_rows: int) -> None:
+    """Refuse a tensor that has another number of rows."""
+    if features[name].size(0) != num_rows:
+        raise ValueError(f"{name} has {features[name].size(0)} rows; it must have {num_rows}")
+
+
+def lengths_of(features: dict[str, Tensor], key: str, num_rows: int) -> Tensor:
+    """The lengths of a key's rows, which must be those of its values."""
+    lengths, num_values = features[key + ".lengths"], features[key + ".values"].size(0)
+    if lengths.size(0) != num_rows:
+        raise ValueError(f"{key}.lengths has {lengths.size(0)} rows; it must have {num_rows}")
+    if num_rows > 0 and int(lengths.min()) < 0:
+        raise ValueError(f"{key}.lengths holds {int(lengths.min())}; 0 is the least allowed")
+    if int(lengths.sum()) != num_values:
+        raise ValueError(
+            f"{key}.lengths sum to {int(lengths.sum())}; {key}.values has {num_values} rows"
+        )
+    return lengths
+
+
+def batch_of(parts: list[Part], request_of_candidates: Tensor) -> KeyedJaggedTensor:
+    """Keys as one batch, each with its own stride; see ``data.batches.assemble``."""
+    keys: list[str] = []
+    values: list[Tensor] = []
+    lengths: list[Tensor] = []
+    strides: list[list[int]] = []
+    inverse: list[Tensor] = []
+    own_rows = torch.arange(request_of_candidates.size(0))
+    for key, part_values, part_lengths in parts:
+        keys.append(key)
+        values.append(part_values)
+        lengths.append(part_lengths)
+        strides.append([part_lengths.size(0)])
+        inverse.append(own_rows if key.startswith("candidates.") else request_of_candidates)
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.cat(values),
+        lengths=torch.cat(lengths),
+        stride_per_key_per_rank=strides,
+        inverse_indices=(keys, torch.stack(inverse)),
+    )
+
+
+def one_page_for_each(rows: list[int]) -> list[list[int]]:
+    """Page ids of K/V rows that lie one after the other in pages of one row each."""
+    pages: list[list[int]] = []
+    first = 0
+    for num_rows in rows:
+        pages.append(list(range(first, first + num_rows)))
+        first += num_rows
+    return pages

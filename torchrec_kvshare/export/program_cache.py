@@ -1,0 +1,256 @@
+"""The cache inside an exported program: pages of one history's K/V and whose they are.
+
+Any libtorch process that loads the program has it, without Python. It keeps the events themselves
+beside their K/V and compares them with those of a request: no digest, so no collision, and what
+both begin with is found event by event. It has no clock: the times of a user's own requests say how
+old the user's K/V is. Runs in TorchScript; calls must not overlap.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_kvshare.cache.reasons import (
+    COLD,
+    EDITED,
+    EVICTED,
+    EXPIRED,
+    HIT,
+    SHRUNK,
+    SLID,
+)
+
+PAGE_SIZE = 32  # rows of K/V
+MAX_REMEMBERED = 100_000  # users whose K/V left
+
+
+class ProgramCache(nn.Module):
+    """K/V of one history by user, each user's pages one after the other.
+
+    Args:
+        num_planes: tensors of K/V that the tower keeps.
+        num_heads: H.
+        head_dim: D.
+        num_columns: of an event's columns with one value; bags follow, two tensors each.
+
+    Attributes:
+        kv_pages: [planes, P, S, H, D]; none before ``configure``.
+    """
+
+    page_size: Final[int] = PAGE_SIZE
+    max_remembered: Final[int] = MAX_REMEMBERED
+    hit: Final[str] = HIT
+    cold: Final[str] = COLD
+    expired: Final[str] = EXPIRED
+    evicted: Final[str] = EVICTED
+    edited: Final[str] = EDITED
+    shrunk: Final[str] = SHRUNK
+    slid: Final[str] = SLID
+
+    # Users in the order of their last use, the longest ago first.
+    first_page: dict[int, int]
+    num_rows: dict[int, int]
+    first_event: dict[int, int]
+    encoded_at: dict[int, int]
+    events: dict[int, list[Tensor]]
+    why_gone: dict[int, str]
+
+    def __init__(self, num_planes: int, num_heads: int, head_dim: int, num_columns: int) -> None:
+        super().__init__()
+        self.num_planes = num_planes
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.num_columns = num_columns
+        self.ttl_s = 0.0
+        self.kv_pages = torch.empty([num_planes, 0, PAGE_SIZE, num_heads, head_dim])
+        self.is_free = torch.empty([0], dtype=torch.bool)
+        self.first_page = {}
+        self.num_rows = {}
+        self.first_event = {}
+        self.encoded_at = {}
+        self.events = {}
+        self.why_gone = {}
+
+    def configure(self, capacity_bytes: int, ttl_s: float) -> None:
+        """Start anew with as many pages as fit, and K/V that is encoded anew after ``ttl_s``."""
+        page_bytes = self.num_planes * self.page_size * self.num_heads * self.head_dim * 4
+        num_pages = capacity_bytes // page_bytes
+        if num_pages < 1:
+            raise ValueError(f"capacity_bytes is {capacity_bytes}; a page has {page_bytes}")
+        self.clear(self.evicted)
+        self.kv_pages = torch.empty(
+            [self.num_planes, num_pages, self.page_size, self.num_heads, self.head_dim]
+        )
+        self.is_free = torch.ones([num_pages], dtype=torch.bool)
+        self.ttl_s = ttl_s
+
+    def lookup(
+        self, user: int, events: list[Tensor], first_event: int, time: int
+    ) -> tuple[str, int, int]:
+        """``hit`` or why not, the events that both histories begin with, and those kept."""
+        if user not in self.first_page:
+            return self.why_gone.get(user, self.cold), 0, 0
+        age = time - self.encoded_at[user]
+        if age > self.ttl_s or age < -self.ttl_s:
+            return self.expired, 0, 0
+        self.first_page[user] = self.first_page.pop(user)  # It was used last.
+        kept = self.events[user]
+        num_kept, num_events = kept[0].size(0), events[0].size(0)
+        num_matched = self.num_equal(kept, events)
+        if num_matched == num_kept and num_kept == num_events:
+            reason = self.hit
+        elif num_matched == num_kept:
+            reason = self.cold
+        elif num_matched == 0 and first_event != self.first_event[user]:
+            reason = self.slid
+        else:
+            reason = self.shrunk if num_events < num_kept else self.edited
+        return reason, num_matched, num_kept
+
+    def num_equal(self, one: list[Tensor], other: list[Tensor]) -> int:
+        """Events that two histories begin with alike."""
+        num_equal = min(one[0].size(0), other[0].size(0))
+        for column in range(self.num_columns):
+            num_equal = leading_equal(one[column][:num_equal], other[column][:num_equal])
+        for bag in range(self.num_columns, len(one), 2):
+            lengths = one[bag][:num_equal]
+            num_equal = leading_equal(lengths, other[bag][:num_equal])
+            ends = lengths[:num_equal].cumsum(0)
+            num_values = int(ends[-1].item()) if num_equal > 0 else 0
+            num_equal_values = leading_equal(one[bag + 1][:num_values], other[bag + 1][:num_values])
+            num_equal = int((ends <= num_equal_values).sum().item())
+        return num_equal
+
+    def keep(
+        self,
+        user: int,
+        events: list[Tensor],
+        first_event: int,
+        time: int,
+        kv: Tensor,
+        num_kept: int,
+        held: dict[int, int],
+    ) -> bool:
+        """Keep K/V [planes, R, H, D] behind the first ``num_kept`` rows that the user has.
+
+        False if there is no room beside the users of ``held``, or the user is one of them: what was
+        there stays then.
+        """
+        if user in held:
+            return False
+        num_rows = num_kept + kv.size(1)
+        encoded_at = self.encoded_at[user] if num_kept > 0 else time
+        first = self.make_room(user, self.pages_of(num_rows), held)
+        if first < 0:
+            return False
+        rows = self.kv_pages.flatten(1, 2)
+        start = first * self.page_size
+        if num_kept > 0 and first != self.first_page[user]:
+            # Cloned: old and new pages may overlap.
+            rows[:, start : start + num_kept] = self.read(user, num_kept).clone()
+        rows[:, start + num_kept : start + num_rows] = kv
+        if user in self.first_page:
+            self.drop(user, self.evicted)
+        self.why_gone.pop(user, "")
+        self.is_free[first : first + self.pages_of(num_rows)] = False
+        self.first_page[user] = first
+        self.num_rows[user] = num_rows
+        self.first_event[user] = first_event
+        self.encoded_at[user] = encoded_at
+        # The host may use its tensors again.
+        self.events[user] = [column.clone() for column in events]
+        return True
+
+    def make_room(self, user: int, num_pages: int, held: dict[int, int]) -> int:
+        """The first of so many free pages side by side, the user's own counted; -1 for none."""
+        if num_pages > self.is_free.size(0):
+            return -1
+        first = self.find_run(user, num_pages)
+        users = list(self.first_page.keys())
+        place = 0
+        while first < 0 and place < len(users):
+            if users[place] != user and users[place] not in held:
+                self.drop(users[place], self.evicted)
+                first = self.find_run(user, num_pages)
+            place += 1
+        return first
+
+    def find_run(self, user: int, num_pages: int) -> int:
+        """Where so many pages are free or the user's own; its own place if they are there."""
+        is_free = self.is_free
+        own = -1
+        if user in self.first_page:
+            own = self.first_page[user]
+            is_free = is_free.clone()
+            is_free[own : own + self.pages_of(self.num_rows[user])] = True
+        num_free = torch.constant_pad_nd(is_free.cumsum(0), [1, 0])
+        starts = torch.nonzero(num_free[num_pages:] - num_free[:-num_pages] == num_pages).flatten()
+        if starts.size(0) == 0:
+            return -1
+        if own >= 0 and bool((starts == own).any()):
+            return own
+        return int(starts[0].item())
+
+    def read(self, user: int, num_rows: int) -> Tensor:
+        """The first rows [planes, R, H, D] of a user, where they lie; no rows of nobody."""
+        start = self.first_page.get(user, 0) * self.page_size
+        return self.kv_pages.flatten(1, 2)[:, start : start + num_rows]
+
+    def pages_of_users(self, users: list[int], rows: list[int]) -> list[list[int]]:
+        """Page ids of the first rows of users; none where there are no rows."""
+        pages: list[list[int]] = []
+        for place in range(len(users)):
+            first = self.first_page.get(users[place], 0)
+            pages.append(list(range(first, first + self.pages_of(rows[place]))))
+        return pages
+
+    def gather_rows(self, users: list[int], rows: list[int], loose: list[Tensor]) -> Tensor:
+        """K/V [planes, R, H, D] of users one after the other, from pages where none is given."""
+        parts: list[Tensor] = []
+        for place, kv in enumerate(loose):
+            parts.append(kv if kv.size(1) > 0 else self.read(users[place], rows[place]))
+        return torch.cat(parts, dim=1)
+
+    def pages_of(self, num_rows: int) -> int:
+        """Pages that so many rows take."""
+        return (num_rows + self.page_size - 1) // self.page_size
+
+    def forget(self, user: int) -> None:
+        """Drop what is kept of a user."""
+        if user in self.first_page:
+            self.drop(user, self.cold)
+        self.why_gone.pop(user, "")
+
+    def clear(self, why: str) -> None:
+        """Drop what is kept of all users."""
+        for user in list(self.first_page.keys()):
+            self.drop(user, why)
+
+    def drop(self, user: int, why: str) -> None:
+        """Let a user's K/V go."""
+        first = self.first_page.pop(user)
+        self.is_free[first : first + self.pages_of(self.num_rows.pop(user))] = True
+        self.first_event.pop(user)
+        self.encoded_at.pop(user)
+        self.events.pop(user)
+        if len(self.why_gone) >= self.max_remembered:
+            self.why_gone.clear()
+        self.why_gone[user] = why
+
+    def held_bytes(self) -> int:
+        """Bytes of the pages that hold K/V."""
+        num_held = int((~self.is_free).sum().item())
+        return num_held * self.kv_pages[:, :1].numel() * 4
+
+
+def leading_equal(one: Tensor, other: Tensor) -> int:
+    """Places from the first on at which two tensors of one length are equal.
+
+    Example:
+        >>> leading_equal(torch.tensor([3, 4, 5]), torch.tensor([3, 7, 5]))
+        1
+    """
+    if torch.equal(one, other):
+        return one.size(0)
+    return int((one != other).nonzero()[0].item())

@@ -1,0 +1,103 @@
+"""A model repository for Triton Inference Server: two models, both from one artifact.
+
+``NAME`` is the program with its own cache, for the ``pytorch_libtorch`` platform: plain tensors in,
+no Python. ``NAME_engine`` is the engine with all its tiers, for the Python backend: requests and
+answers are the project's JSON. The configs are Triton's own messages, written as text.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torchrec_kvshare.errors import ConfigError, MissingExtraError
+from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
+from torchrec_kvshare.export.torchscript import PROGRAM, write_cached_forward
+from torchrec_kvshare.tensors import FLOAT32, INT64, TensorSpec, input_specs
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+CONFIG = "config.pbtxt"
+VERSION = "1"
+ARTIFACT = "artifact"
+MODEL_FILE = "model.py"
+# What Triton's Python backend looks for in a model's folder.
+MODEL_SOURCE = (
+    "from torchrec_kvshare.serving.triton_model import TritonPythonModel as TritonPythonModel\n"
+)
+# <name>__<index> is the convention of Triton's PyTorch backend for results in their order.
+SCORES, CACHE = "scores__0", "cache__1"
+REQUEST, ANSWER = "request", "answer"
+
+
+def write_repository(artifact: Path, destination: Path, name: str = "kvshare") -> None:
+    """Write a model repository that Triton serves.
+
+    Args:
+        artifact: of runtime TorchScript; it is copied.
+        destination: the repository; must not exist.
+        name: of the models.
+
+    Raises:
+        ArtifactError: if the artifact is broken, or ``destination`` exists.
+        ConfigError: if the artifact holds no TorchScript program.
+        MissingExtraError: if ``tritonclient`` is not installed.
+    """
+    manifest, schema = read_artifact(artifact)
+    if PROGRAM not in manifest.sha256_by_file:
+        raise ConfigError(f"{artifact} is of runtime {manifest.runtime}; Triton needs torchscript")
+    with artifact_folder(destination) as folder:
+        program = folder / name / VERSION
+        program.mkdir(parents=True)
+        write_cached_forward(artifact / PROGRAM, program / PROGRAM)
+        _write_config(folder / name, program_config(name, input_specs(schema)))
+        engine = folder / f"{name}_engine" / VERSION
+        shutil.copytree(artifact, engine / ARTIFACT)
+        (engine / MODEL_FILE).write_text(MODEL_SOURCE)
+        _write_config(folder / f"{name}_engine", engine_config(f"{name}_engine"))
+
+
+def program_config(name: str, inputs: Sequence[TensorSpec]) -> "ModelConfig":
+    """Config of the program: one tensor for each input, scores and what the cache did."""
+    config = _new_config(name)
+    config.platform = "pytorch_libtorch"
+    config.default_model_filename = PROGRAM
+    type_by_dtype = {INT64: _pb().TYPE_INT64, FLOAT32: _pb().TYPE_FP32}
+    for spec in inputs:
+        config.input.add(name=spec.name, data_type=type_by_dtype[spec.dtype], dims=spec.shape)
+    config.output.add(name=SCORES, data_type=_pb().TYPE_FP64, dims=[-1])
+    config.output.add(name=CACHE, data_type=_pb().TYPE_INT64, dims=[-1, 4])
+    return config
+
+
+def engine_config(name: str) -> "ModelConfig":
+    """Config of the engine: requests as JSON texts, an answer for each."""
+    config = _new_config(name)
+    config.backend = "python"
+    config.input.add(name=REQUEST, data_type=_pb().TYPE_STRING, dims=[-1])
+    config.output.add(name=ANSWER, data_type=_pb().TYPE_STRING, dims=[-1])
+    return config
+
+
+def _new_config(name: str) -> "ModelConfig":
+    """Triton does not batch: rows differ in number from input to input."""
+    config = _pb().ModelConfig(name=name, max_batch_size=0)
+    # One instance, as the cache is in it; calls of a program must not overlap.
+    config.instance_group.add(count=1, kind=_pb().ModelInstanceGroup.KIND_CPU)
+    return config
+
+
+def _write_config(folder: Path, config: "ModelConfig") -> None:
+    from google.protobuf import text_format  # comes with tritonclient
+
+    (folder / CONFIG).write_text(text_format.MessageToString(config))
+
+
+def _pb() -> ModuleType:
+    try:
+        from tritonclient.grpc import model_config_pb2  # an extra
+    except ImportError as error:
+        raise MissingExtraError("triton", "a Triton model repository") from error
+    return model_config_pb2
