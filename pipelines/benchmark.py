@@ -35,6 +35,7 @@ def main(composed: DictConfig) -> None:
         config.repeats,
         config.seed,
         None if config.artifact is None else Path(config.artifact),
+        None if config.run is None else Path(config.run),
         config.data,
         config.requests,
     )

@@ -288,6 +288,7 @@ class BenchmarkConfig:
     body: str = "auto"  # of attention: auto|flash|native|dense
     page_size: int = 32  # rows of K/V
     artifact: str | None = None  # of pipelines.export, where a scenario measures a trained model
+    run: str | None = None  # of pipelines.train, likewise
     data: Any = MISSING  # what its requests are made of
     requests: int = 500  # how many
     repeats: int = 5

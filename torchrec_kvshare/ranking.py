@@ -9,6 +9,9 @@ calls.
 from typing import cast
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
+    IntNBitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor, fx, nn
 from torchrec.fx import symbolic_trace
 from torchrec.models.dlrm import DLRM
@@ -154,7 +157,11 @@ def dlrm_with_history(schema: FeatureSchema, spec: TowerSpec, top_mlp: list[int]
 
 def split_tables(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A model's state: dense weights, and embedding tables."""
-    collections = (EmbeddingBagCollection, EmbeddingCollection)
+    collections = (
+        EmbeddingBagCollection,
+        EmbeddingCollection,
+        IntNBitTableBatchedEmbeddingBagsCodegen,
+    )
     prefixes = tuple(
         f"{name}."
         for name, module in model.named_modules(remove_duplicate=False)

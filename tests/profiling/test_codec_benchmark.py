@@ -73,7 +73,7 @@ def artifact(exported: Path, tmp_path: Path) -> Path:
 
 def plan_of(artifact: Path | None, **change: Any) -> Plan:
     plan = Plan(
-        [], [], [NUM_CANDIDATES], 1, [1], [], 5, SEED, artifact, DATA, requests=NUM_REQUESTS
+        [], [], [NUM_CANDIDATES], 1, [1], [], 5, SEED, artifact, data=DATA, requests=NUM_REQUESTS
     )
     return replace(plan, **change)
 
@@ -327,7 +327,7 @@ def test_a_folder_that_is_no_artifact_is_named(tmp_path: Path) -> None:
 def test_another_data_set_than_the_models_is_refused(exported: Path) -> None:
     """Without ``data=`` it is the synthetic world, which says nothing of a shop's model."""
     other = replace(DATA, num_items=40)
-    message = "data synthetic has 40 of the 90 items that the artifact knows; at least half"
+    message = "data synthetic has 40 of the 90 items that the model knows; at least half"
     with pytest.raises(ConfigError, match=message):
         measure("codec", plan_of(exported, data=other, candidates=[20]), SIZES)
     assert read_artifact(exported)[0].codecs == {}

@@ -204,14 +204,18 @@ class RankingProgram(nn.Module):
         self.check(features)
         parts = self.request_parts(features) + self.event_parts(self.split_events(features))
         batch = batch_of(parts, self.request_of_candidates(features))
-        return probabilities(self.ranking(features[self.dense], batch))
+        with torch.no_grad():
+            logits = self.ranking(features[self.dense], batch)
+        return probabilities(logits)
 
     @torch.jit.export
     def prefill(self, features: dict[str, Tensor]) -> list[Tensor]:
         """For each history K/V [planes, R, H, D] of all requests, one after the other."""
         self.check(features)
         parts = self.event_parts(self.split_events(features))
-        return self.ranking.prefill(batch_of(parts, torch.empty([0], dtype=torch.int64)))
+        with torch.no_grad():
+            kv = self.ranking.prefill(batch_of(parts, torch.empty([0], dtype=torch.int64)))
+        return kv
 
     @torch.jit.export
     def extend(
@@ -414,13 +418,18 @@ class RankingProgram(nn.Module):
         """For each history K/V of requests' events behind what is cached of them."""
         parts = self.event_parts(events)
         nobody = torch.empty([0], dtype=torch.int64)
-        if sum([kv.size(1) for kv in cached]) == 0:
-            return self.ranking.prefill(batch_of(parts, nobody))
-        for place, history in enumerate(self.histories):
-            firsts = torch.tensor(cached_events[place])
-            parts.append((history.first_key, firsts, torch.ones_like(firsts)))
+        is_extended = sum([kv.size(1) for kv in cached]) > 0
+        if is_extended:
+            for place, history in enumerate(self.histories):
+                firsts = torch.tensor(cached_events[place])
+                parts.append((history.first_key, firsts, torch.ones_like(firsts)))
         rows = [torch.tensor(counts) for counts in cached_rows]
-        return self.ranking.extend(batch_of(parts, nobody), cached, rows)
+        with torch.no_grad():
+            if is_extended:
+                fresh = self.ranking.extend(batch_of(parts, nobody), cached, rows)
+            else:
+                fresh = self.ranking.prefill(batch_of(parts, nobody))
+        return fresh
 
     def split_events(self, features: dict[str, Tensor]) -> list[list[list[Tensor]]]:
         """By history and request what ``ProgramHistory.split`` gives."""
@@ -467,7 +476,9 @@ class RankingProgram(nn.Module):
             parts.append(history.time_part(events[place]))
             parts.append(history.pages_part(pages[place]))
         batch = batch_of(parts, self.request_of_candidates(features))
-        return probabilities(self.ranking.score(features[self.dense], batch, tables))
+        with torch.no_grad():
+            logits = self.ranking.score(features[self.dense], batch, tables)
+        return probabilities(logits)
 
     def request_of_candidates(self, features: dict[str, Tensor]) -> Tensor:
         """[C] int64: the request each candidate belongs to."""

@@ -1,9 +1,9 @@
 """Embedding tables in fewer bits: TorchRec's own quantised collections in the places of a model's.
 
 ``torchrec.inference.modules`` quantises and shards; dense weights stay as they are. Each collection
-is traced before its first run, which is what TorchScript needs of upstream's. A quantised bag
-collection knows no inverse indices (torchrec issue 1894): it must be fed at one stride, as
-``bags.UserCandidateBags`` does with its two and the tokens with one bag per key.
+is traced alone, before its first run, and becomes scriptable by it. A quantised bag collection has
+no inverse indices (torchrec issue 1894), so it must be fed at one stride, as those of
+``bags.UserCandidateBags`` are; token tables are fed one bag per key.
 """
 
 import copy
@@ -114,10 +114,9 @@ def quantise_tables(model: RankingModel, dtype: str) -> RankingModel:
 def shard_tables(model: RankingModel, dtype: str, world_size: int) -> RankingModel:
     """A model over quantised tables that are spread over the ranks of one process, on CPU.
 
-    Whole tables go to a rank each, which is how ``shard_quant_model`` shards bags where it is not
-    told otherwise. Its other ways do not get as far: it leaves the shards' weights to
-    ``assign_weights_to_tbe``, which gives each shard the whole table, so that those of a part of
-    the rows or columns refuse it.
+    A rank gets whole tables, which is how ``shard_quant_model`` shards bags unless told otherwise.
+    Shards of rows or columns do not work: it leaves their weights to ``assign_weights_to_tbe``,
+    which hands the whole table to each of them.
 
     Args:
         model: with float tables; it stays as it is.
@@ -138,6 +137,17 @@ def shard_tables(model: RankingModel, dtype: str, world_size: int) -> RankingMod
         return _replace_tables(model, lambda tables: _sharded(tables, dtype, world_size))
 
 
+def table_bytes(model: nn.Module) -> int:
+    """Bytes of a model's embedding tables: numbers, and of quantised rows scale, bias, padding."""
+    num_bytes = 0
+    for module in model.modules():
+        if isinstance(module, Tables):
+            num_bytes += sum(weight.nbytes for weight in module.parameters())
+        elif isinstance(module, IntNBitTableBatchedEmbeddingBagsCodegen):
+            num_bytes += module.weights_host.nbytes + module.weights_dev.nbytes
+    return num_bytes
+
+
 def _check(model: RankingModel, dtype: str) -> None:
     if dtype not in WEIGHT_DTYPE_BY_NAME:
         raise ConfigError(
@@ -146,7 +156,7 @@ def _check(model: RankingModel, dtype: str) -> None:
     if isinstance(model.collection.bags, EmbeddingBagCollection):
         raise ConfigError(
             "the model's bags are one EmbeddingBagCollection over users and candidates; quantised "
-            "it would not expand users, for want of inverse indices (torchrec issue 1894); "
+            "it has no inverse indices and mixes up their rows (torchrec issue 1894); "
             "UserCandidateBags, one collection for each, is allowed"
         )
     configs = [config for tables in _tables_of(model) for config in _configs(tables)]
@@ -218,7 +228,7 @@ def _traced(tables: Tables, quantised: nn.Module) -> nn.Module:
     for module in traced.modules():
         if isinstance(module, IntNBitTableBatchedEmbeddingBagsCodegen):
             _own_weights(module)
-    return traced
+    return traced.train(tables.training)
 
 
 def _own_weights(tables: IntNBitTableBatchedEmbeddingBagsCodegen) -> None:

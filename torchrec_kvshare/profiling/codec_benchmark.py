@@ -82,7 +82,7 @@ def measure_codec(plan: Plan, sizes: Sizes) -> list[Record]:
     artifact_folder, data, num_candidates = _needed(plan)
     artifact = load_artifact(artifact_folder)
     dataset = build_dataset(load_log(data), artifact.schema.histories)
-    _check_known(artifact.schema, dataset, data.name)
+    check_known(artifact.schema, dataset, data.name)
     engine = Engine(artifact.model, artifact.schema, artifact.manifest.model_version, store=None)
     effects_by_codec: dict[str, list[Effect]] = {name: [] for name in CODECS}
     for raw, target in make_targeted_requests(dataset, plan.requests, num_candidates, plan.seed):
@@ -190,13 +190,13 @@ def _needed(plan: Plan) -> tuple[Path, DataConfig, int]:
     return plan.artifact, plan.data, plan.candidates[0]
 
 
-def _check_known(schema: FeatureSchema, dataset: Dataset, data_name: str) -> None:
+def check_known(schema: FeatureSchema, dataset: Dataset, data_name: str) -> None:
     """Refuse requests of items that the model does not know: its scores of them say nothing."""
     known = set(schema.vocabulary_by_column[ITEM].ids)
     num_shared = len(known.intersection(dataset.log.items.ids))
     if 2 * num_shared < len(known):
         raise ConfigError(
-            f"data {data_name} has {num_shared} of the {len(known)} items that the artifact knows; "
+            f"data {data_name} has {num_shared} of the {len(known)} items that the model knows; "
             "at least half are needed: is it what the model was trained on?"
         )
 

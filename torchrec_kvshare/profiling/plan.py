@@ -29,6 +29,7 @@ class Plan:
         repeats: turns of each path.
         seed: of weights and requests.
         artifact: a trained model, where a scenario measures one.
+        run: likewise, before it was exported.
         data: what its requests are made of.
         requests: how many, where a scenario makes them of data.
     """
@@ -42,6 +43,7 @@ class Plan:
     repeats: int
     seed: int
     artifact: Path | None = None
+    run: Path | None = None
     data: DataConfig | None = None
     requests: int = 500
 

@@ -24,6 +24,7 @@ from torchrec_kvshare.features import (
     collate_history,
     user_of_candidates,
 )
+from torchrec_kvshare.history.kinds import LONGER
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record
 from torchrec_kvshare.profiling.timing import interleaved_medians
@@ -55,7 +56,8 @@ def measure_runtimes(plan: Plan, sizes: Sizes) -> list[Record]:
     for encoder in plan.encoders:
         longest = max(plan.histories)
         spec = sizes.spec(encoder, longest)
-        schema = make_schema(longest, num_users=1, block=spec.recent)
+        # Groups of ``longer`` must fill a block.
+        schema = make_schema(longest, num_users=1, block=spec.merge if encoder == LONGER else None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
             ranker = dlrm_with_history(schema, spec, [sizes.dim, 1])

@@ -15,6 +15,7 @@ from torchrec_kvshare.profiling.items_benchmark import ITEMS, measure_items
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Record
 from torchrec_kvshare.profiling.runtimes_benchmark import RUNTIMES_SCENARIO, measure_runtimes
+from torchrec_kvshare.profiling.tables_benchmark import TABLES, measure_tables
 from torchrec_kvshare.profiling.throughput_drop import THROUGHPUT_DROP, measure_throughput_drop
 from torchrec_kvshare.profiling.tiers_benchmark import TIERS, measure_tiers
 from torchrec_kvshare.profiling.trace_benchmark import CACHE_TRACE, measure_cache_trace
@@ -33,6 +34,7 @@ MEASURE_BY_SCENARIO = {
     TIERS: measure_tiers,
     FAULTS: measure_faults,
     RUNTIMES_SCENARIO: measure_runtimes,
+    TABLES: measure_tables,
 }
 
 
