@@ -21,7 +21,7 @@ from torchrec_kvshare.deterministic import require_determinism
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.artifact import Manifest
-from torchrec_kvshare.export.exporter import Artifact
+from torchrec_kvshare.export.exporter import PT2, Artifact
 
 MEMORY, TIERED, OFF = "memory", "tiered", "off"
 CACHES = (MEMORY, TIERED, OFF)
@@ -68,6 +68,10 @@ def new_engine(
             stack = new_stack(cache, manifest.break_even_events)
         store = new_store(manifest, cache, stack, extends)
     items = None
+    if cache.items and manifest.runtime == PT2:
+        raise ConfigError(
+            f"cache.items is {cache.items}; graphs of runtime {PT2} project candidates inside"
+        )
     if cache.items and store is not None:
         items = ItemCache(cache.items, artifact.schema)
     return Engine(artifact.model, artifact.schema, manifest.model_version, store, items)

@@ -21,20 +21,24 @@ from tests.core.worlds import (
     MAX_HISTORY,
     NUM_HEADS,
     NUM_PLANES,
+    PROBABILITY_TOLERANCE,
     SCHEMA,
     draw_raw,
     fresh_process,
     make_dlrm,
     parse_all,
 )
+from torchrec_kvshare.assembly import new_engine
 from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.cache.identity import model_digest
+from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
 from torchrec_kvshare.export.artifact import artifact_folder, file_sha256, read_artifact
 from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity, score_through_pages
+from torchrec_kvshare.export.triton import write_repository
 from torchrec_kvshare.features import collate
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel, dlrm_with_history, split_tables
@@ -468,3 +472,23 @@ def test_a_model_of_items_and_times_alone_exports_too(tmp_path: Path) -> None:
     bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
     export_model(RankingModel(make_dlrm(seed=5, schema=bare)).eval(), bare, tmp_path / "a")
     assert load_artifact(tmp_path / "a").schema.item_attributes == ()
+
+
+def test_an_artifact_of_compiled_graphs_is_served_by_the_same_engine(tmp_path: Path) -> None:
+    vocabularies = {name: SCHEMA.vocabulary_by_column[name] for name in ("user_id", "item_id")}
+    bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
+    model = RankingModel(make_dlrm(seed=5, schema=bare)).eval()
+    manifest = export_model(model, bare, tmp_path / "a", runtime="pt2")
+    assert 0.0 < manifest.parity["exported_eager"] <= LOGIT_TOLERANCE
+    artifact = load_artifact(tmp_path / "a")
+    requests = parse_all([draw_raw(9, 4, 1, bare), draw_raw(30, 2, 2, bare)], bare)
+    expected = [one.scores for one in Engine(model, bare, "model-tables", None).rank(requests)]
+    engine = new_engine(artifact)
+    for status in ("miss", "hit"):
+        for answer, scores in zip(engine.rank(requests), expected, strict=True):
+            assert answer.cache.status == status
+            assert answer.scores == pytest.approx(scores, abs=PROBABILITY_TOLERANCE, rel=0.0)
+    with pytest.raises(ConfigError, match=r"cache\.items is 10; graphs of runtime pt2"):
+        new_engine(artifact, CacheConfig(items=10))
+    with pytest.raises(ConfigError, match="is of runtime pt2; Triton needs torchscript"):
+        write_repository(tmp_path / "a", tmp_path / "repository")

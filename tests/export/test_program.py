@@ -240,6 +240,25 @@ def test_a_user_may_stand_in_a_batch_twice() -> None:
     assert_right(scores, uncached([same, same, other, much_later]))
 
 
+def test_a_request_without_candidates_has_no_scores_and_is_kept() -> None:
+    program = new_program()
+    nobody = user("a", 40, num_candidates=0)
+    scores, uses = rank(program, [nobody])
+    assert (scores.shape, uses) == ((0,), [Use("miss", "cold", 0, 40)])
+    assert program(tensors_of([nobody])).shape == (0,)
+    raws = [user("a", 40, num_candidates=0), user("b", 20), user("c", 0, num_candidates=0)]
+    scores, uses = rank(program, raws)
+    assert [use.status for use in uses] == ["hit", "miss", "bypass"]
+    assert_right(scores, uncached(raws))
+
+
+def test_a_cache_that_is_configured_anew_knows_nobody() -> None:
+    program = new_program()
+    rank(program, [user("a", 40)])
+    program.configure(20 * LONG_PAGE_BYTES, TTL_S)
+    assert rank(program, [user("a", 40)])[1] == [Use("miss", "cold", 0, 40)]
+
+
 def test_who_is_forgotten_is_unknown_again() -> None:
     program = new_program()
     rank(program, [user("a", 40), user("b", 40)])
@@ -407,7 +426,7 @@ def test_leading_equal(one: list[int], other: list[int], expected: int) -> None:
     assert leading_equal(torch.tensor(one), torch.tensor(other)) == expected
 
 
-LIVES = [(5, 2), (5, 2), (9, 3), (9, 1), (0, 4), (11, 2)]  # events and candidates of one user
+LIVES = [(5, 2), (5, 0), (9, 3), (9, 1), (0, 4), (11, 2)]  # events and candidates of one user
 
 FRESH = """
 import json, sys

@@ -35,7 +35,8 @@ from torchrec_kvshare.export.artifact import (
     write_schema,
 )
 from torchrec_kvshare.export.golden import GOLDEN, check_golden, write_golden
-from torchrec_kvshare.export.parity import check_parity
+from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity
+from torchrec_kvshare.export.pt2 import GRAPHS, load_pt2, write_pt2
 from torchrec_kvshare.export.quantised import FLOAT32, quantise_tables
 from torchrec_kvshare.export.torchscript import PROGRAM, load_torchscript, write_torchscript
 from torchrec_kvshare.ranking import RankingModel, split_tables
@@ -62,7 +63,16 @@ class Runtime(NamedTuple):
     tolerance: float
 
 
-RUNTIMES = {TORCHSCRIPT: Runtime((PROGRAM,), write_torchscript, load_torchscript, 0.0)}
+RUNTIMES = {
+    TORCHSCRIPT: Runtime((PROGRAM,), write_torchscript, load_torchscript, 0.0),
+    # Its graphs do not say what version they are of; the manifest does.
+    PT2: Runtime(
+        (GRAPHS,),
+        lambda model, schema, _, folder: write_pt2(model, schema, folder),
+        load_pt2,
+        LOGIT_TOLERANCE,
+    ),
+}
 
 
 @dataclass(frozen=True)

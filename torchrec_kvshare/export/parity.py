@@ -162,8 +162,8 @@ def check_program(
         ParityError: if an uncached score is not bit-equal, or a cached one differs by more than
             ``LOGIT_TOLERANCE``.
     """
-    # Everyone twice in one batch: the second time K/V is there. TorchScript rewrites a program at its
-    # second call, which takes seconds.
+    # Everyone twice in one batch: the second time K/V is there. Not in a second call, at which
+    # TorchScript rewrites a program for seconds.
     requests = draw_ragged_requests(schema, seed) * 2
     answers = Engine(eager, schema, "parity", store=None).rank(requests)
     expected = torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)

@@ -204,18 +204,21 @@ class RankingProgram(nn.Module):
         self.check(features)
         parts = self.request_parts(features) + self.event_parts(self.split_events(features))
         batch = batch_of(parts, self.request_of_candidates(features))
-        with torch.no_grad():
-            logits = self.ranking(features[self.dense], batch)
+        logits = torch.empty([0])
+        # A ranking stage has no batch of nobody.
+        if features[self.dense].size(0) > 0:
+            with torch.no_grad():
+                logits = self.ranking(features[self.dense], batch)
         return probabilities(logits)
 
     @torch.jit.export
     def prefill(self, features: dict[str, Tensor]) -> list[Tensor]:
         """For each history K/V [planes, R, H, D] of all requests, one after the other."""
         self.check(features)
-        parts = self.event_parts(self.split_events(features))
-        with torch.no_grad():
-            kv = self.ranking.prefill(batch_of(parts, torch.empty([0], dtype=torch.int64)))
-        return kv
+        events = self.split_events(features)
+        nothing = [history.cache.read(0, 0) for history in self.histories]
+        none = [[0 for _ in of_history] for of_history in events]
+        return self.encode(events, nothing, none, none)
 
     @torch.jit.export
     def extend(
@@ -476,8 +479,10 @@ class RankingProgram(nn.Module):
             parts.append(history.time_part(events[place]))
             parts.append(history.pages_part(pages[place]))
         batch = batch_of(parts, self.request_of_candidates(features))
-        with torch.no_grad():
-            logits = self.ranking.score(features[self.dense], batch, tables)
+        logits = torch.empty([0])
+        if features[self.dense].size(0) > 0:
+            with torch.no_grad():
+                logits = self.ranking.score(features[self.dense], batch, tables)
         return probabilities(logits)
 
     def request_of_candidates(self, features: dict[str, Tensor]) -> Tensor:

@@ -79,6 +79,7 @@ class ProgramCache(nn.Module):
         if num_pages < 1:
             raise ValueError(f"capacity_bytes is {capacity_bytes}; a page has {page_bytes}")
         self.clear(self.evicted)
+        self.why_gone.clear()
         self.kv_pages = torch.empty(
             [self.num_planes, num_pages, self.page_size, self.num_heads, self.head_dim]
         )

@@ -11,6 +11,7 @@ from torchrec_kvshare.profiling.benchmarks import (
 )
 from torchrec_kvshare.profiling.codec_benchmark import CODEC, measure_codec
 from torchrec_kvshare.profiling.faults_benchmark import FAULTS, measure_faults
+from torchrec_kvshare.profiling.host_benchmark import HOST, measure_host
 from torchrec_kvshare.profiling.items_benchmark import ITEMS, measure_items
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Record
@@ -35,6 +36,7 @@ MEASURE_BY_SCENARIO = {
     FAULTS: measure_faults,
     RUNTIMES_SCENARIO: measure_runtimes,
     TABLES: measure_tables,
+    HOST: measure_host,
 }
 
 

@@ -1,0 +1,198 @@
+#include "host.h"
+
+#include <ATen/Parallel.h>
+#include <dlfcn.h>
+#include <torch/csrc/jit/runtime/jit_exception.h>
+#include <torch/script.h>
+
+#include <chrono>
+#include <cmath>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+namespace {
+
+namespace fs = std::filesystem;
+using Features = c10::Dict<std::string, at::Tensor>;
+
+// Jagged operators, then those that quantised tables call. Each brings what it needs from its own
+// folder, so that their order does not matter.
+const char* const kOperators[] = {
+    FBGEMM_FOLDER "/fbgemm_gpu_py.so",
+    FBGEMM_FOLDER "/fbgemm_gpu_tbe_common.so",
+    FBGEMM_FOLDER "/fbgemm_gpu_tbe_cache.so",
+    FBGEMM_FOLDER "/fbgemm_gpu_tbe_inference.so",
+};
+// Scores here against those that the exporter saw, perhaps on another processor.
+constexpr double kGoldenTolerance = 2e-5;
+// A TorchScript program watches its first call and compiles in the second, which takes seconds.
+constexpr int kWarmUpRounds = 3;
+
+void load_operators(const std::string& library) {
+  if (dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+    throw ArtifactError("operators cannot be loaded: " + std::string(dlerror()));
+  }
+}
+
+// What torch says without its traces of two languages: an exception raised in the program stands in
+// the last line, one of torch's own in the first.
+std::string reason_of(const std::exception& error) {
+  std::istringstream lines(error.what());
+  std::string line, reason;
+  const bool is_raised = dynamic_cast<const torch::jit::JITException*>(&error) != nullptr;
+  while ((is_raised || reason.empty()) && std::getline(lines, line)) {
+    if (!line.empty()) reason = line;
+  }
+  return reason;
+}
+
+// What goes wrong while a file of the artifact is used is said with the file's name.
+template <typename Use>
+auto of_file(const fs::path& path, Use use) {
+  try {
+    return use();
+  } catch (const std::exception& error) {
+    throw ArtifactError(path.string() + ": " + reason_of(error));
+  }
+}
+
+Json read_json_file(const fs::path& path) {
+  return of_file(path, [&] {
+    std::ifstream file(path, std::ios::binary);
+    // A folder can be opened, too.
+    if (!file || !fs::is_regular_file(path)) throw ArtifactError("there is no such file to read");
+    return read_json({std::istreambuf_iterator<char>(file), {}});
+  });
+}
+
+// As answers have it.
+std::string version_of(const Json& manifest) {
+  const auto start_of = [&](const char* digest) {
+    return manifest.at(digest).get<std::string>().substr(0, 16);
+  };
+  return start_of("model_digest") + "-" + start_of("tables_digest");
+}
+
+Features features_of(const Request& request, const Schema& schema) {
+  Features features;
+  for (const auto& [name, column] : request.columns) features.insert(name, torch::tensor(column));
+  const at::Tensor dense = torch::tensor(request.dense);
+  features.insert("candidates.dense", dense.view({request.num_candidates, schema.num_dense()}));
+  return features;
+}
+
+std::vector<double> values_of(const at::Tensor& probabilities) {
+  const at::Tensor values = probabilities.contiguous();
+  if (!values.isfinite().all().item<bool>()) throw ArtifactError("a score is not finite");
+  const double* first = values.const_data_ptr<double>();
+  return {first, first + values.numel()};
+}
+
+std::vector<std::string> names_of(const c10::IValue& names) {
+  std::vector<std::string> found;
+  for (const c10::IValue& name : names.toListRef()) found.push_back(name.toStringRef());
+  return found;
+}
+
+// Empty if the scores are those that the artifact was written with.
+std::string difference(const std::vector<double>& scores, const std::vector<double>& golden) {
+  if (scores.size() != golden.size()) {
+    return std::to_string(scores.size()) + " scores, not " + std::to_string(golden.size());
+  }
+  for (std::size_t place = 0; place < scores.size(); ++place) {
+    if (!(std::abs(scores[place] - golden[place]) <= kGoldenTolerance)) {
+      return "candidate " + std::to_string(place) + " has the score " +
+             std::to_string(scores[place]) + ", not " + std::to_string(golden[place]);
+    }
+  }
+  return "";
+}
+
+}  // namespace
+
+// The program and the words that its cache answers by number.
+struct Host::Program {
+  torch::jit::Module module;
+  std::vector<std::string> statuses, reasons;
+
+  Program(const fs::path& path, const std::string& version)
+      : module(torch::jit::load(path.string())) {
+    module.eval();
+    const std::string own_version = module.attr("model_version").toStringRef();
+    if (own_version != version) {
+      throw ArtifactError("it is of model " + own_version + "; the manifest is of " + version);
+    }
+    statuses = names_of(module.run_method("status_names"));
+    reasons = names_of(module.run_method("reason_names"));
+  }
+
+  void configure(const CacheLimits& limits) {
+    module.run_method("configure", limits.capacity_bytes, limits.ttl_s);
+  }
+
+  void forget(const Request& request) {
+    module.run_method("forget", request.columns.at("user_key").front());
+  }
+
+  Scored rank_cached(const Features& features) {
+    const auto answer = module.run_method("rank", features).toTuple();
+    const at::Tensor use = answer->elements()[1].toTensor().contiguous();
+    const int64_t* row = use.const_data_ptr<int64_t>();
+    return {values_of(answer->elements()[0].toTensor()),
+            {statuses.at(row[0]), reasons.at(row[1]), row[2], row[3]}};
+  }
+
+  Scored rank_uncached(const Features& features, const Request& request) {
+    Scored scored{{}, {"bypass", "cache_off", 0, request.num_events}};
+    if (request.num_candidates) scored.scores = values_of(module.forward({features}).toTensor());
+    return scored;
+  }
+};
+
+Host::Host(const fs::path& artifact, const std::optional<CacheLimits>& limits,
+           const std::vector<std::string>& operators)
+    : is_cached_(limits.has_value()) {
+  const c10::InferenceMode no_gradients;
+  for (const char* library : kOperators) load_operators(library);
+  for (const std::string& library : operators) load_operators(library);
+  const Json manifest = read_json_file(artifact / "manifest.json");
+  const Json golden = read_json_file(artifact / "golden.json");
+  const Json schema = read_json_file(artifact / "schema.json");
+  of_file(artifact / "schema.json", [&] { schema_ = Schema::from_json(schema); });
+  of_file(artifact / "manifest.json", [&] { model_version_ = version_of(manifest); });
+  of_file(artifact / "model.pt", [&] {
+    program_ = std::make_unique<Program>(artifact / "model.pt", model_version_);
+    if (is_cached_) program_->configure(*limits);
+  });
+  of_file(artifact / "golden.json", [&] { check_golden(golden); });
+}
+
+Host::~Host() = default;
+
+Scored Host::rank(const Request& request) {
+  const c10::InferenceMode no_gradients;
+  const Features features = features_of(request, schema_);
+  const auto start = std::chrono::steady_clock::now();
+  Scored scored = is_cached_ ? program_->rank_cached(features)
+                             : program_->rank_uncached(features, request);
+  const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
+  scored.model_ms = taken.count();
+  return scored;
+}
+
+void Host::check_golden(const Json& golden) {
+  for (const Json& one : golden) {
+    const Request request = parse_request(one.at("request"), schema_);
+    const auto expected = one.at("scores").get<std::vector<double>>();
+    for (int round = 0; round < kWarmUpRounds; ++round) {
+      const std::string differs = difference(rank(request).scores, expected);
+      if (!differs.empty()) throw ArtifactError("the program does not agree: " + differs);
+    }
+    // Nobody's request shall find the K/V of a golden one.
+    if (is_cached_) program_->forget(request);
+  }
+}
+
+void set_num_threads(int num_threads) { at::set_num_threads(num_threads); }

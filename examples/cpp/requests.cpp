@@ -1,0 +1,359 @@
+#include "requests.h"
+
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+#include <utility>
+
+namespace {
+
+constexpr int64_t kMissingRow = 0;  // The event or candidate has no value in this column.
+constexpr int64_t kUnknownRow = 1;  // a value never seen in training
+constexpr int64_t kNumReservedRows = 2;
+
+constexpr double kMaxTime = 4102444800;  // 2100-01-01; later ones are milliseconds
+constexpr double kMaxNumber = 1e30;
+constexpr std::size_t kMaxCandidates = 100'000;
+constexpr std::size_t kMaxShown = 200;  // bytes of a value or of a list of names in a message
+
+constexpr int64_t kSecondsPerHour = 3600;
+constexpr int64_t kSecondsPerDay = 24 * kSecondsPerHour;
+constexpr int64_t kNumClockFeatures = 4;
+constexpr int64_t kEpochWeekday = 3;  // 1970-01-01 was a Thursday; Monday is 0.
+
+const std::string kUser = "user_id", kItem = "item_id", kAction = "action", kTime = "time";
+
+using Names = std::vector<std::string>;
+using Columns = std::map<std::string, const Json*>;  // arrays of one length by name
+using Cells = std::vector<const Json*>;              // some rows of a column
+
+// Ids of some rows one after the other, and how many each row has.
+struct Bags {
+  std::vector<int64_t> values, lengths;
+};
+
+std::string cut(const std::string& text) {
+  return text.size() <= kMaxShown ? text : text.substr(0, kMaxShown) + "...";
+}
+
+// A value as a message may hold it: short, whatever its size and depth.
+std::string shown(const Json& value) {
+  if (value.is_array()) return "a list of " + std::to_string(value.size());
+  if (value.is_object()) return "an object of " + std::to_string(value.size());
+  if (value.is_string()) return "'" + cut(value.get_ref<const std::string&>()) + "'";
+  return value.is_binary() ? cut(long_integer(value)) : value.dump();
+}
+
+std::string keys_of(const Json& object) {
+  std::string keys;
+  for (const auto& item : object.items()) keys += (keys.empty() ? "'" : ", '") + item.key() + "'";
+  return "[" + cut(keys) + "]";
+}
+
+Names joined(Names names, const Names& more) {
+  names.insert(names.end(), more.begin(), more.end());
+  return names;
+}
+
+const Json& need(const Json& group, const std::string& name, const std::string& where) {
+  const auto found = group.find(name);
+  if (found == group.end()) {
+    throw RequestError(where + " has no '" + name + "'; it has " + keys_of(group));
+  }
+  return *found;
+}
+
+const Json& need_group(const Json& raw, const std::string& name, const Names& columns) {
+  const Json& group = need(raw, name, "the request");
+  if (!group.is_object()) {
+    throw RequestError(name + " is an object of columns; got " + group.type_name());
+  }
+  for (const std::string& column : columns) need(group, column, name);
+  return group;
+}
+
+// The wanted columns of a group, each a list, all of one length.
+Columns need_columns(const Json& raw, const std::string& name, const Names& columns) {
+  const Json& group = need_group(raw, name, columns);
+  Columns found;
+  std::string lengths;
+  bool differ = false;
+  for (const std::string& column : columns) {
+    const Json& cells = group.at(column);
+    if (!cells.is_array()) {
+      throw RequestError(name + "." + column + " is a list, one value a row; got " +
+                         cells.type_name());
+    }
+    found[column] = &cells;
+    differ |= cells.size() != group.at(columns[0]).size();
+    lengths += (lengths.empty() ? "'" : ", '") + column + "': " + std::to_string(cells.size());
+  }
+  if (differ) {
+    throw RequestError("the columns of " + name + " differ in length: {" + lengths + "}");
+  }
+  return found;
+}
+
+// A text or an integer as text, which are the same id; empty for anything else.
+std::string text_of(const Json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  return value.is_number_integer() ? value.dump() : long_integer(value);
+}
+
+std::string id_of(const Json& value, const std::string& column) {
+  std::string id = text_of(value);
+  if (id.empty() || (!value.is_string() && id[0] == '-')) {
+    throw RequestError(column + " holds " + shown(value) +
+                       "; an id is an integer from 0 or a text");
+  }
+  return id;
+}
+
+double number_of(const Json& value, const std::string& column) {
+  double number = NAN;
+  if (value.is_number()) number = value.get<double>();
+  if (value.is_binary()) number = std::stod(long_integer(value));
+  if (!(std::abs(number) <= kMaxNumber)) {
+    throw RequestError(column + " holds " + shown(value) + "; a finite number is allowed");
+  }
+  return number;
+}
+
+int64_t time_of(const Json& value, const std::string& column) {
+  const double time = number_of(value, column);
+  if (!(0 <= time && time <= kMaxTime)) {
+    throw RequestError(column + " is " + shown(value) +
+                       "; Unix seconds from 0 to 4102444800 are allowed");
+  }
+  return static_cast<int64_t>(time);
+}
+
+// FNV-1a of 64 bits: the program compares events as well, so equal keys cost reuse and no scores.
+int64_t user_key(const std::string& id) {
+  uint64_t hash = 14695981039346656037u;
+  for (const char c : id) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+  return static_cast<int64_t>(hash);
+}
+
+int64_t row_of(const Json& value, const Vocabulary& vocabulary, const std::string& column) {
+  return value.is_null() ? kMissingRow : vocabulary.row(id_of(value, column));
+}
+
+std::vector<int64_t> rows_of(const Cells& cells, const Vocabulary& vocabulary,
+                             const std::string& column) {
+  std::vector<int64_t> rows;
+  rows.reserve(cells.size());
+  for (const Json* cell : cells) rows.push_back(row_of(*cell, vocabulary, column));
+  return rows;
+}
+
+// Rows of multi-valued cells; a single id stands for a list of one, null for none.
+Bags bags_of(const Cells& cells, const Vocabulary& vocabulary, const std::string& column) {
+  Bags bags;
+  for (const Json* cell : cells) {
+    const std::size_t start = bags.values.size();
+    if (cell->is_array()) {
+      for (const Json& value : *cell) bags.values.push_back(row_of(value, vocabulary, column));
+    } else if (!cell->is_null()) {
+      bags.values.push_back(row_of(*cell, vocabulary, column));
+    }
+    bags.lengths.push_back(static_cast<int64_t>(bags.values.size() - start));
+  }
+  return bags;
+}
+
+// Values that are all of one request.
+Bags of_one_request(std::vector<int64_t> values) {
+  const auto length = static_cast<int64_t>(values.size());
+  return {std::move(values), {length}};
+}
+
+void put(Request& request, const std::string& key, Bags bags) {
+  request.columns[key + ".values"] = std::move(bags.values);
+  request.columns[key + ".lengths"] = std::move(bags.lengths);
+}
+
+Cells all_of(const Json& column) {
+  Cells cells;
+  cells.reserve(column.size());
+  for (const Json& cell : column) cells.push_back(&cell);
+  return cells;
+}
+
+// Where a history's events stand among all of the user's.
+std::vector<std::size_t> places_of(const History& history, const Columns& columns) {
+  std::vector<std::size_t> places;
+  for (std::size_t place = 0; place < columns.at(kTime)->size(); ++place) {
+    if (history.actions.empty() || history.actions.count(text_of((*columns.at(kAction))[place]))) {
+      places.push_back(place);
+    }
+  }
+  return places;
+}
+
+// One history of a request, cut to the window.
+void put_history(Request& request, const History& history, const Columns& columns,
+                 const Schema& schema) {
+  const std::vector<std::size_t> places = places_of(history, columns);
+  const int64_t first_event = history.window.start(static_cast<int64_t>(places.size()));
+  const auto cells = [&](const std::string& column) {
+    Cells read;
+    for (auto place = places.begin() + first_event; place != places.end(); ++place) {
+      read.push_back(&(*columns.at(column))[*place]);
+    }
+    return read;
+  };
+  for (const std::string& column : schema.event_columns) {
+    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
+    put(request, history.name + "." + column,
+        of_one_request(rows_of(cells(column), vocabulary, "history." + column)));
+  }
+  std::vector<int64_t> times;
+  for (const Json* time : cells(kTime)) times.push_back(time_of(*time, "history." + kTime));
+  request.num_events += static_cast<int64_t>(times.size());
+  put(request, history.name + "." + kTime, of_one_request(std::move(times)));
+  for (const std::string& column : schema.item_attributes) {
+    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
+    put(request, history.name + "." + column,
+        bags_of(cells(column), vocabulary, "history." + column));
+  }
+  request.columns[history.name + ".first_event"] = {first_event};
+}
+
+void put_candidates(Request& request, const Columns& columns, const Schema& schema) {
+  const Vocabulary& items = schema.vocabulary_by_column.at(kItem);
+  put(request, "candidates." + kItem,
+      of_one_request(rows_of(all_of(*columns.at(kItem)), items, "candidates." + kItem)));
+  for (const std::string& column : schema.item_attributes) {
+    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
+    put(request, "candidates." + column,
+        bags_of(all_of(*columns.at(column)), vocabulary, "candidates." + column));
+  }
+}
+
+// Hour of day and day of week, UTC, as points on two circles.
+std::vector<float> clock_features(int64_t time) {
+  const double hour = static_cast<double>(time % kSecondsPerDay) * (2 * M_PI / kSecondsPerDay);
+  const int64_t day = time / kSecondsPerDay + kEpochWeekday;
+  const double weekday = static_cast<double>(day % 7) * (2 * M_PI / 7);
+  return {static_cast<float>(std::sin(hour)), static_cast<float>(std::cos(hour)),
+          static_cast<float>(std::sin(weekday)), static_cast<float>(std::cos(weekday))};
+}
+
+// Signed logarithm, so that prices and counts of any scale reach the dense arch near one.
+float squash(double value) {
+  const int sign = (value > 0) - (value < 0);
+  return static_cast<float>(sign * std::log1p(std::abs(value)));
+}
+
+// Candidates one after the other: the clock of the request, then the floats of the item.
+std::vector<float> dense_of(const Columns& candidates, const Schema& schema, int64_t time) {
+  const std::vector<float> clock = clock_features(time);
+  std::vector<float> dense;
+  for (std::size_t place = 0; place < candidates.at(kItem)->size(); ++place) {
+    dense.insert(dense.end(), clock.begin(), clock.end());
+    for (const std::string& column : schema.item_floats) {
+      const Json& value = (*candidates.at(column))[place];
+      dense.push_back(squash(number_of(value, "candidates." + column)));
+    }
+  }
+  return dense;
+}
+
+}  // namespace
+
+Vocabulary::Vocabulary(const std::vector<std::string>& ids) {
+  int64_t row = kNumReservedRows;
+  for (const std::string& id : ids) row_by_id_[id] = row++;
+}
+
+int64_t Vocabulary::row(const std::string& id) const {
+  const auto found = row_by_id_.find(id);
+  return found == row_by_id_.end() ? kUnknownRow : found->second;
+}
+
+int64_t Window::start(int64_t num_events) const {
+  if (num_events <= max_history) return 0;
+  // The surplus over max_history, rounded up to whole blocks.
+  return (num_events - max_history + block - 1) / block * block;
+}
+
+int64_t Schema::num_dense() const {
+  return kNumClockFeatures + static_cast<int64_t>(item_floats.size());
+}
+
+Schema Schema::from_json(const Json& values) {
+  Schema schema;
+  for (const auto& item : values.at("vocabulary_by_column").items()) {
+    schema.vocabulary_by_column.emplace(item.key(), Vocabulary(item.value().get<Names>()));
+  }
+  schema.context = values.at("context").get<Names>();
+  schema.event_columns = {kItem};
+  if (values.at("has_action").get<bool>()) schema.event_columns.push_back(kAction);
+  schema.item_attributes = values.at("item_attributes").get<Names>();
+  schema.item_floats = values.at("item_floats").get<Names>();
+  for (const Json& history : values.at("histories")) {
+    const Json& window = history.at("window");
+    const Window read{window.at("max_history").get<int64_t>(), window.at("block").get<int64_t>()};
+    if (read.block < 1) throw JsonError("block is " + window.at("block").dump() + "; at least 1");
+    schema.histories.push_back({history.at("name").get<std::string>(), read,
+                                history.at("actions").get<std::set<std::string>>()});
+  }
+  return schema;
+}
+
+Json decode_request(const std::string& line) {
+  Json raw;
+  try {
+    raw = read_json(line);
+  } catch (const JsonError& error) {
+    throw RequestError(cut(error.what()));
+  }
+  if (!raw.is_object()) {
+    throw RequestError(std::string("a request is a JSON object; got ") + raw.type_name());
+  }
+  return raw;
+}
+
+std::string request_id_of(const Json& raw) {
+  const auto found = raw.find("request_id");
+  if (found == raw.end()) return "null";
+  if (found->is_string()) return json_string(found->get_ref<const std::string&>());
+  if (found->is_binary()) return long_integer(*found);
+  return found->is_number_integer() ? found->dump() : "null";
+}
+
+Request parse_request(const Json& raw, const Schema& schema) {
+  Request request;
+  const std::string user_id = id_of(need(raw, kUser, "the request"), kUser);
+  const int64_t time = time_of(need(raw, kTime, "the request"), kTime);
+  if (!schema.context.empty()) need_group(raw, "context", schema.context);
+  const Columns history = need_columns(
+      raw, "history", joined(joined(schema.event_columns, schema.item_attributes), {kTime}));
+  const Columns candidates = need_columns(
+      raw, "candidates", joined(joined({kItem}, schema.item_attributes), schema.item_floats));
+  const std::size_t num_candidates = candidates.at(kItem)->size();
+  if (num_candidates > kMaxCandidates) {
+    throw RequestError("candidates has " + std::to_string(num_candidates) + " rows; at most " +
+                       std::to_string(kMaxCandidates) + " are allowed");
+  }
+  request.num_candidates = static_cast<int64_t>(num_candidates);
+  request.request_id = request_id_of(raw);
+  if (request.request_id == "null" && raw.contains("request_id") && !raw["request_id"].is_null()) {
+    throw RequestError("request_id is text or an integer; got " + shown(raw["request_id"]));
+  }
+  request.columns = {
+      {"user_key", {user_key(user_id)}},
+      {kUser, {schema.vocabulary_by_column.at(kUser).row(user_id)}},
+      {kTime, {time}},
+  };
+  for (const std::string& column : schema.context) {
+    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
+    const std::string name = "context." + column;
+    put(request, name, bags_of({&raw["context"][column]}, vocabulary, name));
+  }
+  for (const History& one : schema.histories) put_history(request, one, history, schema);
+  put_candidates(request, candidates, schema);
+  request.dense = dense_of(candidates, schema, time);
+  return request;
+}

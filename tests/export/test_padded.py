@@ -1,0 +1,305 @@
+"""Padded graphs say what the eager model says, before any compiler has seen them."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+)
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from tests.core.encoder_worlds import (
+    EXTENDED_NAMES,
+    NAMES,
+    NUM_TOKENS,
+    TWO_HISTORIES,
+    draw_buyer,
+    make_caches,
+    raws_of,
+    two_histories_model,
+    world_of,
+)
+from tests.core.oracle import reference_logits
+from tests.core.test_ranking_models import BUILD_BY_NAME, new_collection
+from tests.core.worlds import (
+    CAUSAL_SPEC,
+    LOGIT_TOLERANCE,
+    PATH_TOLERANCE,
+    SCHEMA,
+    assert_same_scores,
+    draw_raw,
+    examples,
+    make_dlrm,
+    parse_all,
+    ragged_users,
+    random_weights,
+    see_prefixes,
+    take_candidates,
+)
+from torchrec_kvshare.cache.store import KVStore
+from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
+from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
+from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.export.padded import doubling_ends, padded_graphs
+from torchrec_kvshare.export.parity import score_through_pages
+from torchrec_kvshare.export.pt2 import PaddedRanking
+from torchrec_kvshare.features import (
+    collate,
+    collate_history,
+    collate_tails,
+)
+from torchrec_kvshare.history.kinds import BIDIRECTIONAL, KINDS, TowerSpec
+from torchrec_kvshare.history.moments import doubling_bucket
+from torchrec_kvshare.ranking import RankingModel
+
+# Empty histories, one event, whole and cut windows; the longest has the fewest candidates.
+USERS = [(0, 3, 1), (1, 1, 2), (14, 5, 3), (30, 1, 4), (7, 4, 5)]
+BATCHES = [USERS, USERS[:1], USERS[1:2], USERS[3:4], [(0, 2, 6), (0, 1, 7)]]
+
+
+def padded(model: nn.Module, schema: FeatureSchema, spec: TowerSpec) -> PaddedRanking:
+    """The ranking functions of a model's graphs as plain modules."""
+    return PaddedRanking(padded_graphs(RankingModel(model).eval(), schema), schema, spec)
+
+
+@lru_cache
+def both(name: str, num_tokens: int = NUM_TOKENS) -> tuple[PaddedRanking, RankingModel]:
+    """The padded and the eager functions of a world's model."""
+    schema, spec, dlrm = world_of(name, num_tokens)
+    return padded(dlrm, schema, spec), RankingModel(dlrm).eval()
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance)
+
+
+def assert_equals_eager(
+    got: PaddedRanking, model: nn.Module, users: list[tuple[int, int, int]]
+) -> None:
+    """Logits of a model of the usual schema, uncached and through pages."""
+    requests = parse_all([draw_raw(*user) for user in users])
+    batch = collate(requests, SCHEMA)
+    expected = model(batch.dense_features, batch.sparse_features).squeeze(1)
+    uncached = got(batch.dense_features, batch.sparse_features)
+    assert_close(uncached, expected, PATH_TOLERANCE)
+    assert_close(score_through_pages(got, requests, SCHEMA), expected, PATH_TOLERANCE)
+
+
+@pytest.mark.parametrize("num_tokens", [1, NUM_TOKENS])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_logits_equal_the_reference(name: str, num_tokens: int) -> None:
+    world = world_of(name, num_tokens)
+    got, _ = both(name, num_tokens)
+    raws = raws_of(world, USERS)
+    expected = torch.cat([reference_logits(world.dlrm, world.schema, raw) for raw in raws])
+    requests = parse_all(raws, world.schema)
+    batch = collate(requests, world.schema)
+    uncached = got(batch.dense_features, batch.sparse_features).double()
+    assert expected.std() > 100 * LOGIT_TOLERANCE
+    assert_close(uncached, expected, LOGIT_TOLERANCE)
+    assert_close(
+        score_through_pages(got, requests, world.schema).double(), expected, LOGIT_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@examples(0.1)
+@given(users=ragged_users)
+@torch.no_grad()
+def test_any_batch_says_what_the_eager_model_says(
+    name: str, users: list[tuple[int, int, int]]
+) -> None:
+    world = world_of(name)
+    got, eager = both(name)
+    batch = collate(parse_all(raws_of(world, users), world.schema), world.schema)
+    features = batch.sparse_features
+    for one, other in zip(got.prefill(features), eager.prefill(features), strict=True):
+        assert_close(one, other, PATH_TOLERANCE)
+    expected = eager(batch.dense_features, features)
+    assert_close(got(batch.dense_features, features), expected, PATH_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", EXTENDED_NAMES)
+@torch.no_grad()
+def test_new_events_extend_what_is_cached_as_eager_does(name: str) -> None:
+    """One user has nothing cached, one nothing new, and one neither."""
+    schema = world_of(name).schema
+    got, eager = both(name)
+    requests = parse_all(
+        raws_of(world_of(name), [(0, 1, 1), (12, 1, 2), (9, 1, 3), (12, 1, 4)]), schema
+    )
+    whole = [request.events_by_history[HISTORY] for request in requests]
+    kept = [0, 9, 9, 0]  # events; a multiple of what longer merges
+    rows = [eager.reusable([number], [number], [12])[0][1] for number in kept]
+    heads = [
+        replace(request, events_by_history={HISTORY: events.part(0, number)})
+        for request, events, number in zip(requests, whole, kept, strict=True)
+    ]
+    kv = eager.prefill(collate_history(heads, schema).sparse_features)[0]
+    all_rows = [eager.num_rows([number])[0] for number in kept]
+    parts = zip(kv.split(all_rows, dim=1), rows, strict=True)
+    cached = torch.cat([part[:, :number] for part, number in parts], dim=1)
+    tails = [
+        {HISTORY: events.part(number, events.num_events)}
+        for events, number in zip(whole, kept, strict=True)
+    ]
+    for chosen in ([0, 1, 2, 3], [1], [2], [3]):
+        features = collate_tails(
+            [tails[user] for user in chosen], {HISTORY: [kept[user] for user in chosen]}, schema
+        ).sparse_features
+        taken = torch.cat([cached.split(rows, dim=1)[user] for user in chosen], dim=1)
+        arguments = (features, [taken], [torch.tensor([rows[user] for user in chosen])])
+        [expected] = eager.extend(*arguments)
+        assert_close(got.extend(*arguments)[0], expected, PATH_TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_two_histories_are_read_each_by_its_tower(kind: str) -> None:
+    """Two requests are of one user with the same events at two times."""
+    dlrm = two_histories_model(kind)
+    spec = dlrm.sparse_arch.embedding_bag_collection.towers()[0].spec
+    raws = [draw_buyer(f"user {user[2]}", *user) for user in USERS]
+    raws.append(raws[2] | {"time": raws[2]["time"] + 1_000_000})
+    requests = parse_all(raws, TWO_HISTORIES)
+    batch = collate(requests, TWO_HISTORIES)
+    got = padded(dlrm, TWO_HISTORIES, spec)
+    expected = torch.cat([reference_logits(dlrm, TWO_HISTORIES, raw) for raw in raws])
+    uncached = got(batch.dense_features, batch.sparse_features).double()
+    assert_close(uncached, expected, LOGIT_TOLERANCE)
+    through_pages = score_through_pages(got, requests, TWO_HISTORIES).double()
+    assert_close(through_pages, expected, LOGIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_serves_padded_graphs_from_pages_nobody_wrote_whole(name: str) -> None:
+    """What was never written in the pages is NaN, and must not be read."""
+    world = world_of(name)
+    got, eager = both(name)
+    engine = Engine(got, world.schema, "padded", KVStore(make_caches(eager, [40])))
+    uncached = Engine(eager, world.schema, "eager", store=None)
+    for shortened in (6, 3, 0):
+        users = [(max(0, events - shortened), *rest) for events, *rest in USERS]
+        raws = raws_of(world, USERS)
+        for raw, (num_events, _, _) in zip(raws, users, strict=True):
+            raw["history"] = {name: cells[:num_events] for name, cells in raw["history"].items()}
+        requests = parse_all(raws, world.schema)
+        assert_same_scores(engine.rank(requests), uncached.rank(requests))
+
+
+@torch.no_grad()
+def test_candidates_come_in_any_order() -> None:
+    got, eager = both(NAMES[0])
+    world = world_of(NAMES[0])
+    batch = collate(parse_all(raws_of(world, USERS), world.schema), world.schema)
+    mixed = take_candidates(batch, torch.tensor([9, 0, 13, 4, 2, 3, 12, 5]))
+    expected = eager(mixed.dense_features, mixed.sparse_features)
+    assert_close(got(mixed.dense_features, mixed.sparse_features), expected, PATH_TOLERANCE)
+
+
+@torch.no_grad()
+def test_what_graphs_cannot_do_is_refused() -> None:
+    got, eager = both(BIDIRECTIONAL)
+    schema = world_of(BIDIRECTIONAL).schema
+    batch = collate(parse_all(raws_of(world_of(BIDIRECTIONAL), USERS[:2]), schema), schema)
+    features = batch.sparse_features
+    kv = eager.prefill(features)
+    with pytest.raises(ValueError, match="bidirectional histories cannot be extended"):
+        got.extend(features, kv, [torch.tensor([0, 1])])
+    with pytest.raises(ConfigError, match=r"cache\.items must be off"):
+        got.project_candidates(features)
+    with pytest.raises(ConfigError, match=r"cache\.items must be off"):
+        got.score(batch.dense_features, features, kv, eager.project_candidates(features))
+    prefixes = see_prefixes(batch, [0, 0, 0, 1], [7, 7, 7, 8])
+    with pytest.raises(ValueError, match="whole histories, not prefixes"):
+        got(prefixes.dense_features, prefixes.sparse_features)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_counted_as_by_the_model(name: str) -> None:
+    got, eager = both(name)
+    for num_events in range(25):
+        assert got.num_rows([num_events]) == eager.num_rows([num_events])
+        for cached in range(num_events + 1):
+            numbers = ([cached // 2], [cached], [num_events])
+            assert got.reusable(*numbers) == eager.reusable(*numbers)
+
+
+def test_times_and_places_fall_into_the_models_buckets() -> None:
+    amount = torch.arange(-3, 70)
+    for num_buckets in (2, 3, 7):
+        got = torch.bucketize(amount, doubling_ends(num_buckets), right=True)
+        assert torch.equal(got, doubling_bucket(amount, num_buckets))
+
+
+@pytest.mark.parametrize("name", BUILD_BY_NAME)
+@torch.no_grad()
+def test_torchrecs_ranking_models_are_taken_as_they_are(name: str) -> None:
+    model = BUILD_BY_NAME[name](new_collection()).eval()
+    random_weights(model, 12)
+    for users in BATCHES:
+        assert_equals_eager(padded(model, SCHEMA, CAUSAL_SPEC), model, users)
+
+
+@pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])
+@torch.no_grad()
+def test_torchrecs_own_bags_are_pooled_as_their_tables_say(pooling: PoolingType) -> None:
+    good = new_collection()
+    tables = [replace(one, pooling=pooling) for one in good.bags.embedding_bag_configs()]
+    collection = KVShareEmbeddingBagCollection(
+        EmbeddingBagCollection(tables=tables),
+        good.token_embeddings,
+        {HISTORY: good.towers()[0]},
+        SCHEMA,
+    )
+    model = BUILD_BY_NAME["DLRM"](collection).eval()
+    random_weights(model, 13)
+    for users in BATCHES:
+        assert_equals_eager(padded(model, SCHEMA, CAUSAL_SPEC), model, users)
+
+
+@torch.no_grad()
+def test_the_given_model_stays_as_it_was() -> None:
+    model = RankingModel(make_dlrm(seed=8)).eval()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    graphs = padded_graphs(model, SCHEMA)
+    assert dict(model.named_modules(remove_duplicate=False)) == modules
+    own = {id(parameter) for parameter in model.parameters()}
+    for graph in graphs.values():
+        assert {id(parameter) for parameter in graph.parameters()} <= own
+
+
+class OtherBags(EmbeddingBagCollectionInterface):
+    """Bags whose tables are not TorchRec's."""
+
+    def __init__(self, configs: list[EmbeddingBagConfig]) -> None:
+        super().__init__()
+        self.configs = configs
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        raise NotImplementedError
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        return self.configs
+
+    def is_weighted(self) -> bool:
+        return False
+
+
+def test_bags_that_are_no_plain_tables_are_refused() -> None:
+    good = new_collection()
+    bags = OtherBags(good.bags.embedding_bag_configs())
+    collection = KVShareEmbeddingBagCollection(
+        bags, good.token_embeddings, {HISTORY: good.towers()[0]}, SCHEMA
+    )
+    model = RankingModel(BUILD_BY_NAME["DLRM"](collection)).eval()
+    with pytest.raises(ConfigError, match="the ranking stage's bags are OtherBags"):
+        padded_graphs(model, SCHEMA)

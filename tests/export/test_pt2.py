@@ -1,0 +1,221 @@
+"""Compiled graphs say what the eager model says, at sizes nobody exported, in a process of torch's.
+
+Compiling takes most of a minute for each kind, so one test does all that needs its graphs.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.core.encoder_worlds import LONGER_WINDOW, SLIDING_WINDOW
+from tests.core.worlds import LOGIT_TOLERANCE, SCHEMA, draw_raw, fresh_process, make_dlrm, parse_all
+from torchrec_kvshare.data.schema import FeatureSchema, History
+from torchrec_kvshare.engine import RankingFunctions
+from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.export.padded import Inputs
+from torchrec_kvshare.export.parity import score_extended, score_through_pages
+from torchrec_kvshare.export.pt2 import (
+    GRAPHS,
+    Graph,
+    PaddedRanking,
+    graph_inputs,
+    load_pt2,
+    write_pt2,
+)
+from torchrec_kvshare.features import collate
+from torchrec_kvshare.history.kinds import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    HSTU,
+    LONGER,
+    TARGET_ONLY,
+    TowerSpec,
+)
+from torchrec_kvshare.ranking import RankingModel
+
+# Items and times alone, so that graphs are small.
+BARE = replace(SCHEMA, context=(), has_action=False, item_attributes=(), item_floats=())
+SEEN, BOUGHT = History("seen", SLIDING_WINDOW), History("bought", SLIDING_WINDOW, ("buy",))
+
+
+class World(NamedTuple):
+    """What a compiled model reads, and what its towers are."""
+
+    schema: FeatureSchema
+    spec: TowerSpec
+
+
+# Between them they have everything a model can have; test_padded.py has it for every kind.
+WORLD_BY_KIND = {
+    CAUSAL: World(SCHEMA, TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2)),
+    BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 2, 2)),
+    TARGET_ONLY: World(
+        replace(BARE, has_action=True, histories=(SEEN, BOUGHT)),
+        TowerSpec(TARGET_ONLY, 10, 2, 2, window=4),
+    ),
+    HSTU: World(
+        replace(BARE, histories=(History("history", SLIDING_WINDOW),)),
+        TowerSpec(HSTU, 10, 2, 2, window=4),
+    ),
+    LONGER: World(
+        replace(BARE, histories=(History("history", LONGER_WINDOW),)),
+        TowerSpec(LONGER, 10, 2, 2, merge=3, recent=12, num_globals=2),
+    ),
+}
+
+# The export draws 2 users of a whole window and 100 candidates each.
+BATCHES = [
+    [(9, 1, 31)],
+    [(0, 2, 32)],
+    [(1, 3, 33)],
+    [(0, 1, 34), (0, 2, 35)],
+    [(24, 97, 36), (0, 1, 37)],
+    [(number, 1 + number % 4, 40 + number) for number in range(23)],
+]
+
+FOREIGN_PROGRAM = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+folder, asked, answered = sys.argv[1:]
+graphs = json.load(open(f"{folder}/graphs.json"))["graphs"]
+load = torch._inductor.aoti_load_package
+loaders = {name: load(f"{folder}/{graph['file']}").loader for name, graph in graphs.items()}
+num_threads = len(os.listdir("/proc/self/task"))
+answers = []
+for name, inputs in torch.load(asked):
+    answers.append(loaders[name].run([inputs[one["name"]] for one in graphs[name]["inputs"]]))
+torch.save(answers, answered)
+found = {"new_threads": len(os.listdir("/proc/self/task")) - num_threads}
+found["modules"] = [n for n in ("torchrec_kvshare", "torchrec", "fbgemm_gpu") if n in sys.modules]
+print(json.dumps(found))
+"""
+
+
+def assert_equals_eager(
+    got: RankingFunctions, eager: RankingModel, world: World, users: list[tuple[int, int, int]]
+) -> None:
+    """K/V, and logits uncached, through pages and, where there are such, extended."""
+    requests = parse_all([draw_raw(*user, world.schema) for user in users], world.schema)
+    batch = collate(requests, world.schema)
+    features = batch.sparse_features
+    for one, other in zip(got.prefill(features), eager.prefill(features), strict=True):
+        assert_close(one, other)
+    expected = eager(batch.dense_features, features)
+    assert_close(got(batch.dense_features, features), expected)
+    assert_close(score_through_pages(got, requests, world.schema), expected)
+    if world.spec.kind != BIDIRECTIONAL:
+        extended = score_extended(eager, requests, world.schema)
+        assert_close(score_extended(got, requests, world.schema), extended)
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=LOGIT_TOLERANCE)
+
+
+def recording(graphs: dict[str, Graph], asked: list[tuple[str, Inputs]]) -> dict[str, Graph]:
+    """The same graphs, which write down what they are asked."""
+
+    def record(name: str) -> Graph:
+        def call(inputs: Inputs) -> list[Tensor]:
+            asked.append((name, inputs))
+            return graphs[name](inputs)
+
+        return call
+
+    return {name: record(name) for name in graphs}
+
+
+def answer_elsewhere(folder: Path, asked: list[tuple[str, Inputs]]) -> tuple[Any, Iterator[Any]]:
+    """What a process of torch alone says of itself, and what its graphs answer."""
+    torch.save(asked, folder / "asked")
+    files = [str(folder), str(folder / "asked"), str(folder / "answered")]
+    output, errors = fresh_process(FOREIGN_PROGRAM, *files).communicate()
+    assert output, errors
+    return json.loads(output), iter(torch.load(folder / "answered"))
+
+
+def sources_of(path: Path) -> str:
+    """All C++ of a compiled graph."""
+    with zipfile.ZipFile(path) as package:
+        names = [name for name in package.namelist() if name.endswith(".cpp")]
+        return "".join(package.read(name).decode() for name in names)
+
+
+@pytest.mark.parametrize("kind", WORLD_BY_KIND)
+@torch.no_grad()
+def test_compiled_graphs_say_what_the_model_says(kind: str, tmp_path: Path) -> None:
+    world = WORLD_BY_KIND[kind]
+    eager = RankingModel(make_dlrm(8, *world)).eval()
+    files = write_pt2(eager, world.schema, tmp_path)
+    names = ["prefill", *([] if kind == BIDIRECTIONAL else ["extend"]), "rank"]
+    assert files == [GRAPHS, *(f"{name}.pt2" for name in names)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+    loaded = load_pt2(tmp_path, world.schema, asdict(world.spec))
+    assert isinstance(loaded, PaddedRanking)
+    asked: list[tuple[str, Inputs]] = []
+    here = PaddedRanking(recording(dict(loaded.graphs), asked), world.schema, world.spec)
+    for users in BATCHES:
+        assert_equals_eager(here, eager, world, users)
+    assert {name for name, _ in asked} == set(names)
+    found, answers = answer_elsewhere(tmp_path, asked)
+    assert found == {"new_threads": 0, "modules": []}
+    there = PaddedRanking(dict.fromkeys(names, lambda _: next(answers)), world.schema, world.spec)
+    for users in BATCHES:
+        assert_equals_eager(there, eager, world, users)
+    for name in names:
+        sources = sources_of(tmp_path / f"{name}.pt2")
+        assert "omp parallel" in sources
+        assert "num_threads(" not in sources  # Not the number of whoever compiled it.
+
+
+def test_a_graph_for_another_cpu_is_refused(tmp_path: Path) -> None:
+    (tmp_path / GRAPHS).write_text(json.dumps({"cpu": "AVX1024", "graphs": {}}))
+    with pytest.raises(ArtifactError, match="was compiled for a CPU with AVX1024; this has"):
+        load_pt2(tmp_path, BARE, asdict(WORLD_BY_KIND[CAUSAL].spec))
+
+
+def test_a_file_that_is_no_graph_is_named(tmp_path: Path) -> None:
+    cpu = torch.backends.cpu.get_cpu_capability()
+    graphs = {"rank": {"file": "rank.pt2", "inputs": []}}
+    (tmp_path / GRAPHS).write_text(json.dumps({"cpu": cpu, "graphs": graphs}))
+    (tmp_path / "rank.pt2").write_text("no graph")
+    with pytest.raises(ArtifactError, match=r"rank\.pt2 cannot be loaded"):
+        load_pt2(tmp_path, BARE, asdict(WORLD_BY_KIND[CAUSAL].spec))
+
+
+def test_inputs_are_described_for_hosts_of_any_language() -> None:
+    model = RankingModel(make_dlrm(8)).eval()
+    described = {
+        graph: {name: (dtype, shape) for name, dtype, shape in inputs}
+        for graph, inputs in graph_inputs(model, SCHEMA).items()
+    }
+    assert described["prefill"] == {
+        "history.item_id": ("int64", ("users", "history.events")),
+        "history.action": ("int64", ("users", "history.events")),
+        "history.position": ("int64", ("users", "history.events")),
+        "history.genres.values": ("int64", ("history.genres.ids",)),
+        "history.genres.lengths": ("int64", ("users", "history.events")),
+    }
+    kv = {"history.kv": ("float32", (4, "history.table", 3, 4))}
+    cached = {"history.rows": ("int64", ("users", "history.cached"))}
+    assert described["extend"] == described["prefill"] | kv | cached
+    assert described["rank"] == kv | {
+        "user_id": ("int64", ("users",)),
+        "request.time": ("int64", ("users",)),
+        "context.country.values": ("int64", ("context.country.ids",)),
+        "context.country.lengths": ("int64", ("users",)),
+        "candidates.item_id": ("int64", ("users", "candidates")),
+        "candidates.genres.values": ("int64", ("candidates.genres.ids",)),
+        "candidates.genres.lengths": ("int64", ("users", "candidates")),
+        "candidates.dense": ("float32", ("users", "candidates", 5)),
+        "history.time": ("int64", ("users", "history.events")),
+        "history.rows": ("int64", ("users", "history.events")),
+    }

@@ -1,0 +1,566 @@
+"""The C++ host answers as Python does, to the bit, and no line brings it down."""
+
+import copy
+import fcntl
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.core.encoder_worlds import TWO_HISTORIES
+from tests.core.worlds import SCHEMA, draw_raw, make_dlrm
+from tests.pipelines.commands import ROOT, run_pipeline
+from tests.pipelines.test_score import broken_lines, changed, truncate, unusual_lines
+from torchrec_kvshare.attention.bodies import NATIVE
+from torchrec_kvshare.data.schema import (
+    HISTORY,
+    ITEM,
+    USER,
+    FeatureSchema,
+    History,
+    Vocabulary,
+    Window,
+)
+from torchrec_kvshare.draw import draw_raw_request
+from torchrec_kvshare.engine import Answer, CacheUse, Engine
+from torchrec_kvshare.errors import RequestError
+from torchrec_kvshare.export.artifact import read_artifact
+from torchrec_kvshare.export.exporter import export_model
+from torchrec_kvshare.export.quantised import quantise_tables
+from torchrec_kvshare.export.torchscript import PROGRAM, load_program, script_model
+from torchrec_kvshare.features import Request, decode_request, parse_request
+from torchrec_kvshare.profiling.host_benchmark import build_host
+from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.scoring import score_lines
+from torchrec_kvshare.tensors import USER_KEY, request_tensors, user_key
+
+FAILED, MISUSED, REFUSED = 1, 2, 3
+RETAIL = ROOT.parent / "shared" / "data" / "uci-online-retail"
+CAPACITY_BYTES, TTL_S = 256 * 2**20, 300.0  # if nothing is said
+TOO_SHORT = ("bypass", "too_short")
+ECHO_VERSION = "0123456789abcdef-fedcba9876543210"
+
+Json = dict[str, Any]
+
+
+def run_host(host: Path, *arguments: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [host, *map(str, arguments)],
+        env={"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The program, compiled by the first of the test processes that needs it."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "host"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_host(folder)
+
+
+Ask = Callable[..., list[Json]]
+
+
+@pytest.fixture
+def ask(host: Path, tmp_path: Path) -> Ask:
+    """Answers of the host to some lines."""
+
+    def answers(artifact: Path, lines: Sequence[bytes], *options: Any) -> list[Json]:
+        requests, output = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+        requests.write_bytes(b"".join(line + b"\n" for line in lines))
+        done = run_host(host, artifact, requests, output, *options)
+        assert done.returncode in (0, REFUSED), done.stderr
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+        assert done.returncode == (REFUSED if any("error" in one for one in found) else 0)
+        assert not list(tmp_path.glob(".*"))
+        return found
+
+    return answers
+
+
+class Python:
+    """The same program asked from Python, one request a batch."""
+
+    def __init__(self, artifact: Path) -> None:
+        manifest, self.schema = read_artifact(artifact)
+        self.version = manifest.model_version
+        self.program = load_program(artifact / PROGRAM)
+
+    def uncached(self, lines: Sequence[bytes]) -> list[Json]:
+        """Answers of the engine without a store."""
+        engine = Engine(self.program.ranking, self.schema, self.version, store=None)
+        return list(score_lines(engine, lines, batch_requests=1))
+
+    def cached(self, lines: Sequence[bytes], capacity_bytes: int, ttl_s: float) -> list[Json]:
+        """Answers through the program's own cache, which is left as it was found."""
+        self.program.configure(capacity_bytes, ttl_s)
+        requests = [parse_request(decode_request(line), self.schema) for line in lines]
+        answers = [self._rank(request) for request in requests]
+        for request in requests:
+            self.program.forget(user_key(request.user_id))
+        return answers
+
+    @torch.no_grad()
+    def _rank(self, request: Request) -> Json:
+        scores, use = self.program.rank(request_tensors([request], self.schema))
+        status, reason, cached, computed = use[0].tolist()
+        names = self.program.status_names()[status], self.program.reason_names()[reason]
+        cache = CacheUse(*names, cached, computed, "device" if cached else "none")
+        return Answer(request.request_id, scores.tolist(), self.version, cache).to_json()
+
+
+# --- real models
+
+
+def grown(lines: Sequence[bytes]) -> list[bytes]:
+    """Every user asks with half of its history, with all of it, and with the same again."""
+    asked = []
+    for line in lines:
+        raw = json.loads(line)
+        half = {name: cells[: len(cells) // 2] for name, cells in raw["history"].items()}
+        asked += [json.dumps(raw | {"history": half}).encode(), line, line]
+    return asked
+
+
+def told(answers: list[Json]) -> set[tuple[str, str]]:
+    return {(answer["cache"]["status"], answer["cache"]["reason"]) for answer in answers}
+
+
+def test_scores_and_statuses_are_pythons_to_the_bit(
+    ask: Ask, artifact: Path, requests_file: Path
+) -> None:
+    python, lines = Python(artifact), requests_file.read_bytes().splitlines()
+    first = json.loads(lines[0])
+    for group in ("history", "candidates"):
+        lines.append(json.dumps(first | {group: {key: [] for key in first[group]}}).encode())
+    uncached = ask(artifact, lines, "--cache", "off")
+    assert uncached == python.uncached(lines)
+    assert told(uncached) == {("bypass", "cache_off")}
+    lines = grown(lines)
+    cached = ask(artifact, lines)
+    assert cached == python.cached(lines, CAPACITY_BYTES, TTL_S)
+    assert told(cached) >= {("hit", ""), ("miss", "cold"), ("partial", "cold"), TOO_SHORT}
+    # Two layers of 16 floats a key and a value are 8 KiB a page of 32 events.
+    small = ask(artifact, lines + lines, "--capacity-bytes", 4 * 8192, "--ttl-s", 0.5)
+    assert small == python.cached(lines + lines, 4 * 8192, 0.5)
+    assert ("miss", "evicted") in told(small)
+
+
+def test_quantised_tables_and_own_operators_are_loaded(
+    ask: Ask, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The program calls operators of fbgemm that others do not, and some that only we have."""
+    model = quantise_tables(RankingModel(make_dlrm(5), NATIVE).eval(), "int8")
+    artifact = tmp_path_factory.mktemp("native") / "artifact"
+    export_model(model, SCHEMA, artifact)
+    compiled = Path.home() / ".cache" / "torchrec_kvshare"
+    [library] = [p for p in torch.ops.loaded_libraries if Path(p).parent == compiled]
+    raws = [draw_raw(events, 3, seed) for seed, events in enumerate((0, 1, 5, 14, 14, 40))]
+    lines = grown([json.dumps(raw).encode() for raw in raws])
+    expected = Python(artifact).cached(lines, CAPACITY_BYTES, TTL_S)
+    assert ask(artifact, lines, "--operators", library) == expected
+
+
+@pytest.mark.skipif(not RETAIL.is_dir(), reason="Online Retail does not lie beside the checkout")
+def test_500_real_requests_are_scored_as_in_python(
+    ask: Ask, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("retail")
+    requests = folder / "requests.jsonl"
+    given = ("data=online_retail", f"data.root={RETAIL}", "count=500", "candidates=30")
+    run_pipeline("make_requests", *given, f"output={requests}")
+    lines = requests.read_bytes().splitlines()
+    schema = schema_of([json.loads(line) for line in lines[:300]])
+    export_model(RankingModel(make_dlrm(6, schema)).eval(), schema, folder / "artifact")
+    python = Python(folder / "artifact")
+    assert ask(folder / "artifact", lines, "--cache", "off") == python.uncached(lines)
+    answers = ask(folder / "artifact", lines)
+    assert answers == python.cached(lines, CAPACITY_BYTES, TTL_S)
+    assert len(answers) == 500
+    assert {("hit", ""), ("miss", "cold")} <= told(answers)
+
+
+def schema_of(raws: list[Json]) -> FeatureSchema:
+    """Columns of Online Retail, whose vocabularies are what the requests hold."""
+
+    def vocabulary(ids: Iterable[Any]) -> Vocabulary:
+        return Vocabulary(list(dict.fromkeys(str(one) for one in ids)))
+
+    items = (item for raw in raws for item in raw["history"][ITEM] + raw["candidates"][ITEM])
+    countries = (one for raw in raws for one in raw["context"]["country"])
+    return FeatureSchema(
+        {
+            USER: vocabulary(raw[USER] for raw in raws),
+            ITEM: vocabulary(items),
+            "country": vocabulary(countries),
+        },
+        context=("country",),
+        has_action=False,
+        item_attributes=(),
+        item_floats=("price",),
+        histories=(History(HISTORY, Window(96, 32)),),
+    )
+
+
+# --- requests to tensors
+
+PLAIN = FeatureSchema(
+    {USER: Vocabulary(["7", "nine"]), ITEM: Vocabulary([str(place) for place in range(12)])},
+    context=(),
+    has_action=False,
+    item_attributes=(),
+    item_floats=(),
+    histories=(History("events", Window(6, 2)),),
+)
+
+
+class Echo(nn.Module):
+    """A program whose scores are the tensors that it is given, and their names."""
+
+    user_key: Final[str] = USER_KEY
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model_version = ECHO_VERSION
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        parts: list[Tensor] = []
+        for name in sorted(features.keys()):
+            # Each language may number users in its own way.
+            if name != self.user_key:
+                tensor = features[name]
+                parts.append(torch.tensor([ord(letter) for letter in name]))
+                parts.append(torch.tensor(tensor.size()))
+                parts.append(torch.tensor([tensor.is_floating_point(), tensor.is_contiguous()]))
+                parts.append(tensor.flatten())
+        return torch.cat([part.double() for part in parts])
+
+    @torch.jit.export
+    def rank(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.forward(features), torch.tensor([[0, 0, 0, 0]])
+
+    @torch.jit.export
+    def status_names(self) -> list[str]:
+        return ["hit"]
+
+    @torch.jit.export
+    def reason_names(self) -> list[str]:
+        return [""]
+
+    @torch.jit.export
+    def configure(self, capacity_bytes: int, ttl_s: float) -> None:
+        pass
+
+    @torch.jit.export
+    def forget(self, user: int) -> None:
+        pass
+
+
+def echo_of(raw: Json, schema: FeatureSchema) -> list[float]:
+    """What an echo of Python's tensors is."""
+    return Echo()(request_tensors([parse_request(raw, schema)], schema)).tolist()
+
+
+def write_echo(folder: Path, schema: FeatureSchema) -> Path:
+    """An artifact as far as a host reads it."""
+    raw = draw_raw_request(schema, 3, 2, seed=9)
+    golden = [{"request": raw, "scores": echo_of(raw, schema)}]
+    model, tables = ECHO_VERSION.split("-")
+    manifest = {"model_digest": model + "f" * 48, "tables_digest": tables + "f" * 48}
+    for name, values in (("golden", golden), ("manifest", manifest), ("schema", schema.to_json())):
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    torch.jit.save(script_model(Echo()), str(folder / PROGRAM))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_echo(tmp_path_factory.mktemp("echo"), SCHEMA)
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, TWO_HISTORIES, PLAIN], ids=["one", "two", "plain"])
+def test_tensors_are_pythons(ask: Ask, tmp_path: Path, schema: FeatureSchema) -> None:
+    (tmp_path / "artifact").mkdir()
+    folder = write_echo(tmp_path / "artifact", schema)
+    raws = [
+        draw_raw(events, candidates, seed=100 * events + candidates, schema=schema)
+        for events in (0, 1, 5, 6, 7, 14, 15, 29)
+        for candidates in (0, 1, 4)
+    ]
+    answers = ask(folder, [json.dumps(raw).encode() for raw in raws])
+    assert [a["request_id"] for a in answers] == [raw["request_id"] for raw in raws]
+    assert [a["scores"] for a in answers] == [echo_of(raw, schema) for raw in raws]
+
+
+def test_cells_and_numbers_of_every_kind_are_read_as_in_python(ask: Ask, echo: Path) -> None:
+    plain = draw_raw(5, 4, seed=3)
+    candidates = plain["candidates"]
+    raws = [
+        *(changed(plain, time=time) for time in (0, 86_399, 86_400, 1.75e9, 1_699_999_999.9)),
+        *(changed(plain, user_id=one) for one in (7, "user 3", "7", 2**63, 2**64, 10**40, "ü\0")),
+        *(changed(plain, request_id=one) for one in (None, 0, -5, 2**70, "ü \u2028", "")),
+        changed(plain, context={"country": "GB"}),
+        changed(plain, context={"country": None}),
+        changed(plain, context={"country": ["GB", None, "AT", 9]}),
+        changed(plain, "candidates", item_id=[100, "100", None, 10**30]),
+        changed(plain, "candidates", genres=["genre 1", None, [], ["genre 1", None]]),
+        changed(plain, "candidates", price=[-0.0, 1e-320, -1e30, 10**29]),
+        changed(plain, "candidates", price=[3, -4, 2**64, 0.1]),
+        # A thousand prices: the logarithms of two libraries differ in their last bits.
+        changed(
+            plain,
+            candidates={
+                **{name: cells[:1] * 1000 for name, cells in candidates.items()},
+                "price": [(-1) ** place * 1.07**place / 1e9 for place in range(1000)],
+            },
+        ),
+    ]
+    answers = ask(echo, [json.dumps(raw).encode() for raw in raws])
+    assert [a["request_id"] for a in answers] == [raw["request_id"] for raw in raws]
+    assert [a["scores"] for a in answers] == [echo_of(raw, SCHEMA) for raw in raws]
+
+
+# --- broken requests
+
+# Lines that Python refuses in other words: its reader knows NaN, and has names for JSON's types.
+WORDED_OTHERWISE = {
+    "no JSON",
+    "half a line",
+    "not UTF-8",
+    "UTF-16",
+    "deep",
+    "deep inside",
+    "an array",
+    "a number",
+    "null",
+    "a boolean for an id",
+    "NaN for a time",
+    "infinite time",
+    "NaN for the time of an event",
+    "NaN for a price",
+    "a column that is no list",
+    "a group that is no object",
+    "a huge time",
+    "too many digits",
+}
+
+
+def test_broken_lines_are_refused_in_their_place_and_unusual_ones_scored(
+    ask: Ask, artifact: Path, requests_file: Path
+) -> None:
+    raws = [json.loads(line) for line in requests_file.read_text().splitlines()]
+    whole = next(raw for raw in raws if len(raw["history"]["time"]) > 5)
+    named = {**broken_lines(whole), **unusual_lines(whole)}
+    good = json.dumps(raws[0]).encode()
+    lines = [one for line in named.values() for one in (line, b" ", good)]
+    answers = ask(artifact, lines, "--cache", "off")
+    expected = Python(artifact).uncached(lines)
+    assert answers[1::2] == expected[1::2]
+    for name, one, other in zip(named, answers[::2], expected[::2], strict=True):
+        if name in WORDED_OTHERWISE:
+            assert set(one) == {"request_id", "error"}, name
+            assert one["error"]["type"] == "RequestError"
+            assert 10 < len(one["error"]["message"]) < 300, name
+        else:
+            assert one == other, name
+
+
+def test_what_is_no_json_is_refused(ask: Ask, echo: Path) -> None:
+    line = json.dumps(draw_raw(2, 1, seed=4) | {"request_id": "r"}).encode()
+    tails = (b', "x": NaN}', b', "x": 1e999}', b', "x": "\\ud800"}', b"}}", b"}\0", b', "x": 01}')
+    answers = ask(echo, [line[:-1] + tail for tail in (*tails, b', "x": [1E9, "\\ud83d\\ude00"]}')])
+    assert ["error" in answer for answer in answers] == [True] * len(tails) + [False]
+    assert answers[-1]["scores"] == echo_of(json.loads(line), SCHEMA)
+
+
+# Python's reader takes these, which are no JSON or no text; 1e999 is infinite to it.
+PYTHONS_OWN = (b"NaN", b"Infinity", b"1e999", b"\\ud8", b"\xed\xa0\x80")
+VALUES = (
+    *(b"null", b"true", b"NaN", b"1e999", b"-0", b"-1", b"7", b"1.5", b"1e3", b"1" * 30),
+    *(b'""', b'"genre 1"', b"[]", b'["AT", null]', b"[[]]", b"{}", b'{"a": 1}'),
+)
+PIECES = (
+    *(*VALUES, *PYTHONS_OWN, b"\0", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\x0b"),
+    *(b'"', b"\\", b"[", b"]", b"{", b"}", b",", b":"),
+)
+
+
+def mutated(line: bytes, rng: random.Random) -> bytes:
+    """The line with a few places removed, repeated, or written over; never the end of a line."""
+    for _ in range(rng.randint(1, 3)):
+        start = rng.randrange(len(line) + 1)
+        end = min(len(line), start + rng.choice((0, 0, 1, 1, 2, 5, 40)))
+        new = rng.choice(
+            (b"", rng.choice(PIECES), rng.choice(PIECES), line[start:end] * 2, rng.randbytes(2))
+        )
+        line = line[:start] + new.replace(b"\n", b"") + line[end:]
+    return line or b"x"
+
+
+def with_other_cell(raw: Json, rng: random.Random) -> bytes:
+    """The request with one value of it, at any depth, replaced."""
+    raw = copy.deepcopy(raw)
+    inner: Any = raw
+    while True:
+        key = rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        if not isinstance(inner[key], dict | list) or not inner[key] or rng.random() < 0.2:
+            break
+        inner = inner[key]
+    inner[key] = "THE VALUE"
+    return json.dumps(raw).encode().replace(b'"THE VALUE"', rng.choice(VALUES))
+
+
+def test_no_line_brings_the_host_down(ask: Ask, echo: Path) -> None:
+    """Mutated lines are refused or read as in Python, and the next good one is scored."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    raws = [draw_raw(events, 2, seed=events) for events in (3, 8)]
+    good = json.dumps(raws[0]).encode()
+    spoilt = []
+    for _ in range(1500):
+        raw = rng.choice(raws)
+        spoilt += [mutated(json.dumps(raw).encode(), rng), with_other_cell(raw, rng)]
+    spoilt = [line for line in spoilt if line.strip()]
+    answers = ask(echo, [one for line in spoilt for one in (line, good)])
+    assert [a["scores"] for a in answers[1::2]] == [echo_of(raws[0], SCHEMA)] * len(spoilt)
+    num_read = 0
+    for line, answer in zip(spoilt, answers[::2], strict=True):
+        try:
+            raw = decode_request(line)
+            expected = echo_of(raw, SCHEMA)
+        except RequestError:
+            assert "error" in answer, (seed, line)
+        else:
+            if "error" in answer:
+                assert any(own in line for own in PYTHONS_OWN), (seed, line, answer)
+            else:
+                assert answer["scores"] == expected, (seed, line)
+                assert answer["request_id"] == raw.get("request_id"), (seed, line)
+                num_read += 1
+    assert 0.1 * len(spoilt) < num_read < 0.5 * len(spoilt)
+
+
+# --- times, arguments, files
+
+
+def test_times_are_of_the_lines_that_were_scored(ask: Ask, echo: Path, tmp_path: Path) -> None:
+    good = json.dumps(draw_raw(2, 1, seed=4)).encode()
+    ask(echo, [good, b"{}", b"", good], "--times", tmp_path / "times.json", "--threads", 1)
+    first, refused, last = json.loads((tmp_path / "times.json").read_text())
+    assert refused is None
+    assert 0 < first < 10_000
+    assert 0 < last < 10_000
+
+
+def test_a_file_of_nothing_has_no_answers(ask: Ask, echo: Path) -> None:
+    assert ask(echo, []) == []
+    assert ask(echo, [b"", b" \t\r", b"\x0b\x0c"]) == []
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.fixture
+def spoilt(echo: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(echo, tmp_path / "spoilt"))
+
+
+def refusal(host: Path, folder: Path, *arguments: Any) -> str:
+    """What the host says when it ends without having written anything."""
+    requests, output = folder / "requests.jsonl", folder / "out" / "answers.jsonl"
+    output.parent.mkdir()
+    requests.write_text("{}\n")
+    done = run_host(host, *(arguments or (folder / "spoilt", requests, output)))
+    assert done.returncode == FAILED, done
+    assert list(output.parent.iterdir()) == []
+    [message] = done.stderr.splitlines()
+    return message
+
+
+@pytest.mark.parametrize("spoil", [truncate, empty, Path.unlink])
+@pytest.mark.parametrize("name", [PROGRAM, "manifest.json", "schema.json", "golden.json"])
+def test_a_spoilt_artifact_is_refused_by_file(
+    host: Path, spoilt: Path, tmp_path: Path, name: str, spoil: Callable[[Path], None]
+) -> None:
+    spoil(spoilt / name)
+    assert f"{spoilt / name}: " in refusal(host, tmp_path)
+
+
+def test_a_folder_for_a_file_is_refused(host: Path, spoilt: Path, tmp_path: Path) -> None:
+    (spoilt / "schema.json").unlink()
+    (spoilt / "schema.json").mkdir()
+    assert "schema.json: there is no such file to read" in refusal(host, tmp_path)
+
+
+def rewrite(path: Path, change: Callable[[Any], None]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_other_scores_than_the_golden_ones_are_refused(
+    host: Path, ask: Ask, spoilt: Path, tmp_path: Path
+) -> None:
+    rewrite(spoilt / "golden.json", lambda golden: add_to_score(golden, 1e-5))
+    assert ask(spoilt, []) == []
+    rewrite(spoilt / "golden.json", lambda golden: add_to_score(golden, 2e-5))
+    assert "golden.json: the program does not agree: candidate 3 has" in refusal(host, tmp_path)
+
+
+def add_to_score(golden: Any, more: float) -> None:
+    golden[0]["scores"][3] += more
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("manifest.json", lambda v: v.update(model_digest="e" * 64), "it is of model 0123456789ab"),
+        ("manifest.json", lambda v: v.clear(), "digest' not found"),
+        ("schema.json", lambda v: v["histories"][0]["window"].update(block=0), "block is 0"),
+        ("schema.json", lambda v: v.update(context="country"), "type must be array"),
+        ("golden.json", lambda v: v[0]["request"].pop("time"), "the request has no 'time'"),
+        ("golden.json", lambda v: v[0]["scores"].pop(), "scores, not"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(
+    host: Path, spoilt: Path, tmp_path: Path, name: str, change: Callable[[Any], None], said: str
+) -> None:
+    rewrite(spoilt / name, change)
+    assert said in refusal(host, tmp_path)
+
+
+def test_what_cannot_be_read_or_written_is_named(host: Path, echo: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "answers.jsonl"
+    assert "nowhere.jsonl is no file" in refusal(host, tmp_path, echo, "nowhere.jsonl", output)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("one", "two"), "three paths are needed"),
+        (("--cache", "disk"), "--cache is disk; memory and off are allowed"),
+        (("--threads", "0"), "--threads is 0; a number from 1 on"),
+        (("--ttl-s", "nan"), "--ttl-s is nan; a number from 0.0 on"),
+        (("--capacity-bytes", "1G"), "--capacity-bytes is 1G; a number from 1 on"),
+        (("--speed", "high"), "cannot read --speed"),
+    ],
+)
+def test_misuse_is_explained(host: Path, options: tuple[str, ...], said: str) -> None:
+    done = run_host(host, *options)
+    assert done.returncode == MISUSED
+    assert said in done.stderr
+    assert "usage: kvshare_host ARTIFACT REQUESTS.jsonl ANSWERS.jsonl" in done.stderr
