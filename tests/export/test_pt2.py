@@ -58,7 +58,7 @@ WORLD_BY_KIND = {
     BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 2, 2)),
     TARGET_ONLY: World(
         replace(BARE, has_action=True, histories=(SEEN, BOUGHT)),
-        TowerSpec(TARGET_ONLY, 10, 2, 2, window=4),
+        TowerSpec(TARGET_ONLY, 10, 1, 2, window=4),
     ),
     HSTU: World(
         replace(BARE, histories=(History("history", SLIDING_WINDOW),)),
