@@ -23,6 +23,8 @@ from torchrec_kvshare.collection import HistoryPooling, TokenFeatures
 from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.exporter import export_model, load_artifact
+from torchrec_kvshare.export.torchscript import load_program
+from torchrec_kvshare.export.triton import write_repository
 from torchrec_kvshare.history.bidirectional import BidirectionalEncoder
 from torchrec_kvshare.history.causal import CausalEncoder
 from torchrec_kvshare.history.hstu import HSTUEncoder
@@ -30,6 +32,7 @@ from torchrec_kvshare.history.kinds import BIDIRECTIONAL, CAUSAL, HSTU, TARGET_O
 from torchrec_kvshare.history.longer import LongerEncoder
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.tensors import request_tensors
 
 JaggedByKey = dict[str, JaggedTensor]
 PERTURBED = ["candidates", "request_time", "context", "batchmates", "batch_order", "later_events"]
@@ -293,6 +296,18 @@ def test_an_artifact_that_failed_its_audit_keeps_no_kv_between_requests(failed: 
     requests = parse_all(raws_of(world_of(CAUSAL), [(9, 3, 1)]), artifact.schema)
     [answer] = new_engine(artifact, CacheConfig("off")).rank(requests)
     assert (answer.cache.status, len(answer.scores)) == ("bypass", 3)
+
+
+def test_its_program_keeps_none_either(failed: Path, tmp_path: Path) -> None:
+    """The cache inside a program extended what its engine would have refused to keep."""
+    program = load_program(failed / "model.pt")
+    requests = parse_all(raws_of(world_of(CAUSAL), [(9, 3, 1)]), world_of(CAUSAL).schema)
+    features = request_tensors(requests, world_of(CAUSAL).schema)
+    with pytest.raises(torch.jit.Error, match="the model failed its audit"):
+        program.rank(features)
+    assert program(features).shape == (3,)
+    with pytest.raises(ConfigError, match="artifact failed its audit"):
+        write_repository(failed, tmp_path / "repository")
 
 
 def test_an_artifact_whose_audit_passed_keeps_kv_between_requests(

@@ -30,6 +30,7 @@ from tests.core.worlds import (
     fresh_process,
     make_dlrm,
 )
+from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema, History, Window
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.export.program import RankingProgram
@@ -259,6 +260,27 @@ def test_a_cache_that_is_configured_anew_knows_nobody() -> None:
     assert rank(program, [user("a", 40)])[1] == [Use("miss", "cold", 0, 40)]
 
 
+def test_a_model_whose_audit_allows_no_appends_is_encoded_anew() -> None:
+    program = RankingProgram(LONG_MODEL, LONG, "model-tables", may_extend=False).eval()
+    rank(program, [user("a", 40)])
+    for raw, use in (
+        (user("a", 40), Use("hit", "", 40, 0)),
+        (user("a", 55), Use("miss", "cold", 0, 55)),
+        (edited(user("a", 55), 50), Use("miss", "edited", 0, 55)),
+    ):
+        scores, uses = rank(program, [raw])
+        assert uses == [use]
+        assert_right(scores, uncached([raw]))
+
+
+def test_a_model_that_failed_its_audit_keeps_no_k_v() -> None:
+    program = RankingProgram(LONG_MODEL, LONG, "model-tables", may_keep=False).eval()
+    features = tensors_of([user("a", 40)])
+    with pytest.raises(ValueError, match="the model failed its audit: no K/V is kept"):
+        program.rank(features)
+    assert_right(program(features), uncached([user("a", 40)]))
+
+
 def test_who_is_forgotten_is_unknown_again() -> None:
     program = new_program()
     rank(program, [user("a", 40), user("b", 40)])
@@ -460,8 +482,11 @@ def test_a_fresh_process_says_what_the_eager_program_says_bit_for_bit(
 ) -> None:
     world = world_of(kind)
     model = RankingModel(world.dlrm).eval()
-    write_torchscript(model, world.schema, "model-tables", tmp_path)
+    audit = audit_model(model, world.schema)
+    write_torchscript(model, world.schema, "model-tables", audit, tmp_path)
     output, errors = fresh_process(FRESH, str(tmp_path), kind).communicate()
     assert output, errors
-    eager = life_of(RankingProgram(model, world.schema, "model-tables").eval(), world.schema)
+    may_extend = kind in EXTENDED_NAMES
+    program = RankingProgram(model, world.schema, "model-tables", True, may_extend).eval()
+    eager = life_of(program, world.schema)
     assert json.loads(output) == json.loads(json.dumps(eager))

@@ -17,7 +17,7 @@ import torch
 import torchrec_kvshare
 from torchrec_kvshare.attention.bodies import DENSE, FLASH, NATIVE
 from torchrec_kvshare.attention.native import load_native
-from torchrec_kvshare.audit import EXACT, audit_model
+from torchrec_kvshare.audit import EXACT, Audit, audit_model
 from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
 from torchrec_kvshare.engine import RankingFunctions
@@ -52,23 +52,23 @@ class Runtime(NamedTuple):
 
     Attributes:
         files: that it always needs.
-        write: of model, schema, model version and folder; gives the names of the files written.
+        write: of model, schema, model version, audit and folder; gives the names of the files.
         load: of folder, schema and encoder.
         tolerance: greatest difference of its logits from the eager model's.
     """
 
     files: tuple[str, ...]
-    write: Callable[[RankingModel, FeatureSchema, str, Path], list[str]]
+    write: Callable[[RankingModel, FeatureSchema, str, Audit, Path], list[str]]
     load: Callable[[Path, FeatureSchema, dict[str, Any]], RankingFunctions]
     tolerance: float
 
 
 RUNTIMES = {
     TORCHSCRIPT: Runtime((PROGRAM,), write_torchscript, load_torchscript, 0.0),
-    # Its graphs do not say what version they are of; the manifest does.
+    # Its graphs keep nothing and do not say what version they are of.
     PT2: Runtime(
         (GRAPHS,),
-        lambda model, schema, _, folder: write_pt2(model, schema, folder),
+        lambda model, schema, _version, _audit, folder: write_pt2(model, schema, folder),
         load_pt2,
         LOGIT_TOLERANCE,
     ),
@@ -128,7 +128,8 @@ def export_model(
     chosen = RUNTIMES[runtime]
     with artifact_folder(destination) as folder:
         write_schema(folder, schema)
-        files = [SCHEMA, *chosen.write(model, schema, model_version_of(*digests), folder)]
+        version = model_version_of(*digests)
+        files = [SCHEMA, *chosen.write(model, schema, version, audit, folder)]
         loaded = chosen.load(folder, schema, encoder)
         parity = check_parity(loaded, model, schema, audit.append == EXACT, chosen.tolerance)
         files.append(write_golden(folder, loaded, schema))

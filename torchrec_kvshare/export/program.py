@@ -154,6 +154,8 @@ class RankingProgram(nn.Module):
         ranking: the model, whose methods take TorchRec's batches.
         schema: its columns.
         model_version: what answers call it.
+        may_keep: whether its audit allows K/V between requests; ``rank`` is refused otherwise.
+        may_extend: whether its audit allows K/V to be extended.
 
     Attributes:
         ranking: kept whole, for hosts that build TorchRec's batches themselves.
@@ -180,8 +182,17 @@ class RankingProgram(nn.Module):
     reasons: list[str]
     shares: list[float]
 
-    def __init__(self, ranking: RankingModel, schema: FeatureSchema, model_version: str) -> None:
+    def __init__(
+        self,
+        ranking: RankingModel,
+        schema: FeatureSchema,
+        model_version: str,
+        may_keep: bool = True,
+        may_extend: bool = True,
+    ) -> None:
         super().__init__()
+        self.may_keep = may_keep
+        self.may_extend = may_extend
         self.ranking = ranking
         self.model_version = model_version
         self.context_keys = [context_key(column) for column in schema.context]
@@ -272,7 +283,12 @@ class RankingProgram(nn.Module):
         Returns:
             Probabilities [C] float64, and [B, 4] int64: places in ``status_names`` and in
             ``reason_names``, cached events and computed events.
+
+        Raises:
+            ValueError: if the model's audit allows no K/V between requests.
         """
+        if not self.may_keep:
+            raise ValueError("the model failed its audit: no K/V is kept, call forward")
         self.check(features)
         if not self.is_configured:
             self.configure(self.default_capacity_bytes, self.default_ttl_s)
@@ -370,7 +386,7 @@ class RankingProgram(nn.Module):
                 if why == self.hit:
                     why = reason
             reasons.append(reason)
-            num_matched.append(matched)
+            num_matched.append(matched if self.may_extend else 0)
             num_cached.append(cached)
         num_events = [columns[0].size(0) for columns in events]
         if why == self.hit:

@@ -14,6 +14,7 @@ import fbgemm_gpu  # noqa: F401  # registers the operators that a loaded program
 import torch
 from torch import Tensor, nn
 
+from torchrec_kvshare.audit import CROSS_REQUEST, EXACT, Audit
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ArtifactError
@@ -25,14 +26,25 @@ PROGRAM = "model.pt"
 
 
 def write_torchscript(
-    model: RankingModel, schema: FeatureSchema, model_version: str, folder: Path
+    model: RankingModel, schema: FeatureSchema, model_version: str, audit: Audit, folder: Path
 ) -> list[str]:
-    """Write a model as a program; returns the names of the files written.
+    """Write a model as a program, whose cache does what the model's audit allows.
+
+    Args:
+        model: in eval mode.
+        schema: its columns.
+        model_version: what answers call it.
+        audit: of the model.
+        folder: where the program goes.
+
+    Returns:
+        Names of the files written.
 
     Raises:
         ParityError: if the program, loaded again, scores other than the model.
     """
-    scripted = script_model(RankingProgram(model, schema, model_version).eval())
+    allowed = (audit.scope == CROSS_REQUEST, audit.append == EXACT)
+    scripted = script_model(RankingProgram(model, schema, model_version, *allowed).eval())
     with _notices_accepted():
         torch.jit.save(scripted, str(folder / PROGRAM))
     check_program(load_program(folder / PROGRAM), model, schema)

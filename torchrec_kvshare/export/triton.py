@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from torchrec_kvshare.audit import CROSS_REQUEST
 from torchrec_kvshare.errors import ConfigError, MissingExtraError
 from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
 from torchrec_kvshare.export.torchscript import PROGRAM, write_cached_forward
@@ -42,12 +43,14 @@ def write_repository(artifact: Path, destination: Path, name: str = "kvshare") -
 
     Raises:
         ArtifactError: if the artifact is broken, or ``destination`` exists.
-        ConfigError: if the artifact holds no TorchScript program.
+        ConfigError: if the artifact holds no TorchScript program, or its model failed its audit.
         MissingExtraError: if ``tritonclient`` is not installed.
     """
     manifest, schema = read_artifact(artifact)
     if PROGRAM not in manifest.sha256_by_file:
         raise ConfigError(f"{artifact} is of runtime {manifest.runtime}; Triton needs torchscript")
+    if manifest.audit["scope"] != CROSS_REQUEST:
+        raise ConfigError(f"{artifact} failed its audit: no K/V may be kept between requests")
     with artifact_folder(destination) as folder:
         program = folder / name / VERSION
         program.mkdir(parents=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.engine import RankingFunctions, expand
 from torchrec_kvshare.errors import ParityError
@@ -89,10 +90,11 @@ def _exported(
 ) -> tuple[RankingFunctions, list[tuple[str, float, str]]]:
     """The model as a runtime has it, and what that took."""
     chosen = RUNTIMES[runtime]
+    audit = audit_model(eager, schema)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
-        files = chosen.write(eager, schema, RUNTIMES_SCENARIO, folder)
+        files = chosen.write(eager, schema, RUNTIMES_SCENARIO, audit, folder)
         written = time.perf_counter()
         spec = asdict(eager.collection.towers()[0].spec)
         model = chosen.load(folder, schema, spec)
