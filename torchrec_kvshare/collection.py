@@ -23,7 +23,7 @@ from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
 from torchrec_kvshare.bags import user_candidate_bags
 from torchrec_kvshare.data.schema import (
     CANDIDATE_TIME,
-    FIRST_EVENT,
+    FIRST_PLACE,
     ITEM,
     PAGES,
     POSITION,
@@ -65,7 +65,7 @@ class TokenFeatures(nn.Module):
         self.keys = keys
         self.position_keys = [history_key(name, POSITION) for name in histories]
         self.item_keys: list[str] = [history_key(name, ITEM) for name in histories]
-        self.first_keys: list[str] = [history_key(name, FIRST_EVENT) for name in histories]
+        self.first_keys: list[str] = [history_key(name, FIRST_PLACE) for name in histories]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         jagged_by_key = features.to_dict()
@@ -441,7 +441,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """K/V of new events on top of what is cached of the events before them.
 
         Args:
-            features: the histories' keys with the new events alone, and with ``first_event``, the
+            features: the histories' keys with the new events alone, and with ``first_place``, the
                 place of the first of them in the window.
             cached: for each history [planes, R, H, D], users one after the other: the rows of
                 ``reusable_events``.

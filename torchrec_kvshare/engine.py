@@ -22,7 +22,14 @@ from torchrec_kvshare.cache.identity import (
 )
 from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import DEVICE, Entry, Lookup
-from torchrec_kvshare.cache.reasons import HIT, NOT_ADMITTED, TOO_SHORT
+from torchrec_kvshare.cache.reasons import (
+    BYPASS,
+    HIT,
+    MISS,
+    NOT_ADMITTED,
+    PARTIAL,
+    TOO_SHORT,
+)
 from torchrec_kvshare.cache.stack import Want
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.batches import Bags, with_key
@@ -637,7 +644,7 @@ def _keep(
             kv_by_history.append(torch.cat([cached, kv], dim=1))
     cached_events = sum(one.num_cached for one in sought)
     computed = sum(one.num_events for one in sought) - cached_events
-    use = CacheUse("bypass", NOT_ADMITTED, cached_events, computed, _tier(sought))
+    use = CacheUse(BYPASS, NOT_ADMITTED, cached_events, computed, _tier(sought))
     return _Found(use, kv=tuple(kv_by_history))
 
 
@@ -652,7 +659,7 @@ def _found_pages(sought: Sequence[_Sought], kept: Sequence[Entry | None] | None 
     num_events = sum(one.num_events for one in sought)
     cached = sum(one.num_cached for one in sought)
     reasons = [one.lookup.reason for one in sought if not one.is_complete]
-    status = "partial" if reasons and cached else "miss" if reasons else HIT
+    status = PARTIAL if reasons and cached else MISS if reasons else HIT
     reason = reasons[0] if reasons else ""
     use = CacheUse(status, reason, cached, num_events - cached, _tier(sought))
     return _Found(use, entries=tuple(entries))
@@ -666,12 +673,12 @@ def _tier(sought: Sequence[_Sought]) -> str:
 
 def _found_nothing(num_histories: int) -> _Found:
     """A request without events: there is nothing to keep, and no page to read."""
-    use = CacheUse("bypass", TOO_SHORT, 0, 0, NO_TIER)
+    use = CacheUse(BYPASS, TOO_SHORT, 0, 0, NO_TIER)
     return _Found(use, entries=(None,) * num_histories)
 
 
 def _not_cached(request: Request, reason: str) -> _Found:
-    return _Found(CacheUse("bypass", reason, 0, request.num_events, NO_TIER))
+    return _Found(CacheUse(BYPASS, reason, 0, request.num_events, NO_TIER))
 
 
 def _probabilities(requests: Sequence[Request], logits: Tensor) -> list[list[float]]:

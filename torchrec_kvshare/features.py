@@ -26,7 +26,7 @@ from torchrec_kvshare.data.batches import (
 )
 from torchrec_kvshare.data.schema import (
     ACTION,
-    FIRST_EVENT,
+    FIRST_PLACE,
     ITEM,
     REQUEST_HISTORY,
     REQUEST_TIME,
@@ -216,11 +216,11 @@ def collate_tails(
         schema: the model's columns.
 
     Returns:
-        A batch with the histories' keys, and with ``first_event``, alone.
+        A batch with the histories' keys, and with ``first_place``, alone.
     """
     bags = _history_bags(events_by_history, schema)
     for name, places in first_places.items():
-        bags[history_key(name, FIRST_EVENT)] = single(torch.tensor(places))
+        bags[history_key(name, FIRST_PLACE)] = single(torch.tensor(places))
     return _without_candidates(bags, schema)
 
 

@@ -44,7 +44,7 @@ from torchrec_kvshare.attention.bodies import choose_body
 from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
 from torchrec_kvshare.collection import kvshare_collection
 from torchrec_kvshare.data.batches import single, with_key
-from torchrec_kvshare.data.schema import FIRST_EVENT, HISTORY, Window, history_key
+from torchrec_kvshare.data.schema import FIRST_PLACE, HISTORY, Window, history_key
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.parity import score_through_pages
 from torchrec_kvshare.export.torchscript import script_model
@@ -346,7 +346,7 @@ def test_a_model_extends_to_what_it_would_prefill(
     features = history_features(world, parse_all(tails, world.schema))
     features = with_key(
         features,
-        history_key(HISTORY, FIRST_EVENT),
+        history_key(HISTORY, FIRST_PLACE),
         single(torch.tensor(kept)),
         torch.empty(0, dtype=torch.int64),
     )

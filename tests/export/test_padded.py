@@ -1,7 +1,7 @@
 """Padded graphs say what the eager model says, before any compiler has seen them."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -45,19 +45,23 @@ from tests.core.worlds import (
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
-from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.engine import Engine, expand
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.padded import doubling_ends, padded_graphs
 from torchrec_kvshare.export.parity import score_through_pages
 from torchrec_kvshare.export.pt2 import PaddedRanking
 from torchrec_kvshare.features import (
     collate,
+    collate_candidates,
     collate_history,
     collate_tails,
+    user_of_candidates,
 )
-from torchrec_kvshare.history.kinds import BIDIRECTIONAL, KINDS, TowerSpec
+from torchrec_kvshare.history.kinds import BIDIRECTIONAL, CAUSAL, HSTU, KINDS, TowerSpec
 from torchrec_kvshare.history.moments import doubling_bucket
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.profiling.memory import peak_allocated_bytes
+from torchrec_kvshare.profiling.workload import draw_requests, fill_zeros, make_schema
+from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
 
 # Empty histories, one event, whole and cut windows; the longest has the fewest candidates.
 USERS = [(0, 3, 1), (1, 1, 2), (14, 5, 3), (30, 1, 4), (7, 4, 5)]
@@ -303,3 +307,23 @@ def test_bags_that_are_no_plain_tables_are_refused() -> None:
     model = RankingModel(BUILD_BY_NAME["DLRM"](collection)).eval()
     with pytest.raises(ConfigError, match="the ranking stage's bags are OtherBags"):
         padded_graphs(model, SCHEMA)
+
+
+@pytest.mark.parametrize("kind", [CAUSAL, HSTU])
+@torch.no_grad()
+def test_more_candidates_copy_no_history(kind: str) -> None:
+    history, dim, more = 512, 8, 64
+    schema, spec = make_schema(history, num_users=1), TowerSpec(kind, dim, 2, 2)
+    model = fill_zeros(dlrm_with_history(schema, spec, [8, 1]))
+    got = padded(model, schema, spec)
+    requests = draw_requests(schema, [8, 8 + more], user=0, seed=0)
+    kv = got.prefill(collate([requests[0]], schema).sparse_features)
+    peaks = []
+    for request in requests:
+        batch = collate_candidates([request], schema)
+        features = expand(batch.sparse_features, HISTORY, [[0]], user_of_candidates([request]))
+        table = [kv[0].unsqueeze(1)]
+        score = partial(got.score, batch.dense_features, features, table)
+        peaks.append(peak_allocated_bytes(score))
+    # K and V of two layers. A candidate needs scores of each head, which are an eighth of that.
+    assert peaks[1] - peaks[0] < more * kv[0].nbytes / 2

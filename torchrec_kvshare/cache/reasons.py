@@ -1,6 +1,9 @@
-"""Why K/V was not there, or not used: words that answers, look-ups and metrics have in common."""
+"""What the cache did and why: words that answers, look-ups and metrics have in common."""
 
 HIT = "hit"
+PARTIAL = "partial"  # some of the K/V was there
+MISS = "miss"
+BYPASS = "bypass"  # nothing is kept of it
 
 COLD = "cold"  # these events were never seen
 EXPIRED = "expired"

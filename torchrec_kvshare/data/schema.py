@@ -28,7 +28,7 @@ CANDIDATE_TIME = "candidates.time"
 # Columns of a history beside those of the schema.
 PAGES = "pages"
 POSITION = "position"
-FIRST_EVENT = "first_event"  # place in the window of the first event given; 0 if not said
+FIRST_PLACE = "first_place"  # place in the window of the first event given; 0 if not said
 
 # Sine and cosine of the hour of day and of the day of week, known of every request.
 CLOCK_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")

@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_kvshare.cache.reasons import (
+    BYPASS,
     COLD,
     EDITED,
     EVICTED,
     EXPIRED,
     HIT,
+    MISS,
     MODEL,
     NOT_ADMITTED,
+    PARTIAL,
     SHRUNK,
     SLID,
     TOO_SHORT,
 )
 from torchrec_kvshare.data.schema import (
-    FIRST_EVENT,
+    FIRST_PLACE,
     ITEM,
     PAGES,
     REQUEST_HISTORY,
@@ -38,12 +41,10 @@ from torchrec_kvshare.data.schema import (
 )
 from torchrec_kvshare.export.program_cache import ProgramCache
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.tensors import DENSE, USER_KEY
-from torchrec_kvshare.tensors import FIRST_EVENT as WINDOW_START
+from torchrec_kvshare.tensors import DENSE, FIRST_EVENT, USER_KEY
 
 CAPACITY_BYTES = 256 * 2**20
 TTL_S = 300.0
-PARTIAL, MISS, BYPASS = "partial", "miss", "bypass"
 REASONS = ("", COLD, EXPIRED, EVICTED, EDITED, SHRUNK, SLID, MODEL, TOO_SHORT, NOT_ADMITTED)
 
 Part = tuple[str, Tensor, Tensor]  # key, values, lengths
@@ -76,8 +77,8 @@ class ProgramHistory(nn.Module):
         self.bag_keys = [history_key(name, c) for c in item_attributes]
         self.time_key: str = history_key(name, TIME)
         self.pages_key: str = history_key(name, PAGES)
-        self.first_key: str = history_key(name, FIRST_EVENT)
-        self.window_start_key: str = history_key(name, WINDOW_START)
+        self.first_place_key: str = history_key(name, FIRST_PLACE)
+        self.first_event_key: str = history_key(name, FIRST_EVENT)
         self.cache = ProgramCache(*kv_shape, len(self.column_keys))
 
     def check(self, features: dict[str, Tensor], num_requests: int) -> None:
@@ -296,7 +297,7 @@ class RankingProgram(nn.Module):
         users: list[int] = features[self.cache_key].tolist()
         first_events: list[list[int]] = []
         for history in self.histories:
-            starts: list[int] = features[history.window_start_key].tolist()
+            starts: list[int] = features[history.first_event_key].tolist()
             first_events.append(starts)
         times: list[int] = features[self.time_key].tolist()
         held: dict[int, int] = {}
@@ -441,7 +442,7 @@ class RankingProgram(nn.Module):
         if is_extended:
             for place, history in enumerate(self.histories):
                 firsts = torch.tensor(cached_events[place])
-                parts.append((history.first_key, firsts, torch.ones_like(firsts)))
+                parts.append((history.first_place_key, firsts, torch.ones_like(firsts)))
         rows = [torch.tensor(counts) for counts in cached_rows]
         with torch.no_grad():
             if is_extended:
@@ -515,7 +516,7 @@ class RankingProgram(nn.Module):
             lengths_of(features, key, num_requests)
         for history in self.histories:
             history.check(features, num_requests)
-            check_rows(features, history.window_start_key, num_requests)
+            check_rows(features, history.first_event_key, num_requests)
         num_candidates = int(lengths_of(features, self.item_key, num_requests).sum())
         for key in self.bag_keys:
             lengths_of(features, key, num_candidates)

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from torchrec_kvshare.cache.kv_cache import MAX_REMEMBERED
 from torchrec_kvshare.cache.reasons import (
     COLD,
     EDITED,
@@ -22,7 +23,6 @@ from torchrec_kvshare.cache.reasons import (
 )
 
 PAGE_SIZE = 32  # rows of K/V
-MAX_REMEMBERED = 100_000  # users whose K/V left
 
 
 class ProgramCache(nn.Module):

@@ -18,7 +18,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_kvshare.data.schema import (
-    FIRST_EVENT,
+    FIRST_PLACE,
     ITEM,
     PAGES,
     POSITION,
@@ -395,7 +395,7 @@ class PaddedRanking:
                 tensors[key] = padded(jagged_by_key[key].values(), jagged_by_key[key].lengths())
             lengths = jagged_by_key[history_key(history.name, ITEM)].lengths()
             if self.spec.has_positions:
-                first_key = history_key(history.name, FIRST_EVENT)
+                first_key = history_key(history.name, FIRST_PLACE)
                 first = torch.zeros_like(lengths)
                 if first_key in jagged_by_key:
                     first = jagged_by_key[first_key].values()

@@ -41,19 +41,19 @@ UNIT_BY_METRIC = {
 
 
 class Effect(NamedTuple):
-    """What a codec does to one request.
+    """What a codec of K/V, or a dtype of tables, does to one request.
 
     Attributes:
         auc: of the scores over K/V that was written in it.
         overlap: share of float32's best candidates among its best.
         max_difference: of a score from float32's.
-        packed_bytes: of the K/V of all histories.
+        num_bytes: of what is changed: K/V of all histories, or tables.
     """
 
     auc: float
     overlap: float
     max_difference: float
-    packed_bytes: int
+    num_bytes: int
 
 
 @torch.no_grad()
@@ -155,6 +155,21 @@ def top_overlap(scores: Sequence[float], exact: Sequence[float], top: int = TOP)
     return len(best & _best(scores, top)) / len(best)
 
 
+def effect_on(
+    scores: Sequence[float], exact: Sequence[float], target: int, num_bytes: int
+) -> Effect:
+    """What changed scores are worth beside the exact ones of the same candidates.
+
+    Args:
+        scores: of at least two candidates.
+        exact: likewise.
+        target: place of the positive one.
+        num_bytes: that the scores' K/V or tables take.
+    """
+    greatest = max(abs(score - other) for score, other in zip(scores, exact, strict=True))
+    return Effect(request_auc(scores, target), top_overlap(scores, exact), greatest, num_bytes)
+
+
 def codec_figures(effects: Sequence[Effect], exact: Sequence[Effect]) -> dict[str, float]:
     """What a codec does to all requests.
 
@@ -165,7 +180,7 @@ def codec_figures(effects: Sequence[Effect], exact: Sequence[Effect]) -> dict[st
     Returns:
         ``auc_change``, ``top10_overlap``, ``max_score_difference``, ``bytes_ratio``.
     """
-    num_bytes, exact_bytes = (sum(e.packed_bytes for e in each) for each in (effects, exact))
+    num_bytes, exact_bytes = (sum(e.num_bytes for e in each) for each in (effects, exact))
     return {
         "auc_change": fmean(e.auc for e in effects) - fmean(e.auc for e in exact),
         "top10_overlap": fmean(e.overlap for e in effects),
@@ -181,13 +196,23 @@ def _needed(plan: Plan) -> tuple[Path, DataConfig, int]:
             "artifact or data is null; scenario=codec measures a trained model on its own data: "
             "artifact=DIR, an output of pipelines.export, and data=NAME with data.root or data.path"
         )
+    return plan.artifact, plan.data, one_queue_length(plan, CODEC)
+
+
+def one_queue_length(plan: Plan, scenario: str) -> int:
+    """The candidates of every request of a plan that has some requests.
+
+    Raises:
+        ConfigError: if there is not one number of candidates, or no request.
+    """
     if len(plan.candidates) != 1 or plan.candidates[0] < 2:
         raise ConfigError(
-            f"candidates is {list(plan.candidates)}; scenario=codec takes one number, at least 2"
+            f"candidates is {list(plan.candidates)}; scenario={scenario} takes one number, at "
+            "least 2"
         )
     if plan.requests < 1:
         raise ConfigError(f"requests is {plan.requests}; it must be at least 1")
-    return plan.artifact, plan.data, plan.candidates[0]
+    return plan.candidates[0]
 
 
 def check_known(schema: FeatureSchema, dataset: Dataset, data_name: str) -> None:
@@ -213,12 +238,7 @@ def _effects(engine: Engine, request: Request, target: int, block: int) -> dict[
         bytes_by_codec[name] = sum(num_bytes for _, num_bytes in read)
     exact = scores_by_codec[FLOAT32]
     return {
-        name: Effect(
-            request_auc(scores, target),
-            top_overlap(scores, exact),
-            max(abs(score - other) for score, other in zip(scores, exact, strict=True)),
-            bytes_by_codec[name],
-        )
+        name: effect_on(scores, exact, target, bytes_by_codec[name])
         for name, scores in scores_by_codec.items()
     }
 

@@ -16,6 +16,7 @@ import fbgemm_gpu
 import torch
 
 import torchrec_kvshare
+from torchrec_kvshare.cache.reasons import HIT, MISS
 from torchrec_kvshare.data.schema import USER
 from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.errors import ConfigError
@@ -27,7 +28,6 @@ from torchrec_kvshare.ranking import RankingModel
 
 HOST = "host"
 SOURCES = Path(torchrec_kvshare.__file__).parents[1] / "examples" / "cpp"
-MISS, HIT = "miss", "hit"
 
 Raw = dict[str, Any]
 

@@ -22,8 +22,8 @@ from torchrec_kvshare.profiling.codec_benchmark import (
     Effect,
     check_known,
     codec_figures,
-    request_auc,
-    top_overlap,
+    effect_on,
+    one_queue_length,
 )
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record
@@ -106,13 +106,7 @@ def _needed(plan: Plan) -> tuple[Path, DataConfig, int]:
             "run or data is null; scenario=tables measures a trained model on its own data: "
             "run=DIR, an output of pipelines.train, and data=NAME with data.root or data.path"
         )
-    if len(plan.candidates) != 1 or plan.candidates[0] < 2:
-        raise ConfigError(
-            f"candidates is {list(plan.candidates)}; scenario=tables takes one number, at least 2"
-        )
-    if plan.requests < 1:
-        raise ConfigError(f"requests is {plan.requests}; it must be at least 1")
-    return plan.run, plan.data, plan.candidates[0]
+    return plan.run, plan.data, one_queue_length(plan, TABLES)
 
 
 def _effects(rated_by_dtype: dict[str, Rated], request: Request, target: int) -> dict[str, Effect]:
@@ -122,11 +116,6 @@ def _effects(rated_by_dtype: dict[str, Rated], request: Request, target: int) ->
     }
     exact = scores_by_dtype[FLOAT32]
     return {
-        dtype: Effect(
-            request_auc(scores, target),
-            top_overlap(scores, exact),
-            max(abs(score - other) for score, other in zip(scores, exact, strict=True)),
-            rated_by_dtype[dtype].num_bytes,
-        )
+        dtype: effect_on(scores, exact, target, rated_by_dtype[dtype].num_bytes)
         for dtype, scores in scores_by_dtype.items()
     }
