@@ -36,15 +36,16 @@ $(STAMP): setup.cfg constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
-	$(INSTALL) --editable '.[parquet,plots,tiers,metrics,triton,test,lint]'
+	$(INSTALL) --editable '.[parquet,plots,tiers,metrics,triton,server,load,test,lint]'
 	@echo "If pip says above that torchrec misses fbgemm-gpu: $(FBGEMM_$(BUILD)) stands in for it."
 	@echo $(BUILD) > $@
 
 # Debian's packages, each behind the command or file that shows it is there.
 TOOLS := g++:g++ cmake:cmake make:make openssl:openssl redis-server:redis-server \
-	/usr/include/nlohmann/json.hpp:nlohmann-json3-dev
+	/usr/include/nlohmann/json.hpp:nlohmann-json3-dev nginx:nginx chromium:chromium \
+	chromedriver:chromium-driver
 
-tools: ## what the suite needs beyond Python: a C++ compiler, cmake, a JSON header, Redis, openssl
+tools: ## what the suite needs beyond Python: a C++ compiler, cmake, a JSON header, Redis, nginx, Chromium
 	for tool in $(TOOLS); do \
 		command -v $${tool%:*} >/dev/null || test -e $${tool%:*} || \
 			{ apt-get update && apt-get install --yes $${tool#*:}; } || exit; \

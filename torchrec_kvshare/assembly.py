@@ -33,6 +33,7 @@ def new_engine(
     cache: CacheConfig = DEFAULT_CACHE,
     deterministic: bool = False,
     stack: TierStack | None = None,
+    metrics: CacheMetrics | None = None,
 ) -> Engine:
     """An engine for a loaded artifact.
 
@@ -42,6 +43,7 @@ def new_engine(
         deterministic: scores bit-equal whatever else is scored, or an error.
         stack: tiers of another engine of this process, so that two models live side by side; None
             opens those that ``cache`` names.
+        metrics: where everything is counted; the stack's, or new ones, by default.
 
     Returns:
         The engine, its device empty.
@@ -65,8 +67,10 @@ def new_engine(
         for codec in _codecs(cache, stack):
             _check_codec(codec, manifest, cache, deterministic)
         if cache.name == TIERED and stack is None:
-            stack = new_stack(cache, manifest.break_even_events)
-        store = new_store(manifest, cache, stack, extends)
+            stack = new_stack(cache, manifest.break_even_events, metrics)
+        if metrics is None:
+            metrics = CacheMetrics() if stack is None else stack.metrics
+        store = new_store(manifest, cache, stack, extends, metrics)
     items = None
     if cache.items and manifest.runtime == PT2:
         raise ConfigError(
@@ -78,10 +82,13 @@ def new_engine(
 
 
 def new_store(
-    manifest: Manifest, cache: CacheConfig, stack: TierStack | None, extends: bool
+    manifest: Manifest,
+    cache: CacheConfig,
+    stack: TierStack | None,
+    extends: bool,
+    metrics: CacheMetrics,
 ) -> KVStore:
     """Pages for a model's K/V, on top of tiers that may be shared."""
-    metrics = CacheMetrics() if stack is None else stack.metrics
     clock = steady_clock()
     towers = manifest.towers.values()
     # What one user's full window takes of each history.
@@ -115,12 +122,15 @@ def new_store(
     return KVStore(caches, stack, extends, cache.min_events, cache.context, cache.wait_ms / 1e3)
 
 
-def new_stack(cache: CacheConfig, break_even_events: Mapping[str, int]) -> TierStack:
+def new_stack(
+    cache: CacheConfig, break_even_events: Mapping[str, int], metrics: CacheMetrics | None = None
+) -> TierStack:
     """The tiers below the device that a config names.
 
     Args:
         cache: which tiers, and how they are used.
         break_even_events: by tier, from how many events on fetching beats encoding here.
+        metrics: where everything is counted; new ones by default.
 
     Raises:
         ConfigError: if a tier cannot work as configured.
@@ -130,7 +140,7 @@ def new_stack(cache: CacheConfig, break_even_events: Mapping[str, int]) -> TierS
     def least(min_events: int | None, tier: str) -> int:
         return break_even_events.get(tier, 0) if min_events is None else min_events
 
-    metrics = CacheMetrics()
+    metrics = metrics or CacheMetrics()
     levels = []
     host, disk, remote = cache.host, cache.disk, cache.remote
     for name, capacity_bytes in (

@@ -25,6 +25,13 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("candidate_tokens", "num_tokens", "recent"), 1),
     **dict.fromkeys(("epochs", "seed", "learning_rate", "table_learning_rate", "weight_decay"), 0),
     **dict.fromkeys(("items", "num_globals"), 0),
+    **dict.fromkeys(("max_request_bytes", "max_requests", "max_candidates", "max_events"), 1),
+    **dict.fromkeys(("batch_requests", "batch_candidates", "batch_events", "queue_requests"), 1),
+    **dict.fromkeys(("max_streams", "stream_depth", "hot_users", "max_values"), 1),
+    **dict.fromkeys(("max_wait_ms", "shadow_share", "shadow_limit", "drain_s"), 0),
+    **dict.fromkeys(("http_port", "grpc_port"), 0),
+    **dict.fromkeys(("replicas", "redis_bytes"), 1),
+    **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
 }
 
 
@@ -241,6 +248,68 @@ class ScoreConfig:
     deterministic: bool = False  # scores bit-equal whatever else is scored, or no start
     tensorboard: str | None = None  # folder for what the cache counted
     threads: int | None = None
+
+
+@dataclass
+class ServerConfig:
+    """Where the server listens, whom it answers, and what it may be asked."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000  # 0: any that is free
+    grpc_port: int = 8001
+    tls_cert_file: str | None = None  # with the key: TLS on both ports
+    tls_key_file: str | None = None
+    tls_client_ca_file: str | None = None  # clients need a certificate that it signed
+    token_file: str | None = None  # a secret that callers say as a bearer token
+    max_request_bytes: int = 16 * 2**20
+    max_requests: int = 64  # in one message
+    max_candidates: int = 10_000  # of a request
+    max_events: int = 20_000  # of a request's history, before it is cut to the window
+    max_values: int = 200_000  # ids in one multi-valued column
+    timeout_ms: float = 1000.0  # of a request that says none, and the most that one may say
+    batch_requests: int = 16  # scored in one step
+    batch_candidates: int = 2048  # in one step; a request gets half of it at most
+    batch_events: int = 8192  # encoded in one step, if more than one request needs it
+    max_wait_ms: float = 1.0  # for a step to fill
+    queue_requests: int = 256  # that wait; more are refused
+    max_streams: int = 64  # open at once; more are refused
+    stream_depth: int = 4  # groups of a stream that wait; the client is not read on then
+    stream_timeout_s: float = 30.0
+    poll_s: float = 1.0  # between two looks at a watched folder of models
+    hot_users: int = 64  # a new version starts with the K/V of those that ask most
+    shadow_share: float = 0.01  # of cached answers that are scored again without the cache
+    shadow_limit: float = 1e-4  # of a probability; beyond it the cache is left alone
+    drain_s: float = 30.0  # for requests that were accepted before the server stops
+    log_requests: bool = True  # a JSON line for each
+    tensorboard: str | None = None  # folder for what is counted
+
+
+@dataclass
+class ServeConfig:
+    """``python -m pipelines.serve``."""
+
+    artifact: str | None = None  # of pipelines.export, served as model kvshare
+    models: str | None = None  # or a watched folder: <name>/<version>/ are artifacts
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    deterministic: bool = False
+    threads: int | None = None
+
+
+@dataclass
+class ServeClusterConfig(ServeConfig):
+    """``python -m pipelines.serve_cluster``: what a replica takes, and how many there are.
+
+    ``server.host``, ``server.http_port``, ``server.grpc_port`` and ``server.tls_*`` are nginx's, to
+    which clients come; replicas speak plain text on ports of this machine alone.
+    """
+
+    output: str = MISSING  # nginx.conf and the logs
+    replicas: int = 3
+    replica_port: int | None = None  # of the first; theirs follow one another. None: free ones
+    redis_bytes: int = 2**30  # of the Redis that is started if cache.remote.url is null
+    access_log: bool = False  # of nginx, a JSON line for each request
+    run: bool = True  # false: write nginx.conf and say what would run
 
 
 @dataclass

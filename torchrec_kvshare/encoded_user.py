@@ -7,7 +7,6 @@ scored, here or in another process that loads what this one saved.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torchrec_kvshare.cache.kv_cache import steady_clock
 from torchrec_kvshare.cache.record import KVRecord, pack, unpack
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import RecordError
-from torchrec_kvshare.features import Request, parse_request, parse_user
+from torchrec_kvshare.features import Request, parse_candidates, parse_user
 
 BLOCK = 32  # events between two digests of a saved history
 CODEC = get_codec("float32")
@@ -32,7 +31,7 @@ class EncodedUser:
     Args:
         engine: of the model that the K/V is of.
         raw: the user's request; its candidates are not read.
-        kv_by_history: as ``Engine.encode`` gives it.
+        kv_by_history: as ``Engine.encode`` gives them.
 
     Raises:
         RequestError: if the user cannot be read.
@@ -59,12 +58,8 @@ class EncodedUser:
         Raises:
             RequestError: naming the column, what came and what was allowed.
         """
-        without_events: dict[str, list[Any]] = {column: [] for column in self._raw["history"]}
-        raw = self._raw | {"history": without_events, "candidates": candidates}
-        if time is not None:
-            raw["time"] = time
-        request = parse_request(raw, self._engine.schema)
-        request = replace(request, events_by_history=self._user.events_by_history)
+        raw = {"candidates": candidates} | ({} if time is None else {"time": time})
+        request = parse_candidates(raw, self._user, self._engine.schema)
         return self._engine.score_with(request, self._kv_by_history)
 
     def save(self, path: Path) -> None:
@@ -92,7 +87,7 @@ def encode_user(engine: Engine, raw: Mapping[str, Any]) -> EncodedUser:
     Raises:
         RequestError: naming the column, what came and what was allowed.
     """
-    return EncodedUser(engine, raw, engine.encode(parse_user(raw, engine.schema)))
+    return EncodedUser(engine, raw, engine.encode(parse_user(raw, engine.schema)).kv_by_history)
 
 
 def load_user(engine: Engine, path: Path) -> EncodedUser:

@@ -6,7 +6,7 @@ fault of the cache is a recomputation, so scores never depend on what it holds.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -96,6 +96,7 @@ class CacheUse:
         cached_events: events whose K/V was there.
         computed_events: events encoded for this answer.
         tier: where the K/V was found, or ``none``.
+        staleness_s: seconds since the oldest of the cached K/V was encoded; 0 where none was used.
     """
 
     status: str
@@ -103,6 +104,7 @@ class CacheUse:
     cached_events: int
     computed_events: int
     tier: str
+    staleness_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,18 @@ class Answer:
             "model_version": self.model_version,
             "cache": vars(self.cache),
         }
+
+
+class Encoded(NamedTuple):
+    """K/V of one user, in no cache's hands.
+
+    Attributes:
+        kv_by_history: [planes, R, H, D] of each history.
+        use: how much of it was in the store.
+    """
+
+    kv_by_history: list[Tensor]
+    use: CacheUse
 
 
 class _Sought(NamedTuple):
@@ -199,6 +213,7 @@ class Engine:
         model_version: ``<model>-<tables>``, stands in every answer and in the identity of K/V.
         store: where K/V is kept between requests; None shares it within a request only.
         items: where projected candidates are kept; None projects them anew.
+        no_store: why there is no store, for the answers.
 
     Raises:
         ConfigError: if the store keeps K/V apart by a context column that the schema has not.
@@ -211,6 +226,7 @@ class Engine:
         model_version: str,
         store: KVStore | None,
         items: ItemCache | None = None,
+        no_store: str = CACHE_OFF,
     ) -> None:
         if store is not None:
             assert len(store.caches) == len(schema.histories)
@@ -223,6 +239,7 @@ class Engine:
         self.model_version = model_version
         self.store = store
         self.items = items
+        self.no_store = no_store
 
     @torch.no_grad()
     def rank(self, requests: Sequence[Request]) -> list[Answer]:
@@ -237,7 +254,7 @@ class Engine:
         if not requests:
             return []
         if self.store is None:
-            return self._answers(requests, [_not_cached(r, CACHE_OFF) for r in requests])
+            return self._answers(requests, [_not_cached(r, self.no_store) for r in requests])
         holds = _Holds(self.store)
         try:
             found = self._find(requests, self.store, holds)
@@ -260,28 +277,32 @@ class Engine:
                 holds.release_all()
 
     @torch.no_grad()
-    def encode(self, user: Request) -> list[Tensor]:
-        """K/V [planes, R, H, D] of each history of a user, taken out of the store or into it.
+    def encode(self, user: Request) -> Encoded:
+        """The K/V of a user, taken out of the store or into it.
 
         Args:
             user: as ``parse_user`` gives it; candidates are not read.
         """
+        use = _not_cached(user, self.no_store).use
         if self.store is not None:
             holds = _Holds(self.store)
             try:
                 found = self._find([user], self.store, holds)[0]
                 if found.kv is not None:
-                    return list(found.kv)
+                    return Encoded(list(found.kv), found.use)
                 if found.entries is not None:
-                    return [
-                        self.store.rows(
-                            number, entry, 0 if entry is None else entry.num_rows
-                        ).clone()
-                        for number, entry in enumerate(found.entries)
-                    ]
+                    return Encoded(_copies(found.entries, self.store), found.use)
+                use = found.use
             finally:
                 holds.release_all()
-        return self.model.prefill(collate_history([user], self.schema).sparse_features)
+        features = collate_history([user], self.schema).sparse_features
+        return Encoded(self.model.prefill(features), use)
+
+    def events_to_encode(self, request: Request) -> int:
+        """An estimate, without a look-up: none of a user that the device knows, else all."""
+        if self.store is not None and self.store.knows(request.user_id):
+            return 0
+        return request.num_events
 
     def forget(self, user_id: str) -> dict[str, int | None]:
         """Drop the K/V of all histories of a user, an id as text; see ``KVStore.forget``."""
@@ -644,8 +665,16 @@ def _keep(
             kv_by_history.append(torch.cat([cached, kv], dim=1))
     cached_events = sum(one.num_cached for one in sought)
     computed = sum(one.num_events for one in sought) - cached_events
-    use = CacheUse(BYPASS, NOT_ADMITTED, cached_events, computed, _tier(sought))
+    staleness_s = _staleness_s(sought)
+    use = CacheUse(BYPASS, NOT_ADMITTED, cached_events, computed, _tier(sought), staleness_s)
     return _Found(use, kv=tuple(kv_by_history))
+
+
+def _copies(entries: Sequence[Entry | None], store: KVStore) -> list[Tensor]:
+    return [
+        store.rows(number, entry, 0 if entry is None else entry.num_rows).clone()
+        for number, entry in enumerate(entries)
+    ]
 
 
 def _let_go(sought: Sequence[_Sought], holds: _Holds) -> None:
@@ -661,7 +690,8 @@ def _found_pages(sought: Sequence[_Sought], kept: Sequence[Entry | None] | None 
     reasons = [one.lookup.reason for one in sought if not one.is_complete]
     status = PARTIAL if reasons and cached else MISS if reasons else HIT
     reason = reasons[0] if reasons else ""
-    use = CacheUse(status, reason, cached, num_events - cached, _tier(sought))
+    staleness_s = _staleness_s(sought)
+    use = CacheUse(status, reason, cached, num_events - cached, _tier(sought), staleness_s)
     return _Found(use, entries=tuple(entries))
 
 
@@ -669,6 +699,10 @@ def _tier(sought: Sequence[_Sought]) -> str:
     """Where cached K/V was found; the tier below the device, where any of it was there."""
     tiers = [one.lookup.tier for one in sought if one.num_events and one.num_cached]
     return next((tier for tier in tiers if tier != DEVICE), DEVICE if tiers else NO_TIER)
+
+
+def _staleness_s(sought: Sequence[_Sought]) -> float:
+    return max((one.lookup.age_s for one in sought if one.num_cached), default=0.0)
 
 
 def _found_nothing(num_histories: int) -> _Found:

@@ -9,6 +9,10 @@ KVShareError
 ├── RecordError (ValueError)         a store's writer: K/V that is broken, forged or not ours
 ├── TierError (OSError)              a store behind the cache: it is dead, slow or full
 ├── ParityError (AssertionError)     us: two paths that must agree do not
+├── OverloadError (RuntimeError)     the load: more is waiting than the server's limits allow
+├── DeadlineError (TimeoutError)     the caller's patience: its deadline has passed
+├── UnknownModelError (LookupError)  the caller of the server: a model that is not served
+├── UnavailableError (RuntimeError)  the server: it has not started yet, or is about to stop
 └── MissingExtraError (ImportError)  the installation: a component whose extra is not installed
 """
 
@@ -47,6 +51,22 @@ class TierError(KVShareError, OSError):
 
 class ParityError(KVShareError, AssertionError):
     """Two paths that must give the same scores do not."""
+
+
+class OverloadError(KVShareError, RuntimeError):
+    """More is waiting than the server's limits allow; the caller may try again."""
+
+
+class DeadlineError(KVShareError, TimeoutError):
+    """The deadline of a request has passed before it was answered."""
+
+
+class UnknownModelError(KVShareError, LookupError):
+    """A model, or a version of it, that the server does not serve."""
+
+
+class UnavailableError(KVShareError, RuntimeError):
+    """A server that has not started yet, or is about to stop; another may answer."""
 
 
 class MissingExtraError(KVShareError, ImportError):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrec_kvshare.data.batches import Bags, jagged, joined
 from torchrec_kvshare.data.schema import (
     ITEM,
+    MAX_INT64,
     TIME,
     USER,
     FeatureSchema,
@@ -28,7 +29,6 @@ USER_KEY = "user_key"
 DENSE = candidate_key("dense")
 FIRST_EVENT = "first_event"
 INT64, FLOAT32 = "int64", "float32"
-MAX_INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True)

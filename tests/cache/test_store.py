@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def rank_and_drain(engine: Engine, *raws: RawRequest) -> list[Answer]:
 
 
 def uses(answers: Sequence[Answer]) -> list[tuple[str, str, int, int, str]]:
-    return [tuple(vars(answer.cache).values()) for answer in answers]
+    return [astuple(answer.cache)[:-1] for answer in answers]  # all but how old it is
 
 
 def scores(answers: Sequence[Answer]) -> list[list[float]]:

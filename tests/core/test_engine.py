@@ -4,6 +4,7 @@ import copy
 import json
 import threading
 import time
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def rank(engine: Engine, *raws: RawRequest) -> list[Answer]:
 
 
 def uses(answers: list[Answer]) -> list[tuple[str, str, int, int, str]]:
-    return [tuple(vars(answer.cache).values()) for answer in answers]
+    return [astuple(answer.cache)[:-1] for answer in answers]  # all but how old it is
 
 
 def assert_nothing_pinned(engine: Engine) -> None:
@@ -392,6 +393,17 @@ def assert_use_is_consistent(
         assert (status, reason) == ("bypass", "not_admitted" if num_events else "too_short")
 
 
+def test_an_answer_tells_how_old_its_kv_is(ranking_model: RankingModel) -> None:
+    now = [100.0]
+    pool = PagePool(9 * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+    store = KVStore([KVCache(pool, clock=lambda: now[0])])
+    engine = Engine(ranking_model, SCHEMA, "v1", store)
+    assert rank(engine, raw_of("a", 7, 2, 1))[0].cache.staleness_s == 0.0
+    now[0] += 60.0
+    answers = rank(engine, raw_of("a", 7, 2, 1), raw_of("b", 7, 2, 2))
+    assert [answer.cache.staleness_s for answer in answers] == [60.0, 0.0]
+
+
 def test_an_answer_has_the_one_format(ranking_model: RankingModel) -> None:
     engine = make_engine(ranking_model, 4)
     raw = raw_of("a", 11, 3, 1) | {"request_id": 17}
@@ -407,6 +419,7 @@ def test_an_answer_has_the_one_format(ranking_model: RankingModel) -> None:
             "cached_events": 0,
             "computed_events": 11,
             "tier": "none",
+            "staleness_s": 0.0,
         },
     }
     assert len(answer.scores) == 3

@@ -127,7 +127,8 @@ def test_an_answer_has_the_one_format(
         digests = (manifest["model_digest"][:16], manifest["tables_digest"][:16])
         assert answer["model_version"] == "-".join(digests)
         cache = answer["cache"]
-        assert list(cache) == ["status", "reason", "cached_events", "computed_events", "tier"]
+        counts = ["cached_events", "computed_events"]
+        assert list(cache) == ["status", "reason", *counts, "tier", "staleness_s"]
         assert cache["status"] in ("hit", "partial", "miss", "bypass")
         assert cache["tier"] in ("device", "host", "disk", "remote", "none")
         read = cache["cached_events"] + cache["computed_events"]

@@ -244,6 +244,10 @@ class KVCache:
         self.metrics.count("not_kept", tier=DEVICE)
         return None
 
+    def knows(self, user_id: str) -> bool:
+        """Whether there is K/V of a user, right for its history or not."""
+        return user_id in self._entry_by_user
+
     @property
     def num_held(self) -> int:
         """Entries that somebody reads."""

@@ -19,3 +19,4 @@ DEADLINE = "deadline"  # a tier took too long
 TIER_ERROR = "tier_error"
 TOO_SHORT = "too_short"  # to be worth keeping
 NOT_ADMITTED = "not_admitted"  # there was no room
+DRIFT = "drift"  # cached scores were found wrong: the cache is left alone

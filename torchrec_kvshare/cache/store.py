@@ -135,6 +135,10 @@ class KVStore:
             self.metrics.count("flights", outcome="joined" if has_landed else "timed_out")
             self.metrics.count("hits_by_scope", float(has_landed), scope="request")
 
+    def knows(self, user_id: str) -> bool:
+        """Whether the device has K/V of a user; which, and whether it is right, is not asked."""
+        return all(cache.knows(user_id) for cache in self.caches)
+
     def count_hit(self, user_id: str, lookups: Sequence[Lookup]) -> None:
         """Count a request whose K/V was all there, by whose it was."""
         owners = {lookup.entry.user_id for lookup in lookups if lookup.entry is not None}

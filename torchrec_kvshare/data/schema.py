@@ -6,13 +6,20 @@ alike, so that a raw id means the same row everywhere. Two rows of every table a
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import repeat
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from torchrec_kvshare.errors import ConfigError
 
 MISSING_ROW = 0  # the event or candidate has no value in this column
 UNKNOWN_ROW = 1  # a value never seen in training: out of vocabulary, or cold
 NUM_RESERVED_ROWS = 2
+MAX_INT64 = 2**63 - 1
+MAX_DIGITS = 4300  # of an integer that Python reads from text
 
 USER = "user_id"
 ITEM = "item_id"
@@ -33,6 +40,8 @@ FIRST_PLACE = "first_place"  # place in the window of the first event given; 0 i
 # Sine and cosine of the hour of day and of the day of week, known of every request.
 CLOCK_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
 
+IntArray = npt.NDArray[np.int64]
+
 
 class Vocabulary:
     """Rows of an embedding table by raw id.
@@ -47,7 +56,12 @@ class Vocabulary:
 
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = tuple(ids)
-        self._row_by_id = {raw: row for row, raw in enumerate(self.ids, NUM_RESERVED_ROWS)}
+        # An integer and its text are the same id; both are keys, so that looking one up is enough.
+        self._row_by_id: dict[str | int | None, int] = {None: MISSING_ROW}
+        for row, raw in enumerate(self.ids, NUM_RESERVED_ROWS):
+            self._row_by_id[raw] = row
+            if _is_integer(raw):
+                self._row_by_id[int(raw)] = row
 
     @property
     def num_rows(self) -> int:
@@ -55,20 +69,30 @@ class Vocabulary:
         return len(self.ids) + NUM_RESERVED_ROWS
 
     def row(self, raw: str | int | None) -> int:
-        """Row of one raw id; an integer and its text are the same id."""
-        if raw is None:
-            return MISSING_ROW
-        return self._row_by_id.get(raw if isinstance(raw, str) else str(raw), UNKNOWN_ROW)
+        """Row of one raw id."""
+        return self._row_by_id.get(raw, UNKNOWN_ROW)
 
     def rows(self, raws: Iterable[str | int | None]) -> list[int]:
         """Rows of many raw ids, in their order."""
-        row_by_id = self._row_by_id
-        return [
-            row_by_id.get(raw if isinstance(raw, str) else str(raw), UNKNOWN_ROW)
-            if raw is not None
-            else MISSING_ROW
-            for raw in raws
-        ]
+        return list(map(self._row_by_id.get, raws, repeat(UNKNOWN_ROW)))
+
+    def rows_of_array(self, raws: IntArray) -> IntArray:
+        """Rows of an int64 array of raw ids: ``rows``, without a Python object for each."""
+        integers, rows = self._sorted_integers
+        places = np.searchsorted(integers, raws)
+        places[places == integers.size] = 0
+        return np.where(integers[places] == raws, rows[places], UNKNOWN_ROW)
+
+    @cached_property
+    def _sorted_integers(self) -> tuple[IntArray, IntArray]:
+        """The ids that are int64 in ascending order, and their rows; at least one."""
+        row_by_integer = {
+            raw: row
+            for raw, row in self._row_by_id.items()
+            if isinstance(raw, int) and raw <= MAX_INT64
+        } or {-1: UNKNOWN_ROW}
+        integers = np.array(sorted(row_by_integer))
+        return integers, np.array([row_by_integer[raw] for raw in integers.tolist()])
 
 
 @dataclass(frozen=True)
@@ -221,6 +245,11 @@ class FeatureSchema:
                 for h in values["histories"]
             ),
         )
+
+
+def _is_integer(raw: str) -> bool:
+    """Whether a text is how Python writes some integer."""
+    return raw.isdecimal() and len(raw) <= MAX_DIGITS and str(int(raw)) == raw
 
 
 def context_key(column: str) -> str:

@@ -20,7 +20,7 @@ from torchrec_kvshare.attention.native import load_native
 from torchrec_kvshare.audit import EXACT, Audit, audit_model
 from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
-from torchrec_kvshare.engine import RankingFunctions
+from torchrec_kvshare.engine import Engine, RankingFunctions
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export.artifact import (
     MANIFEST,
@@ -172,7 +172,7 @@ def load_artifact(folder: Path) -> Artifact:
     if manifest.body == NATIVE:
         load_native()
     model = runtime.load(folder, schema, manifest.encoder)
-    check_golden(folder, model, schema)
+    check_golden(folder, Engine(model, schema, manifest.model_version, store=None))
     return Artifact(model, schema, manifest)
 
 

@@ -30,15 +30,14 @@ def write_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -
     return GOLDEN
 
 
-def check_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -> None:
+def check_golden(folder: Path, engine: Engine) -> None:
     """Refuse a loaded model that scores other than it did when it was exported.
 
     Raises:
         ArtifactError: naming the request and the scores.
     """
     golden = json.loads((folder / GOLDEN).read_text())
-    engine = Engine(model, schema, "golden", store=None)
-    answers = engine.rank([parse_request(one["request"], schema) for one in golden])
+    answers = engine.rank([parse_request(one["request"], engine.schema) for one in golden])
     for one, answer in zip(golden, answers, strict=True):
         for place, (expected, got) in enumerate(zip(one["scores"], answer.scores, strict=True)):
             if not abs(got - expected) <= LOGIT_TOLERANCE:

@@ -16,6 +16,7 @@ from torchrec_kvshare.profiling.items_benchmark import ITEMS, measure_items
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Record
 from torchrec_kvshare.profiling.runtimes_benchmark import RUNTIMES_SCENARIO, measure_runtimes
+from torchrec_kvshare.profiling.serving_benchmark import SERVING, measure_serving
 from torchrec_kvshare.profiling.tables_benchmark import TABLES, measure_tables
 from torchrec_kvshare.profiling.throughput_drop import THROUGHPUT_DROP, measure_throughput_drop
 from torchrec_kvshare.profiling.tiers_benchmark import TIERS, measure_tiers
@@ -37,6 +38,7 @@ MEASURE_BY_SCENARIO = {
     RUNTIMES_SCENARIO: measure_runtimes,
     TABLES: measure_tables,
     HOST: measure_host,
+    SERVING: measure_serving,
 }
 
 

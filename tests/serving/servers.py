@@ -1,0 +1,181 @@
+"""Real servers, in a process of their own or in a thread of the test's, and what asks them."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import IO, Any
+
+from tests.core.encoder_worlds import make_caches
+from tests.core.worlds import ROOT, SCHEMA, make_dlrm
+from torchrec_kvshare.cache.kv_cache import KVCache
+from torchrec_kvshare.cache.metrics import CacheMetrics
+from torchrec_kvshare.cache.store import KVStore
+from torchrec_kvshare.config import ServeConfig, ServerConfig
+from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.serving.server import Ports, serve
+
+READY = re.compile(r"serving on (http://\S+) and grpc://(\S+)")
+STOP_S = 60.0  # a busy machine
+
+
+@dataclass
+class Asked:
+    """A server that answers.
+
+    Attributes:
+        http_url: of its HTTP face.
+        grpc_url: host and port of its gRPC face.
+    """
+
+    http_url: str
+    grpc_url: str
+
+    @property
+    def http_address(self) -> str:
+        """Host and port of the HTTP face."""
+        return self.http_url.removeprefix("http://")
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """One request over a connection of its own: the status, and the JSON or text that came."""
+        connection = HTTPConnection(self.http_address, timeout=60.0)
+        try:
+            sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+            connection.request(method, path, sent, dict(headers or {}))
+            response = connection.getresponse()
+            text = response.read().decode()
+        finally:
+            connection.close()
+        is_json = response.headers.get_content_type() == "application/json"
+        return response.status, json.loads(text) if is_json else text
+
+    def rank(self, raw: Any, **headers: str) -> tuple[int, Any]:
+        """Ask for scores in the project's format."""
+        return self.ask("POST", "/v1/rank", raw, headers)
+
+
+@dataclass
+class ServerProcess(Asked):
+    """A server in a process of its own.
+
+    Attributes:
+        process: it.
+        logs: what it logged, a JSON object each.
+    """
+
+    process: "subprocess.Popen[str]"
+    logs: list[dict[str, Any]]
+
+    def stop(self) -> int:
+        """Ask it to end; returns its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_S)
+
+
+class EagerLoader:
+    """Engines of models that nobody exported; a folder is the name of a seed.
+
+    Args:
+        num_pages: of each engine's device; 0 for no cache.
+    """
+
+    def __init__(self, num_pages: int = 40) -> None:
+        self.metrics = CacheMetrics()
+        self.num_pages = num_pages
+        self.engines: list[Engine] = []
+
+    def load(self, folder: Path) -> Engine:
+        model = RankingModel(make_dlrm(int(folder.name))).eval()
+        store = None
+        if self.num_pages:
+            pools = make_caches(model, [self.num_pages])
+            store = KVStore([KVCache(one.pool, metrics=self.metrics) for one in pools])
+        self.engines.append(Engine(model, SCHEMA, f"v{folder.name}", store))
+        return self.engines[-1]
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def local_server(loader: EagerLoader, **settings: Any) -> Iterator[Asked]:
+    """Serve the model of seed 1 from a thread of this process until the end of the block."""
+    config = ServeConfig(artifact="1", server=ServerConfig(http_port=0, grpc_port=0, **settings))
+    started: Future[tuple[Ports, Callable[[], None]]] = Future()
+
+    async def run() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        end = partial(loop.call_soon_threadsafe, stop.set)
+        await serve(config, loader, stop, lambda ports: started.set_result((ports, end)))
+
+    with ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(asyncio.run, run())
+        serving.add_done_callback(lambda _: started.cancel())
+        ports, end = started.result(STOP_S)
+        try:
+            scheme = "http" if config.server.tls_cert_file is None else "https"
+            yield Asked(f"{scheme}://127.0.0.1:{ports.http}", f"127.0.0.1:{ports.grpc}")
+        finally:
+            end()
+            serving.result(STOP_S)
+
+
+@contextmanager
+def running_server(served: str, *overrides: str) -> Iterator[ServerProcess]:
+    """Serve with ``artifact=DIR`` or ``models=DIR`` until the end of the block.
+
+    A server that was not stopped inside must end well at the end.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "pipelines.serve", served]
+    free = ["server.http_port=0", "server.grpc_port=0", "threads=1"]
+    process = subprocess.Popen(
+        [*command, *free, *overrides],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    logs: list[dict[str, Any]] = []
+    reader = threading.Thread(target=_read_logs, args=(process.stderr, logs), daemon=True)
+    reader.start()
+    try:
+        ready = READY.match(process.stdout.readline())
+        if ready is None:
+            process.wait(STOP_S)
+            reader.join(STOP_S)
+            raise AssertionError(f"the server ended with {process.returncode}: {logs}")
+        server = ServerProcess(*ready.groups(), process, logs)
+        yield server
+        if process.poll() is None:
+            assert server.stop() == 0, logs
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(STOP_S)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _read_logs(lines: IO[str], logs: list[dict[str, Any]]) -> None:
+    for line in lines:
+        try:
+            logs.append(json.loads(line))
+        except ValueError:
+            logs.append({"message": line.rstrip()})  # a traceback, or a library's own words

@@ -1,0 +1,268 @@
+"""Versions take over warm and whole, broken ones are refused, and removing one goes back."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.core.encoder_worlds import make_caches
+from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
+from tests.serving.servers import EagerLoader, running_server
+from torchrec_kvshare.cache.metrics import CacheMetrics
+from torchrec_kvshare.cache.store import KVStore
+from torchrec_kvshare.config import CacheConfig
+from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.errors import ArtifactError, UnavailableError, UnknownModelError
+from torchrec_kvshare.export.artifact import MANIFEST
+from torchrec_kvshare.export.exporter import export_model
+from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.serving.metrics import ServerMetrics
+from torchrec_kvshare.serving.models import (
+    DRAINING,
+    REFUSED,
+    SERVING,
+    EngineLoader,
+    HotUsers,
+    Models,
+    versions_in,
+)
+
+RawRequest = dict[str, Any]
+
+
+class Loader(EagerLoader):
+    """A version's number is its model's seed; those above 90 are broken."""
+
+    def load(self, folder: Path) -> Engine:
+        if int(folder.name) > 90:
+            raise ArtifactError(f"{folder.name} is broken")
+        return super().load(folder)
+
+
+def make_models(num_hot: int = 8) -> Models:
+    loader = Loader()
+    return Models(loader.load, ServerMetrics(loader.metrics), num_hot)
+
+
+def add(folder: Path, name: str, version: str) -> Path:
+    """A version whose artifact is a manifest alone, of which the loader reads nothing."""
+    artifact = folder / name / version
+    artifact.mkdir(parents=True)
+    (artifact / MANIFEST).write_text("{}")
+    return artifact
+
+
+def asks(user: str) -> RawRequest:
+    return draw_raw(6, 2, ord(user)) | {"user_id": user}
+
+
+def states(models: Models) -> dict[tuple[str, str], str]:
+    return {(one.name, one.version): one.state for one in models.standings()}
+
+
+def test_the_highest_version_answers_and_removing_it_goes_back(tmp_path: Path) -> None:
+    models = make_models()
+    with pytest.raises(UnavailableError, match="no model is loaded"):
+        models.get()
+    for version in ("2", "10"):
+        add(tmp_path, "shop", version)
+    models.refresh(tmp_path)
+    assert models.get().version == "10"
+    assert models.get("shop", "10").engine.model_version == "v10"
+    shutil.rmtree(tmp_path / "shop" / "10")
+    models.refresh(tmp_path)
+    assert models.get("shop").version == "2"
+    shutil.rmtree(tmp_path / "shop")
+    models.refresh(tmp_path)
+    with pytest.raises(UnavailableError):
+        models.get("shop")
+
+
+def test_a_broken_version_is_refused_and_the_old_one_stays(tmp_path: Path) -> None:
+    models = make_models()
+    add(tmp_path, "shop", "1")
+    models.refresh(tmp_path)
+    broken = add(tmp_path, "shop", "99")
+    for _ in range(2):  # It is tried once, and not again until something changes.
+        models.refresh(tmp_path)
+    assert models.get().version == "1"
+    assert states(models) == {("shop", "1"): SERVING, ("shop", "99"): REFUSED}
+    assert [one.message for one in models.standings()][1] == "99 is broken"
+    shutil.rmtree(broken)
+    models.refresh(tmp_path)
+    assert states(models) == {("shop", "1"): SERVING}
+
+
+def test_models_side_by_side_go_by_their_names(tmp_path: Path) -> None:
+    models = make_models()
+    add(tmp_path, "shop", "1")
+    add(tmp_path, "news", "7")
+    models.refresh(tmp_path)
+    assert models.get("shop").engine.model_version == "v1"
+    assert models.get("news").engine.model_version == "v7"
+    with pytest.raises(UnknownModelError, match="no model was asked for"):
+        models.get()
+    with pytest.raises(UnknownModelError, match=r"shop/2 was asked for; \['news/7', 'shop/1'\]"):
+        models.get("shop", "2")
+
+
+def test_an_old_version_stays_until_its_last_answer(tmp_path: Path) -> None:
+    models = make_models()
+    add(tmp_path, "shop", "1")
+    models.refresh(tmp_path)
+    with models.get().open():
+        add(tmp_path, "shop", "2")
+        models.refresh(tmp_path)
+        assert states(models) == {("shop", "1"): DRAINING, ("shop", "2"): SERVING}
+    assert states(models) == {("shop", "2"): SERVING}
+
+
+def test_what_is_no_version_is_left_alone(tmp_path: Path) -> None:
+    add(tmp_path, "shop", "latest")
+    (tmp_path / "shop" / "3").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    assert versions_in(tmp_path) == {}
+    with pytest.raises(ArtifactError, match="nowhere"):
+        versions_in(tmp_path / "nowhere")
+
+
+def test_the_new_version_hits_for_who_asked_most(tmp_path: Path) -> None:
+    models = make_models(num_hot=3)
+    add(tmp_path, "shop", "1")
+    models.refresh(tmp_path)
+    for user in "dabcabcab":
+        models.hot("shop").remember(user, asks(user))
+    models.hot("shop").remember("b", {"user_id": "b"})  # which no model can read
+    add(tmp_path, "shop", "2")
+    models.refresh(tmp_path)
+    answers = models.get().engine.rank(parse_all([*map(asks, "acz")]))
+    assert [answer.cache.status for answer in answers] == ["hit", "hit", "miss"]
+
+
+def test_a_newcomer_can_become_hot() -> None:
+    hot = HotUsers(4)
+    for user in "aaaabbbbccccddddeeeee":
+        hot.remember(user, {"user_id": user})
+    assert hot.hottest()[0]["user_id"] == "e"
+    assert len(hot.hottest()) == 4
+
+
+def test_an_engine_is_loaded_only_if_its_cached_scores_are_the_golden_ones(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache whose pages hold something else is found before the first request."""
+    loader = EngineLoader(CacheConfig())
+    assert loader.load(artifact).store is not None
+    read = Engine._score_pages
+
+    def read_wrong(self: Engine, requests: Any, pages: Any, tables: Any) -> Any:
+        return read(self, requests, pages, [table + 0.1 for table in tables])
+
+    monkeypatch.setattr(Engine, "_score_pages", read_wrong)
+    with pytest.raises(ArtifactError, match="golden request"):
+        loader.load(artifact)
+
+
+def test_requests_during_a_switch_are_answered_by_one_model_or_the_other() -> None:
+    engines = {}
+    for seed in (1, 2):
+        model = RankingModel(make_dlrm(seed)).eval()
+        engines[f"{seed}"] = Engine(model, SCHEMA, f"v{seed}", KVStore(make_caches(model, [30])))
+    models = Models(lambda folder: engines[folder.name], ServerMetrics(CacheMetrics()), 4)
+    models.publish("shop", "1", Path("1"))
+    requests = parse_all([asks("a"), asks("b")])
+    expected = {
+        version: Engine(engine.model, SCHEMA, "", None).rank(requests)
+        for version, engine in engines.items()
+    }
+    seen: set[str] = set()
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            served = models.get()
+            with served.open():
+                answers = served.engine.rank(requests)
+            for answer, other in zip(answers, expected[served.version], strict=True):
+                assert answer.scores == pytest.approx(other.scores, rel=0, abs=2e-6)
+            seen.add(served.version)
+
+    with ThreadPoolExecutor(3) as threads:
+        asking = [threads.submit(ask) for _ in range(3)]
+        wait_for(lambda: "1" in seen or any(one.done() for one in asking))
+        models.publish("shop", "2", Path("2"))
+        wait_for(lambda: "2" in seen or any(one.done() for one in asking))
+        stop.set()
+        for one in asking:
+            one.result()
+    assert seen == {"1", "2"}
+
+
+def test_a_real_server_switches_under_load_and_refuses_what_is_corrupt(
+    artifact: Path, tmp_path: Path
+) -> None:
+    """No request is lost or scored by half of two models, whatever lies in the folder."""
+    versions = tmp_path / "models" / "shop"
+    versions.mkdir(parents=True)
+    shutil.copytree(artifact, versions / "1")
+    export_model(RankingModel(make_dlrm(2)).eval(), SCHEMA, tmp_path / "second")
+    raws = [asks(user) for user in "abcdef"]
+    expected = {}
+    for seed in (1, 2):
+        engine = Engine(RankingModel(make_dlrm(seed)).eval(), SCHEMA, "", None)
+        expected[str(seed)] = [answer.scores for answer in engine.rank(parse_all(raws))]
+    models = f"models={tmp_path / 'models'}"
+    settings = ["server.poll_s=0.1", "server.timeout_ms=60000", "server.log_requests=false"]
+    with running_server(models, *settings) as server:
+        versions_by_name = {server.rank(raws[0])[1]["model_version"]: "1"}
+        stop = threading.Event()
+        seen: list[str] = []
+
+        def ask() -> None:
+            while not stop.is_set():
+                for place, raw in enumerate(raws):
+                    status, answer = server.rank(raw)
+                    assert status == 200, answer
+                    version = versions_by_name.setdefault(answer["model_version"], "2")
+                    assert answer["scores"] == pytest.approx(expected[version][place], abs=2e-6)
+                    seen.append(version)
+
+        def state_of(version: str) -> str:
+            listed = server.ask("GET", "/v1/state")[1]["models"]
+            return next((one["state"] for one in listed if one["version"] == version), "gone")
+
+        with ThreadPoolExecutor(2) as threads:
+            asking = [threads.submit(ask) for _ in range(2)]
+            try:
+                corrupt = tmp_path / "corrupt"
+                shutil.copytree(artifact, corrupt)
+                program = bytearray((corrupt / "model.pt").read_bytes())
+                program[len(program) // 2] ^= 1
+                (corrupt / "model.pt").write_bytes(program)
+                corrupt.rename(versions / "3")
+                wait_for(lambda: state_of("3") == "refused")
+                assert state_of("1") == "serving"
+                (tmp_path / "second").rename(versions / "2")
+                wait_for(lambda: state_of("2") == "serving" and "2" in seen)
+                shutil.rmtree(versions / "2")
+                wait_for(lambda: state_of("1") == "serving" and seen[-1] == "1")
+            finally:
+                stop.set()
+            for one in asking:
+                one.result()
+        text = server.ask("GET", "/metrics")[1]
+        assert 'kvshare_model_refused{model="shop",version="3"} 1.0' in text
+        assert 'kvshare_model_loads_total{model="shop",outcome="refused"} 1.0' in text
+        assert 'kvshare_model_version_info{model="shop"' in text
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90.0
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

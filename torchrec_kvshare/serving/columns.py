@@ -1,0 +1,453 @@
+"""Raw requests as named tensors, for protocols that carry tensors and no JSON.
+
+Ids stay raw, as in the JSON format; an empty text is JSON's null. Here names, datatypes and lengths
+are checked, so that the tensors can be cut into requests; ``parse_request`` checks what they hold.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_kvshare.data.schema import (
+    HISTORY,
+    ITEM,
+    TIME,
+    USER,
+    FeatureSchema,
+    candidate_key,
+    context_key,
+    history_key,
+)
+from torchrec_kvshare.engine import Answer
+from torchrec_kvshare.errors import RequestError
+from torchrec_kvshare.features import Ragged
+
+INT64, BYTES, FP32, FP64 = "INT64", "BYTES", "FP32", "FP64"
+DTYPE_BY_DATATYPE: dict[str, np.dtype[Any]] = {
+    INT64: np.dtype(np.int64),
+    BYTES: np.dtype(object),  # each element is bytes
+    FP32: np.dtype(np.float32),
+    FP64: np.dtype(np.float64),
+}
+DATATYPE_BY_DTYPE = {dtype: datatype for datatype, dtype in DTYPE_BY_DATATYPE.items()}
+
+IDS, FLOATS = (INT64, BYTES), (FP32, FP64)
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """One tensor that comes in or goes out.
+
+    Attributes:
+        name: as messages have it.
+        datatypes: names of the Open Inference Protocol; the metadata tells the first.
+        shape: sizes, -1 for one that requests decide.
+    """
+
+    name: str
+    datatypes: tuple[str, ...]
+    shape: tuple[int, ...] = (-1,)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most that may come, whatever the model would read of it.
+
+    Attributes:
+        requests: in one message.
+        candidates: of one request.
+        events: of one request, before its history is cut to the window.
+        values: ids of one request in one multi-valued column, all its events' or candidates'
+            together.
+    """
+
+    requests: int
+    candidates: int
+    events: int
+    values: int
+
+
+def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
+    """The tensors that requests to a model are made of.
+
+    ::
+
+        # B requests with T events and C candidates in all
+        # user_id, time                                          [B]
+        # context.<column>.values, .lengths                      [ids], [B]
+        # history.item_id.values, .lengths; action, time alike   [T], [B]
+        # history.<attribute>.values, .lengths                   [ids], [T]
+        # candidates.item_id.values, .lengths; floats alike      [C], [B]
+        # candidates.<attribute>.values, .lengths                [ids], [C]
+
+    Args:
+        schema: the model's columns.
+
+    Returns:
+        The specifications, in the order above.
+    """
+    specs = [ColumnSpec(USER, IDS), ColumnSpec(TIME, (INT64,))]
+
+    def add(key: str, datatypes: tuple[str, ...]) -> None:
+        specs.append(ColumnSpec(f"{key}.values", datatypes))
+        specs.append(ColumnSpec(f"{key}.lengths", (INT64,)))
+
+    for column in schema.context:
+        add(context_key(column), IDS)
+    for column in schema.event_columns:
+        add(history_key(HISTORY, column), IDS)
+    add(history_key(HISTORY, TIME), (INT64,))
+    for column in schema.item_attributes:
+        add(history_key(HISTORY, column), IDS)
+    add(candidate_key(ITEM), IDS)
+    for column in schema.item_floats:
+        add(candidate_key(column), FLOATS)
+    for column in schema.item_attributes:
+        add(candidate_key(column), IDS)
+    return specs
+
+
+def output_specs() -> list[ColumnSpec]:
+    """The tensors that answers are made of: scores of all candidates, and what the cache did."""
+    return [
+        ColumnSpec("scores", (FP64,)),
+        ColumnSpec("scores.lengths", (INT64,)),
+        ColumnSpec("cache.status", (BYTES,)),
+        ColumnSpec("cache.reason", (BYTES,)),
+        ColumnSpec("cache.tier", (BYTES,)),
+        ColumnSpec("cache.cached_events", (INT64,)),
+        ColumnSpec("cache.computed_events", (INT64,)),
+        ColumnSpec("cache.staleness_s", (FP64,)),
+    ]
+
+
+def request_tensors(
+    raws: Sequence[Mapping[str, Any]], schema: FeatureSchema
+) -> dict[str, NDArray[Any]]:
+    """Raw requests as the tensors that ``column_specs`` names, in its order.
+
+    Args:
+        raws: such as ``parse_request`` takes; of a fraction of a second nothing is kept.
+        schema: the model's columns.
+
+    Returns:
+        Tensors by name. A column of integers alone is INT64; one with a text, a null or an integer
+        beyond 64 bits is BYTES.
+
+    Raises:
+        RequestError: if a text has no UTF-8.
+
+    Example:
+        >>> from torchrec_kvshare.data.schema import History, Vocabulary, Window
+        >>> vocabularies = {"user_id": Vocabulary([]), "item_id": Vocabulary([])}
+        >>> histories = (History("history", Window(8, 4)),)
+        >>> schema = FeatureSchema(vocabularies, (), False, (), (), histories)
+        >>> raw = {"user_id": 7, "time": 50, "history": {"item_id": [3, 9], "time": [10, 40]},
+        ...        "candidates": {"item_id": ["new", None]}}
+        >>> for name, tensor in request_tensors([raw], schema).items():
+        ...     print(name, tensor.tolist())
+        user_id [7]
+        time [50]
+        history.item_id.values [3, 9]
+        history.item_id.lengths [2]
+        history.time.values [10, 40]
+        history.time.lengths [2]
+        candidates.item_id.values [b'new', b'']
+        candidates.item_id.lengths [2]
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+
+    def add(key: str, rows: list[list[Any]]) -> None:
+        tensors[f"{key}.values"] = _tensor([value for row in rows for value in row], key, schema)
+        tensors[f"{key}.lengths"] = _integers([len(row) for row in rows])
+
+    def add_group(group: str, columns: Sequence[str]) -> None:
+        for column in columns:
+            add(f"{group}.{column}", [raw[group][column] for raw in raws])
+        for column in schema.item_attributes:
+            cells = [_cell(value) for raw in raws for value in raw[group][column]]
+            add(f"{group}.{column}", cells)
+
+    tensors[USER] = _ids([raw[USER] for raw in raws], USER)
+    tensors[TIME] = _integers([raw[TIME] for raw in raws])
+    for column in schema.context:
+        add(context_key(column), [_cell(raw["context"][column]) for raw in raws])
+    add_group(HISTORY, (*schema.event_columns, TIME))
+    add_group("candidates", (ITEM, *schema.item_floats))
+    return tensors
+
+
+def raw_requests(
+    tensors: Mapping[str, NDArray[Any]], schema: FeatureSchema, max_requests: int
+) -> list[dict[str, Any]]:
+    """The raw requests that tensors hold, for ``parse_request`` to check what they say.
+
+    Args:
+        tensors: by name, those of ``column_specs``; elements of an object array are bytes.
+        schema: the model's columns.
+        max_requests: most that one message may hold.
+
+    Returns:
+        One request for each element of ``user_id``, without a ``request_id``. Columns of texts are
+        lists, others arrays or ``Ragged``.
+
+    Raises:
+        RequestError: naming the tensor, what came and what was allowed.
+    """
+    _check_inputs(tensors, column_specs(schema))
+    num_requests = tensors[USER].size
+    if not 1 <= num_requests <= max_requests:
+        raise RequestError(
+            f"{USER} has {num_requests} elements; 1 to {max_requests} are allowed, "
+            "one for each request"
+        )
+    if tensors[TIME].size != num_requests:
+        raise RequestError(
+            f"{TIME} has {tensors[TIME].size} elements; {USER} has {num_requests}, and they are "
+            "one for each request"
+        )
+    context = {c: _rows(tensors, context_key(c), num_requests) for c in schema.context}
+    history = _group(tensors, HISTORY, (*schema.event_columns, TIME), schema, num_requests)
+    columns = (ITEM, *schema.item_floats)
+    candidates = _group(tensors, "candidates", columns, schema, num_requests)
+    return [
+        {
+            USER: user_id,
+            TIME: time,
+            "context": {column: _plain(rows[place]) for column, rows in context.items()},
+            "history": {column: rows[place] for column, rows in history.items()},
+            "candidates": {column: rows[place] for column, rows in candidates.items()},
+        }
+        for place, (user_id, time) in enumerate(
+            zip(_plain(_listed(tensors, USER)), tensors[TIME].tolist(), strict=True)
+        )
+    ]
+
+
+def raw_candidates(tensors: Mapping[str, NDArray[Any]], schema: FeatureSchema) -> dict[str, Any]:
+    """The candidates that tensors hold, of a user who came before.
+
+    Args:
+        tensors: by name, those of ``column_specs`` that are of candidates.
+        schema: the model's columns.
+
+    Returns:
+        A raw request's ``candidates``, for ``parse_candidates``.
+
+    Raises:
+        RequestError: naming the tensor, what came and what was allowed.
+    """
+    prefix = candidate_key("")
+    _check_inputs(tensors, [s for s in column_specs(schema) if s.name.startswith(prefix)])
+    columns = _group(tensors, "candidates", (ITEM, *schema.item_floats), schema, 1)
+    return {"candidates": {column: rows[0] for column, rows in columns.items()}}
+
+
+def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
+    """Answers as the tensors that ``output_specs`` names, in its order."""
+    uses = [answer.cache for answer in answers]
+    return {
+        "scores": np.concatenate([np.array(answer.scores) for answer in answers]),
+        "scores.lengths": _integers([len(answer.scores) for answer in answers]),
+        "cache.status": byte_elements([use.status for use in uses], "cache.status"),
+        "cache.reason": byte_elements([use.reason for use in uses], "cache.reason"),
+        "cache.tier": byte_elements([use.tier for use in uses], "cache.tier"),
+        "cache.cached_events": _integers([use.cached_events for use in uses]),
+        "cache.computed_events": _integers([use.computed_events for use in uses]),
+        "cache.staleness_s": np.array([use.staleness_s for use in uses], dtype=np.float64),
+    }
+
+
+def check_limits(raw: Mapping[str, Any], limits: Limits) -> None:
+    """Refuse a request that is too long, before anything reads it.
+
+    Args:
+        raw: a raw request, or a part of one; what is no column is left to ``parse_request``.
+        limits: most that may come.
+
+    Raises:
+        RequestError: naming the column, what came and what was allowed.
+    """
+    for name, ids in _columns(raw, "context"):
+        _check_limit(name, len(ids), limits.values, "ids")
+    for name, cells in _columns(raw, HISTORY):
+        _check_limit(name, len(cells), limits.events, "events")
+        _check_limit(name, _num_ids(cells), limits.values, "ids")
+    for name, cells in _columns(raw, "candidates"):
+        _check_limit(name, len(cells), limits.candidates, "candidates")
+        _check_limit(name, _num_ids(cells), limits.values, "ids")
+
+
+def datatype_of(tensor: NDArray[Any]) -> str:
+    """The protocol's name of an array's dtype, or the dtype's own if the protocol has none."""
+    return DATATYPE_BY_DTYPE.get(tensor.dtype) or str(tensor.dtype)
+
+
+def byte_elements(texts: Sequence[str], name: str) -> NDArray[Any]:
+    """Texts as a BYTES tensor.
+
+    Args:
+        texts: one for each element.
+        name: of the tensor, for the error.
+
+    Returns:
+        [len(texts)], each the text's UTF-8.
+
+    Raises:
+        RequestError: if a text has a lone surrogate.
+    """
+    try:
+        return np.array([text.encode() for text in texts], dtype=object)
+    except UnicodeEncodeError as error:
+        letter = error.object[error.start]
+        raise RequestError(f"{name} holds {letter!r}, of which UTF-8 has no form") from error
+
+
+# --- raw requests to tensors
+
+
+def _tensor(values: list[Any], key: str, schema: FeatureSchema) -> NDArray[Any]:
+    if key == history_key(HISTORY, TIME):
+        return _integers(values)
+    if key in map(candidate_key, schema.item_floats):
+        return np.array(values, dtype=np.float64)
+    return _ids(values, key)
+
+
+def _cell(value: Any) -> list[Any]:
+    """One multi-valued cell; as in JSON, a single id stands for a list of one, null for none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _integers(values: list[Any]) -> NDArray[Any]:
+    return np.array(values, dtype=np.int64)
+
+
+def _ids(values: list[Any], name: str) -> NDArray[Any]:
+    if set(map(type, values)) <= {int}:
+        try:
+            return _integers(values)
+        except OverflowError:
+            pass  # An integer and its text are the same id.
+    return byte_elements(["" if value is None else str(value) for value in values], name)
+
+
+# --- tensors to raw requests
+
+
+def _check_inputs(tensors: Mapping[str, NDArray[Any]], specs: list[ColumnSpec]) -> None:
+    datatypes_by_name = {spec.name: spec.datatypes for spec in specs}
+    for name, tensor in tensors.items():
+        if name not in datatypes_by_name:
+            raise RequestError(
+                f"{name!r:.200} is no input of the model; its inputs are {list(datatypes_by_name)}"
+            )
+        datatypes = datatypes_by_name[name]
+        if datatype_of(tensor) not in datatypes:
+            raise RequestError(
+                f"{name} is {datatype_of(tensor)}; {' or '.join(datatypes)} is allowed"
+            )
+        if tensor.ndim != 1:
+            raise RequestError(f"{name} has {tensor.ndim} dimensions; 1 is allowed")
+    missing = [name for name in datatypes_by_name if name not in tensors]
+    if missing:
+        raise RequestError(f"the input {missing[0]} is missing; these came: {list(tensors)}")
+
+
+def _group(
+    tensors: Mapping[str, NDArray[Any]],
+    group: str,
+    columns: Sequence[str],
+    schema: FeatureSchema,
+    num_requests: int,
+) -> dict[str, list[Any]]:
+    """Columns of events or candidates, cut into requests."""
+    rows = {column: _rows(tensors, f"{group}.{column}", num_requests) for column in columns}
+    item_ends = _ends(tensors, f"{group}.{ITEM}", num_requests)
+    for column in schema.item_attributes:
+        key = f"{group}.{column}"
+        ends = _ends(tensors, key, item_ends[-1])
+        values, lengths = _listed(tensors, f"{key}.values"), tensors[f"{key}.lengths"]
+        rows[column] = [
+            Ragged(values[ends[first] : ends[last]], lengths[first:last])
+            for first, last in pairwise(item_ends)
+        ]
+    return rows
+
+
+def _rows(tensors: Mapping[str, NDArray[Any]], key: str, num_rows: int) -> list[Any]:
+    """The values of one feature, cut into the rows that its lengths tell."""
+    values = _listed(tensors, f"{key}.values")
+    return [values[first:last] for first, last in pairwise(_ends(tensors, key, num_rows))]
+
+
+def _ends(tensors: Mapping[str, NDArray[Any]], key: str, num_rows: int) -> list[int]:
+    """Where each row of a feature ends, behind a 0."""
+    num_values, lengths = tensors[f"{key}.values"].size, tensors[f"{key}.lengths"]
+    if lengths.size != num_rows:
+        raise RequestError(
+            f"{key}.lengths has {lengths.size} elements; {num_rows} are allowed, one for each "
+            "request, or event, or candidate"
+        )
+    if lengths.min(initial=0) < 0:
+        raise RequestError(f"{key}.lengths holds {lengths.min()}; a length is 0 or more")
+    ends = list(accumulate(lengths.tolist(), initial=0))  # NumPy's integers would wrap.
+    if ends[-1] != num_values:
+        raise RequestError(
+            f"{key}.lengths sums to {ends[-1]}; {key}.values has {num_values} elements"
+        )
+    return ends
+
+
+def _listed(tensors: Mapping[str, NDArray[Any]], name: str) -> Any:
+    """Texts as JSON has them; numbers stay an array."""
+    tensor = tensors[name]
+    return _texts(tensor.tolist(), name) if tensor.dtype == object else tensor
+
+
+def _plain(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else values.tolist()
+
+
+def _texts(elements: list[bytes], name: str) -> list[Any]:
+    try:
+        # One call for all of them takes half the time, as long as none has the separator.
+        texts: list[Any] = b"\0".join(elements).decode().split("\0")
+        if len(texts) != len(elements):
+            texts = [element.decode() for element in elements]
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start : error.start + 1]
+        raise RequestError(f"{name} holds the byte {byte!r}, which is no UTF-8 there") from error
+    return [text or None for text in texts] if "" in texts else texts
+
+
+# --- limits
+
+
+def _columns(raw: Mapping[str, Any], group: str) -> list[tuple[str, Any]]:
+    """The columns of a group that are lists, or arrays."""
+    columns = raw.get(group)
+    if not isinstance(columns, dict):
+        return []
+    return [
+        (f"{group}.{name!s:.200}", column)
+        for name, column in columns.items()
+        if isinstance(column, list | np.ndarray | Ragged)
+    ]
+
+
+def _num_ids(column: Any) -> int:
+    """Ids in a multi-valued column."""
+    if isinstance(column, Ragged):
+        return len(column.values)
+    cells = column if isinstance(column, list) else []
+    return sum(len(cell) for cell in cells if type(cell) is list)
+
+
+def _check_limit(name: str, count: int, most: int, unit: str) -> None:
+    if count > most:
+        raise RequestError(f"{name} has {count} {unit}; at most {most} are allowed")

@@ -1,0 +1,23 @@
+"""Logs as JSON, one object a line, on standard error."""
+
+import logging
+import sys
+
+from pythonjsonlogger.json import JsonFormatter
+
+
+def log_as_json(stream: object = None) -> None:
+    """Have all loggers write JSON: time, level, logger, message, and what a call adds as ``extra``.
+
+    Args:
+        stream: a text file; standard error by default, so that standard output stays readable.
+    """
+    handler = logging.StreamHandler(sys.stderr if stream is None else stream)  # type: ignore[arg-type]
+    handler.setFormatter(
+        JsonFormatter(
+            "{asctime}{levelname}{name}{message}",
+            style="{",
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+        )
+    )
+    logging.getLogger().handlers[:] = [handler]

@@ -1,0 +1,226 @@
+"""The server: both faces over one service, from the first model to the last answer."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+from aiohttp import web
+from torch.utils.tensorboard import SummaryWriter
+from tritonclient.grpc import service_pb2_grpc
+
+from torchrec_kvshare.config import ServeConfig, ServerConfig
+from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.serving.grpc_face import BearerToken, GrpcFace
+from torchrec_kvshare.serving.http_face import http_app
+from torchrec_kvshare.serving.metrics import ServerMetrics
+from torchrec_kvshare.serving.models import (
+    DEFAULT_NAME,
+    DEFAULT_VERSION,
+    Loader,
+    Models,
+    versions_in,
+)
+from torchrec_kvshare.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 4096  # connections that wait to be accepted
+TENSORBOARD_S = 10.0  # between two writes
+
+
+class Ports(NamedTuple):
+    """Where the faces listen."""
+
+    http: int
+    grpc: int
+
+
+async def serve(
+    config: ServeConfig, loader: Loader, stop: asyncio.Event, show: Callable[[Ports], None]
+) -> None:
+    """Serve until told to stop, then answer what was accepted.
+
+    Args:
+        config: what is served, and how.
+        loader: makes engines of artifacts; closed at the end.
+        stop: set from outside.
+        show: told the ports once a request will be answered.
+
+    Raises:
+        ConfigError: if the config cannot work.
+        ArtifactError: if the one artifact that was named is broken.
+        MissingExtraError: if a tier's packages are not installed.
+    """
+    if (config.artifact is None) == (config.models is None):
+        raise ConfigError(
+            f"artifact is {config.artifact!r} and models is {config.models!r}; one is needed"
+        )
+    metrics = ServerMetrics(loader.metrics)
+    models = Models(loader.load, metrics, config.server.hot_users)
+    service = Service(models, metrics, config.server)
+    try:
+        async with (
+            listening(service, config.server) as ports,
+            _background(config, models, metrics) as first_model,
+        ):
+            await _either(first_model, stop)
+            if not stop.is_set():
+                show(ports)
+            await stop.wait()
+            logger.info("draining")
+    finally:
+        service.close()
+        loader.close()
+
+
+@asynccontextmanager
+async def listening(service: Service, config: ServerConfig) -> AsyncIterator[Ports]:
+    """Both faces; at the end of the block what was accepted is answered.
+
+    Raises:
+        ConfigError: if a port is taken, or a secret or a certificate cannot be read.
+    """
+    token = None if config.token_file is None else _read(config.token_file, "token_file").strip()
+    if token == b"":
+        raise ConfigError(f"server.token_file is {config.token_file!r}, which is empty")
+    app = http_app(service, token)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=config.drain_s
+    )
+    await runner.setup()
+    options = [
+        ("grpc.max_receive_message_length", config.max_request_bytes),
+        ("grpc.so_reuseport", 0),  # A port that is taken is an error.
+    ]
+    interceptors = [] if token is None else [BearerToken(token)]
+    server = grpc.aio.server(interceptors=interceptors, options=options)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcFace(service), server)
+    try:
+        ports = await _listen(runner, server, config)
+        yield ports
+    finally:
+        service.is_draining = True
+        await asyncio.gather(runner.cleanup(), server.stop(config.drain_s))
+
+
+async def _listen(runner: web.AppRunner, server: grpc.aio.Server, config: ServerConfig) -> Ports:
+    ssl_context = _ssl_context(config)
+    try:
+        site = web.TCPSite(
+            runner, config.host, config.http_port, ssl_context=ssl_context, backlog=BACKLOG
+        )
+        await site.start()
+    except OSError as error:
+        raise ConfigError(f"server.http_port is {config.http_port}: {error}") from error
+    address = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"{address}:{config.grpc_port}"
+    try:
+        if ssl_context is None:
+            grpc_port = server.add_insecure_port(address)
+        else:
+            grpc_port = server.add_secure_port(address, _grpc_credentials(config))
+    except RuntimeError as error:
+        raise ConfigError(f"server.grpc_port is {config.grpc_port}: {error}") from error
+    await server.start()
+    return Ports(runner.addresses[0][1], grpc_port)
+
+
+def _ssl_context(config: ServerConfig) -> ssl.SSLContext | None:
+    if (config.tls_cert_file is None) != (config.tls_key_file is None):
+        raise ConfigError(
+            f"server.tls_cert_file is {config.tls_cert_file!r} and server.tls_key_file is "
+            f"{config.tls_key_file!r}; both or none are needed"
+        )
+    if config.tls_cert_file is None:
+        if config.tls_client_ca_file is not None:
+            raise ConfigError("server.tls_client_ca_file needs server.tls_cert_file")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
+        if config.tls_client_ca_file is not None:
+            context.load_verify_locations(config.tls_client_ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:  # ssl.SSLError is one.
+        raise ConfigError(f"server.tls_cert_file and the others cannot be used: {error}") from error
+    return context
+
+
+def _grpc_credentials(config: ServerConfig) -> grpc.ServerCredentials:
+    assert config.tls_key_file is not None
+    assert config.tls_cert_file is not None
+    key = _read(config.tls_key_file, "tls_key_file")
+    certificate = _read(config.tls_cert_file, "tls_cert_file")
+    authority = None
+    if config.tls_client_ca_file is not None:
+        authority = _read(config.tls_client_ca_file, "tls_client_ca_file")
+    return grpc.ssl_server_credentials([(key, certificate)], authority, authority is not None)
+
+
+def _read(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"server.{name} is {path!r}, which cannot be read: {error}") from error
+
+
+@asynccontextmanager
+async def _background(
+    config: ServeConfig, models: Models, metrics: ServerMetrics
+) -> AsyncIterator["asyncio.Task[None]"]:
+    """Loading and watching models, and writing to TensorBoard; yields the loading of the first."""
+    first_model = asyncio.create_task(_load_first(config, models))
+    tasks = [first_model]
+    if config.models is not None:
+        tasks.append(asyncio.create_task(_watch(Path(config.models), models, config.server.poll_s)))
+    if config.server.tensorboard is not None:
+        tasks.append(asyncio.create_task(_write_tensorboard(config.server.tensorboard, metrics)))
+    try:
+        yield first_model
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _load_first(config: ServeConfig, models: Models) -> None:
+    if config.artifact is not None:
+        folder = Path(config.artifact)
+        await asyncio.to_thread(models.publish, DEFAULT_NAME, DEFAULT_VERSION, folder)
+        return
+    assert config.models is not None
+    versions_in(Path(config.models))  # A folder that cannot be read is told at once.
+    while not models.all():
+        await asyncio.sleep(0.01)
+
+
+async def _watch(folder: Path, models: Models, poll_s: float) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(models.refresh, folder)
+        except Exception:
+            logger.exception("the folder of models could not be looked at")
+        await asyncio.sleep(poll_s)
+
+
+async def _write_tensorboard(folder: str, metrics: ServerMetrics) -> None:
+    step = 0
+    with SummaryWriter(folder) as writer:
+        while True:
+            await asyncio.sleep(TENSORBOARD_S)
+            step += 1
+            await asyncio.to_thread(metrics.write, writer, step)
+
+
+async def _either(task: "asyncio.Task[None]", stop: asyncio.Event) -> None:
+    """Wait for one of the two; what the task raised is raised."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if task.done():
+        task.result()
