@@ -270,7 +270,7 @@ class ServerConfig:
     batch_requests: int = 16  # scored in one step
     batch_candidates: int = 2048  # in one step; a request gets half of it at most
     batch_events: int = 8192  # encoded in one step, if more than one request needs it
-    max_wait_ms: float = 1.0  # for a step to fill
+    max_wait_ms: float = 0.0  # for a step to fill; while one is scored the next fills anyhow
     queue_requests: int = 256  # that wait; more are refused
     max_streams: int = 64  # open at once; more are refused
     stream_depth: int = 4  # groups of a stream that wait; the client is not read on then

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +114,8 @@ class EagerLoader:
 @contextmanager
 def local_server(loader: EagerLoader, **settings: Any) -> Iterator[Asked]:
     """Serve the model of seed 1 from a thread of this process until the end of the block."""
-    config = ServeConfig(artifact="1", server=ServerConfig(http_port=0, grpc_port=0, **settings))
+    free = {"http_port": 0, "grpc_port": 0}
+    config = ServeConfig(artifact="1", server=ServerConfig(**free | settings))
     started: Future[tuple[Ports, Callable[[], None]]] = Future()
 
     async def run() -> None:
@@ -124,8 +125,10 @@ def local_server(loader: EagerLoader, **settings: Any) -> Iterator[Asked]:
 
     with ThreadPoolExecutor(1) as threads:
         serving = threads.submit(asyncio.run, run())
-        serving.add_done_callback(lambda _: started.cancel())
-        ports, end = started.result(STOP_S)
+        wait([serving, started], STOP_S, FIRST_COMPLETED)
+        if serving.done():
+            serving.result()  # It has raised.
+        ports, end = started.result(0.0)
         try:
             scheme = "http" if config.server.tls_cert_file is None else "https"
             yield Asked(f"{scheme}://127.0.0.1:{ports.http}", f"127.0.0.1:{ports.grpc}")

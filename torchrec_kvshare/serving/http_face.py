@@ -7,11 +7,11 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-from aiohttp import StreamReader, web
+from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from torchrec_kvshare.engine import Answer
@@ -37,6 +37,8 @@ from torchrec_kvshare.serving.service import Call, Group, Service, Stream
 
 logger = logging.getLogger(__name__)
 
+Anything = TypeVar("Anything")
+
 FACE = "http"
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (
@@ -52,6 +54,7 @@ STATUS_BY_ERROR: dict[type[KVShareError], int] = {
     UnavailableError: 503,
     DeadlineError: 504,
 }
+Lines: TypeAlias = "asyncio.Queue[bytes | RequestError | None]"
 INTERNAL_ERROR = "an error inside the server; its log has more"
 
 
@@ -122,7 +125,8 @@ class _HttpFace:
 
     async def infer(self, request: web.Request) -> web.Response:
         """Score the requests of one message, all or none."""
-        call, body = await _call(request), await request.read()
+        body = await self._before_timeout(request.read())
+        call = _call(request)
         with self._service.counted(call) as served:
             head, binary = _parts(request, body)
             requested = requested_outputs_json(head)
@@ -144,7 +148,8 @@ class _HttpFace:
         """Score one request or a list of them; in a list an error stands in its place."""
         if request.query.get("stream") == "1":
             return await self._rank_stream(request)
-        call, body = await _call(request), await request.read()
+        body = await self._before_timeout(request.read())
+        call = _call(request)
         raw: Any = None
         try:
             with self._service.counted(call) as served:
@@ -167,7 +172,7 @@ class _HttpFace:
 
     async def _rank_stream(self, request: web.Request) -> web.StreamResponse:
         """Score candidates as they come, line by line; server-sent events as they are scored."""
-        call = await _call(request)
+        call = _call(request)
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",
@@ -176,11 +181,12 @@ class _HttpFace:
                 REQUEST_ID: call.request_id,
             }
         )
+        lines: Lines = asyncio.Queue()
+        reader = asyncio.ensure_future(_read_lines(request, lines))
         try:
             with self._service.counted(call) as served:
-                lines = _lines(request.content, self._service.config.max_request_bytes)
-                raw = decode_request(await anext(lines, b""))
-                with self._service.stream(call, served, raw) as stream:
+                first = await self._before_timeout(_next_line(lines))
+                with self._service.stream(call, served, decode_request(first or b"")) as stream:
                     await response.prepare(request)
                     await self._write_groups(stream, lines, response)
                     await _write_event(response, stream, "end", {})
@@ -188,12 +194,14 @@ class _HttpFace:
             if not response.prepared:
                 raise
             await _write_event(response, None, "error", _error(error))
+        finally:
+            reader.cancel()
         return response
 
     async def _write_groups(
-        self, stream: Stream, lines: AsyncIterator[bytes], response: web.StreamResponse
+        self, stream: Stream, lines: Lines, response: web.StreamResponse
     ) -> None:
-        # As many groups wait here as may: the client is read on when one has left.
+        # So many wait to be scored, and no more, until the scores of one have left.
         groups: asyncio.Queue[Group | Exception | None] = asyncio.Queue(
             self._service.config.stream_depth
         )
@@ -211,6 +219,14 @@ class _HttpFace:
         finally:
             reader.cancel()
 
+    async def _before_timeout(self, coming: Coroutine[Any, Any, Anything]) -> Anything:
+        """What a client sends, which is not waited for any longer than a stream may take."""
+        timeout_s = self._service.config.stream_timeout_s
+        try:
+            return await asyncio.wait_for(coming, timeout_s)
+        except asyncio.TimeoutError as error:
+            raise DeadlineError(f"the body did not come within {timeout_s:g} s") from error
+
     async def _answer(self, call: Call, served: Served, raw: Any) -> Answer | KVShareError:
         if not isinstance(raw, dict):
             return RequestError(f"a request is a JSON object; got {type(raw).__name__}")
@@ -226,36 +242,46 @@ class _HttpFace:
 
 
 async def _read_groups(
-    stream: Stream,
-    lines: AsyncIterator[bytes],
-    groups: "asyncio.Queue[Group | Exception | None]",
+    stream: Stream, lines: Lines, groups: "asyncio.Queue[Group | Exception | None]"
 ) -> None:
     try:
         await groups.put(stream.first())
-        async for line in lines:
+        while (line := await _next_line(lines)) is not None:
             await groups.put(stream.next(decode_request(line)))
         await groups.put(None)
     except KVShareError as error:
         await groups.put(error)
-    except Exception:
-        logger.exception("a stream could not be read")
-        await groups.put(RequestError("the stream ended in the middle of a line"))
 
 
-async def _lines(content: StreamReader, max_bytes: int) -> AsyncIterator[bytes]:
-    """Lines of a body that is still coming, without the blank ones."""
-    waiting = bytearray()
-    async for chunk in content.iter_any():
-        waiting += chunk
-        *whole, rest = waiting.split(b"\n")
-        for line in whole:
-            if line.strip():
-                yield bytes(line)
-        if len(rest) > max_bytes:
-            raise RequestError(f"a line is longer than {max_bytes} bytes")
-        waiting = rest
-    if waiting.strip():
-        yield bytes(waiting)
+async def _read_lines(request: web.Request, lines: Lines) -> None:
+    """Lines of a body that is still coming, without the blank ones; None at its end.
+
+    All of it is read as it comes: once an answer has begun, nginx does not go on with a body that
+    nobody read for a while. What may wait here is what a request may hold.
+    """
+    try:
+        waiting, num_bytes = b"", 0
+        async for chunk in request.content.iter_any():
+            num_bytes += len(chunk)
+            if num_bytes > request.client_max_size:
+                raise RequestError(f"the body is longer than {request.client_max_size} bytes")
+            *whole, waiting = (waiting + chunk).split(b"\n")
+            for line in filter(bytes.strip, whole):
+                lines.put_nowait(line)
+        if waiting.strip():
+            lines.put_nowait(waiting)
+        lines.put_nowait(None)
+    except RequestError as error:
+        lines.put_nowait(error)
+    except Exception as error:  # aiohttp's own, of chunks and encodings that are none
+        lines.put_nowait(RequestError(f"the body cannot be read: {error!r:.200}"))
+
+
+async def _next_line(lines: Lines) -> bytes | None:
+    line = await lines.get()
+    if isinstance(line, Exception):
+        raise line
+    return line
 
 
 async def _write_event(
@@ -269,10 +295,8 @@ async def _write_event(
         await stream.wait(response.write(event))
 
 
-async def _call(request: web.Request) -> Call:
-    """What the request says of itself beside its body, once the body is there."""
-    if request.query.get("stream") != "1":
-        await request.read()
+def _call(request: web.Request) -> Call:
+    """What the request says of itself beside its body."""
     timeout = request.headers.get(TIMEOUT)
     request_id = request.headers.get(REQUEST_ID) or uuid.uuid4().hex
     model = request.match_info.get("model") or request.query.get("model")

@@ -257,6 +257,7 @@ class Models:
             self._retire(old)
         self._stand(Standing(name, version, engine.model_version, SERVING, ""))
         self._show()
+        self._metrics.loads.labels(name, "served").inc()
         logger.info("model %s version %s answers: %s", name, version, engine.model_version)
 
     def refresh(self, folder: Path) -> None:
@@ -288,7 +289,6 @@ class Models:
                 continue
             try:
                 self.publish(name, version, folder)
-                self._metrics.loads.labels(name, "served").inc()
                 self._refused.pop((name, version), None)
                 return
             except Exception as error:

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import os
+import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,7 @@ from torchrec_kvshare.serving.service import Service
 logger = logging.getLogger(__name__)
 
 BACKLOG = 4096  # connections that wait to be accepted
+LAST_CALLS_S = 0.2  # for the calls of those who had connected before the port was closed
 TENSORBOARD_S = 10.0  # between two writes
 
 
@@ -65,12 +68,12 @@ async def serve(
     service = Service(models, metrics, config.server)
     try:
         async with (
-            listening(service, config.server) as ports,
+            listening(service, config.server) as open_grpc,
             _background(config, models, metrics) as first_model,
         ):
             await _either(first_model, stop)
             if not stop.is_set():
-                show(ports)
+                show(await open_grpc())
             await stop.wait()
             logger.info("draining")
     finally:
@@ -79,8 +82,13 @@ async def serve(
 
 
 @asynccontextmanager
-async def listening(service: Service, config: ServerConfig) -> AsyncIterator[Ports]:
-    """Both faces; at the end of the block what was accepted is answered.
+async def listening(
+    service: Service, config: ServerConfig
+) -> AsyncIterator[Callable[[], Awaitable[Ports]]]:
+    """HTTP at once, gRPC when the yielded function is called; at the end what came is answered.
+
+    HTTP has words for "not yet" that a proxy understands. gRPC has not: who asks a server without a
+    model gets an answer, and would have got a better one from another that takes connections.
 
     Raises:
         ConfigError: if a port is taken, or a secret or a certificate cannot be read.
@@ -100,15 +108,25 @@ async def listening(service: Service, config: ServerConfig) -> AsyncIterator[Por
     interceptors = [] if token is None else [BearerToken(token)]
     server = grpc.aio.server(interceptors=interceptors, options=options)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcFace(service), server)
+    grpc_ports: list[int] = []
+
+    async def open_grpc() -> Ports:
+        grpc_ports.append(await _listen_grpc(server, config))
+        return Ports(runner.addresses[0][1], grpc_ports[0])
+
     try:
-        ports = await _listen(runner, server, config)
-        yield ports
+        await _listen_http(runner, config)
+        yield open_grpc
     finally:
         service.is_draining = True
+        # grpc cancels what comes while it stops; who can no longer connect goes elsewhere.
+        for port in grpc_ports:
+            _stop_listening(port)
+            await asyncio.sleep(LAST_CALLS_S)
         await asyncio.gather(runner.cleanup(), server.stop(config.drain_s))
 
 
-async def _listen(runner: web.AppRunner, server: grpc.aio.Server, config: ServerConfig) -> Ports:
+async def _listen_http(runner: web.AppRunner, config: ServerConfig) -> None:
     ssl_context = _ssl_context(config)
     try:
         site = web.TCPSite(
@@ -117,17 +135,33 @@ async def _listen(runner: web.AppRunner, server: grpc.aio.Server, config: Server
         await site.start()
     except OSError as error:
         raise ConfigError(f"server.http_port is {config.http_port}: {error}") from error
+
+
+async def _listen_grpc(server: grpc.aio.Server, config: ServerConfig) -> int:
     address = f"[{config.host}]" if ":" in config.host else config.host
     address = f"{address}:{config.grpc_port}"
     try:
-        if ssl_context is None:
+        if config.tls_cert_file is None:
             grpc_port = server.add_insecure_port(address)
         else:
             grpc_port = server.add_secure_port(address, _grpc_credentials(config))
     except RuntimeError as error:
         raise ConfigError(f"server.grpc_port is {config.grpc_port}: {error}") from error
     await server.start()
-    return Ports(runner.addresses[0][1], grpc_port)
+    return grpc_port
+
+
+def _stop_listening(port: int) -> None:
+    """Refuse connections to a port of this process; those that are open stay."""
+    for link in Path("/proc/self/fd").iterdir():
+        # Another thread may close one of them in the meantime.
+        with suppress(OSError):
+            if not os.readlink(link).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(link.name))) as opened:
+                is_listener = opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if is_listener and opened.getsockname()[1] == port:
+                    opened.shutdown(socket.SHUT_RDWR)
 
 
 def _ssl_context(config: ServerConfig) -> ssl.SSLContext | None:

@@ -86,7 +86,8 @@ class Service:
         self.view = LiveView()
         self.is_draining = False
         self._shadow = ShadowParity(config.shadow_share, seed=random.randrange(2**32))
-        self._num_checks, self._drift = 0, 0.0
+        self._num_checks = 0
+        self._drift_by_model: dict[str, float] = {}
         self._streams: set[Stream] = set()
         limits = StepLimits(
             config.batch_requests,
@@ -200,7 +201,7 @@ class Service:
         """The live state, for the page."""
         parity = {
             "checks": self._num_checks,
-            "drift": self._drift,
+            "drift": max(self._drift_by_model.values(), default=0.0),
             "limit": self.config.shadow_limit,
             "alarm": bool(self.models.names_without_cache),
         }
@@ -239,9 +240,10 @@ class Service:
 
     def _note_drift(self, served: Served, drift: float) -> None:
         self._num_checks += 1
-        self._drift = max(self._drift, drift)
+        worst = max(drift, self._drift_by_model.get(served.name, 0.0))
+        self._drift_by_model[served.name] = worst
         self.metrics.parity_checks.labels(served.name).inc()
-        self.metrics.parity_drift.labels(served.name).set(self._drift)
+        self.metrics.parity_drift.labels(served.name).set(worst)
         if drift > self.config.shadow_limit:
             self.models.bypass(served.engine)
             logger.error(
