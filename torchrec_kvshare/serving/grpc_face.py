@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2
 
 from torchrec_kvshare.engine import Answer
 from torchrec_kvshare.errors import (
@@ -50,10 +51,20 @@ INTERNAL_ERROR = "an error inside the server; its log has more"
 Message: TypeAlias = service_pb2.ModelInferRequest
 Reply: TypeAlias = service_pb2.ModelInferResponse
 Context: TypeAlias = grpc.aio.ServicerContext
+SERVICE = "inference.GRPCInferenceService"
+# Of the methods that are no streams.
+REQUEST_BY_METHOD = {
+    "ServerLive": "ServerLiveRequest",
+    "ServerReady": "ServerReadyRequest",
+    "ServerMetadata": "ServerMetadataRequest",
+    "ModelReady": "ModelReadyRequest",
+    "ModelMetadata": "ModelMetadataRequest",
+    "ModelInfer": "ModelInferRequest",
+}
 MAX_ID = 200  # characters of a request's id
 
 
-class GrpcFace(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+class GrpcFace:
     """The methods of the protocol.
 
     Args:
@@ -85,17 +96,15 @@ class GrpcFace(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
     async def ModelMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
         """What a model takes and gives."""
-        async with _errors_as_status(context):
-            served = self._service.models.get(request.name, request.version)
-            return model_metadata_message(served.name, [served.version], served.engine.schema)
+        served = self._service.models.get(request.name, request.version)
+        return model_metadata_message(served.name, [served.version], served.engine.schema)
 
     async def ModelInfer(self, request: Message, context: Context) -> Reply:  # noqa: N802
         """Score the requests of one message, all or none."""
-        async with _errors_as_status(context):
-            return await _infer(self._service, request, context.time_remaining())
+        return await _infer(self._service, request, context.time_remaining())
 
     async def ModelStreamInfer(  # noqa: N802
-        self, messages: AsyncIterator[Message], context: Context
+        self, messages: AsyncIterator[bytes], context: Context
     ) -> None:
         """Score messages as they come; an error takes the place of its answer and no more."""
         try:
@@ -104,7 +113,7 @@ class GrpcFace(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             # Everything is let go by now: this waits until the client reads, or is gone.
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the client does not read")
 
-    async def _stream(self, messages: AsyncIterator[Message], context: Context) -> None:
+    async def _stream(self, messages: AsyncIterator[bytes], context: Context) -> None:
         # As many answers wait here as may: the client is read on when one has left.
         pending: asyncio.Queue[tuple[Message, asyncio.Future[Reply]] | None] = asyncio.Queue(
             self._service.config.stream_depth
@@ -125,6 +134,40 @@ class GrpcFace(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
                 if (left := pending.get_nowait()) is not None:
                     left[1].cancel()
             sequences.close()
+
+
+def add_face(face: GrpcFace, server: grpc.aio.Server) -> None:
+    """Have a server answer by a face.
+
+    Requests are parsed here and not by generated code, to which bytes that are no message are an
+    error of the server.
+    """
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            _answering(getattr(face, name), getattr(service_pb2, kind)),
+            response_serializer=_serialized,
+        )
+        for name, kind in REQUEST_BY_METHOD.items()
+    }
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+        face.ModelStreamInfer, response_serializer=_serialized
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def _answering(
+    method: Callable[[Any, Context], Awaitable[Any]], kind: Any
+) -> Callable[[bytes, Context], Awaitable[Any]]:
+    async def answer(request: bytes, context: Context) -> Any:
+        async with _errors_as_status(context):
+            return await method(_parsed(request, kind), context)
+
+    return answer
+
+
+def _serialized(reply: Any) -> bytes:
+    serialized: bytes = reply.SerializeToString()
+    return serialized
 
 
 class _Sequences:
@@ -191,15 +234,30 @@ class _Sequences:
         return group
 
 
+def _parsed(request: bytes, kind: Any = Message) -> Any:
+    try:
+        return kind.FromString(request)
+    except DecodeError as error:
+        raise RequestError(f"the bytes are no {kind.DESCRIPTOR.name}: {error}") from error
+
+
 async def _read(
-    messages: AsyncIterator[Message],
+    messages: AsyncIterator[bytes],
     sequences: _Sequences,
     pending: "asyncio.Queue[tuple[Message, asyncio.Future[Reply]] | None]",
 ) -> None:
     try:
-        async for message in messages:
-            # Tasks begin in the order in which they were made.
-            await pending.put((message, asyncio.ensure_future(sequences.reply(message))))
+        async for request in messages:
+            try:
+                message = _parsed(request)
+            except RequestError as error:
+                message = Message()
+                reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+                reply.set_exception(error)
+            else:
+                # Tasks begin in the order in which they were made.
+                reply = asyncio.ensure_future(sequences.reply(message))
+            await pending.put((message, reply))
     finally:
         await pending.put(None)
 

@@ -46,6 +46,7 @@ POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 JSON_LENGTH = "Inference-Header-Content-Length"  # Triton's, where tensors follow the JSON
+MAX_DIGITS = 19  # of a length
 TIMEOUT, REQUEST_ID = "X-Timeout-Ms", "X-Request-Id"
 STATUS_BY_ERROR: dict[type[KVShareError], int] = {
     RequestError: 400,
@@ -67,7 +68,7 @@ def http_app(service: Service, token: bytes | None) -> web.Application:
     """
     face = _HttpFace(service)
     app = web.Application(
-        middlewares=[_errors_as_json, _bearer(token)],
+        middlewares=[_errors_as_json, _bearer(token), _plain_bodies],
         client_max_size=service.config.max_request_bytes,
     )
     model = "/v2/models/{model}"
@@ -132,10 +133,12 @@ class _HttpFace:
             requested = requested_outputs_json(head)
             tensors = decode_infer_json(head, binary)
             raws = raw_requests(tensors, served.engine.schema, self._service.limits.requests)
+            message_id = head.get("id") or call.request_id
+            if not isinstance(message_id, str):
+                raise RequestError(f"id is {type(message_id).__name__}; a text is allowed")
             answers = await self._service.rank_all(call, served, raws)
-        message_id = head.get("id", "")
         text, json_length = encode_infer_json(
-            *(served.name, answers[0].model_version, message_id if message_id else call.request_id),
+            *(served.name, answers[0].model_version, message_id),
             *(output_tensors(answers), requested),
         )
         response = web.Response(body=text, content_type="application/json")
@@ -194,6 +197,8 @@ class _HttpFace:
             if not response.prepared:
                 raise
             await _write_event(response, None, "error", _error(error))
+        except ConnectionError:
+            pass  # The client has gone, as it may.
         finally:
             reader.cancel()
         return response
@@ -320,7 +325,7 @@ def _parts(request: web.Request, body: bytes) -> tuple[dict[str, Any], bytes]:
     length = request.headers.get(JSON_LENGTH)
     if length is None:
         return decode_request(body), b""
-    if not length.isdecimal() or int(length) > len(body):
+    if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > len(body):
         raise RequestError(f"{JSON_LENGTH} is {length[:200]!r}; the body has {len(body)} bytes")
     return decode_request(body[: int(length)]), body[int(length) :]
 
@@ -347,6 +352,15 @@ def _json(body: Any, status: int = 200) -> web.Response:
 
 
 @web.middleware
+async def _plain_bodies(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse bodies that are compressed: what they unfold to has no limit but our memory."""
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding != "identity":
+        return _failure(request, 415, RequestError(f"Content-Encoding is {coding[:200]!r}"))
+    return await handler(request)
+
+
+@web.middleware
 async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every error as JSON: of ``/v2`` as its protocol has it, of the rest as the project has it."""
     try:
@@ -356,7 +370,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     except web.HTTPException as error:
         return _failure(request, error.status, RequestError(error.reason))
     except ConnectionError:
-        raise  # The client has gone: there is nobody to tell.
+        return web.Response(status=400)  # The client has gone: nobody reads it.
     except Exception:
         logger.exception("%s %s failed", request.method, request.path)
         return _failure(request, 500, RuntimeError(INTERNAL_ERROR))

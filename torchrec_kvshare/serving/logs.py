@@ -21,3 +21,5 @@ def log_as_json(stream: object = None) -> None:
         )
     )
     logging.getLogger().handlers[:] = [handler]
+    # It tells with a traceback what of a client's bytes is not HTTP; the client is told as well.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import grpc
 from aiohttp import web
 from torch.utils.tensorboard import SummaryWriter
-from tritonclient.grpc import service_pb2_grpc
 
 from torchrec_kvshare.config import ServeConfig, ServerConfig
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.serving.grpc_face import BearerToken, GrpcFace
+from torchrec_kvshare.serving.grpc_face import BearerToken, GrpcFace, add_face
 from torchrec_kvshare.serving.http_face import http_app
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import (
@@ -98,7 +97,11 @@ async def listening(
         raise ConfigError(f"server.token_file is {config.token_file!r}, which is empty")
     app = http_app(service, token)
     runner = web.AppRunner(
-        app, access_log=None, handler_cancellation=True, shutdown_timeout=config.drain_s
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=config.drain_s,
+        auto_decompress=False,
     )
     await runner.setup()
     options = [
@@ -107,7 +110,7 @@ async def listening(
     ]
     interceptors = [] if token is None else [BearerToken(token)]
     server = grpc.aio.server(interceptors=interceptors, options=options)
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcFace(service), server)
+    add_face(GrpcFace(service), server)
     grpc_ports: list[int] = []
 
     async def open_grpc() -> Ports:

@@ -43,6 +43,7 @@ OUTCOME_BY_ERROR: dict[type[BaseException], str] = {
     UnavailableError: outcomes.UNAVAILABLE,
     UnknownModelError: outcomes.UNKNOWN,
     asyncio.CancelledError: outcomes.CANCELLED,
+    ConnectionError: outcomes.CANCELLED,
 }
 
 
@@ -267,7 +268,8 @@ class Service:
             with served.open():
                 yield served
         except BaseException as error:
-            outcome = OUTCOME_BY_ERROR.get(type(error), outcomes.INTERNAL)
+            known = (of for kind, of in OUTCOME_BY_ERROR.items() if isinstance(error, kind))
+            outcome = next(known, outcomes.INTERNAL)
             message = str(error)
             raise
         finally:
