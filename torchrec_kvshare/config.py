@@ -277,7 +277,7 @@ class ServerConfig:
     stream_timeout_s: float = 30.0
     poll_s: float = 1.0  # between two looks at a watched folder of models
     hot_users: int = 64  # a new version starts with the K/V of those that ask most
-    shadow_share: float = 0.01  # of cached answers that are scored again without the cache
+    shadow_share: float = 0.001  # of cached answers that are scored again without the cache
     shadow_limit: float = 1e-4  # of a probability; beyond it the cache is left alone
     drain_s: float = 30.0  # for requests that were accepted before the server stops
     log_requests: bool = True  # a JSON line for each
