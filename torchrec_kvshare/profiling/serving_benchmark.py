@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import count
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -81,6 +82,7 @@ TTL_S = 3600.0  # longer than any run
 
 RUN_S = 8.0  # of each rate that is tried
 SATURATED_S = 5.0
+SEEDS_PER_TURN = 1000  # more than a search has runs
 IN_FLIGHT = 4
 START_S = 120.0  # until a server is ready: a busy machine loads slowly
 STOP_S = 30.0
@@ -438,16 +440,18 @@ def _take_turns(
             saturated = saturated_qps(server.grpc, samples, IN_FLIGHT, SATURATED_S, seed)
             turns.saturations.append(saturated)
             turns.engine_shares.append(engine_share(server, samples, seed))
-            measure_at = partial(_measure_at, server, samples, seed, folder)
+            # Others come in each run: those of the run before are the ones that a cache still has.
+            seeds = count(seed * SEEDS_PER_TURN)
+            measure_at = partial(_measure_at, server, samples, seeds, folder)
             turns.highest.append(highest_qps(measure_at, turns.first_qps()))
     return turns_by_setup
 
 
 def _measure_at(
-    server: Server, samples: Sequence[bytes], seed: int, folder: Path, qps: float
+    server: Server, samples: Sequence[bytes], seeds: Iterator[int], folder: Path, qps: float
 ) -> LoadResult:
     with TemporaryDirectory(dir=folder) as logs:
-        return measure_server(server.grpc, samples, qps, RUN_S, seed, Path(logs))
+        return measure_server(server.grpc, samples, qps, RUN_S, next(seeds), Path(logs))
 
 
 def engine_share(server: Server, samples: Sequence[bytes], seed: int) -> float:
