@@ -102,7 +102,7 @@ class Python:
     def uncached(self, lines: Sequence[bytes]) -> list[Json]:
         """Answers of the engine without a store."""
         engine = Engine(self.program.ranking, self.schema, self.version, store=None)
-        return list(score_lines(engine, lines, batch_requests=1))
+        return [without_age(answer) for answer in score_lines(engine, lines, batch_requests=1)]
 
     def cached(self, lines: Sequence[bytes], capacity_bytes: int, ttl_s: float) -> list[Json]:
         """Answers through the program's own cache, which is left as it was found."""
@@ -119,7 +119,16 @@ class Python:
         status, reason, cached, computed = use[0].tolist()
         names = self.program.status_names()[status], self.program.reason_names()[reason]
         cache = CacheUse(*names, cached, computed, "device" if cached else "none")
-        return Answer(request.request_id, scores.tolist(), self.version, cache).to_json()
+        answer = Answer(request.request_id, scores.tolist(), self.version, cache)
+        return without_age(answer.to_json())
+
+
+def without_age(answer: Json) -> Json:
+    """The answer as a host gives it: a program does not tell how old its K/V is."""
+    if "cache" in answer:
+        cache = {name: value for name, value in answer["cache"].items() if name != "staleness_s"}
+        return answer | {"cache": cache}
+    return answer
 
 
 # --- real models

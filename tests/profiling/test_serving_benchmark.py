@@ -57,7 +57,7 @@ def test_a_message_holds_a_whole_window_of_its_user() -> None:
     message = service_pb2.ModelInferRequest.FromString(message_of(schema, 3, NUM_CANDIDATES, 5))
     tensors = decode_infer(message)
     assert message.model_name == "kvshare"
-    assert tensors["user_id"].tolist() == [b"3"]
+    assert tensors["user_id"].tolist() == [3]
     assert tensors["history.item_id.lengths"].tolist() == [HISTORY]
     assert len(tensors["history.item_id.values"]) == HISTORY
     assert tensors["candidates.item_id.lengths"].tolist() == [NUM_CANDIDATES]
