@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from http.client import HTTPConnection, RemoteDisconnected
 from typing import Any, NamedTuple
 
@@ -437,9 +438,11 @@ def mutate_tree(rng: random.Random, tree: Any) -> Any:
         elif draw < 0.75:
             del parent[key]
         elif draw < 0.9 and isinstance(parent, list):
-            parent.insert(key, parent[key])
+            parent.insert(key, deepcopy(parent[key]))
         elif isinstance(parent, dict):
-            parent[rng.choice(["", "x", "time", "parameters", "\0", "x" * 300])] = parent[key]
+            parent[rng.choice(["", "x", "time", "parameters", "\0", "x" * 300])] = deepcopy(
+                parent[key]
+            )
     return tree
 
 
@@ -453,7 +456,9 @@ def draw_place(rng: random.Random, tree: Any) -> tuple[Any, Any]:
 
 
 def draw_value(rng: random.Random) -> Any:
-    return f"@{rng.randrange(len(TEXTS))}@" if rng.random() < 0.4 else rng.choice(VALUES)
+    # A copy, as what it becomes part of is mutated again.
+    is_text = rng.random() < 0.4
+    return f"@{rng.randrange(len(TEXTS))}@" if is_text else deepcopy(rng.choice(VALUES))
 
 
 def text_of(rng: random.Random, tree: Any) -> bytes:

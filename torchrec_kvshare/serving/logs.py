@@ -23,3 +23,7 @@ def log_as_json(stream: object = None) -> None:
     logging.getLogger().handlers[:] = [handler]
     # It tells with a traceback what of a client's bytes is not HTTP; the client is told as well.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    # So it is with a status for who has gone, or whose own deadline was earlier.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(
+        lambda record: not record.getMessage().startswith("ExecuteBatchError")
+    )
