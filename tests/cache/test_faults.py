@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,36 +182,42 @@ def test_a_cluster_that_loses_a_primary_goes_on(
     model: RankingModel, expected: list[Answer], tmp_path: Path
 ) -> None:
     with redis_cluster(tmp_path) as servers:
+        users = users_of(servers[0])
         engine = engine_on(model, remote(servers[5], cluster=True))
         with load_on(engine, expected) as load:
             assert load.sees_again("remote")
             servers[0].stop()
             wait_until(lambda: failures(engine, "error") + failures(engine, "deadline") > 0, 30.0)
             assert load.sees_again("remote")
-            # Its slots are a replica's, in time: a user of each of them is found again.
-            seen: set[str] = set()
-
-            def all_are_found() -> bool:
-                for user in set(map(str, range(NUM_USERS))) - seen:
-                    [found] = engine_found(engine, user)
-                    if found:
-                        seen.add(user)
-                return len(seen) == NUM_USERS
-
-            wait_until(all_are_found, PATIENCE_S)
+            # Its slots are a replica's, in time. Not all its users are waited for: with so little
+            # room on the device most K/V is not kept, and what is not kept is not written either.
+            wait_until(lambda: any(is_found(engine, user) for user in users), PATIENCE_S)
 
 
-def engine_found(engine: Engine, user: str) -> list[bool]:
+def users_of(server: RedisServer) -> list[str]:
+    """Those whose K/V a cluster's server holds."""
+    with server.client() as client:
+        ranges: Any = client.execute_command("CLUSTER SLOTS")
+        [(first, last)] = [
+            (first, last) for first, last, (_, port, *_), *_ in ranges if port == server.port
+        ]
+        slots: Any = {
+            user: client.execute_command("CLUSTER KEYSLOT", text_digest(user))
+            for user in map(str, range(NUM_USERS))
+        }
+    return [user for user, slot in slots.items() if first <= slot <= last]
+
+
+def is_found(engine: Engine, user: str) -> bool:
     """Whether the tier has something of a user."""
     assert engine.store is not None
     assert engine.store.stack is not None
     [level] = engine.store.stack.levels
     try:
-        return [
-            bool(found.value or found.scopes) for found in level.tier.get([(text_digest(user), "")])
-        ]
+        [found] = level.tier.get([(text_digest(user), "")])
     except OSError:
-        return [False]
+        return False
+    return bool(found.scopes)
 
 
 @pytest.mark.parametrize("key", [None, b"a secret of this test"])

@@ -1,6 +1,8 @@
 """Both faces, asked by Triton's own clients: the same scores, the same errors, streams too."""
 
+import gc
 import json
+import logging
 import queue
 import socket
 import time
@@ -360,6 +362,24 @@ def test_a_client_that_does_not_read_holds_up_nobody() -> None:
         assert num_sent < 1000
         call.cancel()
         assert server.rank(raws_of(2)[0])[0] == 200
+
+
+def test_answers_that_nobody_waits_for_are_no_errors(caplog: pytest.LogCaptureFixture) -> None:
+    """A stream was given up while a refusal waited for room: it was logged as a lost exception."""
+    with (
+        local_server(EagerLoader(), max_wait_ms=5000.0, stream_depth=1) as server,
+        grpc.insecure_channel(server.grpc_url) as channel,
+    ):
+        rank = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        waits = grpc_message(draw_raw(9, 2, 1), is_first=True)
+        refused = service_pb2.ModelInferRequest(model_name="kvshare").SerializeToString()
+        call = rank(iter([waits, *[refused] * 4]))
+        wait_for(lambda: "kvshare_streams_open 1.0" in server.ask("GET", "/metrics")[1])
+        time.sleep(0.3)  # for those behind it to be read, were there room
+        call.cancel()
+        wait_for(lambda: "kvshare_streams_open 0.0" in server.ask("GET", "/metrics")[1])
+        gc.collect()
+    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR] == []
 
 
 def test_connections_that_are_opened_and_dropped_cost_nothing(server: Asked) -> None:

@@ -51,6 +51,7 @@ INTERNAL_ERROR = "an error inside the server; its log has more"
 Message: TypeAlias = service_pb2.ModelInferRequest
 Reply: TypeAlias = service_pb2.ModelInferResponse
 Context: TypeAlias = grpc.aio.ServicerContext
+Pending: TypeAlias = "asyncio.Queue[tuple[Message, asyncio.Future[Reply]] | None]"
 SERVICE = "inference.GRPCInferenceService"
 # Of the methods that are no streams.
 REQUEST_BY_METHOD = {
@@ -115,11 +116,10 @@ class GrpcFace:
 
     async def _stream(self, messages: AsyncIterator[bytes], context: Context) -> None:
         # As many answers wait here as may: the client is read on when one has left.
-        pending: asyncio.Queue[tuple[Message, asyncio.Future[Reply]] | None] = asyncio.Queue(
-            self._service.config.stream_depth
-        )
+        room = asyncio.Semaphore(self._service.config.stream_depth)
+        pending: Pending = asyncio.Queue()
         sequences = _Sequences(self._service, context.time_remaining())
-        reader = asyncio.ensure_future(_read(messages, sequences, pending))
+        reader = asyncio.ensure_future(_read(messages, sequences, room, pending))
         try:
             while (one := await pending.get()) is not None:
                 message, reply = one
@@ -127,6 +127,7 @@ class GrpcFace:
                 # A client that does not read is not waited for longer than a stream may take.
                 await asyncio.wait_for(written, self._service.config.stream_timeout_s)
                 sequences.answered(message)
+                room.release()
             await reader
         finally:
             reader.cancel()
@@ -244,10 +245,13 @@ def _parsed(request: bytes, kind: Any = Message) -> Any:
 async def _read(
     messages: AsyncIterator[bytes],
     sequences: _Sequences,
-    pending: "asyncio.Queue[tuple[Message, asyncio.Future[Reply]] | None]",
+    room: asyncio.Semaphore,
+    pending: Pending,
 ) -> None:
     try:
         async for request in messages:
+            # Room comes first: whoever lets go of the queue has let go of every reply.
+            await room.acquire()
             try:
                 message = _parsed(request)
             except RequestError as error:
@@ -257,9 +261,11 @@ async def _read(
             else:
                 # Tasks begin in the order in which they were made.
                 reply = asyncio.ensure_future(sequences.reply(message))
-            await pending.put((message, reply))
+            # A reply that nobody takes, for its client has gone, is no error of ours.
+            reply.add_done_callback(lambda done: done.cancelled() or done.exception())
+            pending.put_nowait((message, reply))
     finally:
-        await pending.put(None)
+        pending.put_nowait(None)
 
 
 async def _stream_reply(

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import random
 import time
-import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -118,9 +117,7 @@ class Service:
             OverloadError: if too many wait.
             DeadlineError: if its time has passed.
         """
-        job = Job(served.engine, self._parse(raw, served), self._deadline(call))
-        answer = await self.finish(self.queued(job))
-        self._tell(call, served.name, job, answer)
+        [answer] = await self.rank_all(call, served, [raw])
         return answer
 
     async def rank_all(
@@ -131,18 +128,26 @@ class Service:
         Raises:
             KVShareError: as ``rank``, for the first that cannot be scored.
         """
-        if len(raws) == 1:
-            return [await self.rank(call, served, raws[0])]
-        return await asyncio.gather(*(self.rank(call, served, raw) for raw in raws))
+        deadline = self._deadline(call)
+        jobs = [Job(served.engine, self._parse(call, raw, served), deadline) for raw in raws]
+        try:
+            for job in jobs:
+                self.queue(job)
+            answers = await asyncio.gather(*map(self.finish, jobs))
+        finally:
+            for job in jobs:
+                job.answer.cancel()  # Of those that fail, the others are wanted no more.
+        for job, answer in zip(jobs, answers, strict=True):
+            self._tell(call, served.name, job, answer)
+        return answers
 
-    def queued(self, job: Job) -> Job:
-        """The job, on its way.
+    def queue(self, job: Job) -> None:
+        """Send a job on its way.
 
         Raises:
             OverloadError: if too many wait.
         """
         self._scheduler.submit(job)
-        return job
 
     async def finish(self, job: Job) -> Answer:
         """What comes of a job; if nobody waits for it any more, no more of it is scored.
@@ -178,7 +183,7 @@ class Service:
             )
         most_s = self.config.stream_timeout_s
         timeout_s = most_s if call.timeout_s is None else min(call.timeout_s, most_s)
-        user = self._parse(raw, served)
+        user = self._parse(call, raw, served)
         stream = Stream(self, served, user, call.began_at + timeout_s)
         self._streams.add(stream)
         # A client that says nothing more holds K/V no longer than that.
@@ -278,17 +283,13 @@ class Service:
             self.metrics.request_seconds.labels(model, call.face).observe(seconds)
             self.view.end(outcome, seconds * 1e3)
             if outcome != outcomes.OK:
-                fields: dict[str, Any] = {"request_id": call.request_id, "face": call.face}
-                fields["model"] = model
-                fields |= {"outcome": outcome, "ms": round(seconds * 1e3, 3), "error": message}
-                level = logging.ERROR if outcome == outcomes.INTERNAL else logging.INFO
-                request_logger.log(level, outcome, extra=fields)
+                _log(call, call.request_id, model, outcome, error=message)
 
-    def _parse(self, raw: Mapping[str, Any], served: Served) -> Request:
+    def _parse(self, call: Call, raw: Mapping[str, Any], served: Served) -> Request:
         check_limits(raw, self.limits)
         request = parse_request(raw, served.engine.schema)
         if request.request_id is None:
-            request = replace(request, request_id=uuid.uuid4().hex)
+            request = replace(request, request_id=call.request_id)
         self.models.hot(served.name).remember(request.user_id, raw)
         return request
 
@@ -310,16 +311,21 @@ class Service:
         if answer.cache.status != HIT:
             self.view.miss(model, answer.request_id, answer.cache)
         if self.config.log_requests:
-            fields: dict[str, Any] = {"request_id": answer.request_id, "face": call.face}
-            fields |= {
-                "model": model,
-                "outcome": outcomes.OK,
-                "model_version": answer.model_version,
-            }
-            fields |= {"candidates": len(answer.scores), "cache": vars(answer.cache)}
-            fields["ms"] = round((time.monotonic() - call.began_at) * 1e3, 3)
-            fields["score_ms"] = round(job.score_s * 1e3, 3)
-            request_logger.info(outcomes.OK, extra=fields)
+            _log(
+                *(call, answer.request_id, model, outcomes.OK),
+                model_version=answer.model_version,
+                candidates=len(answer.scores),
+                cache=vars(answer.cache),
+                score_ms=round(job.score_s * 1e3, 3),
+            )
+
+
+def _log(call: Call, request_id: str | int | None, model: str, outcome: str, **more: Any) -> None:
+    """One line for one request, however it ended."""
+    ms = round((time.monotonic() - call.began_at) * 1e3, 3)
+    fields = {"request_id": request_id, "face": call.face, "model": model, "outcome": outcome}
+    level = logging.ERROR if outcome == outcomes.INTERNAL else logging.INFO
+    request_logger.log(level, outcome, extra={**fields, "ms": ms, **more})
 
 
 class Group:
@@ -372,7 +378,6 @@ class Stream:
 
     def __init__(self, service: Service, served: Served, user: Request, deadline: float) -> None:
         self.user = user
-        self.model_version = served.engine.model_version
         self._service = service
         self._served = served
         self._deadline = deadline
@@ -427,7 +432,7 @@ class Stream:
     def _queued(self, request: Request) -> Group:
         job = Job(self._served.engine, request, self._deadline, self._reading)
         group = Group(self._service, job, self._num_candidates)
-        self._service.queued(job)
+        self._service.queue(job)
         self._open.add(job.answer)
         job.answer.add_done_callback(self._open.discard)
         self._num_candidates += request.num_candidates
