@@ -17,6 +17,8 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import IO, Any
 
+from tritonclient.grpc import service_pb2
+
 from tests.core.encoder_worlds import make_caches
 from tests.core.worlds import ROOT, SCHEMA, make_dlrm
 from torchrec_kvshare.cache.kv_cache import KVCache
@@ -25,6 +27,7 @@ from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import ServeConfig, ServerConfig
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.serving.columns import request_tensors
 from torchrec_kvshare.serving.server import Ports, serve
 
 READY = re.compile(r"serving on (http://\S+) and grpc://(\S+)")
@@ -164,7 +167,7 @@ def running_server(served: str, *overrides: str) -> Iterator[ServerProcess]:
             process.wait(STOP_S)
             reader.join(STOP_S)
             raise AssertionError(f"the server ended with {process.returncode}: {logs}")
-        server = ServerProcess(*ready.groups(), process, logs)
+        server = ServerProcess(ready[1], ready[2], process, logs)
         yield server
         if process.poll() is None:
             assert server.stop() == 0, logs
@@ -174,6 +177,26 @@ def running_server(served: str, *overrides: str) -> Iterator[ServerProcess]:
         reader.join(STOP_S)
         process.stdout.close()
         process.stderr.close()
+
+
+def grpc_message(
+    raw: dict[str, Any], sequence: str = "", is_first: bool = True, is_last: bool = False
+) -> service_pb2.ModelInferRequest:
+    """A request, or a message of a sequence; only its first has the user and the history."""
+    message = service_pb2.ModelInferRequest(model_name="kvshare", id=raw.get("request_id", ""))
+    if sequence:
+        message.parameters["sequence_id"].string_param = sequence
+        message.parameters["sequence_start"].bool_param = is_first
+        message.parameters["sequence_end"].bool_param = is_last
+    for name, values in request_tensors([raw], SCHEMA).items():
+        if not is_first and not name.startswith("candidates."):
+            continue
+        is_text = values.dtype == object
+        datatype = "BYTES" if is_text else {"i": "INT64", "f": "FP64"}[values.dtype.kind]
+        message.inputs.add(name=name, datatype=datatype, shape=values.shape)
+        elements = [len(one).to_bytes(4, "little") + one for one in values] if is_text else []
+        message.raw_input_contents.append(b"".join(elements) if is_text else values.tobytes())
+    return message
 
 
 def _read_logs(lines: IO[str], logs: list[dict[str, Any]]) -> None:

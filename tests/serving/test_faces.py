@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
-from tests.serving.servers import Asked, EagerLoader, local_server
+from tests.serving.servers import Asked, EagerLoader, grpc_message, local_server
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.ranking import RankingModel
 from torchrec_kvshare.serving.columns import column_specs, output_specs, request_tensors
@@ -324,6 +324,23 @@ def test_what_is_too_large_is_refused_before_it_is_read() -> None:
         assert large.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
 
 
+def test_a_message_with_one_bad_request_is_refused_before_any_is_scored() -> None:
+    with (
+        local_server(EagerLoader(), max_candidates=5) as server,
+        grpc_client.InferenceServerClient(server.grpc_url) as client,
+    ):
+
+        def num_lookups() -> int:
+            assert server.rank(draw_raw(3, 2, 1))[0] == 200
+            return server.ask("GET", "/v1/state")[1]["lookups"]
+
+        for_each = num_lookups()
+        tensors = request_tensors([draw_raw(3, 2, 2), draw_raw(3, 6, 3)], SCHEMA)
+        with pytest.raises(InferenceServerException, match="6 candidates; at most 5"):
+            client.infer("kvshare", inputs_of(grpc_client, tensors))
+        assert num_lookups() == 2 * for_each
+
+
 def test_streams_are_bounded_in_number_and_in_time() -> None:
     with local_server(EagerLoader(), max_streams=1, stream_timeout_s=1.5) as server:
         host, port = server.http_address.split(":")
@@ -353,7 +370,8 @@ def test_a_client_that_does_not_read_holds_up_nobody() -> None:
             nonlocal num_sent
             for number in range(3000):
                 num_sent += 1
-                yield grpc_message(draw_raw(9, 2000, 1), is_first=number == 0)
+                message = grpc_message(draw_raw(9, 2000, 1), "s", is_first=number == 0)
+                yield message.SerializeToString()
 
         call = rank(messages())  # and nobody reads it
         wait_for(lambda: "kvshare_streams_open 1.0" in server.ask("GET", "/metrics")[1])
@@ -371,9 +389,9 @@ def test_answers_that_nobody_waits_for_are_no_errors(caplog: pytest.LogCaptureFi
         grpc.insecure_channel(server.grpc_url) as channel,
     ):
         rank = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
-        waits = grpc_message(draw_raw(9, 2, 1), is_first=True)
-        refused = service_pb2.ModelInferRequest(model_name="kvshare").SerializeToString()
-        call = rank(iter([waits, *[refused] * 4]))
+        waits = grpc_message(draw_raw(9, 2, 1), "s")
+        refused = service_pb2.ModelInferRequest(model_name="kvshare")
+        call = rank(message.SerializeToString() for message in (waits, *[refused] * 4))
         wait_for(lambda: "kvshare_streams_open 1.0" in server.ask("GET", "/metrics")[1])
         time.sleep(0.3)  # for those behind it to be read, were there room
         call.cancel()
@@ -417,22 +435,6 @@ def stream(server: Asked, groups: list[RawRequest]) -> list[tuple[str, Any]]:
         (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
         for name, data in events
     ]
-
-
-def grpc_message(raw: RawRequest, is_first: bool) -> bytes:
-    """A message of a sequence; only the first has the user and its history."""
-    message = service_pb2.ModelInferRequest(model_name="kvshare")
-    message.parameters["sequence_id"].string_param = "s"
-    message.parameters["sequence_start"].bool_param = is_first
-    for name, values in request_tensors([raw], SCHEMA).items():
-        if not is_first and not name.startswith("candidates."):
-            continue
-        is_text = values.dtype == object
-        datatype = "BYTES" if is_text else {"i": "INT64", "f": "FP64"}[values.dtype.kind]
-        message.inputs.add(name=name, datatype=datatype, shape=values.shape)
-        elements = [len(one).to_bytes(4, "little") + one for one in values] if is_text else []
-        message.raw_input_contents.append(b"".join(elements) if is_text else values.tobytes())
-    return message.SerializeToString()
 
 
 def chunk(value: Any) -> bytes:

@@ -98,6 +98,38 @@ def test_a_broken_version_is_refused_and_the_old_one_stays(tmp_path: Path) -> No
     assert states(models) == {("shop", "1"): SERVING}
 
 
+def test_an_alarm_stands_until_another_version_takes_over(tmp_path: Path) -> None:
+    """The drift of a version that was long gone stood on the page, and its alarm in the metrics."""
+    loader = Loader()
+    metrics = ServerMetrics(loader.metrics)
+    models = Models(loader.load, metrics, 8)
+
+    def alarms() -> list[str]:
+        lines = metrics.text().decode().splitlines()
+        return [
+            line for line in lines if line.startswith(("kvshare_parity_al", "kvshare_parity_d"))
+        ]
+
+    add(tmp_path, "shop", "1")
+    models.refresh(tmp_path)
+    models.get().drift = 0.25
+    models.bypass(models.get().engine)
+    assert models.names_without_cache == ["shop"]
+    assert alarms() == [
+        'kvshare_parity_drift{model="shop"} 0.25',
+        'kvshare_parity_alarm{model="shop"} 1.0',
+    ]
+    add(tmp_path, "shop", "2")
+    models.refresh(tmp_path)
+    assert alarms() == [
+        'kvshare_parity_drift{model="shop"} 0.0',
+        'kvshare_parity_alarm{model="shop"} 0.0',
+    ]
+    shutil.rmtree(tmp_path / "shop")
+    models.refresh(tmp_path)
+    assert alarms() == []
+
+
 def test_models_side_by_side_go_by_their_names(tmp_path: Path) -> None:
     models = make_models()
     add(tmp_path, "shop", "1")

@@ -29,10 +29,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.cache.servers import RedisServer
 from tests.core.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm, parse_all
-from tests.serving.servers import STOP_S, ServerProcess, running_server
+from tests.serving.servers import STOP_S, ServerProcess, grpc_message, running_server
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.serving.columns import request_tensors
 
 IS_SOAK = os.environ.get("KVSHARE_SOAK") == "1"
 DURATION_S = 600.0 if IS_SOAK else 15.0
@@ -388,7 +387,7 @@ def infer(stub: Any, seen: Seen, rng: random.Random) -> None:
     case = seen.draw(rng)
     start = time.monotonic()
     with refused_at_the_end(seen):
-        response = stub.ModelInfer(message_of(case.raw), timeout=60.0)
+        response = stub.ModelInfer(grpc_message(case.raw), timeout=60.0)
     seen.latencies_ms.append((time.monotonic() - start) * 1e3)
     seen.check(case, scores_of(response))
     seen.done["grpc"] += 1
@@ -398,10 +397,11 @@ def sequences(stub: Any, seen: Seen, rng: random.Random) -> None:
     """Two users side by side in one stream, each with two groups, and a request of its own."""
     cases = [seen.draw(rng) for _ in range(3)]
     messages = []
-    for part in (0, 1):
+    for is_last in (False, True):
         for place, case in enumerate(cases[:2]):
-            messages.append(message_of(cut(case.raw)[part], case.raw, f"sequence {place}"))
-    messages.insert(rng.randrange(5), message_of(cases[2].raw))
+            group = case.raw | cut(case.raw)[is_last]
+            messages.append(grpc_message(group, f"sequence {place}", not is_last, is_last))
+    messages.insert(rng.randrange(5), grpc_message(cases[2].raw))
     scores_by_id: dict[str, list[float]] = {case.raw["request_id"]: [] for case in cases}
     num_answers = 0
     try:
@@ -420,7 +420,7 @@ def sequences(stub: Any, seen: Seen, rng: random.Random) -> None:
 
 
 def infer_badly(stub: Any, seen: Seen, rng: random.Random) -> None:
-    message = message_of(seen.draw(rng, BAD).raw)
+    message = grpc_message(seen.draw(rng, BAD).raw)
     place = rng.randrange(len(message.inputs))
     rng.choice(
         [
@@ -442,7 +442,7 @@ def infer_in_haste(stub: Any, seen: Seen, rng: random.Random) -> None:
     code = grpc.StatusCode.OK
     try:
         with refused_at_the_end(seen):
-            response = stub.ModelInfer(message_of(case.raw), timeout=rng.uniform(1e-4, 8e-3))
+            response = stub.ModelInfer(grpc_message(case.raw), timeout=rng.uniform(1e-4, 8e-3))
     except grpc.RpcError as error:
         code = error.code()
     if response is not None:
@@ -466,28 +466,6 @@ class refused_at_the_end(suppress):  # noqa: N801
         if self._seen.is_ending and is_refusal:
             raise Ended from None
         return False
-
-
-def message_of(
-    raw: RawRequest, user: RawRequest | None = None, sequence: str = ""
-) -> service_pb2.ModelInferRequest:
-    """A request, or a message of a sequence; only its first has the user and the history."""
-    whole = raw if user is None else user | raw
-    message = service_pb2.ModelInferRequest(model_name="kvshare", id=whole["request_id"])
-    is_first = "user_id" in raw
-    if sequence:
-        message.parameters["sequence_id"].string_param = sequence
-        message.parameters["sequence_start"].bool_param = is_first
-        message.parameters["sequence_end"].bool_param = not is_first
-    for name, values in request_tensors([whole], SCHEMA).items():
-        if not is_first and not name.startswith("candidates."):
-            continue
-        is_text = values.dtype == object
-        datatype = "BYTES" if is_text else {"i": "INT64", "f": "FP64"}[values.dtype.kind]
-        message.inputs.add(name=name, datatype=datatype, shape=values.shape)
-        elements = [len(one).to_bytes(4, "little") + one for one in values] if is_text else []
-        message.raw_input_contents.append(b"".join(elements) if is_text else values.tobytes())
-    return message
 
 
 def scores_of(response: service_pb2.ModelInferResponse) -> list[float]:
@@ -554,9 +532,9 @@ def drop_late(server: ServerProcess, stub: Any, seen: Seen, rng: random.Random) 
 
 def drop_call(server: ServerProcess, stub: Any, seen: Seen, rng: random.Random) -> None:
     raw = seen.draw(rng, DROPPED).raw
-    first = message_of(cut(raw)[0], raw, "never ended")
+    first = grpc_message(cut(raw)[0], "never ended")
     if rng.random() < 0.5:
-        call = stub.ModelInfer.future(message_of(raw), timeout=60.0)
+        call = stub.ModelInfer.future(grpc_message(raw), timeout=60.0)
     else:
         call = stub.ModelStreamInfer(iter([first]), timeout=60.0)
     time.sleep(rng.random() * 0.01)

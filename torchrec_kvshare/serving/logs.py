@@ -1,18 +1,13 @@
 """Logs as JSON, one object a line, on standard error."""
 
 import logging
-import sys
 
 from pythonjsonlogger.json import JsonFormatter
 
 
-def log_as_json(stream: object = None) -> None:
-    """Have all loggers write JSON: time, level, logger, message, and what a call adds as ``extra``.
-
-    Args:
-        stream: a text file; standard error by default, so that standard output stays readable.
-    """
-    handler = logging.StreamHandler(sys.stderr if stream is None else stream)  # type: ignore[arg-type]
+def log_as_json() -> None:
+    """Have all loggers write JSON: time, level, logger, message, and a call's ``extra``."""
+    handler = logging.StreamHandler()
     handler.setFormatter(
         JsonFormatter(
             "{asctime}{levelname}{name}{message}",

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from torchrec_kvshare.assembly import OFF, TIERED, new_engine, new_stack
+from torchrec_kvshare.assembly import MEMORY, OFF, TIERED, new_engine, new_stack
 from torchrec_kvshare.cache.kv_cache import DEVICE
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import DRIFT
@@ -43,6 +43,7 @@ WARM_BATCH = 8  # users encoded together
 WARM_ROUNDS = 3  # of the golden requests: a program is compiled in its first two calls
 WARM_CAPACITY_BYTES = 64 * 2**20  # for the K/V of golden requests, while they are scored
 LOADING, SERVING, DRAINING, REFUSED = "loading", "serving", "draining", "refused"
+Content: TypeAlias = list[tuple[str, int, int]]  # of a folder: names, bytes, times of change
 
 
 class HotUsers:
@@ -90,12 +91,14 @@ class Served:
         version: of it.
         engine: that answers; another one without a cache once that was found wrong.
         num_open: requests that it is answering.
+        drift: the greatest difference that was found of a probability with and without the cache.
     """
 
     name: str
     version: str
     engine: Engine
     num_open: int = 0
+    drift: float = 0.0
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -155,7 +158,7 @@ class EngineLoader:
             KVShareError: naming what is broken, missing or wrong.
         """
         artifact = load_artifact(folder)
-        name = OFF if self._cache.name == OFF else "memory"
+        name = OFF if self._cache.name == OFF else MEMORY
         trial = replace(self._cache, name=name, capacity_bytes=WARM_CAPACITY_BYTES, pinned_bytes=0)
         engine = new_engine(artifact, trial)
         for _ in range(WARM_ROUNDS):
@@ -190,7 +193,7 @@ class Models:
         self._draining: list[Served] = []
         self._hot_by_name: dict[str, HotUsers] = {}
         self._standing: dict[tuple[str, str], Standing] = {}
-        self._refused: dict[tuple[str, str], list[Any]] = {}
+        self._refused: dict[tuple[str, str], Content] = {}
 
     def get(self, name: str | None = None, version: str | None = None) -> Served:
         """The version that answers.
@@ -323,19 +326,22 @@ class Models:
 
     def _show(self) -> None:
         """Tell the metrics what answers now, and what the engines that answer hold together."""
-        self._metrics.version_info.clear()
+        metrics = self._metrics
+        for gauge in (metrics.version_info, metrics.parity_alarm, metrics.parity_drift):
+            gauge.clear()
         for served in self.all():
             labels = (served.name, served.version, served.engine.model_version)
-            self._metrics.version_info.labels(*labels).set(1)
-            is_drifted = served.name in self.names_without_cache
-            self._metrics.parity_alarm.labels(served.name).set(is_drifted)
+            metrics.version_info.labels(*labels).set(1)
+            is_alarming = served.name in self.names_without_cache
+            metrics.parity_alarm.labels(served.name).set(is_alarming)
+            metrics.parity_drift.labels(served.name).set(served.drift)
         stores = [served.engine.store for served in self.all() if served.engine.store is not None]
         caches = [cache for store in stores for cache in store.caches]
-        gauge = self._metrics.cache.gauge
-        gauge("held_bytes", lambda: sum(one.held_bytes for one in caches), tier=DEVICE)
-        gauge("pinned_entries", lambda: sum(one.num_held for one in caches))
+        show = metrics.cache.gauge
+        show("held_bytes", lambda: sum(one.held_bytes for one in caches), tier=DEVICE)
+        show("pinned_entries", lambda: sum(one.num_held for one in caches))
         capacity_bytes = sum(one.pool.capacity_bytes for one in caches)
-        gauge("capacity_bytes", lambda: capacity_bytes, tier=DEVICE)
+        show("capacity_bytes", lambda: capacity_bytes, tier=DEVICE)
 
     def _stand(self, standing: Standing) -> None:
         self._standing[standing.name, standing.version] = standing
@@ -371,7 +377,7 @@ def versions_in(folder: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _content(folder: Path) -> list[Any]:
+def _content(folder: Path) -> Content:
     """What tells its content from another: a version that was refused is tried again then."""
     try:
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]

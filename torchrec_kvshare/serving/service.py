@@ -87,7 +87,6 @@ class Service:
         self.is_draining = False
         self._shadow = ShadowParity(config.shadow_share, seed=random.randrange(2**32))
         self._num_checks = 0
-        self._drift_by_model: dict[str, float] = {}
         self._streams: set[Stream] = set()
         limits = StepLimits(
             config.batch_requests,
@@ -207,7 +206,7 @@ class Service:
         """The live state, for the page."""
         parity = {
             "checks": self._num_checks,
-            "drift": max(self._drift_by_model.values(), default=0.0),
+            "drift": max((served.drift for served in self.models.all()), default=0.0),
             "limit": self.config.shadow_limit,
             "alarm": bool(self.models.names_without_cache),
         }
@@ -246,10 +245,9 @@ class Service:
 
     def _note_drift(self, served: Served, drift: float) -> None:
         self._num_checks += 1
-        worst = max(drift, self._drift_by_model.get(served.name, 0.0))
-        self._drift_by_model[served.name] = worst
+        served.drift = max(drift, served.drift)
         self.metrics.parity_checks.labels(served.name).inc()
-        self.metrics.parity_drift.labels(served.name).set(worst)
+        self.metrics.parity_drift.labels(served.name).set(served.drift)
         if drift > self.config.shadow_limit:
             self.models.bypass(served.engine)
             logger.error(
