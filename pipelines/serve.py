@@ -1,6 +1,7 @@
 """Serve an exported model: ``python -m pipelines.serve artifact=DIR``."""
 
 import asyncio
+import gc
 import signal
 import sys
 
@@ -29,6 +30,10 @@ def main(composed: DictConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     sys.setswitchinterval(SWITCH_S)
+    # Two things that would hold up every request that waits: to make programs again for the shapes
+    # that come first, 1.2 s each and to no gain, and to look for garbage in what was imported.
+    torch.jit.set_fusion_strategy([("DYNAMIC", 0)])
+    gc.freeze()
     log_as_json()
     asyncio.run(_run(config))
 
