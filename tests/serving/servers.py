@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tritonclient.grpc import service_pb2
+from tritonclient.utils import serialize_byte_tensor
 
 from tests.core.encoder_worlds import make_caches
 from tests.core.worlds import ROOT, SCHEMA, make_dlrm
@@ -27,7 +28,7 @@ from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import ServeConfig, ServerConfig
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.serving.columns import request_tensors
+from torchrec_kvshare.serving.columns import datatype_of, request_tensors
 from torchrec_kvshare.serving.server import Ports, serve
 
 READY = re.compile(r"serving on (http://\S+) and grpc://(\S+)")
@@ -191,11 +192,10 @@ def grpc_message(
     for name, values in request_tensors([raw], SCHEMA).items():
         if not is_first and not name.startswith("candidates."):
             continue
+        message.inputs.add(name=name, datatype=datatype_of(values), shape=values.shape)
         is_text = values.dtype == object
-        datatype = "BYTES" if is_text else {"i": "INT64", "f": "FP64"}[values.dtype.kind]
-        message.inputs.add(name=name, datatype=datatype, shape=values.shape)
-        elements = [len(one).to_bytes(4, "little") + one for one in values] if is_text else []
-        message.raw_input_contents.append(b"".join(elements) if is_text else values.tobytes())
+        content = serialize_byte_tensor(values).item() if is_text else values.tobytes()
+        message.raw_input_contents.append(content)
     return message
 
 
