@@ -31,12 +31,17 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with pinned versions (CUDA=1, PYTHON=python3, VENV=.venv)
 
-# torch first and torchrec without dependencies: torchrec's metadata asks for the CUDA fbgemm.
-$(STAMP): setup.cfg constraints.txt
+# What the C++ operators are built of, while the package is installed.
+OPERATORS := setup.py $(wildcard torchrec_kvshare/attention/build.py torchrec_kvshare/attention/*.cpp)
+
+# torch first and torchrec without dependencies: torchrec's metadata asks for the CUDA fbgemm. The
+# package without isolation, so that its operators are built by pinned tools, and offline if changed.
+$(STAMP): setup.cfg constraints.txt $(OPERATORS)
+	command -v g++ >/dev/null || $(MAKE) tools TOOLS=g++:g++ || echo "No g++: attention without C++."
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch
+	$(INSTALL) torch setuptools
 	$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
-	$(INSTALL) --editable '.[parquet,plots,tiers,metrics,triton,server,load,test,lint]'
+	$(INSTALL) --no-build-isolation --editable '.[parquet,plots,tiers,metrics,triton,server,load,test,lint]'
 	@echo "If pip says above that torchrec misses fbgemm-gpu: $(FBGEMM_$(BUILD)) stands in for it."
 	@echo $(BUILD) > $@
 

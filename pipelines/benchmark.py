@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import hydra
-import torch
-from omegaconf import DictConfig
 
-from torchrec_kvshare.attention.bodies import choose_body
-from torchrec_kvshare.config import BenchmarkConfig, checked, literal_overrides
+from torchrec_kvshare.cache.keys import read_key
+from torchrec_kvshare.commands.layout import typed_command
+from torchrec_kvshare.commands.run import pipeline, run
+from torchrec_kvshare.config import BenchmarkConfig
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.plots import figure_class, write_plots
 from torchrec_kvshare.profiling.results import figures_table, write_results, write_tensorboard
@@ -19,12 +19,10 @@ NOT_IN_TABLE = ("requests_per_s",)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
-def main(composed: DictConfig) -> None:
+@pipeline(BenchmarkConfig)
+def main(config: BenchmarkConfig) -> None:
     """Compose, measure, write."""
-    config = checked(composed, BenchmarkConfig)
     figure_class()  # Without matplotlib it fails here, not after minutes of measuring.
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     plan = Plan(
         config.histories,
         config.long_histories,
@@ -38,6 +36,7 @@ def main(composed: DictConfig) -> None:
         None if config.run is None else Path(config.run),
         config.data,
         config.requests,
+        read_key(config.artifact_key_file, "artifact_key_file"),
     )
     sizes = Sizes(
         config.dim,
@@ -45,12 +44,11 @@ def main(composed: DictConfig) -> None:
         config.num_heads,
         config.page_size,
         config.num_tokens,
-        choose_body(config.body, "cpu"),
     )
     records = measure(config.scenario, plan, sizes)
     table = figures_table([record for record in records if record.metric not in NOT_IN_TABLE])
     folder = Path(config.output)
-    command = shlex.join(["python", "-m", "pipelines.benchmark", *sys.argv[1:]])
+    command = shlex.join([*typed_command("benchmark"), *sys.argv[1:]])
     write_results(folder, records, command, config.seed)
     write_tensorboard(folder, records, table)
     write_plots(folder, records)
@@ -59,5 +57,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = literal_overrides(sys.argv)
-    main()
+    run(main)

@@ -1,19 +1,15 @@
 """The main job from end to end: ``python -m pipelines.demo``, or ``make demo``."""
 
-import sys
 from pathlib import Path
 
 import hydra
-import torch
-from omegaconf import DictConfig
 
 from torchrec_kvshare.assembly import MEMORY, OFF, new_engine
+from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import (
     CacheConfig,
     DemoConfig,
     TrainConfig,
-    checked,
-    literal_overrides,
 )
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.export.exporter import export_model, load_artifact
@@ -26,11 +22,9 @@ NUM_MERGED = 10  # requests scored the merged way; it is slow
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="demo")
-def main(composed: DictConfig) -> None:
+@pipeline(DemoConfig)
+def main(config: DemoConfig) -> None:
     """Train, export, score cached and uncached, compare."""
-    config = checked(composed, DemoConfig)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     output = Path(config.output)
     training = TrainConfig(
         output=str(output / "train"), data=config.data, budget=config.budget, seed=config.seed
@@ -58,10 +52,10 @@ def metrics_table(metrics: Metrics) -> str:
     names = list(next(iter(metrics.values())))
     lines = [f"{'model':<12}" + "".join(f"{name:>9}" for name in names)]
     for kind, values in metrics.items():
-        lines.append(f"{kind:<12}" + "".join(f"{values[name]:>9.4f}" for name in names))
+        cells = ("-" if values[name] is None else f"{values[name]:.4f}" for name in names)
+        lines.append(f"{kind:<12}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.argv = literal_overrides(sys.argv)
-    main()
+    run(main)

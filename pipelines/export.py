@@ -1,14 +1,14 @@
 """Export a trained run to serve it elsewhere: ``python -m pipelines.export run=DIR``."""
 
-import sys
 import tempfile
 from pathlib import Path
 
 import hydra
-import torch
-from omegaconf import DictConfig
 
-from torchrec_kvshare.config import ExportConfig, checked, literal_overrides
+from torchrec_kvshare.cache.keys import read_key
+from torchrec_kvshare.commands.run import pipeline, run
+from torchrec_kvshare.config import ExportConfig
+from torchrec_kvshare.deterministic import compute_rows_alone
 from torchrec_kvshare.export.exporter import TORCHSCRIPT, export_model
 from torchrec_kvshare.export.triton import write_repository
 from torchrec_kvshare.ranking import RankingModel
@@ -18,28 +18,30 @@ TRITON = "triton"
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="export")
-def main(composed: DictConfig) -> None:
+@pipeline(ExportConfig)
+def main(config: ExportConfig) -> None:
     """Load the run, export it, say what parity was found."""
-    config = checked(composed, ExportConfig)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     output = Path(config.output)
     model, schema = load_trained(Path(config.run))
-    ranking = RankingModel(model, config.body).eval()
+    ranking = RankingModel(model).eval()
+    if config.deterministic:
+        ranking = compute_rows_alone(ranking)
+    key = read_key(config.artifact_key_file, "artifact_key_file")
     provenance = {"licence": config.licence} | provenance_of(Path(config.run))
     if config.target == TRITON:
         with tempfile.TemporaryDirectory() as folder:
             artifact = Path(folder) / "artifact"
             manifest = export_model(
-                ranking, schema, artifact, TORCHSCRIPT, config.tables, provenance
+                ranking, schema, artifact, TORCHSCRIPT, config.tables, provenance, key
             )
-            write_repository(artifact, output, config.name)
+            write_repository(artifact, output, config.name, config.artifact_key_file)
     else:
-        manifest = export_model(ranking, schema, output, config.target, config.tables, provenance)
+        manifest = export_model(
+            ranking, schema, output, config.target, config.tables, provenance, key
+        )
     print(f"model {manifest.model_version}; greatest logit differences: {manifest.parity}")
     print(f"wrote {output}")
 
 
 if __name__ == "__main__":
-    sys.argv = literal_overrides(sys.argv)
-    main()
+    run(main)

@@ -1,13 +1,12 @@
 """Write requests of a data set's test users: ``python -m pipelines.make_requests data=NAME``."""
 
 import json
-import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
 
-from torchrec_kvshare.config import MakeRequestsConfig, checked, literal_overrides
+from torchrec_kvshare.commands.run import pipeline, run
+from torchrec_kvshare.config import MakeRequestsConfig
 from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.requests import make_requests
@@ -15,9 +14,9 @@ from torchrec_kvshare.data.schema import HISTORY, History, Window
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="make_requests")
-def main(composed: DictConfig) -> None:
+@pipeline(MakeRequestsConfig)
+def main(config: MakeRequestsConfig) -> None:
     """Read the data, write one request a line."""
-    config = checked(composed, MakeRequestsConfig)
     # Requests carry whole histories; the window is the model's affair.
     dataset = build_dataset(load_log(config.data), [History(HISTORY, Window(1, 1))])
     requests = make_requests(dataset, config.count, config.candidates, config.seed)
@@ -29,5 +28,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = literal_overrides(sys.argv)
-    main()
+    run(main)

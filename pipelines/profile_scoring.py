@@ -3,25 +3,18 @@
 from pathlib import Path
 
 import hydra
-import torch
-from omegaconf import DictConfig
 
-from torchrec_kvshare.attention.bodies import choose_body
-from torchrec_kvshare.config import ProfileConfig, checked
+from torchrec_kvshare.commands.run import pipeline, run
+from torchrec_kvshare.config import ProfileConfig
 from torchrec_kvshare.profiling.traces import profile_scoring, stage_table
 from torchrec_kvshare.profiling.workload import Sizes
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="profile_scoring")
-def main(composed: DictConfig) -> None:
+@pipeline(ProfileConfig)
+def main(config: ProfileConfig) -> None:
     """Compose, profile, write."""
-    config = checked(composed, ProfileConfig)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    body = choose_body(config.body, "cpu")
-    sizes = Sizes(
-        config.dim, config.num_layers, config.num_heads, config.page_size, num_tokens=1, body=body
-    )
+    sizes = Sizes(config.dim, config.num_layers, config.num_heads, config.page_size, num_tokens=1)
     folder = Path(config.output)
     profile_by_name = profile_scoring(
         folder,
@@ -39,4 +32,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,33 +2,31 @@
 
 import shlex
 import signal
-import sys
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
-from torchrec_kvshare.config import ServeClusterConfig, checked, literal_overrides
+from torchrec_kvshare.commands.run import pipeline, run
+from torchrec_kvshare.config import ServeClusterConfig
 from torchrec_kvshare.errors import MissingExtraError
-
-try:
-    from torchrec_kvshare.serving.cluster import run_cluster, write_layout
-    from torchrec_kvshare.serving.logs import log_as_json
-except ImportError as error:
-    raise MissingExtraError("server", "serving") from error
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="serve_cluster")
-def main(composed: DictConfig) -> None:
-    """Write nginx.conf, start all, keep them running; SIGTERM and SIGINT drain."""
-    config = checked(composed, ServeClusterConfig)
+@pipeline(ServeClusterConfig)
+def main(config: ServeClusterConfig) -> None:
+    """Write configs and secrets, start all, keep them running; SIGTERM and SIGINT drain."""
+    try:
+        from torchrec_kvshare.serving.cluster import run_cluster, write_layout
+        from torchrec_kvshare.serving.logs import log_as_json
+    except ImportError as error:
+        raise MissingExtraError("server", "serving") from error
     log_as_json()
     layout = write_layout(config, list(HydraConfig.get().overrides.task))
-    print(f"wrote {Path(config.output) / 'nginx.conf'}", flush=True)
+    print(f"wrote {layout.config_file}", flush=True)
     if not config.run:
         for part in layout.parts:
-            print(f"{part.name}: {shlex.join(part.command)}")
+            change = "" if part.folder is None else f"cd {shlex.quote(str(part.folder))} && "
+            print(f"{part.name}: {change}{shlex.join(part.command)}")
         return
     told: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -37,5 +35,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = literal_overrides(sys.argv)
-    main()
+    run(main)

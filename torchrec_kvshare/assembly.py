@@ -1,14 +1,17 @@
 """An engine from an artifact and a config: which tiers there are, and if the model allows them."""
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from torchrec_kvshare.audit import CROSS_REQUEST, EXACT
+from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.codecs import Codec, get_codec
 from torchrec_kvshare.cache.disk import DiskTier
 from torchrec_kvshare.cache.items import ItemCache
-from torchrec_kvshare.cache.kv_cache import DEVICE, KVCache, Rules, steady_clock
+from torchrec_kvshare.cache.keys import read_key
+from torchrec_kvshare.cache.kv_cache import DEVICE, KVCache, Rules
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import new_policy
@@ -19,13 +22,16 @@ from torchrec_kvshare.cache.tiers import HostTier
 from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.deterministic import require_determinism
 from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.errors import ConfigError, TierError
 from torchrec_kvshare.export.artifact import Manifest
 from torchrec_kvshare.export.exporter import PT2, Artifact
+from torchrec_kvshare.private import read_secret
 
 MEMORY, TIERED, OFF = "memory", "tiered", "off"
 CACHES = (MEMORY, TIERED, OFF)
 DEFAULT_CACHE = CacheConfig()
+
+logger = logging.getLogger(__name__)
 
 
 def new_engine(
@@ -62,8 +68,7 @@ def new_engine(
     store = None
     if cache.name != OFF:
         _check_audit(manifest)
-        # Extended K/V has other last bits than that of a prefill.
-        extends = manifest.audit["append"] == EXACT and not deterministic
+        extends = manifest.audit["append"] == EXACT
         for codec in _codecs(cache, stack):
             _check_codec(codec, manifest, cache, deterministic)
         if cache.name == TIERED and stack is None:
@@ -78,7 +83,7 @@ def new_engine(
         )
     if cache.items and store is not None:
         items = ItemCache(cache.items, artifact.schema)
-    return Engine(artifact.model, artifact.schema, manifest.model_version, store, items)
+    return Engine(artifact.model, artifact.schema, store, items, manifest.version)
 
 
 def new_store(
@@ -166,7 +171,7 @@ def new_stack(
     if disk.folder is not None:
         levels.append(
             Level(
-                DiskTier(Path(disk.folder), disk.capacity_bytes, cache.ttl_s),
+                DiskTier(Path(disk.folder), disk.capacity_bytes, cache.ttl_s, steady_clock()),
                 get_codec(disk.codec),
                 least(disk.min_events, DiskTier.name),
                 disk.deadline_ms / 1e3,
@@ -184,7 +189,12 @@ def new_stack(
             )
         )
     limits = Limits(cache.queue_length, cache.queue_bytes, cache.max_failures, cache.pause_ms / 1e3)
-    key = None if cache.key_file is None else _secret(cache.key_file, "key_file")
+    key = read_key(cache.key_file, "cache.key_file")
+    if key is None and remote.url is not None:
+        logger.warning(
+            "cache.key_file is null: K/V in the remote tier has checksums and no signature, and "
+            "who can write to it can change scores"
+        )
     return TierStack(levels, cache.ttl_s, key, limits, metrics=metrics)
 
 
@@ -208,8 +218,8 @@ def _remote_tier(cache: CacheConfig) -> RemoteTier:
     assert remote.url is not None
     password = None
     if remote.password_file is not None:
-        password = _secret(remote.password_file, "remote.password_file").decode()
-    return RemoteTier(
+        password = read_secret(remote.password_file, "cache.remote.password_file").decode()
+    tier = RemoteTier(
         remote.url,
         timeout_s=remote.deadline_ms / 1e3,
         ttl_s=cache.ttl_s,
@@ -220,21 +230,15 @@ def _remote_tier(cache: CacheConfig) -> RemoteTier:
         tls_cert_file=_path(remote.tls_cert_file),
         tls_key_file=_path(remote.tls_key_file),
     )
+    try:
+        tier.check()
+    except TierError as error:  # It may be mended, or started, while we go on without it.
+        logger.warning("%s", error)
+    return tier
 
 
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
-
-
-def _secret(path: str, name: str) -> bytes:
-    """What a file holds, without the newline at its end."""
-    try:
-        secret = Path(path).read_bytes().rstrip(b"\r\n")
-    except OSError as error:
-        raise ConfigError(f"{name} is {path!r}, which cannot be read: {error}") from error
-    if not secret:
-        raise ConfigError(f"{name} is {path!r}, which is empty")
-    return secret
 
 
 def _check_codec(codec: Codec, manifest: Manifest, cache: CacheConfig, deterministic: bool) -> None:

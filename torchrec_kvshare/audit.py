@@ -17,6 +17,7 @@ from torch import Tensor
 from torchrec_kvshare.data.schema import TIME, FeatureSchema
 from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.features import Request, collate, distinct_histories, parse_request
+from torchrec_kvshare.history.pages import split_users
 from torchrec_kvshare.ranking import RankingModel
 
 CROSS_REQUEST = "cross_request"
@@ -51,8 +52,14 @@ class Audit:
     moved: dict[str, dict[str, float]]
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest holds it."""
-        return asdict(self)
+        """As the manifest holds it; null where something moved by what is no number."""
+        moved = {
+            name: {
+                where: value if math.isfinite(value) else None for where, value in by_place.items()
+            }
+            for name, by_place in self.moved.items()
+        }
+        return asdict(self) | {"moved": moved}
 
 
 @torch.no_grad()
@@ -118,7 +125,7 @@ class _Auditor:
         features = collate(requests, self.schema).sparse_features
         rows = [self.model.num_rows(self.num_events(request)) for request in requests]
         parts = [
-            kv.split([counts[place] for counts in rows], dim=1)
+            split_users(kv, [counts[place] for counts in rows])
             for place, kv in enumerate(self.model.prefill(features))
         ]
         return [list(of_request) for of_request in zip(*parts, strict=True)]

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
     EmbeddingBagCollectionInterface,
 )
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_kvshare.data.schema import (
     ITEM,
@@ -24,7 +24,26 @@ from torchrec_kvshare.data.schema import (
     FeatureSchema,
     candidate_key,
     context_key,
+    item_key,
+    table_name,
 )
+
+
+def batch_of_one_stride(
+    keys: list[str], rows: list[JaggedTensor], stride: int
+) -> KeyedJaggedTensor:
+    """Keys of one stride as a batch that knows its sizes: nothing reads them from a device."""
+    by_key: dict[str, JaggedTensor] = {}
+    for place, key in enumerate(keys):
+        by_key[key] = rows[place]
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.cat([bags.values() for bags in rows]),
+        lengths=torch.cat([bags.lengths() for bags in rows]),
+        stride=stride,
+        length_per_key=[bags.values().size(0) for bags in rows],
+        jt_dict=by_key,
+    )
 
 
 class OneStride(nn.Module):
@@ -35,18 +54,9 @@ class OneStride(nn.Module):
         self.keys = keys
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        jagged_by_key = features.to_dict()
-        values: list[Tensor] = []
-        lengths: list[Tensor] = []
-        for key in self.keys:
-            values.append(jagged_by_key[key].values())
-            lengths.append(jagged_by_key[key].lengths())
-        return KeyedJaggedTensor(
-            keys=self.keys,
-            values=torch.cat(values),
-            lengths=torch.cat(lengths),
-            stride=lengths[0].size(0),
-        )
+        jagged_by_key = features.to_dict(compute_offsets=False)
+        rows = [jagged_by_key[key] for key in self.keys]
+        return batch_of_one_stride(self.keys, rows, rows[0].lengths().size(0))
 
 
 class UserCandidateBags(EmbeddingBagCollectionInterface):
@@ -66,14 +76,12 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
         self._configs: list[EmbeddingBagConfig] = (
             user_bags.embedding_bag_configs() + candidate_bags.embedding_bag_configs()
         )
-        user_keys = [key for c in user_bags.embedding_bag_configs() for key in c.feature_names]
-        candidate_keys = [
-            key for c in candidate_bags.embedding_bag_configs() for key in c.feature_names
-        ]
-        self.user_features = OneStride(user_keys)
-        self.candidate_features = OneStride(candidate_keys)
-        self.user_key: str = user_keys[0]
-        self._output_keys: list[str] = user_keys + candidate_keys
+        self.user_keys: list[str] = feature_names(user_bags)
+        self.candidate_keys: list[str] = feature_names(candidate_bags)
+        self.user_features = OneStride(self.user_keys)
+        self.candidate_features = OneStride(self.candidate_keys)
+        self.user_key: str = self.user_keys[0]
+        self._output_keys: list[str] = self.user_keys + self.candidate_keys
         self._output_dims: list[int] = [
             c.embedding_dim for c in self._configs for _ in c.feature_names
         ]
@@ -82,12 +90,18 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
         """Pool every feature for every candidate: [C, features x E], users' features first."""
         keys, inverse_indices = features.inverse_indices()
         candidate_user = inverse_indices[keys.index(self.user_key)]
-        users = self.user_bags(self.user_features(features)).values()
-        candidates = self.candidate_bags(self.candidate_features(features)).values()
+        # By name: a sharded collection returns its features in the order of its shards.
+        users = self.user_bags(self.user_features(features)).to_dict()
+        candidates = self.candidate_bags(self.candidate_features(features)).to_dict()
+        values: list[Tensor] = []
+        for key in self.user_keys:
+            values.append(users[key].index_select(0, candidate_user))
+        for key in self.candidate_keys:
+            values.append(candidates[key])
         return KeyedTensor(
             keys=self._output_keys,
             length_per_key=self._output_dims,
-            values=torch.cat([users.index_select(0, candidate_user), candidates], dim=1),
+            values=torch.cat(values, dim=1),
         )
 
     @torch.jit.ignore
@@ -101,6 +115,11 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
         return False
 
 
+def feature_names(bags: EmbeddingBagCollectionInterface) -> list[str]:
+    """What a collection pools, in the order of its tables."""
+    return [key for config in bags.embedding_bag_configs() for key in config.feature_names]
+
+
 def user_candidate_bags(schema: FeatureSchema, dim: int) -> UserCandidateBags:
     """Tables for a schema: user and context for users, item and attributes for candidates.
 
@@ -111,8 +130,9 @@ def user_candidate_bags(schema: FeatureSchema, dim: int) -> UserCandidateBags:
     Returns:
         The collection with freshly drawn weights.
     """
-    user_keys = {USER: USER} | {column: context_key(column) for column in schema.context}
-    candidate_keys = {column: candidate_key(column) for column in (ITEM, *schema.item_attributes)}
+    user_keys = {USER: USER} | {context_key(c): context_key(c) for c in schema.context}
+    candidate_keys = {ITEM: candidate_key(ITEM)}
+    candidate_keys |= {item_key(c): candidate_key(c) for c in schema.item_attributes}
     return UserCandidateBags(
         EmbeddingBagCollection(tables=_tables(schema, user_keys, dim)),
         EmbeddingBagCollection(tables=_tables(schema, candidate_keys, dim)),
@@ -124,7 +144,7 @@ def _tables(
 ) -> list[EmbeddingBagConfig]:
     return [
         EmbeddingBagConfig(
-            name=f"bag_{column}",
+            name=f"bag_{table_name(column)}",
             embedding_dim=dim,
             num_embeddings=schema.num_rows(column),
             feature_names=[key],

@@ -8,7 +8,7 @@ of pages.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,35 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
-from torchrec_kvshare.bags import user_candidate_bags
+from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.bags import batch_of_one_stride, feature_names, user_candidate_bags
 from torchrec_kvshare.data.schema import (
+    ACTION,
     CANDIDATE_TIME,
-    FIRST_PLACE,
     ITEM,
-    PAGES,
-    POSITION,
     REQUEST_HISTORY,
     REQUEST_TIME,
     TIME,
     USER,
     FeatureSchema,
-    History,
     candidate_key,
+    first_place_key,
     history_key,
+    item_key,
+    pages_key,
+    position_key,
+    table_name,
     visible_key,
 )
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.history.kinds import TowerSpec
+from torchrec_kvshare.history.pages import (
+    KVPages,
+    flat_pages,
+    offsets_of,
+    place_in_user,
+    users_of_rows,
+)
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.labels import ATTEND, PREFILL
 
@@ -63,29 +72,24 @@ class TokenFeatures(nn.Module):
     def __init__(self, keys: list[str], histories: list[str]) -> None:
         super().__init__()
         self.keys = keys
-        self.position_keys = [history_key(name, POSITION) for name in histories]
+        self.position_keys = [position_key(name) for name in histories]
         self.item_keys: list[str] = [history_key(name, ITEM) for name in histories]
-        self.first_keys: list[str] = [history_key(name, FIRST_PLACE) for name in histories]
+        self.first_keys: list[str] = [first_place_key(name) for name in histories]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        jagged_by_key = features.to_dict()
-        values: list[Tensor] = []
-        lengths: list[int] = []
+        jagged_by_key = features.to_dict(compute_offsets=False)
+        rows: list[JaggedTensor] = []
         for key in self.keys:
             if key in self.position_keys:
                 history = self.position_keys.index(key)
-                values.append(self.positions(features, jagged_by_key, history))
+                values = self.positions(features, jagged_by_key, history)
             elif key in jagged_by_key:
-                values.append(jagged_by_key[key].values())
+                values = jagged_by_key[key].values()
             else:
-                values.append(features.values()[:0])
-            lengths.append(values[-1].size(0))
-        return KeyedJaggedTensor(
-            keys=self.keys,
-            values=torch.cat(values),
-            lengths=torch.tensor(lengths, dtype=torch.int64, device=features.device()),
-            stride=1,
-        )
+                values = features.values()[:0]
+            lengths = features.lengths().new_full([1], values.size(0))
+            rows.append(JaggedTensor(values, lengths=lengths))
+        return batch_of_one_stride(self.keys, rows, 1)
 
     def positions(
         self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor], history: int
@@ -94,12 +98,12 @@ class TokenFeatures(nn.Module):
         item_key, first_key = self.item_keys[history], self.first_keys[history]
         if item_key not in jagged_by_key:
             return features.values()[:0]
-        lengths = jagged_by_key[item_key].lengths().to(torch.int64)
-        ends = lengths.cumsum(0)
-        starts = torch.repeat_interleave(ends - lengths, lengths)
-        position = torch.arange(starts.size(0), device=lengths.device) - starts
+        events = jagged_by_key[item_key]
+        offsets = offsets_of(events.lengths())
+        users = users_of_rows(offsets, events.values().size(0))
+        position = place_in_user(offsets, users)
         if first_key in jagged_by_key:
-            position += torch.repeat_interleave(jagged_by_key[first_key].values(), lengths)
+            position += jagged_by_key[first_key].values().index_select(0, users)
         return position
 
 
@@ -145,9 +149,23 @@ class CandidateTokens(nn.Module):
 
 def add_bags(rows: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Rows [R, E], each plus the sum of its bag of values; ``lengths`` [R] are the bags'."""
-    counts = lengths.to(torch.int64)
-    row = torch.repeat_interleave(torch.arange(rows.size(0), device=rows.device), counts)
-    return rows.index_add(0, row, values)
+    return rows.index_add(0, users_of_rows(offsets_of(lengths), values.size(0)), values)
+
+
+class CandidateUsers(NamedTuple):
+    """Whose the candidates of a batch are, and their order in which users follow each other.
+
+    Attributes:
+        order: [C] int64, the place of each candidate in the batch.
+        requests: [C] int64, the request of each, in that order.
+        users: [C] int64, the history that each looks at, likewise; never falling.
+        offsets: [B + 1] int64, in candidates.
+    """
+
+    order: Tensor
+    requests: Tensor
+    users: Tensor
+    offsets: Tensor
 
 
 class HistoryPooling(nn.Module):
@@ -155,31 +173,30 @@ class HistoryPooling(nn.Module):
 
     Args:
         tower: the encoder.
-        history: what the tower reads.
-        event_columns: columns with one id per event, the item first.
-        bag_columns: multi-valued columns of events.
+        history: name of what the tower reads.
+        event_keys: of columns with one id per event, the item's first.
+        event_bag_keys: of multi-valued columns of events.
     """
 
     # TorchScript sees no module globals: what the forward reads by name are constants of the class.
     request_time: Final[str] = REQUEST_TIME
-    request_history: Final[str] = REQUEST_HISTORY
     candidate_time: Final[str] = CANDIDATE_TIME
     event_bag_keys: list[str]
 
     def __init__(
         self,
         tower: HistoryTower,
-        history: History,
-        event_columns: tuple[str, ...],
-        bag_columns: tuple[str, ...],
+        history: str,
+        event_keys: list[str],
+        event_bag_keys: list[str],
     ) -> None:
         super().__init__()
         self.tower = tower
-        self.event_keys: list[str] = [history_key(history.name, c) for c in event_columns]
-        self.event_bag_keys = [history_key(history.name, c) for c in bag_columns]
-        self.time_key: str = history_key(history.name, TIME)
-        self.pages_key: str = history_key(history.name, PAGES)
-        self.visible_key: str = visible_key(history.name)
+        self.event_keys: list[str] = event_keys
+        self.event_bag_keys = event_bag_keys
+        self.time_key: str = history_key(history, TIME)
+        self.pages_key: str = pages_key(history)
+        self.visible_key: str = visible_key(history)
 
     def event_tokens(
         self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
@@ -192,17 +209,16 @@ class HistoryPooling(nn.Module):
             token = add_bags(token, embedded[key].values(), features[key].lengths())
         return token
 
-    def event_lengths(self, features: dict[str, JaggedTensor]) -> list[int]:
-        """Events of each history in the batch."""
-        lengths: list[int] = features[self.time_key].lengths().tolist()
-        return lengths
+    def event_offsets(self, features: dict[str, JaggedTensor]) -> Tensor:
+        """Offsets [B + 1] of each history's events in the batch."""
+        return offsets_of(features[self.time_key].lengths())
 
     def prefill(
         self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
     ) -> Tensor:
         """K/V of all users' histories: [planes, R, H, D]."""
         events = self.event_tokens(embedded, features)
-        return self.tower.prefill(events, lengths_to_spans(self.event_lengths(features)))
+        return self.tower.prefill(events, self.event_offsets(features))
 
     def extend(
         self,
@@ -212,82 +228,39 @@ class HistoryPooling(nn.Module):
         cached_rows: Tensor,
     ) -> Tensor:
         """K/V of new events behind cached rows, ``cached_rows`` [B] of each user."""
-        rows: list[int] = cached_rows.tolist()
         events = self.event_tokens(embedded, features)
-        event_spans = lengths_to_spans(self.event_lengths(features))
-        return self.tower.extend(cached, lengths_to_spans(rows), events, event_spans)
+        rows = flat_pages(cached, offsets_of(cached_rows))
+        return self.tower.extend(rows, events, self.event_offsets(features))
+
+    def read_pages(self, kv_pages: Tensor, features: dict[str, JaggedTensor]) -> KVPages:
+        """K/V of the batch's users in a table of pages [planes, P, S, H, D]."""
+        pages = features[self.pages_key]
+        row_offsets = self.tower.encoder.row_offsets(self.event_offsets(features))
+        return KVPages(kv_pages, pages.values(), offsets_of(pages.lengths()), row_offsets)
 
     def forward(
         self,
         candidates: Tensor,
         entered: Tensor,
-        candidate_spans: list[tuple[int, int]],
-        order: Tensor,
-        kv: Tensor,
-        event_spans: list[tuple[int, int]],
+        whose: CandidateUsers,
+        kv: KVPages,
         features: dict[str, JaggedTensor],
     ) -> Tensor:
-        """One vector per candidate, candidates grouped by request: [C, E]."""
-        times = torch.split(features[self.time_key].values(), self.event_lengths(features))
-        rows = self.history_of_requests(features, len(event_spans))
-        spans = Spans(candidate_spans, [event_spans[row] for row in rows])
-        event_time = [times[row] for row in rows]
+        """One vector per candidate, users one after the other: [C, E]."""
+        event_offsets = self.event_offsets(features)
+        visible = event_offsets.diff().index_select(0, whose.users)
         if self.visible_key in features:
-            return self.tower.attend_prefix(
-                candidates,
-                entered,
-                kv,
-                event_time,
-                features[self.candidate_time].values().index_select(0, order),
-                features[self.visible_key].values().index_select(0, order),
-                spans,
-            )
-        request_time = features[self.request_time].values()
-        elapsed = [request_time[place] - event_time[place] for place in range(len(rows))]
-        return self.tower.attend(candidates, entered, kv, elapsed, spans)
-
-    def history_of_requests(
-        self, features: dict[str, JaggedTensor], num_histories: int
-    ) -> list[int]:
-        """Row of the histories that each request reads; its own, if the batch does not say."""
-        if self.request_history in features:
-            rows: list[int] = features[self.request_history].values().tolist()
-            return rows
-        return list(range(num_histories))
-
-
-def read_pages(
-    kv_pages: Tensor, pages: JaggedTensor, row_lengths: list[int]
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """K/V rows of users whose histories lie in pages, and where each user's rows are.
-
-    Args:
-        kv_pages: [planes, P, S, H, D], the table of pages of S rows.
-        pages: page ids of each user, oldest rows first; B rows.
-        row_lengths: rows of each user; the last page may be partly filled.
-
-    Returns:
-        ``kv`` [planes, R, H, D] and the B spans in R. The table itself, not a copy, while every
-        user's pages follow each other; else the pages of this batch side by side.
-    """
-    page_size = kv_pages.size(2)
-    ids = pages.values()
-    page_counts: list[int] = pages.lengths().tolist()
-    page_spans = lengths_to_spans(page_counts)
-    host_ids: list[int] = ids.tolist()
-    in_place = True
-    for first, last in page_spans:
-        for place in range(first + 1, last):
-            in_place = in_place and host_ids[place] == host_ids[place - 1] + 1
-    kv = kv_pages if in_place else kv_pages.index_select(1, ids)
-    spans: list[tuple[int, int]] = []
-    for user in range(len(row_lengths)):
-        first, last = page_spans[user]
-        start = 0
-        if last > first:
-            start = (host_ids[first] if in_place else first) * page_size
-        spans.append((start, start + row_lengths[user]))
-    return kv.flatten(1, 2), spans
+            time = features[self.candidate_time].values().index_select(0, whose.order)
+            whole, visible = visible, features[self.visible_key].values()
+            visible = visible.index_select(0, whose.order)
+            # Looked at on a CPU alone: elsewhere that would wait for the device.
+            is_checked = visible.is_cpu and not self.tower.encoder.takes_prefixes
+            if is_checked and not torch.equal(visible, whole):
+                raise ValueError("this encoder shows candidates whole histories, not prefixes")
+        else:
+            time = features[self.request_time].values().index_select(0, whose.requests)
+        sights = Sights(features[self.time_key].values(), time, visible)
+        return self.tower.attend(candidates, entered, whose.offsets, kv, sights, event_offsets)
 
 
 class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -313,6 +286,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """
 
     user_key: Final[str] = USER
+    request_history: Final[str] = REQUEST_HISTORY
     prefill_label: Final[str] = PREFILL
     attend_label: Final[str] = ATTEND
 
@@ -334,16 +308,19 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                     f"table {config.name} is {config.embedding_dim} wide; the tower is {dim}"
                 )
         self.bags = bags
+        self.bag_keys: list[str] = feature_names(bags)
         self.token_embeddings = token_embeddings
         token_keys = [k for c in token_embeddings.embedding_configs() for k in c.feature_names]
         self.token_features = TokenFeatures(token_keys, names)
         self.candidate_tokens = CandidateTokens(schema.item_attributes, towers[names[0]].num_tokens)
+        self.first_time_key: str = history_key(names[0], TIME)
         self.poolings = nn.ModuleList()
         for history in schema.histories:
-            positions = (POSITION,) if history_key(history.name, POSITION) in token_keys else ()
-            columns = (*schema.event_columns, *positions)
+            event_keys = [history_key(history.name, column) for column in schema.event_columns]
+            event_keys += [k for k in token_keys if k == position_key(history.name)]
+            bag_keys = [history_key(history.name, column) for column in schema.item_attributes]
             self.poolings.append(
-                HistoryPooling(towers[history.name], history, columns, schema.item_attributes)
+                HistoryPooling(towers[history.name], history.name, event_keys, bag_keys)
             )
         self._configs: list[EmbeddingBagConfig] = [
             *bags.embedding_bag_configs(),
@@ -381,44 +358,54 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Returns:
             [C, features x E], the pooled histories last.
         """
-        jagged_by_key = features.to_dict()
+        jagged_by_key = features.to_dict(compute_offsets=False)
         embedded = self.token_embeddings(self.token_features(features))
-        keys, inverse_indices = features.inverse_indices()
-        candidate_request = inverse_indices[keys.index(self.user_key)]
-        num_requests = jagged_by_key[self.user_key].lengths().size(0)
-        order = torch.argsort(candidate_request, stable=True)
-        counts: list[int] = torch.bincount(candidate_request, minlength=num_requests).tolist()
-        candidate_spans = lengths_to_spans(counts)
-        values: list[Tensor] = [self.bags(features).values()]
+        whose = self.candidate_users(features, jagged_by_key)
+        pooled_bags = self.bags(features).to_dict()
+        # By name: a sharded collection returns its features in the order of its shards.
+        values: list[Tensor] = [pooled_bags[key] for key in self.bag_keys]
         tokens: list[Tensor] = []
         if items is None:
-            tokens.append(self.candidate_tokens(embedded, jagged_by_key).index_select(0, order))
+            tokens.append(
+                self.candidate_tokens(embedded, jagged_by_key).index_select(0, whose.order)
+            )
         for place, pooling in enumerate(self.poolings):
-            lengths = pooling.event_lengths(jagged_by_key)
             if kv_pages is not None:
-                row_lengths = [pooling.tower.encoder.num_rows(length) for length in lengths]
-                pages = jagged_by_key[pooling.pages_key]
-                kv, event_spans = read_pages(kv_pages[place], pages, row_lengths)
+                kv = pooling.read_pages(kv_pages[place], jagged_by_key)
             else:
                 # Labelled here, not in prefill: who calls that for its own sake has a label there.
                 with torch.autograd.profiler.record_function(self.prefill_label):
-                    kv = pooling.prefill(embedded, jagged_by_key)
-                event_spans = pooling.tower.row_spans(lengths)
+                    planes = pooling.prefill(embedded, jagged_by_key)
+                event_offsets = pooling.event_offsets(jagged_by_key)
+                kv = flat_pages(planes, pooling.tower.encoder.row_offsets(event_offsets))
             with torch.autograd.profiler.record_function(self.attend_label):
                 if items is None:
                     rows, entered = pooling.tower.enter(tokens[0])
                 else:
-                    both = items[place].index_select(0, order)
+                    both = items[place].index_select(0, whose.order)
                     rows, entered = both[:, :, : pooling.tower.dim], both[:, :, pooling.tower.dim :]
-                pooled = pooling(
-                    rows, entered, candidate_spans, order, kv, event_spans, jagged_by_key
-                )
-            values.append(torch.empty_like(pooled).index_copy(0, order, pooled))
+                pooled = pooling(rows, entered, whose, kv, jagged_by_key)
+            values.append(torch.empty_like(pooled).index_copy(0, whose.order, pooled))
         return KeyedTensor(
             keys=self._output_keys,
             length_per_key=self._output_dims,
             values=torch.cat(values, dim=1),
         )
+
+    def candidate_users(
+        self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor]
+    ) -> CandidateUsers:
+        """The batch's candidates ordered by the history that they look at."""
+        keys, inverse_indices = features.inverse_indices()
+        request = inverse_indices[keys.index(self.user_key)]
+        user = request
+        if self.request_history in jagged_by_key:
+            user = jagged_by_key[self.request_history].values().index_select(0, request)
+        users, order = torch.sort(user, stable=True)
+        num_histories = jagged_by_key[self.first_time_key].lengths().size(0)
+        ends = torch.arange(num_histories + 1, device=users.device)
+        offsets = torch.searchsorted(users, ends)
+        return CandidateUsers(order, request.index_select(0, order), users, offsets)
 
     @torch.jit.export
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
@@ -430,7 +417,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Returns:
             For each history [planes, R, H, D], users one after the other.
         """
-        jagged_by_key = features.to_dict()
+        jagged_by_key = features.to_dict(compute_offsets=False)
         embedded = self.token_embeddings(self.token_features(features))
         return [pooling.prefill(embedded, jagged_by_key) for pooling in self.poolings]
 
@@ -453,7 +440,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Raises:
             ValueError: if a history is of a kind that cannot be extended.
         """
-        jagged_by_key = features.to_dict()
+        jagged_by_key = features.to_dict(compute_offsets=False)
         embedded = self.token_embeddings(self.token_features(features))
         extended: list[Tensor] = []
         for place, pooling in enumerate(self.poolings):
@@ -473,7 +460,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             For each history [C, M, 4E or 5E]: tokens and their projections in the first layer.
         """
         embedded = self.token_embeddings(self.token_features(features))
-        tokens = self.candidate_tokens(embedded, features.to_dict())
+        tokens = self.candidate_tokens(embedded, features.to_dict(compute_offsets=False))
         projected: list[Tensor] = []
         for pooling in self.poolings:
             rows, entered = pooling.tower.enter(tokens)
@@ -532,21 +519,22 @@ def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[E
         dim: width E of every table.
         has_positions: whether event tokens say how far from the oldest event they are.
     """
-    names = [history.name for history in schema.histories]
-    shared = {ITEM, *schema.item_attributes}
+    vocabulary_of_column = {column: column for column in schema.event_columns}
+    vocabulary_of_column |= {column: item_key(column) for column in schema.item_attributes}
     tables = []
-    for column in (*schema.event_columns, *schema.item_attributes):
-        keys = [history_key(name, column) for name in names]
-        keys += [candidate_key(column)] if column in shared else []
-        tables.append(_token_table(column, dim, schema.num_rows(column), keys, dim**-0.5))
+    for column, vocabulary in vocabulary_of_column.items():
+        keys = [history_key(history.name, column) for history in schema.histories]
+        keys += [candidate_key(column)] if column != ACTION else []
+        name = table_name(vocabulary)
+        tables.append(_token_table(name, dim, schema.num_rows(vocabulary), keys, dim**-0.5))
     if has_positions:
         for history in schema.histories:
             tables.append(
                 _token_table(
-                    f"{history.name}_{POSITION}",
+                    f"position_{table_name(history.name)}",
                     dim,
                     history.window.max_history,
-                    [history_key(history.name, POSITION)],
+                    [position_key(history.name)],
                     START_POSITION_SCALE * dim**-0.5,
                 )
             )

@@ -5,34 +5,68 @@ and a value of the wrong type is too. Behind ``checked`` there are plain datacla
 travels on.
 """
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from torchrec_kvshare.errors import ConfigError
 
 Schema = TypeVar("Schema")
 
-# The least value that can work, wherever a config has a number by this name.
+TINY = 1e-12  # the least of what must be above 0
+
+# The least value that can work, wherever a config has a number, or a list of them, by this name.
 LEAST_BY_KEY = {
     **dict.fromkeys(("threads", "dim", "num_layers", "num_heads", "batch_targets", "negatives"), 1),
-    **dict.fromkeys(("max_users", "eval_users", "max_history", "block", "merge"), 1),
-    **dict.fromkeys(("candidate_tokens", "num_tokens", "recent"), 1),
-    **dict.fromkeys(("epochs", "seed", "learning_rate", "table_learning_rate", "weight_decay"), 0),
-    **dict.fromkeys(("items", "num_globals"), 0),
+    **dict.fromkeys(("max_users", "eval_users", "max_history", "block", "merge", "top_mlp"), 1),
+    **dict.fromkeys(("candidate_tokens", "num_tokens", "recent", "epochs"), 1),
+    **dict.fromkeys(("seed", "weight_decay", "dropout", "checkpoint_seconds"), 0),
+    **dict.fromkeys(("learning_rate", "table_learning_rate"), TINY),
+    **dict.fromkeys(("positive_rating", "min_events", "items", "num_globals"), 0),
+    **dict.fromkeys(("num_users", "events_per_user", "num_items", "num_categories"), 1),
+    **dict.fromkeys(("count", "candidates", "requests", "users", "rounds"), 1),
+    **dict.fromkeys(("histories", "long_histories", "merged_chunk_rows", "history_length"), 1),
+    **dict.fromkeys(("merged_max_candidates", "repeats"), 1),
+    **dict.fromkeys(("page_size", "queue_length", "queue_bytes", "max_failures"), 1),
+    **dict.fromkeys(("capacity_bytes", "pinned_bytes", "wait_ms", "pause_ms"), 0),
+    **dict.fromkeys(("watermark", "ttl_s", "idle_ttl_s", "deadline_ms"), TINY),
+    **dict.fromkeys(("max_auc_change", "max_top10_loss", "max_score_difference"), 0),
     **dict.fromkeys(("max_request_bytes", "max_requests", "max_candidates", "max_events"), 1),
     **dict.fromkeys(("batch_requests", "batch_candidates", "batch_events", "queue_requests"), 1),
-    **dict.fromkeys(("max_streams", "stream_depth", "hot_users", "max_values"), 1),
+    **dict.fromkeys(("max_streams", "stream_depth", "hot_users", "hot_bytes", "max_values"), 1),
+    **dict.fromkeys(("max_connections", "max_calls", "max_inflight_bytes"), 1),
+    **dict.fromkeys(("header_timeout_s", "body_timeout_s", "idle_timeout_s"), 1e-3),
+    "memory_bytes": 1,
     **dict.fromkeys(("max_wait_ms", "shadow_share", "shadow_limit", "drain_s"), 0),
     **dict.fromkeys(("http_port", "grpc_port"), 0),
-    **dict.fromkeys(("replicas", "redis_bytes"), 1),
+    **dict.fromkeys(("replicas", "redis_bytes", "replica_port"), 1),
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
 }
+# And the greatest; where there is none, all but infinity can work.
+MOST_BY_KEY = {
+    "dropout": 0.99,
+    "threads": 1024,
+    "seed": 2**63 - 1,
+    **dict.fromkeys(("watermark", "shadow_share", "max_top10_loss", "max_auc_change"), 1),
+    **dict.fromkeys(("shadow_limit", "max_score_difference"), 1),
+    **dict.fromkeys(("http_port", "grpc_port", "replica_port"), 65_535),
+}
+
+# Names of files, folders and hosts: an empty one is a variable of a shell that was not set.
+NOT_EMPTY = (
+    *("output", "run", "artifact", "requests", "models", "root", "path", "tensorboard", "folder"),
+    *("url", "key_file", "password_file", "token_file", "tls_ca_file", "tls_cert_file"),
+    *("tls_key_file", "tls_client_ca_file", "artifact_key_file", "host"),
+)
+REFUSE, SORT = "refuse", "sort"
+# Words that are allowed, wherever a config has a key by this name.
+WORDS_BY_KEY = {"history_order": (REFUSE, SORT)}
 
 
 @dataclass
@@ -48,11 +82,25 @@ class SyntheticData:
 
 
 @dataclass
+class Format:
+    """How a log's file is written."""
+
+    delimiter: str | None = None  # one character, or \\t; None: told by the file's ending
+    quoting: str | None = None  # double|none; None: none where tabs are between the fields
+    encoding: str = "utf-8"
+    header: list[str] = field(default_factory=list)  # the columns' names; []: in the first row
+    missing: list[str] = field(  # texts that mean no value
+        default_factory=lambda: ["NULL", "null", r"\N", "nan", "NaN", "None", "<NA>"]
+    )
+
+
+@dataclass
 class OnlineRetailData:
-    """UCI Online Retail: ``online_retail.csv(.gz)`` in ``root``."""
+    """UCI Online Retail or II: ``online_retail.csv(.gz)``, ``online_retail_II.csv(.gz)``."""
 
     name: str = "online_retail"
     root: str = MISSING
+    format: Format = field(default_factory=Format)
 
 
 @dataclass
@@ -71,6 +119,8 @@ class Columns:
     user: str = "user_id"
     item: str = "item_id"
     time: str = "time"
+    time_unit: str = "auto"  # of numbers: auto|s|ms|us|ns
+    time_format: str | None = None  # of strptime
     action: str | None = None
     item_attributes: list[str] = field(default_factory=list)
     item_floats: list[str] = field(default_factory=list)
@@ -84,6 +134,7 @@ class InteractionsData:
 
     name: str = "interactions"
     path: str = MISSING
+    format: Format = field(default_factory=Format)
     columns: Columns = field(default_factory=Columns)
     label: str | None = None  # such as "rating>=8"; without it every row is positive
 
@@ -104,7 +155,7 @@ class ModelConfig:
     num_layers: int = 2
     num_heads: int = 4
     dropout: float = 0.1
-    top_mlp: list[int] = field(default_factory=lambda: [64, 1])
+    top_mlp: list[int] = field(default_factory=lambda: [64, 1])  # widths; the last is the logit's
     max_history: int = 256  # events read, or seen by each layer where the window is sliding
     block: int = 64  # events between two places where a window may start
     window: str = "anchored"  # or sliding
@@ -136,7 +187,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
-    threads: int | None = None  # None: as many as torch finds
+    threads: int | None = None  # None: as many as the cores granted
     learning_rate: float = 3e-3  # of the dense parts
     table_learning_rate: float = 5e-3
     weight_decay: float = 1e-5  # of the dense parts
@@ -153,9 +204,10 @@ class ExportConfig:
     output: str = MISSING
     target: str = "torchscript"  # torchscript|pt2|triton
     tables: str = "float32"  # float32|float16|int8|int4
-    body: str = "auto"  # of attention: auto|flash|native|dense
+    deterministic: bool = False  # each row of a linear layer computed as if it were alone
     name: str = "kvshare"  # of the models in a Triton repository
     licence: str = ""  # of the model, for the manifest
+    artifact_key_file: str | None = None  # a secret that signs the manifest
     threads: int | None = None
 
 
@@ -241,10 +293,12 @@ class ScoreConfig:
     """``python -m pipelines.score``."""
 
     artifact: str = MISSING
+    artifact_key_file: str | None = None  # a secret that it must be signed with
     requests: str = MISSING
     output: str = MISSING
     cache: CacheConfig = field(default_factory=CacheConfig)
     batch_requests: int = 8  # scored together
+    history_order: str = REFUSE  # a history that is not oldest first, or sort it
     deterministic: bool = False  # scores bit-equal whatever else is scored, or no start
     tensorboard: str | None = None  # folder for what the cache counted
     threads: int | None = None
@@ -261,11 +315,19 @@ class ServerConfig:
     tls_key_file: str | None = None
     tls_client_ca_file: str | None = None  # clients need a certificate that it signed
     token_file: str | None = None  # a secret that callers say as a bearer token
+    peers: list[str] = field(default_factory=list)  # host:port of all replicas, to forget users
+    max_connections: int = 512  # of each face; more are closed
+    max_calls: int = 256  # over gRPC, that are read or answered at once; more are refused
     max_request_bytes: int = 16 * 2**20
+    max_inflight_bytes: int = 64 * 2**20  # of all messages that are read or answered
+    header_timeout_s: float = 10.0  # from a connection or a request's first byte to its headers
+    body_timeout_s: float = 30.0  # for a message to come, and for an answer to be read
+    idle_timeout_s: float = 90.0  # of a connection, or a gRPC stream, without a message
     max_requests: int = 64  # in one message
     max_candidates: int = 10_000  # of a request
     max_events: int = 20_000  # of a request's history, before it is cut to the window
     max_values: int = 200_000  # ids in one multi-valued column
+    history_order: str = REFUSE  # a history that is not oldest first, or sort it
     timeout_ms: float = 1000.0  # of a request that says none, and the most that one may say
     batch_requests: int = 16  # scored in one step
     batch_candidates: int = 2048  # in one step; a request gets half of it at most
@@ -277,6 +339,8 @@ class ServerConfig:
     stream_timeout_s: float = 30.0
     poll_s: float = 1.0  # between two looks at a watched folder of models
     hot_users: int = 64  # a new version starts with the K/V of those that ask most
+    memory_bytes: int | None = None  # of the process; None: as the machine or its cgroup grants
+    hot_bytes: int = 32 * 2**20  # for the last requests of those users, of each model
     shadow_share: float = 0.001  # of cached answers that are scored again without the cache
     shadow_limit: float = 1e-4  # of a probability; beyond it the cache is left alone
     drain_s: float = 30.0  # for requests that were accepted before the server stops
@@ -290,6 +354,7 @@ class ServeConfig:
 
     artifact: str | None = None  # of pipelines.export, served as model kvshare
     models: str | None = None  # or a watched folder: <name>/<version>/ are artifacts
+    artifact_key_file: str | None = None  # a secret that artifacts must be signed with
     cache: CacheConfig = field(default_factory=CacheConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     deterministic: bool = False
@@ -304,12 +369,12 @@ class ServeClusterConfig(ServeConfig):
     which clients come; replicas speak plain text on ports of this machine alone.
     """
 
-    output: str = MISSING  # nginx.conf and the logs
+    output: str = MISSING  # configs, secrets and logs
     replicas: int = 3
     replica_port: int | None = None  # of the first; theirs follow one another. None: free ones
     redis_bytes: int = 2**30  # of the Redis that is started if cache.remote.url is null
     access_log: bool = False  # of nginx, a JSON line for each request
-    run: bool = True  # false: write nginx.conf and say what would run
+    run: bool = True  # false: write these and say what would run
 
 
 @dataclass
@@ -354,9 +419,9 @@ class BenchmarkConfig:
     num_heads: int = 4
     encoders: list[str] = field(default_factory=lambda: ["causal"])
     num_tokens: int = 1  # of one candidate
-    body: str = "auto"  # of attention: auto|flash|native|dense
     page_size: int = 32  # rows of K/V
     artifact: str | None = None  # of pipelines.export, where a scenario measures a trained model
+    artifact_key_file: str | None = None  # a secret that it must be signed with
     run: str | None = None  # of pipelines.train, likewise
     data: Any = MISSING  # what its requests are made of
     requests: int = 500  # how many
@@ -377,10 +442,13 @@ class ProfileConfig:
     dim: int = 128
     num_layers: int = 2
     num_heads: int = 4
-    body: str = "auto"  # of attention
     page_size: int = 32
     seed: int = 0
     threads: int | None = None
+
+
+# Pipelines whose output is a file; of the others it is a folder.
+FILE_OUTPUTS = (ScoreConfig, MakeRequestsConfig)
 
 
 def literal_overrides(arguments: list[str]) -> list[str]:
@@ -421,29 +489,63 @@ def checked(config: DictConfig, schema: type[Schema]) -> Schema:
         An instance of ``schema``; ``data`` is the dataclass of its kind.
 
     Raises:
-        ConfigError: naming the key that is unknown, missing, of the wrong type or too small.
+        ConfigError: naming the key that is unknown, missing, empty, of the wrong type or out of its
+            range.
     """
+    prefix = ""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         if "data" in merged:
-            merged.data = OmegaConf.merge(
-                OmegaConf.structured(_data_schema(merged.data)), merged.data
-            )
+            data_schema = _data_schema(merged.data)
+            prefix = "data."
+            data = OmegaConf.merge(OmegaConf.structured(data_schema), merged.data)
+            prefix = ""
+            merged.data = data
         filled = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_told(error, prefix)) from error
     assert isinstance(filled, schema)
-    _check_least(filled, "")
+    _check_values(filled, "")
     return filled
 
 
-def _check_least(config: Any, prefix: str) -> None:
+def _told(error: OmegaConfBaseException, prefix: str) -> str:
+    """OmegaConf's message in one line, the key first."""
+    key = f"{prefix}{error.full_key}".rstrip(".") or "the config"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is missing; say {key}=…"
+    if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
+        names = [one.name for one in fields(error.object_type)]
+        near = get_close_matches(str(error.key), names, 1)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        return f"{key} is no key of this config; {known}"
+    return f"{key}: {str(error).splitlines()[0]}"
+
+
+def _check_values(config: Any, prefix: str) -> None:
     for key, value in vars(config).items():
+        name = f"{prefix}{key}"
         if is_dataclass(value):
-            _check_least(value, f"{prefix}{key}.")
-        # Not `value < least`: NaN is too small as well.
-        elif key in LEAST_BY_KEY and value is not None and not value >= LEAST_BY_KEY[key]:
-            raise ConfigError(f"{prefix}{key} is {value}; it must be at least {LEAST_BY_KEY[key]}")
+            _check_values(value, f"{name}.")
+        elif key in NOT_EMPTY and isinstance(value, str) and not value.strip():
+            raise ConfigError(f"{name} is empty; say {name}=…, or leave it out")
+        elif key in WORDS_BY_KEY and value not in WORDS_BY_KEY[key]:
+            raise ConfigError(f"{name} is {value!r}; one of {WORDS_BY_KEY[key]} is allowed")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_number(name, value, number, key)
+
+
+def _check_number(name: str, value: Any, number: float, key: str) -> None:
+    # Not `number < least`: NaN is out of every range.
+    least, most = LEAST_BY_KEY[key], MOST_BY_KEY.get(key)
+    each = "each" if isinstance(value, list) else "it"
+    if not number >= least:
+        raise ConfigError(f"{name} is {value}; {each} must be at least {least}")
+    if most is not None and not number <= most:
+        raise ConfigError(f"{name} is {value}; {each} must be at most {most}")
+    if number == float("inf"):
+        raise ConfigError(f"{name} is {value}; {each} must be finite")
 
 
 def _data_schema(data: DictConfig) -> type[Any]:

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from torchrec_kvshare.data.schema import ACTION, ITEM, TIME, USER, FeatureSchema
+from torchrec_kvshare.data.schema import (
+    ACTION,
+    ITEM,
+    TIME,
+    USER,
+    FeatureSchema,
+    context_key,
+    item_key,
+)
 from torchrec_kvshare.features import Request, parse_request
 
 SHORT = 4  # events
@@ -29,30 +37,30 @@ def draw_raw_request(
     """
     rng = np.random.default_rng(seed)
 
-    def ids(column: str, count: int) -> list[Any]:
-        known = schema.vocabulary_by_column[column].ids
+    def ids(key: str, count: int) -> list[Any]:
+        known = schema.vocabulary_by_column[key].ids
         drawn = rng.integers(-1, len(known), count)
         return [known[place] if place >= 0 else "never seen before" for place in drawn]
 
-    def bags(column: str, count: int) -> list[list[Any]]:
-        return [ids(column, int(length)) for length in rng.integers(0, 3, count)]
+    def bags(key: str, count: int) -> list[list[Any]]:
+        return [ids(key, int(length)) for length in rng.integers(0, 3, count)]
 
     now = int(rng.integers(1_000_000_000, 1_700_000_000))
-    history = {TIME: np.sort(now - rng.integers(0, 10_000_000, num_events)).tolist()}
+    history = {TIME: np.sort(now - rng.integers(1, 10_000_000, num_events)).tolist()}
     history[ITEM] = ids(ITEM, num_events)
     if schema.has_action:
         history[ACTION] = ids(ACTION, num_events)
     candidates: dict[str, Any] = {ITEM: ids(ITEM, num_candidates)}
     for column in schema.item_attributes:
-        history[column] = bags(column, num_events)
-        candidates[column] = bags(column, num_candidates)
+        history[column] = bags(item_key(column), num_events)
+        candidates[column] = bags(item_key(column), num_candidates)
     for column in schema.item_floats:
         candidates[column] = rng.normal(0, 10, num_candidates).tolist()
     return {
         "request_id": f"drawn-{seed}",
         USER: ids(USER, 1)[0],
         TIME: now,
-        "context": {column: ids(column, 1) for column in schema.context},
+        "context": {column: ids(context_key(column), 1) for column in schema.context},
         "history": history,
         "candidates": candidates,
     }

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of
-from torchrec_kvshare.cache.kv_cache import steady_clock
 from torchrec_kvshare.cache.record import KVRecord, pack, unpack
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import RecordError
@@ -44,6 +44,7 @@ class EncodedUser:
         self._raw = dict(raw)
         self._user = parse_user(raw, engine.schema)
         self._kv_by_history = kv_by_history
+        self._version = engine.version
 
     def predict(self, candidates: Mapping[str, Any], time: int | None = None) -> list[float]:
         """Score some candidates.
@@ -57,13 +58,20 @@ class EncodedUser:
 
         Raises:
             RequestError: naming the column, what came and what was allowed.
+            ScoreError: naming the candidates whose scores are not finite.
         """
         raw = {"candidates": candidates} | ({} if time is None else {"time": time})
         request = parse_candidates(raw, self._user, self._engine.schema)
+        self._encode_anew_if_changed()
         return self._engine.score_with(request, self._kv_by_history)
 
     def save(self, path: Path) -> None:
-        """Write the user and its K/V to a file, whole or not at all."""
+        """Write the user and its K/V to a file, whole or not at all.
+
+        Raises:
+            RecordError: if the K/V is not finite.
+        """
+        self._encode_anew_if_changed()
         packets = [
             pack(KVRecord(digests.content, steady_clock()(), kv), self._user.user_id, CODEC, None)
             for digests, kv in zip(
@@ -71,10 +79,19 @@ class EncodedUser:
             )
         ]
         raw = {name: value for name, value in self._raw.items() if name != "candidates"}
-        head = json.dumps({"user": raw, "lengths": [len(packet) for packet in packets]})
+        head = json.dumps(
+            {"user": raw, "lengths": [len(packet) for packet in packets]}, allow_nan=False
+        )
         written = path.with_name(f".{path.name}.new")
         written.write_bytes(b"".join([head.encode(), b"\n", *packets]))
         os.replace(written, path)
+
+    def _encode_anew_if_changed(self) -> None:
+        """K/V of weights that the model no longer has is of no use."""
+        self._engine.renew_if_changed()
+        if self._engine.version != self._version:
+            self._kv_by_history = self._engine.encode(self._user).kv_by_history
+            self._version = self._engine.version
 
 
 def encode_user(engine: Engine, raw: Mapping[str, Any]) -> EncodedUser:
@@ -109,10 +126,12 @@ def load_user(engine: Engine, path: Path) -> EncodedUser:
         raise RecordError(f"{path} does not read as an encoded user: {error}") from error
     kv_by_history = []
     first = 0
-    for digests, length in zip(_digests(engine, user), lengths, strict=False):
+    digests_by_history = _digests(engine, user)
+    rows = engine.model.num_rows([digests.num_events for digests in digests_by_history])
+    for digests, num_rows, length in zip(digests_by_history, rows, lengths, strict=False):
         packet = packets[first : first + length]
         record = unpack(packet, user.user_id, digests.identity, CODEC, None)
-        if record.content != digests.content:
+        if record.content != digests.content or record.kv.size(1) != num_rows:
             raise RecordError(f"{path} holds K/V that is not of the history beside it")
         kv_by_history.append(record.kv)
         first += length
@@ -127,7 +146,7 @@ def _digests(engine: Engine, user: Request) -> list[PrefixDigests]:
         PrefixDigests(
             user.events_by_history[history.name],
             engine.schema,
-            identity_of(engine.model_version, NO_CONTEXT, history.name, BLOCK),
+            identity_of(engine.version, NO_CONTEXT, history.name, BLOCK),
         )
         for history in engine.schema.histories
     ]

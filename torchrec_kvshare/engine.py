@@ -5,37 +5,44 @@ fault of the cache is a recomputation, so scores never depend on what it holds.
 """
 
 import json
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_kvshare.cache.codecs import is_finite
+from torchrec_kvshare.cache.decision import decide
 from torchrec_kvshare.cache.identity import (
     NO_CONTEXT,
+    ModelVersion,
     PrefixDigests,
     identity_of,
     text_digest,
+    version_of,
 )
 from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import DEVICE, Entry, Lookup
 from torchrec_kvshare.cache.reasons import (
     BYPASS,
     HIT,
-    MISS,
     NOT_ADMITTED,
-    PARTIAL,
+    NOT_FINITE,
     TOO_SHORT,
 )
 from torchrec_kvshare.cache.stack import Want
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.batches import Bags, with_key
-from torchrec_kvshare.data.schema import PAGES, FeatureSchema, history_key
-from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.data.schema import FeatureSchema, RawId, pages_key
+from torchrec_kvshare.errors import ConfigError, ScoreError
 from torchrec_kvshare.features import (
+    UNKNOWN_IDS,
     Events,
     Request,
     collate,
@@ -43,12 +50,18 @@ from torchrec_kvshare.features import (
     collate_history,
     collate_tails,
     distinct_histories,
+    unknown_ids,
     user_of_candidates,
 )
+from torchrec_kvshare.history.pages import split_users
 from torchrec_kvshare.labels import EXPAND, LOOKUP, PREFILL, SCORE
+from torchrec_kvshare.ranking import RankingModel
 
 CACHE_OFF = "cache_off"
 NO_TIER = "none"
+logger = logging.getLogger(__name__)
+
+MAX_NAMED = 10  # candidates without a score that an error names
 
 
 class RankingFunctions(Protocol):
@@ -109,21 +122,44 @@ class CacheUse:
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores of one request, candidates in the order they came, as probabilities."""
+    """Scores of one request, candidates in the order they came, as probabilities.
+
+    Attributes:
+        request_id: of the request.
+        scores: one for each candidate.
+        model_version: that scored.
+        cache: what it did.
+        unknown_ids: by column, where the request asked for them.
+    """
 
     request_id: str | int | None
     scores: list[float]
     model_version: str
     cache: CacheUse
+    unknown_ids: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The project's one answer format."""
-        return {
+        answer = {
             "request_id": self.request_id,
             "scores": self.scores,
             "model_version": self.model_version,
             "cache": vars(self.cache),
         }
+        return answer if self.unknown_ids is None else answer | {UNKNOWN_IDS: self.unknown_ids}
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """What stands in the place of an answer whose scores are not all finite numbers.
+
+    Attributes:
+        error: naming the candidates.
+        cache: what the cache did for it.
+    """
+
+    error: ScoreError
+    cache: CacheUse
 
 
 class Encoded(NamedTuple):
@@ -210,24 +246,35 @@ class Engine:
     Args:
         model: the ranking functions; read only.
         schema: the model's columns.
-        model_version: ``<model>-<tables>``, stands in every answer and in the identity of K/V.
         store: where K/V is kept between requests; None shares it within a request only.
         items: where projected candidates are kept; None projects them anew.
+        version: stands in every answer and in the identity of K/V. None: digests of the model's
+            weights, which takes a pass over all of them.
         no_store: why there is no store, for the answers.
 
+    Attributes:
+        version: of the weights as they were when they were last looked at.
+
     Raises:
-        ConfigError: if the store keeps K/V apart by a context column that the schema has not.
+        ConfigError: if the store keeps K/V apart by a context column that the schema has not, or
+            the version is a word of the caller's, or there is none and the model is no
+            ``RankingModel``.
     """
 
     def __init__(
         self,
         model: RankingFunctions,
         schema: FeatureSchema,
-        model_version: str,
         store: KVStore | None,
         items: ItemCache | None = None,
+        version: ModelVersion | None = None,
         no_store: str = CACHE_OFF,
     ) -> None:
+        if not isinstance(version, ModelVersion | None):
+            raise ConfigError(
+                f"version is {version!r}; a word tells no weights apart: leave it out, or give an "
+                "artifact's manifest.version"
+            )
         if store is not None:
             assert len(store.caches) == len(schema.histories)
             if unknown := sorted(set(store.context) - set(schema.context)):
@@ -236,23 +283,70 @@ class Engine:
                 )
         self.model = model
         self.schema = schema
-        self.model_version = model_version
         self.store = store
         self.items = items
         self.no_store = no_store
+        self._weights = _weights_of(model)
+        self._num_changes = self._count_changes()
+        self.version = version or _version_of(model, schema)
 
-    @torch.no_grad()
+    @property
+    def model_version(self) -> str:
+        """What answers call the model: ``<model>-<tables>``."""
+        return str(self.version)
+
+    def renew(self) -> None:
+        """Read the model's weights again: K/V of what they were before is not used any more.
+
+        Weights that were changed in place, as an optimizer's step and ``load_state_dict`` do it,
+        are noticed without it. Not while requests are scored.
+
+        Raises:
+            ConfigError: if the model is no ``RankingModel``.
+        """
+        num_changes = self._count_changes()
+        self.version = _version_of(self.model, self.schema)
+        self._weights = _weights_of(self.model)
+        self._num_changes = num_changes
+        if self.items is not None:
+            self.items.clear()
+
+    def renew_if_changed(self) -> None:
+        """Renew if the weights were changed in place since they were last looked at."""
+        if self._count_changes() != self._num_changes:
+            self.renew()
+            logger.warning("the weights were changed; the model is %s now", self.model_version)
+
+    def _count_changes(self) -> int:
+        return sum(weight._version for weight in self._weights)
+
     def rank(self, requests: Sequence[Request]) -> list[Answer]:
-        """Score requests in one batch; safe to call from several threads.
+        """Score requests in one batch, all or none; safe to call from several threads.
 
         Args:
             requests: parsed requests; users may repeat, candidates may be none.
 
         Returns:
             One answer per request, in their order.
+
+        Raises:
+            ScoreError: of the first request with a score that is not finite.
+        """
+        return [_scored(answer) for answer in self.rank_each(requests)]
+
+    @torch.no_grad()
+    def rank_each(self, requests: Sequence[Request]) -> list[Answer | Unscored]:
+        """Score requests in one batch, each by itself: one that has no score fails alone.
+
+        Args:
+            requests: as for ``rank``.
+
+        Returns:
+            For each request its answer, or why it has none.
         """
         if not requests:
             return []
+        self.renew_if_changed()
         if self.store is None:
             return self._answers(requests, [_not_cached(r, self.no_store) for r in requests])
         holds = _Holds(self.store)
@@ -269,6 +363,7 @@ class Engine:
         Args:
             users: as ``parse_user`` gives them; candidates are not read.
         """
+        self.renew_if_changed()
         if self.store is not None:
             holds = _Holds(self.store)
             try:
@@ -283,6 +378,7 @@ class Engine:
         Args:
             user: as ``parse_user`` gives it; candidates are not read.
         """
+        self.renew_if_changed()
         use = _not_cached(user, self.no_store).use
         if self.store is not None:
             holds = _Holds(self.store)
@@ -295,8 +391,12 @@ class Engine:
                 use = found.use
             finally:
                 holds.release_all()
-        features = collate_history([user], self.schema).sparse_features
-        return Encoded(self.model.prefill(features), use)
+        planes = self.model.prefill(collate_history([user], self.schema).sparse_features)
+        num_rows = self.model.num_rows(
+            [user.events_by_history[history.name].num_events for history in self.schema.histories]
+        )
+        pairs = zip(planes, num_rows, strict=True)
+        return Encoded([split_users(kv, [number])[0] for kv, number in pairs], use)
 
     def events_to_encode(self, request: Request) -> int:
         """An estimate, without a look-up: none of a user that the device knows, else all."""
@@ -304,8 +404,8 @@ class Engine:
             return 0
         return request.num_events
 
-    def forget(self, user_id: str) -> dict[str, int | None]:
-        """Drop the K/V of all histories of a user, an id as text; see ``KVStore.forget``."""
+    def forget(self, user_id: RawId) -> dict[str, int | None]:
+        """Drop the K/V of all histories of a user; see ``KVStore.forget``."""
         return {} if self.store is None else self.store.forget(user_id)
 
     def close(self) -> None:
@@ -354,7 +454,8 @@ class Engine:
         for request, of_request in zip(requests, on_device, strict=True):
             for number, one in enumerate(of_request):
                 if not one.is_complete:
-                    want = Want(request.user_id, one.digests, one.kept_events)
+                    num_rows = partial(self._num_rows, number)
+                    want = Want(request.user_id, one.digests, one.kept_events, num_rows)
                     wants.append((number, want))
                     lookups.append(one.lookup)
         fetched = iter(store.fetch(wants, lookups))
@@ -370,13 +471,19 @@ class Engine:
             best.append(self._usable(found, store, holds))
         return best
 
+    def _num_rows(self, number: int, num_events: int) -> int:
+        """Rows of K/V that so many events of one history have."""
+        counts = [0] * len(self.schema.histories)
+        counts[number] = num_events
+        return self.model.num_rows(counts)[number]
+
     def _look_up(self, request: Request, store: KVStore, holds: _Holds) -> tuple[_Sought, ...]:
         """What the device has of each history of a request."""
         found = []
         context = _context_digest(request, store.context)
         for number, history in enumerate(self.schema.histories):
             block = store.caches[number].pool.page_size
-            identity = identity_of(self.model_version, context, history.name, block)
+            identity = identity_of(self.version, context, history.name, block)
             digests = PrefixDigests(request.events_by_history[history.name], self.schema, identity)
             lookup = Lookup(None, TOO_SHORT, 0, 0.0)
             if digests.num_events:
@@ -477,9 +584,9 @@ class Engine:
             )
         found_by_row = []
         for row, first in enumerate(firsts):
-            user_id = requests[places[first]].user_id
             new_kv = [parts[row] for parts in kv_by_history]
-            found_by_row.append(_keep(user_id, sought_by_row[row], new_kv, store, holds))
+            request = requests[places[first]]
+            found_by_row.append(_keep(request, sought_by_row[row], new_kv, store, holds))
         store.metrics.count("hits_by_scope", len(places) - len(firsts), scope="request")
         return {place: found_by_row[row] for place, row in zip(places, row_of_place, strict=True)}
 
@@ -488,7 +595,7 @@ class Engine:
         requests: Sequence[Request],
         sought_by_row: Sequence[Sequence[_Sought]],
         store: KVStore,
-    ) -> list[tuple[Tensor, ...]]:
+    ) -> list[list[Tensor]]:
         """For each history the K/V [planes, new rows, H, D] of each request, behind kept rows."""
         num_rows = [
             self.model.num_rows([one.num_events for one in sought]) for sought in sought_by_row
@@ -505,7 +612,7 @@ class Engine:
                 counts[number] - sought[number].kept_rows
                 for counts, sought in zip(num_rows, sought_by_row, strict=True)
             ]
-            parts.append(kv.split(new_rows, dim=1))
+            parts.append(split_users(kv, new_rows))
         return parts
 
     def _extend(
@@ -529,7 +636,9 @@ class Engine:
         batch = collate_tails(tails, first_places, self.schema)
         return self.model.extend(batch.sparse_features, cached, cached_rows)
 
-    def _answers(self, requests: Sequence[Request], found: Sequence[_Found]) -> list[Answer]:
+    def _answers(
+        self, requests: Sequence[Request], found: Sequence[_Found]
+    ) -> list[Answer | Unscored]:
         in_pages = [place for place, one in enumerate(found) if one.entries is not None]
         nowhere = [
             place for place, one in enumerate(found) if one.entries is None and one.kv is None
@@ -538,20 +647,42 @@ class Engine:
         scores |= self._score_uncached(requests, nowhere)
         for place, one in enumerate(found):
             if one.kv is not None:
-                scores[place] = self.score_with(requests[place], one.kv)
-        return [
-            Answer(request.request_id, scores[place], self.model_version, found[place].use)
-            for place, request in enumerate(requests)
-        ]
+                scores[place] = self._score_kv(requests[place], one.kv)
+        answers: list[Answer | Unscored] = []
+        for place, request in enumerate(requests):
+            use = found[place].use
+            try:
+                _check_scores(request, scores[place])
+            except ScoreError as error:
+                answers.append(Unscored(error, use))
+            else:
+                answers.append(self.answer(request, scores[place], use))
+        return answers
+
+    def answer(self, request: Request, scores: list[float], use: CacheUse) -> Answer:
+        """A request's scores, and what it asked to be told beside them."""
+        unknown = unknown_ids(request) if UNKNOWN_IDS in request.report else None
+        return Answer(request.request_id, scores, self.model_version, use, unknown)
 
     @torch.no_grad()
-    def score_with(self, request: Request, kv_by_history: Sequence[Tensor]) -> list[float]:
+    def score_with(
+        self, request: Request, kv_by_history: Sequence[Tensor], first_candidate: int = 0
+    ) -> list[float]:
         """Probabilities of a request's candidates over K/V that lies in no cache.
 
         Args:
             request: its events are not read, but for their times.
             kv_by_history: [planes, R, H, D] of each history.
+            first_candidate: place of its first candidate, where it is a part of others.
+
+        Raises:
+            ScoreError: naming the candidates whose scores are not finite.
         """
+        scores = self._score_kv(request, kv_by_history)
+        _check_scores(request, scores, first_candidate)
+        return scores
+
+    def _score_kv(self, request: Request, kv_by_history: Sequence[Tensor]) -> list[float]:
         # A history's K/V is a table of one page.
         pages = [[[0] if kv.size(1) else []] for kv in kv_by_history]
         tables = [kv.unsqueeze(1) for kv in kv_by_history]
@@ -606,6 +737,22 @@ class Engine:
         return dict(zip(places, _probabilities(chosen, logits), strict=True))
 
 
+def _weights_of(model: RankingFunctions) -> list[Tensor]:
+    """Those whose changes PyTorch counts."""
+    if not isinstance(model, nn.Module):
+        return []
+    return [w for w in (*model.parameters(), *model.buffers()) if not w.is_inference()]
+
+
+def _version_of(model: RankingFunctions, schema: FeatureSchema) -> ModelVersion:
+    if not isinstance(model, RankingModel):
+        raise ConfigError(
+            f"{type(model).__name__} has no version; a RankingModel is its weights' own, and an "
+            "artifact's stands in its manifest"
+        )
+    return version_of(model, schema)
+
+
 def expand(
     features: KeyedJaggedTensor,
     history: str,
@@ -625,7 +772,7 @@ def expand(
     """
     pages = torch.tensor([page for pages in pages_by_user for page in pages], dtype=torch.int64)
     lengths = torch.tensor([len(pages) for pages in pages_by_user])
-    return with_key(features, history_key(history, PAGES), Bags(pages, lengths), candidate_user)
+    return with_key(features, pages_key(history), Bags(pages, lengths), candidate_user)
 
 
 def _context_digest(request: Request, columns: Sequence[str]) -> str:
@@ -635,7 +782,7 @@ def _context_digest(request: Request, columns: Sequence[str]) -> str:
 
 
 def _keep(
-    user_id: str,
+    request: Request,
     sought: Sequence[_Sought],
     new_kv: Sequence[Tensor],
     store: KVStore,
@@ -643,13 +790,23 @@ def _keep(
 ) -> _Found:
     """Put the new K/V of a request's histories into the store; what was there stays as it is.
 
-    Where one history has no room, none of the request's is read from pages.
+    Where one history has no room, none of the request's is read from pages. K/V that is not finite
+    is not kept.
     """
-    kept = []
+    are_finite = all(map(is_finite, new_kv))
+    if not are_finite:
+        store.metrics.count("not_finite")
+    kept: list[Entry | None] = []
     for number, (one, kv) in enumerate(zip(sought, new_kv, strict=True)):
         entry = one.lookup.entry
         if not one.is_complete:
-            entry = store.put(number, user_id, one.digests.content, kv, one.lookup, one.kept_rows)
+            entry = None
+            if are_finite:
+                lookup = one.lookup
+                if request.came_at is not None:  # Its user may have been forgotten in between.
+                    lookup = lookup._replace(at=min(lookup.at, request.came_at))
+                content = one.digests.content
+                entry = store.put(number, request.user_id, content, kv, lookup, one.kept_rows)
             holds.add(number, entry)
         kept.append(entry)
     if all(
@@ -663,10 +820,7 @@ def _keep(
         else:
             cached = store.rows(number, one.lookup.entry, one.kept_rows)
             kv_by_history.append(torch.cat([cached, kv], dim=1))
-    cached_events = sum(one.num_cached for one in sought)
-    computed = sum(one.num_events for one in sought) - cached_events
-    staleness_s = _staleness_s(sought)
-    use = CacheUse(BYPASS, NOT_ADMITTED, cached_events, computed, _tier(sought), staleness_s)
+    use = _use_of(sought, NOT_ADMITTED if are_finite else NOT_FINITE)
     return _Found(use, kv=tuple(kv_by_history))
 
 
@@ -685,24 +839,25 @@ def _let_go(sought: Sequence[_Sought], holds: _Holds) -> None:
 def _found_pages(sought: Sequence[_Sought], kept: Sequence[Entry | None] | None = None) -> _Found:
     """A request whose histories lie in pages, all looked up or encoded and kept."""
     entries = [one.lookup.entry for one in sought] if kept is None else kept
-    num_events = sum(one.num_events for one in sought)
-    cached = sum(one.num_cached for one in sought)
-    reasons = [one.lookup.reason for one in sought if not one.is_complete]
-    status = PARTIAL if reasons and cached else MISS if reasons else HIT
-    reason = reasons[0] if reasons else ""
-    staleness_s = _staleness_s(sought)
-    use = CacheUse(status, reason, cached, num_events - cached, _tier(sought), staleness_s)
-    return _Found(use, entries=tuple(entries))
+    return _Found(_use_of(sought), entries=tuple(entries))
+
+
+def _use_of(sought: Sequence[_Sought], why_not_kept: str = "") -> CacheUse:
+    """What an answer says of these look-ups."""
+    decision = decide(
+        [one.lookup.reason for one in sought],
+        [one.num_events for one in sought],
+        [one.kept_events for one in sought],
+        why_not_kept,
+    )
+    staleness_s = max((one.lookup.age_s for one in sought if one.num_cached), default=0.0)
+    return CacheUse(*decision, _tier(sought), staleness_s)
 
 
 def _tier(sought: Sequence[_Sought]) -> str:
     """Where cached K/V was found; the tier below the device, where any of it was there."""
     tiers = [one.lookup.tier for one in sought if one.num_events and one.num_cached]
     return next((tier for tier in tiers if tier != DEVICE), DEVICE if tiers else NO_TIER)
-
-
-def _staleness_s(sought: Sequence[_Sought]) -> float:
-    return max((one.lookup.age_s for one in sought if one.num_cached), default=0.0)
 
 
 def _found_nothing(num_histories: int) -> _Found:
@@ -720,3 +875,22 @@ def _probabilities(requests: Sequence[Request], logits: Tensor) -> list[list[flo
     probabilities = 1.0 / (1.0 + torch.exp(-logits.double()))
     parts = probabilities.split([request.num_candidates for request in requests])
     return [part.tolist() for part in parts]
+
+
+def _check_scores(request: Request, scores: Sequence[float], first_candidate: int = 0) -> None:
+    """Refuse scores that are no finite numbers, by their candidates' places."""
+    if all(map(math.isfinite, scores)):
+        return
+    wrong = [place for place, score in enumerate(scores) if not math.isfinite(score)]
+    named = ", ".join(str(first_candidate + place) for place in wrong[:MAX_NAMED])
+    more = f" and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
+    raise ScoreError(
+        f"the model gave no finite score for candidates {named}{more} of request "
+        f"{request.request_id}"
+    )
+
+
+def _scored(answer: Answer | Unscored) -> Answer:
+    if isinstance(answer, Unscored):
+        raise answer.error
+    return answer

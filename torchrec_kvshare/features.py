@@ -1,7 +1,7 @@
 """Requests in, TorchRec batches out; the one place where outside input is checked.
 
 A request that passed ``parse_request`` holds table rows and finite numbers only, cut to the model's
-window, so that nothing behind this file checks again. Raw ids may be integers or text.
+window, so that nothing behind this file checks again. Raw ids are spelt as ``canonical_id`` does.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,27 +26,51 @@ from torchrec_kvshare.data.batches import (
     single,
     squash,
 )
+from torchrec_kvshare.data.ids import canonical_id, is_long_id
+from torchrec_kvshare.data.limits import (
+    MAX_BAG_IDS,
+    MAX_FLOAT,
+    MAX_ID_CHARACTERS,
+    MAX_REQUEST_IDS,
+    MAX_TIME,
+)
 from torchrec_kvshare.data.schema import (
     ACTION,
-    FIRST_PLACE,
+    FIRST_EVENT,
+    HISTORY,
     ITEM,
     REQUEST_HISTORY,
     REQUEST_TIME,
     TIME,
+    UNKNOWN_ROW,
     USER,
     FeatureSchema,
     History,
     IntArray,
     candidate_key,
     context_key,
+    first_place_key,
     history_key,
+    item_key,
 )
 from torchrec_kvshare.errors import RequestError
 
-MAX_TIME = 4_102_444_800  # 2100-01-01; a later time is milliseconds taken for seconds
-MAX_FLOAT = 1e30
+NO_TIME = -1  # of a user that came without a request
+MAX_FIRST_EVENT = 2**62  # with the events behind it still an int64
 MAX_CANDIDATES = 100_000
+MAX_REQUEST_ID = 200  # characters
+MAX_KEYS = 4096  # of one JSON object; a request has a few for each of the model's columns
+MAX_DEPTH = 16  # of nested lists and objects; a list of requests with multi-valued columns needs 5
 MAX_SHOWN = 200  # characters of a value or of a list of names in a message
+MAX_BITS = 14_000  # of an integer id: a few less than Python prints
+
+UNKNOWN_IDS = "unknown_ids"
+REPORTS = (UNKNOWN_IDS,)  # what a request may ask its answer to tell
+DEPTH_CHUNK = 2**16  # bytes that are searched for brackets together
+NO_MARKS = bytes({*range(256)} - {*b'[]{}"'})
+STEP_BY_MARK = np.zeros(256, np.int64)  # into a list or an object, or out of it
+STEP_BY_MARK[[*b"[{"]], STEP_BY_MARK[[*b"]}"]] = 1, -1
+ID_KINDS = {str, int, float, bool, NoneType}
 
 # A raw column: a list as JSON has it, an array, or Ragged.
 Column = Any
@@ -111,14 +135,18 @@ class Request:
 
     Attributes:
         request_id: as it came.
-        user_id: the raw id as text.
+        user_id: the raw id, spelt as ``canonical_id`` does.
         user_row: row of the user's table.
-        time: Unix seconds.
+        time: Unix seconds; ``NO_TIME`` of a user that came without.
         context: rows by context column.
         events_by_history: what the model reads, by the history's name.
         candidate_items: [N] int64.
         candidate_bags: rows of each candidate by multi-valued item attribute.
         dense: [N, num_dense] float32.
+        newest: Unix seconds of the newest event given; ``NO_TIME`` where there is none.
+        report: of ``REPORTS`` those that the answer is to tell.
+        came_at: when it came, by ``steady_clock``: nothing of it is kept for a user who was
+            forgotten since. None for when it is scored.
     """
 
     request_id: str | int | None
@@ -130,6 +158,9 @@ class Request:
     candidate_items: Tensor
     candidate_bags: dict[str, Bags]
     dense: Tensor
+    newest: int = NO_TIME
+    report: tuple[str, ...] = ()
+    came_at: float | None = None
 
     @property
     def num_events(self) -> int:
@@ -141,6 +172,13 @@ class Request:
         """Candidates to score."""
         return self.candidate_items.numel()
 
+    @property
+    def num_bag_ids(self) -> int:
+        """Ids in multi-valued columns, of events those that the model reads."""
+        groups = [self.candidate_bags, *(e.bags for e in self.events_by_history.values())]
+        of_bags = sum(bag.values.numel() for bags in groups for bag in bags.values())
+        return of_bags + sum(rows.numel() for rows in self.context.values())
+
     def part(self, first: int, last: int) -> "Request":
         """The request with the candidates from one place to another alone."""
         return replace(
@@ -151,11 +189,18 @@ class Request:
         )
 
 
+class IdCount(NamedTuple):
+    """Ids of one column: how many were given, and how many of them no table knows."""
+
+    given: int
+    unknown: int
+
+
 def decode_request(line: str | bytes) -> dict[str, Any]:
     """One JSON object, refusing what JSON readers let pass in silence.
 
     Raises:
-        RequestError: if the text is no JSON object or an object in it has the same key twice.
+        RequestError: as ``decode_json``, and if the text is no JSON object.
     """
     decoded = decode_json(line)
     if not isinstance(decoded, dict):
@@ -167,22 +212,26 @@ def decode_json(text: str | bytes) -> Any:
     """A JSON value.
 
     Raises:
-        RequestError: if the text is not JSON or an object in it has the same key twice.
+        RequestError: if the text is not JSON in UTF-8, is nested deeper than ``MAX_DEPTH``, or an
+            object in it has more than ``MAX_KEYS`` keys or the same key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        _check_depth(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        return json.loads(decoded, object_pairs_hook=_checked_object)
     except RequestError:
         raise
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the line is not JSON: {error}") from error
+    except ValueError as error:
+        raise RequestError(f"the line is not JSON: {_cut(str(error))}") from error
 
 
 def parse_request(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
     """Check one request and turn it into table rows.
 
     Columns that the schema does not name are ignored: models that read different columns may share
-    one request. Events are taken in the order given, oldest first. A column is a list, an array of
-    int64 or float64, or ``Ragged``: the latter are read without a Python object for each value.
+    one request. Events are given oldest first, all of them before the request's time, as training
+    has them. A column is a list, an array or ``Ragged``; ids and times in arrays of int64 are read
+    without a Python object for each.
 
     Args:
         raw: the decoded request, in the project's one request format.
@@ -194,20 +243,7 @@ def parse_request(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
     Raises:
         RequestError: naming the column, what came and what was allowed.
     """
-    user_id = _id(_need(raw, USER, "the request"), USER)
-    time = _time(_need(raw, TIME, "the request"), TIME)
-    context = _group(raw, "context", schema.context)
-    event_columns = (*schema.event_columns, *schema.item_attributes, TIME)
-    history = _columns(_group(raw, "history", event_columns), "history", event_columns)
-    return Request(
-        _request_id(raw.get("request_id")),
-        user_id,
-        schema.vocabulary_by_column[USER].row(user_id),
-        time,
-        {c: _bag(context[c], schema, c, f"context.{c}") for c in schema.context},
-        {one.name: _events(one, history, schema) for one in schema.histories},
-        **_candidates(raw, schema, time),
-    )
+    return _request(raw, schema, _time(_need(raw, TIME, "the request"), TIME))
 
 
 def parse_candidates(raw: Mapping[str, Any], user: Request, schema: FeatureSchema) -> Request:
@@ -222,17 +258,23 @@ def parse_candidates(raw: Mapping[str, Any], user: Request, schema: FeatureSchem
         The user's request with these candidates.
 
     Raises:
-        RequestError: naming the column, what came and what was allowed.
+        RequestError: naming the column, what came and what was allowed; a time must come from
+            somewhere, and be after the user's events.
     """
     time = _time(raw[TIME], TIME) if TIME in raw else user.time
-    return replace(user, time=time, **_candidates(raw, schema, time))
+    if time == NO_TIME:
+        raise RequestError(f"there is no {TIME!r} of the candidates, and their user came without")
+    if time <= user.newest:
+        raise RequestError(f"time is {time}, not after the user's newest event at {user.newest}")
+    return _checked(replace(user, time=time, **_candidates(raw, schema, time)))
 
 
 def parse_user(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
     """Check a user whose history is to be encoded: a request without candidates.
 
     Args:
-        raw: as a request; ``time`` may be missing, and candidates are not read.
+        raw: as a request; ``time`` may be missing, and bounds the events no more then; candidates
+            are not read.
         schema: the model's columns.
 
     Returns:
@@ -242,7 +284,129 @@ def parse_user(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
         RequestError: naming the column, what came and what was allowed.
     """
     columns = (ITEM, *schema.item_attributes, *schema.item_floats)
-    return parse_request({TIME: 0} | {**raw, "candidates": {c: [] for c in columns}}, schema)
+    time = _time(raw[TIME], TIME) if TIME in raw else NO_TIME
+    return _request({**raw, "candidates": {c: [] for c in columns}}, schema, time)
+
+
+def parse_forget(raw: Mapping[str, Any]) -> str:
+    """The user whom a message asks to forget, ``{"user_id": …}``, spelt as ``canonical_id`` does.
+
+    Raises:
+        RequestError: naming the key, what came and what was allowed.
+    """
+    user_id = _id(_need(raw, USER, "the request"), USER)
+    if len(raw) > 1:
+        raise RequestError(f"the request has {_cut(str(sorted(raw)))}; {USER!r} alone is allowed")
+    return user_id
+
+
+def user_columns(raw: Mapping[str, Any], schema: FeatureSchema) -> dict[str, Any]:
+    """What ``parse_user`` reads of a request that passed ``parse_request``, still raw.
+
+    Args:
+        raw: the request.
+        schema: the model's columns.
+
+    Returns:
+        The user, the time, the context columns and all events with the columns of the schema.
+    """
+    names = (*schema.event_columns, *schema.item_attributes, TIME, FIRST_EVENT)
+    history = {name: raw["history"][name] for name in names if name in raw["history"]}
+    context = {name: raw["context"][name] for name in schema.context}
+    return {USER: raw[USER], TIME: raw[TIME], "context": context, "history": history}
+
+
+def check_request_id(request_id: str | int, name: str) -> None:
+    """Refuse the id of a request or a message that has more than ``MAX_REQUEST_ID`` characters.
+
+    Args:
+        request_id: as it came.
+        name: of what holds it, for the error.
+
+    Raises:
+        RequestError: naming the length and what is allowed.
+    """
+    _check_length(request_id, name, MAX_REQUEST_ID)
+
+
+def request_id_of(raw: Any) -> str | int | None:
+    """The id that the answer to a request tells, of one that may be refused too.
+
+    Args:
+        raw: what came for a request.
+
+    Returns:
+        The id, or None where there is none or it would be refused.
+    """
+    try:
+        return _request_id(raw.get("request_id") if isinstance(raw, dict) else None)
+    except RequestError:
+        return None
+
+
+def sort_history(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A raw request with its events oldest first; events of one time stay in their order.
+
+    Args:
+        raw: a request, or what came for one; ``parse_request`` checks it afterwards.
+
+    Returns:
+        The request, every column of its history sorted alike; the very object that came where
+        events are in order, or no order can be told.
+
+    Example:
+        >>> sort_history({"history": {"time": [30, 10, 30], "item_id": ["a", "b", "c"]}})
+        {'history': {'time': [10, 30, 30], 'item_id': ['b', 'a', 'c']}}
+    """
+    history = raw.get("history")
+    if not isinstance(history, dict):
+        return raw
+    times = history.get(TIME)
+    if isinstance(times, np.ndarray):
+        times = times.tolist()
+    if not isinstance(times, list) or not set(map(type, times)) <= {int, float}:
+        return raw
+    places = sorted(range(len(times)), key=lambda place: times[place] // 1)  # in whole seconds
+    if places == list(range(len(times))):
+        return raw
+    columns = {
+        name: _taken(column, places)
+        if isinstance(column, list | np.ndarray | Ragged) and len(column) == len(places)
+        else column
+        for name, column in history.items()
+    }
+    return {**raw, "history": columns}
+
+
+def count_ids(request: Request) -> dict[str, IdCount]:
+    """Ids of a request by column, named as in the request: those given, and the unknown ones.
+
+    Of events only those that the model reads are counted; one that two histories read counts twice.
+    """
+    rows_by_column = {USER: [torch.tensor(request.user_row)]}
+    for column, rows in request.context.items():
+        rows_by_column[context_key(column)] = [rows]
+    for events in request.events_by_history.values():
+        for column, rows in events.columns.items():
+            if column != TIME:
+                rows_by_column.setdefault(history_key(HISTORY, column), []).append(rows)
+        for column, bags in events.bags.items():
+            rows_by_column.setdefault(history_key(HISTORY, column), []).append(bags.values)
+    rows_by_column[candidate_key(ITEM)] = [request.candidate_items]
+    for column, bags in request.candidate_bags.items():
+        rows_by_column[candidate_key(column)] = [bags.values]
+    return {
+        column: IdCount(
+            sum(int(np.count_nonzero(rows.numpy())) for rows in parts),  # MISSING_ROW is 0.
+            sum(int(np.count_nonzero(rows.numpy() == UNKNOWN_ROW)) for rows in parts),
+        )
+        for column, parts in rows_by_column.items()
+    }
+
+
+def unknown_ids(request: Request) -> dict[str, int]:
+    """How many ids of each column no table knows; columns without are left out."""
+    return {column: count.unknown for column, count in count_ids(request).items() if count.unknown}
 
 
 def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
@@ -278,7 +442,7 @@ def collate_tails(
     """
     bags = _history_bags(events_by_history, schema)
     for name, places in first_places.items():
-        bags[history_key(name, FIRST_PLACE)] = single(torch.tensor(places))
+        bags[first_place_key(name)] = single(torch.tensor(places))
     return _without_candidates(bags, schema)
 
 
@@ -406,20 +570,109 @@ def _taken(values: Column, places: list[int]) -> Column:
     return [cells[place] for place in places]
 
 
-def _events(history: History, columns: dict[str, Column], schema: FeatureSchema) -> Events:
+def _request(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> Request:
+    """A request, or a user without candidates, at a time that is known or ``NO_TIME``."""
+    user_id = _id(_need(raw, USER, "the request"), USER)
+    context = _group(raw, "context", schema.context)
+    names = (*schema.event_columns, *schema.item_attributes, TIME)
+    group = _group(raw, "history", names)
+    history = _columns(group, "history", names)
+    history[TIME] = times = _times(history[TIME])
+    _check_order(times, MAX_TIME + 1 if time == NO_TIME else time)
+    first_event = _first_event(group.get(FIRST_EVENT), schema)
+    return _checked(
+        Request(
+            _request_id(raw.get("request_id")),
+            user_id,
+            schema.vocabulary_by_column[USER].row(user_id),
+            time,
+            {c: _bag(context[c], schema, context_key(c)) for c in schema.context},
+            {one.name: _events(one, history, first_event, schema) for one in schema.histories},
+            newest=int(times[-1]) if times.size else NO_TIME,
+            report=_report(raw.get("report")),
+            **_candidates(raw, schema, time),
+        )
+    )
+
+
+def _checked(request: Request) -> Request:
+    """The request, or an error if its bags are too much together."""
+    if request.num_bag_ids > MAX_REQUEST_IDS:
+        raise RequestError(
+            f"the request has {request.num_bag_ids} ids in multi-valued columns; at most "
+            f"{MAX_REQUEST_IDS} are allowed"
+        )
+    return request
+
+
+def _events(
+    history: History, columns: dict[str, Column], first_event: int, schema: FeatureSchema
+) -> Events:
     """One history of a request, as rows."""
-    places = history.places(columns[ACTION] if history.actions else columns[TIME])
-    first = places[0] if places else len(columns[TIME])
-    if len(places) == len(columns[TIME]) - first:
-        read = {column: values[first:] for column, values in columns.items()}
+    if history.actions:
+        places = _places(history, columns[ACTION])
+        start = history.window.start(len(places))
+        read = {column: _taken(values, places[start:]) for column, values in columns.items()}
     else:
-        read = {column: _taken(values, places) for column, values in columns.items()}
+        start = history.window.start_among(first_event, len(columns[TIME]))
+        read = {column: values[start - first_event :] for column, values in columns.items()}
     return Events(
         {c: _rows(read[c], schema, c, f"history.{c}") for c in schema.event_columns}
-        | {TIME: _times(read[TIME])},
-        {c: _bags(read[c], schema, c, f"history.{c}") for c in schema.item_attributes},
-        history.window.start(history.num_events(columns[ACTION if history.actions else TIME])),
+        | {TIME: torch.from_numpy(read[TIME].copy())},  # It may be read-only.
+        {c: _bags(read[c], schema, item_key(c), f"history.{c}") for c in schema.item_attributes},
+        start,
     )
+
+
+def _places(history: History, actions: Column) -> list[int]:
+    """Which of a user's events are of the history's actions."""
+    listed = actions.tolist() if isinstance(actions, np.ndarray) else actions
+    if not set(map(type, listed)) <= {str, NoneType}:
+        listed = [None if raw is None else _id(raw, f"history.{ACTION}") for raw in listed]
+    chosen = {raw for raw in set(listed) if raw and canonical_id(raw) in history.actions}
+    return [place for place, raw in enumerate(listed) if raw in chosen]
+
+
+def _check_order(times: IntArray, before: int) -> None:
+    """Refuse a history that training cannot have seen: out of order, or not before the request."""
+    steps_back = times[1:] < times[:-1]
+    num_ordered = int(steps_back.argmax()) + 1 if steps_back.any() else times.size
+    place = int(np.searchsorted(times[:num_ordered], before))
+    if place < num_ordered:
+        raise RequestError(
+            f"history.{TIME}[{place}] is {times[place]}, not before the request's time {before}"
+        )
+    if num_ordered < times.size:
+        raise RequestError(
+            f"history.{TIME}[{num_ordered}] is {times[num_ordered]}, before history.{TIME}"
+            f"[{num_ordered - 1}] = {times[num_ordered - 1]}: events are given oldest first"
+        )
+
+
+def _first_event(value: Any, schema: FeatureSchema) -> int:
+    """Place of the first event given among all of the user's; 0 where a request does not say."""
+    if value is None:
+        return 0
+    if type(value) is not int or not 0 <= value <= MAX_FIRST_EVENT:
+        raise RequestError(
+            f"history.{FIRST_EVENT} is {_shown(value)}; an integer from 0 to {MAX_FIRST_EVENT} is "
+            "allowed: how many of the user's events are older than those given"
+        )
+    of_actions = [history.name for history in schema.histories if history.actions]
+    if value and of_actions:
+        raise RequestError(
+            f"history.{FIRST_EVENT} is {value}; the model's histories {of_actions} are of some "
+            "actions only, and cannot know how many of theirs came before: send all events"
+        )
+    return value
+
+
+def _report(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, list) and all(one in REPORTS for one in value):
+        return tuple(value)
+    raise RequestError(f"report is {_cut(_shown(value))}; a list of {list(REPORTS)} is allowed")
 
 
 def _candidates(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> dict[str, Any]:
@@ -431,20 +684,40 @@ def _candidates(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> dic
             f"candidates has {len(columns[ITEM])} rows; at most {MAX_CANDIDATES} are allowed"
         )
     return {
-        "candidate_items": _rows(columns[ITEM], schema, ITEM, f"candidates.{ITEM}"),
+        "candidate_items": _rows(columns[ITEM], schema, ITEM, candidate_key(ITEM)),
         "candidate_bags": {
-            c: _bags(columns[c], schema, c, f"candidates.{c}") for c in schema.item_attributes
+            c: _bags(columns[c], schema, item_key(c), candidate_key(c))
+            for c in schema.item_attributes
         },
         "dense": _dense(columns, schema, time),
     }
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    decoded = dict(pairs)
-    if len(decoded) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"the key {_shown(twice)} stands twice in one object")
+def _check_depth(text: bytes) -> None:
+    """Refuse what is nested too deep, before a reader that recurses meets it."""
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+        return
+    # Without escapes every quote begins or ends a string; strings without brackets are left out.
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    bare = bare.translate(None, NO_MARKS).replace(b'""', b"")
+    is_inside, depth = np.False_, 0
+    for start in range(0, len(bare), DEPTH_CHUNK):
+        marks = np.frombuffer(bare[start : start + DEPTH_CHUNK], np.uint8)
+        is_in_string = np.bitwise_xor.accumulate(marks == ord('"')) ^ is_inside
+        depths = depth + STEP_BY_MARK[marks[~is_in_string]].cumsum()
+        if depths.max(initial=0) > MAX_DEPTH:
+            raise RequestError(f"the JSON is nested deeper than {MAX_DEPTH} levels")
+        is_inside, depth = is_in_string[-1], depths[-1] if depths.size else depth
+
+
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise RequestError(f"an object has {len(pairs)} keys; at most {MAX_KEYS} are allowed")
+    decoded: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in decoded:
+            raise RequestError(f"the key {_shown(name)} stands twice in one object")
+        decoded[name] = value
     return decoded
 
 
@@ -493,62 +766,91 @@ def _columns(group: Mapping[str, Any], name: str, columns: Sequence[str]) -> dic
 
 
 def _request_id(value: Any) -> str | int | None:
-    if value is None or (isinstance(value, str | int) and not isinstance(value, bool)):
-        return value
-    raise RequestError(f"request_id is text or an integer; got {_shown(value)}")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise RequestError(f"request_id is text or an integer; got {_shown(value)}")
+    if value is not None:
+        check_request_id(value, "request_id")
+    return value
 
 
 def _id(value: Any, column: str) -> str:
-    """One raw id as text."""
-    # The type itself, not isinstance: a bool is an int to Python, and no id.
-    if type(value) is str and value:
-        return value
-    if type(value) is int and value >= 0:
-        return str(value)
-    raise RequestError(f"{column} holds {_shown(value)}; an id is an integer from 0 or a text")
+    """One raw id, spelt the one way that ids are compared."""
+    _check_id(value, column)
+    return canonical_id(value)
 
 
-def _check_ids(values: list[Any], column: str) -> None:
-    # A history has thousands: what can be said of all at once is not asked of each.
-    kinds = set(map(type, values))
-    if kinds <= {str, NoneType} and "" not in values:
+def _check_id(value: Any, column: str) -> None:
+    # The type itself: what only derives from one of these is no id of a message.
+    kind = type(value)
+    is_text, is_number = kind is str and value.strip(), kind is float and math.isfinite(value)
+    if kind is bool or (is_text and not is_long_id(value)):
         return
-    if kinds == {int} and min(values) >= 0:
-        return
-    for value in values:
-        if value is not None:
-            _id(value, column)
+    if not (is_text or is_number or kind is int):
+        raise RequestError(
+            f"{column} holds {_shown(value)}; an id is a text that is not blank, an integer, a "
+            "finite number or a boolean"
+        )
+    _check_length(value if kind is int else canonical_id(value), column, MAX_ID_CHARACTERS)
+
+
+def _check_length(value: str | int, name: str, most: int) -> None:
+    """Refuse a text, or an integer as it is printed, that has too many characters."""
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        length = int(math.log10(abs(value))) + 1  # Python does not print it.
+    else:
+        length = len(str(value))
+    if length > most:
+        raise RequestError(f"{name} has {length} characters; at most {most} are allowed")
 
 
 def _rows(values: Column, schema: FeatureSchema, column: str, name: str) -> Tensor:
     vocabulary = schema.vocabulary_by_column[column]
     if isinstance(values, np.ndarray):
-        if values.size:
-            _id(int(values.min()), name)
-        return torch.from_numpy(vocabulary.rows_of_array(values))
-    _check_ids(values, name)
-    return _integers(vocabulary.rows(values))
+        if values.dtype == np.int64:
+            return torch.from_numpy(vocabulary.rows_of_array(values))
+        values = values.tolist()
+    kinds = set(map(type, values))
+    if not kinds <= ID_KINDS or float in kinds:
+        for value in values:
+            if value is not None:
+                _check_id(value, name)
+    rows = np.array(vocabulary.rows(values), dtype=np.int64)
+    # A history has thousands of ids, and what the table knows is one: only the others are checked.
+    for place in np.flatnonzero(rows == UNKNOWN_ROW).tolist():
+        _check_id(values[place], name)
+    return torch.from_numpy(rows)
 
 
 def _integers(values: list[int]) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.int64))  # 2 x as fast as torch.tensor
 
 
-def _bag(value: Any, schema: FeatureSchema, column: str, name: str) -> Tensor:
+def _bag(value: Any, schema: FeatureSchema, column: str) -> Tensor:
     """Rows of one multi-valued cell; a single id stands for a list of one, null for none."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    return _rows(values, schema, column, name)
+    _check_bags([len(values)], column)
+    return _rows(values, schema, column, column)
 
 
 def _bags(values: Column, schema: FeatureSchema, column: str, name: str) -> Bags:
     if isinstance(values, Ragged):
+        _check_bags(values.lengths, name)
         lengths = torch.from_numpy(values.lengths.copy())
         return Bags(_rows(values.values, schema, column, name), lengths)
     cells = values
     if set(map(type, values)) != {list}:
         cells = [v if isinstance(v, list) else [] if v is None else [v] for v in values]
+    _check_bags(list(map(len, cells)), name)
     flat = _rows(list(chain.from_iterable(cells)), schema, column, name)
     return Bags(flat, _integers(list(map(len, cells))))
+
+
+def _check_bags(lengths: Sequence[int] | IntArray, name: str) -> None:
+    longest = int(np.max(lengths, initial=0))
+    if longest > MAX_BAG_IDS:
+        raise RequestError(
+            f"a row of {name} has {longest} ids; at most {MAX_BAG_IDS} are allowed in one"
+        )
 
 
 def _time(value: Any, column: str) -> int:
@@ -560,13 +862,15 @@ def _time(value: Any, column: str) -> int:
     return int(number)
 
 
-def _times(values: Column) -> Tensor:
+def _times(values: Column) -> IntArray:
     if isinstance(values, np.ndarray):
-        for least_or_most in (values.min(), values.max()) if values.size else ():
-            _time(int(least_or_most), f"history.{TIME}")
-        return torch.from_numpy(values.copy())  # It may be part of a message, and read-only.
+        is_plain = values.dtype == np.int64 and values.min(initial=0) >= 0
+        if is_plain and values.max(initial=0) <= MAX_TIME:
+            return values
+        values = values.tolist()
     is_plain = set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_TIME
-    return _integers(values if is_plain else [_time(value, f"history.{TIME}") for value in values])
+    times = values if is_plain else [_time(value, f"history.{TIME}") for value in values]
+    return np.array(times, dtype=np.int64)
 
 
 def _number(value: Any, column: str) -> float:
@@ -590,6 +894,6 @@ def _floats(values: Column, column: str) -> Column:
 def _dense(candidates: dict[str, list[Any]], schema: FeatureSchema, time: int) -> Tensor:
     num_candidates = len(candidates[ITEM])
     clock = np.repeat(clock_features(np.array([time])), num_candidates, axis=0)
-    floats = [_floats(candidates[column], f"candidates.{column}") for column in schema.item_floats]
+    floats = [_floats(candidates[column], candidate_key(column)) for column in schema.item_floats]
     columns = np.array(floats, dtype=np.float64).reshape(len(floats), num_candidates).T
     return torch.from_numpy(np.concatenate([clock, squash(columns)], axis=1))

@@ -18,7 +18,6 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.attention.bodies import AUTO, choose_body
 from torchrec_kvshare.bags import user_candidate_bags
 from torchrec_kvshare.collection import (
     KVShareEmbeddingBagCollection,
@@ -73,14 +72,12 @@ class RankingModel(nn.Module):
 
     Args:
         model: an unmodified ranking model that holds one KVShareEmbeddingBagCollection.
-        body: how attention over cached K/V is computed, see ``attention/bodies.py``.
 
     Raises:
         ConfigError: if the model holds no such collection, or more than one.
-        ValueError: if there is no such body where the model is.
     """
 
-    def __init__(self, model: nn.Module, body: str = AUTO) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.ranker = lift_kv_pages(model)
         self.collection = next(
@@ -88,10 +85,6 @@ class RankingModel(nn.Module):
             for module in model.modules()
             if isinstance(module, KVShareEmbeddingBagCollection)
         )
-        chosen = choose_body(body, next(model.parameters()).device.type)
-        for tower in self.collection.towers():
-            tower.use_body(chosen)
-        self.body = chosen
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """Logits [C], the histories in the batch encoded on the way: one prefill per request."""

@@ -8,31 +8,68 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torchrec_kvshare.config import REFUSE, SORT
 from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.errors import ConfigError, RequestError
-from torchrec_kvshare.features import Request, decode_request, parse_request
+from torchrec_kvshare.engine import Engine, Unscored
+from torchrec_kvshare.errors import ConfigError, KVShareError, RequestError
+from torchrec_kvshare.features import (
+    IdCount,
+    Request,
+    count_ids,
+    decode_request,
+    parse_request,
+    request_id_of,
+    sort_history,
+)
 
 MAX_CANDIDATES_AT_A_TIME = 4096  # of one batch; a longer request is a batch of its own
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
-    """What became of a file of requests.
+    """What became of a file of requests, counted as its answers are made.
 
     Attributes:
-        scored: lines answered with scores.
         refused: lines answered with an error.
+        sorted_histories: lines whose history came out of order and was sorted.
         by_status: scored lines by what the cache did.
+        ids: of scored lines, by column.
     """
 
-    scored: int
-    refused: int
-    by_status: dict[str, int]
+    refused: int = 0
+    sorted_histories: int = 0
+    by_status: Counter[str] = field(default_factory=Counter)
+    ids: dict[str, IdCount] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> int:
+        """Lines answered with scores."""
+        return self.by_status.total()
+
+    def add_ids(self, count_by_column: dict[str, IdCount]) -> None:
+        """Count the ids of a request."""
+        for column, (given, unknown) in count_by_column.items():
+            before = self.ids.get(column, IdCount(0, 0))
+            self.ids[column] = IdCount(before.given + given, before.unknown + unknown)
+
+    def unknown_text(self) -> str:
+        """The columns that have unknown ids, with their number and share.
+
+        Example:
+            >>> counts = Counts()
+            >>> counts.add_ids({"user_id": IdCount(4, 0), "candidates.item_id": IdCount(200, 3)})
+            >>> counts.unknown_text()
+            'candidates.item_id 3 of 200 (1.5 %)'
+        """
+        return ", ".join(
+            f"{column} {unknown} of {given} ({100 * unknown / given:.1f} %)"
+            for column, (given, unknown) in self.ids.items()
+            if unknown
+        )
 
 
 @dataclass(frozen=True)
@@ -40,15 +77,17 @@ class Refusal:
     """What stands in the place of an answer."""
 
     request_id: Any
-    message: str
+    cause: KVShareError
 
     def to_json(self) -> dict[str, Any]:
         """The project's one error format."""
-        error = {"type": RequestError.__name__, "message": self.message}
+        error = {"type": type(self.cause).__name__, "message": str(self.cause)}
         return {"request_id": self.request_id, "error": error}
 
 
-def score_file(engine: Engine, requests: Path, output: Path, batch_requests: int) -> Counts:
+def score_file(
+    engine: Engine, requests: Path, output: Path, batch_requests: int, history_order: str = REFUSE
+) -> Counts:
     """Answer a file of requests with a file of answers.
 
     Args:
@@ -56,9 +95,10 @@ def score_file(engine: Engine, requests: Path, output: Path, batch_requests: int
         requests: one JSON object a line.
         output: gets one JSON object a line, in the same order; replaced as a whole.
         batch_requests: most requests scored together; at least 1.
+        history_order: ``refuse`` a history that is not oldest first, or ``sort`` it.
 
     Returns:
-        How many lines were scored and refused.
+        How many lines were scored and refused, and what was odd about them.
 
     Raises:
         ConfigError: if ``requests`` cannot be read or ``batch_requests`` is below 1.
@@ -67,23 +107,22 @@ def score_file(engine: Engine, requests: Path, output: Path, batch_requests: int
         raise ConfigError(f"batch_requests is {batch_requests}; it must be at least 1")
     if not requests.is_file():
         raise ConfigError(f"requests is {str(requests)!r}; there is no such file")
-    by_status: Counter[str] = Counter()
-    refused = 0
+    counts = Counts()
     output.parent.mkdir(parents=True, exist_ok=True)
     written = output.with_name(f".{output.name}.new")
     with requests.open("rb") as lines, written.open("w") as answers:
-        for answer in score_lines(engine, lines, batch_requests):
+        for answer in score_lines(engine, lines, batch_requests, history_order, counts):
             answers.write(json.dumps(answer, allow_nan=False) + "\n")
-            if "error" in answer:
-                refused += 1
-            else:
-                by_status[answer["cache"]["status"]] += 1
     os.replace(written, output)
-    return Counts(by_status.total(), refused, dict(by_status))
+    return counts
 
 
 def score_lines(
-    engine: Engine, lines: Iterable[str | bytes], batch_requests: int
+    engine: Engine,
+    lines: Iterable[str | bytes],
+    batch_requests: int,
+    history_order: str = REFUSE,
+    counts: Counts | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answer every line, a few requests at a time.
 
@@ -91,38 +130,56 @@ def score_lines(
         engine: scores what can be scored.
         lines: requests, each a JSON object; blank lines are no requests.
         batch_requests: most requests scored together.
+        history_order: as in ``score_file``.
+        counts: where what becomes of the lines is counted.
 
     Yields:
         An answer or a refusal for each line, as JSON values, in order.
     """
+    counts = Counts() if counts is None else counts
     waiting: list[Request | Refusal] = []
+    num_candidates = 0
     for line in lines:
         if not line.strip():
             continue
-        waiting.append(_read(line, engine.schema))
-        good = [one for one in waiting if isinstance(one, Request)]
-        if (
-            len(waiting) >= batch_requests
-            or sum(request.num_candidates for request in good) >= MAX_CANDIDATES_AT_A_TIME
-        ):
-            yield from _answer(engine, waiting)
-            waiting = []
-    yield from _answer(engine, waiting)
+        one = _read(line, engine.schema, history_order, counts)
+        waiting.append(one)
+        num_candidates += one.num_candidates if isinstance(one, Request) else 0
+        if len(waiting) >= batch_requests or num_candidates >= MAX_CANDIDATES_AT_A_TIME:
+            yield from _answer(engine, waiting, counts)
+            waiting, num_candidates = [], 0
+    yield from _answer(engine, waiting, counts)
 
 
-def _answer(engine: Engine, waiting: list[Request | Refusal]) -> Iterator[dict[str, Any]]:
-    answers = iter(engine.rank([one for one in waiting if isinstance(one, Request)]))
+def _answer(
+    engine: Engine, waiting: list[Request | Refusal], counts: Counts
+) -> Iterator[dict[str, Any]]:
+    answers = iter(engine.rank_each([one for one in waiting if isinstance(one, Request)]))
     for one in waiting:
-        yield one.to_json() if isinstance(one, Refusal) else next(answers).to_json()
+        if isinstance(one, Refusal):
+            counts.refused += 1
+            yield one.to_json()
+            continue
+        answer = next(answers)
+        if isinstance(answer, Unscored):
+            counts.refused += 1
+            yield Refusal(one.request_id, answer.error).to_json()
+        else:
+            counts.by_status[answer.cache.status] += 1
+            counts.add_ids(count_ids(one))
+            yield answer.to_json()
 
 
-def _read(line: str | bytes, schema: FeatureSchema) -> Request | Refusal:
+def _read(
+    line: str | bytes, schema: FeatureSchema, history_order: str, counts: Counts
+) -> Request | Refusal:
     request_id = None
     try:
-        raw = decode_request(line)
-        request_id = raw.get("request_id")
-        return parse_request(raw, schema)
+        given = decode_request(line)
+        request_id = request_id_of(given)
+        raw = sort_history(given) if history_order == SORT else given
+        request = parse_request(raw, schema)
+        counts.sorted_histories += raw is not given
+        return request
     except RequestError as error:
-        # An answer must be JSON again: an id that is none of ours, NaN say, is not given back.
-        sendable = isinstance(request_id, str | int) and not isinstance(request_id, bool)
-        return Refusal(request_id if sendable else None, str(error))
+        return Refusal(request_id, error)

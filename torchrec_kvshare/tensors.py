@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from torchrec_kvshare.data.batches import Bags, jagged, joined
+from torchrec_kvshare.data.limits import MAX_BAG_IDS, MAX_TIME
 from torchrec_kvshare.data.schema import (
+    FIRST_EVENT,
     ITEM,
-    MAX_INT64,
     TIME,
     USER,
     FeatureSchema,
     candidate_key,
     context_key,
     history_key,
+    item_key,
 )
-from torchrec_kvshare.features import MAX_CANDIDATES, MAX_TIME, Request
+from torchrec_kvshare.features import MAX_CANDIDATES, Request
 
 USER_KEY = "user_key"
 DENSE = candidate_key("dense")
-FIRST_EVENT = "first_event"
 INT64, FLOAT32 = "int64", "float32"
 
 
@@ -91,17 +92,17 @@ def input_specs(schema: FeatureSchema) -> list[TensorSpec]:
         TensorSpec(TIME, INT64, (-1,), 0, MAX_TIME),
     ]
     for column in schema.context:
-        specs += feature(context_key(column), column, MAX_INT64)
+        specs += feature(context_key(column), context_key(column), MAX_BAG_IDS)
     for history in schema.histories:
         for column in (*schema.event_columns, TIME):
             specs += feature(history_key(history.name, column), column, history.window.max_history)
         for column in schema.item_attributes:
-            specs += feature(history_key(history.name, column), column, MAX_INT64)
+            specs += feature(history_key(history.name, column), item_key(column), MAX_BAG_IDS)
         name = history_key(history.name, FIRST_EVENT)
         specs.append(TensorSpec(name, INT64, (-1,), 0, None))
     specs += feature(candidate_key(ITEM), ITEM, MAX_CANDIDATES)
     for column in schema.item_attributes:
-        specs += feature(candidate_key(column), column, MAX_INT64)
+        specs += feature(candidate_key(column), item_key(column), MAX_BAG_IDS)
     specs.append(TensorSpec(DENSE, FLOAT32, (-1, schema.num_dense), None, None))
     return specs
 

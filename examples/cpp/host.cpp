@@ -1,10 +1,14 @@
 #include "host.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <dlfcn.h>
 #include <torch/csrc/jit/runtime/jit_exception.h>
 #include <torch/script.h>
+#include <torch/version.h>
 
+#include <algorithm>
+#include <cctype>
 #include <chrono>
 #include <cmath>
 #include <fstream>
@@ -34,6 +38,14 @@ void load_operators(const std::string& library) {
   if (dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     throw ArtifactError("operators cannot be loaded: " + std::string(dlerror()));
   }
+}
+
+// The package has a library of its attention operators for each kind of CPU, built for one torch.
+std::string attention_library() {
+  std::string capability = at::get_cpu_capability();
+  std::transform(capability.begin(), capability.end(), capability.begin(),
+                 [](unsigned char letter) { return std::tolower(letter); });
+  return KVSHARE_FOLDER "/attention/_native_" + capability + "-torch" TORCH_VERSION ".so";
 }
 
 // What torch says without its traces of two languages: an exception raised in the program stands in
@@ -85,9 +97,23 @@ Features features_of(const Request& request, const Schema& schema) {
 
 std::vector<double> values_of(const at::Tensor& probabilities) {
   const at::Tensor values = probabilities.contiguous();
-  if (!values.isfinite().all().item<bool>()) throw ArtifactError("a score is not finite");
   const double* first = values.const_data_ptr<double>();
   return {first, first + values.numel()};
+}
+
+// As Python shows it in a message.
+std::string shown_id(const std::string& request_id) {
+  if (request_id == "null") return "None";
+  return request_id[0] == '"' ? Json::parse(request_id).get<std::string>() : request_id;
+}
+
+// A program refuses such scores itself; a host gives none on, whatever the program.
+void check_scores(const std::vector<double>& scores, const Request& request) {
+  for (std::size_t place = 0; place < scores.size(); ++place) {
+    if (std::isfinite(scores[place])) continue;
+    throw ScoreError("the model gave no finite score for candidate " + std::to_string(place) +
+                     " of request " + shown_id(request.request_id));
+  }
 }
 
 std::vector<std::string> names_of(const c10::IValue& names) {
@@ -136,6 +162,17 @@ struct Host::Program {
     module.run_method("forget", request.columns.at("user_key").front());
   }
 
+  // What the program raises is the request's own error: its inputs passed their checks.
+  Scored rank(const Features& features, const Request& request, bool is_cached) {
+    try {
+      return is_cached ? rank_cached(features) : rank_uncached(features, request);
+    } catch (const torch::jit::JITException& error) {
+      const std::string message = error.getOriginalMsg().value_or(reason_of(error));
+      throw ScoreError(message + " of request " + shown_id(request.request_id));
+    }
+  }
+
+ private:
   Scored rank_cached(const Features& features) {
     const auto answer = module.run_method("rank", features).toTuple();
     const at::Tensor use = answer->elements()[1].toTensor().contiguous();
@@ -151,12 +188,11 @@ struct Host::Program {
   }
 };
 
-Host::Host(const fs::path& artifact, const std::optional<CacheLimits>& limits,
-           const std::vector<std::string>& operators)
+Host::Host(const fs::path& artifact, const std::optional<CacheLimits>& limits)
     : is_cached_(limits.has_value()) {
   const c10::InferenceMode no_gradients;
   for (const char* library : kOperators) load_operators(library);
-  for (const std::string& library : operators) load_operators(library);
+  load_operators(attention_library());
   const Json manifest = read_json_file(artifact / "manifest.json");
   const Json golden = read_json_file(artifact / "golden.json");
   const Json schema = read_json_file(artifact / "schema.json");
@@ -175,10 +211,10 @@ Scored Host::rank(const Request& request) {
   const c10::InferenceMode no_gradients;
   const Features features = features_of(request, schema_);
   const auto start = std::chrono::steady_clock::now();
-  Scored scored = is_cached_ ? program_->rank_cached(features)
-                             : program_->rank_uncached(features, request);
+  Scored scored = program_->rank(features, request, is_cached_);
   const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
   scored.model_ms = taken.count();
+  check_scores(scored.scores, request);
   return scored;
 }
 

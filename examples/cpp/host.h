@@ -17,6 +17,11 @@ struct ArtifactError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A request has no scores: the model gave some that are not finite. The message names candidates.
+struct ScoreError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 struct CacheLimits {
   int64_t capacity_bytes = 256 << 20;
   double ttl_s = 300;
@@ -37,13 +42,11 @@ struct Scored {
 class Host {
  public:
   // Loads the artifact and warms it up with its golden requests, whose scores it must give. Without
-  // limits nothing is cached; operators are libraries that the program calls beside fbgemm's.
-  // Throws ArtifactError.
-  Host(const std::filesystem::path& artifact, const std::optional<CacheLimits>& limits,
-       const std::vector<std::string>& operators);
+  // limits nothing is cached. Throws ArtifactError.
+  Host(const std::filesystem::path& artifact, const std::optional<CacheLimits>& limits);
   ~Host();
 
-  // Calls must not overlap.
+  // Calls must not overlap. Throws ScoreError.
   Scored rank(const Request& request);
 
   const Schema& schema() const { return schema_; }

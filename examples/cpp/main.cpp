@@ -5,6 +5,7 @@
 #include <getopt.h>
 
 #include <charconv>
+#include <cstdio>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -24,7 +25,6 @@ constexpr char kUsage[] =
     "    [--capacity-bytes N]   of K/V (268435456)\n"
     "    [--ttl-s S]            seconds of requests' time after which K/V is encoded anew (300)\n"
     "    [--threads K]          of torch, for one request (as many as there are cores)\n"
-    "    [--operators LIB.so]   what the program calls beside torch and fbgemm; may be repeated\n"
     "    [--times TIMES.json]   gets each line's milliseconds in the model; null: refused\n";
 
 struct UsageError : std::runtime_error {
@@ -36,7 +36,6 @@ struct Arguments {
   bool is_cached = true;
   CacheLimits limits;
   int num_threads = 0;  // 0: torch's choice
-  std::vector<std::string> operators;
 };
 
 template <typename Number>
@@ -62,7 +61,6 @@ Arguments parse_arguments(int argc, char** argv) {
                             {"capacity-bytes", required_argument, nullptr, 'b'},
                             {"ttl-s", required_argument, nullptr, 's'},
                             {"threads", required_argument, nullptr, 'k'},
-                            {"operators", required_argument, nullptr, 'o'},
                             {"times", required_argument, nullptr, 't'},
                             {nullptr, 0, nullptr, 0}};
   Arguments found;
@@ -72,7 +70,6 @@ Arguments parse_arguments(int argc, char** argv) {
     if (given == 'b') found.limits.capacity_bytes = parse_number("--capacity-bytes", optarg, 1L);
     if (given == 's') found.limits.ttl_s = parse_number("--ttl-s", optarg, 0.0);
     if (given == 'k') found.num_threads = parse_number("--threads", optarg, 1);
-    if (given == 'o') found.operators.emplace_back(optarg);
     if (given == 't') found.times = optarg;
     if (given == '?') throw UsageError(std::string("cannot read ") + argv[optind - 1]);
   }
@@ -118,7 +115,7 @@ class WholeFile {
 // The project's one answer format.
 std::string answer_line(const Request& request, const Scored& scored, const std::string& version) {
   const CacheUse& cache = scored.cache;
-  const OrderedJson rest = {{"scores", scored.scores},
+  OrderedJson rest = {{"scores", scored.scores},
                             {"model_version", version},
                             {"cache",
                              {{"status", cache.status},
@@ -126,13 +123,20 @@ std::string answer_line(const Request& request, const Scored& scored, const std:
                               {"cached_events", cache.cached_events},
                               {"computed_events", cache.computed_events},
                               {"tier", cache.cached_events > 0 ? "device" : "none"}}}};
+  if (request.reports_unknown_ids) {
+    OrderedJson& unknown = rest["unknown_ids"] = OrderedJson::object();
+    for (const auto& [column, ids] : request.ids) {
+      if (ids.unknown > 0) unknown[column] = ids.unknown;
+    }
+  }
   return "{\"request_id\":" + request.request_id + "," + rest.dump().substr(1);
 }
 
 // The project's one error format.
-std::string refusal_line(const std::string& request_id, const std::string& message) {
-  return "{\"request_id\":" + request_id + ",\"error\":{\"type\":\"RequestError\",\"message\":" +
-         json_string(message) + "}}";
+std::string refusal_line(const std::string& request_id, const std::string& type,
+                         const std::string& message) {
+  return "{\"request_id\":" + request_id + ",\"error\":{\"type\":\"" + type +
+         "\",\"message\":" + json_string(message) + "}}";
 }
 
 bool is_blank(const std::string& line) {
@@ -142,6 +146,28 @@ bool is_blank(const std::string& line) {
 struct Counts {
   int64_t scored = 0, refused = 0;
   std::map<std::string, int64_t> by_status;
+  std::map<std::string, IdCount> ids;  // of scored lines, by column
+
+  void add_ids(const Request& request) {
+    for (const auto& [column, count] : request.ids) {
+      ids[column].given += count.given;
+      ids[column].unknown += count.unknown;
+    }
+  }
+
+  // Columns that have unknown ids, with their number and share.
+  std::string unknown_text() const {
+    std::string text;
+    for (const auto& [column, count] : ids) {
+      if (count.unknown == 0) continue;
+      char share[16];
+      const double percent = 100.0 * static_cast<double>(count.unknown) / count.given;
+      std::snprintf(share, sizeof share, " (%.1f %%)", percent);
+      text += (text.empty() ? "" : ", ") + column + " " + std::to_string(count.unknown) + " of " +
+              std::to_string(count.given) + share;
+    }
+    return text.empty() ? "none" : text;
+  }
 };
 
 // Blank lines are no requests. Times are of the scored lines; a refused one has none.
@@ -150,6 +176,11 @@ Counts answer_lines(Host& host, std::istream& lines, std::ostream& answers, Json
   for (std::string line; std::getline(lines, line);) {
     if (is_blank(line)) continue;
     std::string request_id = "null";
+    const auto refuse = [&](const std::string& type, const std::string& message) {
+      answers << refusal_line(request_id, type, message) << "\n";
+      times.push_back(nullptr);
+      ++counts.refused;
+    };
     try {
       const Json raw = decode_request(line);
       request_id = request_id_of(raw);
@@ -159,10 +190,11 @@ Counts answer_lines(Host& host, std::istream& lines, std::ostream& answers, Json
       times.push_back(scored.model_ms);
       ++counts.scored;
       ++counts.by_status[scored.cache.status];
+      counts.add_ids(request);
     } catch (const RequestError& error) {
-      answers << refusal_line(request_id, error.what()) << "\n";
-      times.push_back(nullptr);
-      ++counts.refused;
+      refuse("RequestError", error.what());
+    } catch (const ScoreError& error) {
+      refuse("ScoreError", error.what());
     }
   }
   return counts;
@@ -174,7 +206,7 @@ Counts answer_file(const Arguments& given) {
     throw std::runtime_error(given.requests.string() + " is no file that can be read");
   }
   const auto limits = given.is_cached ? std::optional(given.limits) : std::nullopt;
-  Host host(given.artifact, limits, given.operators);
+  Host host(given.artifact, limits);
   WholeFile answers(given.answers);
   Json times = Json::array();
   const Counts counts = answer_lines(host, requests, answers.stream(), times);
@@ -199,6 +231,7 @@ int main(int argc, char** argv) {
     const Counts counts = answer_file(given);
     std::cout << "scored " << counts.scored << ", refused " << counts.refused
               << "; cache: " << Json(counts.by_status) << "\n"
+              << "unknown ids: " << counts.unknown_text() << "\n"
               << "wrote " << given.answers.string() << "\n";
     return counts.refused ? kRefused : 0;
   } catch (const UsageError& error) {

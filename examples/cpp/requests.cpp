@@ -1,5 +1,7 @@
 #include "requests.h"
 
+#include "ids.h"
+
 #include <nlohmann/json.hpp>
 
 #include <cmath>
@@ -14,6 +16,9 @@ constexpr int64_t kNumReservedRows = 2;
 constexpr double kMaxTime = 4102444800;  // 2100-01-01; later ones are milliseconds
 constexpr double kMaxNumber = 1e30;
 constexpr std::size_t kMaxCandidates = 100'000;
+constexpr int64_t kMaxFirstEvent = int64_t{1} << 62;
+constexpr std::size_t kMaxIdCharacters = 256;  // of an id as it is compared
+constexpr std::size_t kMaxRequestId = 200;     // characters
 constexpr std::size_t kMaxShown = 200;  // bytes of a value or of a list of names in a message
 
 constexpr int64_t kSecondsPerHour = 3600;
@@ -22,6 +27,7 @@ constexpr int64_t kNumClockFeatures = 4;
 constexpr int64_t kEpochWeekday = 3;  // 1970-01-01 was a Thursday; Monday is 0.
 
 const std::string kUser = "user_id", kItem = "item_id", kAction = "action", kTime = "time";
+const std::string kFirstEvent = "first_event", kUnknownIds = "unknown_ids";
 
 using Names = std::vector<std::string>;
 using Columns = std::map<std::string, const Json*>;  // arrays of one length by name
@@ -94,17 +100,29 @@ Columns need_columns(const Json& raw, const std::string& name, const Names& colu
   return found;
 }
 
-// A text or an integer as text, which are the same id; empty for anything else.
-std::string text_of(const Json& value) {
-  if (value.is_string()) return value.get<std::string>();
-  return value.is_number_integer() ? value.dump() : long_integer(value);
+// Characters of a text in UTF-8: all of its bytes but those that continue one.
+std::size_t num_characters(const std::string& text) {
+  std::size_t count = 0;
+  for (const char byte : text) count += (static_cast<unsigned char>(byte) & 0xc0) != 0x80;
+  return count;
+}
+
+void check_length(const std::string& text, const std::string& name, std::size_t most) {
+  if (text.size() <= most) return;
+  const std::size_t length = num_characters(text);
+  if (length > most) {
+    throw RequestError(name + " has " + std::to_string(length) + " characters; at most " +
+                       std::to_string(most) + " are allowed");
+  }
 }
 
 std::string id_of(const Json& value, const std::string& column) {
-  std::string id = text_of(value);
-  if (id.empty() || (!value.is_string() && id[0] == '-')) {
+  std::string id = canonical_id(value);
+  check_length(id, column, kMaxIdCharacters);
+  if (id.empty()) {
     throw RequestError(column + " holds " + shown(value) +
-                       "; an id is an integer from 0 or a text");
+                       "; an id is a text that is not blank, an integer, a finite number or a "
+                       "boolean");
   }
   return id;
 }
@@ -133,6 +151,12 @@ int64_t user_key(const std::string& id) {
   uint64_t hash = 14695981039346656037u;
   for (const char c : id) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
   return static_cast<int64_t>(hash);
+}
+
+// Of a request's id the text, or the digits; empty where it is neither.
+std::string request_id_text(const Json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  return value.is_number_integer() ? value.dump() : long_integer(value);
 }
 
 int64_t row_of(const Json& value, const Vocabulary& vocabulary, const std::string& column) {
@@ -168,9 +192,24 @@ Bags of_one_request(std::vector<int64_t> values) {
   return {std::move(values), {length}};
 }
 
+// Ids of one column among those of a request.
+void count(Request& request, const std::string& column, const std::vector<int64_t>& rows) {
+  IdCount& ids = request.ids[column];
+  for (const int64_t row : rows) {
+    ids.given += row != kMissingRow;
+    ids.unknown += row == kUnknownRow;
+  }
+}
+
 void put(Request& request, const std::string& key, Bags bags) {
   request.columns[key + ".values"] = std::move(bags.values);
   request.columns[key + ".lengths"] = std::move(bags.lengths);
+}
+
+// Ids, which have another name in the request than among the model's inputs.
+void put_ids(Request& request, const std::string& key, const std::string& column, Bags bags) {
+  count(request, column, bags.values);
+  put(request, key, std::move(bags));
 }
 
 Cells all_of(const Json& column) {
@@ -180,54 +219,125 @@ Cells all_of(const Json& column) {
   return cells;
 }
 
-// Where a history's events stand among all of the user's.
-std::vector<std::size_t> places_of(const History& history, const Columns& columns) {
-  std::vector<std::size_t> places;
-  for (std::size_t place = 0; place < columns.at(kTime)->size(); ++place) {
-    if (history.actions.empty() || history.actions.count(text_of((*columns.at(kAction))[place]))) {
-      places.push_back(place);
+// All events of a request.
+struct Events {
+  Columns columns;
+  std::vector<int64_t> times;
+  int64_t first_event;  // place of the first of them among all of the user's
+};
+
+// Times of all events, which are those that training may have seen: oldest first, and before the
+// request.
+std::vector<int64_t> times_of(const Json& column, int64_t request_time) {
+  const std::string name = "history." + kTime;
+  const auto event = [&](std::size_t place, int64_t time) {
+    return name + "[" + std::to_string(place) + "] is " + std::to_string(time);
+  };
+  std::vector<int64_t> times;
+  times.reserve(column.size());
+  for (const Json& cell : column) times.push_back(time_of(cell, name));
+  for (std::size_t place = 0; place < times.size(); ++place) {
+    if (times[place] >= request_time) {
+      throw RequestError(event(place, times[place]) + ", not before the request's time " +
+                         std::to_string(request_time));
     }
+    if (place > 0 && times[place] < times[place - 1]) {
+      throw RequestError(event(place, times[place]) + ", before " + name + "[" +
+                         std::to_string(place - 1) + "] = " + std::to_string(times[place - 1]) +
+                         ": events are given oldest first");
+    }
+  }
+  return times;
+}
+
+// Of a request that does not say, 0.
+int64_t first_event_of(const Json& group, const Schema& schema) {
+  const auto given = group.find(kFirstEvent);
+  if (given == group.end() || given->is_null()) return 0;
+  const bool is_right = given->is_number_integer() && *given >= 0 && *given <= kMaxFirstEvent;
+  const std::string name = "history." + kFirstEvent + " is " + shown(*given);
+  if (!is_right) {
+    throw RequestError(name + "; an integer from 0 to " + std::to_string(kMaxFirstEvent) +
+                       " is allowed: how many of the user's events are older than those given");
+  }
+  std::string of_actions;
+  for (const History& history : schema.histories) {
+    if (history.actions.empty()) continue;
+    of_actions += (of_actions.empty() ? "'" : ", '") + history.name + "'";
+  }
+  if (*given > 0 && !of_actions.empty()) {
+    throw RequestError(name + "; the model's histories [" + of_actions +
+                       "] are of some actions only, and cannot know how many of theirs came "
+                       "before: send all events");
+  }
+  return given->get<int64_t>();
+}
+
+bool reports_unknown_ids(const Json& raw) {
+  const auto given = raw.find("report");
+  if (given == raw.end() || given->is_null()) return false;
+  bool is_right = given->is_array();
+  if (is_right) {
+    for (const Json& one : *given) is_right &= one == kUnknownIds;
+  }
+  if (!is_right) {
+    throw RequestError("report is " + shown(*given) + "; a list of ['" + kUnknownIds +
+                       "'] is allowed");
+  }
+  return !given->empty();
+}
+
+// Where a history's events stand among those given.
+std::vector<std::size_t> places_of(const History& history, const Events& events) {
+  std::vector<std::size_t> places;
+  for (std::size_t place = 0; place < events.times.size(); ++place) {
+    if (!history.actions.empty()) {
+      const Json& action = (*events.columns.at(kAction))[place];
+      if (action.is_null() || !history.actions.count(id_of(action, "history." + kAction))) continue;
+    }
+    places.push_back(place);
   }
   return places;
 }
 
 // One history of a request, cut to the window.
-void put_history(Request& request, const History& history, const Columns& columns,
+void put_history(Request& request, const History& history, const Events& events,
                  const Schema& schema) {
-  const std::vector<std::size_t> places = places_of(history, columns);
-  const int64_t first_event = history.window.start(static_cast<int64_t>(places.size()));
+  std::vector<std::size_t> places = places_of(history, events);
+  const int64_t first_event =
+      history.window.start_among(events.first_event, static_cast<int64_t>(places.size()));
+  places.erase(places.begin(), places.begin() + (first_event - events.first_event));
   const auto cells = [&](const std::string& column) {
     Cells read;
-    for (auto place = places.begin() + first_event; place != places.end(); ++place) {
-      read.push_back(&(*columns.at(column))[*place]);
-    }
+    for (const std::size_t place : places) read.push_back(&(*events.columns.at(column))[place]);
     return read;
   };
   for (const std::string& column : schema.event_columns) {
     const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
-    put(request, history.name + "." + column,
-        of_one_request(rows_of(cells(column), vocabulary, "history." + column)));
+    const std::string name = "history." + column;
+    put_ids(request, history.name + "." + column, name,
+            of_one_request(rows_of(cells(column), vocabulary, name)));
   }
   std::vector<int64_t> times;
-  for (const Json* time : cells(kTime)) times.push_back(time_of(*time, "history." + kTime));
+  for (const std::size_t place : places) times.push_back(events.times[place]);
   request.num_events += static_cast<int64_t>(times.size());
   put(request, history.name + "." + kTime, of_one_request(std::move(times)));
   for (const std::string& column : schema.item_attributes) {
-    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
-    put(request, history.name + "." + column,
-        bags_of(cells(column), vocabulary, "history." + column));
+    const Vocabulary& vocabulary = schema.vocabulary_by_column.at("items." + column);
+    const std::string name = "history." + column;
+    put_ids(request, history.name + "." + column, name, bags_of(cells(column), vocabulary, name));
   }
-  request.columns[history.name + ".first_event"] = {first_event};
+  request.columns[history.name + "." + kFirstEvent] = {first_event};
 }
 
 void put_candidates(Request& request, const Columns& columns, const Schema& schema) {
   const Vocabulary& items = schema.vocabulary_by_column.at(kItem);
-  put(request, "candidates." + kItem,
-      of_one_request(rows_of(all_of(*columns.at(kItem)), items, "candidates." + kItem)));
+  const std::string item = "candidates." + kItem;
+  put_ids(request, item, item, of_one_request(rows_of(all_of(*columns.at(kItem)), items, item)));
   for (const std::string& column : schema.item_attributes) {
-    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
-    put(request, "candidates." + column,
-        bags_of(all_of(*columns.at(column)), vocabulary, "candidates." + column));
+    const Vocabulary& vocabulary = schema.vocabulary_by_column.at("items." + column);
+    const std::string name = "candidates." + column;
+    put_ids(request, name, name, bags_of(all_of(*columns.at(column)), vocabulary, name));
   }
 }
 
@@ -278,6 +388,14 @@ int64_t Window::start(int64_t num_events) const {
   return (num_events - max_history + block - 1) / block * block;
 }
 
+int64_t Window::start_among(int64_t first_event, int64_t num_given) const {
+  const int64_t end = first_event + num_given;
+  if (start(end) >= first_event) return start(end);
+  // The first block that is there whole: the window stays where it is while more events come.
+  const int64_t boundary = (first_event + block - 1) / block * block;
+  return boundary < end ? boundary : first_event;
+}
+
 int64_t Schema::num_dense() const {
   return kNumClockFeatures + static_cast<int64_t>(item_floats.size());
 }
@@ -296,8 +414,11 @@ Schema Schema::from_json(const Json& values) {
     const Json& window = history.at("window");
     const Window read{window.at("max_history").get<int64_t>(), window.at("block").get<int64_t>()};
     if (read.block < 1) throw JsonError("block is " + window.at("block").dump() + "; at least 1");
-    schema.histories.push_back({history.at("name").get<std::string>(), read,
-                                history.at("actions").get<std::set<std::string>>()});
+    std::set<std::string> actions;
+    for (const std::string& action : history.at("actions").get<Names>()) {
+      actions.insert(canonical_id(action));
+    }
+    schema.histories.push_back({history.at("name").get<std::string>(), read, actions});
   }
   return schema;
 }
@@ -318,18 +439,22 @@ Json decode_request(const std::string& line) {
 std::string request_id_of(const Json& raw) {
   const auto found = raw.find("request_id");
   if (found == raw.end()) return "null";
-  if (found->is_string()) return json_string(found->get_ref<const std::string&>());
-  if (found->is_binary()) return long_integer(*found);
-  return found->is_number_integer() ? found->dump() : "null";
+  const std::string id = request_id_text(*found);
+  if (id.empty() && !found->is_string()) return "null";
+  if (num_characters(id) > kMaxRequestId) return "null";
+  return found->is_string() ? json_string(id) : id;
 }
 
 Request parse_request(const Json& raw, const Schema& schema) {
   Request request;
-  const std::string user_id = id_of(need(raw, kUser, "the request"), kUser);
   const int64_t time = time_of(need(raw, kTime, "the request"), kTime);
+  const std::string user_id = id_of(need(raw, kUser, "the request"), kUser);
   if (!schema.context.empty()) need_group(raw, "context", schema.context);
-  const Columns history = need_columns(
+  Events events;
+  events.columns = need_columns(
       raw, "history", joined(joined(schema.event_columns, schema.item_attributes), {kTime}));
+  events.times = times_of(*events.columns.at(kTime), time);
+  events.first_event = first_event_of(raw["history"], schema);
   const Columns candidates = need_columns(
       raw, "candidates", joined(joined({kItem}, schema.item_attributes), schema.item_floats));
   const std::size_t num_candidates = candidates.at(kItem)->size();
@@ -338,21 +463,26 @@ Request parse_request(const Json& raw, const Schema& schema) {
                        std::to_string(kMaxCandidates) + " are allowed");
   }
   request.num_candidates = static_cast<int64_t>(num_candidates);
+  const auto given_id = raw.find("request_id");
+  if (given_id != raw.end()) check_length(request_id_text(*given_id), "request_id", kMaxRequestId);
   request.request_id = request_id_of(raw);
   if (request.request_id == "null" && raw.contains("request_id") && !raw["request_id"].is_null()) {
     throw RequestError("request_id is text or an integer; got " + shown(raw["request_id"]));
   }
+  request.reports_unknown_ids = reports_unknown_ids(raw);
+  const int64_t user_row = schema.vocabulary_by_column.at(kUser).row(user_id);
+  count(request, kUser, {user_row});
   request.columns = {
       {"user_key", {user_key(user_id)}},
-      {kUser, {schema.vocabulary_by_column.at(kUser).row(user_id)}},
+      {kUser, {user_row}},
       {kTime, {time}},
   };
   for (const std::string& column : schema.context) {
-    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
     const std::string name = "context." + column;
-    put(request, name, bags_of({&raw["context"][column]}, vocabulary, name));
+    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(name);
+    put_ids(request, name, name, bags_of({&raw["context"][column]}, vocabulary, name));
   }
-  for (const History& one : schema.histories) put_history(request, one, history, schema);
+  for (const History& one : schema.histories) put_history(request, one, events, schema);
   put_candidates(request, candidates, schema);
   request.dense = dense_of(candidates, schema, time);
   return request;

@@ -18,7 +18,7 @@ struct RequestError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Rows of an embedding table by raw id as text.
+// Rows of an embedding table by id, spelt as canonical_id does.
 class Vocabulary {
  public:
   explicit Vocabulary(const std::vector<std::string>& ids);
@@ -35,9 +35,12 @@ struct Window {
 
   // First event that the model reads of a history of so many.
   int64_t start(int64_t num_events) const;
+
+  // Likewise, of a history of which the last events alone are given, from one place on.
+  int64_t start_among(int64_t first_event, int64_t num_given) const;
 };
 
-// One history of a user; of all events, if it names no actions.
+// One history of a user; of all events, if it names no actions, spelt as canonical_id does.
 struct History {
   std::string name;
   Window window;
@@ -60,6 +63,11 @@ struct Schema {
   static Schema from_json(const Json& values);
 };
 
+// Ids of one column that were given, and those of them that no table knows.
+struct IdCount {
+  int64_t given = 0, unknown = 0;
+};
+
 // A request that passed its checks.
 struct Request {
   std::string request_id;                               // as JSON
@@ -67,6 +75,8 @@ struct Request {
   std::vector<float> dense;                             // [num_candidates, num_dense]
   int64_t num_candidates = 0;
   int64_t num_events = 0;  // that the model reads, of all histories
+  std::map<std::string, IdCount> ids;  // by column, named as in the request; of events those read
+  bool reports_unknown_ids = false;    // whether the answer is to tell their number
 };
 
 // Throws RequestError if the line is no JSON object.

@@ -7,7 +7,9 @@
 
 namespace {
 
-constexpr std::size_t kMaxDepth = 1000;  // Python's reader ends about there too.
+// As torchrec_kvshare/features.py has them.
+constexpr std::size_t kMaxDepth = 16;
+constexpr std::size_t kMaxKeys = 4096;
 
 // Builds the value that the parser walks through.
 class Builder : public nlohmann::json_sax<Json> {
@@ -28,6 +30,9 @@ class Builder : public nlohmann::json_sax<Json> {
 
   bool start_object(std::size_t) override { return open(Json::object()); }
   bool key(string_t& name) override {
+    if (open_.back()->size() == kMaxKeys) {
+      throw JsonError("an object has more than " + std::to_string(kMaxKeys) + " keys");
+    }
     const auto [place, is_new] = open_.back()->emplace(name, nullptr);
     if (!is_new) throw JsonError("the key '" + name + "' stands twice in one object");
     of_key_ = &*place;
@@ -56,7 +61,7 @@ class Builder : public nlohmann::json_sax<Json> {
 
   bool open(Json value) {
     if (open_.size() == kMaxDepth) {
-      throw JsonError("the text is nested more than " + std::to_string(kMaxDepth) + " deep");
+      throw JsonError("the JSON is nested more than " + std::to_string(kMaxDepth) + " deep");
     }
     open_.push_back(put(std::move(value)));
     return true;

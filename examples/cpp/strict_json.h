@@ -1,5 +1,6 @@
 // JSON as Python's reader has it, without what readers let pass in silence: a key that stands twice
-// in one object is an error, and an integer of any length keeps its digits.
+// in one object is an error, and an integer of any length keeps its digits. Deep nesting and objects
+// of very many keys are refused.
 
 #pragma once
 

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -369,7 +370,7 @@ def test_a_folder_that_was_deleted_is_made_again(tmp_path: Path) -> None:
 @contextmanager
 def tmpfs(folder: Path) -> Iterator[None]:
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=40m,mode=0700", "tmpfs", folder], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("mounting a small disk is not permitted here; the limit on files is tested")
@@ -468,8 +469,73 @@ def test_two_tiers_cannot_use_one_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"):
-        DiskTier(tmp_path / "file", 64 * MIB, TTL_S)
+    for folder in (tmp_path / "file", tmp_path / "file" / "kv"):
+        with pytest.raises(
+            ConfigError, match=r"the disk tier cannot be kept: .*cache\.disk\.folder"
+        ):
+            DiskTier(folder, 64 * MIB, TTL_S)
+
+
+def modes_in(folder: Path) -> set[int]:
+    return {stat.S_IMODE(one.stat().st_mode) for one in (folder, *folder.iterdir())}
+
+
+def test_what_is_kept_can_be_read_by_this_user_alone(tmp_path: Path) -> None:
+    """Under umask 002 the folder had mode 0775: all could read K/V, and the group bring K/V in."""
+    before = os.umask(0o002)
+    try:
+        with disk_tier(tmp_path / "a" / "kv") as tier:
+            fill(tier, range(3), 1000)
+            assert modes_in(tmp_path / "a") == modes_in(tmp_path / "a" / "kv") == {0o700}
+    finally:
+        os.umask(before)
+
+
+def test_a_database_that_is_made_anew_is_this_user_s_alone_too(tmp_path: Path) -> None:
+    with disk_tier(tmp_path) as tier:
+        fill(tier, range(3), 1000)
+    for file in files(tmp_path, "CURRENT"):
+        file.write_bytes(b"broken")
+    with disk_tier(tmp_path) as tier:
+        assert kept(tier, range(3)) == [None] * 3
+    assert modes_in(tmp_path) == {0o700}
+
+
+@pytest.mark.parametrize(
+    ("place", "mode"),
+    [("", 0o720), ("", 0o702), (DATABASE, 0o720), (DATABASE, 0o740), (DATABASE, 0o701)],
+)
+def test_a_folder_that_is_open_to_other_users_is_refused(
+    tmp_path: Path, place: str, mode: int
+) -> None:
+    with disk_tier(tmp_path / "kv") as tier:
+        values = fill(tier, range(3), 1000)
+    path = tmp_path / "kv" / place
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match=f"^{path} has mode {mode:04o}; the disk tier is kept in"):
+        DiskTier(tmp_path / "kv", 64 * MIB, TTL_S)
+    path.chmod(0o700)
+    with disk_tier(tmp_path / "kv") as tier:
+        assert kept(tier, range(3)) == values
+
+
+def test_a_folder_that_others_can_look_into_holds_what_they_cannot(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with disk_tier(tmp_path) as tier:
+        fill(tier, range(3), 1000)
+    assert stat.S_IMODE((tmp_path / DATABASE).stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("place", ["", DATABASE])
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "kv" / place
+    path.mkdir(parents=True, mode=0o700)
+    (tmp_path / "kv").chmod(0o700)
+    os.chown(path, 12345, 12345)
+    with pytest.raises(ConfigError, match=f"^{path} belongs to user 12345"):
+        DiskTier(tmp_path / "kv", 64 * MIB, TTL_S)
+    assert [*path.iterdir()] == [] or place == ""
 
 
 def test_a_closed_tier_is_an_error_and_may_be_closed_again(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tests.core.worlds import (
     draw_raw,
     make_dlrm,
     parse_all,
+    version_called,
 )
 from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.disk import DiskTier
@@ -63,7 +64,7 @@ def model() -> RankingModel:
 
 @pytest.fixture(scope="module")
 def expected(model: RankingModel) -> list[Answer]:
-    return Engine(model, SCHEMA, VERSION, None).rank(REQUESTS)
+    return Engine(model, SCHEMA, None, version=version_called(VERSION)).rank(REQUESTS)
 
 
 class Load:
@@ -126,7 +127,7 @@ def engine_on(model: RankingModel, tier: Tier, key: bytes | None = None) -> Engi
     stack = TierStack([level], TTL_S, key, Limits(max_failures=2, pause_s=0.3))
     pool = PagePool(NUM_PAGES * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     cache = KVCache(pool, on_evict=stack.take, metrics=stack.metrics)
-    return Engine(model, SCHEMA, VERSION, KVStore([cache], stack))
+    return Engine(model, SCHEMA, KVStore([cache], stack), version=version_called(VERSION))
 
 
 def failures(engine: Engine, kind: str) -> float:

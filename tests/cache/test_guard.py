@@ -1,6 +1,7 @@
 """A store may hang, fail or lie: who asks it waits no longer than agreed and gets a reason."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -142,6 +143,7 @@ class ScriptedTier:
 
     def __init__(self) -> None:
         self.answer: Callable[[], object] = lambda: None
+        self.held: Callable[[], int] = lambda: 0
         self.num_calls = 0
         self.threads: list[str] = []
         self.is_closed = False
@@ -163,7 +165,7 @@ class ScriptedTier:
         return 19
 
     def held_bytes(self) -> int:
-        return 0
+        return self.held()
 
     def close(self) -> None:
         self.is_closed = True
@@ -538,6 +540,58 @@ def test_threads_that_offer_lose_no_write_that_was_taken(queue: WriteQueue) -> N
     assert queue.drain(PATIENCE_S)
     assert len(taken) >= MAX_BYTES // 30
     assert sorted(made) == sorted(taken)
+
+
+# What a tier holds.
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_a_store_behind_a_deadline_holds_is_told_without_asking_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A silent Redis held up whoever read the gauge, the server's event loop, for a timeout."""
+    monkeypatch.setattr("torchrec_kvshare.cache.guard.HELD_S", 0.02)
+    monkeypatch.setattr("torchrec_kvshare.cache.guard.MAX_HELD_AGE_S", 0.5)
+    world, is_over, asks = World(DEADLINE_S), threading.Event(), count()
+
+    def held() -> int:
+        next(asks)
+        return 4000
+
+    def hangs() -> int:
+        is_over.wait(PATIENCE_S)
+        return 5000
+
+    world.tier.held = held
+    until(lambda: world.guard.held_bytes() == 4000.0)
+    world.tier.held = hangs
+    start = time.monotonic()
+    until(lambda: math.isnan(world.guard.held_bytes()))  # What it held long ago is not told.
+    assert time.monotonic() - start < MARGIN_S
+    is_over.set()
+    until(lambda: world.guard.held_bytes() == 5000.0)
+    world.tier.held = lambda: 1 // 0
+    until(lambda: math.isnan(world.guard.held_bytes()))
+    world.tier.held = held
+    until(lambda: world.guard.held_bytes() == 4000.0)
+    world.guard.close()
+    time.sleep(0.2)
+    num_asks = next(asks)
+    time.sleep(0.2)
+    assert next(asks) == num_asks + 1  # The thread has ended.
+
+
+def test_what_memory_holds_is_told_as_it_is() -> None:
+    world = World(None)
+    for held_bytes in (7, 11):
+        world.tier.held = partial(int, held_bytes)
+        assert world.guard.held_bytes() == held_bytes
 
 
 # Flights.

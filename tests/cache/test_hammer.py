@@ -20,7 +20,9 @@ from tests.core.worlds import (
     SCHEMA,
     draw_raw,
     make_dlrm,
+    oldest_first,
     parse_all,
+    version_called,
 )
 from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.kv_cache import CONTENT, USER, KVCache, Rules
@@ -60,7 +62,7 @@ def model() -> RankingModel:
 @pytest.fixture(scope="module")
 def asked_by_user(model: RankingModel) -> dict[str, list[Asked]]:
     """Of each user histories that are the same, grown, edited, shortened and of another user."""
-    uncached = Engine(model, SCHEMA, VERSION, None)
+    uncached = Engine(model, SCHEMA, None, version=version_called(VERSION))
     shared = draw_raw(13, 0, 99)["history"]
     asked = {}
     for place, user in enumerate(USERS):
@@ -71,7 +73,7 @@ def asked_by_user(model: RankingModel) -> dict[str, list[Asked]]:
         ]
         histories.append(histories[1] | {"item_id": ["110", *histories[1]["item_id"][1:]]})
         histories.append(shared)
-        requests = parse_all([raw | {"history": history} for history in histories])
+        requests = parse_all([oldest_first(raw | {"history": one}) for one in histories])
         scores = [answer.scores for answer in uncached.rank(requests)]
         asked[user] = [Asked(*each) for each in zip(requests, scores, strict=True)]
     return asked
@@ -108,7 +110,13 @@ def hammered(request: pytest.FixtureRequest, model: RankingModel) -> Iterator[Ha
     )
     store = KVStore([cache], stack, min_events=4, wait_s=WAIT_S)
     store.pin([USERS[0]])
-    yield Hammered(Engine(model, SCHEMA, VERSION, store), cache, num_at_rest, host, stack)
+    yield Hammered(
+        Engine(model, SCHEMA, store, version=version_called(VERSION)),
+        cache,
+        num_at_rest,
+        host,
+        stack,
+    )
     stack.close()
 
 

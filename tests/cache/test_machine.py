@@ -37,7 +37,9 @@ from tests.core.worlds import (
     SCHEMA,
     draw_raw,
     make_dlrm,
+    oldest_first,
     parse_all,
+    version_called,
 )
 from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.disk import DiskTier
@@ -82,7 +84,7 @@ def model_of(version: str) -> RankingModel:
 
 @lru_cache
 def uncached_engine(version: str) -> Engine:
-    return Engine(model_of(version), SCHEMA, version, None)
+    return Engine(model_of(version), SCHEMA, None, version=version_called(version))
 
 
 @lru_cache
@@ -168,8 +170,9 @@ class Lives(RuleBasedStateMachine):
     def reorder_and_come(self, user: str, one: int, other: int) -> None:
         history = self.history_by_user[user]
         if max(one, other) < len(history["time"]):
-            for cells in history.values():
-                cells[one], cells[other] = cells[other], cells[one]
+            for column, cells in history.items():
+                if column != "time":
+                    cells[one], cells[other] = cells[other], cells[one]
         self.come([user], one)
 
     @rule(user=users, seed=seeds)
@@ -194,7 +197,8 @@ class Lives(RuleBasedStateMachine):
         for number in range(first, first + num_strangers):
             place = number % len(STRANGERS)
             history = drawn(8 + place, 0, 100 + place)["history"]
-            raws.append(drawn(0, 1, place) | {"user_id": STRANGERS[place], "history": history})
+            raw = drawn(0, 1, place) | {"user_id": STRANGERS[place], "history": history}
+            raws.append(oldest_first(raw))
         self.rank_raws(raws)
 
     @rule(chosen=st.lists(users, min_size=1, max_size=4))
@@ -238,11 +242,12 @@ class Lives(RuleBasedStateMachine):
     def clear(self, version: str) -> None:
         assert self.stack.drain(PATIENCE_S)
         before = {user: self.scopes_of(user) for user in (*USERS, *STRANGERS)}
+        called = str(version_called(version))
         for engine in self.engine_by_version.values():
             assert engine.store is not None
-            assert None not in engine.store.clear(version).values()
+            assert None not in engine.store.clear(called).values()
         for user, scopes in before.items():
-            kept = [(tier, scope) for tier, scope in scopes if not scope.startswith(f"{version}.")]
+            kept = [(tier, scope) for tier, scope in scopes if not scope.startswith(f"{called}.")]
             assert self.scopes_of(user) == kept
         assert self.caches[VERSIONS.index(version)]._entry_by_user == {}
 
@@ -305,7 +310,9 @@ class Lives(RuleBasedStateMachine):
             self.stack.metrics,
         )
         self.caches.append(cache)
-        return Engine(model_of(version), SCHEMA, version, KVStore([cache], self.stack))
+        return Engine(
+            model_of(version), SCHEMA, KVStore([cache], self.stack), version=version_called(version)
+        )
 
     def stop(self) -> None:
         assert self.stack.drain(PATIENCE_S)
@@ -320,10 +327,8 @@ class Lives(RuleBasedStateMachine):
 
     def raw_of(self, user: str, seed: int) -> RawRequest:
         """What a user asks now; candidates and time are drawn."""
-        return drawn(0, seed % 3, seed) | {
-            "user_id": user,
-            "history": self.history_by_user[user],
-        }
+        asked = {"user_id": user, "history": self.history_by_user[user]}
+        return oldest_first(drawn(0, seed % 3, seed) | asked)
 
     def rank_raws(self, raws: list[RawRequest]) -> None:
         requests = parse_all(raws)

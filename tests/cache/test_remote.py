@@ -1,10 +1,12 @@
 """What the remote tier does when its servers are dead, slow, empty, full, locked or others."""
 
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from tests.cache.servers import (
     redis_cluster,
     wait_until,
 )
+from torchrec_kvshare.assembly import new_stack
 from torchrec_kvshare.cache.remote import RemoteTier
 from torchrec_kvshare.cache.tiers import Found
+from torchrec_kvshare.config import CacheConfig, RemoteConfig
 from torchrec_kvshare.errors import ConfigError, MissingExtraError, TierError
 
 TTL_S = 600.0
@@ -100,6 +104,41 @@ def test_a_clock_that_runs_ahead_gives_no_longer_life(server: RedisServer) -> No
     with remote_tier(server.url) as tier, server.client() as client:
         tier.put(USER, SCOPE_A, b"value", time.time() + 3600.0)
         assert client.pttl(f"{KEYS}{SCOPE_A}") <= 600_000
+
+
+@pytest.mark.parametrize("writer_s", [-40.0, 0.0, 40.0])
+@pytest.mark.parametrize("forgetter_s", [-40.0, 0.0, 40.0])
+def test_a_forgotten_user_stays_so_whatever_the_machines_clocks_say(
+    server: RedisServer, writer_s: float, forgetter_s: float
+) -> None:
+    """K/V of a machine whose clock ran ahead of the forgetting one's was taken after that."""
+    with remote_tier(server.url) as writer, remote_tier(server.url) as forgetter:
+        writer._clock = lambda: time.time() + writer_s
+        forgetter._clock = lambda: time.time() + forgetter_s
+        assert writer.put(USER, SCOPE_A, b"early", writer._clock())
+        encoded_at = writer._clock()
+        assert forgetter.forget(USER, forgetter._clock()) == len(b"early")
+        assert not writer.put(USER, SCOPE_A, b"late", encoded_at)
+        assert forgetter.get([(USER, SCOPE_A)]) == [Found(None, ())]
+        time.sleep(0.5)  # longer than it takes to ask for the server's time
+        assert writer.put(USER, SCOPE_A, b"new", writer._clock())
+
+
+def test_a_write_that_hangs_on_its_way_is_no_younger_for_it(tmp_path: Path) -> None:
+    """The server's time at which it comes says nothing of when its K/V was encoded."""
+    with RedisServer(tmp_path) as server, remote_tier(server.url, timeout_s=20.0) as tier:
+        encoded_at = tier._clock()
+        by_server = tier._by_server
+
+        def hang(client: Any, at: float) -> tuple[float, float]:
+            times = by_server(client, at)
+            tier._by_server = by_server  # type: ignore[method-assign]
+            tier.forget(USER, tier._clock())
+            time.sleep(0.2)
+            return times
+
+        tier._by_server = hang  # type: ignore[method-assign]
+        assert not tier.put(USER, SCOPE_A, b"late", encoded_at)
 
 
 def test_values_and_fences_end_with_the_time_to_live(server: RedisServer) -> None:
@@ -206,6 +245,63 @@ def test_a_server_that_is_not_there_costs_one_timeout() -> None:
         assert isinstance(caught.value.__cause__, RedisError)
 
 
+@contextmanager
+def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names under ``slow.test`` mean 127.0.0.1, which nobody hears before the block's end."""
+    asked: list[str] = []
+    is_over = threading.Event()
+    real = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **options: Any) -> Any:
+        if not host.endswith("slow.test"):
+            return real(host, *arguments, **options)
+        asked.append(host)
+        is_over.wait(60.0)
+        return real("127.0.0.1", *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    try:
+        yield asked
+    finally:
+        is_over.set()
+
+
+def test_a_resolver_that_hangs_costs_one_timeout_and_one_thread(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking up a name had no deadline: a resolver that took 2 s took them of every call."""
+    with remote_tier(f"redis://a.slow.test:{server.port}") as tier:
+        with hanging_resolver(monkeypatch) as asked:
+            for use in uses(tier):
+                start = time.monotonic()
+                with pytest.raises(TierError, match=r"a\.slow\.test has no address after 0\.5 s"):
+                    use()
+                assert TIMEOUT_S * 0.9 <= time.monotonic() - start <= TIMEOUT_S + SLACK_S
+            assert asked == ["a.slow.test"]  # All have waited for the same answer.
+        wait_until(lambda: works(tier), 20.0)
+        # An address that is known is used where the resolver hangs again.
+        for client in tier._primaries():
+            client.connection_pool.disconnect()
+        with hanging_resolver(monkeypatch):
+            assert works(tier)
+
+
+def test_every_address_of_a_name_is_tried(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for ``localhost``, whose first address is often IPv6's, where nobody listens."""
+    real = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **options: Any) -> Any:
+        if host != "two.test":
+            return real(host, *arguments, **options)
+        return [*real("127.0.0.2", *arguments, **options), *real("127.0.0.1", *arguments)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with remote_tier(f"redis://two.test:{server.port}") as tier:
+        assert works(tier)
+
+
 def put_much(tier: RemoteTier) -> None:
     for number in range(10):
         tier.put(USER, f"m{number}-t.none", bytes(1_000_000), time.time())
@@ -296,9 +392,146 @@ def test_a_password_is_sent_and_never_shown(tmp_path: Path) -> None:
                 assert "wr0ng" not in str(caught.value)
 
 
+def complaint(url: str, **options: Any) -> str:
+    """What a tier says is wrong with a server; empty if it works."""
+    with remote_tier(url, timeout_s=2.0, **options) as tier:
+        try:
+            tier.check()
+        except TierError as error:
+            return str(error)
+        return ""
+
+
+def test_a_password_that_is_missing_wrong_or_too_much_is_told_by_its_setting(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    """What a write of some K/V said was 'Broken pipe': Redis hangs up on large commands of who has
+    not said a password."""
+    with RedisServer(tmp_path, password="s3cret") as locked:
+        assert complaint(locked.url, password="s3cret") == ""
+        assert complaint(locked.url) == (
+            f"remote tier at 127.0.0.1:{locked.port}: it asks for a password: "
+            "cache.remote.password_file: Authentication required."
+        )
+        assert "what cache.remote.password_file holds" in complaint(locked.url, password="wr0ng")
+        assert "cache.remote.username" in complaint(locked.url, username="me", password="s3cret")
+        with remote_tier(locked.url, timeout_s=2.0) as tier, pytest.raises(TierError) as broken:
+            tier.put(USER, SCOPE_A, b"x" * 2_000_000, time.time())
+        assert "it asks for a password: cache.remote.password_file: " in str(broken.value)
+    assert complaint(server.url) == ""
+    assert "it asks for no password" in complaint(server.url, password="needless")
+
+
+def test_what_an_acl_refuses_is_told_with_where_to_look(server: RedisServer) -> None:
+    reads, all_commands = ["+get", "+smembers"], ["+@all"]
+    users = {
+        "reads": (reads, "kvshare:*"),
+        "scripts": ([*reads, "+eval"], "kvshare:*"),
+        "elsewhere": (all_commands, "other:*"),
+    }
+    with server.client() as client:
+        for user, (commands, keys) in users.items():
+            client.acl_setuser(user, True, passwords=["+pw"], keys=[keys], commands=commands)
+        for user in users:
+            said = complaint(server.url, username=user, password="pw")
+            assert "its ACL refuses what the tier needs, see docs/caching.md" in said
+            client.acl_deluser(user)
+
+
+def test_one_side_that_speaks_tls_alone_is_told(
+    server: RedisServer, tmp_path: Path, certificates: Certificates
+) -> None:
+    ca, cert, key = certificates
+    files = {"tls_ca_file": ca, "tls_cert_file": cert, "tls_key_file": key}
+    with RedisServer(tmp_path, certificates=certificates) as secured:
+        assert complaint(secured.url, **files) == ""
+        plain = secured.url.replace("rediss", "redis")
+        assert "speaks TLS (rediss:// in cache.remote.url)" in complaint(plain)
+        assert "cache.remote.tls_ca_file does not vouch" in complaint(secured.url)
+        assert "it asks for a certificate" in complaint(secured.url, tls_ca_file=ca)
+    assert "it may speak no TLS" in complaint(server.url.replace("redis", "rediss"), **files)
+
+
+def test_what_is_no_redis_or_another_one_is_told(server: RedisServer, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port, is_done = other.getsockname()[1], threading.Event()
+        greeting = threading.Thread(target=greet, args=(other, is_done))
+        greeting.start()
+        told = complaint(f"redis://127.0.0.1:{port}")
+        is_done.set()
+        greeting.join()
+    assert "is no Redis" in told
+    assert "Connection refused" in complaint(f"redis://127.0.0.1:{free_port()}")
+    assert "no database of the number" in complaint(f"{server.url}/99")
+    assert "cache.remote.cluster=false" in complaint(server.url, cluster=True)
+    with RedisServer(tmp_path / "full", "--maxmemory", "1") as full:
+        assert "it is full" in complaint(full.url)
+    address = "127.0.0.1", str(server.port)
+    with RedisServer(tmp_path / "replica", "--replicaof", " ".join(address)) as replica:
+        assert "it is a replica" in complaint(replica.url)
+
+
+def greet(listener: socket.socket, is_done: threading.Event) -> None:
+    """Say what an SSH server says, to a client that tries again too."""
+    listener.settimeout(0.05)
+    connections = []  # Open until the end: to close one with bytes unread is to reset it.
+    while not is_done.is_set():
+        with suppress(OSError):
+            connections.append(listener.accept()[0])
+            connections[-1].sendall(b"SSH-2.0-OpenSSH_9\r\n")
+    for connection in connections:
+        connection.close()
+
+
+def test_a_server_that_worked_and_went_is_not_called_another(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server, remote_tier(server.url) as tier:
+        tier.check()
+        with server.client() as client:
+            client.execute_command("CLIENT KILL TYPE normal SKIPME yes")
+        server.stop()
+        with pytest.raises(TierError) as gone:
+            tier.get([(USER, SCOPE_A)])
+    assert "TLS" not in str(gone.value)
+
+
+def test_opening_a_tier_logs_what_is_wrong_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisServer(tmp_path, password="s3cret") as server:
+        config = CacheConfig(name="tiered", remote=RemoteConfig(url=server.url, deadline_ms=2000))
+        (tmp_path / "key").write_text("packets")
+        config = replace(config, key_file=str(tmp_path / "key"))
+        new_stack(config, {}).close()
+        [logged] = [record.getMessage() for record in caplog.records]
+        assert "it asks for a password: cache.remote.password_file" in logged
+        assert "\n" not in logged
+        (tmp_path / "password").write_text("s3cret\n")
+        remote = replace(config.remote, password_file=str(tmp_path / "password"))
+        caplog.clear()
+        new_stack(replace(config, remote=remote), {}).close()
+        assert caplog.records == []
+        with server.client() as client:
+            wait_until(lambda: client.dbsize() == 0, 10.0)  # The probe leaves by itself.
+
+
+def test_a_remote_tier_without_a_key_for_its_packets_is_said_once(
+    server: RedisServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By default whoever can write to Redis can bring K/V in, and nothing said so."""
+    config = CacheConfig(name="tiered", remote=RemoteConfig(url=server.url, deadline_ms=2000))
+    new_stack(config, {}).close()
+    [logged] = [record.getMessage() for record in caplog.records]
+    assert logged.startswith("cache.key_file is null: ")
+    caplog.clear()
+    for quiet in (replace(config, key_file=str(tmp_path / "key")), CacheConfig(name="tiered")):
+        (tmp_path / "key").write_text("packets")
+        new_stack(quiet, {}).close()
+    assert caplog.records == []
+
+
 def test_a_user_may_be_allowed_no_more_than_a_tier_needs(server: RedisServer) -> None:
     """The rule that the documentation gives."""
-    commands = "get smembers eval exists set sadd srem pttl pexpire strlen unlink scan info"
+    commands = "get smembers eval exists set sadd srem pttl pexpire strlen unlink scan time info"
     with server.client() as client:
         client.acl_setuser(
             "kvshare",
@@ -308,6 +541,7 @@ def test_a_user_may_be_allowed_no_more_than_a_tier_needs(server: RedisServer) ->
             commands=[f"+{command}" for command in commands.split()],
         )
         with remote_tier(server.url, username="kvshare", password="pw") as tier:
+            tier.check()
             assert works(tier)
             assert tier.put(USER, SCOPE_A, b"value", time.time())
             assert tier.clear("m-t") == len(b"value")

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -26,13 +27,14 @@ from torchrec_kvshare.cache.record import KVRecord, pack, scope_of
 from torchrec_kvshare.cache.stack import Fetched, Level, Limits, TierStack, Want
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import Found, HostTier
-from torchrec_kvshare.data.schema import HISTORY, TIME, FeatureSchema, History, Window
+from torchrec_kvshare.data.schema import HISTORY, ITEM, TIME, FeatureSchema, History, Window
 from torchrec_kvshare.errors import ConfigError, TierError
 from torchrec_kvshare.features import Events
 
 MODEL, TABLES, CONTEXT = "5e" * 8, "0f" * 8, "c1" * 8
 VERSION, OTHER_VERSION = f"{MODEL}-{TABLES}", f"{MODEL}-{'1f' * 8}"
 IDENTITY = identity_of(VERSION, NO_CONTEXT, HISTORY, PAGE_SIZE)
+EDITS = 10**6  # from here on events stand where others stood
 BARE = FeatureSchema({}, (), False, (), (), (History(HISTORY, Window(100, 5)),))
 FLOAT32, INT8 = get_codec("float32"), get_codec("int8")
 TTL_S = 600.0
@@ -166,7 +168,7 @@ class World:
             self.cache.clear(history.identity.model_version)
 
     def fetch(self, user: str, history: PrefixDigests, num_matched: int = 0) -> Fetched:
-        [fetched] = self.stack.fetch([Want(user, history, num_matched)])
+        [fetched] = self.stack.fetch([want_of(user, history, num_matched)])
         return fetched
 
     def drain(self) -> None:
@@ -202,13 +204,20 @@ def gate() -> Iterator[Gate]:
 
 
 def history_of(events: Sequence[int], identity: Identity = IDENTITY) -> PrefixDigests:
-    """A history whose events are told apart by their times alone."""
-    return PrefixDigests(Events({TIME: torch.tensor(events)}, {}, 0), BARE, identity)
+    """A history of events by number, which is their time too where that keeps their order."""
+    times = [*accumulate((event % EDITS for event in events), max)]
+    columns = {ITEM: torch.tensor(events), TIME: torch.tensor(times)}
+    return PrefixDigests(Events(columns, {}, 0), BARE, identity)
 
 
 def first(num_events: int, identity: Identity = IDENTITY) -> PrefixDigests:
     """A history of so many events; the longer begin as the shorter do."""
     return history_of(range(num_events), identity)
+
+
+def want_of(user: str, history: PrefixDigests, num_matched: int = 0) -> Want:
+    """What an engine asks for whose encoder has a row for each event."""
+    return Want(user, history, num_matched, int)
 
 
 def kv_of(history: PrefixDigests) -> Tensor:
@@ -276,9 +285,10 @@ def test_what_the_device_has_as_much_of_is_not_brought_up(
     ("history", "reason", "num_matched"),
     [
         (history_of([*range(10), 99]), "edited", 10),
-        (history_of([99, *range(1, 13)]), "edited", 0),
+        (history_of([EDITS, *range(1, 13)]), "edited", 0),
+        (history_of(range(1, 14)), "slid", 0),
         (first(7), "shrunk", 5),
-        (history_of([1, 0, *range(2, 11)]), "edited", 0),
+        (history_of([EDITS, 0, *range(2, 11)]), "edited", 0),
     ],
 )
 def test_a_tier_gives_what_both_histories_begin_with_and_says_why_no_more(
@@ -298,7 +308,7 @@ def test_many_histories_are_one_round_trip_and_those_found_go_no_further(
     new_world(near).write("7", first(11))
     new_world(far).write("8", first(12))
     world = new_world(near, far)
-    wants = [Want("7", first(11), 0), Want("8", first(12), 0), Want("9", first(13), 0)]
+    wants = [want_of("7", first(11)), want_of("8", first(12)), want_of("9", first(13))]
     fetched = world.stack.fetch(wants)
     assert [one.tier for one in fetched] == ["near", "far", "none"]
     assert near.asked == [[key_of("7"), key_of("8"), key_of("9")]]
@@ -324,7 +334,7 @@ def test_every_look_up_is_counted_under_its_tier_and_outcome(new_world: NewWorld
     world.write("7", first(11))
     for history in (first(11), first(15), history_of([5, 6, 7])):
         world.fetch("7", history)
-    outcomes = {"hit": 1, "cold": 1, "shrunk": 1}
+    outcomes = {"hit": 1, "cold": 1, "slid": 1}
     for outcome, number in outcomes.items():
         assert world.counted("lookups", tier="near", outcome=outcome) == number
     assert world.counted("lookups", tier="far") == 2
@@ -518,7 +528,7 @@ def test_a_tier_with_another_history_does_not_change_why_more_is_missing(
     """What the nearer tier had was used, and the answer gave the reason of the farther one's."""
     near, far = DictTier("near"), DictTier("far")
     new_world(near).write("7", first(11))
-    new_world(far).write("7", history_of([99, *range(1, 13)]))
+    new_world(far).write("7", history_of([EDITS, *range(1, 13)]))
     fetched = new_world(near, far).fetch("7", first(15))
     assert len(far.asked) == 1
     assert (fetched.tier, fetched.num_matched, fetched.reason) == ("near", 11, "cold")
@@ -601,7 +611,7 @@ def test_kv_that_came_from_a_tier_is_not_written_there_again(new_world: NewWorld
     world = new_world(near)
     world.write("7", first(11))
     cold = world.cache.lookup("7", first(11))
-    [lookup] = world.store.fetch([(0, Want("7", first(11), 0))], [cold])
+    [lookup] = world.store.fetch([(0, want_of("7", first(11)))], [cold])
     assert lookup.entry is not None
     assert (lookup.reason, lookup.tier) == ("hit", "near")
     world.stack.publish(world.cache, lookup.entry)
@@ -615,7 +625,7 @@ def test_kv_that_came_from_a_tier_is_no_younger_on_the_device(new_world: NewWorl
     world.write("7", first(11))
     cold = world.cache.lookup("7", first(11))
     world.clock.now += 100.0
-    [lookup] = world.store.fetch([(0, Want("7", first(11), 0))], [cold])
+    [lookup] = world.store.fetch([(0, want_of("7", first(11)))], [cold])
     assert lookup.entry is not None
     assert (lookup.entry.encoded_at, lookup.entry.used_at) == (1000.0, 1100.0)
     world.store.release(0, lookup.entry)
@@ -781,8 +791,9 @@ def test_kv_that_a_codec_cannot_write_is_dropped_and_counted(new_world: NewWorld
     kv[1, 4, 2, 3] = torch.nan
     world.put("7", first(11), kv)
     world.drain()
-    assert (near.num_puts, far.num_puts) == (0, 1)
-    assert world.counted("dropped_writes", tier="near", reason="not_finite") == 1
+    assert (near.num_puts, far.num_puts) == (0, 0)
+    for tier in ("near", "far"):  # float32 too
+        assert world.counted("dropped_writes", tier=tier, reason="not_finite") == 1
 
 
 def test_a_tier_that_takes_no_writes_costs_nothing_but_those(new_world: NewWorld) -> None:
@@ -922,8 +933,71 @@ def test_kv_that_a_tier_gave_out_does_not_bring_a_forgotten_user_back(
 
     near.after_get = forget
     cold = Lookup(None, "cold", 0, world.clock.now)
-    assert world.store.fetch([(0, Want("7", first(11), 0))], [cold]) == [cold]
+    assert world.store.fetch([(0, want_of("7", first(11)))], [cold]) == [cold]
     assert (world.cache.held_bytes, near.held_bytes()) == (0, 0)
+
+
+def date_ahead(tier: DictTier, world: World, user: str, by_s: float) -> None:
+    """Let another machine, whose clock runs ahead, have encoded what a tier holds."""
+    key = key_of(user)
+    history = first(11)
+    record = KVRecord(history.content, world.clock.now + by_s, kv_of(history).contiguous())
+    tier.value_by_key[key] = pack(record, key[0], FLOAT32, None)
+
+
+def test_kv_of_a_clock_that_runs_ahead_does_not_bring_a_forgotten_user_back(
+    new_world: NewWorld,
+) -> None:
+    """Fetched while its user was forgotten it was dated later than that, and kept."""
+    near = DictTier("near")
+    world = new_world(near)
+    date_ahead(near, world, "7", by_s=30.0)
+
+    def forget() -> None:
+        world.clock.now += 1.0
+        world.store.forget("7")
+
+    near.after_get = forget
+    cold = world.cache.lookup("7", first(11))
+    assert world.store.fetch([(0, want_of("7", first(11)))], [cold]) == [cold]
+    assert (world.cache.held_bytes, near.held_bytes()) == (0, 0)
+
+
+def test_kv_that_is_brought_up_while_its_user_is_forgotten_goes_too(new_world: NewWorld) -> None:
+    """The device and the host forgot first, and then got from the far tier what ran ahead."""
+    far, host = DictTier("far"), host_tier()
+    world = new_world(
+        Level(host, FLOAT32, takes_evicted=True), far, num_pages=6, num_pages_at_rest=3
+    )
+    date_ahead(far, world, "7", by_s=30.0)
+
+    def bring_up() -> None:
+        far.before_forget = do_nothing
+        world.clock.now += 1.0
+        cold = world.cache.lookup("7", first(11))
+        [lookup] = world.store.fetch([(0, want_of("7", first(11)))], [cold])
+        assert lookup.entry is not None
+        world.store.release(0, lookup.entry)
+        world.put("8", first(11))  # The other leaves for the host.
+        world.drain()
+        world.clock.now += 1.0
+
+    far.before_forget = bring_up
+    world.store.forget("7")
+    world.drain()
+    for stored in (far.value_by_key, host._value_by_scope_by_user):
+        assert text_digest("7") not in str(stored)
+    assert world.fetch("7", first(11)).record is None
+    assert not world.cache.knows("7")
+
+
+def test_kv_of_a_clock_that_runs_ahead_gets_no_older_than_others(new_world: NewWorld) -> None:
+    near = DictTier("near")
+    world = new_world(near)
+    date_ahead(near, world, "7", by_s=TTL_S)
+    fetched = world.fetch("7", first(11))
+    assert fetched.record is not None
+    assert fetched.record.encoded_at == world.clock.now
 
 
 @pytest.mark.parametrize("is_left_alone", [False, True])
@@ -1040,6 +1114,26 @@ def test_threads_read_only_what_their_users_wrote(new_world: NewWorld) -> None:
     assert sum(len(entry.pages) for entry in held) == 16 - world.cache.pool.num_free
 
 
+@pytest.mark.parametrize("num_rows", [0, 10, 12, 22])
+def test_kv_with_other_rows_than_its_events_have_is_refused(
+    new_world: NewWorld, num_rows: int
+) -> None:
+    """Its checksum is right; its last events were scored with what lay in the page behind them."""
+    near, far = DictTier("near"), DictTier("far")
+    world = new_world(near, far)
+    world.write("7", first(11))
+    content, key = first(11).content, key_of("7")
+    kv = torch.ones(NUM_PLANES, num_rows, NUM_HEADS, HEAD_DIM)
+    near.value_by_key[key] = pack(KVRecord(content, 1000.0, kv), key[0], FLOAT32, None)
+    fetched = world.fetch("7", first(14))
+    assert (fetched.tier, fetched.num_matched) == ("far", 11)
+    assert fetched.record is not None
+    assert torch.equal(fetched.record.kv, kv_of(first(11)))
+    assert world.counted("tier_failures", tier="near", kind="corrupt") == 1
+    far.value_by_key.clear()
+    assert world.fetch("7", first(14)) == Fetched(None, "tier_error", 0, "none")
+
+
 def test_kv_of_another_shape_that_somebody_wrote_is_refused(new_world: NewWorld) -> None:
     """Its checksum is right, and so is all that it says; it failed the request."""
     world = new_world(DictTier("near"))
@@ -1051,5 +1145,5 @@ def test_kv_of_another_shape_that_somebody_wrote_is_refused(new_world: NewWorld)
     scope = scope_of(history.identity, codec.name)
     level.tier.put(user, scope, pack(record, user, codec, None), 1000.0)
     cold = world.cache.lookup("7", history)
-    [lookup] = world.store.fetch([(0, Want("7", history, 0))], [cold])
+    [lookup] = world.store.fetch([(0, want_of("7", history))], [cold])
     assert (lookup.entry, lookup.reason) == (None, "tier_error")

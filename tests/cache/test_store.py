@@ -24,7 +24,9 @@ from tests.core.worlds import (
     assert_same_scores,
     draw_raw,
     make_dlrm,
+    oldest_first,
     parse_all,
+    version_called,
 )
 from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.disk import DiskTier
@@ -159,7 +161,9 @@ def new_engine(request: pytest.FixtureRequest) -> NewEngine:
             on_evict=None if stack is None else stack.take,
             metrics=None if stack is None else stack.metrics,
         )
-        return Engine(model, SCHEMA, version, KVStore([cache], stack, **options))
+        return Engine(
+            model, SCHEMA, KVStore([cache], stack, **options), version=version_called(version)
+        )
 
     return new
 
@@ -225,7 +229,7 @@ def counted(engine: Engine, name: str, **labels: str) -> float:
 
 def assert_as_uncached(engine: Engine, answers: list[Answer], *raws: RawRequest) -> None:
     model = engine.model.model if isinstance(engine.model, Watched) else engine.model
-    uncached = Engine(model, engine.schema, engine.model_version, None)
+    uncached = Engine(model, engine.schema, None, version=engine.version)
     assert_same_scores(answers, uncached.rank(parse_all(list(raws), engine.schema)))
 
 
@@ -322,7 +326,7 @@ def test_a_user_twice_in_a_batch_hits_twice_from_a_tier(
 ) -> None:
     stack = new_stack(Level(host_tier(), FLOAT32))
     raw = raw_of("a", 11, 3, 1)
-    other = raw_of("a", 0, 2, 2) | {"history": raw["history"]}
+    other = oldest_first(raw_of("a", 0, 2, 2) | {"history": raw["history"]})
     rank_and_drain(new_engine(model, stack), raw)
     restarted = new_engine(model, stack)
     answers = rank(restarted, raw, other, edited(raw, 10))
@@ -331,10 +335,11 @@ def test_a_user_twice_in_a_batch_hits_twice_from_a_tier(
     assert_idle(restarted)
 
 
+@pytest.mark.parametrize("kind", ["causal", "longer"])  # a row for each event, and for groups
 def test_histories_of_two_kinds_of_events_come_back_together(
-    new_stack: NewStack,
+    new_stack: NewStack, kind: str
 ) -> None:
-    model = RankingModel(two_histories_model("causal")).eval()
+    model = RankingModel(two_histories_model(kind)).eval()
     stack = new_stack(Level(host_tier(), FLOAT32))
 
     def new_engine() -> Engine:
@@ -344,7 +349,7 @@ def test_histories_of_two_kinds_of_events_come_back_together(
             page_bytes = num_planes * PAGE_SIZE * num_heads * head_dim * 4
             pool = PagePool(14 * page_bytes, PAGE_SIZE, num_planes, num_heads, head_dim)
             caches.append(KVCache(pool, on_evict=stack.take, metrics=stack.metrics))
-        return Engine(model, TWO_HISTORIES, VERSION, KVStore(caches, stack))
+        return Engine(model, TWO_HISTORIES, KVStore(caches, stack), version=version_called(VERSION))
 
     raws = [draw_buyer("a", 23, 3, 4), draw_buyer("b", 21, 2, 5)]
     requests = parse_all(raws, TWO_HISTORIES)
@@ -419,7 +424,7 @@ def test_a_cleared_version_is_encoded_anew_and_the_other_is_not(
     rank_and_drain(engine, raw)
     rank_and_drain(other, raw)
     assert engine.store is not None
-    cleared = engine.store.clear(VERSION)
+    cleared = engine.store.clear(engine.model_version)
     assert cleared["device"] == 3 * PAGE_BYTES
     assert cleared["host"]
     assert uses(rank(engine, raw)) == [("miss", "model", 0, 11, "none")]
@@ -484,7 +489,8 @@ BY_CONTENT = Rules(share="content")
 
 def as_user(raw: RawRequest, user: str) -> RawRequest:
     """Another user with the same history, and candidates of its own."""
-    return draw_raw(0, 2, ord(user)) | {"user_id": user, "history": raw["history"]}
+    other = draw_raw(0, 2, ord(user)) | {"user_id": user, "history": raw["history"]}
+    return oldest_first(other)
 
 
 def test_users_with_the_same_history_share_it_where_that_is_asked_for(
@@ -821,7 +827,7 @@ def test_pinned_users_outlive_a_crowd(new_engine: NewEngine, model: Watched) -> 
 def test_a_user_who_is_no_longer_pinned_is_evicted_as_all_are(model: Watched) -> None:
     pool = PagePool(6 * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     cache = KVCache(pool, Rules(pinned_bytes=3 * PAGE_BYTES))
-    engine = Engine(model, SCHEMA, VERSION, KVStore([cache]))
+    engine = Engine(model, SCHEMA, KVStore([cache]), version=version_called(VERSION))
     assert engine.store is not None
     engine.store.pin(["a"])
     raw = raw_of("a", 11, 3, 1)
@@ -858,7 +864,7 @@ def test_a_user_that_the_pool_cannot_hold_is_encoded_once_for_its_request(
     stack = new_stack(Level(host_tier(), FLOAT32))
     engine = new_engine(model, stack, num_pages=2)
     raw = raw_of("a", 11, 3, 1)
-    other = raw_of("a", 0, 2, 2) | {"history": raw["history"]}
+    other = oldest_first(raw_of("a", 0, 2, 2) | {"history": raw["history"]})
     answers = rank_and_drain(engine, raw, other)
     assert uses(answers) == [("bypass", "not_admitted", 0, 11, "none")] * 2
     assert_as_uncached(engine, answers, raw, other)
@@ -926,7 +932,7 @@ def test_prefetched_users_hit_on_the_device(
 
 
 def test_prefetching_nobody_or_without_a_cache_does_nothing(model: Watched) -> None:
-    engine = Engine(model, SCHEMA, VERSION, None)
+    engine = Engine(model, SCHEMA, None, version=version_called(VERSION))
     engine.prefetch([])
     engine.prefetch(parse_all([raw_of("a", 11, 3, 1)]))
     assert (model.num_encodings, model.num_uncached) == (0, 0)
@@ -1023,7 +1029,7 @@ def test_forgetting_tells_the_bytes_of_every_tier(
     assert dropped[tier.name]
     assert engine.forget("a") == {"device": 0, tier.name: 0}
     assert uses(rank(engine, raw)) == [("miss", "cold", 0, 11, "none")]
-    assert Engine(model, SCHEMA, VERSION, None).forget("a") == {}
+    assert Engine(model, SCHEMA, None, version=version_called(VERSION)).forget("a") == {}
 
 
 # What is counted.

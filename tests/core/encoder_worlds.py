@@ -14,17 +14,18 @@ from torch import Tensor
 from torchrec.models.dlrm import DLRM
 
 from tests.core.worlds import BLOCK, MAX_HISTORY, SCHEMA, draw_raw, make_dlrm, random_weights
-from torchrec_kvshare.attention.shared import Spans
+from torchrec_kvshare.attention.operators import Sights
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema, History, Vocabulary, Window
 from torchrec_kvshare.history.kinds import (
     BIDIRECTIONAL,
+    KIND_BY_NAME,
     KINDS,
     LONGER,
-    SLIDING_KINDS,
     TowerSpec,
 )
+from torchrec_kvshare.history.pages import flat_pages
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel
 
@@ -38,7 +39,7 @@ SLIDING_WINDOW = Window(12, 6)
 LONGER_WINDOW = Window(24, 6)
 MERGE, RECENT, GLOBALS = 3, 12, 2  # of longer, whose deepest layers see 4 groups at most
 
-NAMES = (*KINDS, *(kind + SLIDING for kind in SLIDING_KINDS))
+NAMES = (*KINDS, *(name + SLIDING for name, kind in KIND_BY_NAME.items() if kind.slides))
 # Those whose candidates may see prefixes of one prefill.
 PREFIX_NAMES = tuple(name for name in NAMES if name not in (BIDIRECTIONAL, LONGER))
 EXTENDED_NAMES = tuple(name for name in NAMES if name != BIDIRECTIONAL)
@@ -93,7 +94,7 @@ def schema_with(window: Window) -> FeatureSchema:
     brands = Vocabulary([f"brand {place}" for place in range(6)])
     return replace(
         SCHEMA,
-        vocabulary_by_column=SCHEMA.vocabulary_by_column | {"brands": brands},
+        vocabulary_by_column=SCHEMA.vocabulary_by_column | {"items.brands": brands},
         item_attributes=("genres", "brands"),
         histories=(History(HISTORY, window),),
     )
@@ -161,5 +162,14 @@ def attend_whole(
     """Candidates of one user over all of its K/V; event i from the newest is 9 ** i seconds old."""
     rows, entered = tower.enter(candidates)
     elapsed = newest + 9 ** torch.arange(num_events - 1, -1, -1).clamp(max=18)
-    spans = Spans([(0, len(candidates))], [(0, kv.size(1))])
-    return tower.attend(rows, entered, kv, [elapsed], spans)
+    now = 10**18
+    every = torch.full([len(candidates)], now)
+    sights = Sights(now - elapsed, every, torch.full_like(every, num_events))
+    event_offsets = one_user(num_events)
+    pages = flat_pages(kv, tower.encoder.row_offsets(event_offsets))
+    return tower.attend(rows, entered, one_user(len(candidates)), pages, sights, event_offsets)
+
+
+def one_user(num_rows: int) -> Tensor:
+    """Offsets of the rows of one user."""
+    return torch.tensor([0, num_rows])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
-from torchrec_kvshare.data.schema import FeatureSchema, History
+from torchrec_kvshare.data.schema import FeatureSchema, History, table_name
 from torchrec_kvshare.history.kinds import TowerSpec
 from torchrec_kvshare.history.reference import ReferenceOptions, reference_tower
 
@@ -59,14 +59,14 @@ def reference_features(
     tables = exact_tables(collection)
     cells_by_key = {"user_id": ("user_id", [raw["user_id"]])}
     for column in schema.context:
-        cells_by_key[f"context.{column}"] = (column, raw["context"][column])
+        cells_by_key[f"context.{column}"] = (f"context.{column}", raw["context"][column])
     candidates = raw["candidates"]
     cells_by_key["candidates.item_id"] = ("item_id", [candidates["item_id"][place]])
     for column in schema.item_attributes:
-        cells_by_key[f"candidates.{column}"] = (column, candidates[column][place])
+        cells_by_key[f"candidates.{column}"] = (f"items.{column}", candidates[column][place])
     feature_by_key = {
-        key: _rows(tables[f"bag_{column}"], schema, column, cells)
-        for key, (column, cells) in cells_by_key.items()
+        key: _rows(tables[f"bag_{table_name(of)}"], schema, of, cells)
+        for key, (of, cells) in cells_by_key.items()
     }
     pooled = {
         history.name: reference_history(collection, schema, raw, place, which)
@@ -104,7 +104,7 @@ def reference_history(
     while len(read) - first > described.window.max_history:
         first += described.window.block
     tables = exact_tables(collection)
-    positions = tables.get(f"token_{described.name}_position")
+    positions = tables.get(f"token_position_{table_name(described.name)}")
     events = []
     for position, event in enumerate(read[first:]):
         token = torch.zeros(tower.dim, dtype=torch.float64)
@@ -114,13 +114,16 @@ def reference_history(
             cells = [history[column][event]]
             token = token + _rows(tables[f"token_{column}"], schema, column, cells)
         for column in schema.item_attributes:
-            token = token + _rows(tables[f"token_{column}"], schema, column, history[column][event])
+            of = f"items.{column}"
+            token = token + _rows(
+                tables[f"token_{table_name(of)}"], schema, of, history[column][event]
+            )
         events.append(token)
     item = raw["candidates"]["item_id"][place]
     tokens = [_rows(tables["token_item_id"], schema, "item_id", [item])]
     for column in schema.item_attributes:
-        cell = raw["candidates"][column][place]
-        tokens.append(_rows(tables[f"token_{column}"], schema, column, cell))
+        of, cell = f"items.{column}", raw["candidates"][column][place]
+        tokens.append(_rows(tables[f"token_{table_name(of)}"], schema, of, cell))
     candidate = torch.stack(tokens)
     if tower.spec.num_tokens == 1:
         candidate = candidate.sum(0, keepdim=True)

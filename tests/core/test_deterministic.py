@@ -1,86 +1,44 @@
-"""Deterministic mode: scores bit-equal whatever else is scored, or a refusal that says what to do.
-
-MKL reads its environment once, so every verdict here is that of a fresh process.
-"""
+"""Deterministic mode: scores bit-equal whatever else is scored, or a refusal that says why not."""
 
 import copy
-import json
 import random
-from pathlib import Path
-from subprocess import Popen
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.core.encoder_worlds import World, cut, make_caches, raws_of, world_of
-from tests.core.worlds import fresh_process
+from tests.core.encoder_worlds import NAMES, World, cut, make_caches, raws_of, world_of
 from torchrec_kvshare import deterministic
+from torchrec_kvshare.cache.identity import version_of
 from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.deterministic import STRICT_MKL, require_determinism
+from torchrec_kvshare.deterministic import RowsLinear, compute_rows_alone, require_determinism
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.export.torchscript import script_model
 from torchrec_kvshare.features import Request, parse_request
 from torchrec_kvshare.history.kinds import CAUSAL, KINDS
 from torchrec_kvshare.ranking import RankingModel
 
 RawRequest = dict[str, Any]
 
-STRICT_VALUE = STRICT_MKL.partition("=")[2]
 NUM_CANDIDATES = 131
 NUM_EVENTS = (14, 4, 1)  # a short history is a small matrix, and has other kernels
 NUM_TRIES = 2  # of each history: a few of its candidates, then many, each time with batchmates
-DENSE, NATIVE = " dense", " native"
-TRIED = (*KINDS, *(kind + NATIVE for kind in KINDS), CAUSAL + DENSE)
-
-PROGRAM = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-from tests.core.test_deterministic import findings_of
-print(json.dumps({name: findings_of(name) for name in sys.argv[1:]}))
-"""
-
-
-class Findings(NamedTuple):
-    """Of one process and one model.
-
-    Attributes:
-        refusal: what ``require_determinism`` says, if it refuses.
-        moved: what does move scores, tried where it does not refuse.
-    """
-
-    refusal: str | None
-    moved: list[str]
-
-
-def findings_of(name: str) -> Findings:
-    """In the process that asks."""
-    kind, _, body = name.partition(" ")
-    world = world_of(kind)
-    model = RankingModel(copy.deepcopy(world.dlrm), body or "auto").eval()
-    caches = make_caches(model, [60])
-    try:
-        require_determinism(model, world.schema)
-    except ConfigError as error:
-        return Findings(str(error), [])
-    return Findings(None, sorted(what_moves_scores(world, model, caches)))
 
 
 def what_moves_scores(world: World, model: RankingModel, caches: list[KVCache]) -> set[str]:
     """Ways to ask for the same candidates that give them other bits."""
     schema, rng = world.schema, random.Random(7)
     engines = {
-        "off": Engine(model, schema, "v1", None),
-        "cached": Engine(model, schema, "v1", KVStore(caches, extends=False)),
-        "items": Engine(
-            model, schema, "v1", KVStore(caches, extends=False), ItemCache(300, schema)
-        ),
+        "off": Engine(model, schema, None),
+        "cached": Engine(model, schema, KVStore(caches)),
+        "items": Engine(model, schema, KVStore(caches), ItemCache(300, schema)),
     }
     moved = set()
     for num_events in NUM_EVENTS:
@@ -117,41 +75,61 @@ def with_candidates(raw: RawRequest, chosen: list[int]) -> RawRequest:
     return raw | {"candidates": candidates}
 
 
-# What a process finds.
+def alone(name: str) -> RankingModel:
+    return compute_rows_alone(RankingModel(copy.deepcopy(world_of(name).dlrm)).eval())
 
 
-def runs_avx512() -> bool:
-    """Whether MKL's strict mode is to be had: it is Intel's, and for these instructions."""
-    cpu = Path("/proc/cpuinfo").read_text()
-    return "GenuineIntel" in cpu and "avx512f" in cpu
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
-def start(*names: str, **environment: str) -> Popen[str]:
-    return fresh_process(PROGRAM, *names, **environment)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_computed_alone_give_bit_equal_scores(name: str) -> None:
+    """It took MKL's strict mode, which Intel's CPUs with AVX-512 alone have."""
+    model, world = alone(name), world_of(name)
+    require_determinism(model, world.schema)
+    assert what_moves_scores(world, model, make_caches(model, [60])) == set()
 
 
-def findings(process: Popen[str]) -> dict[str, Findings]:
-    output, errors = process.communicate()
-    assert output, errors
-    return {name: Findings(*found) for name, found in json.loads(output).items()}
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", KINDS)
+def test_scripted_and_on_two_threads_they_are_bit_equal_too(name: str) -> None:
+    require_determinism(script_model(alone(name)), world_of(name).schema)
 
 
-def test_in_strict_mode_scores_are_bit_equal_and_without_it_a_model_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """On another CPU a refusal is as right as a pass, as long as the pass holds."""
-    monkeypatch.delenv("MKL_CBWR", raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    processes = [start(*TRIED, MKL_CBWR=STRICT_VALUE), start(*KINDS)]
-    strict, loose = (findings(process) for process in processes)
-    for found in (strict, loose):
-        for name, (refusal, moved) in found.items():
-            assert moved == [], name
-            assert refusal is None or STRICT_MKL in refusal
-    if runs_avx512():
-        passed = [name for name, (refusal, _) in strict.items() if refusal is None]
-        assert passed == [name for name in TRIED if not name.endswith(DENSE)]
-        assert [name for name, (refusal, _) in loose.items() if refusal is None] == []
+def test_what_the_given_model_is_stays_and_weights_are_shared() -> None:
+    model = RankingModel(copy.deepcopy(world_of(CAUSAL).dlrm)).eval()
+    other = compute_rows_alone(model)
+    linear = [one for one in model.modules() if isinstance(one, nn.Linear)]
+    assert not any(isinstance(one, RowsLinear) for one in linear)
+    changed = [one for one in other.modules() if isinstance(one, RowsLinear)]
+    assert len(changed) == len(linear)
+    weights = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(one.data_ptr() == two.data_ptr() for one, two in weights)
+    assert version_of(other, world_of(CAUSAL).schema) != version_of(model, world_of(CAUSAL).schema)
+
+
+class OwnLinear(nn.Linear):
+    """What it computes nobody knows."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (OwnLinear(10, 10), r"head is a OwnLinear; plain linear layers"),
+        (nn.Linear(10, 10, bias=False), "head is a Linear without bias; plain"),
+    ],
+)
+def test_a_layer_of_its_own_is_refused_by_name(layer: nn.Linear, message: str) -> None:
+    dlrm = copy.deepcopy(world_of(CAUSAL).dlrm)
+    [tower] = dlrm.sparse_arch.embedding_bag_collection.towers()
+    tower.head = layer
+    with pytest.raises(ConfigError, match=message):
+        compute_rows_alone(RankingModel(dlrm).eval())
 
 
 def test_a_fault_that_only_short_histories_show_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +146,13 @@ def test_a_fault_that_only_short_histories_show_is_found(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(model, "forward", logits)
     monkeypatch.setattr(deterministic, "score_through_pages", zero_logits)
+    monkeypatch.setattr(deterministic, "score_extended", zero_logits)
     message = (
-        r"scoring it among 16 over 3 events moves a score by 1\.0e-06; .*MKL_CBWR=AVX512,STRICT"
+        r"1 of 39 ways .* a score, scoring it among 16 over 3 events most of all, by 1\.0e-06;"
     )
     with pytest.raises(ConfigError, match=message):
         require_determinism(model, world_of(CAUSAL).schema)
-    assert tried[-1] == 3
+    assert 3 in tried
 
 
 def zero_logits(_: Any, requests: list[Request], __: FeatureSchema) -> Tensor:

@@ -13,7 +13,14 @@ from tests.core.encoder_worlds import (
     make_caches,
     two_histories_model,
 )
-from tests.core.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm, parse_all
+from tests.core.worlds import (
+    PROBABILITY_TOLERANCE,
+    SCHEMA,
+    draw_raw,
+    make_dlrm,
+    parse_all,
+    version_called,
+)
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.encoded_user import encode_user, load_user
 from torchrec_kvshare.engine import Engine
@@ -27,7 +34,7 @@ RawRequest = dict[str, Any]
 def engine_of(num_pages: int, version: str = "v1") -> Engine:
     model = RankingModel(two_histories_model(CAUSAL)).eval()
     store = KVStore(make_caches(model, [num_pages, num_pages])) if num_pages else None
-    return Engine(model, TWO_HISTORIES, version, store)
+    return Engine(model, TWO_HISTORIES, store, version=version_called(version))
 
 
 def buyer() -> RawRequest:
@@ -75,7 +82,7 @@ def test_encoding_goes_through_the_store() -> None:
 def test_a_user_without_events_is_scored_too() -> None:
     raw = draw_raw(0, 3, 8)
     model = RankingModel(make_dlrm(3)).eval()
-    engine = Engine(model, SCHEMA, "v1", None)
+    engine = Engine(model, SCHEMA, None)
     [expected] = engine.rank(parse_all([raw]))
     scores = encode_user(engine, raw).predict(raw["candidates"])
     assert scores == pytest.approx(expected.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
@@ -101,8 +108,20 @@ def test_a_saved_user_is_scored_with_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_user_of_another_model_is_refused(tmp_path: Path) -> None:
     encode_user(engine_of(0), buyer()).save(tmp_path / "user")
-    with pytest.raises(RecordError, match="model of the record is 'v1'; 'v2' was asked for"):
+    ours, asked = (version_called(name).model[:16] for name in ("v1", "v2"))
+    message = f"model of the record is '{ours}'; '{asked}' was asked for"
+    with pytest.raises(RecordError, match=message):
         load_user(engine_of(0, "v2"), tmp_path / "user")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_kv_with_other_rows_than_its_events_have_is_refused(tmp_path: Path, number: int) -> None:
+    """Its file says that it is of the whole history, and nobody counted."""
+    user = encode_user(engine_of(0), buyer())
+    user._kv_by_history[number] = user._kv_by_history[number][:, :-1]
+    user.save(tmp_path / "user")
+    with pytest.raises(RecordError, match="holds K/V that is not of the history beside it"):
+        load_user(engine_of(0), tmp_path / "user")
 
 
 def broken_files(whole: bytes) -> list[bytes]:

@@ -26,6 +26,7 @@ from tests.core.encoder_worlds import (
     cut,
     draw_rows,
     make_tower,
+    one_user,
     raws_of,
     schema_with,
     world_of,
@@ -40,11 +41,10 @@ from tests.core.worlds import (
     see_prefixes,
     take_candidates,
 )
-from torchrec_kvshare.attention.bodies import choose_body
-from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
+from torchrec_kvshare.attention.operators import Sights
 from torchrec_kvshare.collection import kvshare_collection
 from torchrec_kvshare.data.batches import single, with_key
-from torchrec_kvshare.data.schema import FIRST_PLACE, HISTORY, Window, history_key
+from torchrec_kvshare.data.schema import HISTORY, Window, first_place_key
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.parity import score_through_pages
 from torchrec_kvshare.export.torchscript import script_model
@@ -56,6 +56,7 @@ from torchrec_kvshare.history.kinds import (
     LONGER,
     TARGET_ONLY,
 )
+from torchrec_kvshare.history.pages import KVPages, flat_pages, offsets_of, split_users
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel, takes_prefixes
 
@@ -168,7 +169,7 @@ def test_tokens_of_a_candidate_see_each_other_and_no_other_candidate(
 ) -> None:
     tower = make_tower(name, torch.float32)
     candidates = draw_rows(1, torch.float32, 4, NUM_TOKENS, WIDTH)
-    kv = tower.prefill(draw_rows(2, torch.float32, num_events, WIDTH), [(0, num_events)])
+    kv = tower.prefill(draw_rows(2, torch.float32, num_events, WIDTH), one_user(num_events))
     before = attend_whole(tower, candidates, kv, num_events)
     for token in range(NUM_TOKENS):
         changed = candidates.clone()
@@ -196,14 +197,15 @@ def grow(tower: HistoryTower, cached: Tensor, num_cached: int, events: Tensor) -
     """K/V of events of which the first were encoded before: reuse what stays, add the rest."""
     num_kept = tower.encoder.reusable_events(num_cached, num_cached, len(events))
     rows = tower.encoder.reusable_rows(num_kept)
-    new = tower.extend(
-        cached[:, :rows], [(0, rows)], events[num_kept:], [(0, len(events) - num_kept)]
-    )
+    kept = flat_pages(cached[:, :rows], one_user(rows))
+    planes = tower.extend(kept, events[num_kept:], one_user(len(events) - num_kept))
+    [new] = split_users(planes, [tower.encoder.num_rows(len(events)) - rows])
     return torch.cat([cached[:, :rows], new], dim=1)
 
 
 def prefill_alone(tower: HistoryTower, events: Tensor) -> Tensor:
-    return tower.prefill(events, [(0, len(events))])
+    planes = tower.prefill(events, one_user(len(events)))
+    return split_users(planes, [tower.encoder.num_rows(len(events))])[0]
 
 
 @by_dtype
@@ -254,27 +256,24 @@ def test_users_are_extended_together_as_alone_wherever_their_rows_lie(
         cached.append(prefill_alone(tower, events[:num_cached])[:, :rows])
         new_events.append(events[num_kept:])
         expected.append(prefill_alone(tower, events)[:, rows:])
-    table, spans = table_with_gaps(cached)
-    event_spans = lengths_to_spans([len(events) for events in new_events])
-    got = tower.extend(table, spans, torch.cat(new_events), event_spans)
-    assert_close(got, torch.cat(expected, dim=1), EXACT_TOLERANCE)
+    event_offsets = offsets_of(torch.tensor([len(events) for events in new_events]))
+    got = tower.extend(pages_with_gaps(cached), torch.cat(new_events), event_offsets)
+    expected_kv = torch.cat(expected, dim=1)
+    assert_close(got[:, : expected_kv.size(1)], expected_kv, EXACT_TOLERANCE)
 
 
-def table_with_gaps(parts: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Users' rows in another order with NaN between them, and where each user's are."""
-    spans = {}
-    rows = [torch.full_like(prefill_row(parts), torch.nan)]
-    end = 1
-    for user in reversed(range(len(parts))):
-        spans[user] = (end, end + parts[user].size(1))
-        rows += [parts[user], rows[0]]
-        end = spans[user][1] + 1
-    return torch.cat(rows, dim=1), [spans[user] for user in range(len(parts))]
-
-
-def prefill_row(parts: list[Tensor]) -> Tensor:
+def pages_with_gaps(parts: list[Tensor], page_size: int = 3) -> KVPages:
+    """Users' rows in pages that lie in another order, with NaN where there is no row."""
     planes, _, heads, width = parts[0].shape
-    return parts[0].new_zeros(planes, 1, heads, width)
+    counts = [-(-part.size(1) // page_size) for part in parts]
+    page_ids = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(1))
+    table = parts[0].new_full((planes, len(page_ids), page_size, heads, width), torch.nan)
+    page_ids = page_ids[: sum(counts)]
+    for part, ids in zip(parts, page_ids.split(counts), strict=True):
+        for place in range(part.size(1)):
+            table[:, ids[place // page_size], place % page_size] = part[:, place]
+    lengths = torch.tensor([part.size(1) for part in parts])
+    return KVPages(table, page_ids, offsets_of(torch.tensor(counts)), offsets_of(lengths))
 
 
 @by_extended_name
@@ -338,7 +337,9 @@ def test_a_model_extends_to_what_it_would_prefill(
         earlier = parse_all([cut(raw, 0, cut_at)], world.schema)
         cached.append(model.prefill(history_features(world, earlier))[0][:, :num_rows])
         whole = parse_all([raw], world.schema)
-        expected.append(model.prefill(history_features(world, whole))[0][:, num_rows:])
+        [planes] = model.prefill(history_features(world, whole))
+        [kv] = split_users(planes, model.num_rows([raw_length(raw)]))
+        expected.append(kv[:, num_rows:])
     tails = [
         cut(raw, num_kept, raw_length(raw)) | {"user_id": f"user {place}"}
         for place, (raw, num_kept) in enumerate(zip(raws, kept, strict=True))
@@ -346,12 +347,13 @@ def test_a_model_extends_to_what_it_would_prefill(
     features = history_features(world, parse_all(tails, world.schema))
     features = with_key(
         features,
-        history_key(HISTORY, FIRST_PLACE),
+        first_place_key(HISTORY),
         single(torch.tensor(kept)),
         torch.empty(0, dtype=torch.int64),
     )
     [got] = model.extend(features, [torch.cat(cached, dim=1)], [torch.tensor(rows)])
-    assert_close(got, torch.cat(expected, dim=1), PATH_TOLERANCE)
+    expected_kv = torch.cat(expected, dim=1)
+    assert_close(got[:, : expected_kv.size(1)], expected_kv, PATH_TOLERANCE)
 
 
 def raw_length(raw: RawRequest) -> int:
@@ -365,7 +367,7 @@ def test_a_bidirectional_history_refuses_to_be_extended() -> None:
     events = draw_rows(6, torch.float32, 9, WIDTH)
     cached = prefill_alone(tower, events[:6])
     with pytest.raises(ValueError, match="bidirectional histories cannot be extended"):
-        tower.extend(cached, [(0, 6)], events[6:], [(0, 3)])
+        tower.extend(flat_pages(cached, one_user(6)), events[6:], one_user(3))
 
 
 # Candidates that see prefixes of one prefill, as in training.
@@ -412,12 +414,25 @@ def test_an_encoder_says_whether_its_candidates_may_see_prefixes(name: str) -> N
     assert takes_prefixes(world_of(name).dlrm) == (name in PREFIX_NAMES)
 
 
-def test_longer_refuses_candidates_at_different_moments() -> None:
-    world = world_of(LONGER)
+@pytest.mark.parametrize("name", [BIDIRECTIONAL, LONGER])
+def test_an_encoder_that_takes_no_prefixes_refuses_them(name: str) -> None:
+    world = world_of(name)
     batch = collate(parse_all(raws_of(world, [(9, 2, 1)]), world.schema), world.schema)
-    later = see_prefixes(batch, [9, 9], [1_700_000_000, 1_700_000_001])
-    with pytest.raises(ValueError, match="longer shows candidates whole histories: one moment"):
-        pooled_history(world, later.sparse_features)
+    prefixes = see_prefixes(batch, [9, 8], [1_700_000_000, 1_700_000_000])
+    with pytest.raises(ValueError, match="whole histories, not prefixes"):
+        pooled_history(world, prefixes.sparse_features)
+
+
+def test_longer_takes_candidates_at_different_moments() -> None:
+    world = world_of(LONGER)
+    [raw] = raws_of(world, [(9, 2, 1)])
+    batch = collate(parse_all([raw], world.schema), world.schema)
+    times = [raw["time"], raw["time"] + 10**6]
+    got = pooled_history(world, see_prefixes(batch, [9, 9], times).sparse_features)
+    for place, time in enumerate(times):
+        expected = pooled_history(world, features_of(world, [raw | {"time": time}]))
+        assert_close(got[place], expected[place], PATH_TOLERANCE)
+    assert (got[1] - pooled_history(world, batch.sparse_features)[1]).abs().max() > 1e-4
 
 
 # Sliding windows.
@@ -486,16 +501,19 @@ class TrainingPath(nn.Module):
         self.tower = tower
 
     def forward(self, events: Tensor, candidates: Tensor, asked: Asked) -> Tensor:
-        kv = self.tower.prefill(events, lengths_to_spans(asked.lengths))
+        event_offsets = offsets_of(torch.tensor(asked.lengths))
+        kv = self.tower.prefill(events, event_offsets)
         rows, entered = self.tower.enter(candidates)
-        return self.tower.attend_prefix(
+        times = [100 * torch.arange(length) for length in asked.lengths]
+        asked_at = torch.tensor(asked.times, dtype=torch.int64)
+        visible = torch.tensor(asked.visible, dtype=torch.int64)
+        return self.tower.attend(
             rows,
             entered,
-            kv,
-            [100 * torch.arange(length) for length in asked.lengths],
-            torch.tensor(asked.times),
-            torch.tensor(asked.visible),
-            Spans(lengths_to_spans(asked.counts), self.tower.row_spans(asked.lengths)),
+            offsets_of(torch.tensor(asked.counts)),
+            flat_pages(kv, self.tower.encoder.row_offsets(event_offsets)),
+            Sights(torch.cat(times), asked_at, visible),
+            event_offsets,
         )
 
 
@@ -557,47 +575,19 @@ def one_row_each(asked: Asked) -> Iterator[tuple[int, int, Asked]]:
         yield place, sum(asked.lengths[:user]), Asked([visible], [1], [visible], [time])
 
 
-# Bodies.
-
-
-@lru_cache
-def model_with(body: str, name: str, num_tokens: int = NUM_TOKENS) -> RankingModel:
-    """The model of a world with an attention body of its own."""
-    return RankingModel(copy.deepcopy(world_of(name, num_tokens).dlrm), body).eval()
+# Cached.
 
 
 @pytest.mark.parametrize("num_tokens", [1, NUM_TOKENS])
-@pytest.mark.parametrize("body", ["flash", "native"])
 @by_name
 @torch.no_grad()
-def test_every_body_scores_as_the_reference_cached_or_not(
-    name: str, body: str, num_tokens: int
-) -> None:
-    world, model = world_of(name, num_tokens), model_with(body, name, num_tokens)
+def test_cached_kv_scores_as_the_reference(name: str, num_tokens: int) -> None:
+    world = world_of(name, num_tokens)
+    model = RankingModel(copy.deepcopy(world.dlrm)).eval()
     raws = raws_of(world, EDGES)
     requests = parse_all(raws, world.schema)
     expected = torch.cat([reference_logits(world.dlrm, world.schema, raw) for raw in raws])
-    batch = collate(requests, world.schema)
-    uncached = model(batch.dense_features, batch.sparse_features)
-    assert_close(uncached, expected, LOGIT_TOLERANCE)
     assert_close(score_through_pages(model, requests, world.schema), expected, LOGIT_TOLERANCE)
-
-
-@by_extended_name
-@torch.no_grad()
-def test_native_extends_as_it_prefills(name: str) -> None:
-    choose_body("native", "cpu")
-    tower = make_tower(name, torch.float32)
-    expected = prefill_alone(tower, draw_rows(2, torch.float32, 22, WIDTH))
-    tower.use_body("native")
-    whole = prefill_alone(tower, draw_rows(2, torch.float32, 22, WIDTH))
-    assert_close(whole, expected, ROW_TOLERANCE[torch.float32])
-    for num_cached in (0, 1, 13, 21):
-        kept = tower.encoder.reusable_events(num_cached, num_cached, 22)
-        rows = tower.encoder.reusable_rows(kept)
-        new = draw_rows(2, torch.float32, 22, WIDTH)[kept:]
-        got = tower.extend(whole[:, :rows], [(0, rows)], new, [(0, 22 - kept)])
-        assert_close(got, whole[:, rows:], ROW_TOLERANCE[torch.float32])
 
 
 # TorchScript.
@@ -613,32 +603,34 @@ class ServingPath(nn.Module):
     def forward(
         self,
         events: Tensor,
-        event_spans: list[tuple[int, int]],
+        event_offsets: Tensor,
         candidates: Tensor,
-        candidate_spans: list[tuple[int, int]],
-        elapsed: list[Tensor],
+        candidate_offsets: Tensor,
+        sights: Sights,
     ) -> tuple[Tensor, Tensor]:
-        kv = self.tower.prefill(events, event_spans)
+        kv = self.tower.prefill(events, event_offsets)
         rows, entered = self.tower.enter(candidates)
-        row_spans = self.tower.row_spans([last - first for first, last in event_spans])
-        spans = Spans(candidate_spans, row_spans)
-        return kv, self.tower.attend(rows, entered, kv, elapsed, spans)
+        pages = flat_pages(kv, self.tower.encoder.row_offsets(event_offsets))
+        pooled = self.tower.attend(rows, entered, candidate_offsets, pages, sights, event_offsets)
+        return kv, pooled
 
 
-@pytest.mark.parametrize("body", ["flash", "native"])
 @by_name
 @torch.no_grad()
-def test_a_scripted_tower_is_bit_equal_to_eager(name: str, body: str) -> None:
+def test_a_scripted_tower_is_bit_equal_to_eager(name: str) -> None:
     path = ServingPath(make_tower(name, torch.float32))
-    path.tower.use_body(choose_body(body, "cpu"))
     scripted = torch.jit.script(path)
     for lengths, counts in (([13, 0, 7], [2, 1, 3]), ([1], [5]), ([22, 9], [0, 4])) * 2:
         arguments = (
             draw_rows(12, torch.float32, sum(lengths), WIDTH),
-            lengths_to_spans(lengths),
+            offsets_of(torch.tensor(lengths)),
             draw_rows(13, torch.float32, sum(counts), NUM_TOKENS, WIDTH),
-            lengths_to_spans(counts),
-            [7 * torch.arange(length, 0, -1) for length in lengths],
+            offsets_of(torch.tensor(counts)),
+            Sights(
+                torch.cat([7 * torch.arange(length) for length in lengths]),
+                torch.full([sum(counts)], 7 * max(lengths)),
+                torch.tensor(lengths).repeat_interleave(torch.tensor(counts)),
+            ),
         )
         for got, expected in zip(scripted(*arguments), path(*arguments), strict=True):
             assert torch.equal(got, expected)

@@ -29,8 +29,10 @@ from tests.core.worlds import (
     assert_same_scores,
     draw_raw,
     examples,
+    oldest_first,
     parse_all,
 )
+from torchrec_kvshare.cache.identity import version_of
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.store import KVStore
@@ -43,10 +45,10 @@ RawRequest = dict[str, Any]
 def make_engine(model: RankingModel, num_pages: int) -> Engine:
     """An engine over so many pages, or without a cache; what was never written is NaN."""
     if num_pages == 0:
-        return Engine(model, SCHEMA, "v1", None)
+        return Engine(model, SCHEMA, None)
     pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     pool.kv_pages.fill_(torch.nan)
-    return Engine(model, SCHEMA, "v1", KVStore([KVCache(pool)]))
+    return Engine(model, SCHEMA, KVStore([KVCache(pool)]))
 
 
 def cache_of(engine: Engine) -> KVCache:
@@ -111,9 +113,27 @@ def test_a_hit_needs_neither_the_same_candidates_nor_the_same_time(
     engine = make_engine(ranking_model, 4)
     raw = raw_of("a", 11, 3, 1)
     rank(engine, raw)
-    other = raw_of("a", 0, 5, 2) | {"history": raw["history"]}
+    other = oldest_first(raw_of("a", 0, 5, 2) | {"history": raw["history"]})
     assert uses(rank(engine, other)) == [("hit", "", 11, 0, "device")]
     assert_same_scores(rank(engine, other), rank(make_engine(ranking_model, 0), other))
+
+
+@pytest.mark.parametrize("spelling", [7, "7", 7.0, "7.0", " 7 "])
+def test_a_user_is_found_pinned_and_forgotten_in_every_spelling(
+    ranking_model: RankingModel, spelling: Any
+) -> None:
+    """``7.0`` was refused, and ``forget(7)`` dropped nothing of user ``"7"``."""
+    engine = make_engine(ranking_model, 4)
+    rank(engine, raw_of("7", 11, 3, 1))
+    again = raw_of("7", 11, 3, 1) | {"user_id": spelling}
+    assert uses(rank(engine, again)) == [("hit", "", 11, 0, "device")]
+    assert engine.store is not None
+    engine.store.pin([spelling])
+    assert cache_of(engine)._pinned_users == {"7"}
+    engine.store.unpin([spelling])
+    assert cache_of(engine)._pinned_users == set()
+    assert engine.forget(spelling) == {"device": 3 * PAGE_BYTES}
+    assert uses(rank(engine, again)) == [("miss", "cold", 0, 11, "none")]
 
 
 def test_without_a_cache_every_history_is_computed(ranking_model: RankingModel) -> None:
@@ -147,7 +167,7 @@ def test_what_stands_before_an_edit_is_used_again(
     raw = raw_of("a", 11, 3, 1)
     rank(engine, raw)
     changed = copy.deepcopy(raw)
-    changed["history"]["time"][place] += 1
+    changed["history"]["item_id"][place] = "110" if place else "109"
     after = rank(engine, changed)
     status, tier = ("partial", "device") if num_kept else ("miss", "none")
     assert uses(after) == [(status, "edited", num_kept, 11 - num_kept, tier)]
@@ -273,7 +293,7 @@ def test_no_requests_get_no_answers(ranking_model: RankingModel, num_pages: int)
 def test_one_user_may_stand_twice_in_a_batch(ranking_model: RankingModel) -> None:
     engine, uncached = make_engine(ranking_model, 9), make_engine(ranking_model, 0)
     raw = raw_of("a", 11, 3, 1)
-    other = raw_of("a", 0, 2, 2) | {"history": raw["history"]}
+    other = oldest_first(raw_of("a", 0, 2, 2) | {"history": raw["history"]})
     answers = rank(engine, raw, other)
     assert uses(answers) == [("miss", "cold", 0, 11, "none")] * 2
     assert_same_scores(answers, rank(uncached, raw, other))
@@ -370,7 +390,7 @@ def live(old: RawRequest, drawn: RawRequest, deed: str) -> RawRequest:
         history = {name: cells[: len(cells) // 2] for name, cells in history.items()}
     elif deed == "edit":
         history["time"][-1] += 1
-    return drawn | {"history": history}
+    return oldest_first(drawn | {"history": history})
 
 
 def assert_use_is_consistent(
@@ -397,7 +417,7 @@ def test_an_answer_tells_how_old_its_kv_is(ranking_model: RankingModel) -> None:
     now = [100.0]
     pool = PagePool(9 * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     store = KVStore([KVCache(pool, clock=lambda: now[0])])
-    engine = Engine(ranking_model, SCHEMA, "v1", store)
+    engine = Engine(ranking_model, SCHEMA, store)
     assert rank(engine, raw_of("a", 7, 2, 1))[0].cache.staleness_s == 0.0
     now[0] += 60.0
     answers = rank(engine, raw_of("a", 7, 2, 1), raw_of("b", 7, 2, 2))
@@ -412,7 +432,7 @@ def test_an_answer_has_the_one_format(ranking_model: RankingModel) -> None:
     assert decoded == {
         "request_id": 17,
         "scores": answer.scores,
-        "model_version": "v1",
+        "model_version": str(version_of(ranking_model, SCHEMA)),
         "cache": {
             "status": "miss",
             "reason": "cold",

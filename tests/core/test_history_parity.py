@@ -19,11 +19,13 @@ from tests.core.worlds import (
     draw_raws,
     examples,
     make_dlrm,
+    oldest_first,
     parse_all,
     ragged_users,
     see_prefixes,
     take_candidates,
 )
+from torchrec_kvshare.attention.plain import doubling_bucket
 from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.features import (
     collate,
@@ -32,7 +34,6 @@ from torchrec_kvshare.features import (
     user_of_candidates,
 )
 from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
-from torchrec_kvshare.history.moments import doubling_bucket
 
 RawRequest = dict[str, Any]
 
@@ -140,6 +141,7 @@ def test_history_rows_see_neither_candidates_nor_the_request(
     for place, raw in enumerate(raws):
         raw |= {key: value for key, value in draw_raw(0, 6, seed).items() if key != "history"}
         raw["user_id"] = f"user {place + 1}"
+    raws = [oldest_first(raw) for raw in raws]
     assert torch.equal(prefill(dlrm, raws), before)
     assert torch.equal(prefill_batch(dlrm, collate(parse_all(raws), SCHEMA)), before)
 
@@ -211,7 +213,9 @@ def test_seeing_everything_at_the_time_of_the_request_is_serving(
 
 def test_multi_valued_attributes_are_summed(dlrm: DLRM) -> None:
     model = copy.deepcopy(dlrm)
-    rows = SCHEMA.vocabulary_by_column["genres"].rows(["genre 1", "genre 4", "genre 4", "genre 6"])
+    rows = SCHEMA.vocabulary_by_column["items.genres"].rows(
+        ["genre 1", "genre 4", "genre 4", "genre 6"]
+    )
     tables = [weight for name, weight in model.state_dict().items() if "_genres." in name]
     assert len(tables) == 2
     for weight in tables:

@@ -12,7 +12,8 @@ PACKAGE = torchrec_kvshare.__name__
 FOLDER = Path(torchrec_kvshare.__path__[0])
 # Rooms as files and folders of the package, those that others build on first.
 ROOMS = (
-    *("errors", "labels", "config", "data", "features", "draw", "tensors", "attention", "history"),
+    *("errors", "labels", "config", "machine", "commands", "__main__"),
+    *("private", "data", "features", "draw", "tensors", "attention", "history"),
     *("bags", "collection", "ranking", "audit", "cache", "engine", "training", "export"),
     *("deterministic", "encoded_user", "assembly", "scoring", "serving", "profiling"),
 )
@@ -74,7 +75,7 @@ def test_attention_and_errors_need_torch_alone() -> None:
 import sys
 import {PACKAGE}.errors
 assert "torch" not in sys.modules
-import {PACKAGE}.attention.shared
+import {PACKAGE}.attention.operators
 assert "torch" in sys.modules
 print([name for name in sys.modules if name.split(".")[0] in ("torchrec", "fbgemm_gpu", "numpy")
        and name != "numpy" and not name.startswith("numpy.")])

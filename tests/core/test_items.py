@@ -150,7 +150,9 @@ def test_an_item_whose_attributes_changed_is_projected_again(
 def test_an_id_of_one_column_is_not_taken_for_that_of_another() -> None:
     cache = ItemCache(5, SCHEMA)
     vocabularies = SCHEMA.vocabulary_by_column
-    assert vocabularies["genres"].row("genre 1") == vocabularies["brands"].row("brand 1")
+    assert vocabularies["items.genres"].row("genre 1") == vocabularies["items.brands"].row(
+        "brand 1"
+    )
     project(cache, candidates_of(("100", ["genre 1"], [])))
     raw = candidates_of(("100", [], ["brand 1"]))
     got, asked = project(cache, raw)
@@ -256,13 +258,13 @@ def make_engine(name: str, capacity_items: int, num_tokens: int = NUM_TOKENS) ->
     """An engine that keeps so many items; 0 for none."""
     model, schema = model_of(name, num_tokens), world_of(name, num_tokens).schema
     items = ItemCache(capacity_items, schema) if capacity_items else None
-    return Engine(model, schema, "v1", KVStore(make_caches(model, [30])), items)
+    return Engine(model, schema, KVStore(make_caches(model, [30])), items)
 
 
 def two_histories_engine(kind: str, capacity_items: int) -> Engine:
     model = RankingModel(two_histories_model(kind)).eval()
     items = ItemCache(capacity_items, TWO_HISTORIES) if capacity_items else None
-    return Engine(model, TWO_HISTORIES, "v1", KVStore(make_caches(model, [20, 9])), items)
+    return Engine(model, TWO_HISTORIES, KVStore(make_caches(model, [20, 9])), items)
 
 
 def rank(engine: Engine, raws: list[RawRequest]) -> list[Answer]:

@@ -5,7 +5,9 @@ import os
 import random
 import threading
 import time
+import tracemalloc
 from collections.abc import Sequence
+from itertools import accumulate
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torchrec_kvshare.cache.identity import NO_CONTEXT, Identity, PrefixDigests
 from torchrec_kvshare.cache.kv_cache import Entry, KVCache, Rules
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LruPolicy
-from torchrec_kvshare.data.schema import HISTORY, TIME, FeatureSchema, History, Window
+from torchrec_kvshare.data.schema import HISTORY, ITEM, TIME, FeatureSchema, History, Window
 from torchrec_kvshare.errors import ConfigError, ShapeError
 from torchrec_kvshare.features import Events
 
@@ -29,6 +31,7 @@ BARE = FeatureSchema({}, (), False, (), (), (History(HISTORY, Window(100, 5)),))
 
 
 IDENTITY = Identity("model", "tables", NO_CONTEXT, HISTORY, PAGE_SIZE)
+EDITS = 10**6  # from here on events stand where others stood
 
 
 def make_cache(num_pages: int) -> KVCache:
@@ -37,8 +40,10 @@ def make_cache(num_pages: int) -> KVCache:
 
 
 def history_of(events: Sequence[int], first_event: int = 0) -> PrefixDigests:
-    """A history whose events are told apart by their times alone."""
-    return PrefixDigests(Events({TIME: torch.tensor(events)}, {}, first_event), BARE, IDENTITY)
+    """A history of events by number, which is their time too where that keeps their order."""
+    times = [*accumulate((event % EDITS for event in events), max)]
+    columns = {ITEM: torch.tensor(events), TIME: torch.tensor(times)}
+    return PrefixDigests(Events(columns, {}, first_event), BARE, IDENTITY)
 
 
 def events_of(name: str, num_pages: int) -> list[int]:
@@ -111,16 +116,20 @@ NUM_KEPT = 17  # events: three pages and a part
         (range(NUM_KEPT + 1), "cold", NUM_KEPT),
         (range(40), "cold", NUM_KEPT),
         # An edit is found to within a block; what stands before it is of use.
-        ([*range(16), 99], "edited", 15),
-        ([*range(16), 99, 17, 18], "edited", 15),
-        ([*range(9), 99, *range(10, 30)], "edited", 5),
-        ([*range(10), 99, *range(11, 30)], "edited", 10),
-        ([99, *range(1, 30)], "edited", 0),
-        ([1, 0, *range(2, NUM_KEPT)], "edited", 0),
+        ([*range(16), EDITS + 16], "edited", 15),
+        ([*range(16), EDITS + 16, 17, 18], "edited", 15),
+        ([*range(9), EDITS + 9, *range(10, 30)], "edited", 5),
+        ([*range(10), EDITS + 10, *range(11, 30)], "edited", 10),
+        ([EDITS, *range(1, 30)], "edited", 0),
+        ([EDITS, 0, *range(2, NUM_KEPT)], "edited", 0),
         (range(NUM_KEPT - 1), "shrunk", 15),
         (range(10), "shrunk", 10),
         (range(4), "shrunk", 0),
-        (range(1, NUM_KEPT), "shrunk", 0),
+        # The oldest left: of a client that sends the last events and does not say which.
+        (range(1, NUM_KEPT), "slid", 0),
+        (range(1, NUM_KEPT + 1), "slid", 0),
+        (range(12, 40), "slid", 0),
+        (range(30, 47), "slid", 0),
     ],
 )
 def test_a_lookup_says_how_far_the_histories_agree_and_why_not_further(
@@ -494,12 +503,35 @@ def test_evictions_are_remembered_of_so_many_users_only(monkeypatch: pytest.Monk
     assert reasons == ["cold", "evicted", "evicted", "hit"]
 
 
+def test_who_was_evicted_or_forgotten_is_remembered_in_few_bytes() -> None:
+    """Their ids were kept whole, as long as a message may be."""
+    cache = make_cache(1)
+    tracemalloc.start()
+    try:
+        for number in range(2_000):
+            put_and_release(cache, f"{number:05}" + "😀" * 251, "a", 1)
+        for number in range(2_000):
+            cache.forget(f"{number:05}" + "😀" * 251)
+        held_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held_bytes < 2_000 * 500
+
+
+def test_histories_without_events_are_bounded_in_number_too() -> None:
+    """What takes no page never left: every user with an empty history was kept for good."""
+    cache = make_cache(3)
+    for number in range(50):
+        put_and_release(cache, str(number), "a", 0)
+    assert [number for number in range(50) if cache.knows(str(number))] == [47, 48, 49]
+
+
 def test_every_lookup_is_counted_under_its_reason() -> None:
     cache = make_cache(2)
-    put_and_release(cache, "a", "a", 2)
-    for events in (events_of("a", 2), events_of("b", 2), events_of("c", 3), [1, 2, 3]):
+    put_and_release(cache, "a", "c", 2)
+    for events in (events_of("c", 2), events_of("b", 2), events_of("a", 3), [1, 2, 3]):
         look_up(cache, "a", events)
-    look_up(cache, "a", events_of("a", 3))
+    look_up(cache, "a", events_of("c", 3))
     look_up(cache, "z", events_of("a", 2))
     cache.lookup("a", history_of([1, 2, 3], first_event=1))
     expected = {"hit": 1, "edited": 2, "shrunk": 1, "cold": 2, "slid": 1}

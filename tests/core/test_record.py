@@ -17,6 +17,7 @@ from tests.core.worlds import examples, fresh_process
 from torchrec_kvshare.cache.codecs import CODECS, Codec, get_codec
 from torchrec_kvshare.cache.identity import NO_CONTEXT, Content, Identity
 from torchrec_kvshare.cache.record import (
+    FORMAT_VERSION,
     KVRecord,
     pack,
     parse_scope,
@@ -39,7 +40,9 @@ def make_record(num_rows: int = 7, identity: Identity = IDENTITY) -> KVRecord:
     digests = tuple(bytes([place]) * 16 for place in range(7 // identity.block))
     generator = torch.Generator().manual_seed(num_rows)
     kv = torch.randn(2, num_rows, 3, 5, generator=generator)
-    return KVRecord(Content(identity, digests, b"\xaa" * 16, 11, 7), 1_700_000_000.25, kv)
+    return KVRecord(
+        Content(identity, digests, b"\xaa" * 16, 11, 1_600_000_000, 7), 1_700_000_000.25, kv
+    )
 
 
 def repack(
@@ -51,7 +54,13 @@ def repack(
     if payload is None:
         payload = packet[FIXED_BYTES + header_length : -trailer_bytes]
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    signed = b"KVSH" + bytes([1, key is not None]) + struct.pack("<I", len(text)) + text + payload
+    signed = (
+        b"KVSH"
+        + bytes([FORMAT_VERSION, key is not None])
+        + struct.pack("<I", len(text))
+        + text
+        + payload
+    )
     if key is None:
         return signed + struct.pack("<I", zlib.crc32(signed))
     return signed + hashlib.blake2b(signed, key=key, digest_size=MAC_BYTES).digest()
@@ -98,7 +107,7 @@ def test_a_record_comes_back_as_its_codec_writes_it(
 
 def test_a_history_without_events_and_context_comes_back() -> None:
     identity = IDENTITY._replace(context=NO_CONTEXT, tower="", block=64)
-    record = KVRecord(Content(identity, (), b"", 0, 0), 0.0, torch.empty(2, 0, 3, 5))
+    record = KVRecord(Content(identity, (), b"", 0, 0, 0), 0.0, torch.empty(2, 0, 3, 5))
     packet = pack(record, "", FLOAT32, None)
     assert_same(unpack(packet, "", identity, FLOAT32, None), record)
 
@@ -107,7 +116,7 @@ def test_a_history_without_events_and_context_comes_back() -> None:
 def test_a_packet_is_laid_out_as_documented(key: bytes | None) -> None:
     record = make_record()
     packet = pack(record, USER, FLOAT32, key)
-    assert packet[:6] == b"KVSH\x01" + bytes([key is not None])
+    assert packet[:6] == b"KVSH\x02" + bytes([key is not None])
     header = header_of(packet)
     assert header == {
         "user": USER,
@@ -116,6 +125,7 @@ def test_a_packet_is_laid_out_as_documented(key: bytes | None) -> None:
         "digests": ["00" * 16, "01" * 16],
         "whole_digest": "aa" * 16,
         "first_event": 11,
+        "first_time": 1_600_000_000,
         "num_events": 7,
         "encoded_at": 1_700_000_000.25,
         "tensors": [["kv", "torch.float32", [2, 7, 3, 5]]],
@@ -146,18 +156,23 @@ def test_what_was_read_shares_no_memory_with_the_packet(codec: Codec) -> None:
     record.kv.add_(1.0)
 
 
-def test_float32_packets_keep_nan_bit_for_bit() -> None:
-    record = make_record()
-    record.kv.view(torch.int32)[1, 2, 0, 3] = 0x7FC00123
-    kept = read(pack(record, USER, FLOAT32, None), FLOAT32).kv
-    assert torch.equal(kept.view(torch.int32), record.kv.view(torch.int32))
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_packet_of_what_is_not_finite_is_refused(number: float) -> None:
+    """Another writer may have made it: its K/V was scored with."""
+    packet = pack(make_record(), USER, FLOAT32, None)
+    (header_length,) = struct.unpack("<I", packet[6:FIXED_BYTES])
+    payload = bytearray(packet[FIXED_BYTES + header_length : -CRC_BYTES])
+    payload[40:44] = struct.pack("<f", number)
+    with pytest.raises(RecordError, match="NaN or infinity"):
+        read(repack(packet, header_of(packet), bytes(payload)), FLOAT32)
 
 
-def test_nan_is_not_packed_by_a_lossy_codec() -> None:
+@every_codec
+def test_nan_is_packed_by_no_codec(codec: Codec) -> None:
     record = make_record()
     record.kv[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="int8"):
-        pack(record, USER, INT8, None)
+    with pytest.raises(RecordError, match=codec.name):
+        pack(record, USER, codec, None)
 
 
 def test_another_process_writes_the_same_bytes() -> None:
@@ -220,14 +235,14 @@ def test_any_bytes_are_refused(key: bytes | None, data: bytes) -> None:
     with pytest.raises(RecordError):
         read(data, key=key)
     with pytest.raises(RecordError):
-        read(b"KVSH\x01" + bytes([key is not None]) + data, key=key)
+        read(b"KVSH\x02" + bytes([key is not None]) + data, key=key)
 
 
 @pytest.mark.parametrize(
     ("place", "byte", "message"),
     [
-        (0, ord("X"), r"b'XVSH' version 1; b'KVSH' version 1 is read"),
-        (4, 2, r"b'KVSH' version 2; b'KVSH' version 1 is read"),
+        (0, ord("X"), r"b'XVSH' version 2; b'KVSH' version 2 is read"),
+        (4, 1, r"b'KVSH' version 1; b'KVSH' version 2 is read"),
         (5, 1, "trailer is of kind 1; it must be 0, a checksum"),
         (5, 9, "trailer is of kind 9; it must be 0, a checksum"),
         (40, 0, "trailer does not fit its bytes: cut, changed or forged"),
@@ -241,7 +256,7 @@ def test_what_is_wrong_with_the_bytes_is_named(place: int, byte: int, message: s
 
 
 def test_a_length_of_header_beyond_the_packet_is_refused() -> None:
-    signed = b"KVSH\x01\x00" + struct.pack("<I", 5) + b"{}  "
+    signed = b"KVSH\x02\x00" + struct.pack("<I", 5) + b"{}  "
     with pytest.raises(RecordError, match="header is 5 bytes; 4 are there"):
         read(signed + struct.pack("<I", zlib.crc32(signed)))
 
@@ -332,6 +347,7 @@ CODES, SCALES = ["codes", "torch.int8", [2, 7, 3, 5]], ["scales", "torch.float32
     ("field", "value", "message"),
     [
         ("first_event", -1, "first_event is -1"),
+        ("first_time", -1, "first_time is -1"),
         ("num_events", -1, "num_events is -1"),
         ("num_events", 9, "2 digests; 9 events in blocks of 3 have 3"),
         ("num_events", 5, "2 digests; 5 events in blocks of 3 have 1"),

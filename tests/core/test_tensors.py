@@ -33,6 +33,7 @@ def test_bounds_are_those_of_tables_and_windows() -> None:
     assert most["history.item_id.values"] == SCHEMA.num_rows("item_id") - 1
     assert most["history.time.lengths"] == MAX_HISTORY
     assert most["candidates.item_id.lengths"] == 100_000
+    assert most["candidates.genres.lengths"] == most["context.country.lengths"] == 10_000
     assert most["user_key"] is None
 
 

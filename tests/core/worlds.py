@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM
 
+from torchrec_kvshare.cache.identity import ModelVersion, text_digest
 from torchrec_kvshare.data.batches import Bags, assemble, single
 from torchrec_kvshare.data.schema import (
     CANDIDATE_TIME,
@@ -28,6 +29,7 @@ from torchrec_kvshare.data.schema import (
     History,
     Vocabulary,
     Window,
+    has_candidate_rows,
     visible_key,
 )
 from torchrec_kvshare.draw import draw_raw_request
@@ -62,8 +64,8 @@ SCHEMA = FeatureSchema(
         "user_id": Vocabulary([f"user {place}" for place in range(5)]),
         "item_id": Vocabulary([str(place) for place in range(100, 111)]),
         "action": Vocabulary(["view", "buy", "rate"]),
-        "genres": Vocabulary([f"genre {place}" for place in range(7)]),
-        "country": Vocabulary(["AT", "BR", "GB", "ZA"]),
+        "items.genres": Vocabulary([f"genre {place}" for place in range(7)]),
+        "context.country": Vocabulary(["AT", "BR", "GB", "ZA"]),
     },
     context=("country",),
     has_action=True,
@@ -109,15 +111,17 @@ def make_dlrm(seed: int, schema: FeatureSchema = SCHEMA, spec: TowerSpec = CAUSA
 def draw_raw(
     num_events: int, num_candidates: int, seed: int, schema: FeatureSchema = SCHEMA
 ) -> dict[str, Any]:
-    """A drawn request, some of whose cells are missing and whose events may lie in the future."""
+    """A drawn request, some of whose cells are missing and whose events may be of one time."""
     raw = draw_raw_request(schema, num_events, num_candidates, seed)
     rng = np.random.default_rng([seed, 1])
     history = raw["history"]
     for column in schema.event_columns:
         history[column] = [None if rng.random() < 0.1 else cell for cell in history[column]]
-    history[TIME] = [time + 40 * (rng.random() < 0.2) for time in history[TIME]]
+    for place in range(1, num_events):
+        if rng.random() < 0.2:
+            history[TIME][place] = history[TIME][place - 1]
     if num_events:
-        history[TIME][-1] = raw[TIME] + int(rng.integers(-3, 4))
+        history[TIME][-1] = raw[TIME] - int(rng.integers(1, 4))
     if num_candidates and rng.random() < 0.2:
         raw["candidates"][ITEM][0] = None
     return raw
@@ -126,6 +130,13 @@ def draw_raw(
 def draw_raws(users: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
     """One raw request for each drawn user."""
     return [draw_raw(*sizes) for sizes in users]
+
+
+def oldest_first(raw: dict[str, Any]) -> dict[str, Any]:
+    """The request with the times of its events never decreasing, and its own behind them."""
+    times = np.maximum.accumulate(np.array(raw["history"][TIME], dtype=np.int64)).tolist()
+    later = {TIME: max([raw[TIME], *(time + 1 for time in times[-1:])])}
+    return raw | later | {"history": raw["history"] | {TIME: times}}
 
 
 def parse_all(raws: list[dict[str, Any]], schema: FeatureSchema = SCHEMA) -> list[Request]:
@@ -140,7 +151,7 @@ def take_candidates(batch: Batch, chosen: Tensor) -> Batch:
     bags_by_key = {}
     for key, jagged in features.to_dict().items():
         bags_by_key[key] = Bags(jagged.values(), jagged.lengths())
-        if key.startswith("candidates."):
+        if has_candidate_rows(key):
             rows = jagged.to_dense()
             picked = [rows[place] for place in chosen.tolist()]
             bags_by_key[key] = Bags(
@@ -181,3 +192,9 @@ def fresh_process(program: str, *arguments: str, **environment: str) -> subproce
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def version_called(name: str) -> ModelVersion:
+    """The version of a model that is called ``<model>-<tables>``, for tests that choose it."""
+    model, _, tables = name.partition("-")
+    return ModelVersion(text_digest(model), text_digest(tables))

@@ -60,6 +60,11 @@ def log_of(events: list[Event]) -> InteractionLog:
     )
 
 
+def in_order(events: list[Event]) -> list[Event]:
+    """As a data set has them: by user, then time, item, action and label."""
+    return sorted(events, key=lambda e: (e.user, e.time, int(e.item), e.action, e.label))
+
+
 def one_user(times: list[int], items: list[str] | None = None) -> InteractionLog:
     """A log of one user, whose items follow each other if none are given."""
     items = items or [ITEMS[place % len(ITEMS)] for place in range(len(times))]

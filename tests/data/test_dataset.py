@@ -1,7 +1,9 @@
 """Order, splits and vocabularies of a data set, each against its meaning in plain loops."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
+from random import Random
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tests.data.logs import (
     countries_of,
     event_lists,
     genres_of,
+    in_order,
     log_of,
     one_user,
     price_of,
@@ -29,7 +32,9 @@ from torchrec_kvshare.data.dataset import (
     JaggedRows,
     build_dataset,
     ranges,
+    users_to_test,
 )
+from torchrec_kvshare.data.digest import data_digest
 from torchrec_kvshare.data.schema import (
     ACTION,
     ITEM,
@@ -37,6 +42,8 @@ from torchrec_kvshare.data.schema import (
     UNKNOWN_ROW,
     USER,
 )
+from torchrec_kvshare.data.tables import IdColumn
+from torchrec_kvshare.errors import DataError
 
 HISTORIES = all_events(8, 4)
 
@@ -75,11 +82,100 @@ def split_counts(times: list[int]) -> list[int]:
 
 
 @given(event_lists)
-def test_events_stand_by_user_then_time_then_place_in_the_log(events: list[Event]) -> None:
-    users = list(dict.fromkeys(event.user for event in events))
-    # Python's sort is stable: equal times keep the order of the log.
-    expected = sorted(events, key=lambda event: (users.index(event.user), event.time))
-    assert events_of(dataset_of(events)) == expected
+def test_events_stand_by_user_then_time_then_item_action_and_label(events: list[Event]) -> None:
+    assert events_of(dataset_of(events)) == in_order(events)
+
+
+@given(event_lists, st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_does_not_matter(events: list[Event], chance: Random) -> None:
+    """Rows in another order gave other vocabularies: a run went on with the rows of other ids."""
+    dataset = dataset_of(events)
+    shuffled = list(events)
+    chance.shuffle(shuffled)
+    other = dataset_of(shuffled)
+    assert other.schema.to_json() == dataset.schema.to_json()
+    assert events_of(other) == events_of(dataset)
+    assert other.split.tolist() == dataset.split.tolist()
+    assert data_digest(other) == data_digest(dataset)
+
+
+def test_ids_are_numbered_by_their_own_order() -> None:
+    items = ["9", "b", "10", "007", "-2", "a"]
+    events = [Event("u", item, time) for time, item in enumerate([*items, *items[:3]])]
+    log = log_of([event._replace(item="100") for event in events])
+    codes = np.array([items.index(event.item) for event in events])
+    attributes = {"genres": [(item,) for item in items]}
+    changed = replace(
+        log,
+        items=IdColumn(codes, items),
+        item_attributes=attributes,
+        item_floats={"price": np.arange(6, dtype=np.float32)},
+    )
+    dataset = build_dataset(changed, HISTORIES)
+    ordered = ["-2", "9", "10", "007", "a", "b"]
+    assert dataset.log.items.ids == ordered
+    for column in (ITEM, "items.genres"):
+        assert list(dataset.schema.vocabulary_by_column[column].ids) == ordered
+    assert dataset.log.item_attributes["genres"] == [(item,) for item in ordered]
+    assert dataset.log.item_floats["price"].tolist() == [items.index(item) for item in ordered]
+
+
+def other_data(events: list[Event]) -> list[str]:
+    """What the digest says of other events than those of ``WORLD``."""
+    return data_digest(dataset_of(WORLD)).changes(data_digest(dataset_of(events)))
+
+
+WORLD = [Event(user, str(100 + time), time) for user in ("u", "vv") for time in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("events", "change"),
+    [
+        ([*WORLD, Event("www", "100", 1)], "1 user more, 1 event more, 1 positive event more, "),
+        (WORLD[:-2], "2 events fewer, 2 positive events fewer, other events"),
+        ([*WORLD[:-1], Event("vv", "107", 4)], "1 item more, other item ids, other events, other"),
+        ([*WORLD[:-1], Event("vv", "104", 5)], "other events"),
+        ([*WORLD[:-1], Event("vv", "104", 4, label=0)], "1 positive event fewer, other events"),
+        ([*WORLD[:-1], Event("vv", "104", 4, "buy")], "other actions, other events"),
+        ([e._replace(user=e.user + "x") for e in WORLD], "other user ids, other country of users"),
+        (WORLD[::-1], ""),
+    ],
+)
+def test_other_data_is_told_by_what_is_different(events: list[Event], change: str) -> None:
+    assert ", ".join(other_data(events)).startswith(change)
+    assert bool(change) == bool(other_data(events))
+
+
+def test_other_attributes_are_other_data() -> None:
+    log = log_of(WORLD)
+    before = data_digest(build_dataset(log, HISTORIES))
+    genres = [("g9",), *log.item_attributes["genres"][1:]]
+    changed = replace(log, item_attributes={"genres": genres})
+    changes = before.changes(data_digest(build_dataset(changed, HISTORIES)))
+    assert changes == ["other genres of items", "other schema"]
+    prices = {"price": log.item_floats["price"] + 1}
+    changed = replace(log, item_floats=prices)
+    changes = before.changes(data_digest(build_dataset(changed, HISTORIES)))
+    assert changes == ["other price of items"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_float_that_is_not_finite_is_refused_by_its_item(value: float) -> None:
+    """It went through to the dense features: every loss of a batch that held it was NaN."""
+    log = log_of(WORLD)
+    prices = log.item_floats["price"].copy()
+    prices[2] = value
+    with pytest.raises(DataError, match=rf"price of item 102 is {value}; it must be finite"):
+        build_dataset(replace(log, item_floats={"price": prices}), HISTORIES)
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.5, 2])
+def test_a_label_is_0_or_1(value: float) -> None:
+    log = log_of(WORLD)
+    label = log.label.copy()
+    label[3] = value
+    with pytest.raises(DataError, match=f"a label is {value}.*; 0 and 1 are allowed"):
+        build_dataset(replace(log, label=label), HISTORIES)
 
 
 @given(event_lists)
@@ -149,8 +245,8 @@ def test_vocabularies_know_the_training_split_alone(events: list[Event]) -> None
         USER: {event.user for event in trained},
         ITEM: {event.item for event in trained},
         ACTION: {event.action for event in trained},
-        "genres": {genre for event in trained for genre in genres_of(event.item)},
-        "country": {country for event in trained for country in countries_of(event.user)},
+        "items.genres": {genre for event in trained for genre in genres_of(event.item)},
+        "context.country": {country for event in trained for country in countries_of(event.user)},
     }
     vocabularies = dataset.schema.vocabulary_by_column
     assert {column: set(vocabularies[column].ids) for column in vocabularies} == known
@@ -164,7 +260,8 @@ def test_what_only_the_test_split_has_is_unknown() -> None:
     known, unknown = (dataset.log.items.ids.index(item) for item in ("100", "104"))
     assert dataset.item_row[unknown] == UNKNOWN_ROW
     assert dataset.item_row[known] != UNKNOWN_ROW
-    assert dataset.action_row.tolist() == [NUM_RESERVED_ROWS, UNKNOWN_ROW]
+    # "buy" stands before "view".
+    assert dataset.action_row.tolist() == [UNKNOWN_ROW, NUM_RESERVED_ROWS]
     # Of the two genres of 104 the second is that of 100.
     assert (genres_of("100"), genres_of("104")) == (("g0",), ("g4", "g0"))
     values, lengths = dataset.item_attributes["genres"].take(np.array([unknown, known]))
@@ -179,14 +276,21 @@ def test_attributes_and_floats_stand_by_code(events: list[Event]) -> None:
     log, vocabularies = dataset.log, dataset.schema.vocabulary_by_column
     for code, item in enumerate(log.items.ids):
         rows, _ = dataset.item_attributes["genres"].take(np.array([code]))
-        assert rows.tolist() == vocabularies["genres"].rows(genres_of(item))
+        assert rows.tolist() == vocabularies["items.genres"].rows(genres_of(item))
         assert dataset.item_row[code] == vocabularies[ITEM].row(item)
     for code, user in enumerate(log.users.ids):
         rows, _ = dataset.context["country"].take(np.array([code]))
-        assert rows.tolist() == vocabularies["country"].rows(countries_of(user))
+        assert rows.tolist() == vocabularies["context.country"].rows(countries_of(user))
         assert dataset.user_row[code] == vocabularies[USER].row(user)
     prices = np.array([[price_of(item)] for item in log.items.ids])
     assert np.array_equal(dataset.item_floats, squash(prices))
+
+
+def test_the_users_of_events_are_counted_out_once() -> None:
+    """An array of all events was made anew at every batch."""
+    dataset = dataset_of(WORLD)
+    assert dataset.event_user is dataset.event_user
+    assert dataset.event_user.tolist() == [0] * 5 + [1] * 5
 
 
 def test_a_log_of_ids_alone_has_no_further_columns() -> None:
@@ -199,27 +303,32 @@ def test_a_log_of_ids_alone_has_no_further_columns() -> None:
     assert set(schema.vocabulary_by_column) == {USER, ITEM}
 
 
-def test_a_user_without_events_keeps_the_others_in_place() -> None:
-    """``first_users`` leaves users in the vocabulary of the log whose events are all gone."""
-    log = log_of([Event("u", "100", 1), *[Event("vv", "101", time) for time in range(4)]])
-    users = log.users._replace(ids=["u", "nobody", "vv", "nobody else"])
-    codes = np.where(users.codes == 1, 2, users.codes)
-    attributes = {"country": [("AT",)] * 4}
-    changed = type(log)(
-        users._replace(codes=codes),
-        log.items,
-        log.time,
-        log.label,
-        log.action,
-        log.item_attributes,
-        log.item_floats,
-        attributes,
-        log.report,
-    )
-    dataset = build_dataset(changed, HISTORIES)
-    assert dataset.user_offsets.tolist() == [0, 1, 1, 5, 5]
-    assert dataset.split.tolist() == [TRAIN, TRAIN, TRAIN, VALID, TEST]
-    assert dataset.user_row.tolist() == [2, UNKNOWN_ROW, 3, UNKNOWN_ROW]
+def test_ids_without_events_are_left_out() -> None:
+    """``users_to_test`` leaves ids in the log whose events are all gone."""
+    events = [Event("u", "100", 1), *[Event("vv", str(101 + time), time) for time in range(4)]]
+    log = users_to_test(log_of(events), 1)
+    assert log.users.ids == ["u", "vv"]
+    dataset = build_dataset(log, HISTORIES)
+    assert dataset.log.users.ids == ["vv"]
+    assert dataset.log.items.ids == ["101", "102", "103", "104"]
+    assert dataset.user_offsets.tolist() == [0, 4]
+    assert dataset.split.tolist() == [TRAIN, TRAIN, VALID, TEST]
+    assert dataset.user_row.tolist() == [2]
+
+
+@given(event_lists, st.integers(1, 3), st.randoms(use_true_random=False))
+def test_a_few_users_are_those_with_all_splits_whatever_the_order_of_rows(
+    events: list[Event], max_users: int, chance: Random
+) -> None:
+    """A log that began with users of one event each had nothing to test on with ``max_users``."""
+    times_by_user = {e.user: {o.time for o in events if o.user == e.user} for e in events}
+    ranked = sorted(times_by_user, key=lambda user: (len(times_by_user[user]) < 3, user))
+    shuffled = list(events)
+    chance.shuffle(shuffled)
+    dataset = build_dataset(users_to_test(log_of(shuffled), max_users), HISTORIES)
+    assert dataset.log.users.ids == sorted(ranked[:max_users])
+    kept = [event for event in events if event.user in ranked[:max_users]]
+    assert events_of(dataset) == events_of(dataset_of(kept))
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5))))

@@ -13,6 +13,7 @@ from tests.data.logs import (
     all_events,
     countries_of,
     genres_of,
+    in_order,
     log_of,
     one_user,
     price_of,
@@ -51,10 +52,7 @@ def requests(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def past_of(user: str, time: int, events: list[Event]) -> list[Event]:
-    return sorted(
-        (event for event in events if event.user == user and event.time < time),
-        key=lambda event: event.time,
-    )
+    return in_order([event for event in events if event.user == user and event.time < time])
 
 
 def test_requests_have_the_one_format(requests: list[dict[str, Any]]) -> None:

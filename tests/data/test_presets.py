@@ -2,12 +2,14 @@
 
 import gzip
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from torchrec_kvshare.data.files import FileFormat
 from torchrec_kvshare.data.interactions import ColumnMapping, read_interactions
 from torchrec_kvshare.data.presets import read_movielens, read_online_retail
 from torchrec_kvshare.data.tables import IdColumn
@@ -137,6 +139,77 @@ def test_online_retail_is_read_in_full(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(log.item_floats["price"], np.float32([3.75, 3.39, 5.95]))
     assert log.user_attributes == {"country": [("United Kingdom",), ("France",)]}
     assert log.item_attributes == {}
+
+
+def rewritten(header: str, dates: str) -> str:
+    """The rows under another header, their dates in another format."""
+    lines = [header]
+    for row in RETAIL_ROWS:
+        date = row.split("2010-12-01 ")[1].split(":00,")[0]
+        written = datetime.strptime(f"2010-12-01 {date}", "%Y-%m-%d %H:%M").strftime(dates)
+        lines.append(row.replace(f"2010-12-01 {date}:00", written))
+    return "\n".join([*lines, ""])
+
+
+@pytest.mark.parametrize(
+    "name", ["online_retail.csv", "online_retail_II.csv", "online_retail_II.csv.gz"]
+)
+def test_online_retail_ii_is_read_by_its_own_column_names(tmp_path: Path, name: str) -> None:
+    """`Invoice`, `Price` and `Customer ID` ended in a missing column."""
+    header = "Invoice,StockCode,Description,Quantity,InvoiceDate,Price,Customer ID,Country"
+    content = rewritten(header, "%Y-%m-%d %H:%M:%S").encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    log = read_online_retail(tmp_path)
+    (tmp_path / "first").mkdir()
+    first = read_online_retail(write_retail(tmp_path / "first"))
+    assert decoded(log.users) == decoded(first.users)
+    assert decoded(log.items) == decoded(first.items)
+    assert log.time.tolist() == first.time.tolist()
+    np.testing.assert_array_equal(log.item_floats["price"], first.item_floats["price"])
+    assert log.user_attributes == first.user_attributes
+    assert log.report.dropped == first.report.dropped
+
+
+DAY_AFTER_12 = "536374,85123A,HOLDER,1,{},2.95,12583.0,France\n"
+
+
+@pytest.mark.parametrize(
+    ("dates", "day_13"),
+    [
+        ("%m/%d/%Y %H:%M", "12/13/2010 8:26"),
+        ("%d/%m/%Y %H:%M", "13/12/2010 8:26"),
+        ("%m-%d-%Y %H:%M", "12-13-2010 08:26"),
+        ("%d-%m-%Y %H:%M", "13-12-2010 08:26"),
+    ],
+)
+def test_online_retail_tells_day_and_month_by_the_whole_column(
+    tmp_path: Path, dates: str, day_13: str
+) -> None:
+    """The dates of spreadsheet copies, `12/1/2010 8:26`, were a bad time in every row."""
+    content = rewritten(RETAIL_HEADER, dates) + DAY_AFTER_12.format(day_13)
+    (tmp_path / "online_retail.csv").write_text(content)
+    log = read_online_retail(tmp_path)
+    assert log.time[[0, -1]].tolist() == [1_291_191_960, 1_292_228_760]
+
+
+@pytest.mark.parametrize("dates", ["%m/%d/%Y %H:%M", "%d-%m-%Y %H:%M"])
+def test_online_retail_without_a_day_above_12_is_refused(tmp_path: Path, dates: str) -> None:
+    (tmp_path / "online_retail.csv").write_text(rewritten(RETAIL_HEADER, dates))
+    with pytest.raises(
+        DataError, match=r"has no day above 12, so that day and month.*time_format="
+    ):
+        read_online_retail(tmp_path)
+
+
+def test_online_retail_is_read_in_the_format_it_is_said_to_have(tmp_path: Path) -> None:
+    """A copy in latin-1 has a pound sign in a description."""
+    content = "\n".join([RETAIL_HEADER, *RETAIL_ROWS, ""]).replace(",HOLDER,", ",£1 HOLDER,")
+    path = tmp_path / "online_retail.csv"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=r"online_retail\.csv, line 2: byte 0xa3 is not utf-8"):
+        read_online_retail(tmp_path)
+    log = read_online_retail(tmp_path, FileFormat(encoding="latin-1"))
+    assert decoded(log.items) == ["85123A", "71053", "85123A", "15056bl"]
 
 
 @pytest.mark.parametrize("case", MOVIELENS_CASES)

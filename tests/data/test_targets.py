@@ -19,6 +19,7 @@ from tests.data.logs import (
     countries_of,
     event_lists,
     genres_of,
+    in_order,
     log_of,
     one_user,
     price_of,
@@ -50,6 +51,7 @@ from torchrec_kvshare.data.targets import (
     sample_negatives,
     windows_of,
 )
+from torchrec_kvshare.errors import DataError
 from torchrec_kvshare.features import collate, parse_request
 
 MAX_HISTORY, BLOCK = 9, 3
@@ -61,12 +63,6 @@ Events = list[Event]
 
 def dataset_of(events: Events) -> Dataset:
     return build_dataset(log_of(events), all_events(MAX_HISTORY, BLOCK))
-
-
-def in_order(events: Events) -> Events:
-    """By user of first appearance, then time, then place in the log."""
-    users = list(dict.fromkeys(event.user for event in events))
-    return sorted(events, key=lambda event: (users.index(event.user), event.time))
 
 
 def cut(events: Events) -> Events:
@@ -88,7 +84,8 @@ def all_targets(dataset: Dataset) -> Ints:
 
 def candidates_of(dataset: Dataset, targets: Ints) -> Ints:
     rng = np.random.default_rng(len(targets))
-    negatives = sample_negatives(dataset, targets, NUM_CANDIDATES - 1, rng)
+    shape = (len(targets), NUM_CANDIDATES - 1)
+    negatives = rng.integers(0, len(dataset.log.items.ids), shape)
     return np.concatenate([dataset.item[targets][:, None], negatives], axis=1)
 
 
@@ -227,7 +224,7 @@ def test_rows_of_a_batch_have_the_stride_of_their_kind(events: Events) -> None:
     assert dict(zip(features.keys(), features.stride_per_key(), strict=True)) == stride_by_key
     owner = np.repeat(np.arange(num_users), windows.num_targets * NUM_CANDIDATES).tolist()
     for key in stride_by_key:
-        is_candidates = key.startswith("candidates.")
+        is_candidates = key.split(".")[0] in ("candidates", "targets")
         expected = list(range(num_candidates)) if is_candidates else owner
         assert user_of_candidate(batch, key) == expected
 
@@ -242,11 +239,11 @@ def test_every_value_of_a_batch_is_that_of_the_log(events: Events) -> None:
     shown = [dataset.log.items.ids[code] for code in candidates.ravel()]
     assert shown[::NUM_CANDIDATES] == [target.item for target in targets]
     assert rows_of(batch, candidate_key(ITEM)) == [[row] for row in vocabularies[ITEM].rows(shown)]
-    genres = [vocabularies["genres"].rows(genres_of(item)) for item in shown]
+    genres = [vocabularies["items.genres"].rows(genres_of(item)) for item in shown]
     assert rows_of(batch, candidate_key("genres")) == genres
     users = [dataset.log.users.ids[code] for code in windows.user]
     assert rows_of(batch, USER) == [[row] for row in vocabularies[USER].rows(users)]
-    countries = [vocabularies["country"].rows(countries_of(user)) for user in users]
+    countries = [vocabularies["context.country"].rows(countries_of(user)) for user in users]
     assert rows_of(batch, context_key("country")) == countries
     times = np.repeat([target.time for target in targets], NUM_CANDIDATES)
     assert batch.sparse_features[CANDIDATE_TIME].values().tolist() == times.tolist()
@@ -261,7 +258,7 @@ def test_every_value_of_a_batch_is_that_of_the_log(events: Events) -> None:
 def test_attributes_stand_on_their_own_event(events: Events) -> None:
     dataset = dataset_of(events)
     windows, _, batch = whole_batch(dataset)
-    ordered, vocabulary = in_order(events), dataset.schema.vocabulary_by_column["genres"]
+    ordered, vocabulary = in_order(events), dataset.schema.vocabulary_by_column["items.genres"]
     read = [
         ordered[place]
         for first, length in zip(
@@ -344,6 +341,13 @@ def test_negatives_are_of_the_catalogue_and_never_the_target(events: Events, see
     assert negatives.shape == (len(events), 5)
     assert not (negatives == dataset.item[:, None]).any()
     assert np.isin(negatives, dataset.known_items).all()
+
+
+def test_a_catalogue_of_one_item_has_no_negatives() -> None:
+    """Its negatives were the target itself, labelled 0 beside the same item labelled 1."""
+    dataset = build_dataset(one_user([1, 2, 3, 4], ["100"] * 4), all_events(8, 4))
+    with pytest.raises(DataError, match="training split, has 1 item; negatives need at least 2"):
+        sample_negatives(dataset, np.array([0]), 1, np.random.default_rng(0))
 
 
 def test_negatives_cover_the_catalogue_evenly() -> None:

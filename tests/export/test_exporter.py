@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import asdict, replace
@@ -35,7 +36,12 @@ from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
-from torchrec_kvshare.export.artifact import artifact_folder, file_sha256, read_artifact
+from torchrec_kvshare.export.artifact import (
+    add_measured,
+    artifact_folder,
+    file_sha256,
+    read_artifact,
+)
 from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity, score_through_pages
 from torchrec_kvshare.export.triton import write_repository
@@ -130,7 +136,7 @@ def test_a_loaded_program_stays_bit_equal_call_after_call(
 def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: Path) -> None:
     written = json.loads((artifact / "manifest.json").read_text())
     assert set(written) == {
-        *("format", "runtime", "model_digest", "tables_digest", "tables", "encoder", "body"),
+        *("format", "runtime", "model_digest", "tables_digest", "tables", "encoder"),
         *(
             "towers",
             "columns",
@@ -145,7 +151,6 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
     }
     assert (written["format"], written["encoder"]) == (5, asdict(CAUSAL_SPEC))
     assert (written["runtime"], written["tables"]) == ("torchscript", "float32")
-    assert written["body"] == "flash"
     sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}
     assert written["audit"] == audit_model(model, SCHEMA).to_json()
@@ -168,7 +173,6 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
     assert sorted(path.name for path in artifact.iterdir()) == FILES
     description = {
         "encoder": written["encoder"],
-        "body": written["body"],
         "schema": SCHEMA.to_json(),
     }
     dense, tables = split_tables(model)
@@ -191,33 +195,12 @@ def test_another_weight_is_another_version(artifact: Path, tmp_path: Path) -> No
     assert manifest.model_version != read_artifact(artifact)[0].model_version
 
 
-def test_an_artifact_with_the_native_body_brings_its_operators_along(
-    model: RankingModel, artifact: Path, tmp_path: Path
-) -> None:
-    """A fresh process is told nothing but the folder."""
-    native = RankingModel(make_dlrm(seed=8), "native").eval()
-    manifest = export_model(native, SCHEMA, tmp_path / "native")
-    assert manifest.body == "native"
-    assert manifest.model_version != read_artifact(artifact)[0].model_version
-    assert found_in_fresh_process(tmp_path / "native")["logits"] == all_logits(native)
-    for sizes in BATCHES:
-        for one, other in zip(logits_of(native, sizes), logits_of(model, sizes), strict=True):
-            torch.testing.assert_close(one, other, rtol=0.0, atol=LOGIT_TOLERANCE)
-
-
 def test_a_program_that_extends_wrongly_is_found_out(model: RankingModel) -> None:
     wrong = copy.copy(model)
     wrong.extend = lambda *arguments: [kv + 0.1 for kv in model.extend(*arguments)]
     assert "extended_uncached" not in check_parity(wrong, model, SCHEMA, False, 0.0)
     with pytest.raises(ParityError, match="extended_uncached logits differ by"):
         check_parity(wrong, model, SCHEMA, True, 0.0)
-
-
-def test_a_body_that_is_not_torchscripts_cannot_be_exported(tmp_path: Path) -> None:
-    flex = RankingModel(make_dlrm(seed=8), "flex").eval()
-    with pytest.raises(ConfigError, match="attention body flex cannot be exported"):
-        export_model(flex, SCHEMA, tmp_path / "flex")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_exports_models_of_several_depths(artifact: Path, tmp_path: Path) -> None:
@@ -346,7 +329,7 @@ def test_golden_scores_are_the_eager_models(model: RankingModel, artifact: Path)
     golden = json.loads((artifact / "golden.json").read_text())
     raws = [one["request"] for one in golden]
     assert [len(raw["history"]["item_id"]) for raw in raws] == [0, 1, 4, 7, 17]
-    answers = Engine(model, SCHEMA, "model-tables", store=None).rank(parse_all(raws))
+    answers = Engine(model, SCHEMA, store=None).rank(parse_all(raws))
     assert [one["scores"] for one in golden] == [answer.scores for answer in answers]
 
 
@@ -412,13 +395,103 @@ def test_a_program_that_differs_from_its_model_leaves_nothing_behind(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_says_nan_leaves_nothing_behind(tmp_path: Path) -> None:
-    dlrm = make_dlrm(seed=8)
-    with torch.no_grad():
-        tower_of(dlrm).head.bias[3] = math.nan
-    with pytest.raises(ParityError, match="differ by nan"):
-        export_model(RankingModel(dlrm).eval(), SCHEMA, tmp_path / "artifact")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("head.bias", 3),
+        ("bag_user_id.weight", (4, 2)),
+        ("token_items_genres.weight", (5, slice(2, 9))),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named_and_leaves_nothing_behind(
+    tmp_path: Path, name: str, place: Any, value: float
+) -> None:
+    """A row of NaN in a table that no drawn request reads was exported, and its user had none of
+    its scores."""
+    model = RankingModel(make_dlrm(seed=8)).eval()
+    weight = next(one for full, one in model.state_dict().items() if full.endswith(name))
+    weight[place] = value
+    num_wrong, num = int((~weight.isfinite()).sum()), weight.numel()
+    message = re.escape(f"{name} holds {num_wrong} numbers that are not finite, of {num};")
+    with pytest.raises(ArtifactError, match=message):
+        export_model(model, SCHEMA, tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tables", "value", "message"),
+    [
+        (
+            "float16",
+            70_000.0,
+            "table token_items_genres holds 1 numbers that are not finite, of 108;",
+        ),
+        (
+            "int8",
+            1e8,
+            "scales of table token_items_genres holds 1 numbers that are not finite, of 9;",
+        ),
+        (
+            "int4",
+            -1e6,
+            "scales of table token_items_genres holds 1 numbers that are not finite, of 9;",
+        ),
+    ],
+)
+def test_a_number_too_great_for_fewer_bits_is_named_and_leaves_nothing_behind(
+    tmp_path: Path, tables: str, value: float, message: str
+) -> None:
+    """float16 ends at 65504: a table of finite numbers became one of infinite ones."""
+    model = RankingModel(make_dlrm(seed=8)).eval()
+    with torch.no_grad():
+        model.collection.token_embeddings.embeddings["token_items_genres"].weight[5, 7] = value
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        export_model(model, SCHEMA, tmp_path / "artifact", tables=tables)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_logits_overflow_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Of an infinite logit the score is 1, which looks like one."""
+    model = RankingModel(make_dlrm(seed=8)).eval()
+    with torch.no_grad():
+        for parameter in model.ranker.over_arch.parameters():
+            parameter.fill_(3e38)
+    with pytest.raises(ParityError, match="the model has logits that are not finite"):
+        export_model(model, SCHEMA, tmp_path / "artifact")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_nan_differ(model: RankingModel) -> None:
+    def says_nan(*tensors: Any) -> Tensor:
+        return model(*tensors) * math.nan
+
+    wrong = copy.copy(model)
+    wrong.score = lambda *tensors: model.score(*tensors) * math.nan
+    with pytest.raises(ParityError, match="cached_uncached logits differ by nan"):
+        check_parity(wrong, model, SCHEMA, False, LOGIT_TOLERANCE)
+    with pytest.raises(ParityError, match="exported_eager logits differ by nan"):
+        check_parity(model, says_nan, SCHEMA, False, LOGIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("field", ["codecs", "break_even_events"])
+def test_a_figure_that_is_not_finite_is_not_added(broken: Path, field: str) -> None:
+    """It was written as NaN, which is no JSON, and no other reader could read the manifest."""
+    before = (broken / "manifest.json").read_bytes()
+    with pytest.raises(ArtifactError, match="a figure of the manifest is not finite"):
+        add_measured(broken, **{field: {"fp8": {"score_difference": math.nan}}})
+    assert (broken / "manifest.json").read_bytes() == before
+    assert sorted(path.name for path in broken.iterdir()) == FILES
+
+
+def test_a_golden_score_of_nan_is_refused(broken: Path) -> None:
+    golden = json.loads((broken / "golden.json").read_text())
+    golden[3]["scores"][1] = math.nan
+    (broken / "golden.json").write_text(json.dumps(golden))
+    digests = read_sha256(broken) | {"golden.json": file_sha256(broken / "golden.json")}
+    rewrite(broken, sha256_by_file=digests)
+    with pytest.raises(ArtifactError, match="it was exported with nan"):
+        load_artifact(broken)
 
 
 def test_what_is_there_is_never_overwritten(model: RankingModel, tmp_path: Path) -> None:
@@ -478,11 +551,12 @@ def test_an_artifact_of_compiled_graphs_is_served_by_the_same_engine(tmp_path: P
     vocabularies = {name: SCHEMA.vocabulary_by_column[name] for name in ("user_id", "item_id")}
     bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
     model = RankingModel(make_dlrm(seed=5, schema=bare)).eval()
-    manifest = export_model(model, bare, tmp_path / "a", runtime="pt2")
+    key = b"a secret"
+    manifest = export_model(model, bare, tmp_path / "a", runtime="pt2", key=key)
     assert 0.0 < manifest.parity["exported_eager"] <= LOGIT_TOLERANCE
-    artifact = load_artifact(tmp_path / "a")
+    artifact = load_artifact(tmp_path / "a", key)
     requests = parse_all([draw_raw(9, 4, 1, bare), draw_raw(30, 2, 2, bare)], bare)
-    expected = [one.scores for one in Engine(model, bare, "model-tables", None).rank(requests)]
+    expected = [one.scores for one in Engine(model, bare, None).rank(requests)]
     engine = new_engine(artifact)
     for status in ("miss", "hit"):
         for answer, scores in zip(engine.rank(requests), expected, strict=True):

@@ -1,6 +1,7 @@
 """A program scores plain tensors as the engine scores requests; its own cache is never stale."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.core.encoder_worlds import (
     world_of,
 )
 from tests.core.worlds import (
+    HEAD_DIM,
     NUM_HEADS,
     PROBABILITY_TOLERANCE,
     SCHEMA,
@@ -35,11 +37,12 @@ from torchrec_kvshare.data.schema import HISTORY, FeatureSchema, History, Window
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.export.program import RankingProgram
 from torchrec_kvshare.export.program_cache import PAGE_SIZE, leading_equal
-from torchrec_kvshare.export.torchscript import load_program, write_torchscript
+from torchrec_kvshare.export.quantised import TABLE_DTYPES, quantise_tables
+from torchrec_kvshare.export.torchscript import load_program, script_model, write_torchscript
 from torchrec_kvshare.features import parse_request
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.tensors import request_tensors, user_key
+from torchrec_kvshare.tensors import input_specs, request_tensors, user_key
 
 Raw = dict[str, Any]
 
@@ -86,7 +89,7 @@ def rank(
 def uncached(
     raws: list[Raw], model: RankingModel = LONG_MODEL, schema: FeatureSchema = LONG
 ) -> Tensor:
-    engine = Engine(model, schema, "model-tables", store=None)
+    engine = Engine(model, schema, store=None)
     answers = engine.rank([parse_request(raw, schema) for raw in raws])
     return torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
 
@@ -170,10 +173,24 @@ def test_an_anchor_that_moves_is_a_miss() -> None:
     assert_right(scores, uncached([raw]))
 
 
+def test_events_that_left_at_the_front_are_told_from_edited_ones() -> None:
+    """A client that sends its last events, and does not say which they are, was told ``edited``."""
+    program = new_program()
+    whole = user("a", 60)
+    whole["history"]["time"] = [1000 * place for place in range(60)]
+    assert rank(program, [cut(whole, 5, 45)])[1] == [Use("miss", "cold", 0, 40)]
+    assert rank(program, [cut(whole, 6, 46)])[1] == [Use("miss", "slid", 0, 40)]
+    other = edited(cut(whole, 6, 46), 0)
+    scores, uses = rank(program, [other])
+    assert uses == [Use("miss", "edited", 0, 40)]
+    assert_right(scores, uncached([other]))
+
+
 @pytest.mark.parametrize("shift", [TTL_S + 1, -TTL_S - 1])
 def test_k_v_expires_by_the_times_of_its_users_requests(shift: float) -> None:
     program = new_program()
     raw = user("a", 40)
+    raw |= {"time": raw["time"] + 2 * int(TTL_S)}  # An earlier request is after its events too.
     rank(program, [raw, user("b", 40)])
     later = raw | {"time": raw["time"] + int(shift)}
     scores, [use] = rank(program, [later])
@@ -427,18 +444,198 @@ def test_columns_of_one_history_have_the_same_lengths() -> None:
         new_program().rank(features)
 
 
+@pytest.mark.parametrize("name", ["candidates.genres", "context.country"])
+def test_a_bag_or_a_request_with_too_many_ids_is_refused(name: str) -> None:
+    program = new_program()
+    features = tensors_of([user("a", 9, 1), user("b", 8, 2)])
+    lengths = features[f"{name}.lengths"]
+    last = torch.zeros_like(lengths)
+    last[-1] = 1
+    # As many ids as all others have, and so many more in the last bag, which is b's.
+    longer = torch.full([10_001 - int(lengths[-1])], 2)
+    features[f"{name}.lengths"] = lengths + last * longer.numel()
+    features[f"{name}.values"] = torch.cat([features[f"{name}.values"], longer])
+    with pytest.raises(ValueError, match=rf"{name}.lengths holds 10001 at place .*; from 0 to 100"):
+        program.rank(features)
+    program.max_request_ids = 10_000
+    features[f"{name}.lengths"] -= last
+    features[f"{name}.values"] = features[f"{name}.values"][:-1]
+    with pytest.raises(ValueError, match=r"request 1 has 100\d\d ids in multi-valued columns"):
+        program.rank(features)
+
+
 def test_more_events_than_the_window_holds_are_refused() -> None:
     wide = replace(SCHEMA, histories=(History(HISTORY, Window(4 * PAGE_SIZE, 8)),))
     features = tensors_of([user("a", 100)], wide)
-    with pytest.raises(ValueError, match="holds 100 events; at most 96 are allowed"):
+    with pytest.raises(ValueError, match=r"item_id\.lengths holds 100 at place 0; from 0 to 96"):
         new_program()(features)
 
 
-def test_an_id_beyond_its_table_is_an_error() -> None:
+METHODS = ("forward", "rank", "prefill", "extend", "score")
+ALL_IDS = (
+    *("user_id", "context.country.values", "history.item_id.values", "history.action.values"),
+    *("history.genres.values", "candidates.item_id.values", "candidates.genres.values"),
+)
+
+
+@pytest.fixture(scope="module", params=TABLE_DTYPES)
+def any_program(request: pytest.FixtureRequest) -> RankingProgram:
+    """A TorchScript program over tables of each dtype."""
+    model = quantise_tables(LONG_MODEL, request.param)
+    scripted: RankingProgram = script_model(RankingProgram(model, LONG, "model-tables").eval())
+    return scripted
+
+
+def call(program: RankingProgram, method: str, features: dict[str, Tensor]) -> object:
+    """One of a program's methods, with what it takes beside the tensors of two requests."""
+    nothing = torch.empty(4, 0, NUM_HEADS, HEAD_DIM)
+    if method == "extend":
+        return program.extend(features, [nothing], [[0, 0]])
+    if method == "score":
+        return program.score(features, [nothing])
+    return getattr(program, method)(features)
+
+
+def assert_all_refuse(program: RankingProgram, features: dict[str, Tensor], message: str) -> None:
+    for method in METHODS:
+        with pytest.raises((ValueError, torch.jit.Error), match=message):
+            call(program, method, features)
+    assert program.held_bytes() == 0
+
+
+@pytest.mark.parametrize("name", ALL_IDS)
+def test_a_row_that_no_table_has_is_refused_by_name(any_program: RankingProgram, name: str) -> None:
+    """A program over int8 tables scored -1 as a row of zeros, and float32 raised from deep inside
+    without a name."""
+    good = tensors_of([user("a", 9), user("b", 20, 2)])
+    [most] = [spec.most for spec in input_specs(LONG) if spec.name == name]
+    assert most is not None
+    for row in (-1, most + 1, 2**63 - 1, -(2**63)):
+        rows = good[name].clone()
+        rows[1] = row
+        message = re.escape(f"{name} holds {row} at place 1; from 0 to {most} is allowed")
+        assert_all_refuse(any_program, good | {name: rows}, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("time", -1, r"time holds -1 at place 1; from 0 to 4102444800 is allowed"),
+        ("time", 4_102_444_801, r"time holds 4102444801 at place 1"),
+        ("history.time.values", -5, r"history\.time\.values holds -5 at place 1; from 0 to"),
+        ("history.first_event", -1, r"history\.first_event holds -1 at place 1; from 0 to"),
+    ],
+)
+def test_a_number_outside_the_manifests_range_is_refused_by_name(
+    any_program: RankingProgram, name: str, value: int, message: str
+) -> None:
+    features = tensors_of([user("a", 9), user("b", 20, 2)])
+    features[name][1] = value
+    assert_all_refuse(any_program, features, message)
+
+
+def test_events_that_are_not_oldest_first_are_refused(any_program: RankingProgram) -> None:
+    """A history in reverse was scored without a word."""
+    features = tensors_of([user("a", 9), user("b", 20, 2)])
+    times = features["history.time.values"]
+    times[:9] = 1800  # of another request
+    times[9:12] = 5
+    times[12], times[13] = 1700, 1699
+    name = r"history\.time\.values"
+    message = rf"{name}\[13\] is 1699, before {name}\[12\] = 1700: events are given oldest first"
+    assert_all_refuse(any_program, features, message)
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_an_event_that_is_not_before_its_request_is_refused(
+    any_program: RankingProgram, seconds: int
+) -> None:
+    """Training sees strictly earlier events only; a program scored any."""
+    features = tensors_of([user("a", 9), user("b", 20, 2)])
+    request_time = int(features["time"][1])
+    features["history.time.values"][28] = request_time + seconds
+    message = (
+        rf"history\.time\.values\[28\] is {request_time + seconds}, not before the request's time "
+        rf"{request_time}"
+    )
+    assert_all_refuse(any_program, features, message)
+
+
+def test_the_time_of_one_user_may_be_before_that_of_the_one_before() -> None:
+    early, late = user("a", 9), user("b", 20, 2)
+    early["time"], late["time"] = sorted([early["time"], late["time"]])
+    raws = [moved_to(one, early["time"] - 500_000) for one in (early, late)]
+    scores, _ = rank(new_program(), [raws[1], raws[0]])
+    assert_right(scores, uncached([raws[1], raws[0]]))
+
+
+def moved_to(raw: Raw, time: int) -> Raw:
+    """The request at another time, its events as long before it as they were."""
+    seconds = time - raw["time"]
+    times = [one + seconds for one in raw["history"]["time"]]
+    return raw | {"time": time, "history": raw["history"] | {"time": times}}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("user_id", Tensor.float, "user_id holds no int64"),
+        ("user_key", Tensor.int, "user_key holds no int64"),
+        ("history.item_id.values", Tensor.double, r"history\.item_id\.values holds no int64"),
+        ("candidates.item_id.lengths", Tensor.int, r"item_id\.lengths holds no int64"),
+        ("time", lambda t: t.unsqueeze(1), "time has 2 dimensions; it must have 1"),
+        ("candidates.dense", Tensor.double, r"candidates\.dense holds no float32"),
+        ("candidates.dense", lambda t: t[:, :3], r"dense is \[6, 3\]; it must be \[C, 5\]"),
+        ("candidates.dense", lambda t: t[0], r"candidates\.dense is \[5\]"),
+        ("candidates.dense", lambda t: t * torch.nan, r"dense: 30 of 30 numbers are not finite"),
+        ("candidates.dense", lambda t: t.clamp(min=torch.inf), r"dense: 30 of 30 numbers are not"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused_by_name(
+    any_program: RankingProgram, name: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    features = tensors_of([user("a", 9), user("b", 20, 2)])
+    assert_all_refuse(any_program, features | {name: change(features[name])}, message)
+
+
+def test_every_input_that_is_missing_is_named(any_program: RankingProgram) -> None:
+    good = tensors_of([user("a", 9), user("b", 20, 2)])
+    assert set(good) == {spec.name for spec in input_specs(LONG)}
+    for name in good:
+        rest = {other: tensor for other, tensor in good.items() if other != name}
+        assert_all_refuse(any_program, rest, re.escape(f"{name} is missing"))
+
+
+def test_dense_features_whose_sum_overflows_are_finite() -> None:
     features = tensors_of([user("a", 9)])
-    features["history.item_id.values"][4] = SCHEMA.num_rows("item_id")
-    with pytest.raises(IndexError):
-        new_program()(features)
+    features["candidates.dense"][:, 4] = 3e38
+    with torch.no_grad():
+        assert new_program()(features).isfinite().all()
+
+
+def broken_model(value: float) -> RankingModel:
+    """A model with one number that is not finite, which every candidate's score reads."""
+    model = RankingModel(make_dlrm(6, LONG)).eval()
+    with torch.no_grad():
+        list(model.ranker.parameters())[-1].fill_(value)
+    return model
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_not_finite_are_refused(value: float) -> None:
+    """A NaN was given to the host as a score, and of an infinite logit the score was 0 or 1."""
+    program = new_program(broken_model(value))
+    features = tensors_of([user("a", 9), user("b", 20, 2)])
+    for method in ("forward", "rank"):
+        with pytest.raises(ValueError, match=r"for candidates 0, 1, 2, 3, 4, 5$"):
+            call(program, method, features)
+
+
+def test_of_many_scores_that_are_not_finite_ten_are_named() -> None:
+    features = tensors_of([user("a", 9, num_candidates=25)])
+    message = r"for candidates 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 15 more$"
+    with pytest.raises(ValueError, match=message):
+        new_program(broken_model(torch.nan))(features)
 
 
 @pytest.mark.parametrize(

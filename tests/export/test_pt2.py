@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +17,19 @@ from torch import Tensor
 
 from tests.core.encoder_worlds import LONGER_WINDOW, SLIDING_WINDOW
 from tests.core.worlds import LOGIT_TOLERANCE, SCHEMA, draw_raw, fresh_process, make_dlrm, parse_all
+from torchrec_kvshare.attention.library import library_path
 from torchrec_kvshare.data.schema import FeatureSchema, History
+from torchrec_kvshare.deterministic import compute_rows_alone, require_determinism
 from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ArtifactError
-from torchrec_kvshare.export.padded import Inputs
 from torchrec_kvshare.export.parity import score_extended, score_through_pages
 from torchrec_kvshare.export.pt2 import (
     GRAPHS,
+    WEIGHTS,
+    CompiledRanking,
     Graph,
-    PaddedRanking,
+    Inputs,
+    example_sizes,
     graph_inputs,
     load_pt2,
     write_pt2,
@@ -52,7 +57,7 @@ class World(NamedTuple):
     spec: TowerSpec
 
 
-# Between them they have everything a model can have; test_padded.py has it for every kind.
+# Between them they have everything a model can have; test_graphs.py has it for every kind.
 WORLD_BY_KIND = {
     CAUSAL: World(SCHEMA, TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2)),
     BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 2, 2)),
@@ -84,10 +89,16 @@ FOREIGN_PROGRAM = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
-folder, asked, answered = sys.argv[1:]
+operators, folder, asked, answered = sys.argv[1:]
+torch.ops.load_library(operators)
 graphs = json.load(open(f"{folder}/graphs.json"))["graphs"]
-load = torch._inductor.aoti_load_package
-loaders = {name: load(f"{folder}/{graph['file']}").loader for name, graph in graphs.items()}
+weights = torch.load(f"{folder}/weights.pt", mmap=True)
+loaders = {}
+for name, graph in graphs.items():
+    package = torch._inductor.aoti_load_package(f"{folder}/{graph['file']}")
+    own = {key: weights[key] for key in package.get_constant_fqns()}
+    package.load_constants(own, check_full_update=True, user_managed=True)
+    loaders[name] = package.loader
 num_threads = len(os.listdir("/proc/self/task"))
 answers = []
 for name, inputs in torch.load(asked):
@@ -136,7 +147,7 @@ def recording(graphs: dict[str, Graph], asked: list[tuple[str, Inputs]]) -> dict
 def answer_elsewhere(folder: Path, asked: list[tuple[str, Inputs]]) -> tuple[Any, Iterator[Any]]:
     """What a process of torch alone says of itself, and what its graphs answer."""
     torch.save(asked, folder / "asked")
-    files = [str(folder), str(folder / "asked"), str(folder / "answered")]
+    files = [str(library_path()), str(folder), str(folder / "asked"), str(folder / "answered")]
     output, errors = fresh_process(FOREIGN_PROGRAM, *files).communicate()
     assert output, errors
     return json.loads(output), iter(torch.load(folder / "answered"))
@@ -154,26 +165,46 @@ def sources_of(path: Path) -> str:
 def test_compiled_graphs_say_what_the_model_says(kind: str, tmp_path: Path) -> None:
     world = WORLD_BY_KIND[kind]
     eager = RankingModel(make_dlrm(8, *world)).eval()
+    if kind == HSTU:
+        eager = compute_rows_alone(eager)
     files = write_pt2(eager, world.schema, tmp_path)
-    names = ["prefill", *([] if kind == BIDIRECTIONAL else ["extend"]), "rank"]
-    assert files == [GRAPHS, *(f"{name}.pt2" for name in names)]
+    names = ["encode", "score"]
+    assert files == [GRAPHS, WEIGHTS, *(f"{name}.pt2" for name in names)]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     loaded = load_pt2(tmp_path, world.schema, asdict(world.spec))
-    assert isinstance(loaded, PaddedRanking)
+    assert isinstance(loaded, CompiledRanking)
+    if kind == HSTU:
+        require_determinism(loaded, world.schema)
     asked: list[tuple[str, Inputs]] = []
-    here = PaddedRanking(recording(dict(loaded.graphs), asked), world.schema, world.spec)
+    here = CompiledRanking(
+        recording(dict(loaded.graphs), asked), world.schema, world.spec, loaded.weights
+    )
     for users in BATCHES:
         assert_equals_eager(here, eager, world, users)
     assert {name for name, _ in asked} == set(names)
     found, answers = answer_elsewhere(tmp_path, asked)
     assert found == {"new_threads": 0, "modules": []}
-    there = PaddedRanking(dict.fromkeys(names, lambda _: next(answers)), world.schema, world.spec)
+    there = CompiledRanking(
+        dict.fromkeys(names, lambda _: next(answers)), world.schema, world.spec, {}
+    )
     for users in BATCHES:
         assert_equals_eager(there, eager, world, users)
     for name in names:
         sources = sources_of(tmp_path / f"{name}.pt2")
         assert "omp parallel" in sources
         assert "num_threads(" not in sources  # Not the number of whoever compiled it.
+
+
+@pytest.mark.parametrize("max_history", [1, 2, 5, 7, 99, 100, 200])
+def test_the_examples_of_an_export_have_nothing_in_common(max_history: int) -> None:
+    """With two histories for an example, a graph was one for two and read past the end for one."""
+    window = replace(SLIDING_WINDOW, max_history=max_history, block=1)
+    schema = replace(SCHEMA, histories=(History("history", window),))
+    model = RankingModel(make_dlrm(8, schema, WORLD_BY_KIND[CAUSAL].spec)).eval()
+    for inputs in graph_inputs(model, schema).values():
+        sizes = sorted(example_sizes(inputs, schema).values())
+        assert sizes[0] >= 5
+        assert all(other - one >= 3 for one, other in pairwise(sizes))
 
 
 def test_a_graph_for_another_cpu_is_refused(tmp_path: Path) -> None:
@@ -184,10 +215,11 @@ def test_a_graph_for_another_cpu_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_graph_is_named(tmp_path: Path) -> None:
     cpu = torch.backends.cpu.get_cpu_capability()
-    graphs = {"rank": {"file": "rank.pt2", "inputs": []}}
+    graphs = {"score": {"file": "score.pt2", "inputs": []}}
     (tmp_path / GRAPHS).write_text(json.dumps({"cpu": cpu, "graphs": graphs}))
-    (tmp_path / "rank.pt2").write_text("no graph")
-    with pytest.raises(ArtifactError, match=r"rank\.pt2 cannot be loaded"):
+    torch.save({}, tmp_path / WEIGHTS)
+    (tmp_path / "score.pt2").write_text("no graph")
+    with pytest.raises(ArtifactError, match=r"score\.pt2 cannot be loaded"):
         load_pt2(tmp_path, BARE, asdict(WORLD_BY_KIND[CAUSAL].spec))
 
 
@@ -197,25 +229,42 @@ def test_inputs_are_described_for_hosts_of_any_language() -> None:
         graph: {name: (dtype, shape) for name, dtype, shape in inputs}
         for graph, inputs in graph_inputs(model, SCHEMA).items()
     }
-    assert described["prefill"] == {
-        "history.item_id": ("int64", ("users", "history.events")),
-        "history.action": ("int64", ("users", "history.events")),
-        "history.position": ("int64", ("users", "history.events")),
-        "history.genres.values": ("int64", ("history.genres.ids",)),
-        "history.genres.lengths": ("int64", ("users", "history.events")),
+    kv_sizes = (3, 4)
+    users, histories = ("int64", ("users",)), ("int64", ("histories",))
+    candidates, events = ("int64", ("candidates",)), ("int64", ("history.events",))
+
+    def ids(key: str) -> tuple[str, tuple[str]]:
+        return ("int64", (f"{key}.ids",))
+
+    times = {"history.time.values": events, "history.time.lengths": histories}
+    assert described["encode"] == times | {
+        "history.item_id.values": events,
+        "history.item_id.lengths": histories,
+        "history.action.values": events,
+        "history.action.lengths": histories,
+        "history.genres.values": ids("history.genres"),
+        "history.genres.lengths": events,
+        "request.first_place.history.values": histories,
+        "request.first_place.history.lengths": histories,
+        "history.kv": ("float32", (4, "history.cached", *kv_sizes)),
+        "history.rows": histories,
     }
-    kv = {"history.kv": ("float32", (4, "history.table", 3, 4))}
-    cached = {"history.rows": ("int64", ("users", "history.cached"))}
-    assert described["extend"] == described["prefill"] | kv | cached
-    assert described["rank"] == kv | {
-        "user_id": ("int64", ("users",)),
-        "request.time": ("int64", ("users",)),
-        "context.country.values": ("int64", ("context.country.ids",)),
-        "context.country.lengths": ("int64", ("users",)),
-        "candidates.item_id": ("int64", ("users", "candidates")),
-        "candidates.genres.values": ("int64", ("candidates.genres.ids",)),
-        "candidates.genres.lengths": ("int64", ("users", "candidates")),
-        "candidates.dense": ("float32", ("users", "candidates", 5)),
-        "history.time": ("int64", ("users", "history.events")),
-        "history.rows": ("int64", ("users", "history.events")),
+    assert described["score"] == times | {
+        "user_id.values": users,
+        "user_id.lengths": users,
+        "request.time.values": users,
+        "request.time.lengths": users,
+        "request.history.values": users,
+        "request.history.lengths": users,
+        "context.country.values": ids("context.country"),
+        "context.country.lengths": users,
+        "candidates.item_id.values": candidates,
+        "candidates.item_id.lengths": candidates,
+        "candidates.genres.values": ids("candidates.genres"),
+        "candidates.genres.lengths": candidates,
+        "candidates.request": candidates,
+        "candidates.dense": ("float32", ("candidates", 5)),
+        "request.pages.history.values": ids("request.pages.history"),
+        "request.pages.history.lengths": histories,
+        "history.kv": ("float32", (4, "history.pages", "history.page_rows", *kv_sizes)),
     }

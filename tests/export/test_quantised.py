@@ -33,6 +33,7 @@ from tests.core.worlds import (
     make_dlrm,
     parse_all,
 )
+from torchrec_kvshare.attention.library import library_path
 from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.bags import user_candidate_bags
 from torchrec_kvshare.cache.identity import model_digest
@@ -168,9 +169,9 @@ def test_fewer_bits_are_farther_from_float32(model: RankingModel) -> None:
 def test_an_engine_caches_k_v_and_items_of_quantised_tables(quantised: RankingModel) -> None:
     raws = [raw | {"user_id": f"user {place}"} for place, raw in enumerate(draw_raws(USERS))]
     requests = parse_all(raws)
-    expected = Engine(quantised, SCHEMA, "model-tables", store=None).rank(requests)
+    expected = Engine(quantised, SCHEMA, store=None).rank(requests)
     store, items = KVStore(make_caches(quantised, [40])), ItemCache(50, SCHEMA)
-    engine = Engine(quantised, SCHEMA, "model-tables", store, items)
+    engine = Engine(quantised, SCHEMA, store, items)
     for status in ("miss", "hit"):
         answers = engine.rank(requests)
         assert_same_scores(answers, expected)
@@ -207,6 +208,7 @@ FRESH_PROGRAM = """
 import json, sys
 import fbgemm_gpu, torch
 torch.set_num_threads(1)
+torch.ops.load_library(sys.argv[2])
 loaded = torch.jit.load(sys.argv[1])
 from tests.export.test_quantised import BATCHES, batch_of, logits
 print(json.dumps([logits(loaded, batch_of(users)).tolist() for users in BATCHES]))
@@ -219,7 +221,7 @@ def test_a_fresh_process_scores_as_eager_does_bit_for_bit(
 ) -> None:
     path = tmp_path / "model.pt"
     torch.jit.save(program, str(path))
-    output, errors = fresh_process(FRESH_PROGRAM, str(path)).communicate()
+    output, errors = fresh_process(FRESH_PROGRAM, str(path), str(library_path())).communicate()
     expected = [logits(quantised, batch_of(users)).tolist() for users in BATCHES]
     assert output == f"{expected}\n", errors
 
@@ -268,12 +270,19 @@ def assert_refuses_unknown_rows(model: nn.Module) -> None:
     batch.sparse_features.values()[0] = SCHEMA.num_rows("user_id")
     with pytest.raises(RuntimeError, match="idx < num_rows"):
         logits(model, batch)
+    for row in (-1, -7, -(2**63)):
+        for key in ("user_id", "candidates.item_id", "history.action"):
+            batch = batch_of([(3, 2, 1)])
+            batch.sparse_features[key].values()[0] = row
+            with pytest.raises((ValueError, torch.jit.Error), match=f"holds row {row}; rows from"):
+                logits(model, batch)
 
 
 def test_a_row_that_no_table_has_is_an_error(
     quantised: RankingModel, program: torch.jit.ScriptModule
 ) -> None:
-    """Upstream's tables read row 0 for it."""
+    """Upstream's tables read row 0 for it, and none for a negative one, which they take for a
+    pruned row."""
     assert_refuses_unknown_rows(quantised)
     assert_refuses_unknown_rows(program)
 
@@ -292,7 +301,7 @@ def test_one_number_of_one_table_is_another_digest(model: RankingModel, dtype: s
     assert digest(quantise_tables(model, dtype)) == expected
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.collection.token_embeddings.embeddings["token_genres"].weight[5, 7] += 1.0
+        other.collection.token_embeddings.embeddings["token_items_genres"].weight[5, 7] += 1.0
     assert digest(quantise_tables(other, dtype)) != expected
 
 
@@ -304,7 +313,8 @@ def test_dense_weights_are_the_float_models(model: RankingModel, quantised: Rank
 
 
 def test_bytes_are_those_of_rows_and_what_is_beside_their_numbers(model: RankingModel) -> None:
-    columns = ["user_id", "country", "item_id", "genres", "item_id", "action", "genres"]
+    columns = ["user_id", "context.country", "item_id", "items.genres", "item_id", "action"]
+    columns += ["items.genres"]
     num_rows = sum(SCHEMA.num_rows(column) for column in columns) + MAX_HISTORY
     assert table_bytes(model) == num_rows * DIM * 4
     # Two bytes of scale and two of bias; a row starts at a multiple of 16, a table at one of 128.
@@ -386,8 +396,8 @@ LARGE_COUNTRIES = replace(
     SCHEMA,
     vocabulary_by_column=SCHEMA.vocabulary_by_column
     | {
-        "country": Vocabulary([f"country {place}" for place in range(40)]),
-        "genres": Vocabulary([f"genre {place}" for place in range(50)]),
+        "context.country": Vocabulary([f"country {place}" for place in range(40)]),
+        "items.genres": Vocabulary([f"genre {place}" for place in range(50)]),
     },
 )
 
@@ -429,7 +439,7 @@ def test_shards_have_a_state_with_their_bytes(model: RankingModel, sharded: Rank
     assert digest(shard_tables(model, "int8", 2)) == digest(sharded)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.collection.bags.user_bags.embedding_bags["bag_country"].weight[2, 5] += 1.0
+        other.collection.bags.user_bags.embedding_bags["bag_context_country"].weight[2, 5] += 1.0
     assert digest(shard_tables(other, "int8", 2)) != digest(sharded)
 
 

@@ -4,6 +4,7 @@ Triton itself is not in Debian or on PyPI, so its server is not run here.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from tests.core.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm
 from torchrec_kvshare.assembly import new_engine
 from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.export.artifact import SIGNATURE, read_artifact, write_manifest
 from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.torchscript import load_program
 from torchrec_kvshare.export.triton import write_repository
@@ -95,6 +97,14 @@ def test_the_programs_forward_gives_what_its_config_says(artifact: Path, reposit
         assert difference <= PROBABILITY_TOLERANCE
 
 
+def test_the_programs_forward_refuses_what_its_manifest_does_not_allow(repository: Path) -> None:
+    program = load_program(repository / "shop" / "1" / "model.pt")
+    features = request_tensors(parse_all(RAWS), SCHEMA)
+    features["candidates.item_id.values"][2] = -1
+    with pytest.raises(torch.jit.Error, match=r"candidates\.item_id\.values holds -1 at place 2"):
+        program(features)
+
+
 class StandInTensor(NamedTuple):
     """Triton's tensor, as far as a model sees it."""
 
@@ -152,6 +162,32 @@ def test_the_python_backend_answers_every_line_in_its_place(
     scores = [answers[0][0]["scores"], answers[2][0]["scores"], answers[0][2]["scores"]]
     for got, expected in zip(scores, uncached_scores(artifact, RAWS), strict=True):
         assert got == pytest.approx(expected, abs=PROBABILITY_TOLERANCE, rel=0.0)
+
+
+def test_an_engine_whose_config_names_a_key_loads_no_artifact_without_its_signature(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("utils"))
+    key = tmp_path / "key"
+    key.write_text("a secret\n")
+    with pytest.raises(ArtifactError, match=r"is not signed: it has no manifest\.mac"):
+        write_repository(artifact, tmp_path / "never", key_file=str(key))
+    signed = tmp_path / "signed"
+    shutil.copytree(artifact, signed)
+    write_manifest(signed, read_artifact(signed)[0], b"a secret")
+    write_repository(signed, tmp_path / "repository", "shop", str(key))
+    folder = tmp_path / "repository" / "shop_engine"
+    parameters = config_of(folder).parameters
+    assert {name: one.string_value for name, one in parameters.items()} == {
+        "artifact_key_file": str(key)
+    }
+    # As Triton gives it to a model, which writes its own messages as JSON.
+    told = json.dumps({"parameters": {"artifact_key_file": {"string_value": str(key)}}})
+    args = {"model_repository": str(folder), "model_version": "1", "model_config": told}
+    TritonPythonModel().initialize(args)
+    (folder / "1" / "artifact" / SIGNATURE).unlink()
+    with pytest.raises(ArtifactError, match=r"is not signed: it has no manifest\.mac"):
+        TritonPythonModel().initialize(args)
 
 
 def test_a_repository_is_never_overwritten(artifact: Path, repository: Path) -> None:

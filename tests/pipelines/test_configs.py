@@ -1,13 +1,18 @@
 """A config that cannot work is an error that names the key; pipelines are thin."""
 
+import math
 import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hydra.errors import HydraException
 
 from tests.pipelines.commands import CONFIGS, ROOT, TINY, WORLD, run_pipeline, spawn_pipeline
+from torchrec_kvshare import config
 from torchrec_kvshare.config import literal_overrides
 from torchrec_kvshare.errors import ConfigError
 
@@ -29,8 +34,8 @@ def refused(name: str, *overrides: str) -> str:
 
 def test_a_misspelt_key_on_the_command_line_ends_with_its_name(tmp_path: Path) -> None:
     ended = spawn_pipeline("train", "model.dimm=16", f"output={tmp_path / 'run'}")
-    assert ended.returncode not in (0, 3)
-    assert "model.dimm" in ended.stderr
+    assert ended.returncode == 2
+    assert ended.stderr == "error: model.dimm is no key of train; did you mean model.dim?\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -38,8 +43,10 @@ def test_a_misspelt_key_in_a_file_ends_with_its_name(configs: Path, tmp_path: Pa
     with (configs / "train.yaml").open("a") as file:
         file.write("batch_target: 64\n")
     ended = spawn_pipeline("train", "--config-path", str(configs), f"output={tmp_path / 'run'}")
-    assert ended.returncode not in (0, 3)
-    assert "ConfigError: Key 'batch_target' not in 'TrainConfig'" in ended.stderr
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "error: batch_target is no key of this config; did you mean batch_targets?\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -54,10 +61,10 @@ def test_every_level_of_the_command_line_knows_its_keys(misspelt: str) -> None:
 @pytest.mark.parametrize(
     ("pipeline", "file", "line", "key"),
     [
-        ("train", "data/synthetic.yaml", "num_userz: 3", "num_userz"),
+        ("train", "data/synthetic.yaml", "num_userz: 3", "data.num_userz"),
         ("train", "budget/smoke.yaml", "epoch: 3", "budget.epoch"),
         ("train", "history/causal.yaml", "layers: 3", "model.layers"),
-        ("make_requests", "data/synthetic.yaml", "items: 3", "items"),
+        ("make_requests", "data/synthetic.yaml", "items: 3", "data.items"),
         ("score", "cache/memory.yaml", "page_sise: 3", "cache.page_sise"),
         ("export", "export.yaml", "runs: x", "runs"),
         ("demo", "demo.yaml", "candidate: 3", "candidate"),
@@ -77,7 +84,7 @@ def test_every_level_of_the_files_knows_its_keys(
     }[pipeline]
     with pytest.raises(ConfigError) as error:
         run_pipeline(pipeline, *given, "output=never_written", configs=configs)
-    assert key in str(error.value)
+    assert str(error.value).startswith(f"{key} is no key of this config; ")
 
 
 @pytest.mark.parametrize(
@@ -90,12 +97,14 @@ def test_every_level_of_the_files_knows_its_keys(
         ("model.top_mlp=[16,x]", "model.top_mlp"),
         ("learning_rate=fast", "learning_rate"),
         ("budget.baselines=perhaps", "budget.baselines"),
-        ("data.num_users=few", "num_users"),
+        ("data.num_users=few", "data.num_users"),
         ("threads=all", "threads"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
-    assert key in refused("train", *TINY, override)
+    message = refused("train", *TINY, override)
+    assert message.startswith(key)
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -106,13 +115,31 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("model.num_layers=0", "model.num_layers is 0; it must be at least 1"),
         ("model.dim=-16", "model.dim is -16; it must be at least 1"),
         ("threads=0", "threads is 0; it must be at least 1"),
-        ("budget.epochs=-1", "budget.epochs is -1; it must be at least 0"),
+        ("budget.epochs=0", "budget.epochs is 0; it must be at least 1"),
         ("budget.max_users=0", "budget.max_users is 0; it must be at least 1"),
         ("budget.eval_users=0", "budget.eval_users is 0; it must be at least 1"),
         ("seed=-1", "seed is -1; it must be at least 0"),
         ("data.seed=-1", "data.seed is -1; it must be at least 0"),
-        ("learning_rate=nan", "learning_rate is nan; it must be at least 0"),
-        ("table_learning_rate=-0.1", "table_learning_rate is -0.1; it must be at least 0"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808; it must be at most"),
+        ("threads=2000", "threads is 2000; it must be at most 1024"),
+        ("learning_rate=nan", "learning_rate is nan; it must be at least 1e-12"),
+        ("learning_rate=0", "learning_rate is 0.0; it must be at least 1e-12"),
+        ("learning_rate=inf", "learning_rate is inf; it must be finite"),
+        ("table_learning_rate=-0.1", "table_learning_rate is -0.1; it must be at least 1e-12"),
+        ("table_learning_rate=inf", "table_learning_rate is inf; it must be finite"),
+        ("weight_decay=-1", "weight_decay is -1.0; it must be at least 0"),
+        ("weight_decay=nan", "weight_decay is nan; it must be at least 0"),
+        ("checkpoint_seconds=nan", "checkpoint_seconds is nan; it must be at least 0"),
+        ("checkpoint_seconds=-1", "checkpoint_seconds is -1.0; it must be at least 0"),
+        ("model.dropout=1.5", "model.dropout is 1.5; it must be at most 0.99"),
+        ("model.dropout=1", "model.dropout is 1.0; it must be at most 0.99"),
+        ("model.dropout=-0.1", "model.dropout is -0.1; it must be at least 0"),
+        ("model.dropout=nan", "model.dropout is nan; it must be at least 0"),
+        ("model.top_mlp=[64,2]", "model.top_mlp is [64, 2]; its last width must be 1"),
+        ("model.top_mlp=[]", "model.top_mlp is []; its last width must be 1"),
+        ("model.top_mlp=[0,1]", "model.top_mlp is [0, 1]; each must be at least 1"),
+        ("model.num_heads=0", "model.num_heads is 0; it must be at least 1"),
+        ("model.recent=0", "model.recent is 0; it must be at least 1"),
         ("model.history=lstm", "model.history is 'lstm'; one of"),
         ("model.history=foo", "model.history is 'foo'; one of"),
         ("model.window=foo", "model.window is 'foo'; one of"),
@@ -125,13 +152,46 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("+model.histories.candidates=[buy]", "histories are ['history', 'candidates']"),
         ("model.max_history=0", "model.max_history is 0; it must be at least 1"),
         ("model.block=5", "block is 5; it must divide max_history = 32 events"),
-        ("data.num_users=0", "num_users is 0; allowed: 1 or more"),
+        ("data.num_users=0", "data.num_users is 0; it must be at least 1"),
+        ("data.events_per_user=0", "data.events_per_user is 0; it must be at least 1"),
         ("data.num_items=3", "num_items is 3; allowed: 6 or more"),
     ],
 )
 def test_a_value_that_cannot_work_is_named(override: str, message: str) -> None:
     """With ``batch_targets=0`` a run trained on whatever came out of a division by zero."""
     assert message in refused("train", *WORLD, *TINY, override)
+
+
+def numbers_of(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Path and key of every number, and of every list of numbers, of a schema."""
+    for one in fields(schema):
+        kinds = get_type_hints(schema)[one.name]
+        inner = [kinds, *get_args(kinds)]
+        if is_dataclass(kinds):
+            yield from numbers_of(kinds, f"{prefix}{one.name}.")
+        elif {int, float} & set(inner):
+            yield f"{schema.__name__}: {prefix}{one.name}", one.name
+
+
+SCHEMAS = [
+    kind
+    for kind in vars(config).values()
+    if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == config.__name__
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    sorted({number for schema in SCHEMAS for number in numbers_of(schema)}),
+)
+def test_every_number_of_every_config_has_a_least_value_and_is_finite(path: str, key: str) -> None:
+    """``dropout=1.5`` and ``epochs=0`` were found out late, and NaN passed some checks."""
+    for value in (math.nan, -math.inf, config.LEAST_BY_KEY[key] - 1):
+        with pytest.raises(ConfigError, match=f"{path} is .*; it must be at least"):
+            config._check_number(path, value, value, key)
+    too_much = config.MOST_BY_KEY.get(key, math.inf) + 1
+    with pytest.raises(ConfigError, match=f"{path} is .*; it must be (at most|finite)"):
+        config._check_number(path, too_much, too_much, key)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +230,7 @@ def test_tokens_are_one_or_one_for_every_column(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_value_is_named(pipeline: str, overrides: tuple[str, ...], key: str) -> None:
-    message = refused(pipeline, *overrides)
-    assert "missing mandatory value" in message.lower()
-    assert key in message
+    assert refused(pipeline, *overrides) == f"{key} is missing; say {key}=…"
 
 
 @pytest.mark.parametrize("group", ["data", "history", "budget"])
@@ -213,4 +271,5 @@ def test_a_pipeline_is_thin_and_shadows_no_standard_module(path: Path) -> None:
     assert len(source.splitlines()) < 90
     assert path.stem not in sys.stdlib_module_names
     assert "@hydra.main(" in source
+    assert "    run(main)\n" in source
     assert (CONFIGS / f"{path.stem}.yaml").is_file()

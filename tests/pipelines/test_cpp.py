@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,8 @@ from tests.core.encoder_worlds import TWO_HISTORIES
 from tests.core.worlds import SCHEMA, draw_raw, make_dlrm
 from tests.pipelines.commands import ROOT, run_pipeline
 from tests.pipelines.test_score import broken_lines, changed, truncate, unusual_lines
-from torchrec_kvshare.attention.bodies import NATIVE
+from torchrec_kvshare.data.ids import canonical_id
+from torchrec_kvshare.data.limits import MAX_ID_CHARACTERS
 from torchrec_kvshare.data.schema import (
     HISTORY,
     ITEM,
@@ -96,12 +98,12 @@ class Python:
 
     def __init__(self, artifact: Path) -> None:
         manifest, self.schema = read_artifact(artifact)
-        self.version = manifest.model_version
+        self.version = manifest.version
         self.program = load_program(artifact / PROGRAM)
 
     def uncached(self, lines: Sequence[bytes]) -> list[Json]:
         """Answers of the engine without a store."""
-        engine = Engine(self.program.ranking, self.schema, self.version, store=None)
+        engine = Engine(self.program.ranking, self.schema, store=None, version=self.version)
         return [without_age(answer) for answer in score_lines(engine, lines, batch_requests=1)]
 
     def cached(self, lines: Sequence[bytes], capacity_bytes: int, ttl_s: float) -> list[Json]:
@@ -119,7 +121,7 @@ class Python:
         status, reason, cached, computed = use[0].tolist()
         names = self.program.status_names()[status], self.program.reason_names()[reason]
         cache = CacheUse(*names, cached, computed, "device" if cached else "none")
-        answer = Answer(request.request_id, scores.tolist(), self.version, cache)
+        answer = Answer(request.request_id, scores.tolist(), str(self.version), cache)
         return without_age(answer.to_json())
 
 
@@ -172,15 +174,13 @@ def test_quantised_tables_and_own_operators_are_loaded(
     ask: Ask, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The program calls operators of fbgemm that others do not, and some that only we have."""
-    model = quantise_tables(RankingModel(make_dlrm(5), NATIVE).eval(), "int8")
+    model = quantise_tables(RankingModel(make_dlrm(5)).eval(), "int8")
     artifact = tmp_path_factory.mktemp("native") / "artifact"
     export_model(model, SCHEMA, artifact)
-    compiled = Path.home() / ".cache" / "torchrec_kvshare"
-    [library] = [p for p in torch.ops.loaded_libraries if Path(p).parent == compiled]
     raws = [draw_raw(events, 3, seed) for seed, events in enumerate((0, 1, 5, 14, 14, 40))]
     lines = grown([json.dumps(raw).encode() for raw in raws])
     expected = Python(artifact).cached(lines, CAPACITY_BYTES, TTL_S)
-    assert ask(artifact, lines, "--operators", library) == expected
+    assert ask(artifact, lines) == expected
 
 
 @pytest.mark.skipif(not RETAIL.is_dir(), reason="Online Retail does not lie beside the checkout")
@@ -214,7 +214,7 @@ def schema_of(raws: list[Json]) -> FeatureSchema:
         {
             USER: vocabulary(raw[USER] for raw in raws),
             ITEM: vocabulary(items),
-            "country": vocabulary(countries),
+            "context.country": vocabulary(countries),
         },
         context=("country",),
         has_action=False,
@@ -317,9 +317,11 @@ def test_tensors_are_pythons(ask: Ask, tmp_path: Path, schema: FeatureSchema) ->
 def test_cells_and_numbers_of_every_kind_are_read_as_in_python(ask: Ask, echo: Path) -> None:
     plain = draw_raw(5, 4, seed=3)
     candidates = plain["candidates"]
+    young = changed(plain, history={name: [] for name in plain["history"]})
     raws = [
-        *(changed(plain, time=time) for time in (0, 86_399, 86_400, 1.75e9, 1_699_999_999.9)),
+        *(changed(young, time=time) for time in (0, 86_399, 86_400, 1.75e9, 1_699_999_999.9)),
         *(changed(plain, user_id=one) for one in (7, "user 3", "7", 2**63, 2**64, 10**40, "ü\0")),
+        *(changed(plain, user_id=one) for one in ("7.0", " 7")),
         *(changed(plain, request_id=one) for one in (None, 0, -5, 2**70, "ü \u2028", "")),
         changed(plain, context={"country": "GB"}),
         changed(plain, context={"country": None}),
@@ -342,6 +344,289 @@ def test_cells_and_numbers_of_every_kind_are_read_as_in_python(ask: Ask, echo: P
     assert [a["scores"] for a in answers] == [echo_of(raw, SCHEMA) for raw in raws]
 
 
+# --- ids
+
+SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2005\u200a\u2028\u2029\u202f\u205f\u3000"
+# What is no space to Python, beside that: a zero width space, a byte order mark, a Mongolian one.
+NO_SPACES = "\u200b\ufeff\u180e\x7f"
+DIGITS = ("0", "7", "10", "17850", "007", "-0", "-1", "-17850", "1" * 30, "٣", "1_0", "+7", "")
+TAILS = ("", ".0", ".00", ".", ".5", ".05", "e+16", "e+2", "e+1600", "e+400", "E+16", "e16", "e-05")
+ID_TEXTS = ("True", "False", "true", "TRUE", "None", "nan", "inf", "85123A", "ünï", ".0", "e+16")
+NUMBERS = (
+    *(0, 7, -1, 17850, -(2**63), 2**63 - 1, 2**63, 2**64, -(10**40), True, False, 17850.0, -0.0),
+    *(3.5, -3.5, 0.1, 1e-05, 1.5e-07, 0.0001, 0.00012345, 1e15, 1e16, 1e22, 1e23, 1.5e300, 5e-324),
+    *(123456789.125, 2.0**53, 2.0**53 + 2, 1 / 3, 1.7976931348623157e308, 9007199254740993.0),
+)
+
+
+def drawn_spellings(rng: random.Random) -> list[Any]:
+    """Ids as files and clients spell them, blank and too long ones left out."""
+    around = (*SPACES, *NO_SPACES, "", "", "", "")
+    texts = [digits + tail for digits in DIGITS for tail in TAILS] + list(ID_TEXTS)
+    texts += [rng.choice(around) + rng.choice(around) + text for text in texts]
+    texts += [text + rng.choice(around) + rng.choice(around) for text in texts]
+    floats = [rng.choice((1, -1)) * rng.random() * 10.0 ** rng.randint(-9, 20) for _ in range(300)]
+    floats += [float(rng.randrange(10**20)) for _ in range(100)]
+    numbers = [*NUMBERS, *floats, *(rng.randrange(-(10**25), 10**25) for _ in range(50))]
+    texts += [repr(number) for number in numbers] + [f" {number!r}\t" for number in floats]
+    return [one for one in (*texts, *numbers) if 0 < len(canonical_id(one)) <= MAX_ID_CHARACTERS]
+
+
+def test_ids_are_spelt_as_in_python(ask: Ask, tmp_path: Path) -> None:
+    """ " 17850", "17850.0" and 17850.0 were no ids, or unknown ones, to the host."""
+    seed = random.randrange(2**32)
+    spellings = drawn_spellings(random.Random(seed))
+    canonical = list(dict.fromkeys(canonical_id(one) for one in spellings))
+    schema = replace(
+        PLAIN, vocabulary_by_column=PLAIN.vocabulary_by_column | {ITEM: Vocabulary(canonical)}
+    )
+    (tmp_path / "artifact").mkdir()
+    folder = write_echo(tmp_path / "artifact", schema)
+    raw = draw_raw(0, len(spellings), seed=1, schema=schema)
+    tensors = request_tensors([parse_request(raw, schema)], schema)
+    rows = schema.vocabulary_by_column[ITEM].rows(spellings)
+    assert min(rows) > 1
+    tensors["candidates.item_id.values"] = torch.tensor(rows)
+    [answer] = ask(folder, [json.dumps(changed(raw, "candidates", item_id=spellings)).encode()])
+    assert answer["scores"] == Echo()(tensors).tolist(), seed
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n", "\x1c", "\xa0\u2003", "\u3000", [], {}, [7]])
+def test_a_blank_text_and_what_is_no_value_are_no_ids(ask: Ask, echo: Path, blank: Any) -> None:
+    """A text of blanks was the id of an unknown user, item or country."""
+    plain = draw_raw(5, 4, seed=3)
+    items = [*plain["history"][ITEM][:4], blank]
+    raws = {
+        "user_id": changed(plain, user_id=blank),
+        "history.item_id": changed(plain, "history", item_id=items),
+        "candidates.item_id": changed(plain, "candidates", item_id=["100", blank, "101", "102"]),
+        "context.country": changed(plain, context={"country": [blank]}),
+    }
+    answers = ask(echo, [json.dumps(raw).encode() for raw in raws.values()])
+    for name, answer in zip(raws, answers, strict=True):
+        assert answer["error"]["type"] == "RequestError"
+        assert answer["error"]["message"].startswith(f"{name} holds ")
+        said = "; an id is a text that is not blank, an integer, a finite number or a boolean"
+        assert answer["error"]["message"].endswith(said)
+
+
+@pytest.mark.parametrize("spelling", [7.0, "7.0", " 7", "7\u2003", "7.00"])
+def test_a_user_hits_in_every_spelling(ask: Ask, artifact: Path, spelling: Any) -> None:
+    """Each spelling of a user's id had K/V of its own."""
+    raw = draw_raw_request(read_artifact(artifact)[1], 40, 3, seed=5)
+    lines = [json.dumps(raw | {"user_id": one}).encode() for one in (7, spelling)]
+    miss, hit = ask(artifact, lines)
+    assert (miss["cache"]["status"], hit["cache"]["status"]) == ("miss", "hit")
+    assert hit["scores"] == pytest.approx(miss["scores"], rel=0.0, abs=2e-6)
+
+
+def test_actions_of_a_history_are_spelt_as_all_ids(ask: Ask, tmp_path: Path) -> None:
+    """A history of the action 1 was empty where a client sent 1.0."""
+    histories = (History("seen", Window(6, 2)), History("bought", Window(6, 2), ("1",)))
+    actions = SCHEMA.vocabulary_by_column | {"action": Vocabulary(["0", "1"])}
+    schema = replace(SCHEMA, vocabulary_by_column=actions, histories=histories)
+    (tmp_path / "artifact").mkdir()
+    folder = write_echo(tmp_path / "artifact", schema)
+    raw = draw_raw(4, 2, seed=6, schema=schema)
+    spelt = [["1", "0", "1", None], [1, 0, 1.0, None], [" 1", "0.0", "1.00", None]]
+    raws = [changed(raw, "history", action=one) for one in spelt]
+    answers = ask(folder, [json.dumps(raw).encode() for raw in raws])
+    assert [a["scores"] for a in answers] == [echo_of(raws[0], schema)] * 3
+
+
+def test_unknown_ids_are_counted_by_column(host: Path, echo: Path, tmp_path: Path) -> None:
+    raw = draw_raw(3, 3, seed=8) | {"user_id": "nobody", "context": {"country": ["AT", "X", None]}}
+    raw = changed(raw, "history", item_id=["100", None, "new"], action=["view", "view", None])
+    raw = changed(raw, "history", genres=[["new", "newer"], [], ["genre 1"]])
+    raw = changed(raw, "candidates", item_id=["new", "100", None], genres=[[], [], ["genre 2"]])
+    lines = [raw | {"report": ["unknown_ids"]}, raw, raw | {"report": []}]
+    requests, output = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    requests.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    done = run_host(host, echo, requests, output)
+    assert done.returncode == 0, done
+    asked, silent, empty_report = map(json.loads, output.read_text().splitlines())
+    assert asked["unknown_ids"] == {
+        "user_id": 1,
+        "context.country": 1,
+        "history.item_id": 1,
+        "history.genres": 2,
+        "candidates.item_id": 1,
+    }
+    assert "unknown_ids" not in silent | empty_report
+    [_, counted, _] = done.stdout.splitlines()
+    assert counted == (
+        "unknown ids: candidates.item_id 3 of 6 (50.0 %), context.country 3 of 6 (50.0 %), "
+        "history.genres 6 of 9 (66.7 %), history.item_id 3 of 6 (50.0 %), user_id 3 of 3 (100.0 %)"
+    )
+
+
+# --- histories in order
+
+NEWEST = 1_700_000_000
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([5, 9, 9, 8, 7], "history.time[3] is 8, before history.time[2] = 9: events are given"),
+        ([9, 8, 7, 6, 5], "history.time[1] is 8, before history.time[0] = 9: events are given"),
+        ([5.9, 5.1, 6.5, 5.99, 7], "history.time[3] is 5, before history.time[2] = 6: events are"),
+        (
+            [1, 2, NEWEST, 3, 4],
+            f"history.time[2] is {NEWEST}, not before the request's time {NEWEST}",
+        ),
+        (
+            [1, 2, 3, 4, NEWEST + 0.5],
+            f"history.time[4] is {NEWEST}, not before the request's time {NEWEST}",
+        ),
+        (
+            [1, 2, 3, 4, NEWEST + 10],
+            f"history.time[4] is {NEWEST + 10}, not before the request's time {NEWEST}",
+        ),
+    ],
+)
+def test_a_history_that_training_cannot_have_seen_is_refused(
+    ask: Ask, echo: Path, times: list[float], message: str
+) -> None:
+    """A history in reverse, or from the future, was scored without a word."""
+    raw = changed(draw_raw(5, 2, seed=3) | {"time": NEWEST + 0.9}, "history", time=times)
+    early = {name: cells * 8 for name, cells in raw["history"].items()}
+    early["time"] = [*times, *[NEWEST - 1] * 35]  # The window holds 14 events: these are not read.
+    [answer, unread] = ask(
+        echo, [json.dumps(one).encode() for one in (raw, changed(raw, history=early))]
+    )
+    assert answer["error"]["type"] == "RequestError"
+    assert message in answer["error"]["message"]
+    assert unread["error"]["type"] == "RequestError"
+
+
+def test_events_of_one_second_and_the_second_before_the_request_are_scored(
+    ask: Ask, echo: Path
+) -> None:
+    raw = draw_raw(5, 2, seed=3) | {"time": NEWEST + 0.5}
+    raw = changed(raw, "history", time=[0.2, 0.1, 5, 5.9, NEWEST - 0.1])
+    [answer] = ask(echo, [json.dumps(raw).encode()])
+    floored = changed(raw, "history", time=[0, 0, 5, 5, NEWEST - 1])
+    assert answer["scores"] == echo_of(floored, SCHEMA)
+
+
+# --- clients that send their last events
+
+
+def last_events(raw: Json, num_given: int) -> Json:
+    """The request with its last events alone, and the place of the first of them."""
+    first = len(raw["history"]["time"]) - num_given
+    cut = {name: cells[first:] for name, cells in raw["history"].items()}
+    return raw | {"history": cut | {"first_event": first}}
+
+
+@pytest.mark.parametrize("num_events", [0, 5, 14, 15, 21, 22, 29])
+def test_a_client_that_cuts_its_histories_asks_what_one_that_does_not_asks(
+    ask: Ask, echo: Path, num_events: int
+) -> None:
+    """The window of 14 events, in blocks of 7, started wherever the client had cut."""
+    whole = draw_raw(num_events, 2, seed=num_events)
+    raws = [whole, *(last_events(whole, given) for given in range(14, num_events + 1))]
+    answers = ask(echo, [json.dumps(raw).encode() for raw in raws])
+    assert [a["scores"] for a in answers] == [answers[0]["scores"]] * len(raws)
+
+
+@pytest.mark.parametrize(
+    ("num_events", "given", "first_read"),
+    [(29, 13, 21), (29, 9, 21), (29, 8, 21), (29, 7, 28), (29, 1, 28), (27, 5, 22), (27, 13, 14)],
+)
+def test_too_few_events_start_at_the_first_block_that_is_given(
+    ask: Ask, echo: Path, num_events: int, given: int, first_read: int
+) -> None:
+    """So that K/V is extended while the events given still hold its first one."""
+    whole = draw_raw(num_events, 2, seed=7)
+    read = last_events(whole, num_events - first_read)
+    answers = ask(echo, [json.dumps(one).encode() for one in (last_events(whole, given), read)])
+    tensors = request_tensors([parse_request(without_first_event(read), SCHEMA)], SCHEMA)
+    tensors["history.first_event"] = torch.tensor([first_read])
+    assert [a["scores"] for a in answers] == [Echo()(tensors).tolist()] * 2
+
+
+def without_first_event(raw: Json) -> Json:
+    history = {name: cells for name, cells in raw["history"].items() if name != "first_event"}
+    return raw | {"history": history}
+
+
+def test_a_client_that_cuts_its_histories_hits_and_extends(ask: Ask, artifact: Path) -> None:
+    """Every new event of such a client was a miss, ``edited``."""
+    schema = read_artifact(artifact)[1]
+    max_history = schema.histories[0].window.max_history
+    num_events = 2 * max_history
+    raw = draw_raw_request(schema, num_events, 3, seed=5)
+    lines: dict[str, list[bytes]] = {"whole": [], "cut": []}
+    for last in (num_events - 2, num_events - 1, num_events - 1, num_events):
+        history = {name: cells[:last] for name, cells in raw["history"].items()}
+        one = changed(raw, history=history)
+        lines["whole"].append(json.dumps(one).encode())
+        lines["cut"].append(json.dumps(last_events(one, max_history)).encode())
+    whole, cut = ask(artifact, lines["whole"]), ask(artifact, lines["cut"])
+    assert cut == whole
+    assert [one["cache"]["status"] for one in cut] == ["miss", "partial", "hit", "partial"]
+
+
+@pytest.mark.parametrize("first_event", [-1, 2**62 + 1, 2**70, 1.0, "3", True, [1]])
+def test_a_place_that_is_none_is_refused(ask: Ask, echo: Path, first_event: Any) -> None:
+    raw = changed(draw_raw(5, 2, seed=3), "history", first_event=first_event)
+    [answer] = ask(echo, [json.dumps(raw).encode()])
+    assert answer["error"]["message"].startswith("history.first_event is ")
+    assert f"; an integer from 0 to {2**62} is allowed" in answer["error"]["message"]
+
+
+def test_histories_of_some_actions_refuse_a_place(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "artifact").mkdir()
+    folder = write_echo(tmp_path / "artifact", TWO_HISTORIES)
+    raw = draw_raw(5, 2, seed=3, schema=TWO_HISTORIES)
+    raws = [changed(raw, "history", first_event=place) for place in (0, None, 4)]
+    *scored, refused = ask(folder, [json.dumps(one).encode() for one in raws])
+    assert [one["scores"] for one in scored] == [echo_of(raw, TWO_HISTORIES)] * 2
+    assert refused["error"]["message"] == (
+        "history.first_event is 4; the model's histories ['bought'] are of some actions only, and "
+        "cannot know how many of theirs came before: send all events"
+    )
+
+
+# --- scores that are none
+
+
+@pytest.fixture
+def with_nan(artifact: Path, tmp_path: Path) -> tuple[Path, str]:
+    """An artifact whose model has one user without scores, and this user."""
+    folder = Path(shutil.copytree(artifact, tmp_path / "with_nan"))
+    schema = read_artifact(folder)[1]
+    golden = {one["request"][USER] for one in json.loads((folder / "golden.json").read_text())}
+    vocabulary = schema.vocabulary_by_column[USER]
+    user = next(one for one in vocabulary.ids if one not in golden)
+    program = load_program(folder / PROGRAM)
+    [table] = [one for name, one in program.named_parameters() if "bag_user_id" in name]
+    with torch.no_grad():
+        table[vocabulary.row(user)] = torch.nan
+    torch.jit.save(program, str(folder / PROGRAM))
+    return folder, user
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_scores_that_are_not_finite_are_their_requests_error(
+    ask: Ask, artifact: Path, with_nan: tuple[Path, str], cache: str
+) -> None:
+    """One NaN in a table ended the host without any answer."""
+    folder, user = with_nan
+    good = draw_raw_request(read_artifact(artifact)[1], 9, 3, seed=5) | {"user_id": "nobody"}
+    raws = [good, *(good | {"user_id": user, "request_id": one} for one in ("r 1", 7, None)), good]
+    answers = ask(folder, [json.dumps(raw).encode() for raw in raws], "--cache", cache)
+    assert len(answers[0]["scores"]) == len(answers[-1]["scores"]) == 3
+    said = "the model gave no finite score for candidates 0, 1, 2 of request "
+    for request_id, shown, answer in zip(
+        ("r 1", 7, None), ("r 1", "7", "None"), answers[1:-1], strict=True
+    ):
+        error = {"type": "ScoreError", "message": said + shown}
+        assert answer == {"request_id": request_id, "error": error}
+
+
 # --- broken requests
 
 # Lines that Python refuses in other words: its reader knows NaN, and has names for JSON's types.
@@ -355,7 +640,9 @@ WORDED_OTHERWISE = {
     "an array",
     "a number",
     "null",
-    "a boolean for an id",
+    "NaN for an id",
+    "infinity for an id",
+    "blank events",
     "NaN for a time",
     "infinite time",
     "NaN for the time of an event",

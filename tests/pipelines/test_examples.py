@@ -36,6 +36,7 @@ def test_a_dlrm_of_ones_own_scores_alike_with_and_without_the_cache(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     runpy.run_path(str(ROOT / "examples" / "own_dlrm.py"), run_name="__main__")
-    uncached, cold, warm = capsys.readouterr().out.splitlines()
+    uncached, cold, warm, renewed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in (uncached, cold, warm)] == ["bypass", "miss", "hit"]
+    assert renewed.startswith("miss model [")
     assert cold.removeprefix("miss") == warm.removeprefix("hit")

@@ -39,7 +39,7 @@ from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
 
 DATA = SyntheticData(num_users=30, events_per_user=70, num_items=90, num_categories=6)
 MAX_HISTORY, BLOCK = 32, 8  # events
-NUM_REQUESTS, NUM_CANDIDATES, SEED = 25, 40, 5
+NUM_REQUESTS, NUM_CANDIDATES, SEED = 60, 40, 5
 PAGE_SIZE = 4
 SIZES = Sizes(1, 1, 1, PAGE_SIZE)  # The model's own sizes count.
 LOSSY = [name for name in CODECS if name != "float32"]

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
+from torchrec_kvshare.attention.operators import Sights
 from torchrec_kvshare.history.hstu import HSTULayer
 from torchrec_kvshare.history.kinds import (
     BIDIRECTIONAL,
     CAUSAL,
     HSTU,
+    KIND_BY_NAME,
     KINDS,
     LONGER,
-    SLIDING_KINDS,
     TARGET_ONLY,
     TowerSpec,
 )
 from torchrec_kvshare.history.longer import LongerEncoder
+from torchrec_kvshare.history.pages import flat_pages, split_users
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.history.transformer import TransformerLayer
 from torchrec_kvshare.profiling import cost_model
@@ -54,7 +55,7 @@ def specs() -> Iterator[TowerSpec]:
                     recent=RECENT,
                     num_globals=NUM_GLOBALS,
                 )
-    for kind in SLIDING_KINDS:
+    for kind in (name for name, kind in KIND_BY_NAME.items() if kind.slides):
         yield TowerSpec(kind, DIM, 2, NUM_HEADS, window=WINDOW)
 
 
@@ -67,9 +68,7 @@ def name_of(spec: TowerSpec) -> str:
 
 
 def tower_of(spec: TowerSpec) -> HistoryTower:
-    tower = HistoryTower(spec, 40, 4).eval().requires_grad_(False)
-    tower.body = "dense"  # whose products torch can count
-    return tower
+    return HistoryTower(spec, 40, 4).eval().requires_grad_(False)
 
 
 def flop_of(call: Callable[[], Tensor], operators: tuple[object, ...] = ()) -> int:
@@ -83,14 +82,16 @@ def flop_of(call: Callable[[], Tensor], operators: tuple[object, ...] = ()) -> i
 
 
 def attend_of(tower: HistoryTower, num_events: int) -> Callable[[], Tensor]:
-    spans = [(0, num_events)]
-    kv = tower.prefill(torch.randn(num_events, DIM), spans)
+    ends, candidate_ends = torch.tensor([0, num_events]), torch.tensor([0, NUM_CANDIDATES])
+    kv = flat_pages(
+        tower.prefill(torch.randn(num_events, DIM), ends), tower.encoder.row_offsets(ends)
+    )
     candidates = torch.randn(NUM_CANDIDATES, tower.num_tokens, DIM)
-    elapsed = torch.arange(num_events, 0, -1)
-    whose = Spans(lengths_to_spans([NUM_CANDIDATES]), tower.row_spans([num_events]))
+    now = torch.full([NUM_CANDIDATES], num_events)
+    sights = Sights(torch.arange(num_events), now, now)
 
     def attend() -> Tensor:
-        return tower.attend(*tower.enter(candidates), kv, [elapsed], whose)
+        return tower.attend(*tower.enter(candidates), candidate_ends, kv, sights, ends)
 
     return attend
 
@@ -127,6 +128,18 @@ def pairs_of_prefill(spec: TowerSpec, num_events: int) -> int:
     )
 
 
+def flop_of_padding(tower: HistoryTower, num_events: int) -> int:
+    """Of rows that longer computes because the host knows only how many there are at most."""
+    spec, encoder = tower.spec, tower.encoder
+    if not isinstance(encoder, LongerEncoder):
+        return 0
+    events = -num_events % MERGE
+    groups = encoder.most_groups(num_events, 1) - encoder.num_groups(num_events)
+    recent = encoder.most_recent(1) - rows_seen(tower, num_events)[-1]
+    of_recent = 24 * recent * (spec.num_layers - 1) if spec.num_layers > 1 else 0
+    return DIM * DIM * (26 * (events + MERGE * groups) + 6 * groups + of_recent)
+
+
 def rows_seen(tower: HistoryTower, num_events: int) -> list[int]:
     """Rows of the history that a candidate sees at each layer."""
     spec, encoder = tower.spec, tower.encoder
@@ -143,13 +156,13 @@ def test_attend_is_what_torch_counts_and_the_candidates_own_tokens(spec: TowerSp
     tower = tower_of(spec)
     rows = NUM_CANDIDATES * spec.num_tokens
     for num_events in NUM_EVENTS:
-        counted = flop_of(attend_of(tower, num_events))
-        # A candidate's own tokens are not multiplied as matrices; the head is no layer.
-        own = spec.num_layers * 4 * DIM * rows * spec.num_tokens
+        projected = flop_of(attend_of(tower, num_events))
+        seen = rows_seen(tower, num_events)
+        # Torch does not see into the operator; the head is no layer.
+        attended = 4 * DIM * rows * sum(s + spec.num_tokens for s in seen)
         head = 2 * DIM * DIM * NUM_CANDIDATES
         cost = attend_cost(spec, num_events, NUM_CANDIDATES)
-        assert cost.flop == counted + own - head
-        seen = rows_seen(tower, num_events)
+        assert cost.flop == projected + attended - head
         assert cost.exponentials == sum(NUM_HEADS * rows * (s + spec.num_tokens) for s in seen)
 
 
@@ -159,11 +172,9 @@ def test_prefill_is_its_projections_and_every_pair_that_is_seen(spec: TowerSpec)
     tower = tower_of(spec)
     for num_events in NUM_EVENTS:
         events = torch.randn(num_events, DIM)
-        # What is padded is computed, but not counted.
-        padded = -num_events % MERGE if spec.kind == LONGER else 0
-        prefill = partial(tower.prefill, events, [(0, num_events)])
+        prefill = partial(tower.prefill, events, torch.tensor([0, num_events]))
         pairs = pairs_of_prefill(spec, num_events)
-        projected = flop_of(prefill, PROJECTIONS) - padded * 26 * DIM * DIM
+        projected = flop_of(prefill, PROJECTIONS) - flop_of_padding(tower, num_events)
         cost = prefill_cost(spec, num_events)
         assert cost.flop == projected + 4 * DIM * pairs
         assert cost.exponentials == NUM_HEADS * pairs
@@ -185,7 +196,8 @@ def test_bytes_are_those_of_tokens_weights_and_kv(spec: TowerSpec) -> None:
     layers = [m for m in encoder.layers if isinstance(m, TransformerLayer | HSTULayer)]
     assert len(layers) == spec.num_layers
     for num_events in NUM_EVENTS:
-        kv = tower.prefill(torch.randn(num_events, DIM), [(0, num_events)])
+        planes = tower.prefill(torch.randn(num_events, DIM), torch.tensor([0, num_events]))
+        [kv] = split_users(planes, [encoder.num_rows(num_events)])
         # Of the last layer nothing but its projections is needed, and but for longer no queries.
         last = {LONGER: 3, TARGET_ONLY: 0}.get(spec.kind, 2) * DIM * DIM
         weights = weights_of(*layers[:-1]) + last
@@ -197,7 +209,7 @@ def test_bytes_are_those_of_tokens_weights_and_kv(spec: TowerSpec) -> None:
         assert moved == 4 * (num_events * DIM + kv.numel() + weights)
         # Candidates read the rows they see, and become as many.
         seen = rows_seen(tower, num_events)
-        read = seen[0] * DIM if spec.kind == TARGET_ONLY else 2 * DIM * sum(seen)
+        read = num_events * DIM if spec.kind == TARGET_ONLY else 2 * DIM * sum(seen)
         rows = NUM_CANDIDATES * spec.num_tokens
         moved = attend_cost(spec, num_events, NUM_CANDIDATES).bytes_moved
         assert moved == 4 * (read + weights_of(*layers) + 2 * rows * DIM)

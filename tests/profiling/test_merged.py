@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.attention.shared import Spans
+from torchrec_kvshare.attention.operators import Sights
 from torchrec_kvshare.draw import draw_ragged_requests, draw_raw_request
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE
 from torchrec_kvshare.features import Request, collate, parse_request
 from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
+from torchrec_kvshare.history.pages import flat_pages
 from torchrec_kvshare.history.reference import ReferenceOptions, reference_tower
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.profiling.benchmarks import Paths
@@ -129,9 +130,10 @@ def test_merged_vectors_of_two_tokens_equal_shared_ones(encoder: str) -> None:
     [tower] = paths.model.collection.towers()
     events, candidates = torch.randn(38, DIM), torch.randn(5, 2, DIM)
     elapsed = torch.randint(0, 10_000, (38,)).sort(descending=True).values
-    kv = tower.prefill(events, [(0, 38)])
-    spans = Spans([(0, 5)], tower.row_spans([38]))
-    shared = tower.attend(*tower.enter(candidates), kv, [elapsed], spans)
+    ends = torch.tensor([0, 38])
+    kv = flat_pages(tower.prefill(events, ends), tower.encoder.row_offsets(ends))
+    sights = Sights(-elapsed, torch.zeros(5).long(), torch.full([5], 38))
+    shared = tower.attend(*tower.enter(candidates), torch.tensor([0, 5]), kv, sights, ends)
     for chunk_rows in (1, 80, 1000):
         merged = pool_without_sharing(tower, events, elapsed, candidates, chunk_rows)
         assert largest_difference(merged, shared) <= VECTOR_TOLERANCE

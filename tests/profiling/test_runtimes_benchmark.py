@@ -18,6 +18,9 @@ from torchrec_kvshare.profiling.scenarios import measure
 SIZES = ["dim=8", "num_layers=1", "num_heads=2", "histories=[5,16]", "candidates=[2,3]"]
 
 
+RUNTIMES_COMPARED = ("eager", "eager, deterministic", TORCHSCRIPT)
+
+
 @pytest.fixture(autouse=True)
 def torchscript_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What another runtime would add here is minutes of compiling; the comparison is the same."""
@@ -35,7 +38,7 @@ def test_every_runtime_is_compared_with_eager(tmp_path: Path) -> None:
         by_case.setdefault(key, {})[record["metric"]] = record["value"]
     compared = [("prefill", history, None) for history in (5, 16)]
     compared += [("score", history, number) for history in (5, 16) for number in (2, 3)]
-    expected = {(*case, runtime) for case in compared for runtime in ("eager", TORCHSCRIPT)}
+    expected = {(*case, runtime) for case in compared for runtime in RUNTIMES_COMPARED}
     assert set(by_case) == expected | {("export", None, None, TORCHSCRIPT)}
     costs = by_case.pop(("export", None, None, TORCHSCRIPT))
     assert set(costs) == {"export_s", "load_s", "artifact_bytes"}

@@ -23,6 +23,7 @@ from torchrec_kvshare.history.kinds import BIDIRECTIONAL, KINDS
 from torchrec_kvshare.profiling import (
     attention_benchmark,
     attention_paths,
+    catalogue_benchmark,
     items_benchmark,
     throughput_drop,
     timing,
@@ -45,6 +46,7 @@ RAGGED_USERS = ((5, 4), (16, 1), (30, 7))
 ROUND_MS = 0.01
 RATES = Rates(flop_per_s=7e9, exponentials_per_s=3e8, bytes_per_s=5e9)
 PREFIX_KINDS = ["causal", "target_only", "hstu"]
+CATALOGUES = (50, 90)
 OTHER_WAYS = ("kv_repeated", "one_sequence_mask", "flex_attention")
 
 
@@ -62,6 +64,7 @@ def small() -> Iterator[None]:
         patch.setattr(throughput_drop, "OVER_ARCH", [14, 1])
         patch.setattr(throughput_drop, "DCN_RANK", 6)
         patch.setattr(throughput_drop, "NUM_IDS", 30)
+        patch.setattr(catalogue_benchmark, "NUM_ITEMS", CATALOGUES)
         yield
 
 
@@ -82,6 +85,7 @@ OVERRIDES = {
     "attention": [f"encoders={[*KINDS]}".replace("'", ""), f"long_histories=[{LONG_HISTORY}]"],
     "throughput_drop": [],
     "training": [f"encoders={PREFIX_KINDS}".replace("'", ""), f"histories=[{LONG_HISTORY}]"],
+    "catalogue": [f"histories=[{HISTORY}]"],
     "items": [f"encoders={[*KINDS]}".replace("'", ""), "num_tokens=2"],
     "append": [f"encoders={[*KINDS]}".replace("'", ""), f"histories=[{LONG_HISTORY}]"],
 }
@@ -347,7 +351,7 @@ def test_no_number_is_no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
 def flex_and_shared(num_layers: int, history: int) -> tuple[Tensor, Tensor]:
     """Vectors of one user by FlexAttention and by shared attention."""
     spec = Sizes(DIM, num_layers, NUM_HEADS, PAGE_SIZE).spec("causal")
-    tower = attention_benchmark.make_tower(spec, history, "flash", SEED)
+    tower = attention_benchmark.make_tower(spec, history, SEED)
     tokens = attention_benchmark.draw_tokens(spec, [history], [5], SEED)
     flex = attention_paths.compiled_flex(tower, tokens.elapsed[0], 5)
     candidates = tokens.candidates.squeeze(1)
@@ -377,7 +381,7 @@ def test_copies_of_the_kv_in_several_parts_are_those_in_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec = SIZES.spec("causal")
-    tower = attention_benchmark.make_tower(spec, HISTORY, "flash", SEED)
+    tower = attention_benchmark.make_tower(spec, HISTORY, SEED)
     tokens = attention_benchmark.draw_tokens(spec, [HISTORY], [7], SEED)
     given = (tower, tokens.events, tokens.candidates.squeeze(1), tokens.elapsed[0])
     whole = attention_paths.repeat_kv(*given)
@@ -423,6 +427,23 @@ def test_mlperf_has_26_sparse_and_13_dense_features() -> None:
     assert schema.num_dense == 13
 
 
+# --- catalogue
+
+
+def test_a_catalogue_is_trained_on_and_ranked_at_each_size(run: Run) -> None:
+    records = run("catalogue").records
+    assert units(records) == {"latency": "ms", "ratio_to_smallest": "x"}
+    latency_ms = values(records, "latency")
+    assert set(latency_ms) == {
+        ("causal", path, HISTORY, num_items)
+        for path in ("training_step", "rank_item_behind", "rank_first_item")
+        for num_items in CATALOGUES
+    }
+    for (encoder, path, history, num_items), ratio in values(records, "ratio_to_smallest").items():
+        smallest = latency_ms[encoder, path, history, CATALOGUES[0]]
+        assert ratio == pytest.approx(latency_ms[encoder, path, history, num_items] / smallest)
+
+
 # --- training
 
 
@@ -457,13 +478,14 @@ def test_targets_per_second_count_only_what_was_trained(monkeypatch: pytest.Monk
     ]
 
 
-def test_a_row_that_forgets_its_oldest_event_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(raw: dict[str, Any], schema: Any) -> Any:
+def test_a_row_with_another_history_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(raw: dict[str, Any], schema: Any) -> Any:
         if str(raw["user_id"]).startswith("row"):
-            raw = raw | {"history": {column: c[1:] for column, c in raw["history"].items()}}
+            backwards = raw["history"]["item_id"][::-1]
+            raw = raw | {"history": raw["history"] | {"item_id": backwards}}
         return parse_request(raw, schema)
 
-    monkeypatch.setattr(training_benchmark, "parse_request", forgetful)
+    monkeypatch.setattr(training_benchmark, "parse_request", mistaken)
     message = r"row_per_candidate logits differ by .* from whole_windows"
     with pytest.raises(ParityError, match=message):
         measure("training", plan_of(), SIZES)

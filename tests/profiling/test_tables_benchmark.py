@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.core.worlds import version_called
 from tests.pipelines.commands import TINY, WORLD, run_pipeline
 from torchrec_kvshare.config import SyntheticData
 from torchrec_kvshare.data.dataset import build_dataset
@@ -99,7 +100,9 @@ def test_figures_are_those_of_the_tables_alone(run: Path, figures: Figures) -> N
     dataset = build_dataset(load_log(DATA), schema.histories)
     drawn, scores = [], {}
     for dtype in ("float32", "int4"):
-        engine = Engine(quantise_tables(model, dtype), schema, dtype, store=None)
+        engine = Engine(
+            quantise_tables(model, dtype), schema, store=None, version=version_called(dtype)
+        )
         rows = []
         for raw, target in make_targeted_requests(dataset, NUM_REQUESTS, NUM_CANDIDATES, SEED):
             rows.append(engine.rank([parse_request(raw, schema)])[0].scores)
@@ -140,7 +143,6 @@ def test_the_pipeline_measures_the_same_again(
         *(f"data.{key}={value}" for key, value in vars(DATA).items()),
         f"requests={NUM_REQUESTS}",
         f"candidates=[{NUM_CANDIDATES}]",
-        "body=flash",
         f"seed={SEED}",
         f"output={tmp_path / 'results'}",
     )

@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from pipelines.benchmark import main
-from tests.data.logs import USERS, Event, drawn_events, log_of
+from tests.data.logs import USERS, Event, drawn_events, in_order, log_of
 from torchrec_kvshare.config import SyntheticData
 from torchrec_kvshare.data.schema import HISTORY, ITEM, TIME, History, Window
 from torchrec_kvshare.errors import ConfigError, DataError, ParityError
@@ -333,8 +333,7 @@ def test_a_log_is_replayed_over_strictly_earlier_events(
     monkeypatch.setattr(trace_benchmark, "load_log", lambda data: log)
     history = History(HISTORY, Window(MAX_HISTORY, BLOCK))
     trace = log_trace(SyntheticData(), history, 1000, NUM_CANDIDATES, SEED)
-    users = list(dict.fromkeys(event.user for event in events))
-    by_time = sorted(events, key=lambda event: (event.time, users.index(event.user)))
+    by_time = sorted(in_order(events), key=lambda event: event.time)
     wanted = []
     for event in by_time[-15:]:  # a fourth of 59, rounded up
         before = [e for e in by_time if e.user == event.user and e.time < event.time]

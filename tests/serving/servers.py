@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
 from tests.core.encoder_worlds import make_caches
-from tests.core.worlds import ROOT, SCHEMA, make_dlrm
+from tests.core.worlds import ROOT, SCHEMA, make_dlrm, version_called
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.store import KVStore
@@ -108,7 +108,7 @@ class EagerLoader:
         if self.num_pages:
             pools = make_caches(model, [self.num_pages])
             store = KVStore([KVCache(one.pool, metrics=self.metrics) for one in pools])
-        self.engines.append(Engine(model, SCHEMA, f"v{folder.name}", store))
+        self.engines.append(Engine(model, SCHEMA, store, version=version_called(f"v{folder.name}")))
         return self.engines[-1]
 
     def close(self) -> None:

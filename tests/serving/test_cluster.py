@@ -5,25 +5,30 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from hashlib import blake2b
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import kubernetes_validate
 import pytest
 import yaml
+from redis import Redis
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from tests.cache.servers import wait_until
+from tests.cache.servers import free_port, make_certificates, wait_until
 from tests.core.worlds import PROBABILITY_TOLERANCE, ROOT, SCHEMA, draw_raw
 from tests.pipelines.commands import composed, spawn_pipeline
 from torchrec_kvshare.assembly import OFF, new_engine
+from torchrec_kvshare.cache.remote import RemoteTier
 from torchrec_kvshare.config import (
     CacheConfig,
     DiskConfig,
@@ -39,7 +44,7 @@ from torchrec_kvshare.features import parse_request
 from torchrec_kvshare.serving import cluster as library
 from torchrec_kvshare.serving.cluster import Layout, Part, run_cluster, write_layout
 from torchrec_kvshare.serving.columns import datatype_of, request_tensors
-from torchrec_kvshare.serving.nginx import Address, Tls, nginx_config
+from torchrec_kvshare.serving.nginx import Address, Tls, nginx_config, token_config
 
 READY = re.compile(r"serving on http://(\S+) and grpc://(\S+)\n")
 STARTED = re.compile(r"(\S+) runs as process (\d+)")
@@ -109,7 +114,7 @@ class Running:
 
     def access(self) -> list[dict[str, str]]:
         """nginx's log of requests for scores."""
-        lines = (self.output / "access.log").read_text().splitlines()
+        lines = (self.output / "nginx" / "access.log").read_text().splitlines()
         logged = [json.loads(line) for line in lines]
         return [one for one in logged if one["path"].endswith(("/v1/rank", "/ModelInfer"))]
 
@@ -212,6 +217,19 @@ class Story(NamedTuple):
     left: list[str]
     fronts: tuple[str, str]
     health: dict[str, int]  # status by path
+    found: "Found"
+
+
+class Found(NamedTuple):
+    """What another user of the machine could see of a cluster that runs."""
+
+    to_strangers: bytes  # what Redis said to who has no password
+    packets: list[bytes]
+    password: bytes
+    key: bytes
+    command_lines: bytes
+    logs: bytes
+    nginx_users: list[set[str]]  # of the master and its workers
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +253,7 @@ def tell(running: Running) -> Story:
         wait_until(lambda: f"{name} is back" in running.messages, START_S)
         wait_until(lambda: is_at(running, home), START_S)
     returned = running.access()
+    found = look_into(running)
     num_before = len(running.access())
     with closing(Load(running)) as last_load:
         wait_until(lambda: len(last_load.answers) > 40, START_S)
@@ -243,8 +262,44 @@ def tell(running: Running) -> Story:
     return Story(
         *(load.answers, killed_at, running.messages, (at_home, elsewhere), moved, returned),
         *(last_load.answers, running.access()[num_before:], status, running_in(running.output)),
-        *((running.http, running.grpc), health),
+        *((running.http, running.grpc), health, found),
     )
+
+
+def look_into(running: Running) -> Found:
+    password, key = (
+        (running.output / name).read_bytes() for name in ("redis_password", "packet_key")
+    )
+    command = Path(f"/proc/{running.process_of('redis')}/cmdline").read_bytes().split(b"\0")
+    port = int(command[0].rpartition(b":")[2])  # Redis calls itself by where it listens.
+    with socket.create_connection(("127.0.0.1", port), STOP_S) as connection:
+        connection.sendall(b"KEYS *\r\n")
+        to_strangers = connection.recv(100)
+    with closing(Redis("127.0.0.1", port, password=password.decode())) as client:
+        names = [name for name in client.scan_iter("kvshare:*") if client.type(name) == b"string"]
+        packets = [value for value in map(client.get, names) if value]
+    master = running.process_of("nginx")
+    children = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+    return Found(
+        *(to_strangers, packets, password, key),
+        b"".join(file.read_bytes() for file in process_files("cmdline")),
+        b"".join(file.read_bytes() for file in running.output.rglob("*.log")),
+        [user_of(process) for process in (master, *children)],
+    )
+
+
+def process_files(name: str) -> Iterator[Path]:
+    for file in Path("/proc").glob(f"[0-9]*/{name}"):
+        with suppress(OSError):
+            file.read_bytes()
+            yield file
+
+
+def user_of(process: int | str) -> set[str]:
+    """Its user ids: real, effective, saved, of files."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    (line,) = (one for one in lines if one.startswith("Uid:"))
+    return set(line.split()[1:])
 
 
 def status_of(running: Running, path: str) -> int:
@@ -347,6 +402,33 @@ def test_all_end_well_and_leave_nothing_running(story: Story) -> None:
             socket.create_connection((host, int(port)))
 
 
+def test_redis_answers_nobody_without_the_password(story: Story) -> None:
+    assert story.found.to_strangers.startswith(b"-NOAUTH")
+
+
+def test_what_lies_in_redis_is_signed_with_the_cluster_s_key(story: Story) -> None:
+    assert story.found.packets
+    for packet in story.found.packets:
+        digest = blake2b(packet[:-32], key=story.found.key, digest_size=32).digest()
+        assert packet[-32:] == digest
+
+
+def test_no_secret_stands_on_a_command_line_or_in_a_log(story: Story) -> None:
+    assert b"redis_password" in story.found.command_lines
+    for secret in (story.found.password, story.found.key):
+        assert secret not in story.found.command_lines
+        assert secret not in story.found.logs
+        assert not any(secret.decode() in message for message in story.messages)
+
+
+def test_nginx_works_as_no_root(story: Story) -> None:
+    """All of its workers were root's where it was started by root."""
+    master, *workers = story.found.nginx_users
+    assert master == {str(os.geteuid())}
+    assert workers
+    assert {"0"} not in workers
+
+
 # ------------------------------------------------------------------------ who is started, and how
 
 
@@ -364,8 +446,8 @@ def layout_of(output: Path, *overrides: str, **fields: Any) -> dict[str, Part]:
 
 def replica_config(part: Part) -> ServeConfig:
     """What a replica makes of its command line."""
-    python, m, module, *overrides = part.command
-    assert (python, m, module) == (sys.executable, "-m", "pipelines.serve")
+    python, m, module, pipeline, *overrides = part.command
+    assert (python, m, module, pipeline) == (sys.executable, "-m", "torchrec_kvshare", "serve")
     return checked(composed("serve", *overrides), ServeConfig)
 
 
@@ -385,15 +467,74 @@ def test_a_replica_takes_what_the_command_line_says_of_it(tmp_path: Path) -> Non
     configs = [replica_config(parts[f"replica-{place}"]) for place in range(2)]
     ports = {port for one in configs for port in (one.server.http_port, one.server.grpc_port)}
     assert len(ports) == 4
+    peers = [f"127.0.0.1:{one.server.http_port}" for one in configs]
     for config in configs:
+        assert config.server.peers == peers
         assert (config.artifact, config.threads) == ("a", 5)
         assert config.server.queue_requests == 7
         assert config.server.host == "127.0.0.1"
         assert config.cache.name == "tiered"
         assert config.cache.remote.codec == "int8"
     assert {one.cache.remote.url for one in configs} == {
-        f"redis://127.0.0.1:{parts['redis'].command[4]}"
+        f"redis://127.0.0.1:{parts['redis'].command[5]}"
     }
+
+
+def test_redis_gets_a_password_and_packets_a_key_that_no_command_line_shows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever could reach the port of this machine could read K/V and bring K/V in."""
+    caplog.set_level("INFO")
+    parts = layout_of(tmp_path)
+    cache = replica_config(parts["replica-0"]).cache
+    assert cache.remote.password_file is not None
+    assert cache.key_file is not None
+    password, key = (
+        Path(file).read_text() for file in (cache.remote.password_file, cache.key_file)
+    )
+    assert (len(password), len(key)) == (64, 64)
+    assert password != key
+    config_file = parts["redis"].command[1]
+    assert Path(config_file).read_text() == f"requirepass {password}\n"
+    for file in (cache.remote.password_file, cache.key_file, config_file):
+        assert stat.S_IMODE(os.stat(file).st_mode) == 0o600
+    told = " ".join(word for part in parts.values() for word in part.command) + caplog.text
+    assert password not in told
+    assert key not in told
+    # K/V on disk stays readable for the next run in this folder.
+    layout_of(tmp_path)
+    assert Path(cache.key_file).read_text() == key
+
+
+def test_a_key_of_the_config_is_used_in_place_of_an_own_one(tmp_path: Path) -> None:
+    overrides = ("cache=tiered", "cache.key_file=mine")
+    cache = CacheConfig("tiered", key_file="mine")
+    parts = layout_of(tmp_path, *overrides, cache=cache)
+    assert replica_config(parts["replica-0"]).cache.key_file == "mine"
+    assert not (tmp_path / "packet_key").exists()
+
+
+def test_a_secret_of_the_folder_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    layout_of(tmp_path)
+    (tmp_path / "redis_password").chmod(0o644)
+    with pytest.raises(ConfigError, match="redis_password has mode 0644; the password of Redis"):
+        layout_of(tmp_path)
+
+
+def test_nginx_asks_for_the_token_of_the_replicas(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret\n")
+    server = ServerConfig(token_file=str(tmp_path / "token"))
+    layout_of(tmp_path / "a", server=server)
+    assert 'include "token.conf";' in (tmp_path / "a" / "nginx" / "nginx.conf").read_text()
+    written = tmp_path / "a" / "nginx" / "token.conf"
+    assert written.read_text() == token_config(b"s3cret")
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600
+    layout_of(tmp_path / "b")
+    assert "include" not in (tmp_path / "b" / "nginx" / "nginx.conf").read_text()
+    missing = ServerConfig(token_file="missing")
+    with pytest.raises(ConfigError, match=r"server\.token_file is 'missing', which cannot be read"):
+        layout_of(tmp_path / "c", server=missing)
+    assert not (tmp_path / "c").exists()
 
 
 def test_what_two_processes_cannot_share_is_one_for_each(tmp_path: Path) -> None:
@@ -414,7 +555,7 @@ def test_tls_ends_before_the_replicas(tmp_path: Path) -> None:
     assert layout.url == "https://127.0.0.1:8000 and grpcs://127.0.0.1:8001"
     config = replica_config(layout.parts[1])
     assert config.server.tls_cert_file is None
-    text = (tmp_path / "nginx.conf").read_text()
+    text = (tmp_path / "nginx" / "nginx.conf").read_text()
     assert f'ssl_certificate_key "{Path("key").resolve()}";' in text
     assert f'ssl_client_certificate "{Path("ca").resolve()}";' in text
 
@@ -422,8 +563,11 @@ def test_tls_ends_before_the_replicas(tmp_path: Path) -> None:
 def test_limits_of_a_request_are_nginx_s_too(tmp_path: Path) -> None:
     server = ServerConfig(max_request_bytes=12345, timeout_ms=4000, drain_s=7)
     layout = write_layout(cluster_config(tmp_path, server=server), [])
-    text = (tmp_path / "nginx.conf").read_text()
+    text = (tmp_path / "nginx" / "nginx.conf").read_text()
     assert "client_max_body_size 12345;" in text
+    # As many as three replicas have room for: queues, batches and streams.
+    assert f"limit_conn all {3 * (256 + 16 + 64)};" in text
+    assert f"limit_conn clients {3 * (256 + 16 + 64) // 2};" in text
     # 4 s of the request's own, and then the replica hangs.
     assert "proxy_read_timeout 6000ms;" in text
     assert "worker_shutdown_timeout 7000ms;" in text
@@ -450,7 +594,11 @@ def test_a_redis_that_is_there_is_used(tmp_path: Path) -> None:
     remote = RemoteConfig(url="redis://elsewhere:6379")
     parts = layout_of(tmp_path, cache=CacheConfig("tiered", remote=remote))
     assert "redis" not in parts
-    assert replica_config(parts["replica-0"]).cache.remote.url == "redis://elsewhere:6379"
+    cache = replica_config(parts["replica-0"]).cache
+    assert cache.remote.url == "redis://elsewhere:6379"
+    # Who else uses it would not have a key or a password of ours.
+    assert (cache.key_file, cache.remote.password_file) == (None, None)
+    assert files_in(tmp_path) == ["nginx/nginx.conf"]
 
 
 def test_without_redis_server_the_replicas_share_nothing_and_it_is_said(
@@ -473,12 +621,19 @@ def test_a_cache_without_a_remote_tier_gets_no_redis(
     assert f"cache={cache}: the replicas share no K/V" in caplog.text
 
 
+WRITTEN = ["nginx/nginx.conf", "packet_key", "redis.conf", "redis_password"]
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file())
+
+
 def test_without_nginx_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_programs(monkeypatch, "nginx")
     layout = write_layout(cluster_config(tmp_path), [])
     with pytest.raises(ConfigError, match="nginx is not on PATH"):
         run_cluster(layout, lambda: False, pytest.fail)
-    assert [file.name for file in tmp_path.iterdir()] == ["nginx.conf"]
+    assert files_in(tmp_path) == WRITTEN
 
 
 def test_a_config_is_written_and_nothing_run(tmp_path: Path) -> None:
@@ -487,11 +642,12 @@ def test_a_config_is_written_and_nothing_run(tmp_path: Path) -> None:
     ended = spawn_pipeline("serve_cluster", *overrides)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
-    assert lines[0] == f"wrote {output / 'nginx.conf'}"
+    assert lines[0] == f"wrote {output}/nginx/nginx.conf"
     command_by_name = dict(line.split(": ", 1) for line in lines[1:])
     assert list(command_by_name) == ["redis", "replica-0", "replica-1", "nginx"]
     assert " artifact=a cache.ttl_s=7 cache=tiered " in command_by_name["replica-1"]
-    assert [file.name for file in output.iterdir()] == ["nginx.conf"]
+    assert command_by_name["nginx"].startswith(f"cd '{output}/nginx' && nginx -p ./ ")
+    assert files_in(output) == WRITTEN
 
 
 @pytest.mark.parametrize(
@@ -506,7 +662,7 @@ def test_a_value_that_cannot_work_is_named_before_anything_starts(
     tmp_path: Path, override: str, message: str
 ) -> None:
     ended = spawn_pipeline("serve_cluster", "artifact=a", f"output={tmp_path / 'never'}", override)
-    assert ended.returncode not in (0, 3)
+    assert ended.returncode == 2
     assert message in ended.stderr
     assert not (tmp_path / "never").exists()
 
@@ -544,7 +700,7 @@ def container_of(kind: str, name: str) -> Manifest:
 
 def served_config() -> ServeConfig:
     container = container_of("StatefulSet", "kvshare")
-    assert container["command"] == ["python", "-m", "pipelines.serve"]
+    assert container["command"] == ["kvshare", "serve"]
     return checked(composed("serve", *container["args"]), ServeConfig)
 
 
@@ -554,7 +710,7 @@ def port_by_name(container: Manifest) -> dict[str, int]:
 
 def test_every_manifest_has_a_name_of_its_own_and_its_pods_a_fixed_image() -> None:
     names = [(one["kind"], one["metadata"]["name"]) for one in manifests()]
-    assert len(set(names)) == len(names) == 13
+    assert len(set(names)) == len(names) == 15
     images = [container["image"] for pod in pods() for container in pod["containers"]]
     assert len(images) == 3
     assert all(re.search(r":\d+\.\d+\.\d+$", image) for image in images)
@@ -565,6 +721,8 @@ def test_no_pod_may_do_more_than_it_needs() -> None:
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
         (container,) = pod["containers"]
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
@@ -577,6 +735,180 @@ def test_no_pod_may_do_more_than_it_needs() -> None:
         assert {mount["name"] for mount in container["volumeMounts"]} == {
             volume["name"] for volume in pod["volumes"]
         }
+        # Nothing but a volume for it can be written to, and each of these has an end.
+        for volume in pod["volumes"]:
+            assert volume.get("emptyDir", {"sizeLimit": ""}).keys() >= {"sizeLimit"}
+
+
+def referenced(kind: str) -> Iterator[Manifest]:
+    for pod in pods():
+        yield from (volume[kind] for volume in pod["volumes"] if kind in volume)
+
+
+def keys_by_secret() -> dict[str, set[str]]:
+    """What the README's commands make, whose lines are read as kubectl would read them."""
+    found = {}
+    for line in (MANIFESTS / "README.md").read_text().splitlines():
+        if line.startswith("kubectl create secret "):
+            _, _, _, kind, name, *options = line.split()
+            keys = {"tls.crt", "tls.key"} if kind == "tls" else set()
+            named = (option for option in options if option.startswith("--from-file="))
+            found[name] = keys | {option.split("=")[1] for option in named}
+    return found
+
+
+def test_every_secret_is_a_volume_that_the_readme_says_how_to_make() -> None:
+    made = keys_by_secret()
+    used = {one["secretName"] for one in referenced("secret")}
+    assert used == set(made)
+    for secret in referenced("secret"):
+        assert {item["key"] for item in secret.get("items", [])} <= made[secret["secretName"]]
+        assert secret["defaultMode"] == 0o440  # the pod's group reads it, and no other
+    for container in (container for pod in pods() for container in pod["containers"]):
+        assert not any("valueFrom" in variable for variable in container.get("env", []))
+        assert "envFrom" not in container
+    maps = {one["metadata"]["name"] for one in manifests() if one["kind"] == "ConfigMap"}
+    assert {one["name"] for one in referenced("configMap")} == maps
+
+
+def test_files_that_a_pod_is_told_of_are_those_that_are_mounted() -> None:
+    made = keys_by_secret()
+    for pod in pods():
+        (container,) = pod["containers"]
+        volume_by_name = {volume["name"]: volume for volume in pod["volumes"]}
+        there = set()
+        for mount in container["volumeMounts"]:
+            secret = volume_by_name[mount["name"]].get("secret")
+            if secret is not None:
+                items = secret.get("items")
+                keys = made[secret["secretName"]] if items is None else {i["path"] for i in items}
+                there |= {f"{mount['mountPath']}/{key}" for key in keys}
+        told = "\n".join(container["args"])
+        if container["name"] == "nginx":
+            told = manifest("ConfigMap", "kvshare-nginx")["data"]["nginx.conf"]
+        assert set(re.findall(r"/secrets/[\w/.-]+", told)) == there
+
+
+def test_a_pod_is_reached_by_those_alone_that_need_it() -> None:
+    """Replicas took what any pod of the cluster asked of them."""
+    policies = [one for one in manifests() if one["kind"] == "NetworkPolicy"]
+    apps = {one["spec"]["podSelector"]["matchLabels"]["app"]: one["spec"] for one in policies}
+    assert set(apps) == {
+        one["spec"]["template"]["metadata"]["labels"]["app"] for one in workloads()
+    }
+    names = {
+        one["metadata"]["name"]: set(
+            port_by_name(container_of(one["kind"], one["metadata"]["name"]))
+        )
+        for one in workloads()
+    }
+    reached = {}
+    for app, spec in apps.items():
+        assert spec["policyTypes"] == ["Ingress", "Egress"]
+        callers = set()
+        for rule in spec["ingress"]:
+            assert {port["port"] for port in rule["ports"]} <= names[app]
+            callers |= {caller_of(source) for source in rule.get("from", [{}])}
+        reached[app] = callers
+        for rule in spec["egress"]:
+            for target in (one["podSelector"]["matchLabels"]["app"] for one in rule.get("to", [])):
+                assert {port["port"] for port in rule["ports"]} <= names[target]
+                assert app in callers_of(apps[target])
+    assert reached == {
+        "kvshare-nginx": {"anyone"},
+        "kvshare": {"kvshare", "kvshare-nginx", "monitoring"},
+        "kvshare-valkey": {"kvshare"},
+    }
+
+
+def callers_of(spec: Manifest) -> set[str]:
+    return {caller_of(source) for rule in spec["ingress"] for source in rule.get("from", [{}])}
+
+
+def caller_of(source: Manifest) -> str:
+    if "podSelector" in source:
+        return str(source["podSelector"]["matchLabels"]["app"])
+    if "namespaceSelector" in source:
+        labels = source["namespaceSelector"]["matchLabels"]
+        return str(labels["kubernetes.io/metadata.name"])
+    return "anyone"
+
+
+def test_kubernetes_own_schemas_know_every_field() -> None:
+    for one in manifests():
+        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_valkey_and_the_remote_tier_of_the_pods_speak_tls_with_that_user(tmp_path: Path) -> None:
+    """With a real server, whose options are the manifest's; only its files lie elsewhere."""
+    readme = (MANIFESTS / "README.md").read_text()
+    acl = re.findall(r"^user .*$", readme, re.MULTILINE)
+    (tmp_path / "users.acl").write_text("\n".join(acl).replace("PASSWORD", "s3cret") + "\n")
+    (tmp_path / "password").write_text("s3cret\n")
+    files = make_certificates(tmp_path)
+    port = free_port()
+    place_by_path = {
+        "/secrets/tls/tls.crt": str(files.cert),
+        "/secrets/tls/tls.key": str(files.key),
+        "/secrets/valkey/users.acl": str(tmp_path / "users.acl"),
+        "6379": str(port),
+    }
+    args = container_of("StatefulSet", "kvshare-valkey")["args"]
+    command = [
+        "redis-server",
+        *(place_by_path.get(arg, arg) for arg in args),
+        "--bind",
+        "127.0.0.1",
+    ]
+    assert set(place_by_path) <= set(args)
+    remote = served_config().cache.remote
+    tier = RemoteTier(
+        str(remote.url).replace("kvshare-valkey:6379", f"127.0.0.1:{port}"),
+        ttl_s=60.0,
+        timeout_s=START_S,
+        username=remote.username,
+        password=(tmp_path / "password").read_text().strip(),
+        tls_ca_file=files.ca,
+    )
+    assert (remote.password_file, remote.tls_ca_file) == (
+        *("/secrets/valkey/password", "/secrets/valkey-ca/ca.crt"),
+    )
+    with (
+        closing(tier),
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as server,
+    ):
+        try:
+            wait_until(lambda: listens(port), START_S)
+            tier.check()
+        finally:
+            server.kill()
+
+
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        return True
+    return False
+
+
+def test_nginx_reads_the_config_of_the_pods(tmp_path: Path) -> None:
+    """A real one; only names and files are others."""
+    files = make_certificates(tmp_path)
+    (tmp_path / "token.conf").write_text(token_config(b"s3cret"))
+    text = manifest("ConfigMap", "kvshare-nginx")["data"]["nginx.conf"]
+    text = re.sub(r"server kvshare-\d:", "server 127.0.0.1:", text)
+    for path, place in (
+        ("/secrets/tls/tls.crt", files.cert),
+        ("/secrets/tls/tls.key", files.key),
+        ("/secrets/token/token.conf", tmp_path / "token.conf"),
+    ):
+        assert path in text
+        text = text.replace(path, str(place))
+    (tmp_path / "nginx.conf").write_text(text)
+    args = container_of("Deployment", "kvshare-nginx")["args"]
+    place_by_path = {"/run/kvshare": str(tmp_path), "/etc/kvshare/nginx.conf": "nginx.conf"}
+    command = ["nginx", *(place_by_path.get(arg, arg) for arg in args), "-t"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_pods_and_services_find_each_other() -> None:
@@ -602,13 +934,10 @@ def test_settings_of_the_pods_are_the_server_s() -> None:
     assert port_by_name(container) == ports
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     cache = config.cache
-    files = (config.models, config.server.token_file, cache.key_file, cache.remote.password_file)
-    for file in files:
-        assert file is not None
-        assert mounted & {file, str(Path(file).parent)}
+    assert config.models in mounted
     valkey = manifest("Service", "kvshare-valkey")
     (port,) = valkey["spec"]["ports"]
-    assert cache.remote.url == f"redis://kvshare-valkey:{port['port']}"
+    assert cache.remote.url == f"rediss://kvshare-valkey:{port['port']}"
     # The user whom the README's ACL has.
     assert f"user {cache.remote.username} on" in (MANIFESTS / "README.md").read_text()
 
@@ -633,12 +962,14 @@ def test_nginx_has_the_config_that_is_written_for_the_pods() -> None:
     for name in names:
         selector = manifest("Service", name)["spec"]["selector"]
         assert selector == {"statefulset.kubernetes.io/pod-name": name}
+    assert server.peers == [f"{name}:{server.http_port}" for name in names]
     ports = port_by_name(container_of("Deployment", "kvshare-nginx"))
     text = nginx_config(
         Address("0.0.0.0", ports["https"], ports["grpcs"]),
         [Address(name, server.http_port, server.grpc_port) for name in names],
-        library.limits_of(server),
+        library.limits_of(server, replicas),
         Tls("/secrets/tls/tls.crt", "/secrets/tls/tls.key"),
+        token_file="/secrets/token/token.conf",
     )
     text = text.replace("error_log nginx.log", "error_log stderr")
     text = text.replace("worker_processes auto", "worker_processes 2")
@@ -677,7 +1008,7 @@ def test_who_ends_before_it_was_ready_ends_all_with_its_last_words(tmp_path: Pat
     nginx = part_of(tmp_path, "nginx", "exit 1", always)
     words = "replica-0 ended with 3 before it was ready"
     with pytest.raises(UnavailableError, match=words) as error:
-        run_cluster(Layout([ended, other, nginx], "", 1.0), lambda: False, pytest.fail)
+        run_cluster(Layout([ended, other, nginx], "", 1.0, tmp_path), lambda: False, pytest.fail)
     assert str(error.value).endswith("no such artifact")
     assert not nginx.log_file.exists()
     wait_until(lambda: running_in(tmp_path) == [], 5.0)
@@ -692,7 +1023,10 @@ def test_who_dies_again_and_again_is_started_ever_more_slowly(
     dying = part_of(tmp_path, "replica-0", "echo x; sleep 0.2; exit 3", always)
     nginx = part_of(tmp_path, "nginx", "exec sleep 60", always)
     text = dying.log_file
-    run_for(Layout([dying, nginx], "", 1.0), lambda: text.exists() and len(text.read_text()) > 8)
+    run_for(
+        Layout([dying, nginx], "", 1.0, tmp_path),
+        lambda: text.exists() and len(text.read_text()) > 8,
+    )
     pauses = re.findall(r"replica-0 ended with 3 and starts again in (\S+) s", caplog.text)
     assert pauses[:4] == ["0.1", "0.2", "0.3", "0.3"]
 
@@ -705,7 +1039,8 @@ def test_nginx_is_told_first_and_the_others_when_it_has_ended(tmp_path: Path) ->
     nginx = part_of(tmp_path, "nginx", on_quit.format("nginx", said), always)
     replica = part_of(tmp_path, "replica-0", on_term.format("replica", said), always)
     run_for(
-        Layout([replica, nginx], "", 5.0), lambda: said.exists() and "nginx s" in said.read_text()
+        Layout([replica, nginx], "", 5.0, tmp_path),
+        lambda: said.exists() and said.read_text().count("starts") == 2,
     )
     lines = said.read_text().splitlines()
     assert sorted(lines[:2]) == ["nginx starts", "replica starts"]
@@ -720,7 +1055,9 @@ def test_who_does_not_end_is_killed_with_what_it_started(
     replica = part_of(tmp_path, "replica-0", deaf, always)
     nginx = part_of(tmp_path, "nginx", "exec sleep 60", always)
     log = replica.log_file
-    run_for(Layout([replica, nginx], "", 0.1), lambda: log.exists() and log.read_text() != "")
+    run_for(
+        Layout([replica, nginx], "", 0.1, tmp_path), lambda: log.exists() and log.read_text() != ""
+    )
     assert "replica-0 did not end in time and is killed" in caplog.text
     wait_until(lambda: running_in(tmp_path) == [], 5.0)
 

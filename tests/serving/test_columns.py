@@ -1,5 +1,6 @@
 """Raw requests become tensors and come back the same; what cannot be cut is refused by name."""
 
+import math
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -84,7 +85,7 @@ def assert_same_requests(raws: list[Raw], others: list[Raw], schema: FeatureSche
 @pytest.mark.parametrize("schema", [SCHEMA, TWO_HISTORIES, PLAIN], ids=["one", "two", "plain"])
 def test_tensors_are_those_that_the_specifications_name(schema: FeatureSchema) -> None:
     tensors = request_tensors([draw_raw(3, 2, 1, schema), draw_raw(0, 4, 2, schema)], schema)
-    specs = column_specs(schema)
+    specs = [spec for spec in column_specs(schema) if not spec.is_optional]
     assert list(tensors) == [spec.name for spec in specs]
     for spec in specs:
         assert datatype_of(tensors[spec.name]) in spec.datatypes
@@ -137,6 +138,84 @@ def test_ids_are_integers_where_all_are(ids: list[Any], datatype: str, back: lis
     tensors = request_tensors([raw], SCHEMA)
     assert datatype_of(tensors["candidates.item_id.values"]) == datatype
     assert list(raw_requests(tensors, SCHEMA, MOST)[0]["candidates"]["item_id"]) == back
+
+
+IDS = ["1", "-1", "3.5", "true", "false"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "rows"),
+    [
+        (np.array([1, -1, 7]), [2, 3, 1]),
+        (np.array([1.0, -1.0, 3.5]), [2, 3, 4]),
+        (np.array([True, False, True]), [5, 6, 5]),
+        (np.array([b"1.0", b" -1", b"True"], dtype=object), [2, 3, 5]),
+    ],
+    ids=["INT64", "FP64", "BOOL", "BYTES"],
+)
+def test_an_id_is_the_same_id_in_every_datatype(tensor: NDArray[Any], rows: list[int]) -> None:
+    """Numbers that are no integers, and booleans, had no datatype; a negative one was refused."""
+    schema = replace(
+        PLAIN, vocabulary_by_column={"user_id": Vocabulary(IDS), "item_id": Vocabulary(IDS)}
+    )
+    tensors = request_tensors([draw_raw(3, 3, seed, schema) for seed in (1, 2, 3)], schema)
+    tensors |= {"user_id": tensor, "candidates.item_id.values": np.concatenate([tensor] * 3)}
+    requests = parse_all(raw_requests(tensors, schema, MOST), schema)
+    assert [request.user_row for request in requests] == rows
+    assert all(request.candidate_items.tolist() == rows for request in requests)
+
+
+def test_numbers_and_booleans_go_as_texts_of_the_same_id() -> None:
+    raw = draw_raw(2, 4, seed=1, schema=PLAIN)
+    raw["candidates"]["item_id"] = [3.0, True, -0.0, 9]
+    sent = request_tensors([raw], PLAIN)
+    assert datatype_of(sent["candidates.item_id.values"]) == "BYTES"
+    assert_same_requests(raw_requests(sent, PLAIN, MOST), [raw], PLAIN)
+    raw["candidates"]["item_id"] = [3.0, math.nan, 1, 2]
+    with pytest.raises(RequestError, match=r"candidates.item_id holds nan"):
+        request_tensors([raw], PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("ids", "datatype"),
+    [(["3", "-9"], "INT64"), (["3", "a"], "BYTES"), (["3", "3.5"], "BYTES"), (["007"], "BYTES")],
+)
+def test_the_datatype_told_first_is_one_that_every_known_id_has(
+    ids: list[str], datatype: str
+) -> None:
+    """Metadata said INT64 where the vocabulary holds texts."""
+    schema = replace(
+        PLAIN, vocabulary_by_column=PLAIN.vocabulary_by_column | {"item_id": Vocabulary(ids)}
+    )
+    told = {spec.name: spec.datatypes[0] for spec in column_specs(schema)}
+    assert told["history.item_id.values"] == told["candidates.item_id.values"] == datatype
+    assert told["user_id"] == "BYTES"
+
+
+def test_the_place_of_the_first_event_goes_and_comes_if_a_request_says_it() -> None:
+    raws = [draw_raw(9, 1, seed) for seed in (1, 2, 3)]
+    assert "history.first_event" not in request_tensors(raws, SCHEMA)
+    raws[0]["history"]["first_event"] = 500
+    raws[1]["history"]["first_event"] = None
+    tensors = request_tensors(raws, SCHEMA)
+    assert tensors["history.first_event"].tolist() == [500, 0, 0]
+    back = raw_requests(tensors, SCHEMA, MOST)
+    assert_same_requests(back, raws, SCHEMA)
+    read = [request.events_by_history[HISTORY].first_event for request in parse_all(back)]
+    assert read == [504, 0, 0]  # 72 blocks of 7
+
+
+def test_a_model_of_some_actions_has_no_tensor_for_the_first_place() -> None:
+    assert "history.first_event" in [spec.name for spec in column_specs(SCHEMA)]
+    assert "history.first_event" not in [spec.name for spec in column_specs(TWO_HISTORIES)]
+
+
+def test_unknown_ids_are_told_where_a_request_asked() -> None:
+    use = CacheUse("miss", "cold", 0, 3, "none")
+    asked, silent = Answer("a", [0.1], "m-t", use, {"user_id": 1}), Answer("b", [0.1], "m-t", use)
+    assert "unknown_ids" not in output_tensors([silent])
+    told = output_tensors([silent, asked])["unknown_ids"].tolist()
+    assert told == [b"{}", b'{"user_id": 1}']
 
 
 def test_cells_come_back_as_lists() -> None:
@@ -236,7 +315,9 @@ BREAKAGES: dict[str, tuple[str, NDArray[Any] | None, str]] = {
     "misspelt": ("history.tyme.values", integers(1), "'history.tyme.values' is no input.*'time'"),
     "long name": ("x" * 9999, integers(1), r"^'x{199} is no input"),
     "narrow": ("time", np.array([1, 2], np.int32), "time is int32; INT64 is allowed"),
-    "float ids": ("user_id", np.array([1.0, 2.0]), "user_id is FP64; INT64 or BYTES is allowed"),
+    "narrow ids": ("user_id", np.float32([1, 2]), "user_id is FP32; BYTES or INT64 or FP64 or B"),
+    "places": ("history.first_event", integers(1), "first_event has 1 elements; user_id has 2"),
+    "text places": ("history.first_event", texts(b"1", b"2"), "first_event is BYTES; INT64 is al"),
     "text lengths": ("history.time.lengths", texts(b"3", b"5"), "time.lengths is BYTES; INT64 is"),
     "text times": ("time", texts(b"1", b"2"), "time is BYTES; INT64 is allowed"),
     "integer floats": ("candidates.price.values", integers(1), "price.values is INT64; FP32 or FP"),
@@ -302,12 +383,18 @@ def test_lengths_whose_sum_wraps_to_the_right_one_are_refused() -> None:
     ("name", "tensor", "message"),
     [
         ("user_id", texts(b"", b"u"), "user_id holds None"),
-        ("user_id", integers(-1, 4), "user_id holds -1"),
+        ("user_id", np.array([np.nan, 4.0]), "user_id holds nan"),
+        ("history.item_id.values", np.full(8, np.inf), "history.item_id holds inf"),
+        ("history.item_id.values", texts(*[b" "] * 8), "history.item_id holds ' '"),
+        ("history.first_event", integers(-1, 4), "history.first_event is -1"),
         ("time", integers(2**40, 4), "time is 1099511627776"),
         ("history.time.lengths", integers(2, 6), "columns of history differ in length"),
         ("candidates.price.values", np.full(6, np.nan), "candidates.price holds nan"),
     ],
-    ids=["no user", "negative id", "milliseconds", "unequal columns", "not a number"],
+    ids=[
+        *("no user", "no number", "infinite", "blank", "negative place"),
+        *("milliseconds", "unequal columns", "not a number"),
+    ],
 )
 def test_what_tensors_hold_is_checked_as_in_json(
     name: str, tensor: NDArray[Any], message: str

@@ -109,7 +109,7 @@ PATHS = [
 GOOD = [draw_raw(3 + 4 * seed, 1 + seed, seed) for seed in range(4)]
 GOOD_SCORES = [
     answer.scores
-    for answer in Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, "", None).rank(parse_all(GOOD))
+    for answer in Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, None).rank(parse_all(GOOD))
 ]
 
 

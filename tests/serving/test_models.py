@@ -3,23 +3,27 @@
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.core.encoder_worlds import make_caches
-from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
+from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all, version_called
 from tests.serving.servers import EagerLoader, running_server
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.store import KVStore
-from torchrec_kvshare.config import CacheConfig
+from torchrec_kvshare.config import CacheConfig, ServerConfig
+from torchrec_kvshare.data.schema import FeatureSchema, Vocabulary
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError, UnavailableError, UnknownModelError
-from torchrec_kvshare.export.artifact import MANIFEST
+from torchrec_kvshare.export.artifact import MANIFEST, read_artifact, write_manifest
 from torchrec_kvshare.export.exporter import export_model
+from torchrec_kvshare.features import Request, distinct_histories, parse_user, user_columns
 from torchrec_kvshare.ranking import RankingModel
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import (
@@ -29,10 +33,13 @@ from torchrec_kvshare.serving.models import (
     EngineLoader,
     HotUsers,
     Models,
+    Served,
     versions_in,
 )
 
 RawRequest = dict[str, Any]
+
+HOT_BYTES = 2**20
 
 
 class Loader(EagerLoader):
@@ -46,7 +53,7 @@ class Loader(EagerLoader):
 
 def make_models(num_hot: int = 8) -> Models:
     loader = Loader()
-    return Models(loader.load, ServerMetrics(loader.metrics), num_hot)
+    return Models(loader.load, ServerMetrics(loader.metrics), num_hot, HOT_BYTES)
 
 
 def add(folder: Path, name: str, version: str) -> Path:
@@ -73,7 +80,7 @@ def test_the_highest_version_answers_and_removing_it_goes_back(tmp_path: Path) -
         add(tmp_path, "shop", version)
     models.refresh(tmp_path)
     assert models.get().version == "10"
-    assert models.get("shop", "10").engine.model_version == "v10"
+    assert models.get("shop", "10").engine.version == version_called("v10")
     shutil.rmtree(tmp_path / "shop" / "10")
     models.refresh(tmp_path)
     assert models.get("shop").version == "2"
@@ -98,11 +105,40 @@ def test_a_broken_version_is_refused_and_the_old_one_stays(tmp_path: Path) -> No
     assert states(models) == {("shop", "1"): SERVING}
 
 
+class Ending(Served):
+    """A version whose last request ends as soon as somebody has asked whether it has."""
+
+    num_asked = 0
+
+    @property
+    def num_open(self) -> int:  # type: ignore[override]
+        self.num_asked += 1
+        return int(self.num_asked == 1)
+
+    @num_open.setter
+    def num_open(self, value: int) -> None:
+        pass
+
+
+def test_a_version_whose_last_request_ends_while_it_is_counted_does_not_drain_for_ever(
+    tmp_path: Path,
+) -> None:
+    """Asked twice whether requests are open, it left the list unseen and was shown for ever."""
+    models = make_models()
+    add(tmp_path, "shop", "1")
+    models.refresh(tmp_path)
+    models._served = {"shop": Ending("shop", "1", models.get().engine)}
+    add(tmp_path, "shop", "2")
+    models.refresh(tmp_path)
+    assert states(models) == {("shop", "1"): DRAINING, ("shop", "2"): SERVING}
+    assert states(models) == {("shop", "2"): SERVING}
+
+
 def test_an_alarm_stands_until_another_version_takes_over(tmp_path: Path) -> None:
     """The drift of a version that was long gone stood on the page, and its alarm in the metrics."""
     loader = Loader()
     metrics = ServerMetrics(loader.metrics)
-    models = Models(loader.load, metrics, 8)
+    models = Models(loader.load, metrics, 8, HOT_BYTES)
 
     def alarms() -> list[str]:
         lines = metrics.text().decode().splitlines()
@@ -135,8 +171,8 @@ def test_models_side_by_side_go_by_their_names(tmp_path: Path) -> None:
     add(tmp_path, "shop", "1")
     add(tmp_path, "news", "7")
     models.refresh(tmp_path)
-    assert models.get("shop").engine.model_version == "v1"
-    assert models.get("news").engine.model_version == "v7"
+    assert models.get("shop").engine.version == version_called("v1")
+    assert models.get("news").engine.version == version_called("v7")
     with pytest.raises(UnknownModelError, match="no model was asked for"):
         models.get()
     with pytest.raises(UnknownModelError, match=r"shop/2 was asked for; \['news/7', 'shop/1'\]"):
@@ -177,18 +213,66 @@ def test_the_new_version_hits_for_who_asked_most(tmp_path: Path) -> None:
 
 
 def test_a_newcomer_can_become_hot() -> None:
-    hot = HotUsers(4)
+    hot = HotUsers(4, HOT_BYTES)
     for user in "aaaabbbbccccddddeeeee":
         hot.remember(user, {"user_id": user})
     assert hot.hottest()[0]["user_id"] == "e"
     assert len(hot.hottest()) == 4
 
 
+def test_what_is_remembered_of_users_is_bounded_in_bytes() -> None:
+    """Whole requests were remembered, as large as a message may be."""
+    hot = HotUsers(num_users=4, capacity_bytes=4_000)
+    for user in "abcdef":
+        hot.remember(user, {"user_id": user, "history": {"item_id": ["x" * 900]}})
+        hot.remember(user.upper(), {"user_id": user.upper(), "history": {"item_id": ["x" * 1_100]}})
+    users = [raw["user_id"] for raw in hot.hottest()]
+    assert len(users) == 4
+    assert all(user.islower() for user in users)
+    # What is known of a user whose last request is too long is old.
+    hot.remember(users[0], {"user_id": users[0], "history": {"item_id": ["x" * 1_100]}})
+    assert users[0] not in [raw["user_id"] for raw in hot.hottest()]
+
+
+def test_nobody_is_remembered_where_no_user_is_to_be() -> None:
+    hot = HotUsers(num_users=0, capacity_bytes=0)
+    hot.remember("a", {"user_id": "a"})
+    assert hot.hottest() == []
+
+
+def test_what_is_remembered_holds_no_message() -> None:
+    """Columns over gRPC are parts of their message, all of which stayed with one of them."""
+    hot = HotUsers(num_users=4, capacity_bytes=HOT_BYTES)
+    message = np.arange(100_000)
+    hot.remember("a", {"user_id": "a", "history": {"item_id": message[5:8]}})
+    is_there = weakref.ref(message)
+    del message
+    assert is_there() is None
+    assert hot.hottest()[0]["history"]["item_id"].tolist() == [5, 6, 7]
+
+
+def test_users_of_one_schema_warm_up_a_version_with_another() -> None:
+    hot = HotUsers(num_users=4, capacity_bytes=HOT_BYTES)
+    hot.remember("a", user_columns(asks("a"), SCHEMA))
+    other = Vocabulary(["110", "109", "108", "107", "106", "105", "104", "103", "102", "101"])
+    vocabularies = SCHEMA.vocabulary_by_column | {"item_id": other}
+    fewer = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
+    [raw] = hot.hottest()
+    assert_same_user(parse_user(raw, fewer), parse_user(asks("a"), fewer))
+    assert_same_user(parse_user(raw, SCHEMA), parse_user(asks("a"), SCHEMA))
+
+
+def assert_same_user(one: Request, other: Request) -> None:
+    assert one.user_id == other.user_id
+    assert one.num_events > 0
+    assert distinct_histories([one, other])[0] == [0]
+
+
 def test_an_engine_is_loaded_only_if_its_cached_scores_are_the_golden_ones(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache whose pages hold something else is found before the first request."""
-    loader = EngineLoader(CacheConfig())
+    loader = EngineLoader(CacheConfig(), ServerConfig())
     assert loader.load(artifact).store is not None
     read = Engine._score_pages
 
@@ -200,16 +284,35 @@ def test_an_engine_is_loaded_only_if_its_cached_scores_are_the_golden_ones(
         loader.load(artifact)
 
 
+def test_a_version_that_is_not_signed_is_refused_until_it_is(
+    artifact: Path, tmp_path: Path
+) -> None:
+    loader = EngineLoader(CacheConfig(), ServerConfig(), key=b"a secret")
+    models = Models(loader.load, ServerMetrics(loader.metrics), 4, HOT_BYTES)
+    folder = tmp_path / "shop" / "1"
+    shutil.copytree(artifact, folder)
+    models.refresh(tmp_path)
+    assert states(models) == {("shop", "1"): REFUSED}
+    assert "is not signed: it has no manifest.mac" in models.standings()[0].message
+    write_manifest(folder, read_artifact(folder)[0], b"a secret")
+    models.refresh(tmp_path)
+    assert states(models) == {("shop", "1"): SERVING}
+
+
 def test_requests_during_a_switch_are_answered_by_one_model_or_the_other() -> None:
     engines = {}
     for seed in (1, 2):
         model = RankingModel(make_dlrm(seed)).eval()
-        engines[f"{seed}"] = Engine(model, SCHEMA, f"v{seed}", KVStore(make_caches(model, [30])))
-    models = Models(lambda folder: engines[folder.name], ServerMetrics(CacheMetrics()), 4)
+        engines[f"{seed}"] = Engine(
+            model, SCHEMA, KVStore(make_caches(model, [30])), version=version_called(f"v{seed}")
+        )
+    models = Models(
+        lambda folder: engines[folder.name], ServerMetrics(CacheMetrics()), 4, HOT_BYTES
+    )
     models.publish("shop", "1", Path("1"))
     requests = parse_all([asks("a"), asks("b")])
     expected = {
-        version: Engine(engine.model, SCHEMA, "", None).rank(requests)
+        version: Engine(engine.model, SCHEMA, None).rank(requests)
         for version, engine in engines.items()
     }
     seen: set[str] = set()
@@ -246,7 +349,7 @@ def test_a_real_server_switches_under_load_and_refuses_what_is_corrupt(
     raws = [asks(user) for user in "abcdef"]
     expected = {}
     for seed in (1, 2):
-        engine = Engine(RankingModel(make_dlrm(seed)).eval(), SCHEMA, "", None)
+        engine = Engine(RankingModel(make_dlrm(seed)).eval(), SCHEMA, None)
         expected[str(seed)] = [answer.scores for answer in engine.rank(parse_all(raws))]
     models = f"models={tmp_path / 'models'}"
     settings = ["server.poll_s=0.1", "server.timeout_ms=60000", "server.log_requests=false"]

@@ -6,6 +6,7 @@ The servers are processes of this file, so that they can be killed: they say who
 import asyncio
 import json
 import os
+import pwd
 import signal
 import socket
 import ssl
@@ -14,7 +15,7 @@ import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,11 +24,21 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 from aiohttp import web
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.cache.servers import Certificates, free_port, make_certificates, wait_until
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.serving.nginx import Address, Limits, Tls, nginx_config
+from torchrec_kvshare.private import write_secret
+from torchrec_kvshare.serving.nginx import (
+    Address,
+    Limits,
+    Tls,
+    nginx_command,
+    nginx_config,
+    token_config,
+)
 
 ROOT = Path(__file__).parents[2]
 HERE = "127.0.0.1"
@@ -37,6 +48,8 @@ USERS = [f"user {place}" for place in range(24)]
 # A hung replica costs its users the timeout; here nobody wants to wait for it.
 LIMITS = Limits(body_bytes=200_000, timeout_s=1.5, drain_s=5.0)
 ME, DIE, STATUS, WAIT = "x-replica", "x-die", "x-status", "x-wait"
+ANYONE = "anyone"  # who reads it, dies
+TOKEN = b"s3cret.of $both +faces"
 
 # ---------------------------------------------------------------- a replica that says who it is
 
@@ -82,7 +95,7 @@ class _Replica(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             yield service_pb2.ModelStreamInferResponse(infer_response=answer)
 
     async def _think(self, told: Mapping[str, str]) -> None:
-        if told.get(DIE) == self._me:
+        if told.get(DIE) in (self._me, ANYONE):
             os.kill(os.getpid(), signal.SIGKILL)
         self._num_open += 1
         await asyncio.sleep(float(told.get(WAIT, 0)))
@@ -98,6 +111,7 @@ async def _serve(me: str, http_port: int, grpc_port: int) -> None:
     await runner.setup()
     server = grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(replica, server)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), server)
     server.add_insecure_port(f"{HERE}:{grpc_port}")
     await server.start()
     await web.TCPSite(runner, HERE, http_port).start()
@@ -125,14 +139,23 @@ def _stop_listening(port: int) -> None:
 class Cluster:
     """Replicas by name, and nginx in front of them."""
 
-    def __init__(self, folder: Path, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tls: Tls | None = None,
+        limits: Limits = LIMITS,
+        token: bytes | None = None,
+    ) -> None:
         self.front = Address(HERE, free_port(), free_port())
         self.addresses = [Address(HERE, free_port(), free_port()) for _ in range(NUM_REPLICAS)]
         self.names = [f"replica {place}" for place in range(NUM_REPLICAS)]
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.folder = folder
-        text = nginx_config(self.front, self.addresses, LIMITS, tls, "access.log")
+        token_file = None if token is None else "token.conf"
+        text = nginx_config(self.front, self.addresses, limits, tls, "access.log", token_file)
         (folder / "nginx.conf").write_text(text)
+        if token is not None:
+            write_secret(folder / "token.conf", token_config(token).encode())
         self.nginx: subprocess.Popen[bytes] | None = None
 
     def start(self, *names: str) -> None:
@@ -191,10 +214,9 @@ class Cluster:
 
 
 def run_nginx(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":
-    # As root nginx would give its work to a user who cannot enter the folder.
-    user = ["-g", "user root;"] if os.geteuid() == 0 else []
-    command = ["nginx", "-p", str(folder), "-c", "nginx.conf", "-e", "nginx.log", *user]
-    return subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL)
+    folder.chmod(0o711)  # The one above it is closed to nginx's workers.
+    command = [*nginx_command(), *arguments]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +322,7 @@ def tls_of(certificates: Certificates) -> Tls:
 @pytest.mark.parametrize("num_replicas", [1, 3])
 @pytest.mark.parametrize("files", [0, 2, 3], ids=["plain", "tls", "mutual tls"])
 @pytest.mark.parametrize("access_log", [None, "access.log"])
+@pytest.mark.parametrize("token", [None, TOKEN, bytes(range(1, 255)), b"x" * 900])
 @pytest.mark.parametrize("host", [HERE, "::1"])
 def test_nginx_accepts_every_variant(
     tmp_path: Path,
@@ -307,13 +330,17 @@ def test_nginx_accepts_every_variant(
     num_replicas: int,
     files: int,
     access_log: str | None,
+    token: bytes | None,
     host: str,
 ) -> None:
     replicas = [Address(host, 9000 + 2 * place, 9001 + 2 * place) for place in range(num_replicas)]
     known = (certificates.cert, certificates.key, certificates.ca)[:files]
     tls = Tls(*map(str, known)) if known else None
-    text = nginx_config(Address(host, 8000, 8001), replicas, Limits(), tls, access_log)
+    token_file = None if token is None else "token.conf"
+    text = nginx_config(Address(host, 8000, 8001), replicas, Limits(), tls, access_log, token_file)
     (tmp_path / "nginx.conf").write_text(text)
+    if token is not None:
+        write_secret(tmp_path / "token.conf", token_config(token).encode())
     checked = run_nginx(tmp_path, "-t")
     assert checked.wait(timeout=START_S) == 0, (tmp_path / "nginx.log").read_text()
     # A warning would be one of every start.
@@ -333,6 +360,13 @@ def test_a_path_that_nginx_would_read_as_more_is_refused(path: str) -> None:
         nginx_config(front, replicas, Limits(), Tls("/cert", path))
     with pytest.raises(ConfigError, match="the path"):
         nginx_config(front, replicas, Limits(), None, path)
+    with pytest.raises(ConfigError, match="the path"):
+        nginx_config(front, replicas, Limits(), token_file=path)
+
+
+def test_a_token_that_is_too_long_for_nginx_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the token has 901 bytes; nginx reads at most 900"):
+        token_config(b"x" * 901)
 
 
 # ------------------------------------------------------------------------------ whose user it is
@@ -393,6 +427,38 @@ def test_a_call_whose_replica_dies_over_it_is_answered_by_another(
     cluster.stop(home)
 
 
+@pytest.mark.parametrize("face", ["http", "grpc"])
+def test_a_request_that_kills_whoever_reads_it_visits_two_replicas(
+    cluster: Cluster, calls: Grpc, face: str
+) -> None:
+    """It killed all three; and nginx counts no try that fails over a connection that was kept."""
+    for user in USERS:  # whatever is kept is kept now
+        ask(cluster, user)
+    poison = {DIE: ANYONE}
+    if face == "http":
+        answer = ask(cluster, USERS[0], told=poison)
+        assert (answer.status, answer.body["error"]["type"]) == (503, "UnavailableError")
+    else:
+        with pytest.raises(grpc.RpcError) as error:
+            calls.ask(USERS[0], told=poison)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    died = [name for name, process in cluster.processes.items() if dies(process)]
+    for name in died:
+        cluster.stop(name)
+    assert len(died) == 2
+    # Others are answered by the one that is left.
+    [left] = cluster.processes
+    wait_until(lambda: ask(cluster, USERS[0]).body.get("replica") == left, START_S)
+
+
+def dies(process: "subprocess.Popen[str]") -> bool:
+    """Whether it has died, or does within the time that a kill takes."""
+    try:
+        return process.wait(timeout=1.0) == -signal.SIGKILL
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def test_a_replica_that_hangs_costs_its_users_the_timeout(cluster: Cluster, calls: Grpc) -> None:
     user, home = next(iter(homes(cluster).items()))
     process = cluster.processes[home]
@@ -433,6 +499,15 @@ def test_what_a_replica_decides_is_not_asked_of_another(cluster: Cluster, status
     user, home = next(iter(homes(cluster).items()))
     answer = ask(cluster, user, told={STATUS: f"{home} {status}"})
     assert (answer.status, answer.body["replica"]) == (status, home)
+
+
+def test_a_replica_that_names_one_that_did_not_forget_is_not_taken_for_dead(
+    cluster: Cluster,
+) -> None:
+    user, home = next(iter(homes(cluster).items()))
+    answer = ask(cluster, user, "/v1/forget", told={STATUS: f"{home} 503"})
+    assert (answer.status, answer.body["replica"]) == (503, home)
+    assert ask(cluster, user).body["replica"] == home
 
 
 def test_a_replica_that_is_told_to_end_takes_no_answer_with_it(cluster: Cluster) -> None:
@@ -531,7 +606,7 @@ def test_what_one_replica_tells_of_itself_is_not_told_by_all(cluster: Cluster, p
 def test_too_large_a_request_is_said_in_the_face_s_own_words(cluster: Cluster, calls: Grpc) -> None:
     answer = ask(cluster, body=b"x" * (LIMITS.body_bytes + 1))
     assert answer.status == 413
-    message = f"the limit is {LIMITS.body_bytes} bytes"
+    message = f"server.max_request_bytes is {LIMITS.body_bytes}"
     assert answer.body["error"] == {"type": "RequestError", "message": message}
     request = service_pb2.ModelInferRequest(raw_input_contents=[b"x" * LIMITS.body_bytes])
     with pytest.raises(grpc.RpcError) as error:
@@ -554,7 +629,10 @@ def test_without_any_replica_both_faces_say_unavailable(tmp_path: Path) -> None:
 
 def test_the_log_says_who_was_asked_and_never_who_asked(cluster: Cluster) -> None:
     user, home = next(iter(homes(cluster).items()))
+    num_before = len(cluster.logged())
     ask(cluster, user, told={STATUS: f"{home} 503"})
+    # nginx writes it behind the answer.
+    wait_until(lambda: len(cluster.logged()) > num_before, START_S)
     line = cluster.logged()[-1]
     assert (line["status"], line["replica_status"]) == ("200", "503, 200")
     address = cluster.addresses[cluster.names.index(home)]
@@ -564,22 +642,22 @@ def test_the_log_says_who_was_asked_and_never_who_asked(cluster: Cluster) -> Non
 
 def test_tls_ends_at_nginx_on_both_faces(tmp_path: Path, certificates: Certificates) -> None:
     with closing(Cluster(tmp_path, tls_of(certificates))) as cluster, ExitStack() as stack:
-        cluster.start(cluster.names[0])
+        cluster.start(*cluster.names[:2])
         cluster.start_nginx()
         context = ssl.create_default_context(cafile=str(certificates.ca))
         connection = HTTPSConnection(HERE, cluster.front.http_port, context=context)
         stack.enter_context(closing(connection))
         connection.request("POST", "/v1/rank", b"{}")
         with connection.getresponse() as response:
-            assert json.loads(response.read())["replica"] == cluster.names[0]
+            assert json.loads(response.read())["replica"] in cluster.names
         credentials = grpc.ssl_channel_credentials(certificates.ca.read_bytes())
         calls = stack.enter_context(closing(Grpc(cluster, credentials)))
-        assert calls.ask(USERS[0]) == cluster.names[0]
+        assert calls.ask(USERS[0]) in cluster.names
 
 
 def test_nginx_that_is_told_to_quit_answers_what_it_has(tmp_path: Path) -> None:
     with closing(Cluster(tmp_path)) as cluster, ExitStack() as stack:
-        cluster.start(cluster.names[0])
+        cluster.start(*cluster.names[:2])
         cluster.start_nginx()
         assert cluster.nginx is not None
         calls = stack.enter_context(closing(Grpc(cluster)))
@@ -595,6 +673,258 @@ def test_nginx_that_is_told_to_quit_answers_what_it_has(tmp_path: Path) -> None:
             assert response.status == 200
         assert pending.result().live
         assert cluster.nginx.wait(timeout=START_S) == 0
+
+
+# ------------------------------------------------------------------- what a client cannot take
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Callers need a token; bodies may be large."""
+    limits = LIMITS._replace(body_bytes=64 * 2**20, timeout_s=START_S)
+    folder = tmp_path_factory.mktemp("guarded")
+    with closing(Cluster(folder, limits=limits, token=TOKEN)) as cluster:
+        cluster.start(*cluster.names[:2])
+        cluster.start_nginx()
+        yield cluster
+
+
+BEARER = {"Authorization": f"Bearer {TOKEN.decode()}"}
+WRONG = ["", "Bearer", f"Bearer {TOKEN.decode().upper()}", f"Bearer {TOKEN.decode()}x", "Bearer ."]
+
+
+def files_of_bodies(cluster: Cluster) -> list[Path]:
+    return [*(cluster.folder / "nginx_temp").rglob("*")]
+
+
+def open_bodies(cluster: Cluster) -> int:
+    """Bodies that nginx's workers have in files; they are deleted as soon as they are opened."""
+    num_open = 0
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            num_open += os.readlink(link).startswith(f"{cluster.folder}/nginx_temp/")
+    return num_open
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_without_the_token_no_byte_of_a_body_is_stored(guarded: Cluster, said: str) -> None:
+    """nginx stored uploads, and the replica asked for the token after that."""
+    with closing(HTTPConnection(HERE, guarded.front.http_port, timeout=START_S)) as connection:
+        connection.putrequest("POST", "/v1/rank")
+        connection.putheader("Content-Length", str(32 * 2**20))
+        if said:
+            connection.putheader("Authorization", said)
+        connection.endheaders()
+        # It is answered before its body, and what is sent nevertheless leads nowhere.
+        with connection.getresponse() as response:
+            assert response.status == 401
+            assert response.headers["WWW-Authenticate"] == "Bearer"
+            told = json.loads(response.read())["error"]
+            assert told == {"type": "RequestError", "message": "a bearer token is needed"}
+        with suppress(OSError):
+            connection.send(b"x" * (8 * 2**20))
+        assert open_bodies(guarded) == 0
+    assert files_of_bodies(guarded) == []
+
+
+def test_with_the_token_a_body_is_stored_until_it_has_come(guarded: Cluster) -> None:
+    body = b"x" * (2 * 2**20)
+    with closing(HTTPConnection(HERE, guarded.front.http_port, timeout=START_S)) as connection:
+        connection.putrequest("POST", "/v1/rank")
+        connection.putheader("Content-Length", str(2 * len(body)))
+        connection.putheader("Authorization", BEARER["Authorization"])
+        connection.endheaders()
+        connection.send(body)
+        wait_until(lambda: open_bodies(guarded) == 1, START_S)
+        connection.send(body)
+        with connection.getresponse() as response:
+            assert json.loads(response.read())["bytes"] == 2 * len(body)
+    wait_until(lambda: open_bodies(guarded) == 0, START_S)
+    assert ask(guarded, USERS[0], told=BEARER).status == 200
+
+
+def test_a_body_that_is_too_large_does_not_get_past_the_token_either(guarded: Cluster) -> None:
+    assert ask(guarded, body=b"x" * (65 * 2**20)).status == 401
+    assert ask(guarded, body=b"x" * (65 * 2**20), told=BEARER).status == 413
+
+
+@pytest.mark.parametrize("path", ["/v1/rank?stream=1", "/v2/models/kvshare/infer", "/v1/state"])
+def test_every_path_needs_the_token(guarded: Cluster, path: str) -> None:
+    assert ask(guarded, path=path, told={"X-Other": TOKEN.decode()}).status == 401
+
+
+def test_health_needs_no_token_and_stores_nothing(guarded: Cluster) -> None:
+    assert ask(guarded, path="/v2/health/live", body=b"").status == 200
+    answer = ask(guarded, path="/v2/health/live", body=b"x" * 100)
+    assert answer.status == 413
+    assert answer.body["error"]["message"] == "a question about health has no body"
+    # What leads out of there is no question about health.
+    assert ask(guarded, path="/v2/health/../../v1/rank").status == 401
+
+
+def test_a_call_without_the_token_is_refused_in_grpc_s_own_words(guarded: Cluster) -> None:
+    with closing(Grpc(guarded)) as calls:
+        large = service_pb2.ModelInferRequest(raw_input_contents=[b"x" * (8 * 2**20)])
+        for said in WRONG:
+            named = [("authorization", said)]
+            with pytest.raises(grpc.RpcError) as error:
+                calls.stub.ModelInfer(large, metadata=named, timeout=START_S)
+            assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert error.value.details() == "a bearer token is needed"
+            with pytest.raises(grpc.RpcError) as error:
+                [*calls.stub.ModelStreamInfer(iter([large]), metadata=named, timeout=START_S)]
+            assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert open_bodies(guarded) == 0
+        assert calls.ask(USERS[0], {"authorization": BEARER["Authorization"]})
+        health = health_pb2_grpc.HealthStub(calls.channel)
+        question = health_pb2.HealthCheckRequest()
+        serving = health_pb2.HealthCheckResponse.SERVING
+        assert health.Check(question, timeout=START_S).status == serving
+        watched = health.Watch(question, timeout=START_S)
+        assert next(watched).status == serving
+        watched.cancel()
+
+
+def test_the_token_stands_in_no_file_that_others_can_read_and_in_no_log(guarded: Cluster) -> None:
+    ask(guarded, USERS[0], told=BEARER)
+    spelt = token_config(TOKEN).split('"')[1].encode()
+    holders = []
+    for file in guarded.folder.iterdir():
+        if file.is_file() and any(one in file.read_bytes() for one in (TOKEN, spelt)):
+            holders.append((file.name, file.stat().st_mode & 0o777))
+    assert holders == [("token.conf", 0o600)]
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four requests in flight, three of them from one address."""
+    limits = LIMITS._replace(timeout_s=START_S, requests=4, client_requests=3)
+    with closing(Cluster(tmp_path_factory.mktemp("narrow"), limits=limits)) as cluster:
+        cluster.start(*cluster.names[:2])
+        cluster.start_nginx()
+        yield cluster
+
+
+def open_request(cluster: Cluster, source: str) -> tuple[socket.socket, str]:
+    """A request from an address of this machine without its body, and what is said to its header.
+
+    That is 100 once it is in flight.
+    """
+    address = (HERE, cluster.front.http_port)
+    connection = socket.create_connection(address, START_S, source_address=(source, 0))
+    head = "POST /v1/rank HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\nExpect: 100-continue\r\n\r\n"
+    connection.sendall(head.encode())
+    return connection, connection.recv(4096).decode()
+
+
+@contextmanager
+def in_flight(cluster: Cluster, num: int, source: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for _ in range(num):
+            connection, said = open_request(cluster, source)
+            stack.enter_context(closing(connection))
+            assert said.startswith("HTTP/1.1 100 ")
+        yield
+
+
+def status_from(cluster: Cluster, source: str) -> int:
+    connection = HTTPConnection(
+        HERE, cluster.front.http_port, timeout=START_S, source_address=(source, 0)
+    )
+    with closing(connection):
+        connection.request("POST", "/v1/rank", b"{}")
+        with connection.getresponse() as response:
+            return response.status
+
+
+def test_one_address_has_its_share_of_requests_in_flight_and_others_go_on(narrow: Cluster) -> None:
+    with in_flight(narrow, 3, "127.0.0.2"):
+        connection, said = open_request(narrow, "127.0.0.2")
+        with closing(connection):  # It is not even asked for its body.
+            head, _, body = said.partition("\r\n\r\n")
+        assert head.startswith("HTTP/1.1 429 ")
+        told = json.loads(body)["error"]
+        message = "4 requests are in flight, or 3 of this address: no more are taken"
+        assert told == {"type": "OverloadError", "message": message}
+        assert {status_from(narrow, "127.0.0.3") for _ in range(5)} == {200}
+    wait_until(lambda: status_from(narrow, "127.0.0.2") == 200, START_S)
+
+
+def test_all_together_have_no_more_requests_in_flight_than_are_allowed(narrow: Cluster) -> None:
+    with in_flight(narrow, 2, "127.0.0.2"), in_flight(narrow, 2, "127.0.0.3"):
+        assert status_from(narrow, "127.0.0.4") == 429
+        # Whether we are well is still told.
+        assert ask(narrow, path="/v2/health/live", body=b"").status == 200
+        with closing(Grpc(narrow)) as calls:
+            with pytest.raises(grpc.RpcError) as error:
+                calls.ask(USERS[0])
+            assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "4 requests are in flight" in error.value.details()
+    wait_until(lambda: status_from(narrow, "127.0.0.4") == 200, START_S)
+
+
+def test_connections_that_say_nothing_keep_nobody_out(narrow: Cluster) -> None:
+    with ExitStack() as stack:
+        for _ in range(50):
+            address = (HERE, narrow.front.http_port)
+            silent = stack.enter_context(socket.create_connection(address, START_S))
+            silent.sendall(b"POST /v1/rank HTTP/1.1\r\nHost:")
+        assert {status_from(narrow, HERE) for _ in range(5)} == {200}
+
+
+def test_a_message_of_the_largest_size_that_a_replica_takes_passes(cluster: Cluster) -> None:
+    """gRPC writes five bytes before it, with which it was too large for nginx."""
+    with closing(Grpc(cluster)) as calls:
+        head = service_pb2.ModelInferRequest(raw_input_contents=[b"x" * 100_000]).ByteSize()
+        num_bytes = LIMITS.body_bytes - (head - 100_000)
+        assert calls.send(num_bytes, USERS[0])[1] == num_bytes
+        with pytest.raises(grpc.RpcError) as error:
+            calls.send(num_bytes + 1, USERS[0])
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("names", [["www-data"], ["nginx", "nobody"], []])
+def test_root_s_nginx_works_as_the_first_user_that_there_is(
+    monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    users = {name: pwd.getpwuid(os.getuid()) for name in names}
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(pwd, "getpwnam", users.__getitem__)
+    if not names:
+        with pytest.raises(ConfigError, match="there is none of the users"):
+            nginx_command()
+        return
+    assert nginx_command()[-2] == "-g"
+    assert nginx_command()[-1].startswith(f"user {names[0]} ")
+
+
+def test_an_ordinary_user_s_nginx_stays_that_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "-g" not in nginx_command()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's nginx has one user")
+def test_workers_of_root_s_nginx_are_not_root_and_cannot_write_to_its_folder(
+    guarded: Cluster,
+) -> None:
+    """They were root's; and a worker that could write there could have root write elsewhere."""
+    assert guarded.nginx is not None
+    pid = guarded.nginx.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert children
+    # A worker that has just been forked is still its master.
+    wait_until(lambda: all("0" not in ids_of(child) for child in children), START_S)
+    folder = guarded.folder.stat()
+    assert (folder.st_uid, folder.st_mode & 0o022) == (0, 0)
+    # What is above may be closed to them: a body was stored in test_with_the_token.
+    assert guarded.folder.parent.stat().st_mode & 0o077 == 0
+
+
+def ids_of(process: str) -> set[str]:
+    """Of its user and its groups, in whatever sense."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    found = [line.split()[1:] for line in lines if line.startswith(("Uid:", "Gid:", "Groups:"))]
+    return {one for ids in found for one in ids}
 
 
 if __name__ == "__main__":

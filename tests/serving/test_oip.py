@@ -28,6 +28,8 @@ from torchrec_kvshare.serving.oip import (
     model_metadata_json,
     model_metadata_message,
     requested_outputs_json,
+    requested_report,
+    requested_report_json,
     server_metadata_json,
     server_metadata_message,
 )
@@ -42,6 +44,7 @@ TENSORS: Tensors = {
     "candidates.price.lengths": np.array([], dtype=np.int64),
     "context.country.values": np.array([], dtype=object),
     "float": np.array([0.1, 3e38], dtype=np.float32),
+    "history.action.values": np.array([True, False, True]),
 }
 OUTPUTS: Tensors = {
     "scores": np.array([0.1, 1 / 3, 1e-17, 1.0]),
@@ -73,11 +76,11 @@ def grpc_request(tensors: Tensors) -> service_pb2.ModelInferRequest:
 
 def typed_request(tensors: Tensors) -> service_pb2.ModelInferRequest:
     """The same with typed contents, as clients of other servers send it."""
-    field_by_datatype = {"INT64": "int64", "BYTES": "bytes", "FP32": "fp32", "FP64": "fp64"}
+    fields = {"INT64": "int64", "BYTES": "bytes", "FP32": "fp32", "FP64": "fp64", "BOOL": "bool"}
     request = service_pb2.ModelInferRequest()
     for name, tensor in tensors.items():
         datatype = datatype_of(tensor)
-        contents = {f"{field_by_datatype[datatype]}_contents": tensor.tolist()}
+        contents = {f"{fields[datatype]}_contents": tensor.tolist()}
         request.inputs.add(name=name, datatype=datatype, shape=tensor.shape, contents=contents)
     return request
 
@@ -197,6 +200,20 @@ def test_http_answers_are_read_by_tritons_client(case: str) -> None:
         texts = [one.decode() if isinstance(one, bytes) else one for one in OUTPUTS[name].tolist()]
         expected = texts if name in plain else OUTPUTS[name].tolist()
         assert result.as_numpy(name).tolist() == expected
+
+
+def test_a_report_is_asked_for_by_a_parameter_on_both_faces() -> None:
+    message = service_pb2.ModelInferRequest()
+    assert requested_report(message) == requested_report_json({}) == []
+    message.parameters["report"].string_param = "unknown_ids"
+    head = {"parameters": {"report": "unknown_ids"}}
+    assert requested_report(message) == requested_report_json(head) == ["unknown_ids"]
+    assert list(requested_outputs_json(head)) == [*OUTPUTS, "unknown_ids"]
+    message.parameters["report"].string_param = "scores"
+    with pytest.raises(RequestError, match=r"parameter report is scores; one of \['unknown_ids'\]"):
+        requested_report(message)
+    with pytest.raises(RequestError, match="parameter report is list"):
+        requested_report_json({"parameters": {"report": ["unknown_ids"]}})
 
 
 def test_an_answer_to_nobody_has_no_id() -> None:
@@ -435,7 +452,7 @@ def test_a_models_metadata_are_the_same_on_both_faces() -> None:
     told = model_metadata_json("kvshare", ["1", "2"], SCHEMA)
     assert (told["name"], told["versions"]) == ("kvshare", ["1", "2"])
     assert [one["name"] for one in told["inputs"]] == [one.name for one in column_specs(SCHEMA)]
-    assert told["inputs"][0] == {"name": "user_id", "datatype": "INT64", "shape": [-1]}
+    assert told["inputs"][0] == {"name": "user_id", "datatype": "BYTES", "shape": [-1]}
     assert told["outputs"][0] == {"name": "scores", "datatype": "FP64", "shape": [-1]}
     message = model_metadata_message("kvshare", ["1", "2"], SCHEMA)
     for face in ("inputs", "outputs"):

@@ -19,11 +19,13 @@ from tests.core.worlds import (
     fresh_process,
     make_dlrm,
     parse_all,
+    version_called,
 )
+from torchrec_kvshare.attention.library import library_path
 from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export.program import RankingProgram
-from torchrec_kvshare.export.quantised import quantise_tables
+from torchrec_kvshare.export.quantised import TABLE_DTYPES, quantise_tables
 from torchrec_kvshare.export.torchscript import load_program, script_model
 from torchrec_kvshare.ranking import RankingModel
 from torchrec_kvshare.serving.predict import KVSharePredictFactory, KVSharePredictModule
@@ -52,7 +54,9 @@ def scores_of(module: nn.Module, raws: list[Raw]) -> Tensor:
 
 
 def engine_scores(model: RankingModel, raws: list[Raw]) -> Tensor:
-    answers = Engine(model, SCHEMA, VERSION, store=None).rank(parse_all(raws))
+    answers = Engine(model, SCHEMA, store=None, version=version_called(VERSION)).rank(
+        parse_all(raws)
+    )
     return torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
 
 
@@ -96,6 +100,29 @@ def test_an_artifacts_program_may_be_what_predicts(model: RankingModel, tmp_path
     assert torch.equal(scores_of(module, draw_raws(USERS)), expected)
 
 
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_a_row_that_no_table_has_is_refused_by_name(model: RankingModel, dtype: str) -> None:
+    """Over int8 tables -1 was scored."""
+    factory = KVSharePredictFactory(model, SCHEMA, VERSION, dtype)
+    traced = factory.run_weights_independent_tranformations(factory.create_predict_module())
+    module = factory.run_weights_dependent_transformations(traced)
+    batch = tensors_of(draw_raws(USERS))
+    for row in (-1, SCHEMA.num_rows("item_id")):
+        batch["candidates.item_id.values"][3] = row
+        with pytest.raises(torch.jit.Error, match=rf"item_id\.values holds {row} at place 3; from"):
+            module(batch)
+
+
+def test_a_weight_that_is_not_finite_makes_no_module() -> None:
+    model = RankingModel(make_dlrm(seed=6)).eval()
+    with torch.no_grad():
+        model.collection.token_embeddings.embeddings["token_items_genres"].weight[5] = torch.nan
+    with pytest.raises(
+        ArtifactError, match=r"token_items_genres\.weight holds 12 numbers that are not"
+    ):
+        KVSharePredictFactory(model, SCHEMA, VERSION).create_predict_module()
+
+
 def test_calls_may_run_side_by_side(model: RankingModel) -> None:
     module = KVSharePredictFactory(model, SCHEMA, VERSION, "int8").create_predict_module()
     batches = [[draw_raw(5 + seed, 1 + seed % 4, seed)] for seed in range(12)]
@@ -111,6 +138,7 @@ FRESH_PROGRAM = """
 import json, sys
 import fbgemm_gpu, torch
 torch.set_num_threads(1)
+torch.ops.load_library(sys.argv[3])
 module = torch.jit.load(sys.argv[1])
 scores = module(torch.load(sys.argv[2], weights_only=True))["scores"].tolist()
 ours = [name for name in sys.modules if name.startswith("torchrec")]
@@ -134,7 +162,7 @@ def test_a_module_goes_through_every_step_into_a_fresh_process(
     scripted.save(str(tmp_path / "module.pt"))
     torch.save(tensors_of(draw_raws(USERS)), tmp_path / "batch.pt")
     paths = [str(tmp_path / name) for name in ("module.pt", "batch.pt")]
-    output, errors = fresh_process(FRESH_PROGRAM, *paths).communicate()
+    output, errors = fresh_process(FRESH_PROGRAM, *paths, str(library_path())).communicate()
     assert output == json.dumps([expected.tolist(), []]) + "\n", errors
 
 

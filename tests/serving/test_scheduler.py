@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tests.core.encoder_worlds import make_caches
 from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.cache.store import KVStore
-from torchrec_kvshare.engine import Answer, Engine
+from torchrec_kvshare.engine import Answer, Engine, Unscored
 from torchrec_kvshare.errors import OverloadError
 from torchrec_kvshare.features import Request
 from torchrec_kvshare.ranking import RankingModel
@@ -25,8 +26,8 @@ from torchrec_kvshare.serving.scheduler import (
 )
 
 MODEL = RankingModel(make_dlrm(1)).eval()
-UNCACHED = Engine(MODEL, SCHEMA, "v", None)
-LIMITS = StepLimits(requests=3, candidates=8, events=100, max_wait_s=0.0)
+UNCACHED = Engine(MODEL, SCHEMA, None)
+LIMITS = StepLimits(requests=3, candidates=8, events=100, ids=1000, max_wait_s=0.0)
 SOON = 60.0
 
 
@@ -36,6 +37,7 @@ class Quiet:
     def __init__(self) -> None:
         self.steps: list[list[tuple[object, int]]] = []
         self.answers: list[Answer] = []
+        self.errors: list[str] = []
 
     def stepped(self, parts: Sequence[Part]) -> None:
         self.steps.append([(part.job.request.request_id, part.num_candidates) for part in parts])
@@ -43,12 +45,15 @@ class Quiet:
     def answered(self, job: Job, answer: Answer) -> None:
         self.answers.append(answer)
 
+    def unscored(self, job: Job, unscored: Unscored) -> None:
+        self.errors.append(str(unscored.error))
+
     def idle(self) -> bool:
         return False
 
 
 def cached_engine() -> Engine:
-    return Engine(MODEL, SCHEMA, "v", KVStore(make_caches(MODEL, [30])))
+    return Engine(MODEL, SCHEMA, KVStore(make_caches(MODEL, [30])))
 
 
 def request_of(num_candidates: int, num_events: int = 6, seed: int = 0) -> Request:
@@ -89,13 +94,20 @@ def test_a_step_holds_no_more_than_its_limits() -> None:
     assert shares([job_of(1, deadline) for deadline in range(5)]) == [(0, 1), (1, 1), (2, 1)]
     assert shares([job_of(3, deadline) for deadline in range(3)]) == [(0, 3), (1, 3)]
     jobs = [job_of(1, deadline, num_events=6) for deadline in range(3)]
-    assert shares(jobs, StepLimits(3, 8, events=13, max_wait_s=0.0)) == [(0, 1), (1, 1)]
+    assert shares(jobs, replace(LIMITS, events=13)) == [(0, 1), (1, 1)]
+
+
+def test_ids_in_bags_are_work_too() -> None:
+    jobs = [job_of(1, deadline) for deadline in range(3)]
+    [ids] = {job.request.num_bag_ids for job in jobs}
+    assert shares(jobs, replace(LIMITS, ids=2 * ids)) == [(0, 1), (1, 1)]
+    assert shares(jobs, replace(LIMITS, ids=1)) == [(0, 1)]
 
 
 def test_histories_that_the_device_knows_are_not_counted_as_work() -> None:
     engine = cached_engine()
     engine.rank([request_of(1)])
-    limits = StepLimits(3, 8, events=1, max_wait_s=0.0)
+    limits = replace(LIMITS, events=1)
     assert shares([job_of(1, deadline, engine=engine) for deadline in range(3)], limits) == [
         (0, 1),
         (1, 1),
@@ -165,7 +177,7 @@ def test_scores_are_the_engines_whatever_they_were_batched_with() -> None:
 
 def test_a_full_queue_refuses() -> None:
     async def ask() -> None:
-        scheduler = Scheduler(StepLimits(3, 8, 100, max_wait_s=SOON), 2, Quiet())
+        scheduler = Scheduler(replace(LIMITS, max_wait_s=SOON), 2, Quiet())
         jobs = [Job(UNCACHED, request_of(1), time.monotonic() + SOON) for _ in range(3)]
         for job in jobs[:2]:
             scheduler.submit(job)
@@ -181,7 +193,7 @@ def test_what_nobody_waits_for_is_not_scored() -> None:
     observer = Quiet()
 
     async def ask() -> None:
-        scheduler = Scheduler(StepLimits(3, 8, 100, max_wait_s=0.05), 10, observer)
+        scheduler = Scheduler(replace(LIMITS, max_wait_s=0.05), 10, observer)
         late = Job(UNCACHED, request_of(1, seed=1), time.monotonic() - 1.0)
         gone = Job(UNCACHED, request_of(1, seed=2), time.monotonic() + SOON)
         good = Job(UNCACHED, request_of(1, seed=3), time.monotonic() + SOON)
@@ -197,14 +209,14 @@ def test_what_nobody_waits_for_is_not_scored() -> None:
 
 def test_one_bad_request_of_a_step_fails_alone() -> None:
     class Choosy(Engine):
-        def rank(self, requests: Sequence[Request]) -> list[Answer]:
+        def rank_each(self, requests: Sequence[Request]) -> list[Answer | Unscored]:
             if any(request.request_id == "r1" for request in requests):
                 raise RuntimeError("not this one")
-            return super().rank(requests)
+            return super().rank_each(requests)
 
     async def ask() -> list[object]:
         scheduler = Scheduler(LIMITS, 10, Quiet())
-        engine = Choosy(MODEL, SCHEMA, "v", None)
+        engine = Choosy(MODEL, SCHEMA, None)
         jobs = [Job(engine, request_of(1, seed=seed), time.monotonic() + SOON) for seed in range(3)]
         for job in jobs:
             scheduler.submit(job)
@@ -226,7 +238,7 @@ def test_a_request_in_parts_is_encoded_once() -> None:
 
     async def ask() -> tuple[Answer, int]:
         scheduler = Scheduler(LIMITS, 10, Quiet())
-        engine = Counting(MODEL, SCHEMA, "v", None)
+        engine = Counting(MODEL, SCHEMA, None)
         job = Job(engine, request_of(30), time.monotonic() + SOON)
         scheduler.submit(job)
         answer = await job.answer

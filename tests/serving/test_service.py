@@ -1,10 +1,12 @@
 """What the server does besides answering: it checks itself, says what happened, keeps secrets."""
 
+import gc
 import json
 import logging
 import ssl
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.ranking import RankingModel
 
 RawRequest = dict[str, Any]
-UNCACHED = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, "v1", None)
+UNCACHED = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, None)
 
 
 def asks(user: str, num_events: int = 6) -> RawRequest:
@@ -87,6 +89,38 @@ def test_every_request_is_logged_with_its_id(caplog: pytest.LogCaptureFixture) -
     assert good["ms"] >= good["score_ms"] > 0.0
     assert (bad["request_id"], bad["outcome"]) == ("mine", "invalid")
     assert "has no 'time'" in bad["error"]
+
+
+def test_requests_leave_nothing_behind_that_no_model_reads() -> None:
+    """Whole requests were remembered: 8 MiB of them, of columns that no model reads, took 200."""
+    with local_server(EagerLoader(), timeout_ms=60_000.0) as server:
+        server.rank(asks("a"))
+        gc.collect()
+        tracemalloc.start()
+        try:
+            for number in range(64):
+                raw = asks("a") | {"user_id": f"user {number}", "more": [[]] * 2**15}
+                assert server.rank(raw)[0] == 200
+            raw = {}
+            gc.collect()
+            held_bytes, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert held_bytes < 4 * 2**20
+
+
+def test_no_message_of_an_error_is_longer_than_it_may_be(caplog: pytest.LogCaptureFixture) -> None:
+    """The name of a model that nobody serves stood in the answer and in the log, whole."""
+    with caplog.at_level(logging.INFO), local_server(EagerLoader()) as server:
+        name = "x" * 7_000
+        status, refusal = server.ask("POST", f"/v1/rank?model={name}", asks("a"))
+        assert (status, len(refusal["error"]["message"]) < 500) == (404, True)
+        with grpc_client.InferenceServerClient(server.grpc_url) as client:
+            with pytest.raises(InferenceServerException) as refused:
+                client.infer("x" * 2**20, [])
+            assert len(str(refused.value)) < 500
+        assert len(server.rank(asks("a") | {"user_id": "x" * 2**20})[1]["error"]["message"]) < 500
+    assert all(len(str(vars(record).get("error", ""))) < 500 for record in caplog.records)
 
 
 def test_a_name_that_nobody_serves_makes_no_series_of_its_own() -> None:

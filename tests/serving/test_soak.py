@@ -124,7 +124,7 @@ class Seen:
 
 
 def make_cases() -> list[list[Case]]:
-    engine = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, "", None)
+    engine = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, None)
     cases = []
     for seed in range(40):
         raw = draw_raw(LENGTHS[-1], 1 + seed % 9, seed) | {"user_id": "unknown to the model"}

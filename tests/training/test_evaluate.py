@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
+from tests.core.worlds import make_dlrm
 from tests.data.logs import Event, all_events, log_of
 from torchrec_kvshare.data.batches import assemble, single
 from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, build_dataset
@@ -105,10 +106,10 @@ def test_items_met_before_are_excluded_unless_the_answer_is_one_of_them(dataset:
 
 def test_users_are_taken_evenly(dataset: Dataset) -> None:
     score = scorer_of(dataset, 9.0, 0.0)
-    # In order: new item, repurchase, unknown, other.
+    # In order: new item, other, repurchase, unknown.
     assert evaluate_catalogue(score, dataset, 1)["HR@10"] == 1.0
-    assert evaluate_catalogue(score, dataset, 2)["HR@10"] == 1.0
-    assert evaluate_catalogue(score, dataset, 3)["HR@10"] == 1.0
+    assert evaluate_catalogue(score, dataset, 2)["HR@10"] == 1 / 2
+    assert evaluate_catalogue(score, dataset, 3)["HR@10"] == 2 / 3
     assert evaluate_catalogue(score, dataset, 4)["HR@10"] == 3 / 4
     assert evaluate_catalogue(score, dataset, 99)["HR@10"] == 3 / 4
 
@@ -126,6 +127,81 @@ def test_how_many_users_are_ranked_at_a_time_does_not_matter(
     monkeypatch.setattr(evaluate, "CATALOGUE_ROWS_AT_A_TIME", 2 * NUM_ITEMS)
     assert evaluate_catalogue(counting, dataset, None)["HR@10"] == 3 / 4
     assert sizes == [2, 1]
+
+
+@pytest.mark.parametrize("kind", ["a model", "ties"])
+def test_a_catalogue_in_chunks_is_ranked_as_a_whole(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A million items at once took 8.6 GB for one user."""
+    model = model_scorer(make_dlrm(3, dataset.schema))
+    sizes: list[int] = []
+
+    def score(batch: Batch) -> Tensor:
+        sizes.append(batch.labels.numel())
+        if kind == "ties":
+            return (batch.sparse_features[candidate_key(ITEM)].values() % 3).float()
+        return model(batch)
+
+    monkeypatch.setattr(evaluate, "CUTOFF", NUM_ITEMS + 1)  # Every place is counted out.
+    held_out = np.flatnonzero(dataset.split == TEST)[:3]
+    ranks = [evaluate._ranks(score, dataset, held_out, dataset.known_items)]
+    assert sizes == [3 * (NUM_ITEMS + 1)]  # The target stands beside the catalogue.
+    assert len({*ranks[0]}) > 1
+    sizes.clear()
+    monkeypatch.setattr(evaluate, "FIRST_CHUNK_ITEMS", 4)
+    monkeypatch.setattr(evaluate, "CATALOGUE_ROWS_AT_A_TIME", 12)
+    ranks += [evaluate._ranks(score, dataset, held_out, dataset.known_items)]
+    assert sizes == [3 * 5, 3 * 9, 3 * 13, 3 * 7]
+    ranks += [evaluate._ranks(score, dataset, held_out, dataset.known_items[::-1])]
+    assert ranks[0] == ranks[1] == ranks[2]
+
+
+def test_a_held_out_item_that_is_found_to_be_far_behind_is_not_counted_out(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def score(batch: Batch) -> Tensor:
+        sizes.append(batch.labels.numel())
+        return scorer(batch)
+
+    monkeypatch.setattr(evaluate, "FIRST_CHUNK_ITEMS", 20)
+    monkeypatch.setattr(evaluate, "CATALOGUE_ROWS_AT_A_TIME", 20)
+    scorer = scorer_of(dataset, -9.0, 0.0)
+    behind = evaluate_catalogue(score, dataset, 1)
+    assert sizes == [21]
+    scorer = scorer_of(dataset, 9.0, 0.0)
+    ahead = evaluate_catalogue(score, dataset, 1)
+    assert sizes == [21, 21, 11]
+    assert (behind["HR@10"], ahead["HR@10"]) == (0.0, 1.0)
+
+
+def test_a_user_without_positive_test_events_has_no_rank() -> None:
+    """Its hit rate was 0, as if something had been missed."""
+    events = [event._replace(label=int(event.time < 300)) for event in histories()]
+    dataset = build_dataset(log_of(events), all_events(8, 4))
+    found = evaluate_catalogue(scorer_of(dataset, 9.0, 0.0), dataset, None)
+    assert found == {"HR@10": None, "NDCG@10": None}
+    sampled = evaluate_sampled(lambda batch: batch.dense_features[:, 0], dataset, TEST, 5)
+    assert sampled == {"AUC": None, "GAUC": None, "NE": None}
+
+
+def test_an_item_that_training_never_met_is_not_found_in_a_small_catalogue() -> None:
+    """Its place was the size of the catalogue: below ten items that was a hit."""
+    events = [Event("u", str(100 + time % 3), time) for time in range(9)]
+    dataset = build_dataset(log_of([*events, Event("u", NEVER_TRAINED, 9)]), all_events(8, 4))
+    assert len(dataset.known_items) == 3
+    found = evaluate_catalogue(lambda batch: batch.labels, dataset, None)
+    assert found == {"HR@10": 0.0, "NDCG@10": 0.0}
+
+
+def test_popularity_without_positive_events_is_finite() -> None:
+    """Its log odds were infinite, and its NE not a number."""
+    events = [event._replace(label=0) for event in histories()]
+    dataset = build_dataset(log_of(events), all_events(8, 4))
+    known = dataset.schema.vocabulary_by_column[ITEM].rows(["100", "101"])
+    assert all(map(math.isfinite, scores_of_rows(popularity_scorer(dataset, 3), known)))
 
 
 def test_the_last_of_equal_test_events_is_held_out(dataset: Dataset) -> None:
@@ -203,4 +279,4 @@ def test_a_model_is_scored_in_eval_mode_and_without_gradients(dataset: Dataset) 
 
 def test_the_held_out_events_are_those_of_users_with_a_test_split(dataset: Dataset) -> None:
     tested = np.unique(dataset.event_user[dataset.split == TEST])
-    assert [dataset.log.users.ids[code] for code in tested] == list(LAST_ITEM)
+    assert [dataset.log.users.ids[code] for code in tested] == sorted(LAST_ITEM)

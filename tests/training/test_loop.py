@@ -1,23 +1,33 @@
 """Training: it learns, it says how it goes, and a stopped run ends as if it had not been."""
 
 import json
+import logging
+import math
+import random
+import re
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.core.worlds import fresh_process
 from tests.training.worlds import BUDGET, DATA, MODEL, tiny_config
-from torchrec_kvshare.config import TrainConfig
-from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.config import Columns, InteractionsData, TrainConfig
+from torchrec_kvshare.data.dataset import TEST
+from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
+from torchrec_kvshare.errors import ConfigError, DataError, TrainingError
 from torchrec_kvshare.training import loop
-from torchrec_kvshare.training.loop import CHECKPOINT, load_weights
+from torchrec_kvshare.training.evaluate import evaluate_catalogue, evaluate_sampled, model_scorer
+from torchrec_kvshare.training.loop import CHECKPOINT, load_weights, non_finite
 from torchrec_kvshare.training.run import load_dataset, load_trained, new_model, train_run
 
 METRIC_NAMES = ("AUC", "GAUC", "NE", "HR@10", "NDCG@10")
@@ -31,10 +41,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scalars(folder: Path) -> dict[str, list[float]]:
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of every point that TensorBoard shows of a folder's event files."""
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {tag: [point.value for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(point.step, point.value) for point in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    return {tag: [value for _, value in found] for tag, found in points(folder).items()}
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows but for the speed, which is another each time."""
+    found = points(folder / "tensorboard" / "causal") | points(folder / "tensorboard")
+    return {tag: tagged for tag, tagged in found.items() if tag != "train/examples_per_s"}
 
 
 def checkpoint(folder: Path, kind: str = "causal") -> dict[str, Any]:
@@ -42,16 +66,22 @@ def checkpoint(folder: Path, kind: str = "causal") -> dict[str, Any]:
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """Bit by bit: metrics, weights, and what the optimiser remembers."""
+    """Bit by bit: metrics, curves, weights, and what the optimisers remember."""
+    assert curves(folder) == curves(expected)
     assert (folder / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
     found, wanted = checkpoint(folder), checkpoint(expected)
     assert found["progress"] == wanted["progress"]
     assert list(found["model"]) == list(wanted["model"])
     for name, tensor in wanted["model"].items():
         assert torch.equal(found["model"][name], tensor), name
-    for place, state in wanted["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(found["optimizer"]["state"][place][name], value)
+    for optimizer, expected_optimizer in zip(
+        found["optimizers"][:2], wanted["optimizers"][:2], strict=True
+    ):
+        for place, state in expected_optimizer["state"].items():
+            for name, value in state.items():
+                assert torch.equal(
+                    torch.as_tensor(optimizer["state"][place][name]), torch.as_tensor(value)
+                )
 
 
 # --- learning
@@ -119,6 +149,38 @@ def test_weights_do_not_fit_another_model(finished: Path) -> None:
         load_weights(wider, finished / "causal")
 
 
+def test_a_step_changes_the_table_rows_of_its_batch_alone(tmp_path: Path) -> None:
+    """AdamW wrote every row of every table at each step: 1.06 s with a million items."""
+    dataset = load_dataset(tiny_config(tmp_path))
+    model = new_model(dataset.schema, MODEL, "causal", 0)
+    settings = loop.TrainSettings(1, 1e-2, 1e-2, 0.0, 8, 2, 0, 1e9)
+    trainer = loop.Trainer(model, dataset, settings, tmp_path)
+    batches = trainer.epoch_batches(0)
+    trainer.step(trainer.batch(batches[0], 0, 0))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = trainer.batch(batches[1], 0, 1)
+    trainer.step(batch)
+    features = batch.sparse_features
+    keys = ["candidates.item_id", f"{HISTORY}.item_id"]
+    met_by_table = {
+        "candidate_bags.embedding_bags.bag_item_id.weight": keys[:1],
+        "token_embeddings.embeddings.token_item_id.weight": keys,
+        "user_bags.embedding_bags.bag_user_id.weight": ["user_id"],
+    }
+    for suffix, met_keys in met_by_table.items():
+        name = next(name for name in before if name.endswith(suffix))
+        changed = (before[name] != model.state_dict()[name]).any(1).nonzero().flatten()
+        met = torch.cat([features[key].values() for key in met_keys]).unique()
+        assert 0 < len(changed) < len(before[name])
+        assert np.isin(changed, met).all()
+
+
+def test_learning_rates_end_at_zero(finished: Path) -> None:
+    """They rose again at the end where later epochs had more batches than the first."""
+    for optimizer in checkpoint(finished)["optimizers"][:2]:
+        assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
 # --- a run that was stopped
 
 
@@ -146,7 +208,7 @@ def test_a_checkpoint_is_never_torn(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path / "run")
-    # In the first epoch; at its end, after batch 23; in the second epoch.
+    # In the first epoch; at its end, when it is validated; in the second epoch.
     for at in (8, 16, 10):
         interrupted(config, monkeypatch, at)
         assert (tmp_path / "run" / "causal" / f"{CHECKPOINT}.new").exists()
@@ -167,31 +229,52 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew(
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_a_finished_run_is_only_measured_again(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
+def files_of(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Content and time of writing of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_finished_run_says_its_metrics_and_is_never_touched(
+    finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = checkpoint(finished), (finished / "metrics.json").read_bytes()
-    monkeypatch.setattr(loop._Trainer, "_step", None)
-    train_run(tiny_config(finished))
-    assert (finished / "metrics.json").read_bytes() == before[1]
-    assert checkpoint(finished)["progress"] == before[0]["progress"]
+    """It was measured again, and its schema, config and metrics were written anew."""
+    before = files_of(finished)
+    with caplog.at_level(logging.INFO):
+        metrics = train_run(tiny_config(finished))
+    assert {"test": metrics} == json.loads((finished / "metrics.json").read_text())
+    assert "is finished: nothing is trained or written" in caplog.text
+    assert files_of(finished) == before
 
 
-@pytest.fixture
-def killed(tmp_path: Path) -> TrainConfig:
-    """A run in a process of its own that died of SIGKILL after some twenty batches."""
-    config = tiny_config(tmp_path / "run")
-    program = """
-import json, sys
+RUN_CONFIG = """
+import json, os, signal, sys
 import torch
 from torchrec_kvshare.config import Budget, ModelConfig, SyntheticData, TrainConfig
 from torchrec_kvshare.training.run import train_run
 values = json.loads(sys.argv[1])
 kinds = {"data": SyntheticData, "model": ModelConfig, "budget": Budget}
 torch.set_num_threads(1)
+"""
+TRAIN = """
 train_run(TrainConfig(**{k: kinds[k](**v) if k in kinds else v for k, v in values.items()}))
 """
-    process = fresh_process(program, json.dumps(asdict(config)), OMP_NUM_THREADS="1")
+
+
+def killed_in_process(config: TrainConfig, patch: str) -> int:
+    """Run a config in a process of its own that a patch kills at the place it names."""
+    process = fresh_process(
+        RUN_CONFIG + patch + TRAIN, json.dumps(asdict(config)), OMP_NUM_THREADS="1"
+    )
+    process.communicate()
+    return process.returncode
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> TrainConfig:
+    """A run in a process of its own that died of SIGKILL after some twenty batches."""
+    config = tiny_config(tmp_path / "run")
+    process = fresh_process(RUN_CONFIG + TRAIN, json.dumps(asdict(config)), OMP_NUM_THREADS="1")
     path = tmp_path / "run" / "causal" / CHECKPOINT
     while process.poll() is None and (
         not path.exists() or checkpoint(tmp_path / "run")["progress"]["batch"] < 20
@@ -211,19 +294,294 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert not (folder / "metrics.json").exists()
     assert done["epoch"] < BUDGET.epochs
     num_steps = 0
-    real_step = loop._Trainer._step
+    real_step = loop.Trainer.step
 
-    def step(self: loop._Trainer, batch: Any) -> float:
+    def step(self: loop.Trainer, batch: Any) -> float:
         nonlocal num_steps
         num_steps += 1
         return real_step(self, batch)
 
-    monkeypatch.setattr(loop._Trainer, "_step", step)
+    monkeypatch.setattr(loop.Trainer, "step", step)
     train_run(killed)
     total = len(scalars(finished / "tensorboard" / "causal")["train/loss"])
-    batches = total // BUDGET.epochs
-    assert num_steps == total - done["epoch"] * batches - done["batch"]
+    assert num_steps == total - done["step"]
     assert_same_run(folder, finished)
+
+
+def test_every_batch_and_every_epoch_is_one_point(finished: Path) -> None:
+    """Epochs differ by a batch, and their steps were counted as if they did not: some came twice.
+
+    Validations had steps of their own, so that none of a killed run was dropped or all were.
+    """
+    found = points(finished / "tensorboard" / "causal")
+    steps = [step for step, _ in found["train/loss"]]
+    assert steps == list(range(checkpoint(finished)["progress"]["step"]))
+    for name in ("NE", "AUC", "GAUC"):
+        assert len({step for step, _ in found[f"valid/{name}"]}) == BUDGET.epochs
+        assert found[f"valid/{name}"][-1][0] == steps[-1]
+
+
+@pytest.mark.parametrize("at", ["before the checkpoint", "after the checkpoint"])
+def test_a_run_killed_at_a_validation_neither_repeats_nor_loses_it(
+    finished: Path, tmp_path: Path, at: str
+) -> None:
+    """The checkpoint was written before the validation: one killed between never had it."""
+    config = tiny_config(tmp_path / "run", checkpoint_seconds=1e9)
+    died_of = killed_in_process(
+        config,
+        f"""
+from torchrec_kvshare.training.loop import Trainer
+real_save = Trainer._save
+def save(self, writer):
+    if self.progress.epoch == 2 and {at == "before the checkpoint"}:
+        writer.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_save(self, writer)
+    if self.progress.epoch == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer._save = save
+""",
+    )
+    assert died_of == -signal.SIGKILL
+    expected_epoch = 1 if at == "before the checkpoint" else 2
+    assert checkpoint(tmp_path / "run")["progress"]["epoch"] == expected_epoch
+    train_run(config)
+    assert curves(tmp_path / "run") == curves(finished)
+
+
+def test_a_run_killed_while_it_is_measured_says_its_test_metrics_once(
+    finished: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "run", checkpoint_seconds=1e9)
+    died_of = killed_in_process(
+        config,
+        """
+from torchrec_kvshare.training import run
+real_write = run._write
+def write(path, text):
+    if path.name == "metrics.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_write(path, text)
+run._write = write
+""",
+    )
+    assert died_of == -signal.SIGKILL
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    train_run(config)
+    assert_same_run(tmp_path / "run", finished)
+
+
+# --- a run that diverges
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    """``learning_rate=1e6`` ended with exit status 0 and an NE of NaN."""
+    config = tiny_config(tmp_path / "run", learning_rate=1e30, table_learning_rate=1e30)
+    with pytest.raises(TrainingError) as error:
+        train_run(config)
+    assert re.match(
+        r"causal, epoch 1, batch \d+: .*; learning_rate is [\d.e+]+ there, table_learning_rate "
+        rf"[\d.e+]+\. Last finite checkpoint, kept in {tmp_path}/run/causal: (none|epoch 1, batch)",
+        str(error.value),
+    )
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    if (tmp_path / "run" / "causal" / CHECKPOINT).exists():
+        assert non_finite(checkpoint(tmp_path / "run")["model"]) == ""
+
+
+def test_the_checkpoint_before_a_weight_that_is_not_finite_stays(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint was written whatever the weights were."""
+    real_step = loop.Trainer.step
+
+    def step(self: loop.Trainer, batch: Any) -> float:
+        loss = real_step(self, batch)
+        if self.progress.step == 9:
+            with torch.no_grad():
+                next(self.model.over_arch.parameters()).fill_(math.nan)
+        return loss
+
+    config = tiny_config(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "step", step)
+        with pytest.raises(TrainingError, match=r"batch 11: .* values of over_arch\..* not finite"):
+            train_run(config)
+    kept = checkpoint(tmp_path / "run")
+    assert kept["progress"] == {"epoch": 0, "batch": 9, "step": 9}
+    assert non_finite(kept["model"]) == ""
+    losses = scalars(tmp_path / "run" / "tensorboard" / "causal")["train/loss"]
+    assert all(math.isfinite(loss) for loss in losses)
+    # Without what broke it the run goes on as if nothing had been.
+    train_run(config)
+    assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    finished: Path, tmp_path: Path, value: float
+) -> None:
+    """A NaN row passed export and ended scoring."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    state = torch.load(run / "causal" / CHECKPOINT, weights_only=True)
+    name = next(name for name in state["model"] if name.endswith("item_id.weight"))
+    state["model"][name][3, 1] = value
+    torch.save(state, run / "causal" / CHECKPOINT)
+    count = state["model"][name].numel()
+    with pytest.raises(TrainingError, match=rf"1 of the {count} values of {re.escape(name)} are"):
+        load_trained(run)
+
+
+def test_scores_that_are_not_finite_are_no_metrics(tmp_path: Path) -> None:
+    """They were AUCs and hit rates of NaN, or of 1."""
+    dataset = load_dataset(tiny_config(tmp_path))
+    model = new_model(dataset.schema, MODEL, "causal", 0)
+    with torch.no_grad():
+        next(model.over_arch.parameters()).fill_(math.nan)
+    for evaluation in (
+        partial(evaluate_sampled, model_scorer(model), dataset, TEST, 2),
+        partial(evaluate_catalogue, model_scorer(model), dataset, 3),
+    ):
+        with pytest.raises(TrainingError, match="scores that are not finite: it has diverged"):
+            evaluation()
+
+
+# --- a run and its data
+
+COLUMNS = "user_id,item_id,time,kind,price"
+
+
+def rows_of_a_log() -> list[str]:
+    """Seven users of some twenty events, some at one time; items 1 to 12."""
+    chance = random.Random(3)
+    rows = []
+    for user in range(7):
+        for place in range(18 + user):
+            item = chance.randint(1, 12)
+            rows.append(f"{user},{item},{1000 + place // 2},k{item % 3},{item}.5")
+    chance.shuffle(rows)
+    return rows
+
+
+def log_config(folder: Path, output: Path, rows: list[str]) -> TrainConfig:
+    """A run over a CSV file of the rows given; the file is the same for all of a folder."""
+    path = folder / "log.csv"
+    path.write_text("\n".join([COLUMNS, *rows]) + "\n")
+    columns = Columns(item_attributes=["kind"], item_floats=["price"])
+    budget = replace(BUDGET, epochs=1)
+    return tiny_config(
+        output, data=InteractionsData(path=str(path), columns=columns), budget=budget
+    )
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A finished run over a log."""
+    folder = tmp_path_factory.mktemp("logged")
+    config = log_config(folder, folder / "run", rows_of_a_log())
+    train_run(config)
+    return config
+
+
+def test_rows_in_another_order_are_the_same_run(logged: TrainConfig, tmp_path: Path) -> None:
+    """The AUC fell from .82 to .49 when a log's rows were sorted: its ids had other rows."""
+    expected = Path(logged.output)
+    again = log_config(tmp_path, tmp_path / "run", sorted(rows_of_a_log()))
+    train_run(again)
+    assert (tmp_path / "run" / "schema.json").read_bytes() == (
+        expected / "schema.json"
+    ).read_bytes()
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_finished_run_takes_its_rows_in_another_order(logged: TrainConfig) -> None:
+    run = Path(logged.output)
+    before = files_of(run)
+    metrics = train_run(log_config(run.parent, run, sorted(rows_of_a_log())))
+    assert {"test": metrics} == json.loads((run / "metrics.json").read_text())
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda rows: [*rows, "new,3,1000,k0,3.5"], "1 user more, 1 event more, "),
+        (lambda rows: rows[:-4], "4 events fewer, 4 positive events fewer, other events"),
+        (lambda rows: [row.replace(",k1,", ",k9,") for row in rows], "other kind of items, other"),
+        (lambda rows: [row.replace("11.5", "11.6") for row in rows], "other price of items; "),
+    ],
+)
+def test_other_data_is_refused_by_name_before_anything_is_written(
+    logged: TrainConfig, changed: Callable[[list[str]], list[str]], message: str
+) -> None:
+    """One new user overwrote the schema of a finished run, which then could not be exported."""
+    run = Path(logged.output)
+    before = files_of(run)
+    config = log_config(run.parent, run, changed(rows_of_a_log()))
+    with pytest.raises(DataError, match=f"the data of the run in {run} has changed: {message}"):
+        train_run(config)
+    assert files_of(run) == before
+    load_trained(run)
+
+
+def test_other_data_is_refused_by_a_run_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = log_config(tmp_path, tmp_path / "run", rows_of_a_log())
+    interrupted(config, monkeypatch, 2)
+    before = files_of(tmp_path / "run")
+    with pytest.raises(DataError, match="has changed: 1 event fewer"):
+        train_run(log_config(tmp_path, tmp_path / "run", rows_of_a_log()[1:]))
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_catalogue_of_one_item_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    rows = [f"u,7,{1000 + place},k0,1.5" for place in range(9)]
+    config = log_config(tmp_path, tmp_path / "run", rows)
+    with pytest.raises(DataError, match="one item in the training split, 7; negatives need anoth"):
+        train_run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_without_positive_events_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    """Its NE was 4e11, with exit status 0."""
+    config = log_config(tmp_path, tmp_path / "run", rows_of_a_log())
+    config.data.label = "price>=100"
+    with pytest.raises(DataError, match="positive"):
+        train_run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_smoke_run_takes_users_that_can_be_tested(tmp_path: Path) -> None:
+    """A log whose first sixty users had one event each had nothing to test on."""
+    tail = [f"-{user},{user % 12 + 1},999,k0,1.5" for user in range(1, 80)]
+    config = log_config(tmp_path, tmp_path / "run", [*tail, *rows_of_a_log()])
+    dataset = load_dataset(replace(config, budget=replace(BUDGET, max_users=5)))
+    assert dataset.log.users.ids == ["0", "1", "2", "3", "4"]
+    assert len(np.unique(dataset.event_user[dataset.split == TEST])) == 5
+
+
+def test_the_log_tells_how_the_split_fell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chance = random.Random(1)
+    rows = [f"u,{1 + place % 4},{1000 + min(place, 2)},k0,1.5" for place in range(40)]
+    chance.shuffle(rows)
+    rows += ["vv,77,5000,k0,1.5"]
+    with caplog.at_level(logging.INFO):
+        load_dataset(log_config(tmp_path, tmp_path / "run", rows))
+    assert (
+        "training split 2 events of 2 users, validation split 1 events of 1 users, test split 38 "
+        "events of 1 users" in caplog.text
+    )
+    assert (
+        "38 of 41 events of the log are at one moment, 1970-01-01T00:16:42Z: 38 in the test split"
+        in caplog.text
+    )
+    # Of the four items of the test split training met the first, in 9 of 38 events.
+    assert "user_id 0.0%, item_id 76.3%, items.kind 0.0%" in caplog.text
 
 
 # --- one folder, one run
@@ -243,11 +601,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 def test_another_config_in_the_same_folder_is_refused_by_key(
     finished: Path, changes: dict[str, Any], key: str
 ) -> None:
-    files = [path for path in finished.rglob("*") if path.is_file()]
-    before = {path: path.read_bytes() for path in files}
+    before = files_of(finished)
     with pytest.raises(ConfigError, match=rf"run of another config; these differ: \['{key}"):
         train_run(tiny_config(finished, **changes))
-    assert {path: path.read_bytes() for path in files} == before
+    assert files_of(finished) == before
 
 
 def test_threads_do_not_make_it_another_run(finished: Path) -> None:
@@ -269,12 +626,12 @@ def test_users_too_short_to_test_on_are_refused(tmp_path: Path) -> None:
         train_run(tiny_config(tmp_path / "run", data=data))
 
 
-def test_fewer_users_are_the_first_ones(tmp_path: Path) -> None:
+def test_fewer_users_are_the_first_of_those_that_can_be_tested(tmp_path: Path) -> None:
     whole = load_dataset(tiny_config(tmp_path))
     some = load_dataset(tiny_config(tmp_path, budget=replace(BUDGET, max_users=7)))
     kept = slice(0, int(whole.user_offsets[7]))
+    assert some.log.users.ids == [str(user) for user in range(7)]
     assert some.time.tolist() == whole.time[kept].tolist()
-    assert some.item.tolist() == whole.item[kept].tolist()
     assert some.split.tolist() == whole.split[kept].tolist()
     assert len(some.known_items) < len(whole.known_items)
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchrec_kvshare.training.metrics import (
+    Values,
     classification_metrics,
+    num_ahead,
     rank_metrics,
-    rank_of_target,
 )
 
 # float32 sums of TorchRec against Python's: worst of 2000 draws 2.1e-7.
@@ -44,7 +45,7 @@ def normalised_entropy(rows: Rows) -> float:
     return predicted / sum(log_loss(label, mean_label) for label, _ in rows)
 
 
-def measured(users: list[Rows]) -> dict[str, float]:
+def measured(users: list[Rows]) -> Values:
     rows = [row for user in users for row in user]
     return classification_metrics(
         torch.tensor([probability for _, probability in rows]),
@@ -67,16 +68,14 @@ def users_without_ties(draw: st.DrawFn) -> list[Rows]:
 @given(users_without_ties())
 def test_auc_is_the_share_of_pairs_in_order(users: list[Rows]) -> None:
     expected = ordered_share([row for user in users for row in user], 0.5)
-    assert measured(users)["AUC"] == pytest.approx(
-        0.5 if expected is None else expected, abs=TOLERANCE
-    )
+    assert measured(users)["AUC"] == (expected and pytest.approx(expected, abs=TOLERANCE))
 
 
 @given(users_without_ties())
 def test_gauc_is_the_mean_of_the_aucs_of_users_with_both_labels(users: list[Rows]) -> None:
     shares = [share for user in users if (share := ordered_share(user, 0.5)) is not None]
-    expected = sum(shares) / len(shares) if shares else 0.5
-    assert measured(users)["GAUC"] == pytest.approx(expected, abs=TOLERANCE)
+    expected = pytest.approx(sum(shares) / len(shares), abs=TOLERANCE) if shares else None
+    assert measured(users)["GAUC"] == expected
 
 
 @given(users_without_ties())
@@ -91,7 +90,9 @@ def test_ties_count_between_lost_and_won(rows: Rows) -> None:
     """TorchRec sorts, so that the order of equal scores decides: no tie counts a half."""
     worst, best = ordered_share(rows, 0.0), ordered_share(rows, 1.0)
     if worst is not None and best is not None:
-        assert worst - TOLERANCE <= measured([rows])["AUC"] <= best + TOLERANCE
+        found = measured([rows])["AUC"]
+        assert found is not None
+        assert worst - TOLERANCE <= found <= best + TOLERANCE
 
 
 def test_a_perfect_scorer_and_its_opposite() -> None:
@@ -99,7 +100,10 @@ def test_a_perfect_scorer_and_its_opposite() -> None:
     bad: list[Rows] = [[(label, 1 - probability) for label, probability in u] for u in good]
     assert (measured(good)["AUC"], measured(good)["GAUC"]) == (1.0, pytest.approx(1.0))
     assert (measured(bad)["AUC"], measured(bad)["GAUC"]) == (0.0, pytest.approx(0.0, abs=TOLERANCE))
-    assert measured(good)["NE"] < 1 < measured(bad)["NE"]
+    ne_of_good, ne_of_bad = measured(good)["NE"], measured(bad)["NE"]
+    assert ne_of_good is not None
+    assert ne_of_bad is not None
+    assert ne_of_good < 1 < ne_of_bad
 
 
 def test_the_mean_label_for_all_has_an_ne_of_one() -> None:
@@ -107,7 +111,9 @@ def test_the_mean_label_for_all_has_an_ne_of_one() -> None:
 
 
 def test_certainty_is_finite() -> None:
-    assert math.isfinite(measured([[(1, 0.0), (0, 1.0), (1, 0.5)]])["NE"])
+    found = measured([[(1, 0.0), (0, 1.0), (1, 0.5)]])["NE"]
+    assert found is not None
+    assert math.isfinite(found)
 
 
 def test_hit_rate_and_ndcg_by_hand() -> None:
@@ -115,17 +121,27 @@ def test_hit_rate_and_ndcg_by_hand() -> None:
     found = rank_metrics([0, 9, 10, 2])
     assert found["HR@10"] == 3 / 4
     assert found["NDCG@10"] == pytest.approx((1 + 1 / math.log2(11) + 1 / 2) / 4)
-    assert rank_metrics([0, 1, 2], cutoff=2) == {
-        "HR@2": pytest.approx(2 / 3),
-        "NDCG@2": pytest.approx((1 + 1 / math.log2(3)) / 3),
-    }
-    assert rank_metrics([]) == {"HR@10": 0.0, "NDCG@10": 0.0}
+    assert rank_metrics([]) == {"HR@10": None, "NDCG@10": None}
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_labels_of_one_class_have_no_metrics(label: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Their NE was 4e11 and their AUC 0.5, as if something had been measured."""
+    assert measured([[(label, 0.3), (label, 0.6)]]) == {"AUC": None, "GAUC": None, "NE": None}
+    assert f"no AUC, GAUC or NE: {2 * label} of 2 labels are positive" in caplog.text
+
+
+def test_users_of_one_class_each_have_no_gauc(caplog: pytest.LogCaptureFixture) -> None:
+    """It was 0.5."""
+    found = measured([[(1, 0.9), (1, 0.8)], [(0, 0.1), (0, 0.2)]])
+    assert (found["AUC"], found["GAUC"]) == (1.0, None)
+    assert "no GAUC: no user has both labels and different scores" in caplog.text
 
 
 def rank(scores: list[float], target: int, excluded: list[int]) -> int:
     mask = torch.zeros(1, len(scores), dtype=torch.bool)
-    mask[0, excluded] = True
-    return int(rank_of_target(torch.tensor([scores]), torch.tensor([target]), mask))
+    mask[0, [target, *excluded]] = True
+    return int(num_ahead(torch.tensor([scores]), torch.tensor([scores[target]]), mask))
 
 
 @pytest.mark.parametrize(
@@ -169,4 +185,10 @@ def test_ranks_are_those_of_counting(num_users: int, num_items: int, seed: int) 
     expected = [
         brute_rank(scores[user], int(target[user]), excluded[user]) for user in range(num_users)
     ]
-    assert rank_of_target(scores, target, excluded).tolist() == expected
+    own = scores.gather(1, target[:, None])
+    excluded.scatter_(1, target[:, None], True)
+    assert num_ahead(scores, own[:, 0], excluded).tolist() == expected
+    # A catalogue in chunks: the counts add up.
+    chunks = zip(scores.split(2, dim=1), excluded.split(2, dim=1), strict=True)
+    counts = torch.stack([num_ahead(part, own[:, 0], hidden) for part, hidden in chunks])
+    assert counts.sum(0).tolist() == expected

@@ -9,6 +9,113 @@ import torch
 from torch import Tensor
 
 
+def reference_history_attention(
+    queries: Tensor,
+    query_offsets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_offsets: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    page_ids: Tensor,
+    page_offsets: Tensor,
+    cached_offsets: Tensor,
+    window: int,
+    num_globals: int,
+    scoring: str,
+) -> Tensor:
+    """What ``operators.history_attention`` computes, of the same arguments.
+
+    Returns:
+        [Q, H, D] float64.
+
+    Example:
+        >>> rows, none, ends = torch.ones(2, 1, 1), torch.ones(0, 4, 1, 1), torch.tensor([0, 2])
+        >>> nothing = (none, none, *torch.zeros(3, 2, dtype=torch.int64))
+        >>> options = (0, 0, "softmax")
+        >>> reference_history_attention(rows, ends, rows, rows, ends, *nothing, *options).shape
+        torch.Size([2, 1, 1])
+    """
+    attended = torch.zeros(queries.shape, dtype=torch.float64)
+    for user in range(len(query_offsets) - 1):
+        new = range(int(key_offsets[user]), int(key_offsets[user + 1]))
+        paged = _rows_in_pages(cached_keys, page_ids, page_offsets, cached_offsets, user)
+        seen_keys = [cached_keys[place] for place in paged] + [keys[row] for row in new]
+        seen_values = [cached_values[place] for place in paged] + [values[row] for row in new]
+        num_rows, end = len(seen_keys), int(query_offsets[user + 1])
+        for query in range(int(query_offsets[user]), end):
+            row = num_rows - (end - query)
+            first = max(0, row + 1 - window) if window else 0
+            seen = slice(0, num_rows) if end - query <= num_globals else slice(first, row + 1)
+            no_biases = [torch.zeros(queries.size(1)) for _ in seen_keys[seen]]
+            attended[query] = _row_by_scoring(
+                scoring, queries[query], seen_keys[seen], seen_values[seen], no_biases
+            )
+    return attended
+
+
+def reference_candidate_attention(
+    queries: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    candidate_offsets: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_ids: Tensor,
+    page_offsets: Tensor,
+    row_offsets: Tensor,
+    row_times: Tensor,
+    candidate_times: Tensor,
+    visible_rows: Tensor,
+    time_bias: Tensor,
+    place_bias: Tensor,
+    window: int,
+    scoring: str,
+) -> Tensor:
+    """What ``operators.candidate_attention`` computes, of the same arguments.
+
+    Returns:
+        [C, M, H, D] float64.
+    """
+    attended = torch.zeros(queries.shape, dtype=torch.float64)
+    for user in range(len(candidate_offsets) - 1):
+        paged = _rows_in_pages(keys, page_ids, page_offsets, row_offsets, user)
+        times = row_times[int(row_offsets[user]) : int(row_offsets[user + 1])].tolist()
+        for candidate in range(int(candidate_offsets[user]), int(candidate_offsets[user + 1])):
+            end, now = int(visible_rows[candidate]), int(candidate_times[candidate])
+            seen = range(max(0, end - window) if window else 0, end)
+            biases = [torch.zeros(queries.size(2), dtype=torch.float64) for _ in seen]
+            for bias, row in zip(biases, seen, strict=True):
+                if times[row] != -1:
+                    bias += time_bias[reference_bucket(now - times[row], len(time_bias))]
+                if len(place_bias) > 0:
+                    bias += place_bias[reference_bucket(end - row, len(place_bias))]
+            own = range(queries.size(1))
+            for token in own:
+                attended[candidate, token] = _row_by_scoring(
+                    scoring,
+                    queries[candidate, token],
+                    [keys[paged[row]] for row in seen] + [own_keys[candidate, one] for one in own],
+                    [values[paged[row]] for row in seen]
+                    + [own_values[candidate, one] for one in own],
+                    biases + [torch.zeros(queries.size(2)) for _ in own],
+                )
+    return attended
+
+
+def reference_bucket(amount: int, num_buckets: int) -> int:
+    """How often 1 can be doubled before it exceeds the amount, and once more; below 1 it is 0.
+
+    Example:
+        >>> [reference_bucket(amount, 4) for amount in (-5, 0, 1, 2, 3, 4, 100)]
+        [0, 0, 1, 2, 2, 3, 3]
+    """
+    bucket, width = 0, 1
+    while amount >= width and bucket < num_buckets - 1:
+        bucket, width = bucket + 1, width * 2
+    return bucket
+
+
 def reference_attention(
     query: Tensor, keys: list[Tensor], values: list[Tensor], biases: list[Tensor]
 ) -> Tensor:
@@ -105,3 +212,21 @@ def _scores(query: Tensor, keys: list[Tensor], biases: list[Tensor], head: int) 
         + float(bias[head])
         for key, bias in zip(keys, biases, strict=True)
     ]
+
+
+def _rows_in_pages(
+    pages: Tensor, page_ids: Tensor, page_offsets: Tensor, row_offsets: Tensor, user: int
+) -> list[tuple[int, int]]:
+    """Page and place in it of each row of a user."""
+    ids = page_ids[int(page_offsets[user]) : int(page_offsets[user + 1])].tolist()
+    places = [(page, place) for page in ids for place in range(pages.size(1))]
+    return places[: int(row_offsets[user + 1] - row_offsets[user])]
+
+
+def _row_by_scoring(
+    scoring: str, query: Tensor, keys: list[Tensor], values: list[Tensor], biases: list[Tensor]
+) -> Tensor:
+    if scoring == "silu":
+        return reference_silu_attention(query, keys, values, biases, 1.0)
+    assert scoring == "softmax"
+    return reference_attention(query, keys, values, biases)

@@ -4,7 +4,7 @@ Casts keep every number by itself. Scaled codecs divide each block of ``ROW_BLOC
 ``CHANNELS`` channels of a head by one float32, so that its greatest number is the greatest that the
 codes have: blocks are small because channels of keys differ in size far more than rows do.
 
-NaN never becomes a number: lossy codecs refuse K/V that they cannot write.
+NaN never becomes a number: codecs refuse K/V that they cannot write, and that is not finite.
 """
 
 import math
@@ -62,12 +62,12 @@ class CastCodec:
         """Write K/V [planes, R, H, D] float32 as ``kv``; shares its memory where nothing changes.
 
         Raises:
-            RecordError: if it is not finite or out of range; float32 keeps NaN and infinity.
+            RecordError: if it is not finite or out of range.
             ShapeError: if it is not K/V in float32.
         """
         _check(kv)
         cast = kv.to(self.dtype)
-        if not self.is_exact and not cast.isfinite().all():
+        if not is_finite(cast):
             raise RecordError(_unfit(self.name, kv, torch.finfo(self.dtype).max))
         return {"kv": cast}
 
@@ -187,6 +187,16 @@ def get_codec(name: str) -> Codec:
     if name not in CODECS:
         raise ConfigError(f"codec is {name!r}; one of {tuple(CODECS)} is allowed")
     return CODECS[name]
+
+
+def is_finite(kv: Tensor) -> bool:
+    """Whether no number is NaN or infinite: the sum is not, where one of them is.
+
+    Example:
+        >>> is_finite(torch.tensor([1.0, 3e38, 3e38])), is_finite(torch.tensor([1.0, torch.nan]))
+        (True, False)
+    """
+    return bool(kv.sum().isfinite()) or bool(kv.isfinite().all())
 
 
 def _scales_shape(shape: torch.Size) -> torch.Size:

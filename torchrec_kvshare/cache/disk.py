@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchrec_kvshare.cache.tiers import Fences, Found
 from torchrec_kvshare.errors import ConfigError, MissingExtraError, TierError
+from torchrec_kvshare.private import check_secret, make_private
 
 if TYPE_CHECKING:
     from rocksdict import Options, Rdict, WriteBatch
@@ -50,6 +51,7 @@ FENCES = "fences"
 FENCE = struct.Struct("<d")
 END = b"\xff"  # behind every key: keys are UTF-8
 
+PURPOSE, SETTING = "the disk tier", "cache.disk.folder"  # as messages call them
 LOCKED = ("While lock file", "lock hold by current process")
 CORRUPTED = "Corruption"
 UNREADABLE = (CORRUPTED, "Invalid argument", "IO error: No such file or directory")
@@ -62,7 +64,7 @@ class DiskTier:
     reason, a full disk for one, is tried again by the next call.
 
     Args:
-        folder: used by one process at a time; made if it is not there.
+        folder: used by one process at a time, and this user's alone; made if it is not there.
         capacity_bytes: most bytes of all files in it. Values up to 5 MiB are kept, and larger ones
             up to a 64th of it and 64 MiB, or a 512th of it.
         ttl_s: seconds for which a value is used; it leaves the disk at the next flush after that.
@@ -70,7 +72,7 @@ class DiskTier:
 
     Raises:
         ConfigError: if the budget is below 64 MiB, the time to live is not above zero or has no
-            end, the folder cannot be made, or another tier uses it.
+            end, the folder cannot be made, is open to other users, or another tier uses it.
         MissingExtraError: if rocksdict is not installed.
     """
 
@@ -97,14 +99,9 @@ class DiskTier:
         buffer_bytes = max(MIN_BUFFER_BYTES, min(capacity_bytes // 64, MAX_BUFFER_BYTES))
         self._buffer_bytes = max(buffer_bytes, capacity_bytes // MAX_FILES)
         self._files_bytes = capacity_bytes - BUFFERS_BESIDE * self._buffer_bytes - OTHER_BYTES
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"folder {folder} of the disk tier cannot be made: {error}"
-            ) from error
         # A name of its own: whatever else lies in the folder is never destroyed.
         self._path = folder / "kvshare.rocksdb"
+        self._make_folder()
         self._database: _Database | None = None
         self._unflushed_bytes = 0
         self._is_broken = False  # It cannot be written to until it is opened again.
@@ -281,7 +278,7 @@ class DiskTier:
 
     def _check_room(self) -> None:
         """Refuse to open what would fail, and leave more files: it flushes what the log holds."""
-        self._path.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         free_bytes = shutil.disk_usage(self._path).free
         if free_bytes < 2 * self._buffer_bytes:
             raise TierError(
@@ -289,11 +286,18 @@ class DiskTier:
                 f"{2 * self._buffer_bytes}"
             )
 
+    def _make_folder(self) -> None:
+        """Make what others can neither write to nor read: it is trusted, and of users."""
+        for folder in (self._path.parent, self._path):
+            make_private(folder, PURPOSE, SETTING)
+        check_secret(self._path.resolve(), PURPOSE, SETTING)
+
     def _destroy(self) -> None:
         from rocksdict import Rdict
 
         logger.warning("the disk tier in %s is made anew: %s", self._path, self._corruption)
         Rdict.destroy(str(self._path))
+        self._make_folder()  # RocksDB would let others read it.
         self._corruption = ""
 
     def _join_fences(self, database: "_Database") -> None:

@@ -7,6 +7,7 @@ wait for the slowest, so the breaker is our own.
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 READERS = 4  # look-ups of one store at a time; more of them wait within their deadline
 CLOSED, TRIAL, OPEN = 0.0, 0.5, 1.0
+HELD_S = 2.0  # between two looks at what a store behind a deadline takes
+MAX_HELD_AGE_S = 10.0  # of the last look that is still shown
 
 
 class Breaker:
@@ -133,8 +136,12 @@ class GuardedTier:
         self._deadline_s = deadline_s
         self._metrics = metrics
         self._readers: Readers | None = None
+        self._held_at, self._held_bytes = -math.inf, math.nan
+        self._is_over = threading.Event()
         if deadline_s is not None:
             self._readers = Readers(f"kvshare-read-{tier.name}", READERS)
+            name = f"kvshare-held-{tier.name}"
+            threading.Thread(target=self._watch_held, name=name, daemon=True).start()
 
     def get(self, keys: Sequence[tuple[str, str]]) -> list[Found] | str:
         """What is kept under some keys, or the reason why nobody knows."""
@@ -182,16 +189,32 @@ class GuardedTier:
             return None
 
     def held_bytes(self) -> float:
-        """What the store takes; NaN while nobody knows."""
-        if self.breaker.state == OPEN:
-            return math.nan
+        """What the store takes, or took some seconds ago; NaN while nobody knows.
+
+        A store behind a deadline is asked by a thread of its own: this never waits for it.
+        """
+        if self._deadline_s is None:
+            self._look_at_held()
+        is_old = time.monotonic() - self._held_at > MAX_HELD_AGE_S
+        return math.nan if is_old or self.breaker.state == OPEN else self._held_bytes
+
+    def _watch_held(self) -> None:
+        while True:
+            if self.breaker.state != OPEN:
+                self._look_at_held()
+            if self._is_over.wait(HELD_S):
+                return
+
+    def _look_at_held(self) -> None:
         try:
-            return float(self.tier.held_bytes())
-        except TierError:
-            return math.nan
+            self._held_bytes = float(self.tier.held_bytes())
+        except Exception:  # Look-ups and writes say what is wrong with it.
+            self._held_bytes = math.nan
+        self._held_at = time.monotonic()
 
     def close(self) -> None:
         """Let go of the store; look-ups that hang are not waited for."""
+        self._is_over.set()
         if self._readers is not None:
             self._readers.close()
         self.tier.close()

@@ -6,19 +6,58 @@ in every process and on every machine of one byte order.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchrec_kvshare.cache.reasons import COLD, EDITED, HIT, SHRUNK, SLID
-from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.data.schema import TIME, FeatureSchema
+from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features import Events
+from torchrec_kvshare.ranking import RankingModel, split_tables
 
 DIGEST_BYTES = 16
+VERSION_DIGITS = 16  # of each digest: what answers call a model
 NO_CONTEXT = ""
+
+_DIGEST = re.compile(rf"[0-9a-f]{{{VERSION_DIGITS},64}}")
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """What tells a model from all others: digests of what it computes, never a word for it.
+
+    Attributes:
+        model: of dense weights, architecture and window.
+        tables: of the embedding tables.
+
+    Raises:
+        ConfigError: if one of them is no digest.
+    """
+
+    model: str
+    tables: str
+
+    def __post_init__(self) -> None:
+        for digest in (self.model, self.tables):
+            if not _DIGEST.fullmatch(digest):
+                raise ConfigError(
+                    f"a model's version has {digest!r}; a hexadecimal digest is allowed, of at "
+                    f"least {VERSION_DIGITS} digits: version_of makes both"
+                )
+
+    def __str__(self) -> str:
+        """What answers call the model: ``<model>-<tables>``."""
+        return f"{self.model[:VERSION_DIGITS]}-{self.tables[:VERSION_DIGITS]}"
+
+
+# Of a model that is tried out: its K/V stays in this process, in no store of another model's.
+UNNAMED = ModelVersion("0" * VERSION_DIGITS, "0" * VERSION_DIGITS)
 
 
 class Identity(NamedTuple):
@@ -44,9 +83,9 @@ class Identity(NamedTuple):
         return f"{self.model}-{self.tables}"
 
 
-def identity_of(model_version: str, context: str, tower: str, block: int) -> Identity:
-    """The identity of K/V of a model version, ``<model>-<tables>``."""
-    model, _, tables = model_version.partition("-")
+def identity_of(version: ModelVersion, context: str, tower: str, block: int) -> Identity:
+    """The identity of K/V of a model."""
+    model, _, tables = str(version).partition("-")
     return Identity(model, tables, context, tower, block)
 
 
@@ -58,6 +97,7 @@ class Content(NamedTuple):
         blocks: digests of the first block of events, of the first two, and so on.
         whole: digest of all of them.
         first_event: place of the first among all of the user's.
+        first_time: Unix seconds of the first; 0 where there is none.
         num_events: in the window.
     """
 
@@ -65,6 +105,7 @@ class Content(NamedTuple):
     blocks: tuple[bytes, ...]
     whole: bytes
     first_event: int
+    first_time: int
     num_events: int
 
 
@@ -91,6 +132,30 @@ def model_digest(state: Mapping[str, Tensor], description: Mapping[str, Any]) ->
     return digest.hexdigest()
 
 
+def version_of(
+    model: RankingModel, schema: FeatureSchema, runtime: str = "", table_dtype: str = ""
+) -> ModelVersion:
+    """The version of a model as its weights are now.
+
+    Args:
+        model: its state is read, all of it.
+        schema: its columns.
+        runtime: where its K/V has other last bits than the eager model's.
+        table_dtype: that its tables are to be quantised to.
+    """
+    encoder = asdict(model.collection.towers()[0].spec)
+    description: dict[str, Any] = {"encoder": encoder, "schema": schema.to_json()}
+    # Layers that compute in another way give K/V other last bits.
+    linear = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
+    if others := sorted(linear - {"Linear", "Projection"}):
+        description["linear"] = others
+    dense_state, table_state = split_tables(model)
+    return ModelVersion(
+        model_digest(dense_state, description | ({"runtime": runtime} if runtime else {})),
+        model_digest(table_state, {"dtype": table_dtype} if table_dtype else {}),
+    )
+
+
 class PrefixDigests:
     """Digests of what a history begins with, so that the longest part that is cached can be found.
 
@@ -102,6 +167,7 @@ class PrefixDigests:
     Attributes:
         num_events: of the whole history.
         first_event: its first event's place among all of the user's.
+        first_time: its first event's time; 0 where there is none.
 
     Example:
         >>> import torch
@@ -109,7 +175,7 @@ class PrefixDigests:
         >>> histories = (History("history", Window(8, 4)),)
         >>> schema = FeatureSchema({}, (), False, (), (), histories)
         >>> times = torch.arange(5)
-        >>> identity = Identity("model", "tables", NO_CONTEXT, "history", 2)
+        >>> identity = identity_of(UNNAMED, NO_CONTEXT, "history", 2)
         >>> five = PrefixDigests(Events({"time": times}, {}, 0), schema, identity)
         >>> three = PrefixDigests(Events({"time": times[:3]}, {}, 0), schema, identity)
         >>> five.at(3) == three.at(3), len(five.blocks)
@@ -120,6 +186,7 @@ class PrefixDigests:
         self.identity = identity
         self.num_events = events.num_events
         self.first_event = events.first_event
+        self.first_time = int(events.columns[TIME][0]) if events.num_events else 0
         bags = [events.bags[column] for column in schema.item_attributes]
         columns = [events.columns[column] for column in sorted(events.columns)]
         columns += [bag.lengths for bag in bags]
@@ -132,7 +199,8 @@ class PrefixDigests:
     @property
     def content(self) -> Content:
         """What a cache keeps of it."""
-        return Content(self.identity, self.blocks, self.whole, self.first_event, self.num_events)
+        of_first = self.first_event, self.first_time
+        return Content(self.identity, self.blocks, self.whole, *of_first, self.num_events)
 
     @cached_property
     def whole(self) -> bytes:
@@ -197,7 +265,9 @@ def compare(cached: Content, history: PrefixDigests) -> tuple[str, int]:
         if ours != theirs:
             break
         num_blocks += 1
-    if num_blocks == 0 and cached.first_event != history.first_event:
+    # Where a client does not say what place its first event has, its time tells that others left.
+    has_left = cached.first_time < history.first_time
+    if num_blocks == 0 and (has_left or cached.first_event != history.first_event):
         return SLID, 0
     reason = SHRUNK if history.num_events < num_events else EDITED
     return reason, num_blocks * history.identity.block

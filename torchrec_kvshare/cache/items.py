@@ -60,7 +60,7 @@ class ItemCache:
         Returns:
             For each history [C, M, width], candidates in the order of the batch.
         """
-        jagged_by_key = features.to_dict()
+        jagged_by_key = features.to_dict(compute_offsets=False)
         jagged = [jagged_by_key[key] for key in self._keys]
         rows = jagged[0].values()
         bags, fits = self._padded(jagged[1:], rows.numel())
@@ -87,6 +87,12 @@ class ItemCache:
             .index_copy(0, torch.nonzero(known).squeeze(1), part)
             for whole, part in zip(computed, kept, strict=True)
         ]
+
+    def clear(self) -> None:
+        """Drop all items: the model projects them otherwise now."""
+        with self._lock:
+            self._slot_of_row.fill_(NO_SLOT)
+            self._row_of_slot.fill_(NO_ID)
 
     def _padded(self, attributes: list[JaggedTensor], num_rows: int) -> tuple[Tensor, Tensor]:
         """Bags as [C, attributes, MAX_BAG], and whether all of a candidate's fit in."""

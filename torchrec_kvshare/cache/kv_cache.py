@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.identity import Content, Identity, PrefixDigests, compare
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.pages import PagePool
@@ -29,12 +30,6 @@ DEVICE = "device"
 USER = "user"
 CONTENT = "content"
 MAX_REMEMBERED = 65_536  # users that were evicted or forgotten, at most
-
-
-def steady_clock() -> Callable[[], float]:
-    """Unix seconds that never jump: those at the call, and what has passed since."""
-    start = time.time() - time.monotonic()
-    return lambda: start + time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -175,8 +170,10 @@ class KVCache:
         self._owners_by_digest: dict[tuple[Identity, bytes], dict[str, None]] = {}
         self._pinned_users: set[str] = set()
         self._pinned_held_bytes = 0
-        self._evicted_users: OrderedDict[str, float] = OrderedDict()
-        self._forgotten_at: OrderedDict[str, float] = OrderedDict()
+        # By hashes of users: 64 bits however long an id is. Two users that share one, once in
+        # 2**64 pairs, cost a wrong reason or K/V that is not kept.
+        self._evicted_users: OrderedDict[int, float] = OrderedDict()
+        self._forgotten_at: OrderedDict[int, float] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -218,7 +215,7 @@ class KVCache:
             kv: [planes, R, H, D], the rows behind those kept.
             base: an entry that the caller holds, whose first rows are the history's too.
             num_kept: how many of them.
-            encoded_at: Unix seconds; now by default, with a base the base's.
+            encoded_at: Unix seconds; now by default, with a base the base's if that is older.
 
         Returns:
             The entry, or None if the pages that nobody is using do not suffice or the user was
@@ -231,16 +228,17 @@ class KVCache:
         with self._lock:
             now = self.clock()
             # What is forgotten is what was made of this user's events.
-            known_at = now if encoded_at is None else encoded_at
-            encoded_at = known_at if base is None else base.encoded_at
+            known_at = encoded_at = now if encoded_at is None else encoded_at
+            if base is not None:
+                encoded_at = min(encoded_at, base.encoded_at)
             if base is not None and base.user_id == user_id:
-                known_at = base.known_at
+                known_at = min(known_at, base.known_at)
             num_rows = num_kept + kv.size(1)
             new = Entry(user_id, content, num_rows, [], encoded_at, known_at, now, 1)
-            if known_at > self._forgotten_at.get(user_id, -math.inf):
+            if known_at > self._forgotten_at.get(hash(user_id), -math.inf):
                 if self._place(new, kv, base, num_kept):
                     return new
-                _remember(self._evicted_users, user_id, 0.0)
+                remember(self._evicted_users, user_id, 0.0)
         self.metrics.count("not_kept", tier=DEVICE)
         return None
 
@@ -269,14 +267,15 @@ class KVCache:
             self._free_if_unused(entry)
 
     def forget(self, user_id: str) -> int:
-        """Drop what is kept of a user; K/V that is being encoded now is not kept either.
+        """Drop what is kept of a user, pinned or not; K/V that is being encoded now is not kept.
 
         Returns:
             Bytes that were dropped.
         """
         with self._lock:
-            _remember(self._forgotten_at, user_id, self.clock())
-            self._evicted_users.pop(user_id, None)
+            remember(self._forgotten_at, user_id, self.clock())
+            self._evicted_users.pop(hash(user_id), None)
+            self._pinned_users.discard(user_id)
             entry = self._entry_by_user.get(user_id)
             if entry is None:
                 return 0
@@ -313,7 +312,7 @@ class KVCache:
         own = self._entry_by_user.get(user_id)
         found: tuple[Entry | None, str, int]
         if own is None:
-            found = None, EVICTED if user_id in self._evicted_users else COLD, 0
+            found = None, EVICTED if hash(user_id) in self._evicted_users else COLD, 0
         elif self._is_expired(own, now):
             self._drop(own)
             found = None, EXPIRED, 0
@@ -349,7 +348,8 @@ class KVCache:
         num_own = len(own.pages) if own is not None and (grows or not own.num_holders) else 0
         if not self._has_room(new.user_id, num_pages, num_own):
             return False
-        leavers = self._admit(new, own, num_pages * self.pool.page_bytes)
+        # One without rows counts as a page: what has no size would never leave.
+        leavers = self._admit(new, own, max(num_pages, 1) * self.pool.page_bytes)
         for leaver in leavers:
             if leaver != new.user_id:
                 self._evict(self._entry_by_user[leaver], num_pages - num_own)
@@ -422,7 +422,7 @@ class KVCache:
     def _evict(self, entry: Entry, num_wanted: int) -> None:
         """Let an entry leave, to the next tier if there is one."""
         self._take_out(entry, still_read=True)
-        _remember(self._evicted_users, entry.user_id, 0.0)
+        remember(self._evicted_users, entry.user_id, 0.0)
         self.metrics.count("evictions", tier=DEVICE)
         self.metrics.observe("evicted_age_seconds", self.clock() - entry.encoded_at, tier=DEVICE)
         if self._on_evict is not None:
@@ -441,7 +441,7 @@ class KVCache:
 
     def _take_in(self, entry: Entry) -> None:
         self._entry_by_user[entry.user_id] = entry
-        self._evicted_users.pop(entry.user_id, None)
+        self._evicted_users.pop(hash(entry.user_id), None)
         self._pinned_held_bytes += entry.pinned_bytes
         if self.rules.share == CONTENT:
             for digest in (*entry.content.blocks, entry.content.whole):
@@ -467,8 +467,9 @@ class KVCache:
             self.pool.free(entry.pages)
 
 
-def _remember(users: OrderedDict[str, float], user_id: str, value: float) -> None:
-    users[user_id] = value
-    users.move_to_end(user_id)
+def remember(users: OrderedDict[int, float], user_id: str, value: float) -> None:
+    """Note something of a user by a hash of its id; the last ``MAX_REMEMBERED`` users stay."""
+    users[hash(user_id)] = value
+    users.move_to_end(hash(user_id))
     if len(users) > MAX_REMEMBERED:
         users.popitem(last=False)

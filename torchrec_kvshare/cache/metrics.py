@@ -51,6 +51,7 @@ DECLARED_BY_NAME = {
     "bytes": Declared(COUNTER, "Bytes of K/V: read, written.", ("tier", "direction")),
     "evictions": Declared(COUNTER, "Entries that left a full tier.", ("tier",)),
     "not_kept": Declared(COUNTER, "K/V that was put and not kept.", ("tier",)),
+    "not_finite": Declared(COUNTER, "K/V with NaN or infinity, which is not kept."),
     "dropped_writes": Declared(COUNTER, "K/V that was not written, and why.", ("tier", "reason")),
     "tier_failures": Declared(COUNTER, "Failures of a tier, and of what kind.", ("tier", "kind")),
     "flights": Declared(COUNTER, "Shared encodings: led, joined, timed_out.", ("outcome",)),

@@ -12,7 +12,6 @@ The CRC finds accidents. Only a key keeps out those who may write to the store. 
 is read before its trailer is right, and nothing in it is ever run, as pickle would.
 """
 
-import hashlib
 import hmac
 import json
 import math
@@ -28,15 +27,16 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.cache.codecs import Codec
+from torchrec_kvshare.cache.codecs import Codec, is_finite
 from torchrec_kvshare.cache.identity import NO_CONTEXT, Content, Identity
-from torchrec_kvshare.errors import ConfigError, RecordError
+from torchrec_kvshare.cache.keys import DIGEST_BYTES, keyed_digest
+from torchrec_kvshare.errors import RecordError
 
 MAGIC = b"KVSH"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FIXED = struct.Struct("<4sBBI")
 CHECKSUM, MAC = 0, 1
-TRAILER_BYTES = {CHECKSUM: 4, MAC: 32}
+TRAILER_BYTES = {CHECKSUM: 4, MAC: DIGEST_BYTES}
 DTYPES = {
     str(dtype): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
@@ -69,9 +69,10 @@ class KVRecord:
     kv: Tensor
 
     def __post_init__(self) -> None:
-        identity, blocks, _, first_event, num_events = self.content
+        identity, blocks, _, first_event, first_time, num_events = self.content
         numbers = {
             "first_event": first_event,
+            "first_time": first_time,
             "num_events": num_events,
             "encoded_at": self.encoded_at,
         }
@@ -149,13 +150,14 @@ def pack(record: KVRecord, user: str, codec: Codec, key: bytes | None) -> bytes:
         "digests": [digest.hex() for digest in content.blocks],
         "whole_digest": content.whole.hex(),
         "first_event": content.first_event,
+        "first_time": content.first_time,
         "num_events": content.num_events,
         "encoded_at": record.encoded_at,
         "tensors": [
             [name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()
         ],
     }
-    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     kind = CHECKSUM if key is None else MAC
     parts: list[bytes | memoryview] = [
         FIXED.pack(MAGIC, FORMAT_VERSION, kind, len(header_bytes)),
@@ -187,7 +189,7 @@ def unpack(
     Example:
         >>> from torchrec_kvshare.cache.codecs import get_codec
         >>> identity = Identity("5e" * 32, "0f" * 32, NO_CONTEXT, "clicks", 8)
-        >>> three = Content(identity, blocks=(), whole=b"digest", first_event=0, num_events=3)
+        >>> three = Content(identity, (), b"digest", first_event=0, first_time=0, num_events=3)
         >>> record = KVRecord(three, encoded_at=1.7e9, kv=torch.ones(2, 3, 1, 4))
         >>> packet = pack(record, "7", get_codec("int8"), key=None)
         >>> unpack(packet, "7", identity, get_codec("int8"), key=None).kv.shape
@@ -202,29 +204,17 @@ def unpack(
             tuple(bytes.fromhex(digest) for digest in header["digests"]),
             bytes.fromhex(header["whole_digest"]),
             index(header["first_event"]),
+            index(header["first_time"]),
             index(header["num_events"]),
         )
-        return KVRecord(
-            content,
-            float(header["encoded_at"]),
-            codec.decode(_tensors_in(payload, header["tensors"])),
-        )
+        kv = codec.decode(_tensors_in(payload, header["tensors"]))
+        if not is_finite(kv):
+            raise RecordError("the K/V holds NaN or infinity, which no codec writes")
+        return KVRecord(content, float(header["encoded_at"]), kv)
     except RecordError:
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RecordError(f"the header does not read as a record's: {error!r}") from error
-
-
-def check_key(key: bytes) -> None:
-    """Refuse a key that signs nothing: with an empty one BLAKE2b is what anyone can make.
-
-    Raises:
-        ConfigError: if it is empty or too long.
-    """
-    if not 1 <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
-        raise ConfigError(
-            f"the key is {len(key)} bytes; 1 to {hashlib.blake2b.MAX_KEY_SIZE} are allowed"
-        )
 
 
 def _trailer(parts: Sequence[bytes | memoryview], key: bytes | None) -> bytes:
@@ -233,11 +223,7 @@ def _trailer(parts: Sequence[bytes | memoryview], key: bytes | None) -> bytes:
         for part in parts:
             checksum = zlib.crc32(part, checksum)
         return checksum.to_bytes(TRAILER_BYTES[CHECKSUM], "little")
-    check_key(key)
-    digest = hashlib.blake2b(key=key, digest_size=TRAILER_BYTES[MAC])
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
+    return keyed_digest(parts, key)
 
 
 def _verified(data: memoryview, key: bytes | None) -> tuple[memoryview, memoryview]:

@@ -4,6 +4,10 @@ All keys of a user lie in one hash slot, so that what must not fall apart is one
 cluster's slots are looked up here, and each server has a client of its own: redis-py's cluster
 pipeline sends every command of a silent server again, one after the other, and waits a timeout for
 each (measured with redis-py 8.1, 16 commands and 0.3 s: 4.1 s; here 0.3 s).
+
+Machines' clocks differ, so the server's alone says whether K/V was encoded before its user was
+forgotten. Each write asks for its time first and sends its own times by it: when K/V was encoded
+rather too early, when a user was forgotten rather too late, by no more than the answer took.
 """
 
 import random
@@ -16,11 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torchrec_kvshare.cache.clock import steady_clock
+from torchrec_kvshare.cache.resolver import Resolver
 from torchrec_kvshare.cache.tiers import Found, check_ttl
 from torchrec_kvshare.errors import ConfigError, MissingExtraError, TierError
 
 if TYPE_CHECKING:
     from redis import Redis
+    from redis.connection import Connection
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -33,6 +40,32 @@ URL = re.compile(
     r"(:(?P<port>\d{1,5}))?(/(?P<database>\d*))?"
 )
 MAX_PORT = 65535
+PROBE, PROBE_SCOPE, PROBE_MS = "probe", "probe", 1000  # what is written to try a server
+
+# What an error of the server, or of the way to it, means for whoever configures the tier.
+MEANING_BY_ERROR = {
+    "Authentication required": "it asks for a password: cache.remote.password_file",
+    "without any password configured": "it asks for no password; cache.remote.password_file is set",
+    "invalid username-password pair": (
+        "it refuses cache.remote.username or what cache.remote.password_file holds"
+    ),
+    "no permissions": "its ACL refuses what the tier needs, see docs/caching.md",
+    "can't run this command": "its ACL refuses what the tier needs, see docs/caching.md",
+    "DB index is out of range": "it has no database of the number that ends cache.remote.url",
+    "cluster support disabled": "it is no cluster's: cache.remote.cluster=false",
+    "CERTIFICATE_VERIFY_FAILED": (
+        "cache.remote.tls_ca_file does not vouch for its certificate, or not for this host"
+    ),
+    "CERTIFICATE_REQUIRED": (
+        "it asks for a certificate: cache.remote.tls_cert_file and cache.remote.tls_key_file"
+    ),
+    "WRONG_VERSION_NUMBER": "it speaks no TLS: cache.remote.url must begin with redis://",
+    "Protocol Error": "it is no Redis: another server listens on this port",
+    "'maxmemory'": "it is full, and its maxmemory-policy lets nothing go",
+    "read only replica": "it is a replica, to which nothing can be written",
+}
+# The same of a server that never worked; of one that did, it has merely gone.
+ENDED = ("Connection reset", "Connection closed", "Connection not ready", "Broken pipe")
 
 # A server without memory refuses a script's first write, and none after it: SET comes first in PUT,
 # for nothing is written then, and last in FORGET, which has made room and must not fail.
@@ -86,7 +119,7 @@ class RemoteTier:
         url: ``redis://host:port/db``, or ``rediss://`` for TLS; without user and password, for it
             stands in messages. Of a cluster any server.
         ttl_s: seconds for which a value is used.
-        timeout_s: for connecting, and again for each answer.
+        timeout_s: for looking up a name, again for connecting, and again for each answer.
         cluster: whether the server is one of a cluster.
         username: None for Redis' own default.
         password: None for none.
@@ -114,7 +147,7 @@ class RemoteTier:
         tls_key_file: Path | None = None,
     ) -> None:
         try:
-            from redis import Redis
+            import redis  # noqa: F401
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError as error:
@@ -122,14 +155,14 @@ class RemoteTier:
         check_ttl(ttl_s)
         if not timeout_s > 0.0:
             raise ConfigError(f"timeout_s is {timeout_s}; it must be above 0 seconds")
-        self._seed, database, is_tls = _parse(url)
+        self._seed, database, self._is_tls = _parse(url)
         if cluster and database != 0:
             raise ConfigError(f"the remote tier's url names database {database}; a cluster has 0")
         options: dict[str, Any] = {
             "db": database,
             "username": username,
             "password": password,
-            "ssl": is_tls,
+            "ssl": self._is_tls,
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
             "retry": Retry(NoBackoff(), retries=0),
@@ -142,33 +175,56 @@ class RemoteTier:
             ("ssl_keyfile", tls_key_file),
         ):
             if file is not None:
-                _check_file(file, is_tls)
+                _check_file(file, self._is_tls)
                 options[option] = str(file)
-        self._connect: Callable[[str, int], Redis] = lambda host, port: Redis(host, port, **options)
+        self._options = options
+        self._resolver = Resolver(timeout_s)
         self._is_cluster = cluster
         self._is_stale = cluster  # whether it may be another server that has a slot
         self._ttl_s = ttl_s
+        self._clock = steady_clock()
         self._timeout_s = timeout_s
         self._is_closed = False
+        self._has_worked = False
         self._client_by_address = {self._seed: self._connect(*self._seed)}
         self._client_by_slot = [self._client_by_address[self._seed]] * NUM_SLOTS
         self._refreshing = threading.Lock()
+
+    def _connect(self, host: str, port: int) -> "Redis":
+        """A client of one server; it connects when it is first used."""
+        from redis import Redis
+
+        client = Redis(host, port, **self._options)
+        client.connection_pool.connection_class = _connection_class(self._resolver, self._is_tls)
+        return client
+
+    def check(self) -> None:
+        """Read and write a probe, which leaves by itself.
+
+        Raises:
+            TierError: saying what is wrong with the server, or with how it is configured here.
+        """
+        self.get([(PROBE, PROBE_SCOPE)])
+        self._put(PROBE, PROBE_SCOPE, b"", self._clock(), PROBE_MS)
 
     def get(self, keys: Sequence[tuple[str, str]]) -> list[Found]:
         return self._call(partial(self._get, keys))
 
     def put(self, user: str, scope: str, value: bytes, encoded_at: float) -> bool:
-        left_ms = int(min(encoded_at + self._ttl_s - time.time(), self._ttl_s) * 1000)
-        if left_ms < 1:
-            return True
-        start = _start(user)
-        keys = f"{start}{scope}", f"{start}scopes", f"{start}forgotten"
-        return bool(self._run(user, PUT, keys, value, encoded_at, left_ms, scope, start))
+        left_s = min(encoded_at + self._ttl_s - self._clock(), self._ttl_s)
+        left_ms = int(left_s * 1000)
+        return left_ms < 1 or self._put(user, scope, value, encoded_at, left_ms)
 
     def forget(self, user: str, at: float) -> int:
         start = _start(user)
         keys = f"{start}scopes", f"{start}forgotten"
-        return self._run(user, FORGET, keys, at, int(self._ttl_s * 1000), start)
+
+        def forget() -> int:
+            client = self._client(user)
+            _, latest = self._by_server(client, at)
+            return client.eval(FORGET, len(keys), *keys, latest, int(self._ttl_s * 1000), start)
+
+        return self._call(forget)
 
     def clear(self, version: str) -> int:
         return self._call(lambda: sum(_clear(client, version) for client in self._primaries()))
@@ -197,9 +253,24 @@ class RemoteTier:
                 found_by_place[place] = _found(keys[place][1], value, scopes)
         return [found_by_place[place] for place in range(len(keys))]
 
-    def _run(self, user: str, script: str, keys: Sequence[str], *arguments: Any) -> int:
-        # EVAL sends the script each time: some hundred bytes, and no server can be without it.
-        return self._call(lambda: self._client(user).eval(script, len(keys), *keys, *arguments))
+    def _put(self, user: str, scope: str, value: bytes, encoded_at: float, left_ms: int) -> bool:
+        start = _start(user)
+        keys = f"{start}{scope}", f"{start}scopes", f"{start}forgotten"
+
+        def put() -> int:
+            client = self._client(user)
+            earliest, _ = self._by_server(client, encoded_at)
+            # EVAL sends the script each time: some hundred bytes, and no server can be without it.
+            return client.eval(PUT, len(keys), *keys, value, earliest, left_ms, scope, start)
+
+        return bool(self._call(put))
+
+    def _by_server(self, client: "Redis", at: float) -> tuple[float, float]:
+        """A time of our clock by a server's: the earliest and the latest that it can have been."""
+        sent_at = self._clock()
+        seconds, microseconds = client.time()
+        server_time = seconds + microseconds / 1e6
+        return at + server_time - self._clock(), at + server_time - sent_at
 
     def _call(self, call: Callable[[], T]) -> T:
         """Do something with the servers, again if it was asked of the wrong one."""
@@ -210,14 +281,33 @@ class RemoteTier:
         try:
             self._refresh()
             try:
-                return call()
+                answer = call()
             except MovedError as error:
                 self._is_stale = True
                 self._refresh((error.host, error.port))
-                return call()
+                answer = call()
         except (RedisError, OSError) as error:
             self._is_stale = self._is_cluster
-            raise TierError(f"remote tier at {_text(self._seed)}: {error}") from error
+            meaning = self._meaning(str(error))
+            raise TierError(f"remote tier at {_text(self._seed)}: {meaning}{error}") from error
+        self._has_worked = True
+        return answer
+
+    def _meaning(self, error: str) -> str:
+        """What stands before an error's own words; nothing where those say it all."""
+        for mark, meaning in MEANING_BY_ERROR.items():
+            if mark in error:
+                return f"{meaning}: "
+        if self._has_worked:
+            return ""
+        if self._is_tls and error.startswith("Timeout"):
+            return "it may speak no TLS, so that cache.remote.url must begin with redis://: "
+        if not self._is_tls and any(mark in error for mark in ENDED):
+            return (
+                "it asks for a password (cache.remote.password_file), speaks TLS (rediss:// in "
+                "cache.remote.url) or is no Redis: "
+            )
+        return ""
 
     def _client(self, user: str) -> "Redis":
         from redis.crc import key_slot
@@ -282,6 +372,28 @@ def _parse(url: str) -> tuple[Address, int, bool]:
         int(match["database"] or 0),
         bool(match["tls"]),
     )
+
+
+def _connection_class(resolver: Resolver, is_tls: bool) -> type["Connection"]:
+    """Connections that look up their server's name within a deadline."""
+    from redis.connection import Connection, SSLConnection
+
+    class Resolving(Connection):
+        def _connect(self) -> Any:
+            name, failure = self.host, OSError("it has no address")
+            connect: Callable[[], Any] = super()._connect
+            try:
+                for self.host in resolver.addresses(name):
+                    try:
+                        return connect()
+                    except OSError as error:
+                        failure = error
+                raise failure
+            finally:
+                self.host = name  # A certificate is for the name.
+
+    # What TLS adds is done with the socket that the class behind it, ours, has connected.
+    return type("ResolvingTls", (SSLConnection, Resolving), {}) if is_tls else Resolving
 
 
 def _check_file(file: Path, is_tls: bool) -> None:

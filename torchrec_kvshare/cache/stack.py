@@ -10,12 +10,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
+from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.codecs import Codec
 from torchrec_kvshare.cache.guard import Breaker, GuardedTier
 from torchrec_kvshare.cache.identity import (
@@ -24,12 +25,12 @@ from torchrec_kvshare.cache.identity import (
     text_digest,
     why_different,
 )
-from torchrec_kvshare.cache.kv_cache import Entry, KVCache, steady_clock
+from torchrec_kvshare.cache.keys import check_key
+from torchrec_kvshare.cache.kv_cache import Entry, KVCache
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import CODEC, COLD, CONTEXT, EXPIRED, MODEL, TABLES, TIER_ERROR
 from torchrec_kvshare.cache.record import (
     KVRecord,
-    check_key,
     pack,
     parse_scope,
     scope_of,
@@ -97,11 +98,13 @@ class Want(NamedTuple):
         user_id: whose it is.
         history: what it is.
         num_matched: events whose K/V is on the device.
+        num_rows: rows of K/V that so many of its events have.
     """
 
     user_id: str
     history: PrefixDigests
     num_matched: int
+    num_rows: Callable[[int], int]
 
 
 class Fetched(NamedTuple):
@@ -128,7 +131,7 @@ class TierStack:
         ttl_s: seconds after which K/V is not used any more.
         key: secret bytes that sign what is written, or None for checksums.
         limits: of queues and failures.
-        clock: Unix seconds that only go forward.
+        clock: Unix seconds that only go forward; the device's.
         metrics: where everything is counted.
 
     Raises:
@@ -153,7 +156,7 @@ class TierStack:
         self._clock = clock or steady_clock()
         self._guards: list[GuardedTier] = []
         self._queues: list[WriteQueue] = []
-        self._touched: OrderedDict[str, None] = OrderedDict()
+        self._touched: OrderedDict[int, None] = OrderedDict()
         self._lock = threading.Lock()
         for level in self.levels:
             breaker = Breaker(limits.max_failures, limits.pause_s, self._clock)
@@ -168,6 +171,7 @@ class TierStack:
         Returns:
             For each want what was found, or why nothing was.
         """
+        asked_at = self._clock()
         best = [Fetched(None, "", want.num_matched, "none") for want in wants]
         for level, guard in zip(self.levels, self._guards, strict=True):
             due = [
@@ -186,7 +190,9 @@ class TierStack:
                 if isinstance(answer, str):
                     found = Fetched(None, answer, 0, "none")
                 else:
-                    found = self._open(level, wants[place], answer[number], best[place])
+                    found = self._open(level, wants[place], answer[number], asked_at)
+                    if found.num_matched <= best[place].num_matched:
+                        found = found._replace(record=None)
                 self.metrics.count("lookups", tier=level.tier.name, outcome=found.reason or COLD)
                 if found.record is not None:
                     best[place] = found
@@ -219,17 +225,19 @@ class TierStack:
                 return self._offer(place, entry, kv, release)
         return False
 
-    def forget(self, user_id: str, at: float) -> dict[str, int | None]:
-        """Drop a user's K/V of all models, and what was encoded until ``at`` and comes later.
+    def forget(self, user_id: str) -> dict[str, int | None]:
+        """Drop a user's K/V of all models, and what was encoded until now and comes later.
 
         Returns:
             Bytes dropped by tier; None for a tier that could not be reached.
         """
         with self._lock:
-            self._touched.pop(user_id, None)
+            self._touched.pop(hash(user_id), None)
+        # The farthest first, each at its own time: what is fetched from it meanwhile is older than
+        # the time at which the nearer ones forget.
         dropped = {
-            guard.name: guard.remove(lambda tier: tier.forget(_user_key(user_id), at))
-            for guard in self._guards
+            guard.name: guard.remove(lambda tier: tier.forget(_user_key(user_id), self._clock()))
+            for guard in reversed(self._guards)
         }
         for name, num_bytes in dropped.items():
             self.metrics.count("forgotten_bytes", num_bytes or 0, tier=name)
@@ -254,8 +262,8 @@ class TierStack:
         for guard in self._guards:
             guard.close()
 
-    def _open(self, level: Level, want: Want, found: Found, best: Fetched) -> Fetched:
-        """What a tier's answer is worth: a record if it is better than the best so far."""
+    def _open(self, level: Level, want: Want, found: Found, asked_at: float) -> Fetched:
+        """What a tier's answer is worth."""
         name = level.tier.name
         if found.value is None:
             return Fetched(None, _why_missing(want, level, found.scopes), 0, name)
@@ -269,15 +277,19 @@ class TierStack:
                     level.codec,
                     self._key,
                 )
+            reason, num_matched = compare(record.content, want.history)
+            if num_matched:
+                _check_rows(record, want)
         except RecordError as error:
             self.metrics.count("tier_failures", tier=name, kind="corrupt")
             logger.warning("K/V in tier %s is not used: %s", name, error)
             return Fetched(None, TIER_ERROR, 0, name)
         if self._clock() - record.encoded_at > self._ttl_s:
             return Fetched(None, EXPIRED, 0, name)
-        reason, num_matched = compare(record.content, want.history)
-        is_better = num_matched > best.num_matched
-        return Fetched(record if is_better else None, reason, num_matched, name)
+        # The clock of the machine that encoded it may run ahead of ours, which tells below whether
+        # the user was forgotten since.
+        record = replace(record, encoded_at=min(record.encoded_at, asked_at))
+        return Fetched(record, reason, num_matched, name)
 
     def _offer(self, place: int, entry: Entry, kv: Tensor, release: Callable[[], None]) -> bool:
         """Queue a write; False, and counted, if it is not worth it or there is no room."""
@@ -317,11 +329,11 @@ class TierStack:
         return False
 
     def _touch(self, user_id: str) -> bool:
-        """Note a user; whether it was known."""
+        """Note a user by a hash, 64 bits however long its id is; whether it was known."""
         with self._lock:
-            is_known = user_id in self._touched
-            self._touched[user_id] = None
-            self._touched.move_to_end(user_id)
+            is_known = hash(user_id) in self._touched
+            self._touched[hash(user_id)] = None
+            self._touched.move_to_end(hash(user_id))
             if len(self._touched) > MAX_TOUCHED:
                 self._touched.popitem(last=False)
         return is_known
@@ -338,6 +350,14 @@ def _is_worth_it(num_events: int, num_matched: int, level: Level) -> bool:
     num_missing = num_events - num_matched
     least = max(1, level.min_events, num_events * LEAST_MISSING_SHARE)
     return num_missing >= least
+
+
+def _check_rows(record: KVRecord, want: Want) -> None:
+    """Refuse K/V that is said to be of more or fewer events than it has rows for."""
+    num_events, num_rows = record.content.num_events, record.kv.size(1)
+    expected = want.num_rows(num_events)
+    if num_rows != expected:
+        raise RecordError(f"there are {num_rows} rows of K/V; {num_events} events have {expected}")
 
 
 def _user_key(user_id: str) -> str:

@@ -16,6 +16,8 @@ from torchrec_kvshare.cache.kv_cache import CONTENT, DEVICE, Entry, KVCache, Loo
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import COLD, EVICTED, EXPIRED, TIER_ERROR
 from torchrec_kvshare.cache.stack import TierStack, Want
+from torchrec_kvshare.data.ids import canonical_id
+from torchrec_kvshare.data.schema import RawId
 from torchrec_kvshare.errors import ShapeError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ class KVStore:
 
     Args:
         caches: on the device, one for each history of the schema; they share one clock and metrics.
-        stack: tiers below them; other models' stores may share it.
+        stack: tiers below them, with the same clock; other models' stores may share it.
         extends: whether K/V may be extended by new events; else whole histories alone are used.
         min_events: requests with fewer are not kept.
         context: context columns that history rows read; K/V is kept apart by their values.
@@ -145,17 +147,22 @@ class KVStore:
         is_own = owners <= {user_id}
         self.metrics.count("hits_by_scope", scope="cross_request" if is_own else "cross_user")
 
-    def forget(self, user_id: str) -> dict[str, int | None]:
+    def forget(self, user_id: RawId) -> dict[str, int | None]:
         """Drop a user's K/V from every tier; what is being encoded now is not kept either.
+
+        Args:
+            user_id: in any spelling that a request may have.
 
         Returns:
             Bytes dropped by tier; None for a tier that could not be reached, and is to be asked
             again.
         """
-        dropped = {DEVICE: sum(cache.forget(user_id) for cache in self.caches)}
-        self.metrics.count("forgotten_bytes", dropped[DEVICE], tier=DEVICE)
-        below = {} if self.stack is None else self.stack.forget(user_id, self.caches[0].clock())
-        return dropped | below
+        user = canonical_id(user_id)
+        # The device last: what is brought up meanwhile goes too.
+        below = {} if self.stack is None else self.stack.forget(user)
+        dropped = sum(cache.forget(user) for cache in self.caches)
+        self.metrics.count("forgotten_bytes", dropped, tier=DEVICE)
+        return {DEVICE: dropped} | below
 
     def clear(self, model_version: str) -> dict[str, int | None]:
         """Drop the K/V of one model version from every tier; bytes as in ``forget``."""
@@ -167,14 +174,14 @@ class KVStore:
         if self.stack is not None:
             self.stack.close()
 
-    def pin(self, user_ids: Collection[str]) -> None:
+    def pin(self, user_ids: Collection[RawId]) -> None:
         """Keep these users' K/V, from the next time it is put, where nobody evicts it."""
         for cache in self.caches:
             for user_id in user_ids:
-                cache.pin(user_id)
+                cache.pin(canonical_id(user_id))
 
-    def unpin(self, user_ids: Collection[str]) -> None:
+    def unpin(self, user_ids: Collection[RawId]) -> None:
         """Let these users be evicted again."""
         for cache in self.caches:
             for user_id in user_ids:
-                cache.unpin(user_id)
+                cache.unpin(canonical_id(user_id))

@@ -50,8 +50,9 @@ class Tier(Protocol):
             encoded_at: Unix seconds.
 
         Returns:
-            False if it is refused, for the user was forgotten after it was encoded. True does not
-            say that it stays: what is older than the time to live or larger than the tier does not.
+            False if it is refused, for the user was forgotten after it was encoded, or so shortly
+            before that the store cannot tell. True does not say that it stays: what is older than
+            the time to live or larger than the tier does not.
         """
         ...
 

@@ -5,6 +5,7 @@ batch per key (VBE): users' keys have B rows, candidates' keys C rows, and ``inv
 which user each candidate belongs to. Multi-valued event columns have T rows, one bag per event.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.data.schema import CLOCK_FEATURES
+from torchrec_kvshare.data.schema import CLOCK_FEATURES, has_candidate_rows
 
 SECONDS_PER_HOUR = 3600
 SECONDS_PER_DAY = 24 * SECONDS_PER_HOUR
@@ -55,7 +56,7 @@ def assemble(
         # candidate_user  0   0         1   1   1
 
     Args:
-        bags_by_key: rows of every key; keys named ``candidates.*`` have C rows.
+        bags_by_key: rows of every key; those of ``has_candidate_rows`` have C rows.
         candidate_user: [C] int64, the user of each candidate, in any order.
         dense: [C, num_dense] float32.
         labels: [C] float32.
@@ -63,16 +64,9 @@ def assemble(
     Returns:
         The batch; every key keeps its own stride.
     """
-    keys = list(bags_by_key)
     own_row = torch.arange(candidate_user.numel())
-    inverse = [own_row if key.startswith("candidates.") else candidate_user for key in keys]
-    features = KeyedJaggedTensor(
-        keys=keys,
-        values=torch.cat([bags.values for bags in bags_by_key.values()]),
-        lengths=torch.cat([bags.lengths for bags in bags_by_key.values()]),
-        stride_per_key_per_rank=[[bags.lengths.numel()] for bags in bags_by_key.values()],
-        inverse_indices=(keys, torch.stack(inverse)),
-    )
+    inverse = [own_row if has_candidate_rows(key) else candidate_user for key in bags_by_key]
+    features = _keyed(bags_by_key, torch.stack(inverse))
     return Batch(dense_features=dense, sparse_features=features, labels=labels)
 
 
@@ -90,15 +84,24 @@ def with_key(
     Returns:
         A new ``KeyedJaggedTensor``; nothing of the old one is copied N-fold.
     """
-    keys = [*features.keys(), key]
     old_keys, inverse = features.inverse_indices()
-    assert list(old_keys) == keys[:-1]
+    rows = features.to_dict(compute_offsets=False)
+    bags_by_key = {key: Bags(one.values(), one.lengths()) for key, one in rows.items()}
+    assert list(old_keys) == list(bags_by_key)
+    return _keyed(bags_by_key | {key: bags}, torch.cat([inverse, candidate_user[None]]))
+
+
+def _keyed(bags_by_key: Mapping[str, Bags], inverse: Tensor) -> KeyedJaggedTensor:
+    """Keys with a stride each, as a batch that knows its sizes, on any device."""
+    keys, all_bags = list(bags_by_key), list(bags_by_key.values())
     return KeyedJaggedTensor(
         keys=keys,
-        values=torch.cat([features.values(), bags.values]),
-        lengths=torch.cat([features.lengths(), bags.lengths]),
-        stride_per_key_per_rank=[*features.stride_per_key_per_rank(), [bags.lengths.numel()]],
-        inverse_indices=(keys, torch.cat([inverse, candidate_user[None]])),
+        values=torch.cat([bags.values for bags in all_bags]),
+        lengths=torch.cat([bags.lengths for bags in all_bags]),
+        stride_per_key_per_rank=[[bags.lengths.numel()] for bags in all_bags],
+        stride_per_key=[bags.lengths.numel() for bags in all_bags],
+        length_per_key=[bags.values.numel() for bags in all_bags],
+        inverse_indices=(keys, inverse),
     )
 
 

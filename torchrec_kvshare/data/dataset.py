@@ -4,20 +4,34 @@ Splits are by user and time: the last tenth of a user's events is the test split
 it the validation split. Events of a user at the same time are a set: they go to one split together
 and none of them sees another; ``num_earlier`` counts the strictly earlier ones and nothing else
 decides what an event may see.
+
+Nothing depends on the order of the log's rows: ids are numbered by their own order, and events of a
+user at the same time stand by item, action and label.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.batches import squash
+from torchrec_kvshare.data.ids import sorted_ids
 from torchrec_kvshare.data.interactions import InteractionLog
-from torchrec_kvshare.data.schema import ACTION, ITEM, USER, FeatureSchema, History, Vocabulary
+from torchrec_kvshare.data.schema import (
+    ACTION,
+    ITEM,
+    USER,
+    FeatureSchema,
+    History,
+    Vocabulary,
+    context_key,
+    item_key,
+)
 from torchrec_kvshare.data.tables import IdColumn
-from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.errors import ConfigError, DataError
 
 TRAIN, VALID, TEST = 0, 1, 2
 VALID_SHARE = TEST_SHARE = 0.1  # of a user's events
@@ -40,10 +54,11 @@ class JaggedRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Events ordered by user, then time, then place in the log.
+    """Events ordered by user, then time, then item, action and label.
 
     Attributes:
-        log: raw ids and attributes; codes below are its codes.
+        log: the same events in the same order, with raw ids and attributes; codes below are its
+            codes.
         schema: columns and vocabularies, made from the training split.
         user_offsets: [U + 1], in events.
         item: [T] item code of each event.
@@ -87,7 +102,7 @@ class Dataset:
         """Users of the log."""
         return len(self.user_offsets) - 1
 
-    @property
+    @cached_property
     def event_user(self) -> Ints:
         """[T] user code of each event."""
         return np.repeat(np.arange(self.num_users), np.diff(self.user_offsets))
@@ -105,9 +120,11 @@ def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
 
     Raises:
         ConfigError: if a history is of actions that the log does not have.
+        DataError: if a label is neither 0 nor 1, or a float column holds what is no finite number.
     """
-    order = np.lexsort((np.arange(len(log.time)), log.time, log.users.codes))
-    user, time, item = log.users.codes[order], log.time[order], log.items.codes[order]
+    _check_numbers(log)
+    log = in_canonical_order(log)
+    user, time, item = log.users.codes, log.time, log.items.codes
     counts = np.bincount(user, minlength=len(log.users.ids))
     user_offsets = np.concatenate([[0], np.cumsum(counts)])
     num_earlier = count_earlier(user, time, user_offsets)
@@ -120,16 +137,16 @@ def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
     }
     action = action_row = np.zeros(0, np.int64)
     if log.action is not None:
-        action = log.action.codes[order]
+        action = log.action.codes
         vocabularies[ACTION] = _vocabulary(log.action, np.unique(action[in_training]))
         action_row = _rows(log.action.ids, vocabularies[ACTION])
-    for owners, attributes in (
-        (known_items, log.item_attributes),
-        (known_users, log.user_attributes),
+    for owners, attributes, key_of in (
+        (known_items, log.item_attributes, item_key),
+        (known_users, log.user_attributes, context_key),
     ):
         for name, ids_by_owner in attributes.items():
-            seen = dict.fromkeys(raw for owner in owners for raw in ids_by_owner[owner])
-            vocabularies[name] = Vocabulary(list(seen))
+            seen = {raw for owner in owners for raw in ids_by_owner[owner]}
+            vocabularies[key_of(name)] = Vocabulary(sorted_ids(seen))
     schema = FeatureSchema(
         vocabularies,
         tuple(log.user_attributes),
@@ -147,18 +164,67 @@ def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
         item,
         action,
         time,
-        log.label[order],
+        log.label,
         num_earlier,
         split,
         _rows(log.users.ids, vocabularies[USER]),
         _rows(log.items.ids, vocabularies[ITEM]),
         action_row,
         known_items,
-        _attribute_rows(log.item_attributes, vocabularies),
+        _attribute_rows(log.item_attributes, vocabularies, item_key),
         np.stack(floats, axis=1) if floats else np.zeros((len(log.items.ids), 0), np.float32),
-        _attribute_rows(log.user_attributes, vocabularies),
+        _attribute_rows(log.user_attributes, vocabularies, context_key),
         {name: np.flatnonzero(chosen) for name, chosen in in_history.items()},
         {name: np.concatenate([[0], np.cumsum(chosen)]) for name, chosen in in_history.items()},
+    )
+
+
+def in_canonical_order(log: InteractionLog) -> InteractionLog:
+    """The same events, whatever the order of their rows was: equal logs become identical.
+
+    Users, items and actions are coded by ``sorted_ids``, those without events left out; rows stand
+    by user, time, item, action and label.
+    """
+    users, old_users = _recoded(log.users)
+    items, old_items = _recoded(log.items)
+    action = None if log.action is None else _recoded(log.action)[0]
+    of_action = () if action is None else (action.codes,)
+    order = np.lexsort((log.label, *of_action, items.codes, log.time, users.codes))
+    return replace(
+        log,
+        users=users._replace(codes=users.codes[order]),
+        items=items._replace(codes=items.codes[order]),
+        time=log.time[order],
+        label=log.label[order],
+        action=action and action._replace(codes=action.codes[order]),
+        item_attributes=_taken(log.item_attributes, old_items),
+        item_floats={name: values[old_items] for name, values in log.item_floats.items()},
+        user_attributes=_taken(log.user_attributes, old_users),
+    )
+
+
+def users_to_test(log: InteractionLog, max_users: int) -> InteractionLog:
+    """The same log with the events of a few users only.
+
+    Args:
+        log: as a reader gives it.
+        max_users: how many at most: the first by id of those that have all three splits, and only
+            if these are too few also others.
+    """
+    log = in_canonical_order(log)
+    user = log.users.codes
+    is_first = np.ones(len(user), bool)
+    is_first[1:] = (np.diff(user) != 0) | (np.diff(log.time) != 0)
+    num_sets = np.bincount(user[is_first], minlength=len(log.users.ids))
+    chosen = np.argsort(num_sets < MIN_SETS_TO_SPLIT, kind="stable")[:max_users]
+    kept = np.isin(user, chosen)
+    return replace(
+        log,
+        users=log.users._replace(codes=user[kept]),
+        items=log.items._replace(codes=log.items.codes[kept]),
+        time=log.time[kept],
+        label=log.label[kept],
+        action=log.action and log.action._replace(codes=log.action.codes[kept]),
     )
 
 
@@ -229,6 +295,38 @@ def split_events(user: Ints, num_earlier: Ints, counts: Ints) -> NDArray[np.int8
     return split
 
 
+def _check_numbers(log: InteractionLog) -> None:
+    wrong = ~np.isin(log.label, (0, 1))
+    if wrong.any():
+        raise DataError(f"a label is {log.label[wrong][0]}; 0 and 1 are allowed")
+    for name, values in log.item_floats.items():
+        if not np.isfinite(values).all():
+            item = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise DataError(
+                f"{name} of item {log.items.ids[item]} is {values[item]}; it must be finite"
+            )
+
+
+def _recoded(column: IdColumn) -> tuple[IdColumn, Ints]:
+    """The column coded by the order of the ids that occur, and the old code of each of them."""
+    occurring = np.unique(column.codes)
+    ids = sorted_ids(column.ids[code] for code in occurring.tolist())
+    code_by_id = {spelt: code for code, spelt in enumerate(ids)}
+    new = np.array([code_by_id[column.ids[code]] for code in occurring.tolist()], np.int64)
+    new_by_old = np.zeros(len(column.ids), np.int64)
+    new_by_old[occurring] = new
+    return IdColumn(new_by_old[column.codes], ids), occurring[np.argsort(new)]
+
+
+def _taken(
+    values_by_name: dict[str, list[tuple[str, ...]]], owners: Ints
+) -> dict[str, list[tuple[str, ...]]]:
+    return {
+        name: [values[owner] for owner in owners.tolist()]
+        for name, values in values_by_name.items()
+    }
+
+
 def _in_history(log: InteractionLog, history: History, action: Ints) -> NDArray[np.bool_]:
     if not history.actions or log.action is None:
         return np.ones(len(log.time), bool)
@@ -250,12 +348,14 @@ def _rows(ids: Sequence[str], vocabulary: Vocabulary) -> Ints:
 
 
 def _attribute_rows(
-    attributes: dict[str, list[tuple[str, ...]]], vocabularies: dict[str, Vocabulary]
+    attributes: dict[str, list[tuple[str, ...]]],
+    vocabularies: dict[str, Vocabulary],
+    key_of: Callable[[str], str],
 ) -> dict[str, JaggedRows]:
     rows_by_name = {}
     for name, ids_by_owner in attributes.items():
         lengths = [len(ids) for ids in ids_by_owner]
         flat = [raw for ids in ids_by_owner for raw in ids]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        rows_by_name[name] = JaggedRows(_rows(flat, vocabularies[name]), offsets)
+        rows_by_name[name] = JaggedRows(_rows(flat, vocabularies[key_of(name)]), offsets)
     return rows_by_name

@@ -4,31 +4,36 @@ A row that cannot be used is counted by its reason and the first ones are named;
 silence. The reading of files is ``tables``.
 """
 
+import logging
 import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from torchrec_kvshare.data.files import FileFormat
+from torchrec_kvshare.data.ids import canonical_id, is_long_id
+from torchrec_kvshare.data.limits import MAX_FLOAT
+from torchrec_kvshare.data.schema import check_columns
 from torchrec_kvshare.data.tables import (
     EXAMPLE_CHARACTERS,
     EXAMPLES_PER_REASON,
     Exclusion,
     IdColumn,
     RawTable,
-    canonical_id,
     encode,
     read_table,
 )
+from torchrec_kvshare.data.times import TimeFormat, finite_number, iso_of, read_times
 from torchrec_kvshare.errors import ConfigError, DataError, ShapeError
 
-LATEST_TIME = 4_102_444_800  # 2100-01-01 UTC; milliseconds taken for seconds lie beyond it
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -38,27 +43,64 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 _LABEL_RULE = re.compile(r"\s*([^=<>!]+?)\s*(>=|<=|==|!=|>|<)\s*([^=<>!]+?)\s*")
-# What Python 3.10 reads of ISO 8601, and "Z" and fractions of any length, which are cut off.
-_ISO_TIME = re.compile(
-    r"\s*([0-9]{4}-[0-9]{2}-[0-9]{2})"
-    r"(?:[T ]([0-9]{2}:[0-9]{2}(?::[0-9]{2})?)(?:[.,][0-9]+)?)?"
-    r"\s*(?:Z|([+-][0-9]{2}):?([0-9]{2})?)?\s*"
-)
+VALUES_SHOWN = 5  # of a label's column, the most frequent
+# Ids that may mean that there is none; whoever writes them knows.
+DUBIOUS_IDS = ("NA", "N/A", "n/a", "none", "?", "-")
+
+logger = logging.getLogger(__name__)
+
+
+class LogSummary(NamedTuple):
+    """What a log looks like as a whole."""
+
+    time_form: str  # how times were written
+    first_time: int  # Unix seconds
+    last_time: int
+    tied_share: float  # of the events, at the time of another event of their user
+    positive_share: float  # of the events
+
+    def __str__(self) -> str:
+        return (
+            f"times ({self.time_form}) from {iso_of(self.first_time)} to {iso_of(self.last_time)}; "
+            f"{self.tied_share:.1%} of the events at the time of another of their user; "
+            f"{self.positive_share:.1%} positive"
+        )
 
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What became of the rows of a file; ``examples`` names the first bad rows of each reason."""
+    """What became of the rows of a file.
+
+    Attributes:
+        rows_read: rows of the file.
+        rows_kept: those that can be used.
+        dropped: the others, counted by reason.
+        examples: the first bad rows of each reason, and the first bad floats.
+        bad_floats: values of kept rows that are no number for the model, by column and reason.
+        summary: of the kept rows.
+        notes: what may be meant in another way than it was read.
+    """
 
     rows_read: int
     rows_kept: int
-    dropped: dict[str, int]  # count by reason
+    dropped: dict[str, int]
     examples: list[str]
+    bad_floats: dict[str, int] = field(default_factory=dict)
+    summary: LogSummary | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{reason} {count}" for reason, count in self.dropped.items())
-        text = f"{self.rows_kept} of {self.rows_read} rows kept; dropped: {counts or 'none'}"
-        return f"{text}\n  e.g. {'; '.join(self.examples)}" if self.examples else text
+        lines = [
+            f"{self.rows_kept} of {self.rows_read} rows kept; dropped: {_counts(self.dropped)}"
+        ]
+        if self.summary is not None:
+            lines.append(str(self.summary))
+        if self.bad_floats:
+            lines.append(f"floats left out: {_counts(self.bad_floats)}")
+        lines += self.notes
+        if self.examples:
+            lines.append(f"e.g. {'; '.join(self.examples)}")
+        return "\n  ".join(lines)
 
 
 @dataclass(frozen=True)
@@ -68,7 +110,7 @@ class ColumnMapping:
     Args:
         user: column of the user id.
         item: column of the item id.
-        time: column of Unix seconds or ISO 8601 text; a time without a zone is UTC.
+        time: column of times.
         action: column of what the user did, such as "view".
         label: rule for the positive label, such as "rating>=4" or "event==buy"; its column may be
             any one of the file. None: every row is positive.
@@ -76,9 +118,11 @@ class ColumnMapping:
         item_floats: columns of item numbers.
         user_attributes: columns of user attributes, each one or several ids.
         list_separator: splits an attribute's value into several ids.
+        time_format: how the times are written; a time without a zone is UTC.
 
     Raises:
-        ConfigError: if the label rule cannot be read or the separator is empty.
+        ConfigError: if the label rule cannot be read, the separator is empty, or requests could
+            not tell the attributes apart.
     """
 
     user: str
@@ -90,8 +134,10 @@ class ColumnMapping:
     item_floats: tuple[str, ...] = ()
     user_attributes: tuple[str, ...] = ()
     list_separator: str = "|"
+    time_format: TimeFormat = field(default_factory=TimeFormat)
 
     def __post_init__(self) -> None:
+        check_columns(self.item_attributes, self.item_floats, self.user_attributes)
         if not self.list_separator:
             raise ConfigError("list_separator is ''; allowed is any text of at least one character")
         if self.label is not None:
@@ -152,22 +198,26 @@ class InteractionLog:
             _check_length(name, values, len(self.users.ids))
 
 
-def read_interactions(path: Path, columns: ColumnMapping) -> InteractionLog:
+def read_interactions(
+    path: Path, columns: ColumnMapping, file_format: FileFormat | None = None
+) -> InteractionLog:
     """Read a log of interactions.
 
-    Blank lines of a text file hold no row. Bytes that are not UTF-8 become U+FFFD. Of an item's or
-    user's attribute the first non-empty value in the file counts, of an item's float the median.
+    Blank lines of a text file hold no row. Of an item's or user's attribute the value
+    counts that most of its rows have, of an item's float the median.
 
     Args:
-        path: ``.csv`` or ``.tsv`` with a header, or ``.parquet``; each may end in ``.gz``.
+        path: ``.csv``, ``.tsv`` or ``.parquet``; each may end in ``.gz``.
         columns: which column holds what.
+        file_format: how the file is written; None: as is usual for its ending.
 
     Returns:
         The usable rows in the order of the file. Its ``report`` counts the others by reason: no
-        user, no item, bad time, bad label, no action, wrong number of fields.
+        user, no item, id too long, bad time, bad label, no action, wrong number of fields.
 
     Raises:
-        DataError: if the file or a column is missing, or no row is left.
+        DataError: if the file or a column is missing or is not what it was said to be, or no row
+            is left.
         MissingExtraError: for Parquet without pyarrow.
 
     Example:
@@ -178,7 +228,9 @@ def read_interactions(path: Path, columns: ColumnMapping) -> InteractionLog:
         >>> log.users.ids, log.items, log.time.tolist()
         (['ann', 'bob'], IdColumn(codes=array([0, 0]), ids=['7']), [1700000000, 1700002800])
     """
-    return build_log(read_table(path, columns.names(), columns.list_separator), columns)
+    attributes = (*columns.item_attributes, *columns.user_attributes)
+    table = read_table(path, columns.names(), file_format, columns.list_separator, attributes)
+    return build_log(table, columns)
 
 
 def build_log(
@@ -195,24 +247,27 @@ def build_log(
         The log.
 
     Raises:
-        DataError: if no row is left, or a float column holds no number.
+        DataError: if no row is left, the times cannot be told, the label rule makes no row positive
+            or a float column holds no number.
     """
     rows = _RowFilter(table)
     rows.drop(Exclusion("no user", columns.user, _is_blank))
     rows.drop(Exclusion("no item", columns.item, _is_blank))
     for exclusion in exclusions:
         rows.drop(exclusion)
-    time = rows.parsed("bad time", columns.time, _unix_seconds)
-    label = np.ones(len(rows.keep))
-    if columns.label is not None:
-        rule = _parse_label_rule(columns.label)
-        label = rows.parsed("bad label", rule.column, rule.label)
+    for column in (columns.user, columns.item, columns.action):
+        if column is not None:
+            rows.drop(Exclusion("id too long", column, is_long_id))
+    for column in (*columns.item_attributes, *columns.user_attributes):
+        has_long_id = partial(_has_long_id, separator=columns.list_separator)
+        rows.drop(Exclusion("id too long", column, has_long_id))
+    time, time_form = _times(rows, columns)
     if columns.action is not None:
         rows.drop(Exclusion("no action", columns.action, _is_blank))
-    report = rows.report()
-    if not report.rows_kept:
-        raise DataError(f"no row of {table.source} can be used: {report}")
-    return _assemble(rows, columns, time, label, report)
+    label = np.ones(len(rows.keep)) if columns.label is None else _labels(rows, columns.label)
+    if not rows.keep.any():
+        raise DataError(f"no row of {table.source} can be used: {rows.report()}")
+    return _assemble(rows, columns, time, label, time_form)
 
 
 class _RowFilter:
@@ -222,37 +277,91 @@ class _RowFilter:
         self.table = table
         self.keep = np.ones(len(table.places), np.bool_)
         self.dropped = {"wrong number of fields": table.num_misfits} if table.num_misfits else {}
+        self.bad_floats: dict[str, int] = {}
         self.examples = list(table.misfits)
 
     def drop(self, exclusion: Exclusion) -> None:
         texts = self.table.columns[exclusion.column].ids
         bad = np.fromiter(map(exclusion.excludes, texts), np.bool_, len(texts))
-        self._drop(exclusion.reason, exclusion.column, bad)
+        self.drop_where(exclusion.reason, exclusion.column, bad)
 
-    def parsed(
-        self, reason: str, name: str, parse: Callable[[str], float]
-    ) -> NDArray[np.float64]:  # [rows]
-        """The number of each row's text; rows where it is NaN are dropped."""
+    def drop_where(self, reason: str, name: str, bad_by_code: NDArray[np.bool_]) -> None:
+        rows = self._rows_of(name, bad_by_code)
+        if len(rows):
+            self.keep[rows] = False
+            self.dropped[reason] = self.dropped.get(reason, 0) + len(rows)
+            self._name_first(rows, reason, name)
+
+    def floats(self, name: str) -> NDArray[np.float64]:  # [kept rows]
+        """The numbers of a column, NaN where there is none; what is no number is counted."""
         column = self.table.columns[name]
-        numbers = _numbers(column, parse)
-        self._drop(reason, name, np.isnan(numbers))
-        return numbers[column.codes]
+        numbers = _numbers(column, finite_number)
+        is_given = ~np.fromiter(map(_is_blank, column.ids), np.bool_, len(column.ids))
+        is_large = np.abs(numbers) > MAX_FLOAT
+        for reason, bad in (
+            ("not a number", is_given & np.isnan(numbers)),
+            (f"beyond {MAX_FLOAT:g}", is_large),
+        ):
+            rows = self._rows_of(name, bad)
+            if len(rows):
+                self.bad_floats[f"{name}: {reason}"] = len(rows)
+                self._name_first(rows, reason, name)
+        numbers[is_large] = math.nan
+        return numbers[column.codes[self.keep]]
 
     def report(self) -> ReadReport:
         rows_read = len(self.keep) + self.table.num_misfits
-        return ReadReport(rows_read, int(self.keep.sum()), self.dropped, self.examples)
+        num_kept = int(self.keep.sum())
+        return ReadReport(rows_read, num_kept, self.dropped, self.examples, self.bad_floats)
 
-    def _drop(self, reason: str, name: str, bad_by_code: NDArray[np.bool_]) -> None:
+    def _rows_of(self, name: str, is_wanted_by_code: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The kept rows with some of a column's values."""
+        return np.flatnonzero(self.keep & is_wanted_by_code[self.table.columns[name].codes])
+
+    def _name_first(self, rows: NDArray[np.int64], reason: str, name: str) -> None:
         column = self.table.columns[name]
-        rows = np.flatnonzero(self.keep & bad_by_code[column.codes])
-        if not len(rows):
-            return
-        self.keep[rows] = False
-        self.dropped[reason] = self.dropped.get(reason, 0) + len(rows)
         for row in rows[:EXAMPLES_PER_REASON]:
             place = f"{self.table.place_word} {self.table.places[row]}"
             text = column.ids[column.codes[row]][:EXAMPLE_CHARACTERS]
             self.examples.append(f"{self.table.source}, {place}: {reason}: {name} is {text!r}")
+
+
+def _times(rows: _RowFilter, columns: ColumnMapping) -> tuple[NDArray[np.float64], str]:
+    """By row, Unix seconds; how the column is written is told by the kept rows."""
+    column = rows.table.columns[columns.time]
+    is_used = np.zeros(len(column.ids), np.bool_)
+    is_used[column.codes[rows.keep]] = True
+    texts = list(compress(column.ids, is_used))
+    what = f"column {columns.time!r} of {rows.table.source}"
+    times = read_times(texts, columns.time_format, what)
+    seconds = np.full(len(column.ids), math.nan)  # [codes]
+    seconds[is_used] = times.seconds
+    rows.drop_where("bad time", columns.time, np.isnan(seconds))
+    return seconds[column.codes], times.form
+
+
+def _labels(rows: _RowFilter, rule_text: str) -> NDArray[np.float64]:
+    """By row, 1 or 0."""
+    rule = _parse_label_rule(rule_text)
+    column = rows.table.columns[rule.column]
+    label_by_code = _numbers(column, rule.label)
+    counts = np.bincount(column.codes[rows.keep], minlength=len(column.ids))
+    has_positive = (counts[label_by_code == 1] > 0).any()
+    if rows.keep.any() and not has_positive:
+        frequent = np.argsort(-counts, kind="stable")[:VALUES_SHOWN].tolist()
+        shown = ", ".join(
+            f"{column.ids[code][:EXAMPLE_CHARACTERS]!r} ({counts[code]} rows)"
+            for code in frequent
+            if counts[code]
+        )
+        raise DataError(
+            f"label rule {rule_text!r} makes no row of {rows.table.source} positive; the most "
+            f"frequent values of column {rule.column!r}: {shown}"
+        )
+    if has_positive and not (counts[label_by_code == 0] > 0).any():
+        logger.warning("label rule %r makes every row of %s positive", rule_text, rows.table.source)
+    rows.drop_where("bad label", rule.column, np.isnan(label_by_code))
+    return label_by_code[column.codes]
 
 
 class _LabelRule(NamedTuple):
@@ -263,7 +372,7 @@ class _LabelRule(NamedTuple):
     def label(self, text: str) -> float:
         """1 or 0; NaN where the text cannot be compared."""
         if isinstance(self.right, str):
-            return math.nan if _is_blank(text) else self.compare(text.strip(), self.right)
+            return math.nan if _is_blank(text) else self.compare(canonical_id(text), self.right)
         number = finite_number(text)
         return math.nan if math.isnan(number) else self.compare(number, self.right)
 
@@ -279,41 +388,71 @@ def _parse_label_rule(rule: str) -> _LabelRule:
         return _LabelRule(column, COMPARISONS[sign], number)
     if sign not in ("==", "!="):
         raise ConfigError(f"label rule {rule!r} orders by text {text!r}; allowed with text: == !=")
-    return _LabelRule(column, COMPARISONS[sign], text)
+    return _LabelRule(column, COMPARISONS[sign], canonical_id(text))
 
 
 def _assemble(
     rows: _RowFilter,
     columns: ColumnMapping,
-    time: NDArray[np.float64],
-    label: NDArray[np.float64],
-    report: ReadReport,
+    time_by_row: NDArray[np.float64],
+    label_by_row: NDArray[np.float64],
+    time_form: str,
 ) -> InteractionLog:
-    table = rows.table
+    table, separator = rows.table, columns.list_separator
     kept = {
         name: IdColumn(column.codes[rows.keep], column.ids)
         for name, column in table.columns.items()
     }
     users, items = _canonical(kept[columns.user]), _canonical(kept[columns.item])
-    separator = columns.list_separator
+    time = time_by_row[rows.keep].astype(np.int64)
+    label = label_by_row[rows.keep].astype(np.float32)
+    item_floats = {}
+    for name in columns.item_floats:
+        numbers = rows.floats(name)
+        if np.isnan(numbers).all():
+            first = table.columns[name].ids[0]
+            raise DataError(
+                f"column {name!r} of {table.source} holds no number; its first value is {first!r}"
+            )
+        item_floats[name] = _medians(items, numbers)
+    tied, positive = _tied_share(users.codes, time), float(label.mean())
+    summary = LogSummary(time_form, int(time.min()), int(time.max()), tied, positive)
+    notes = (*_notes("user", users), *_notes("item", items))
     return InteractionLog(
         users=users,
         items=items,
-        time=time[rows.keep].astype(np.int64),
-        label=label[rows.keep].astype(np.float32),
+        time=time,
+        label=label,
         action=None if columns.action is None else _canonical(kept[columns.action]),
         item_attributes={
             name: _attribute(items, kept[name], separator) for name in columns.item_attributes
         },
-        item_floats={
-            name: _medians(items, kept[name], f"column {name!r} of {table.source}")
-            for name in columns.item_floats
-        },
+        item_floats=item_floats,
         user_attributes={
             name: _attribute(users, kept[name], separator) for name in columns.user_attributes
         },
-        report=report,
+        report=replace(rows.report(), summary=summary, notes=notes),
     )
+
+
+def _tied_share(users: NDArray[np.int64], time: NDArray[np.int64]) -> float:
+    """Share of the events at the time of another event of their user."""
+    order = np.lexsort((time, users))
+    is_as_before = (np.diff(users[order]) == 0) & (np.diff(time[order]) == 0)
+    is_tied = np.zeros(len(time), np.bool_)
+    is_tied[1:] |= is_as_before
+    is_tied[:-1] |= is_as_before
+    return float(is_tied.mean())
+
+
+def _notes(role: str, column: IdColumn) -> list[str]:
+    """What may mean that there is no id and was taken as one."""
+    return [
+        f"{role} {id_!r} of {int((column.codes == code).sum())} rows is taken as an id; "
+        "data.format.missing lists what means that there is none"
+        for code, id_ in enumerate(column.ids)
+        if id_ in DUBIOUS_IDS
+    ]
 
 
 def _canonical(column: IdColumn) -> IdColumn:
@@ -328,27 +467,37 @@ def _canonical(column: IdColumn) -> IdColumn:
 
 
 def _attribute(owners: IdColumn, column: IdColumn, separator: str) -> list[tuple[str, ...]]:
-    """By owner's code, the first value in file order that has an id."""
+    """By owner's code, the value that most of its rows have; of equally many the first in order.
+
+    Rows without an id do not count, and neither does the order of rows.
+    """
     value_by_code = [_split(text, separator) for text in column.ids]
-    has_id = np.fromiter(map(bool, value_by_code), np.bool_, len(value_by_code))
-    rows = np.flatnonzero(has_id[column.codes])
-    owner_codes, first = np.unique(owners.codes[rows], return_index=True)
-    values: list[tuple[str, ...]] = [()] * len(owners.ids)
-    for owner, code in zip(owner_codes, column.codes[rows[first]], strict=True):
-        values[owner] = value_by_code[code]
-    return values
+    values = sorted({(), *value_by_code})
+    place_by_value = {value: place for place, value in enumerate(values)}
+    place_by_code = np.array([place_by_value[value] for value in value_by_code], np.int64)
+    place = place_by_code[column.codes]
+    pairs = (owners.codes * len(values) + place)[place > 0]  # The first value is the empty one.
+    distinct, counts = np.unique(pairs, return_counts=True)
+    owner, place = np.divmod(distinct, len(values))
+    order = np.lexsort((place, -counts, owner))
+    _, firsts = np.unique(owner[order], return_index=True)
+    chosen: list[tuple[str, ...]] = [()] * len(owners.ids)
+    for best in order[firsts]:
+        chosen[owner[best]] = values[place[best]]
+    return chosen
 
 
 def _split(text: str, separator: str) -> tuple[str, ...]:
     return tuple(id_ for id_ in map(canonical_id, text.split(separator)) if id_)
 
 
-def _medians(items: IdColumn, column: IdColumn, what: str) -> NDArray[np.float32]:
+def _has_long_id(text: str, separator: str) -> bool:
+    return any(map(is_long_id, text.split(separator)))
+
+
+def _medians(items: IdColumn, numbers: NDArray[np.float64]) -> NDArray[np.float32]:
     """By item code, the median over the item's rows that have a number, else 0."""
-    numbers = _numbers(column, _float32_number)[column.codes]  # [T]
     with_number = ~np.isnan(numbers)
-    if not with_number.any():
-        raise DataError(f"{what} holds no number; its first value is {column.ids[0]!r}")
     owners, numbers = items.codes[with_number], numbers[with_number]
     numbers = numbers[np.lexsort((numbers, owners))]
     counts = np.bincount(owners, minlength=len(items.ids))  # [num_items]
@@ -365,50 +514,8 @@ def _numbers(column: IdColumn, parse: Callable[[str], float]) -> NDArray[np.floa
     return np.fromiter(map(parse, column.ids), np.float64, len(column.ids))
 
 
-def finite_number(text: str) -> float:
-    """Read a finite number.
-
-    Args:
-        text: a number as it stands in a file.
-
-    Returns:
-        The number, NaN where there is none.
-
-    Example:
-        >>> finite_number(" 2.5"), finite_number("inf"), finite_number("two")
-        (2.5, nan, nan)
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
-
-
-def _float32_number(text: str) -> float:
-    """The number, NaN where float32 has none."""
-    number = finite_number(text)
-    return number if abs(number) <= float(np.finfo(np.float32).max) else math.nan
-
-
-def _unix_seconds(text: str) -> float:
-    """Whole seconds since 1970, NaN where the text is no time between 1970 and 2100."""
-    seconds = finite_number(text)
-    if math.isnan(seconds):
-        seconds = _iso_seconds(text)
-    return float(math.floor(seconds)) if 0 <= seconds <= LATEST_TIME else math.nan
-
-
-def _iso_seconds(text: str) -> float:
-    match = _ISO_TIME.fullmatch(text)
-    if match is None:
-        return math.nan
-    date, clock, zone_hours, zone_minutes = match.groups()
-    zone = f"{zone_hours}:{zone_minutes or '00'}" if zone_hours else "+00:00"
-    try:
-        return datetime.fromisoformat(f"{date}T{clock or '00:00'}{zone}").timestamp()
-    except ValueError:
-        return math.nan
+def _counts(count_by_reason: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in count_by_reason.items()) or "none"
 
 
 def _is_blank(text: str) -> bool:

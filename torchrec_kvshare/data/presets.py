@@ -8,20 +8,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchrec_kvshare.data.files import FileFormat, open_text
 from torchrec_kvshare.data.interactions import (
     ColumnMapping,
     InteractionLog,
     build_log,
-    finite_number,
 )
 from torchrec_kvshare.data.tables import (
     Exclusion,
     IdColumn,
     RawTable,
     code_rows,
-    open_text,
+    read_header,
     read_table,
 )
+from torchrec_kvshare.data.times import TimeFormat, finite_number, fitting_formats
 from torchrec_kvshare.errors import DataError
 
 _PRODUCT_CODE = re.compile(r"[0-9]{5}")
@@ -35,6 +36,14 @@ _ONLINE_RETAIL = (
     "CustomerID",
     "Country",
 )
+_RETAIL_FILES = (
+    *("online_retail.csv", "online_retail.csv.gz"),
+    *("online_retail_II.csv", "online_retail_II.csv.gz"),
+)
+# Online Retail II calls three of them otherwise.
+_NAME_BY_NAME_OF_II = {"Invoice": "InvoiceNo", "Price": "UnitPrice", "Customer ID": "CustomerID"}
+# Dates of copies that went through a spreadsheet.
+_RETAIL_DATES = ("%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M", "%m-%d-%Y %H:%M", "%d-%m-%Y %H:%M")
 # READMEs of ML-1M and ml-latest-small; the .dat files have these columns and no header.
 _RATINGS = ("userId", "movieId", "rating", "timestamp")
 _MOVIES = ("movieId", "title", "genres")
@@ -42,11 +51,16 @@ _ML1M_USERS = ("userId", "gender", "age", "occupation", "zip")
 _ML1M_USER_ATTRIBUTES = ("gender", "age", "occupation")
 
 
-def read_online_retail(root: Path) -> InteractionLog:
-    """Read UCI Online Retail: what customers of a British gift shop bought, by invoice minute.
+def read_online_retail(root: Path, file_format: FileFormat | None = None) -> InteractionLog:
+    """Read UCI Online Retail or Online Retail II: what customers of a gift shop bought, by minute.
+
+    Dates are ISO 8601 or, as copies have them, ``12/1/2010 8:26`` and ``01-12-2010 08:26``; the
+    column as a whole says which is the month.
 
     Args:
-        root: folder with ``online_retail.csv`` or ``online_retail.csv.gz``.
+        root: folder with ``online_retail.csv`` or ``online_retail_II.csv``, each with ``.gz`` or
+            not.
+        file_format: how the file is written; None: UTF-8 with commas.
 
     Returns:
         One row per invoice line that sold a product to a known customer, with item float ``price``
@@ -55,25 +69,33 @@ def read_online_retail(root: Path) -> InteractionLog:
         begin with five digits), "quantity not positive".
 
     Raises:
-        DataError: if the file is missing or is not this data set.
+        DataError: if the file is missing, is not this data set, or its dates tell day and month
+            nowhere apart.
 
     Source:
-        UCI data set 352, doi:10.24432/C5BW33.
+        UCI data sets 352, doi:10.24432/C5BW33, and 502, doi:10.24432/C5CG6D.
     """
-    path = _find(root, "online_retail.csv", "online_retail.csv.gz")
+    path = _find(root, *_RETAIL_FILES)
+    file_format = file_format or FileFormat()
+    header = read_header(path, file_format)
+    new_by_old = {old: new for old, new in _NAME_BY_NAME_OF_II.items() if old in header}
+    old_by_new = {new: old for old, new in new_by_old.items()}
+    names = [old_by_new.get(name, name) for name in _ONLINE_RETAIL]
+    table = read_table(path, names, file_format).renamed(new_by_old)
     columns = ColumnMapping(
         user="CustomerID",
         item="StockCode",
         time="InvoiceDate",
         item_floats=("price",),
         user_attributes=("country",),
+        time_format=TimeFormat(pattern=_retail_date_format(table)),
     )
     exclusions = (
         Exclusion("cancelled", "InvoiceNo", _is_cancellation),
         Exclusion("not a product", "StockCode", _is_no_product),
         Exclusion("quantity not positive", "Quantity", _is_not_positive),
     )
-    table = read_table(path, _ONLINE_RETAIL).renamed({"UnitPrice": "price", "Country": "country"})
+    table = table.renamed({"UnitPrice": "price", "Country": "country"})
     return build_log(table, columns, exclusions)
 
 
@@ -136,6 +158,18 @@ def _read_dat(path: Path, header: Sequence[str]) -> RawTable:
             if line.strip()
         )
         return code_rows(path, header, numbered_rows, header)
+
+
+def _retail_date_format(table: RawTable) -> str | None:
+    """The format of a copy's dates, None for ISO 8601."""
+    fitting = fitting_formats(table.columns["InvoiceDate"].ids, _RETAIL_DATES)
+    if len(fitting) > 1:
+        raise DataError(
+            f"column 'InvoiceDate' of {table.source} has no day above 12, so that day and month "
+            "cannot be told apart; with data=interactions, data.columns.time_format="
+            f"{fitting[0]!r} or {fitting[1]!r} says which is meant"
+        )
+    return fitting[0] if fitting else None
 
 
 def _find(root: Path, *names: str) -> Path:

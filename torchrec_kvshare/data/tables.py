@@ -5,30 +5,29 @@ after that, such as parsing a time or testing a rule, happens once per distinct 
 half a million rows at seconds and tens of millions in memory.
 """
 
-import csv
-import gzip
-import importlib
-import math
-import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.errors import DataError, MissingExtraError
+from torchrec_kvshare.data.files import (
+    DELIMITER_BY_ENDING,
+    FileFormat,
+    check_header,
+    open_text,
+    text_rows,
+)
+from torchrec_kvshare.data.ids import canonical_id
+from torchrec_kvshare.data.parquet import read_parquet
+from torchrec_kvshare.errors import ConfigError, DataError
 
 CHUNK_ROWS = 65_536  # rows held as Python lists at once, some 30 MB of a wide file
 EXAMPLES_PER_REASON = 2
 EXAMPLE_CHARACTERS = 80
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_INTEGRAL_FLOAT = re.compile(r"(0|-?[1-9][0-9]*)\.0")
-_END_OF_FILE = "the file ended outside quotes"
 
 
 class IdColumn(NamedTuple):
@@ -93,6 +92,14 @@ class RawTable:
             added[name] = IdColumn(found.codes[own.codes], found.ids)
         return replace(self, columns=self.columns | added)
 
+    def without(self, missing: Collection[str]) -> "RawTable":
+        """Put "" in place of texts that mean no value, space around them or not."""
+        columns = {
+            name: IdColumn(codes, ["" if text.strip() in missing else text for text in ids])
+            for name, (codes, ids) in self.columns.items()
+        }
+        return replace(self, columns=columns)
+
     def renamed(self, new_by_old: Mapping[str, str]) -> "RawTable":
         """Give columns other names.
 
@@ -104,23 +111,6 @@ class RawTable:
         """
         columns = {new_by_old.get(name, name): column for name, column in self.columns.items()}
         return replace(self, columns=columns)
-
-
-def canonical_id(text: str) -> str:
-    """Spell an id the one way it is compared: no space around it, no ".0" after an integer.
-
-    Args:
-        text: an id as it stands in a file.
-
-    Returns:
-        The id; "007" and "85123A" are not integers' spellings and stay.
-
-    Example:
-        >>> [canonical_id(text) for text in ("17850.0", " 85123A", "007", "3.5")]
-        ['17850', '85123A', '007', '3.5']
-    """
-    text = text.strip()
-    return text[:-2] if _INTEGRAL_FLOAT.fullmatch(text) else text
 
 
 def encode(texts: Iterable[str]) -> IdColumn:
@@ -141,54 +131,43 @@ def encode(texts: Iterable[str]) -> IdColumn:
     return coder.column()
 
 
-def read_table(path: Path, names: Sequence[str], list_separator: str = "|") -> RawTable:
+def read_table(
+    path: Path,
+    names: Sequence[str],
+    file_format: FileFormat | None = None,
+    list_separator: str = "|",
+    lists: Collection[str] = (),
+) -> RawTable:
     """Read columns of a file, chosen by its ending.
 
     Args:
-        path: ``.csv``, ``.tsv`` or ``.parquet``; each may end in ``.gz``.
+        path: ``.csv``, ``.tsv`` or ``.parquet``; each may end in ``.gz``. Where the format names
+            a delimiter, any other ending is of a text file.
         names: the columns wanted.
+        file_format: how the file is written; None: as is usual for its ending.
         list_separator: joins the values of Parquet's list columns.
+        lists: the columns that may be such.
 
     Returns:
-        The columns.
+        The columns; "" stands for all that the format takes as missing.
 
     Raises:
         DataError: if the file or a column is missing, or the file cannot be read.
+        ConfigError: if the format is one of text and the file is Parquet.
         MissingExtraError: for Parquet without pyarrow.
     """
+    file_format = file_format or FileFormat()
     ending = Path(path.name.lower().removesuffix(".gz")).suffix
     if ending == ".parquet":
-        return _read_parquet(path, names, list_separator)
-    if ending not in DELIMITERS:
+        table = _read_parquet(path, names, file_format, list_separator, lists)
+    elif ending in DELIMITER_BY_ENDING or file_format.delimiter is not None:
+        table = _read_text(path, names, file_format, ending)
+    else:
         raise DataError(
-            f"{path} ends in {ending!r}; allowed: .csv, .tsv, .parquet, with .gz or not"
+            f"{path} ends in {ending!r}; allowed: .csv, .tsv, .parquet, with .gz or not; and any "
+            "ending of a text file where data.format.delimiter is set"
         )
-    with open_text(path, "utf-8-sig") as lines:
-        numbered_rows = _csv_rows(path, lines, DELIMITERS[ending])
-        _, header = next(numbered_rows, (0, []))
-        return code_rows(path, header, numbered_rows, names)
-
-
-@contextmanager
-def open_text(path: Path, encoding: str) -> Iterator[TextIO]:
-    """Open a text file, gzipped or not; a file that cannot be read is a ``DataError``.
-
-    Args:
-        path: the file.
-        encoding: its encoding; bytes outside it become U+FFFD.
-
-    Returns:
-        The open file, its line ends untouched.
-
-    Raises:
-        DataError: if it is missing or broken, also while it is read.
-    """
-    opener: Callable[..., TextIO] = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        with opener(path, "rt", encoding=encoding, errors="replace", newline="") as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    return table.without(file_format.missing)
 
 
 def code_rows(
@@ -196,6 +175,7 @@ def code_rows(
     header: Sequence[str],
     numbered_rows: Iterator[tuple[int, list[str]]],
     names: Sequence[str],
+    advice: str = "",
 ) -> RawTable:
     """Code columns of rows while they stream by.
 
@@ -204,6 +184,7 @@ def code_rows(
         header: the columns it has.
         numbered_rows: line number and fields of each row.
         names: the columns wanted.
+        advice: what to do if one is not there, for messages.
 
     Returns:
         The columns; rows of another number of fields than the header are counted apart.
@@ -211,7 +192,7 @@ def code_rows(
     Raises:
         DataError: if a wanted column is not there exactly once.
     """
-    _check_columns(path, header, names)
+    check_header(path, header, names, advice)
     position_by_name = {name: header.index(name) for name in names}
     coder_by_name = {name: _Coder() for name in names}
     places = [np.zeros(0, np.int64)]
@@ -253,84 +234,52 @@ def _texts(column: IdColumn) -> list[str]:
     return [column.ids[code] for code in column.codes]
 
 
-def _csv_rows(path: Path, lines: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The line each row begins at, and its fields."""
-    # The line after the last one tells an open quote: it would be swallowed as a field's text.
-    reader = csv.reader(chain(lines, [_END_OF_FILE]), delimiter=delimiter)
-    ends, row = [0, 0], [_END_OF_FILE]  # of the row before, and of this one
-    try:
-        for row in reader:
-            ends = [ends[1], reader.line_num]
-            if row and row != [_END_OF_FILE]:
-                yield ends[0] + 1, row
-    except csv.Error as error:
-        raise DataError(f"{path}, line {ends[1] + 1}: {error}") from error
-    if row != [_END_OF_FILE]:
-        raise DataError(f"{path}, line {ends[0] + 1}: a quote opens that is never closed")
+def read_header(path: Path, file_format: FileFormat) -> list[str]:
+    """The columns of a text file, as its first row names them."""
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
+    with open_text(path, file_format.encoding) as lines:
+        return _header(text_rows(path, lines, *file_format.splitting(ending)))
+
+
+def _header(numbered_rows: Iterator[tuple[int, list[str]]]) -> list[str]:
+    """The names in the first of some rows, none if there is no row."""
+    return [name.strip() for name in next(numbered_rows, (0, []))[1]]
+
+
+def _read_text(path: Path, names: Sequence[str], file_format: FileFormat, ending: str) -> RawTable:
+    delimiter, quoting = file_format.splitting(ending)
+    advice = (
+        f". Fields are split at {delimiter!r} (data.format.delimiter), quoting is {quoting} "
+        "(data.format.quoting); data.format.header names the columns of a file without a header"
+    )
+    with open_text(path, file_format.encoding) as lines:
+        numbered_rows = text_rows(path, lines, delimiter, quoting)
+        header = list(file_format.header) or _header(numbered_rows)
+        return code_rows(path, header, numbered_rows, names, advice)
+
+
+def _read_parquet(
+    path: Path,
+    names: Sequence[str],
+    file_format: FileFormat,
+    list_separator: str,
+    lists: Collection[str],
+) -> RawTable:
+    of_text = (file_format.delimiter, file_format.quoting, file_format.header or None)
+    if of_text != (None, None, None):
+        raise ConfigError(
+            f"data.format has a delimiter, a quoting or a header, which text files have; {path} "
+            "is Parquet"
+        )
+    coded = read_parquet(path, names, file_format.encoding, list_separator, lists)
+    columns = {}
+    for name, (codes, texts) in coded.items():
+        spelled = encode(texts)
+        columns[name] = IdColumn(spelled.codes[codes], spelled.ids)
+    num_rows = len(next(iter(coded.values())).codes) if coded else 0
+    return RawTable(str(path), columns, np.arange(1, num_rows + 1), "row")
 
 
 def _misfit(path: Path, line: int, row: list[str]) -> str:
     text = ",".join(row)[:EXAMPLE_CHARACTERS]
     return f"{path}, line {line}: wrong number of fields: {len(row)} in {text!r}"
-
-
-def _check_columns(path: Path, header: Sequence[str], names: Sequence[str]) -> None:
-    for name in names:
-        if header.count(name) != 1:
-            came = "not" if name not in header else f"{header.count(name)} times"
-            has = ", ".join(header) or "no column"
-            raise DataError(f"column {name!r} is {came} in {path}; it has: {has}")
-
-
-def _read_parquet(path: Path, names: Sequence[str], separator: str) -> RawTable:
-    try:
-        pyarrow = importlib.import_module("pyarrow")
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise MissingExtraError("parquet", "reading Parquet") from error
-    try:
-        source = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else None
-        opened = path if source is None else pyarrow.BufferReader(source)
-        with parquet.ParquetFile(opened) as file:
-            _check_columns(path, file.schema_arrow.names, names)
-            arrow_table = file.read(columns=list(dict.fromkeys(names)))
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    columns = {
-        name: _arrow_column(arrow_table.column(name), f"column {name!r} of {path}", separator)
-        for name in names
-    }
-    return RawTable(str(path), columns, np.arange(1, arrow_table.num_rows + 1), "row")
-
-
-def _arrow_column(column: Any, what: str, separator: str) -> IdColumn:
-    """Code an arrow column; each distinct value is spelled once."""
-    pyarrow = importlib.import_module("pyarrow")
-    kinds = pyarrow.types
-    if kinds.is_timestamp(column.type):
-        seconds = pyarrow.timestamp("s", tz=column.type.tz)
-        column = column.cast(seconds, safe=False).cast(pyarrow.int64())
-    values = column.to_pylist()
-    if kinds.is_list(column.type) or kinds.is_large_list(column.type):
-        values = [_joined(value, what, separator) for value in values]
-    elif kinds.is_nested(column.type):
-        raise DataError(f"{what} is {column.type}; allowed: numbers, text, times, lists of these")
-    codes, distinct = encode(values)
-    spelled = encode(map(_spelled, distinct))
-    return IdColumn(spelled.codes[codes], spelled.ids)
-
-
-def _joined(value: list[Any] | None, what: str, separator: str) -> str:
-    texts = [_spelled(element) for element in value or ()]
-    for text in texts:
-        if separator in text:
-            raise DataError(f"{what} has the id {text!r}; list_separator {separator!r} is in it")
-    return separator.join(texts)
-
-
-def _spelled(value: object) -> str:
-    """A cell as CSV would have it: nothing for a null or NaN, no ".0" or exponent for integers."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    is_empty = value is None or (isinstance(value, float) and math.isnan(value))
-    return "" if is_empty else str(value)

@@ -8,6 +8,7 @@ does.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,10 +31,12 @@ from torchrec_kvshare.data.schema import (
     history_key,
     visible_key,
 )
+from torchrec_kvshare.errors import DataError
 
 MAX_TARGETS_PER_WINDOW = (
     256  # more share their prefill with a copy of it, so that batches stay even
 )
+MIN_CATALOGUE = 2  # items: a target's own and another to be its negative
 # Training sees this share of ids as unknown, so that the row of unknown ids is a trained one.
 UNKNOWN_SHARE = 0.01
 
@@ -57,16 +60,20 @@ class Windows:
     num_targets: Ints
     targets: Ints
 
+    @cached_property
+    def first_target(self) -> Ints:
+        """[W] where the targets of each window begin."""
+        return np.cumsum(self.num_targets) - self.num_targets
+
     def take(self, chosen: Ints) -> "Windows":
         """Some of the windows, in the order given."""
-        firsts = np.cumsum(self.num_targets) - self.num_targets
         counts = self.num_targets[chosen]
         return Windows(
             self.user[chosen],
             {name: first[chosen] for name, first in self.first_event.items()},
             {name: count[chosen] for name, count in self.num_events.items()},
             counts,
-            self.targets[ranges(firsts[chosen], counts)],
+            self.targets[ranges(self.first_target[chosen], counts)],
         )
 
 
@@ -145,8 +152,16 @@ def sample_negatives(
 
     Returns:
         [P, num_negatives] item codes.
+
+    Raises:
+        DataError: if the catalogue is of one item: there is nothing else to draw.
     """
     catalogue = dataset.known_items
+    if len(catalogue) < MIN_CATALOGUE:
+        raise DataError(
+            f"the catalogue, the items of the training split, has {len(catalogue)} item; negatives "
+            f"need at least {MIN_CATALOGUE}"
+        )
     drawn = rng.integers(0, len(catalogue), (len(targets), num_negatives))
     negatives = catalogue[drawn]
     own = negatives == dataset.item[targets][:, None]

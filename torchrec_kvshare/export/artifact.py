@@ -1,9 +1,11 @@
 """The artifact: a folder with the model's program, the schema and a manifest that vouches for both.
 
-It is made beside its place and renamed into it, so that it is either whole or not there.
+It is made beside its place and renamed into it, so that it is either whole or not there. Programs
+are code: who checks them by a key loads nothing that was not signed with it.
 """
 
 import hashlib
+import hmac
 import json
 import os
 import shutil
@@ -14,14 +16,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torchrec_kvshare.cache.identity import ModelVersion
+from torchrec_kvshare.cache.keys import keyed_digest
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
+SIGNATURE = "manifest.mac"  # keyed digest of the manifest's bytes, as hexadecimal text
+PURPOSE = b"kvshare-artifact"
 FORMAT = 5
 CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than the memory
-VERSION_DIGITS = 16  # of each digest: what an answer calls the model's version
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,6 @@ class Manifest:
         tables_digest: of the embedding tables.
         tables: dtype of the embedding tables.
         encoder: what the history towers are, as ``TowerSpec`` has it.
-        body: how attention is computed; ``native`` needs its operators in the process.
         towers: sizes of their K/V, by history.
         columns: that a request must have, by group.
         inputs: the tensors that its programs take, see ``tensors.TensorSpec``.
@@ -63,7 +67,6 @@ class Manifest:
     tables_digest: str
     tables: str
     encoder: dict[str, Any]
-    body: str
     towers: dict[str, TowerSizes]
     columns: dict[str, list[str]]
     inputs: list[dict[str, Any]]
@@ -76,19 +79,19 @@ class Manifest:
     break_even_events: dict[str, int] = field(default_factory=dict)
 
     @property
+    def version(self) -> ModelVersion:
+        """Which model it is."""
+        return ModelVersion(self.model_digest, self.tables_digest)
+
+    @property
     def model_version(self) -> str:
-        """Short name of the model, as it stands in answers."""
-        return model_version_of(self.model_digest, self.tables_digest)
+        """What answers call the model."""
+        return str(self.version)
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
         towers = {name: vars(sizes) for name, sizes in self.towers.items()}
         return {"format": FORMAT} | vars(self) | {"towers": towers}
-
-
-def model_version_of(model_digest: str, tables_digest: str) -> str:
-    """What answers call a model: ``<model>-<tables>``."""
-    return f"{model_digest[:VERSION_DIGITS]}-{tables_digest[:VERSION_DIGITS]}"
 
 
 @contextmanager
@@ -113,60 +116,87 @@ def artifact_folder(destination: Path) -> Iterator[Path]:
 
 def write_schema(folder: Path, schema: FeatureSchema) -> None:
     """Write the columns and vocabularies."""
-    (folder / SCHEMA).write_text(json.dumps(schema.to_json()))
+    (folder / SCHEMA).write_text(json.dumps(schema.to_json(), allow_nan=False))
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, last of all files."""
-    (folder / MANIFEST).write_text(_encoded(manifest))
+def write_manifest(folder: Path, manifest: Manifest, key: bytes | None = None) -> None:
+    """Write the manifest, last of all files, and sign it if there is a key."""
+    for name, content in ((MANIFEST, _encoded(manifest)), (SIGNATURE, _signature(manifest, key))):
+        if content is not None:
+            written = folder / f".{name}.new"
+            written.write_text(content)
+            os.replace(written, folder / name)
 
 
-def add_measured(folder: Path, **measured: dict[str, Any]) -> Manifest:
+def add_measured(folder: Path, key: bytes | None = None, **measured: dict[str, Any]) -> Manifest:
     """Add to ``codecs`` or ``break_even_events`` of an artifact's manifest what was measured.
 
     Args:
         folder: the artifact.
+        key: that it is signed with; None if it is not.
         measured: by the manifest's field, what to add to it.
 
     Returns:
         The manifest as it is now.
 
     Raises:
-        ArtifactError: if the artifact is broken.
+        ArtifactError: if the artifact is broken, signed with another key or without any, or a
+            figure is not finite.
     """
-    manifest, _ = read_artifact(folder)
+    if key is None and (folder / SIGNATURE).exists():
+        raise ArtifactError(f"{folder} is signed: artifact_key_file is needed to add to it")
+    manifest, _ = read_artifact(folder, key)
     merged = {name: getattr(manifest, name) | values for name, values in measured.items()}
     manifest = replace(manifest, **merged)
-    written = folder / f".{MANIFEST}.new"
-    written.write_text(_encoded(manifest))
-    os.replace(written, folder / MANIFEST)
+    write_manifest(folder, manifest, key)
     return manifest
 
 
-def read_artifact(folder: Path) -> tuple[Manifest, FeatureSchema]:
+def read_artifact(folder: Path, key: bytes | None = None) -> tuple[Manifest, FeatureSchema]:
     """Read what an artifact says of itself and check its files against it.
 
     Args:
         folder: the artifact.
+        key: that it must be signed with; None reads any.
 
     Returns:
         The manifest and the schema.
 
     Raises:
-        ArtifactError: if a file is missing, or is not the one that the manifest vouches for.
+        ArtifactError: if it is not signed with the key, a file is missing, or a file is not the one
+            that the manifest vouches for.
     """
-    if not (folder / MANIFEST).is_file():
-        raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}")
-    manifest = _decode_manifest(folder / MANIFEST)
-    if SCHEMA not in manifest.sha256_by_file:
-        raise ArtifactError(f"{folder / MANIFEST} does not vouch for {SCHEMA}")
+    manifest = _read_manifest(folder, key)
     for name, expected in manifest.sha256_by_file.items():
-        path = folder / name
-        if not path.is_file():
+        if not (folder / name).is_file():
             raise ArtifactError(f"{folder} has no {name}, which its manifest names")
-        if (found := file_sha256(path)) != expected:
-            raise ArtifactError(f"{path} has sha256 {found}; its manifest says {expected}")
+        _check_digest(folder / name, folder / name, expected)
     return manifest, FeatureSchema.from_json(json.loads((folder / SCHEMA).read_text()))
+
+
+def copy_signed(folder: Path, destination: Path, key: bytes) -> None:
+    """Copy what an artifact's manifest names, each file checked as it is copied.
+
+    Whoever may write to the folder can change a file after it was checked, but not its copy.
+
+    Args:
+        folder: the artifact.
+        destination: a folder that nobody else may write to.
+        key: that the artifact must be signed with.
+
+    Raises:
+        ArtifactError: as ``read_artifact``, or if there is no room for the copy.
+    """
+    manifest = _read_manifest(folder, key)
+    for name, expected in manifest.sha256_by_file.items():
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} has no {name}, which its manifest names")
+        try:
+            shutil.copyfile(folder / name, destination / name)
+        except OSError as error:
+            raise ArtifactError(f"{folder / name} cannot be copied: {error}") from error
+        _check_digest(folder / name, destination / name, expected)
+    write_manifest(destination, manifest)
 
 
 def file_sha256(path: Path) -> str:
@@ -179,18 +209,66 @@ def file_sha256(path: Path) -> str:
 
 
 def _encoded(manifest: Manifest) -> str:
-    return json.dumps(manifest.to_json(), indent=2) + "\n"
-
-
-def _decode_manifest(path: Path) -> Manifest:
     try:
-        values = json.loads(path.read_text())
+        return json.dumps(manifest.to_json(), indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ArtifactError("a figure of the manifest is not finite") from error
+
+
+def _signature(manifest: Manifest, key: bytes | None) -> str | None:
+    if key is None:
+        return None
+    return keyed_digest([_encoded(manifest).encode()], key, PURPOSE).hex() + "\n"
+
+
+def _check_digest(path: Path, read: Path, expected: str) -> None:
+    """Refuse a file, or what was read of it, that the manifest does not vouch for."""
+    if (found := file_sha256(read)) != expected:
+        raise ArtifactError(f"{path} has sha256 {found}; its manifest says {expected}")
+
+
+def _read_manifest(folder: Path, key: bytes | None) -> Manifest:
+    """The manifest; nothing of it is read before its signature is right, where there is a key."""
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}") from error
+    if key is not None:
+        _check_signature(folder, content, key)
+    manifest = _decode_manifest(path, content)
+    if SCHEMA not in manifest.sha256_by_file:
+        raise ArtifactError(f"{path} does not vouch for {SCHEMA}")
+    return manifest
+
+
+def _check_signature(folder: Path, content: bytes, key: bytes) -> None:
+    path = folder / SIGNATURE
+    try:
+        found = path.read_bytes().strip()
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} is not signed: it has no {SIGNATURE}, and artifact_key_file is set"
+        ) from error
+    if not hmac.compare_digest(found, keyed_digest([content], key, PURPOSE).hex().encode()):
+        raise ArtifactError(
+            f"{path} does not fit {MANIFEST}: that was changed, or signed with another key"
+        )
+
+
+def _decode_manifest(path: Path, content: bytes) -> Manifest:
+    try:
+        values = json.loads(content)
         if not isinstance(values, dict):
             raise TypeError("it is no object")
         if values.pop("format") != FORMAT:
             raise ArtifactError(f"{path} is of another format; this version reads {FORMAT}")
         if not isinstance(values["sha256_by_file"], dict):
             raise TypeError("sha256_by_file is no object")
+        for name in values["sha256_by_file"]:
+            # What stands elsewhere is not the artifact's, whatever its digest.
+            if name in ("", "..") or Path(name).name != name:
+                raise ValueError(f"it names {name!r}, which is no file of its folder")
         towers = {name: TowerSizes(**sizes) for name, sizes in values["towers"].items()}
         return Manifest(**values | {"towers": towers})
     except (ValueError, KeyError, TypeError, AttributeError) as error:

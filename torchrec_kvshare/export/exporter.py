@@ -2,11 +2,12 @@
 
 An artifact is kept only after a fresh load of it scored as the model does, cached and uncached, and
 loaded only if its files, the libraries here and the scores of its golden requests are those that
-its manifest has.
+its manifest has. With a key, nothing of it is loaded unless the manifest was signed with that.
 """
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,8 @@ import fbgemm_gpu
 import torch
 
 import torchrec_kvshare
-from torchrec_kvshare.attention.bodies import DENSE, FLASH, NATIVE
-from torchrec_kvshare.attention.native import load_native
 from torchrec_kvshare.audit import EXACT, Audit, audit_model
-from torchrec_kvshare.cache.identity import model_digest
+from torchrec_kvshare.cache.identity import version_of
 from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
 from torchrec_kvshare.engine import Engine, RankingFunctions
 from torchrec_kvshare.errors import ArtifactError, ConfigError
@@ -28,22 +27,22 @@ from torchrec_kvshare.export.artifact import (
     Manifest,
     TowerSizes,
     artifact_folder,
+    copy_signed,
     file_sha256,
-    model_version_of,
     read_artifact,
     write_manifest,
     write_schema,
 )
-from torchrec_kvshare.export.golden import GOLDEN, check_golden, write_golden
+from torchrec_kvshare.export.golden import GOLDEN, check_golden, read_golden, write_golden
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity
-from torchrec_kvshare.export.pt2 import GRAPHS, load_pt2, write_pt2
+from torchrec_kvshare.export.pt2 import load_pt2, pt2_files, write_pt2
 from torchrec_kvshare.export.quantised import FLOAT32, quantise_tables
 from torchrec_kvshare.export.torchscript import PROGRAM, load_torchscript, write_torchscript
-from torchrec_kvshare.ranking import RankingModel, split_tables
+from torchrec_kvshare.export.weights import check_weights
+from torchrec_kvshare.ranking import RankingModel
 from torchrec_kvshare.tensors import input_specs
 
 TORCHSCRIPT, PT2 = "torchscript", "pt2"
-BODIES = (FLASH, NATIVE, DENSE)  # that can be exported
 CHECKED_VERSIONS = ("torch", "torchrec", "fbgemm")
 
 
@@ -51,23 +50,23 @@ class Runtime(NamedTuple):
     """How a model becomes files and these a model again.
 
     Attributes:
-        files: that it always needs.
+        files: names of those that it loads from a folder.
         write: of model, schema, model version, audit and folder; gives the names of the files.
         load: of folder, schema and encoder.
         tolerance: greatest difference of its logits from the eager model's.
     """
 
-    files: tuple[str, ...]
+    files: Callable[[Path], Sequence[str]]
     write: Callable[[RankingModel, FeatureSchema, str, Audit, Path], list[str]]
     load: Callable[[Path, FeatureSchema, dict[str, Any]], RankingFunctions]
     tolerance: float
 
 
 RUNTIMES = {
-    TORCHSCRIPT: Runtime((PROGRAM,), write_torchscript, load_torchscript, 0.0),
+    TORCHSCRIPT: Runtime(lambda _folder: (PROGRAM,), write_torchscript, load_torchscript, 0.0),
     # Its graphs keep nothing and do not say what version they are of.
     PT2: Runtime(
-        (GRAPHS,),
+        pt2_files,
         lambda model, schema, _version, _audit, folder: write_pt2(model, schema, folder),
         load_pt2,
         LOGIT_TOLERANCE,
@@ -77,11 +76,19 @@ RUNTIMES = {
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: what it computes, what it reads, and what it says of itself."""
+    """A loaded artifact.
+
+    Attributes:
+        model: what it computes.
+        schema: what it reads.
+        manifest: what it says of itself.
+        golden: requests with their scores, see ``golden.check_golden``.
+    """
 
     model: RankingFunctions
     schema: FeatureSchema
     manifest: Manifest
+    golden: list[Any]
 
 
 def export_model(
@@ -91,6 +98,7 @@ def export_model(
     runtime: str = TORCHSCRIPT,
     tables: str = FLOAT32,
     provenance: Mapping[str, str] | None = None,
+    key: bytes | None = None,
 ) -> Manifest:
     """Write an artifact; parity is checked on a fresh load before it is kept.
 
@@ -101,45 +109,42 @@ def export_model(
         runtime: one of ``RUNTIMES``.
         tables: dtype that embedding tables are kept in, see ``quantised.TABLE_DTYPES``.
         provenance: what is known of the model's origin and licence, for the manifest.
+        key: that signs the manifest; None leaves it unsigned.
 
     Returns:
         The manifest as written.
 
     Raises:
-        ArtifactError: if ``destination`` exists.
+        ArtifactError: if ``destination`` exists, or a weight is not finite.
         ConfigError: if there is no such runtime, or the model cannot be exported to it.
         ParityError: if the exported scores are not the model's; nothing is left behind then.
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime is {runtime!r}; one of {list(RUNTIMES)} is allowed")
-    if model.body not in BODIES:
-        raise ConfigError(f"attention body {model.body} cannot be exported; {BODIES} can")
+    check_weights(model)
     encoder = asdict(model.collection.towers()[0].spec)
-    description = {"encoder": encoder, "body": model.body, "schema": schema.to_json()}
-    if runtime != TORCHSCRIPT:
-        description["runtime"] = runtime  # Its K/V has other last bits than the eager model's.
-    dense_state, table_state = split_tables(model)
-    digests = (
-        model_digest(dense_state, description),
-        model_digest(table_state, {} if tables == FLOAT32 else {"dtype": tables}),
+    version = version_of(
+        model,
+        schema,
+        "" if runtime == TORCHSCRIPT else runtime,
+        "" if tables == FLOAT32 else tables,
     )
     model = quantise_tables(model, tables)
+    check_weights(model)
     audit = audit_model(model, schema)
     chosen = RUNTIMES[runtime]
     with artifact_folder(destination) as folder:
         write_schema(folder, schema)
-        version = model_version_of(*digests)
-        files = [SCHEMA, *chosen.write(model, schema, version, audit, folder)]
+        files = [SCHEMA, *chosen.write(model, schema, str(version), audit, folder)]
         loaded = chosen.load(folder, schema, encoder)
         parity = check_parity(loaded, model, schema, audit.append == EXACT, chosen.tolerance)
         files.append(write_golden(folder, loaded, schema))
         manifest = Manifest(
             runtime=runtime,
-            model_digest=digests[0],
-            tables_digest=digests[1],
+            model_digest=version.model,
+            tables_digest=version.tables,
             tables=tables,
             encoder=encoder,
-            body=model.body,
             towers=_sizes(model, schema),
             columns=_columns(schema),
             inputs=[spec.to_json() for spec in input_specs(schema)],
@@ -149,31 +154,43 @@ def export_model(
             versions=installed_versions(),
             sha256_by_file={name: file_sha256(folder / name) for name in files},
         )
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest, key)
     return manifest
 
 
-def load_artifact(folder: Path) -> Artifact:
+def load_artifact(folder: Path, key: bytes | None = None) -> Artifact:
     """Load an artifact that is what its manifest says, and scores here as it did there.
 
+    Args:
+        folder: the artifact.
+        key: that its manifest must be signed with; then a private copy of the files is what is
+            checked and loaded. None loads any artifact: whoever writes the folder runs code here.
+
     Raises:
-        ArtifactError: naming the file that is missing or changed, the library of another version,
-            or the golden request with other scores.
-        ConfigError: if its attention body is ``native`` and cannot be compiled here.
+        ArtifactError: naming the file that is missing, changed or not signed with the key, the
+            library of another version, or the golden request with other scores.
     """
+    if key is None:
+        return _load(folder, folder)
+    with tempfile.TemporaryDirectory(prefix="kvshare-artifact-") as copy:
+        copy_signed(folder, Path(copy), key)
+        return _load(folder, Path(copy))
+
+
+def _load(named: Path, folder: Path) -> Artifact:
+    """Load an artifact from a folder, which is the one named or a copy of it."""
     manifest, schema = read_artifact(folder)
     if manifest.runtime not in RUNTIMES:
-        raise ArtifactError(f"{folder} needs runtime {manifest.runtime!r}; {list(RUNTIMES)} exist")
+        raise ArtifactError(f"{named} needs runtime {manifest.runtime!r}; {list(RUNTIMES)} exist")
     runtime = RUNTIMES[manifest.runtime]
-    for name in (GOLDEN, *runtime.files):
+    for name in (GOLDEN, *runtime.files(folder)):
         if name not in manifest.sha256_by_file:
-            raise ArtifactError(f"{folder / MANIFEST} does not vouch for {name}")
-    _check_versions(folder, manifest)
-    if manifest.body == NATIVE:
-        load_native()
+            raise ArtifactError(f"{named / MANIFEST} does not vouch for {name}")
+    _check_versions(named, manifest)
     model = runtime.load(folder, schema, manifest.encoder)
-    check_golden(folder, Engine(model, schema, manifest.model_version, store=None))
-    return Artifact(model, schema, manifest)
+    golden = read_golden(folder)
+    check_golden(golden, Engine(model, schema, None, version=manifest.version), named)
+    return Artifact(model, schema, manifest, golden)
 
 
 def installed_versions() -> dict[str, str]:

@@ -5,8 +5,11 @@ its own way from JSON to scores with them.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.draw import draw_ragged_raws
 from torchrec_kvshare.engine import Engine, RankingFunctions
@@ -20,23 +23,33 @@ SEED = 0
 
 def write_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -> str:
     """Write drawn requests and what a model says of them; returns the file's name."""
-    engine = Engine(model, schema, "golden", store=None)
+    engine = Engine(model, schema, None, version=UNNAMED)
     raws = draw_ragged_raws(schema, SEED)
     answers = engine.rank([parse_request(raw, schema) for raw in raws])
     golden = [
         {"request": raw, "scores": answer.scores} for raw, answer in zip(raws, answers, strict=True)
     ]
-    (folder / GOLDEN).write_text(json.dumps(golden))
+    (folder / GOLDEN).write_text(json.dumps(golden, allow_nan=False))
     return GOLDEN
 
 
-def check_golden(folder: Path, engine: Engine) -> None:
+def read_golden(folder: Path) -> list[Any]:
+    """What ``write_golden`` wrote."""
+    golden: list[Any] = json.loads((folder / GOLDEN).read_text())
+    return golden
+
+
+def check_golden(golden: Sequence[Any], engine: Engine, folder: Path) -> None:
     """Refuse a loaded model that scores other than it did when it was exported.
+
+    Args:
+        golden: of ``read_golden``.
+        engine: that scores.
+        folder: of the artifact, for the error.
 
     Raises:
         ArtifactError: naming the request and the scores.
     """
-    golden = json.loads((folder / GOLDEN).read_text())
     answers = engine.rank([parse_request(one["request"], engine.schema) for one in golden])
     for one, answer in zip(golden, answers, strict=True):
         for place, (expected, got) in enumerate(zip(one["scores"], answer.scores, strict=True)):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.store import KVStore
@@ -26,6 +27,7 @@ from torchrec_kvshare.features import (
     distinct_histories,
     user_of_candidates,
 )
+from torchrec_kvshare.history.pages import split_users
 from torchrec_kvshare.ranking import RankingModel
 from torchrec_kvshare.tensors import request_tensors
 
@@ -49,7 +51,7 @@ def score_through_pages(
     features = batch.sparse_features
     tables = []
     for place, history in enumerate(schema.histories):
-        parts = kv_by_history[place].split([counts[place] for counts in rows], dim=1)
+        parts = split_users(kv_by_history[place], [counts[place] for counts in rows])
         table, pages = write_pages(parts)
         features = expand(features, history.name, pages, user_of_candidates(requests))
         tables.append(table)
@@ -76,7 +78,7 @@ def score_extended(
         shape = (kv.size(0), kv.size(2), kv.size(3))
         page_bytes = math.prod(shape) * PARITY_PAGE_SIZE * kv.element_size()
         caches.append(KVCache(PagePool(num_pages * page_bytes, PARITY_PAGE_SIZE, *shape)))
-    engine = Engine(model, schema, "parity", KVStore(caches))
+    engine = Engine(model, schema, KVStore(caches), version=UNNAMED)
     engine.rank(halves)
     answers = engine.rank(requests)
     return torch.tensor(
@@ -159,13 +161,16 @@ def check_program(
         seed: of the requests drawn.
 
     Raises:
-        ParityError: if an uncached score is not bit-equal, or a cached one differs by more than
-            ``LOGIT_TOLERANCE``.
+        ParityError: if an uncached score is not bit-equal, a cached one differs by more than
+            ``LOGIT_TOLERANCE``, or a logit of the model is not finite.
     """
+    batch = collate(draw_ragged_requests(schema, seed), schema)
+    if not bool(eager(batch.dense_features, batch.sparse_features).isfinite().all()):
+        raise ParityError("the model has logits that are not finite")
     # Everyone twice in one batch: the second time K/V is there. Not in a second call, at which
     # TorchScript rewrites a program for seconds.
     requests = draw_ragged_requests(schema, seed) * 2
-    answers = Engine(eager, schema, "parity", store=None).rank(requests)
+    answers = Engine(eager, schema, None, version=UNNAMED).rank(requests)
     expected = torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
     features = request_tensors(requests, schema)
     compared = [("uncached", program(features), 0.0)]

@@ -8,8 +8,9 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_kvshare.cache.decision import Decision, decide
 from torchrec_kvshare.cache.reasons import (
     BYPASS,
     COLD,
@@ -25,10 +26,11 @@ from torchrec_kvshare.cache.reasons import (
     SLID,
     TOO_SHORT,
 )
+from torchrec_kvshare.data.limits import MAX_REQUEST_IDS
 from torchrec_kvshare.data.schema import (
-    FIRST_PLACE,
+    FIRST_EVENT,
     ITEM,
-    PAGES,
+    MAX_INT64,
     REQUEST_HISTORY,
     REQUEST_TIME,
     TIME,
@@ -37,11 +39,22 @@ from torchrec_kvshare.data.schema import (
     History,
     candidate_key,
     context_key,
+    first_place_key,
     history_key,
+    pages_key,
+)
+from torchrec_kvshare.export.inputs import (
+    check_finite,
+    check_num_ids,
+    check_range,
+    check_scores,
+    check_times,
+    sums_by_row,
 )
 from torchrec_kvshare.export.program_cache import ProgramCache
+from torchrec_kvshare.history.pages import offsets_of
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.tensors import DENSE, FIRST_EVENT, USER_KEY
+from torchrec_kvshare.tensors import DENSE, INT64, USER_KEY, input_specs
 
 CAPACITY_BYTES = 256 * 2**20
 TTL_S = 300.0
@@ -60,6 +73,8 @@ class ProgramHistory(nn.Module):
         kv_shape: planes, heads and head width of its K/V.
     """
 
+    request_time_key: Final[str] = TIME
+
     column_keys: list[str]
     bag_keys: list[str]
 
@@ -72,29 +87,38 @@ class ProgramHistory(nn.Module):
     ) -> None:
         super().__init__()
         name = history.name
-        self.max_events: int = history.window.max_history
         self.column_keys = [history_key(name, c) for c in (*event_columns, TIME)]
         self.bag_keys = [history_key(name, c) for c in item_attributes]
         self.time_key: str = history_key(name, TIME)
-        self.pages_key: str = history_key(name, PAGES)
-        self.first_place_key: str = history_key(name, FIRST_PLACE)
+        self.pages_key: str = pages_key(name)
+        self.first_place_key: str = first_place_key(name)
         self.first_event_key: str = history_key(name, FIRST_EVENT)
         self.cache = ProgramCache(*kv_shape, len(self.column_keys))
 
     def check(self, features: dict[str, Tensor], num_requests: int) -> None:
-        """Refuse tensors that disagree, naming one."""
+        """Refuse tensors that disagree, naming one, and times out of order."""
         counts = lengths_of(features, self.column_keys[0], num_requests)
-        if counts.numel() > 0 and int(counts.max()) > self.max_events:
-            raise ValueError(
-                f"{self.column_keys[0]}.lengths holds {int(counts.max())} events; at most "
-                f"{self.max_events} are allowed"
-            )
         for key in self.column_keys[1:]:
             if not torch.equal(lengths_of(features, key, num_requests), counts):
                 raise ValueError(f"{key}.lengths differs from {self.column_keys[0]}.lengths")
         num_events = int(counts.sum())
         for key in self.bag_keys:
             lengths_of(features, key, num_events)
+        request_times: list[int] = features[self.request_time_key].tolist()
+        num_of_requests: list[int] = counts.tolist()
+        first_place = 0
+        name = self.time_key + ".values"
+        for request, times in enumerate(torch.split(features[name], num_of_requests)):
+            check_times(name, times, request_times[request], first_place)
+            first_place += times.size(0)
+
+    def num_ids(self, features: dict[str, Tensor]) -> Tensor:
+        """Ids [B] in the bags of each request's events."""
+        counts = features[self.time_key + ".lengths"]
+        num_ids = torch.zeros_like(counts)
+        for key in self.bag_keys:
+            num_ids = num_ids + sums_by_row(features[key + ".lengths"], counts)
+        return num_ids
 
     def split(self, features: dict[str, Tensor]) -> list[list[Tensor]]:
         """Of each request its columns, then for each bag its lengths and values."""
@@ -175,9 +199,13 @@ class RankingProgram(nn.Module):
     bypass: Final[str] = BYPASS
     too_short: Final[str] = TOO_SHORT
     not_admitted: Final[str] = NOT_ADMITTED
+    max_request_ids: Final[int] = MAX_REQUEST_IDS
     default_capacity_bytes: Final[int] = CAPACITY_BYTES
     default_ttl_s: Final[float] = TTL_S
 
+    input_names: list[str]
+    least: list[int]
+    most: list[int]
     context_keys: list[str]
     bag_keys: list[str]
     reasons: list[str]
@@ -196,7 +224,12 @@ class RankingProgram(nn.Module):
         self.may_extend = may_extend
         self.ranking = ranking
         self.model_version = model_version
+        specs = [spec for spec in input_specs(schema) if spec.dtype == INT64]
+        self.input_names = [spec.name for spec in specs]
+        self.least = [-MAX_INT64 - 1 if spec.least is None else spec.least for spec in specs]
+        self.most = [MAX_INT64 if spec.most is None else spec.most for spec in specs]
         self.context_keys = [context_key(column) for column in schema.context]
+        self.num_dense: int = schema.num_dense
         self.item_key: str = candidate_key(ITEM)
         self.bag_keys = [candidate_key(column) for column in schema.item_attributes]
         self.histories = nn.ModuleList()
@@ -373,7 +406,6 @@ class RankingProgram(nn.Module):
     ) -> tuple[list[Tensor], list[int]]:
         """K/V of a request's histories, no rows where it lies in pages; its row of ``rank``."""
         kv: list[Tensor] = []
-        why = self.hit
         reasons: list[str] = []
         num_matched: list[int] = []
         num_cached: list[int] = []
@@ -384,49 +416,38 @@ class RankingProgram(nn.Module):
                 reason, matched, cached = history.cache.lookup(
                     user, events[place], first_events[place], time
                 )
-                if why == self.hit:
-                    why = reason
             reasons.append(reason)
             num_matched.append(matched if self.may_extend else 0)
             num_cached.append(cached)
         num_events = [columns[0].size(0) for columns in events]
-        if why == self.hit:
-            status, reason = (
-                (self.hit, "") if sum(num_events) > 0 else (self.bypass, self.too_short)
-            )
-            return kv, self.use_of(status, reason, sum(num_events), 0)
         reusable = self.ranking.reusable(num_matched, num_cached, num_events)
+        kept = [one[0] for one in reusable]
+        decision = decide(reasons, num_events, kept, "")
+        if decision.status == self.hit or decision.status == self.bypass:
+            return kv, self.use_of(decision)
         cached_kv: list[Tensor] = []
         tails: list[list[list[Tensor]]] = []
         for place, history in enumerate(self.histories):
-            kept_events, kept_rows = reusable[place]
-            cached_kv.append(history.cache.read(user, kept_rows))
-            tails.append([history.tail(events[place], kept_events)])
-        kept = [[one[0]] for one in reusable]
-        fresh = self.encode(tails, cached_kv, kept, [[one[1]] for one in reusable])
-        cached_events = 0
-        is_kept = True
+            cached_kv.append(history.cache.read(user, reusable[place][1]))
+            tails.append([history.tail(events[place], kept[place])])
+        rows = [[one[1]] for one in reusable]
+        fresh = self.encode(tails, cached_kv, [[one] for one in kept], rows)
+        why_not_kept = ""
         for place, history in enumerate(self.histories):
-            kept_events, kept_rows = reusable[place]
-            if reasons[place] == self.hit:
-                cached_events += num_events[place]
-            elif num_events[place] > 0:
-                cached_events += kept_events
-                first = first_events[place]
+            if reasons[place] != self.hit and num_events[place] > 0:
+                first, kept_rows = first_events[place], reusable[place][1]
                 if not history.cache.keep(
                     user, events[place], first, time, fresh[place], kept_rows, held
                 ):
-                    is_kept = False
+                    why_not_kept = self.not_admitted
                     kv[place] = torch.cat([cached_kv[place], fresh[place]], dim=1)
-        computed_events = sum(num_events) - cached_events
-        if not is_kept:
-            return kv, self.use_of(self.bypass, self.not_admitted, cached_events, computed_events)
-        status = self.partial if cached_events > 0 else self.miss
-        return kv, self.use_of(status, why, cached_events, computed_events)
+        return kv, self.use_of(decide(reasons, num_events, kept, why_not_kept))
 
-    def use_of(self, status: str, reason: str, cached: int, computed: int) -> list[int]:
+    def use_of(self, decision: Decision) -> list[int]:
         """One row of what ``rank`` says of its cache."""
-        return [self.status_names().index(status), self.reasons.index(reason), cached, computed]
+        status = self.status_names().index(decision.status)
+        reason = self.reasons.index(decision.reason)
+        return [status, reason, decision.cached_events, decision.computed_events]
 
     def encode(
         self,
@@ -449,7 +470,27 @@ class RankingProgram(nn.Module):
                 fresh = self.ranking.extend(batch_of(parts, nobody), cached, rows)
             else:
                 fresh = self.ranking.prefill(batch_of(parts, nobody))
-        return fresh
+        num_rows = self.new_rows(events, cached_events, cached_rows)
+        return [kv[:, : sum(num_rows[place])] for place, kv in enumerate(fresh)]
+
+    def new_rows(
+        self,
+        events: list[list[list[Tensor]]],
+        cached_events: list[list[int]],
+        cached_rows: list[list[int]],
+    ) -> list[list[int]]:
+        """By history and request its rows of K/V behind the cached ones."""
+        by_request: list[list[int]] = []
+        for request in range(len(events[0])):
+            counts = [
+                cached_events[place][request] + of_history[request][0].size(0)
+                for place, of_history in enumerate(events)
+            ]
+            rows = self.ranking.num_rows(counts)
+            by_request.append(
+                [number - cached_rows[place][request] for place, number in enumerate(rows)]
+            )
+        return [[rows[place] for rows in by_request] for place in range(len(events))]
 
     def split_events(self, features: dict[str, Tensor]) -> list[list[list[Tensor]]]:
         """By history and request what ``ProgramHistory.split`` gives."""
@@ -457,11 +498,8 @@ class RankingProgram(nn.Module):
 
     def rows_of_requests(self, events: list[list[list[Tensor]]]) -> list[list[int]]:
         """By history and request its rows of K/V."""
-        by_request: list[list[int]] = []
-        for request in range(len(events[0])):
-            counts = [of_history[request][0].size(0) for of_history in events]
-            by_request.append(self.ranking.num_rows(counts))
-        return [[rows[place] for rows in by_request] for place in range(len(events))]
+        none = [[0 for _ in of_history] for of_history in events]
+        return self.new_rows(events, none, none)
 
     def event_parts(self, events: list[list[list[Tensor]]]) -> list[Part]:
         """All histories' events as keys of a batch."""
@@ -508,7 +546,11 @@ class RankingProgram(nn.Module):
         return torch.repeat_interleave(torch.arange(counts.size(0)), counts)
 
     def check(self, features: dict[str, Tensor]) -> None:
-        """Refuse tensors that disagree; the error names one."""
+        """Refuse tensors that disagree or hold what they may not; the error names one."""
+        for place, name in enumerate(self.input_names):
+            if name not in features:
+                raise ValueError(f"{name} is missing")
+            check_range(name, features[name], self.least[place], self.most[place])
         num_requests = features[self.user_key].size(0)
         for key in [self.cache_key, self.time_key]:
             check_rows(features, key, num_requests)
@@ -517,14 +559,37 @@ class RankingProgram(nn.Module):
         for history in self.histories:
             history.check(features, num_requests)
             check_rows(features, history.first_event_key, num_requests)
-        num_candidates = int(lengths_of(features, self.item_key, num_requests).sum())
+        counts = lengths_of(features, self.item_key, num_requests)
+        num_candidates = int(counts.sum())
+        num_ids = torch.zeros_like(counts)
+        for key in self.context_keys:
+            num_ids = num_ids + features[key + ".lengths"]
         for key in self.bag_keys:
-            lengths_of(features, key, num_candidates)
+            num_ids = num_ids + sums_by_row(lengths_of(features, key, num_candidates), counts)
+        for history in self.histories:
+            num_ids = num_ids + history.num_ids(features)
+        check_num_ids(num_ids, self.max_request_ids)
+        self.check_dense(features, num_candidates)
+
+    def check_dense(self, features: dict[str, Tensor], num_candidates: int) -> None:
+        """Refuse dense features of another shape or dtype, or that are not finite."""
+        if self.dense not in features:
+            raise ValueError(f"{self.dense} is missing")
+        dense = features[self.dense]
+        if dense.dtype != torch.float32:
+            raise ValueError(f"{self.dense} holds no float32")
+        if dense.dim() != 2 or dense.size(1) != self.num_dense:
+            raise ValueError(f"{self.dense} is {dense.size()}; it must be [C, {self.num_dense}]")
         check_rows(features, self.dense, num_candidates)
+        check_finite(self.dense, dense)
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """In exponentials: a vectorised sigmoid gives other bits in the last rows of a tensor."""
+    """In exponentials: a vectorised sigmoid gives other bits in the last rows of a tensor.
+
+    Logits that are not finite are refused: a host shall not take NaN for a score.
+    """
+    check_scores(logits)
     return 1.0 / (1.0 + torch.exp(-logits.double()))
 
 
@@ -539,8 +604,6 @@ def lengths_of(features: dict[str, Tensor], key: str, num_rows: int) -> Tensor:
     lengths, num_values = features[key + ".lengths"], features[key + ".values"].size(0)
     if lengths.size(0) != num_rows:
         raise ValueError(f"{key}.lengths has {lengths.size(0)} rows; it must have {num_rows}")
-    if num_rows > 0 and int(lengths.min()) < 0:
-        raise ValueError(f"{key}.lengths holds {int(lengths.min())}; 0 is the least allowed")
     if int(lengths.sum()) != num_values:
         raise ValueError(
             f"{key}.lengths sum to {int(lengths.sum())}; {key}.values has {num_values} rows"
@@ -551,22 +614,21 @@ def lengths_of(features: dict[str, Tensor], key: str, num_rows: int) -> Tensor:
 def batch_of(parts: list[Part], request_of_candidates: Tensor) -> KeyedJaggedTensor:
     """Keys as one batch, each with its own stride; see ``data.batches.assemble``."""
     keys: list[str] = []
-    values: list[Tensor] = []
-    lengths: list[Tensor] = []
-    strides: list[list[int]] = []
+    rows: dict[str, JaggedTensor] = {}
     inverse: list[Tensor] = []
     own_rows = torch.arange(request_of_candidates.size(0))
-    for key, part_values, part_lengths in parts:
+    for key, values, lengths in parts:
         keys.append(key)
-        values.append(part_values)
-        lengths.append(part_lengths)
-        strides.append([part_lengths.size(0)])
+        rows[key] = JaggedTensor(values, lengths=lengths, offsets=offsets_of(lengths))
         inverse.append(own_rows if key.startswith("candidates.") else request_of_candidates)
     return KeyedJaggedTensor(
         keys=keys,
-        values=torch.cat(values),
-        lengths=torch.cat(lengths),
-        stride_per_key_per_rank=strides,
+        values=torch.cat([values for _, values, _ in parts]),
+        lengths=torch.cat([lengths for _, _, lengths in parts]),
+        stride=request_of_candidates.size(0),
+        stride_per_key=[lengths.size(0) for _, _, lengths in parts],
+        length_per_key=[values.size(0) for _, values, _ in parts],
+        jt_dict=rows,
         inverse_indices=(keys, torch.stack(inverse)),
     )
 

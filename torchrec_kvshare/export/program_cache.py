@@ -32,7 +32,8 @@ class ProgramCache(nn.Module):
         num_planes: tensors of K/V that the tower keeps.
         num_heads: H.
         head_dim: D.
-        num_columns: of an event's columns with one value; bags follow, two tensors each.
+        num_columns: of an event's columns with one value, the time last; bags follow, two tensors
+            each.
 
     Attributes:
         kv_pages: [planes, P, S, H, D]; none before ``configure``.
@@ -99,11 +100,14 @@ class ProgramCache(nn.Module):
         kept = self.events[user]
         num_kept, num_events = kept[0].size(0), events[0].size(0)
         num_matched = self.num_equal(kept, events)
+        # Where a host does not say what place its first event has, its time tells that others left.
+        time_column = self.num_columns - 1
+        has_left = int(kept[time_column][0]) < int(events[time_column][0])
         if num_matched == num_kept and num_kept == num_events:
             reason = self.hit
         elif num_matched == num_kept:
             reason = self.cold
-        elif num_matched == 0 and first_event != self.first_event[user]:
+        elif num_matched == 0 and (first_event != self.first_event[user] or has_left):
             reason = self.slid
         else:
             reason = self.shrunk if num_events < num_kept else self.edited

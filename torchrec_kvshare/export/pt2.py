@@ -1,13 +1,17 @@
 """Export to compiled graphs and load again: ``torch.export`` and AOTInductor, for the CPU.
 
-The graphs of ``export/padded.py`` become shared libraries that need torch's and nothing else. The
-numbers of users, events, candidates, ids, rows and pages are free, from one on. ``graphs.json``
-names each graph's inputs in order, for a host of any language.
+The graphs are the model's own functions with the operators inside, over the jagged tensors of a
+batch: values and lengths by key. They become shared libraries that need torch's and the operators'
+and nothing else; their weights stand beside them, once for all graphs, in memory too. The numbers
+of users, events, candidates, ids, rows and pages are free. ``graphs.json`` names each graph's
+inputs in order, for a host of any language.
 """
 
 import json
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_kvshare.data.batches import Bags, with_key
 from torchrec_kvshare.data.schema import (
-    FIRST_PLACE,
     ITEM,
-    PAGES,
-    POSITION,
     REQUEST_HISTORY,
     REQUEST_TIME,
     TIME,
@@ -29,40 +32,40 @@ from torchrec_kvshare.data.schema import (
     FeatureSchema,
     candidate_key,
     context_key,
+    first_place_key,
     history_key,
+    pages_key,
     visible_key,
 )
 from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ArtifactError, ConfigError
-from torchrec_kvshare.export.padded import (
-    EXTEND,
-    KV,
-    NO_ID,
-    PREFILL,
-    RANK,
-    ROWS,
-    Inputs,
-    lengths_name,
-    padded_graphs,
-    values_name,
-)
-from torchrec_kvshare.history.kinds import LONGER, TowerSpec, new_encoder
+from torchrec_kvshare.export.inputs import check_range
+from torchrec_kvshare.export.program import batch_of
+from torchrec_kvshare.history.kinds import TowerSpec
+from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.tensors import DENSE, FLOAT32, INT64
+from torchrec_kvshare.tensors import DENSE, FLOAT32, INT64, input_specs
 
-GRAPHS = "graphs.json"
+GRAPHS, WEIGHTS = "graphs.json", "weights.pt"
+ENCODE, SCORE = "encode", "score"
+KV, ROWS = "kv", "rows"
+CANDIDATE_REQUEST = candidate_key("request")
 INDUCTOR_SETTINGS = {
     # Else the number of threads here would be that of every process that loads the graph.
     "cpp.dynamic_threads": True,
     # Else the graph would need every feature of the CPU here, not only its vector instructions.
     "cpp.march": "",
+    # Weights stand in one file of their own, for all graphs.
+    "aot_inductor.package_constants_in_so": False,
 }
 
-USERS, CANDIDATES = "users", "candidates"
+USERS, HISTORIES, CANDIDATES = "users", "histories", "candidates"
 # Sizes that loops are laid out for; all others work too.
-USUAL_SIZES = {USERS: 2, CANDIDATES: 100}
+USUAL_SIZES = {USERS: 2, HISTORIES: 2, CANDIDATES: 100}
 USUAL_IDS = 200
+LEAST_SIZE, LEAST_DISTANCE = 5, 3
 
+Inputs = dict[str, Tensor]
 Graph = Callable[[Inputs], list[Tensor]]
 
 
@@ -70,7 +73,7 @@ class GraphInput(NamedTuple):
     """One input of a graph.
 
     Attributes:
-        name: a feature's key, or one of its own.
+        name: ``<key>.values`` or ``<key>.lengths`` of a feature, or one of its own.
         dtype: ``int64`` or ``float32``.
         shape: sizes; one that is free has a name, and is the same wherever that name stands.
     """
@@ -92,17 +95,22 @@ def write_pt2(model: RankingModel, schema: FeatureSchema, folder: Path) -> list[
         Names of the files written.
 
     Raises:
-        ConfigError: if tables of the ranking stage are sharded or quantised.
+        ConfigError: if its tables are sharded or quantised.
     """
+    _check_tables(model)
     inputs_by_graph = graph_inputs(model, schema)
     described = {}
-    for name, graph in padded_graphs(model, schema).items():
+    weights: dict[str, Tensor] = {}
+    for name, graph in graphs_of(model, schema).items():
         inputs = inputs_by_graph[name]
-        compile_graph(export_graph(graph, inputs, schema), folder / f"{name}.pt2")
+        program = export_graph(graph, inputs, schema)
+        weights |= {name: tensor.detach() for name, tensor in program.state_dict.items()}
+        compile_graph(program, folder / f"{name}.pt2")
         described[name] = {"file": f"{name}.pt2", "inputs": [one._asdict() for one in inputs]}
+    torch.save(weights, folder / WEIGHTS)
     about = {"cpu": torch.backends.cpu.get_cpu_capability(), "graphs": described}
     (folder / GRAPHS).write_text(json.dumps(about, indent=2) + "\n")
-    return [GRAPHS, *(f"{name}.pt2" for name in described)]
+    return [GRAPHS, WEIGHTS, *(f"{name}.pt2" for name in described)]
 
 
 def load_pt2(folder: Path, schema: FeatureSchema, encoder: dict[str, Any]) -> RankingFunctions:
@@ -114,60 +122,142 @@ def load_pt2(folder: Path, schema: FeatureSchema, encoder: dict[str, Any]) -> Ra
         encoder: of its towers, as ``TowerSpec`` has it.
 
     Returns:
-        Functions that compute with as many threads as torch has here.
+        Functions that compute with as many threads as torch has here, over one copy of the weights.
 
     Raises:
-        ArtifactError: if a graph cannot be loaded, or was compiled for another CPU.
+        ArtifactError: if a graph or the weights cannot be loaded, or were made for another CPU.
     """
-    about = json.loads((folder / GRAPHS).read_text())
+    about = _described(folder)
     if (here := torch.backends.cpu.get_cpu_capability()) != about["cpu"]:
         raise ArtifactError(f"{folder} was compiled for a CPU with {about['cpu']}; this has {here}")
+    try:
+        weights = torch.load(folder / WEIGHTS, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise ArtifactError(f"{folder / WEIGHTS} cannot be loaded: {error}") from error
     graphs = {}
     for name, described in about["graphs"].items():
         names = [one["name"] for one in described["inputs"]]
-        graphs[name] = _load_graph(folder / described["file"], names)
-    return PaddedRanking(graphs, schema, TowerSpec(**encoder))
+        graphs[name] = _load_graph(folder / described["file"], names, weights)
+    return CompiledRanking(graphs, schema, TowerSpec(**encoder), weights)
+
+
+def pt2_files(folder: Path) -> list[str]:
+    """Names of the files that ``load_pt2`` loads from a folder.
+
+    Raises:
+        ArtifactError: if ``graphs.json`` is broken.
+    """
+    return [GRAPHS, WEIGHTS, *(one["file"] for one in _described(folder)["graphs"].values())]
+
+
+class EncodingGraph(nn.Module):
+    """Events into K/V, behind cached rows where histories can be extended.
+
+    Args:
+        ranking: the model.
+        keys: of the batch.
+        histories: of the schema.
+    """
+
+    def __init__(self, ranking: RankingModel, keys: list[str], histories: list[str]) -> None:
+        super().__init__()
+        self.ranking = ranking
+        self.keys = keys
+        self.histories = histories
+        self.extends = ranking.collection.towers()[0].spec.extends
+
+    def batch(self, inputs: Inputs, request_of_candidates: Tensor) -> KeyedJaggedTensor:
+        """The keys among the inputs as a batch."""
+        parts = [(key, inputs[f"{key}.values"], inputs[f"{key}.lengths"]) for key in self.keys]
+        return batch_of(parts, request_of_candidates)
+
+    def forward(self, inputs: Inputs) -> list[Tensor]:
+        """For each history K/V [planes, R, H, D]."""
+        batch = self.batch(inputs, torch.empty([0], dtype=torch.int64))
+        if not self.extends:
+            return self.ranking.prefill(batch)
+        cached = [inputs[history_key(name, KV)] for name in self.histories]
+        rows = [inputs[history_key(name, ROWS)] for name in self.histories]
+        return self.ranking.extend(batch, cached, rows)
+
+
+class ScoringGraph(EncodingGraph):
+    """Logits [C] over K/V in pages."""
+
+    def forward(self, inputs: Inputs) -> list[Tensor]:
+        batch = self.batch(inputs, inputs[CANDIDATE_REQUEST])
+        pages = [inputs[history_key(name, KV)] for name in self.histories]
+        return [self.ranking.score(inputs[DENSE], batch, pages)]
+
+
+def graphs_of(model: RankingModel, schema: FeatureSchema) -> dict[str, nn.Module]:
+    """A model's functions of tensors by name; their weights are the model's.
+
+    Returns:
+        ``encode`` and ``score``; each takes the inputs of ``graph_inputs`` and gives a list of
+        tensors.
+    """
+    keys = {
+        name: [one.name.removesuffix(".values") for one in inputs if one.name.endswith(".values")]
+        for name, inputs in graph_inputs(model, schema).items()
+    }
+    histories = [history.name for history in schema.histories]
+    return {
+        ENCODE: EncodingGraph(model, keys[ENCODE], histories),
+        SCORE: ScoringGraph(model, keys[SCORE], histories),
+    }
 
 
 def graph_inputs(model: RankingModel, schema: FeatureSchema) -> dict[str, list[GraphInput]]:
-    """The inputs of each graph, in their order.
+    """The inputs of each graph, in their order: features as values and lengths, and K/V.
 
     ::
 
-        # the longest of B users has L events, R rows of K/V, N candidates; V ids in all bags
-        # history.item_id; action, position, time alike     [B, L]       -1 where there is none
-        # history.<attribute>.values, .lengths              [V], [B, L]  0 where there is no event
-        # history.kv                                        [planes, T, H, D], pages end to end
-        # history.rows                                      [B, R]       rows of it, -1 for none
-        # user_id, request.time                             [B]
-        # context.<column>.values, .lengths                 [V], [B]
-        # candidates.item_id                                [B, N]
-        # candidates.<attribute>.values, .lengths           [V], [B, N]
-        # candidates.dense                                  [B, N, num_dense]
+        # B requests over U histories of T events in all, C candidates; V ids in all bags of a key
+        # user_id, request.time, request.history             [B], [B]
+        # context.<column>                                   [V], [B]
+        # candidates.item_id; .<attribute>                   [C], [C]; [V], [C]
+        # candidates.request, .dense                         [C], [C, num_dense]
+        # history.item_id; action, time alike; .<attribute>  [T], [U]; [V], [T]
+        # encode: request.first_place.<history>              [U], [U], where events begin
+        # encode: history.kv, .rows                          [planes, R, H, D], [U], cached ones
+        # score: history.kv, request.pages.<history>         [planes, P, S, H, D]; [pages], [U]
 
     Args:
         model: whose graphs they are.
         schema: its columns.
 
     Returns:
-        Inputs by the graph's name.
+        Inputs by the graph's name; none of cached rows where histories cannot be extended.
     """
     encode: list[GraphInput] = []
-    cached: list[GraphInput] = []
-    rank = _request_inputs(schema)
+    score = [*_bags(USER, USERS, USERS), *_bags(REQUEST_TIME, USERS, USERS)]
+    score += _bags(REQUEST_HISTORY, USERS, USERS)
+    for column in schema.context:
+        score += _bags(context_key(column), f"{context_key(column)}.ids", USERS)
+    score += _bags(candidate_key(ITEM), CANDIDATES, CANDIDATES)
+    for column in schema.item_attributes:
+        score += _bags(candidate_key(column), f"{candidate_key(column)}.ids", CANDIDATES)
+    score.append(GraphInput(CANDIDATE_REQUEST, INT64, (CANDIDATES,)))
+    score.append(GraphInput(DENSE, FLOAT32, (CANDIDATES, schema.num_dense)))
     for history, tower in zip(schema.histories, model.collection.towers(), strict=True):
-        events = history_key(history.name, "events")
-        positions = (POSITION,) if tower.spec.has_positions else ()
-        for column in (*schema.event_columns, *positions):
-            encode.append(GraphInput(history_key(history.name, column), INT64, (USERS, events)))
+        name, events = history.name, history_key(history.name, "events")
+        num_planes, *head_sizes = tower.kv_shape
+        for column in (*schema.event_columns, TIME):
+            encode += _bags(history_key(name, column), events, HISTORIES)
         for column in schema.item_attributes:
-            encode += _bag_inputs(history_key(history.name, column), USERS, events)
-        cached += _kv_inputs(history.name, tower.kv_shape, history_key(history.name, "cached"))
-        rank.append(GraphInput(history_key(history.name, TIME), INT64, (USERS, events)))
-        # A row is an event, but for the kind that merges events.
-        rows = history_key(history.name, ROWS) if tower.spec.kind == LONGER else events
-        rank += _kv_inputs(history.name, tower.kv_shape, rows)
-    return {PREFILL: encode, EXTEND: encode + cached, RANK: rank}
+            key = history_key(name, column)
+            encode += _bags(key, f"{key}.ids", events)
+        encode += _bags(first_place_key(name), HISTORIES, HISTORIES)
+        if tower.spec.extends:
+            shape = (num_planes, history_key(name, "cached"), *head_sizes)
+            encode.append(GraphInput(history_key(name, KV), FLOAT32, shape))
+            encode.append(GraphInput(history_key(name, ROWS), INT64, (HISTORIES,)))
+        score += _bags(history_key(name, TIME), events, HISTORIES)
+        score += _bags(pages_key(name), f"{pages_key(name)}.ids", HISTORIES)
+        table = (num_planes, history_key(name, "pages"), history_key(name, "page_rows"))
+        score.append(GraphInput(history_key(name, KV), FLOAT32, (*table, *head_sizes)))
+    return {ENCODE: encode, SCORE: score}
 
 
 def export_graph(
@@ -180,22 +270,22 @@ def export_graph(
         inputs: what stands in it.
         schema: whose windows say how long histories usually are.
     """
-    sizes = {size for one in inputs for size in one.shape if isinstance(size, str)}
-    dims = {size: Dim(f"size_{place}") for place, size in enumerate(sorted(sizes))}
+    sizes = example_sizes(inputs, schema)
+    dims = {size: Dim(f"size_{place}") for place, size in enumerate(sizes)}
     example = {}
     free = {}
     for one in inputs:
-        shape = [_usual_size(size, schema) if isinstance(size, str) else size for size in one.shape]
+        shape = [sizes[size] if isinstance(size, str) else size for size in one.shape]
         example[one.name] = torch.zeros(shape, dtype=getattr(torch, one.dtype))
         free[one.name] = {axis: dims[s] for axis, s in enumerate(one.shape) if isinstance(s, str)}
     # Else a program of sizes from 2 on would refuse a size of 1.
     patched = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with torch.no_grad(), patched:
+    with torch.no_grad(), patched, _notices_left_out():
         return torch.export.export(graph, (example,), dynamic_shapes=(free,))
 
 
 def compile_graph(program: ExportedProgram, path: Path) -> None:
-    """Write a program as a shared library with its weights."""
+    """Write a program as a shared library without its weights."""
     with torch.no_grad(), warnings.catch_warnings():
         # The compiler scripts a module of its own when it is imported, and copies its own specs.
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated", DeprecationWarning)
@@ -205,77 +295,61 @@ def compile_graph(program: ExportedProgram, path: Path) -> None:
         )
 
 
-def _load_graph(path: Path, names: Sequence[str]) -> Graph:
-    try:
-        loader = torch._inductor.aoti_load_package(str(path)).loader
-    except RuntimeError as error:
-        raise ArtifactError(f"{path} cannot be loaded: {error}") from error
-    return lambda inputs: loader.run([inputs[name] for name in names])
-
-
-def _request_inputs(schema: FeatureSchema) -> list[GraphInput]:
-    inputs = [GraphInput(USER, INT64, (USERS,)), GraphInput(REQUEST_TIME, INT64, (USERS,))]
-    for column in schema.context:
-        inputs += _bag_inputs(context_key(column), USERS)
-    inputs.append(GraphInput(candidate_key(ITEM), INT64, (USERS, CANDIDATES)))
-    for column in schema.item_attributes:
-        inputs += _bag_inputs(candidate_key(column), USERS, CANDIDATES)
-    inputs.append(GraphInput(DENSE, FLOAT32, (USERS, CANDIDATES, schema.num_dense)))
-    return inputs
-
-
-def _bag_inputs(key: str, *rows: str) -> list[GraphInput]:
-    values = GraphInput(values_name(key), INT64, (f"{key}.ids",))
-    return [values, GraphInput(lengths_name(key), INT64, rows)]
-
-
-def _kv_inputs(history: str, kv_shape: tuple[int, int, int], rows: str) -> list[GraphInput]:
-    num_planes, num_heads, head_dim = kv_shape
-    table = (num_planes, history_key(history, "table"), num_heads, head_dim)
-    return [
-        GraphInput(history_key(history, KV), FLOAT32, table),
-        GraphInput(history_key(history, ROWS), INT64, (USERS, rows)),
-    ]
-
-
-def _usual_size(size: str, schema: FeatureSchema) -> int:
-    for history in schema.histories:
-        if size in (history_key(history.name, "events"), history_key(history.name, ROWS)):
-            return max(2, history.window.max_history)
-    return USUAL_SIZES.get(size, USUAL_IDS)
-
-
-class PaddedRanking:
-    """Ranking functions of graphs over padded tensors; see ``engine.RankingFunctions``.
+class CompiledRanking:
+    """Ranking functions of graphs; see ``engine.RankingFunctions``.
 
     Args:
         graphs: by name.
         schema: the model's columns.
         spec: of its towers.
+        weights: that the graphs read where they lie, and do not keep alive themselves.
     """
 
-    def __init__(self, graphs: Mapping[str, Graph], schema: FeatureSchema, spec: TowerSpec) -> None:
+    def __init__(
+        self,
+        graphs: Mapping[str, Graph],
+        schema: FeatureSchema,
+        spec: TowerSpec,
+        weights: Mapping[str, Tensor],
+    ) -> None:
         self.graphs = graphs
+        self.weights = weights
         self.schema = schema
         self.spec = spec
+        self.range_by_key = {
+            REQUEST_TIME if spec.name == TIME else spec.name.removesuffix(".values"): (
+                spec.least,
+                spec.most,
+            )
+            for spec in input_specs(schema)
+            if spec.least is not None and spec.most is not None
+        }
         with torch.device("meta"):
-            self.encoders = [
-                new_encoder(spec, h.window.max_history, h.window.block) for h in schema.histories
+            towers = [
+                HistoryTower(spec, h.window.max_history, h.window.block) for h in schema.histories
             ]
+        self.encoders = [tower.encoder for tower in towers]
+        self.kv_shapes = [tower.kv_shape for tower in towers]
 
     def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """Logits [C], histories encoded on the way."""
-        jagged_by_key = features.to_dict()
-        rows = []
-        for place in range(len(self.encoders)):
-            num_rows = self._num_rows(jagged_by_key, place)
-            rows.append(numbers_from(num_rows.cumsum(0) - num_rows, num_rows))
-        kv = self.graphs[PREFILL](self._event_tensors(jagged_by_key))
-        return self._rank(dense, features, jagged_by_key, kv, rows)
+        _, [candidate_request, *_] = features.inverse_indices()
+        tables = [kv.unsqueeze(2) for kv in self.prefill(features)]
+        for history, encoder in zip(self.schema.histories, self.encoders, strict=True):
+            lengths = features[history_key(history.name, TIME)].lengths().tolist()
+            rows = torch.tensor([encoder.num_rows(length) for length in lengths])
+            pages = Bags(torch.arange(int(rows.sum())), rows)
+            features = with_key(features, pages_key(history.name), pages, candidate_request)
+        return self.score(dense, features, tables)
 
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
         """For each history K/V [planes, R, H, D]."""
-        return self.graphs[PREFILL](self._event_tensors(features.to_dict()))
+        inputs = self._inputs(features)
+        for history, shape in zip(self.schema.histories, self.kv_shapes, strict=True):
+            lengths = inputs[f"{history_key(history.name, TIME)}.lengths"]
+            inputs[history_key(history.name, KV)] = torch.empty([shape[0], 0, *shape[1:]])
+            inputs[history_key(history.name, ROWS)] = torch.zeros_like(lengths)
+        return self.graphs[ENCODE](inputs)
 
     def extend(
         self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
@@ -285,13 +359,13 @@ class PaddedRanking:
         Raises:
             ValueError: if histories of this kind cannot be extended.
         """
-        if EXTEND not in self.graphs:
+        if not self.spec.extends:
             raise ValueError(f"{self.spec.kind} histories cannot be extended: prefill them whole")
-        inputs = self._event_tensors(features.to_dict())
+        inputs = self._inputs(features)
         for history, kv, num_rows in zip(self.schema.histories, cached, cached_rows, strict=True):
-            rows = numbers_from(num_rows.cumsum(0) - num_rows, num_rows)
-            inputs |= _kv_tensors(history.name, kv, rows)
-        return self.graphs[EXTEND](inputs)
+            inputs[history_key(history.name, KV)] = kv.contiguous()
+            inputs[history_key(history.name, ROWS)] = num_rows
+        return self.graphs[ENCODE](inputs)
 
     def num_rows(self, num_events: list[int]) -> list[int]:
         """Rows of K/V of histories of so many events, in the order of the histories."""
@@ -325,130 +399,125 @@ class PaddedRanking:
         """
         if items is not None:
             raise ConfigError("cache.items must be off: a .pt2 graph projects candidates itself")
-        jagged_by_key = features.to_dict()
-        rows = []
-        for place, history in enumerate(self.schema.histories):
-            pages = jagged_by_key[history_key(history.name, PAGES)]
-            num_rows = self._num_rows(jagged_by_key, place)
-            rows.append(rows_of_pages(pages, kv_pages[place].size(2), num_rows))
-        kv = [pages.flatten(1, 2) for pages in kv_pages]
-        return self._rank(dense, features, jagged_by_key, kv, rows)
-
-    def _rank(
-        self,
-        dense: Tensor,
-        features: KeyedJaggedTensor,
-        jagged_by_key: dict[str, JaggedTensor],
-        kv: list[Tensor],
-        rows: list[Tensor],
-    ) -> Tensor:
-        """Logits [C] over the rows [histories, R] of K/V [planes, T, H, D] of each history."""
         keys, inverse_indices = features.inverse_indices()
-        candidate_request = inverse_indices[keys.index(USER)]
-        order = torch.argsort(candidate_request, stable=True)
-        num_requests = jagged_by_key[USER].lengths().numel()
-        counts = torch.bincount(candidate_request, minlength=num_requests)
-        inputs = self._request_tensors(jagged_by_key)
-        inputs |= self._candidate_tensors(jagged_by_key, order, counts)
-        inputs[DENSE] = padded(dense[order], counts, 0)
-        which = torch.arange(num_requests)
-        if REQUEST_HISTORY in jagged_by_key:
-            which = jagged_by_key[REQUEST_HISTORY].values()
-        for place, history in enumerate(self.schema.histories):
+        inputs = self._inputs(features)
+        inputs[CANDIDATE_REQUEST] = inverse_indices[keys.index(USER)]
+        inputs[DENSE] = dense
+        for history, pages in zip(self.schema.histories, kv_pages, strict=True):
+            inputs[history_key(history.name, KV)] = pages.contiguous()
+        [logits] = self.graphs[SCORE](inputs)
+        return logits
+
+    def _inputs(self, features: KeyedJaggedTensor) -> Inputs:
+        """The batch's tensors by name; refused is a row that no table has."""
+        inputs: Inputs = {}
+        for key, bags in self._jagged(features):
+            if key in self.range_by_key:
+                check_range(key, bags.values(), *self.range_by_key[key])
+            inputs[f"{key}.values"], inputs[f"{key}.lengths"] = bags.values(), bags.lengths()
+        return inputs
+
+    def _jagged(self, features: KeyedJaggedTensor) -> Iterator[tuple[str, JaggedTensor]]:
+        """The batch by key, with those keys that a batch may lack."""
+        jagged_by_key = features.to_dict(compute_offsets=False)
+        yield from jagged_by_key.items()
+        if USER in jagged_by_key and REQUEST_HISTORY not in jagged_by_key:
+            users = jagged_by_key[USER].lengths()
+            yield REQUEST_HISTORY, JaggedTensor(torch.arange(users.size(0)), lengths=users)
+        for history in self.schema.histories:
             if visible_key(history.name) in jagged_by_key:
                 raise ValueError("a .pt2 graph shows candidates whole histories, not prefixes")
-            key = history_key(history.name, TIME)
-            time = jagged_by_key[key]
-            inputs[key] = padded(time.values(), time.lengths())[which]
-            inputs |= _kv_tensors(history.name, kv[place], rows[place][which])
-        [logits] = self.graphs[RANK](inputs)  # [B, N]
-        flat = logits[torch.arange(logits.size(1)) < counts.unsqueeze(1)]
-        return torch.empty_like(flat).index_copy(0, order, flat)
-
-    def _request_tensors(self, jagged_by_key: dict[str, JaggedTensor]) -> Inputs:
-        tensors = {key: jagged_by_key[key].values() for key in (USER, REQUEST_TIME)}
-        for column in self.schema.context:
-            bags = jagged_by_key[context_key(column)]
-            tensors[values_name(context_key(column))] = bags.values()
-            tensors[lengths_name(context_key(column))] = bags.lengths()
-        return tensors
-
-    def _candidate_tensors(
-        self, jagged_by_key: dict[str, JaggedTensor], order: Tensor, counts: Tensor
-    ) -> Inputs:
-        """Candidates in an order that groups them by request, ``counts`` of each."""
-        key = candidate_key(ITEM)
-        tensors = {key: padded(jagged_by_key[key].values()[order], counts)}
-        for column in self.schema.item_attributes:
-            key = candidate_key(column)
-            bags = jagged_by_key[key]
-            ids = padded(bags.values(), bags.lengths())[order]
-            tensors[values_name(key)] = ids[ids != NO_ID]
-            tensors[lengths_name(key)] = padded(bags.lengths()[order], counts, 0)
-        return tensors
-
-    def _event_tensors(self, jagged_by_key: dict[str, JaggedTensor]) -> Inputs:
-        tensors = {}
-        for history in self.schema.histories:
-            for column in self.schema.event_columns:
-                key = history_key(history.name, column)
-                tensors[key] = padded(jagged_by_key[key].values(), jagged_by_key[key].lengths())
-            lengths = jagged_by_key[history_key(history.name, ITEM)].lengths()
-            if self.spec.has_positions:
-                first_key = history_key(history.name, FIRST_PLACE)
-                first = torch.zeros_like(lengths)
-                if first_key in jagged_by_key:
-                    first = jagged_by_key[first_key].values()
-                tensors[history_key(history.name, POSITION)] = numbers_from(first, lengths)
-            for column in self.schema.item_attributes:
-                key = history_key(history.name, column)
-                tensors[values_name(key)] = jagged_by_key[key].values()
-                tensors[lengths_name(key)] = padded(jagged_by_key[key].lengths(), lengths, 0)
-        return tensors
-
-    def _num_rows(self, jagged_by_key: dict[str, JaggedTensor], place: int) -> Tensor:
-        """Rows of K/V [histories] of one of the towers."""
-        time = jagged_by_key[history_key(self.schema.histories[place].name, TIME)]
-        num_rows = self.encoders[place].num_rows
-        return torch.tensor([num_rows(length) for length in time.lengths().tolist()])
+            if first_place_key(history.name) not in jagged_by_key:
+                lengths = jagged_by_key[history_key(history.name, TIME)].lengths()
+                ones = torch.ones_like(lengths)
+                yield first_place_key(history.name), JaggedTensor(ones - 1, lengths=ones)
 
 
-def padded(values: Tensor, lengths: Tensor, filling: int = NO_ID) -> Tensor:
-    """Rows of values [T, ...] as [B, longest, ...], at least one wide.
+# Of a conversion that batches whose sizes are given do not need, and of a flag not read here.
+NOTICES = ("Trying to non-strict torch.export KJT to_dict", "is_fx_tracing will return true")
 
-    Example:
-        >>> padded(torch.tensor([3, 9, 4]), torch.tensor([2, 0, 1]))
-        tensor([[ 3,  9],
-                [-1, -1],
-                [ 4, -1]])
+
+@contextmanager
+def _notices_left_out() -> Iterator[None]:
+    """Without upstream's notices about what an export does."""
+    loggers = [logging.getLogger(), logging.getLogger("torch.fx._symbolic_trace")]
+
+    def is_told(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(NOTICES)
+
+    for logger in loggers:
+        logger.addFilter(is_told)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_told)
+
+
+def _check_tables(model: RankingModel) -> None:
+    """Refuse tables that no graph of torch's own operators reads."""
+    collection = model.collection
+    bags = [one for one in collection.bags.modules() if isinstance(one, EmbeddingBagCollection)]
+    configs = [config for one in bags for config in one.embedding_bag_configs()]
+    if configs != collection.bags.embedding_bag_configs():
+        raise ConfigError(
+            f"the ranking stage's bags are {type(collection.bags).__name__}; only those made "
+            "of EmbeddingBagCollections, neither sharded nor quantised, can be compiled"
+        )
+    if not isinstance(collection.token_embeddings, EmbeddingCollection):
+        raise ConfigError(
+            f"the tokens' tables are a {type(collection.token_embeddings).__name__}; only an "
+            "EmbeddingCollection, neither sharded nor quantised, can be compiled"
+        )
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What ``graphs.json`` says, as far as it is read here."""
+    path = folder / GRAPHS
+    try:
+        about: dict[str, Any] = json.loads(path.read_text())
+        texts = [about["cpu"]]
+        for one in about["graphs"].values():
+            texts += [one["file"], *(each["name"] for each in one["inputs"])]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a name in it is no text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is broken: {error!r}") from error
+    return about
+
+
+def _load_graph(path: Path, names: Sequence[str], weights: Mapping[str, Tensor]) -> Graph:
+    try:
+        package = torch._inductor.aoti_load_package(str(path))
+        own = {name: weights[name] for name in package.get_constant_fqns()}
+        package.load_constants(own, check_full_update=True, user_managed=True)
+    except (RuntimeError, KeyError) as error:
+        raise ArtifactError(f"{path} cannot be loaded: {error}") from error
+    return lambda inputs: package.loader.run([inputs[name] for name in names])
+
+
+def _bags(key: str, ids: str, rows: str) -> list[GraphInput]:
+    return [
+        GraphInput(f"{key}.values", INT64, (ids,)),
+        GraphInput(f"{key}.lengths", INT64, (rows,)),
+    ]
+
+
+def example_sizes(inputs: Sequence[GraphInput], schema: FeatureSchema) -> dict[str, int]:
+    """What stands for each free size while a graph is exported.
+
+    No size is small, and no two are near each other: what holds for the examples, such as that two
+    sizes are equal or that one is less than 2, the compiler takes to hold always, without a word.
     """
-    if lengths.numel() == 1 and values.size(0):
-        return values.unsqueeze(0)
-    width = max(1, int(lengths.max())) if lengths.numel() else 1
-    return JaggedTensor(values, lengths=lengths).to_padded_dense(width, float(filling))
-
-
-def numbers_from(first: Tensor, lengths: Tensor) -> Tensor:
-    """As many numbers as each of the lengths [B] says, from each first on, padded.
-
-    Example:
-        >>> numbers_from(torch.tensor([5, 0]), torch.tensor([1, 2]))
-        tensor([[ 5, -1],
-                [ 0,  1]])
-    """
-    place = torch.arange(max(1, int(lengths.max())))
-    return (first.unsqueeze(1) + place).masked_fill(place >= lengths.unsqueeze(1), NO_ID)
-
-
-def rows_of_pages(pages: JaggedTensor, page_size: int, num_rows: Tensor) -> Tensor:
-    """Where each user's rows [B] are in a table of pages end to end: [B, longest], padded."""
-    first = padded(pages.values(), pages.lengths()) * page_size
-    rows = (first.unsqueeze(2) + torch.arange(page_size)).flatten(1)
-    place = torch.arange(max(1, int(num_rows.max())))
-    return rows[:, : place.numel()].masked_fill(place >= num_rows.unsqueeze(1), NO_ID)
-
-
-def _kv_tensors(history: str, kv: Tensor, rows: Tensor) -> Inputs:
-    if kv.size(1) == 0:  # Nobody has rows; the graph reads one and hides it.
-        kv = kv.new_zeros([kv.size(0), 1, *kv.shape[2:]])
-    return {history_key(history, KV): kv.contiguous(), history_key(history, ROWS): rows}
+    windows = {
+        history_key(history.name, rows): history.window.max_history
+        for history in schema.histories
+        for rows in ("events", "cached")
+    }
+    size_by_name: dict[str, int] = {}
+    for name in sorted({size for one in inputs for size in one.shape if isinstance(size, str)}):
+        size = max(LEAST_SIZE, windows.get(name, USUAL_SIZES.get(name, USUAL_IDS)))
+        while any(abs(size - other) < LEAST_DISTANCE for other in size_by_name.values()):
+            size += 1
+        size_by_name[name] = size
+    return size_by_name

@@ -58,6 +58,17 @@ SHARDERS: list[ModuleSharder[Any]] = [
 Tables = EmbeddingBagCollection | EmbeddingCollection
 
 
+@torch.fx.wrap
+def without_negative_rows(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same batch; refused if it holds a negative row, which fbgemm takes for a pruned one."""
+    if features.values().numel() > 0 and int(features.values().min()) < 0:
+        for key in features.keys():  # noqa: SIM118  # a KeyedJaggedTensor is no dictionary
+            rows = features[key].values()
+            if rows.numel() > 0 and int(rows.min()) < 0:
+                raise ValueError(f"{key} holds row {int(rows.min())}; rows from 0 on are allowed")
+    return features
+
+
 class OrderedBags(nn.Module):
     """A bag collection that pools in the order of its configs: sharding puts rank before rank.
 
@@ -74,7 +85,7 @@ class OrderedBags(nn.Module):
         self.dims = dims
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        pooled = self.tables(features)
+        pooled = self.tables(without_negative_rows(features))
         values = torch.cat([pooled[key] for key in self.keys], dim=1)
         return KeyedTensor(self.keys, self.dims, values)
 
@@ -87,7 +98,7 @@ class RowsByKey(nn.Module):
         self.tables = tables
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        return self.tables(features)
+        return self.tables(without_negative_rows(features))
 
 
 def quantise_tables(model: RankingModel, dtype: str) -> RankingModel:

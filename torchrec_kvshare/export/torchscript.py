@@ -1,7 +1,8 @@
 """The TorchScript runtime: one program file that any libtorch process loads, without Python.
 
 All that is TorchScript's stays in this file. The program is a ``program.RankingProgram`` and holds
-the weights; a process that loads it needs fbgemm's operators and none of the model's code.
+the weights; a process that loads it needs fbgemm's operators, those of ``attention/``, and none of
+the model's code.
 """
 
 import warnings
@@ -14,6 +15,7 @@ import fbgemm_gpu  # noqa: F401  # registers the operators that a loaded program
 import torch
 from torch import Tensor, nn
 
+import torchrec_kvshare.attention.operators  # noqa: F401  # likewise
 from torchrec_kvshare.audit import CROSS_REQUEST, EXACT, Audit
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.engine import RankingFunctions

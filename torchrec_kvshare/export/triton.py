@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from torchrec_kvshare.audit import CROSS_REQUEST
+from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.errors import ConfigError, MissingExtraError
 from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
 from torchrec_kvshare.export.torchscript import PROGRAM, write_cached_forward
@@ -31,22 +32,29 @@ MODEL_SOURCE = (
 # <name>__<index> is the convention of Triton's PyTorch backend for results in their order.
 SCORES, CACHE = "scores__0", "cache__1"
 REQUEST, ANSWER = "request", "answer"
+KEY_FILE = "artifact_key_file"  # a parameter of the engine's config
 
 
-def write_repository(artifact: Path, destination: Path, name: str = "kvshare") -> None:
+def write_repository(
+    artifact: Path, destination: Path, name: str = "kvshare", key_file: str | None = None
+) -> None:
     """Write a model repository that Triton serves.
 
     Args:
         artifact: of runtime TorchScript; it is copied.
         destination: the repository; must not exist.
         name: of the models.
+        key_file: what the artifact must be signed with, here and, at the same path, where Triton
+            runs the engine.
 
     Raises:
-        ArtifactError: if the artifact is broken, or ``destination`` exists.
+        ArtifactError: if the artifact is broken or not signed with the key, or ``destination``
+            exists.
         ConfigError: if the artifact holds no TorchScript program, or its model failed its audit.
         MissingExtraError: if ``tritonclient`` is not installed.
     """
-    manifest, schema = read_artifact(artifact)
+    key = read_key(key_file, KEY_FILE)
+    manifest, schema = read_artifact(artifact, key)
     if PROGRAM not in manifest.sha256_by_file:
         raise ConfigError(f"{artifact} is of runtime {manifest.runtime}; Triton needs torchscript")
     if manifest.audit["scope"] != CROSS_REQUEST:
@@ -54,12 +62,13 @@ def write_repository(artifact: Path, destination: Path, name: str = "kvshare") -
     with artifact_folder(destination) as folder:
         program = folder / name / VERSION
         program.mkdir(parents=True)
-        write_cached_forward(artifact / PROGRAM, program / PROGRAM)
-        _write_config(folder / name, program_config(name, input_specs(schema)))
         engine = folder / f"{name}_engine" / VERSION
         shutil.copytree(artifact, engine / ARTIFACT)
+        read_artifact(engine / ARTIFACT, key)  # The copy is what is loaded.
+        write_cached_forward(engine / ARTIFACT / PROGRAM, program / PROGRAM)
+        _write_config(folder / name, program_config(name, input_specs(schema)))
         (engine / MODEL_FILE).write_text(MODEL_SOURCE)
-        _write_config(folder / f"{name}_engine", engine_config(f"{name}_engine"))
+        _write_config(folder / f"{name}_engine", engine_config(f"{name}_engine", key_file))
 
 
 def program_config(name: str, inputs: Sequence[TensorSpec]) -> "ModelConfig":
@@ -75,12 +84,14 @@ def program_config(name: str, inputs: Sequence[TensorSpec]) -> "ModelConfig":
     return config
 
 
-def engine_config(name: str) -> "ModelConfig":
+def engine_config(name: str, key_file: str | None = None) -> "ModelConfig":
     """Config of the engine: requests as JSON texts, an answer for each."""
     config = _new_config(name)
     config.backend = "python"
     config.input.add(name=REQUEST, data_type=_pb().TYPE_STRING, dims=[-1])
     config.output.add(name=ANSWER, data_type=_pb().TYPE_STRING, dims=[-1])
+    if key_file is not None:
+        config.parameters[KEY_FILE].string_value = str(Path(key_file).resolve())
     return config
 
 

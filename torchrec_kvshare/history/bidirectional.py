@@ -7,6 +7,8 @@ candidates that see a prefix need a prefill of that prefix.
 import torch
 from torch import Tensor
 
+from torchrec_kvshare.attention.operators import flat_rows, history_attention
+from torchrec_kvshare.history.pages import KVPages
 from torchrec_kvshare.history.transformer import TransformerEncoder
 
 
@@ -25,7 +27,7 @@ class BidirectionalEncoder(TransformerEncoder):
         """None: every event sees those that come."""
         return 0
 
-    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
+    def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
         """K/V [planes, T, H, D] of events [T, E]."""
         rows = events
         planes: list[Tensor] = []
@@ -34,18 +36,23 @@ class BidirectionalEncoder(TransformerEncoder):
                 key, value = layer.project_kv(rows)
             else:
                 query, key, value = layer.heads(layer.project(rows))
-                attended = self.attention.full(query, key, value, event_spans, event_spans)
+                nothing = flat_rows(key[:0], value[:0], torch.zeros_like(event_offsets))
+                attended = history_attention(
+                    query,
+                    event_offsets,
+                    key,
+                    value,
+                    event_offsets,
+                    nothing,
+                    0,
+                    1 << 40,  # globals: all rows see all
+                    "softmax",
+                )
                 rows = layer.finish(rows, attended)
             planes.append(key)
             planes.append(value)
         return torch.stack(planes)
 
-    def extend(
-        self,
-        cached: Tensor,
-        cached_spans: list[tuple[int, int]],
-        events: Tensor,
-        event_spans: list[tuple[int, int]],
-    ) -> Tensor:
+    def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
         """Refused: a new event changes the K/V of every earlier one."""
         raise ValueError("bidirectional histories cannot be extended: prefill the whole history")

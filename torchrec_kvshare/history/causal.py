@@ -7,7 +7,8 @@ sliding window nothing depends on where the history starts either: old rows may 
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.history.encoder import append_rows
+from torchrec_kvshare.attention.operators import history_attention
+from torchrec_kvshare.history.pages import KVPages, layer_rows
 from torchrec_kvshare.history.transformer import TransformerEncoder
 
 
@@ -18,14 +19,8 @@ class CausalEncoder(TransformerEncoder):
         LONGER (arXiv:2505.04421), its causal reading without merging.
     """
 
-    def extend(
-        self,
-        cached: Tensor,
-        cached_spans: list[tuple[int, int]],
-        events: Tensor,
-        event_spans: list[tuple[int, int]],
-    ) -> Tensor:
-        """K/V [planes, T, H, D] of new events [T, E] that follow cached ones [planes, R, H, D]."""
+    def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
+        """K/V [planes, T, H, D] of new events [T, E] that follow cached ones."""
         rows = events
         planes: list[Tensor] = []
         for depth, layer in enumerate(self.layers):
@@ -34,10 +29,16 @@ class CausalEncoder(TransformerEncoder):
                 key, value = layer.project_kv(rows)
             else:
                 query, key, value = layer.heads(layer.project(rows))
-                keys, spans = append_rows(cached[2 * depth], cached_spans, key, event_spans)
-                values, _ = append_rows(cached[2 * depth + 1], cached_spans, value, event_spans)
-                attended = self.attention.causal(
-                    query, keys, values, event_spans, spans, self.window
+                attended = history_attention(
+                    query,
+                    event_offsets,
+                    key,
+                    value,
+                    event_offsets,
+                    layer_rows(cached, depth),
+                    self.window,
+                    0,
+                    "softmax",
                 )
                 rows = layer.finish(rows, attended)
             planes.append(key)

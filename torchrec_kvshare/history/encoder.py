@@ -7,8 +7,8 @@ An encoder has four verbs and no state: ``prefill`` and ``extend`` make K/V of e
 import torch
 from torch import Tensor, nn
 
-from torchrec_kvshare.attention.bodies import Attention
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.history.pages import KVPages, flat_pages
 
 # Time since an event falls into buckets of doubling width, from one second to 2**30 s (34 years).
 NUM_TIME_BUCKETS = 32
@@ -41,12 +41,10 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.num_layers: int = len(layers)
         self.num_heads = num_heads
-        self.num_time_buckets: int = NUM_TIME_BUCKETS
         self.time_bias = nn.Parameter(
             torch.full((len(layers), NUM_TIME_BUCKETS, num_heads), start_bias)
         )
         self.window = window
-        self.attention = Attention()
         self.takes_prefixes: bool = True
         self.num_planes: int = 2 * len(layers)
 
@@ -68,32 +66,38 @@ class Encoder(nn.Module):
         """Rows that so many reusable events have."""
         return reusable_events
 
-    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
+    def row_offsets(self, event_offsets: Tensor) -> Tensor:
+        """Offsets [B + 1] of the rows of K/V that histories with these offsets have."""
+        return event_offsets
+
+    def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
         """K/V [planes, R, H, D] of events [T, E], users one after the other."""
         head_dim = events.size(1) // self.num_heads
         nothing = events.new_zeros([self.num_planes, 0, self.num_heads, head_dim])
-        return self.extend(nothing, [(0, 0) for _ in event_spans], events, event_spans)
+        cached = flat_pages(nothing, torch.zeros_like(event_offsets))
+        return self.extend(cached, events, event_offsets)
 
-    def extend(
-        self,
-        cached: Tensor,
-        cached_spans: list[tuple[int, int]],
-        events: Tensor,
-        event_spans: list[tuple[int, int]],
-    ) -> Tensor:
-        """K/V [planes, new rows, H, D] of new events [T, E] behind cached rows [planes, R, H, D].
+    def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
+        """K/V [planes, new rows, H, D] of new events [T, E] behind cached rows.
 
         Args:
-            cached: of all users.
-            cached_spans: of each user in R, its ``reusable_rows``.
+            cached: of each user, its ``reusable_rows``.
             events: those behind the reusable ones.
-            event_spans: of each user in T.
+            event_offsets: [B + 1], in T.
         """
         raise NotImplementedError
 
     def enter(self, candidates: Tensor) -> Tensor:
         """Candidates [C, M, E] projected for the first layer, the same for every user."""
         return self.layers[0].project(candidates)
+
+
+class Projection(nn.Linear):
+    """A linear layer of which the first results are not always needed."""
+
+    def behind(self, rows: Tensor, first: int) -> Tensor:
+        """The results from one on, [..., N - first], of rows [..., K]."""
+        return nn.functional.linear(rows, self.weight[first:], self.bias[first:])
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -115,29 +119,3 @@ def project_alike(query_weight: Tensor, key_weight: Tensor) -> None:
     """
     nn.init.orthogonal_(query_weight, gain=START_GAIN)
     key_weight.copy_(query_weight)
-
-
-def append_rows(
-    cached: Tensor, cached_spans: list[tuple[int, int]], rows: Tensor, spans: list[tuple[int, int]]
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Every user's rows behind its cached ones, and where each user's rows are then.
-
-    Args:
-        cached: [R, H, D].
-        cached_spans: of each user in R.
-        rows: [T, H, D].
-        spans: of each user in T.
-    """
-    if cached.size(0) == 0:
-        return rows, spans
-    parts = [rows[:0]]
-    joined: list[tuple[int, int]] = []
-    end = 0
-    for user in range(len(spans)):
-        cached_first, cached_last = cached_spans[user]
-        first, last = spans[user]
-        parts.append(cached[cached_first:cached_last])
-        parts.append(rows[first:last])
-        start, end = end, end + cached_last - cached_first + last - first
-        joined.append((start, end))
-    return torch.cat(parts), joined

@@ -9,14 +9,14 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from torchrec_kvshare.attention.shared import Spans
-from torchrec_kvshare.attention.silu import (
-    silu_of_twice,
+from torchrec_kvshare.attention.operators import (
+    Sights,
+    candidate_attention,
+    history_attention,
 )
-from torchrec_kvshare.history.encoder import Encoder, append_rows, check_heads, project_alike
-from torchrec_kvshare.history.moments import Moments, candidate_biases, doubling_bucket
+from torchrec_kvshare.history.encoder import Encoder, Projection, check_heads, project_alike
+from torchrec_kvshare.history.pages import KVPages, layer_rows
 
 NUM_POSITION_BUCKETS = 16  # of doubling width, from the newest event to the 2**14th and beyond
 
@@ -42,7 +42,7 @@ class HSTULayer(nn.Module):
         self.num_heads = num_heads
         self.dim = dim
         self.norm = nn.LayerNorm(dim)
-        self.gate_query_key_value = nn.Linear(dim, 4 * dim)
+        self.gate_query_key_value = Projection(dim, 4 * dim)
         self.attended_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
@@ -66,9 +66,8 @@ class HSTULayer(nn.Module):
 
     def project_kv(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [R, H, D], of rows [R, E] whose queries nobody needs."""
-        weight = self.gate_query_key_value.weight[2 * self.dim :]
-        bias = self.gate_query_key_value.bias[2 * self.dim :]
-        projected = silu_of_twice(0.5 * functional.linear(self.norm(rows), weight, bias))
+        behind = self.gate_query_key_value.behind(self.norm(rows), 2 * self.dim)
+        projected = silu_of_twice(0.5 * behind)
         key, value = projected.unflatten(-1, [2, self.num_heads, -1]).unbind(-3)
         return key, value
 
@@ -108,18 +107,11 @@ class HSTUEncoder(Encoder):
     ) -> None:
         layers: list[nn.Module] = [HSTULayer(dim, num_heads, dropout) for _ in range(num_layers)]
         super().__init__(layers, num_heads, 0.0, window)
-        self.num_position_buckets: int = NUM_POSITION_BUCKETS
         self.scale: float = 1.0 / math.sqrt(max_history)
         self.position_bias = nn.Parameter(torch.zeros(num_layers, NUM_POSITION_BUCKETS, num_heads))
 
-    def extend(
-        self,
-        cached: Tensor,
-        cached_spans: list[tuple[int, int]],
-        events: Tensor,
-        event_spans: list[tuple[int, int]],
-    ) -> Tensor:
-        """K/V [planes, T, H, D] of new events [T, E] that follow cached ones [planes, R, H, D]."""
+    def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
+        """K/V [planes, T, H, D] of new events [T, E] that follow cached ones."""
         rows = events
         planes: list[Tensor] = []
         for depth, layer in enumerate(self.layers):
@@ -128,10 +120,16 @@ class HSTUEncoder(Encoder):
                 key, value = layer.project_kv(rows)
             else:
                 gate, query, key, value = layer.heads(layer.project(rows))
-                keys, spans = append_rows(cached[2 * depth], cached_spans, key, event_spans)
-                values, _ = append_rows(cached[2 * depth + 1], cached_spans, value, event_spans)
-                attended = self.attention.silu_causal(
-                    query, keys, values, event_spans, spans, self.window
+                attended = history_attention(
+                    query,
+                    event_offsets,
+                    key,
+                    value,
+                    event_offsets,
+                    layer_rows(cached, depth),
+                    self.window,
+                    0,
+                    "silu",
                 )
                 rows = layer.finish(rows, attended * self.scale, gate)
             planes.append(key)
@@ -142,37 +140,36 @@ class HSTUEncoder(Encoder):
         self,
         candidates: Tensor,
         entered: Tensor,
-        kv: Tensor,
-        moments: Moments,
-        spans: Spans,
-        body: str,
+        candidate_offsets: Tensor,
+        kv: KVPages,
+        sights: Sights,
+        event_offsets: Tensor,
     ) -> Tensor:
-        """Candidates [C, M, E] through all layers, over K/V [planes, R, H, D]: [C, M, E]."""
+        """Candidates [C, M, E] through all layers, over the K/V of their users: [C, M, E]."""
         rows = candidates
-        buckets = [doubling_bucket(elapsed, self.num_time_buckets) for elapsed in moments.elapsed]
-        places = self.place_buckets(moments)
         for depth, layer in enumerate(self.layers):
             projected = entered if depth == 0 else layer.project(rows)
-            by_event: list[Tensor] = []
-            for user in range(len(buckets)):
-                by_event.append(
-                    functional.embedding(buckets[user], self.time_bias[depth])
-                    + functional.embedding(places[user], self.position_bias[depth])
-                )
-            biases = candidate_biases(by_event, moments, spans)
             gate, query, own_key, own_value = layer.heads(projected)
-            attended = self.attention.silu_shared(
-                query, kv[2 * depth], kv[2 * depth + 1], own_key, own_value, biases, spans, body
+            attended = candidate_attention(
+                query,
+                own_key,
+                own_value,
+                candidate_offsets,
+                layer_rows(kv, depth),
+                sights,
+                self.time_bias[depth],
+                self.position_bias[depth],
+                self.window,
+                "silu",
             )
             rows = layer.finish(rows, attended * self.scale, gate)
         return rows
 
-    def place_buckets(self, moments: Moments) -> list[Tensor]:
-        """Per user [G, L], the bucket of each event's place from the newest visible one, 1."""
-        places: list[Tensor] = []
-        for user in range(len(moments.elapsed)):
-            num_events = moments.elapsed[user].size(1)
-            position = torch.arange(num_events, device=moments.visible[user].device)
-            distance = moments.visible[user].unsqueeze(1) - position
-            places.append(doubling_bucket(distance, self.num_position_buckets))
-        return places
+
+def silu_of_twice(halves: Tensor) -> Tensor:
+    """SiLU of twice the values: ``x * sigmoid(x)`` at ``x = 2 h`` is ``h * (1 + tanh(h))``.
+
+    Not ``torch.sigmoid`` or ``silu``: their vectorised forms give other bits than the plain ones,
+    which compute the last few values of a tensor.
+    """
+    return (torch.tanh(halves) + 1.0) * halves

@@ -1,6 +1,12 @@
-"""The kinds of history encoders by name, and what a tower of a kind is built from."""
+"""The kinds of history encoders, each registered once, and what a tower of a kind is built from.
 
+A new kind is a file of its own, a row of ``KIND_BY_NAME`` and its meaning in ``reference.py``;
+benchmarks ask ``profiling/cost_model.py`` for what it computes.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.history.bidirectional import BidirectionalEncoder
@@ -14,9 +20,6 @@ BIDIRECTIONAL = "bidirectional"
 TARGET_ONLY = "target_only"
 HSTU = "hstu"
 LONGER = "longer"
-KINDS = (CAUSAL, BIDIRECTIONAL, TARGET_ONLY, HSTU, LONGER)
-SLIDING_KINDS = (CAUSAL, TARGET_ONLY, HSTU)
-
 HistoryEncoder = (
     CausalEncoder | BidirectionalEncoder | TargetOnlyEncoder | HSTUEncoder | LongerEncoder
 )
@@ -54,7 +57,7 @@ class TowerSpec:
     num_globals: int = 4
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if self.kind not in KIND_BY_NAME:
             raise ConfigError(f"history is {self.kind!r}; one of {KINDS} is allowed")
         if self.num_tokens < 1:
             raise ConfigError(f"num_tokens is {self.num_tokens}; a candidate has at least 1 token")
@@ -62,19 +65,67 @@ class TowerSpec:
             raise ConfigError(
                 f"window is {self.window} events; it must be at least 1, or 0 for all"
             )
-        if self.window and self.kind not in SLIDING_KINDS:
+        if self.window and not KIND_BY_NAME[self.kind].slides:
             raise ConfigError(f"window is {self.window}; {self.kind} has no sliding windows")
 
     @property
     def has_positions(self) -> bool:
         """Whether event tokens say how far from the oldest event they are."""
-        return self.kind != TARGET_ONLY and self.window == 0
+        return KIND_BY_NAME[self.kind].mixes_events and self.window == 0
+
+    @property
+    def extends(self) -> bool:
+        """Whether new events can be encoded behind cached ones."""
+        return KIND_BY_NAME[self.kind].extends
 
     @property
     def events_read(self) -> int:
         """Events back that a candidate's vector depends on under a sliding window."""
-        depth = 1 if self.kind == TARGET_ONLY else self.num_layers
+        depth = self.num_layers if KIND_BY_NAME[self.kind].mixes_events else 1
         return depth * (self.window - 1) + 1
+
+
+class Kind(NamedTuple):
+    """One kind of encoder.
+
+    Attributes:
+        new: an encoder of a spec, for ``max_history`` events in a window and blocks of so many.
+        slides: whether it can have a sliding window.
+        extends: whether new events can be encoded behind cached ones.
+        mixes_events: whether an event's K/V depends on other events, and on its own place.
+    """
+
+    new: Callable[[TowerSpec, int, int], HistoryEncoder]
+    slides: bool = False
+    extends: bool = True
+    mixes_events: bool = True
+
+
+def _sizes(spec: TowerSpec) -> tuple[int, int, int, float]:
+    return spec.dim, spec.num_layers, spec.num_heads, spec.dropout
+
+
+KIND_BY_NAME = {
+    CAUSAL: Kind(lambda spec, *_: CausalEncoder(*_sizes(spec), spec.window), slides=True),
+    BIDIRECTIONAL: Kind(lambda spec, *_: BidirectionalEncoder(*_sizes(spec)), extends=False),
+    TARGET_ONLY: Kind(
+        lambda spec, *_: TargetOnlyEncoder(*_sizes(spec), spec.window),
+        slides=True,
+        mixes_events=False,
+    ),
+    HSTU: Kind(
+        lambda spec, max_history, _: HSTUEncoder(
+            *_sizes(spec), spec.window or max_history, spec.window
+        ),
+        slides=True,
+    ),
+    LONGER: Kind(
+        lambda spec, _, block: LongerEncoder(
+            *_sizes(spec), spec.merge, spec.recent, block, spec.num_globals
+        )
+    ),
+}
+KINDS = tuple(KIND_BY_NAME)
 
 
 def new_encoder(spec: TowerSpec, max_history: int, block: int) -> HistoryEncoder:
@@ -95,13 +146,4 @@ def new_encoder(spec: TowerSpec, max_history: int, block: int) -> HistoryEncoder
         >>> new_encoder(TowerSpec("longer", 16, 2, 4, merge=4), 256, 64).num_rows(30)
         12
     """
-    sizes = (spec.dim, spec.num_layers, spec.num_heads, spec.dropout)
-    if spec.kind == CAUSAL:
-        return CausalEncoder(*sizes, spec.window)
-    if spec.kind == BIDIRECTIONAL:
-        return BidirectionalEncoder(*sizes)
-    if spec.kind == TARGET_ONLY:
-        return TargetOnlyEncoder(*sizes, spec.window)
-    if spec.kind == HSTU:
-        return HSTUEncoder(*sizes, spec.window or max_history, spec.window)
-    return LongerEncoder(*sizes, spec.merge, spec.recent, block, spec.num_globals)
+    return KIND_BY_NAME[spec.kind].new(spec, max_history, block)

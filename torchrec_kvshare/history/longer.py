@@ -12,17 +12,21 @@ later one, so its K/V stays. The open group and the globals, which see everythin
 when events come. The recent groups start at a block boundary, as windows do.
 """
 
+from typing import Final, NamedTuple
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from torchrec_kvshare.attention.shared import (
-    Spans,
-    lengths_to_spans,
-)
+from torchrec_kvshare.attention.operators import Sights, history_attention
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.history.encoder import append_rows
-from torchrec_kvshare.history.moments import Moments, doubling_bucket
+from torchrec_kvshare.history.pages import (
+    KVPages,
+    layer_rows,
+    offsets_of,
+    place_in_user,
+    row_places,
+    users_of_rows,
+)
 from torchrec_kvshare.history.transformer import TransformerEncoder, TransformerLayer
 
 
@@ -46,6 +50,8 @@ class LongerEncoder(TransformerEncoder):
         LONGER, Chai et al. 2025 (arXiv:2505.04421): token merge with InnerTrans, global tokens,
         cross attention of recent queries, then self attention.
     """
+
+    hidden_score: Final[float] = -1e30  # its weight is 0 beside any other
 
     def __init__(
         self,
@@ -84,9 +90,23 @@ class LongerEncoder(TransformerEncoder):
         """Rows of K/V: groups, then globals; none without events."""
         return 0 if num_events == 0 else self.num_groups(num_events) + self.num_globals
 
+    def row_offsets(self, event_offsets: Tensor) -> Tensor:
+        """Offsets [B + 1] of the rows of histories with these offsets."""
+        lengths = event_offsets.diff()
+        return offsets_of(self.groups_of(lengths) + (lengths > 0) * self.num_globals)
+
+    def groups_of(self, lengths: Tensor) -> Tensor:
+        """Groups [B] of histories of so many events [B]."""
+        return (lengths + self.merge - 1) // self.merge
+
     def first_recent(self, num_events: int) -> int:
         """The first group that goes on to deeper layers."""
         surplus = max(0, num_events - self.recent)
+        return (surplus + self.block - 1) // self.block * self.block // self.merge
+
+    def first_recent_of(self, lengths: Tensor) -> Tensor:
+        """The same [B] of histories of so many events [B]."""
+        surplus = (lengths - self.recent).clamp(min=0)
         return (surplus + self.block - 1) // self.block * self.block // self.merge
 
     def reusable_events(self, num_matched: int, cached_events: int, num_events: int) -> int:
@@ -99,157 +119,86 @@ class LongerEncoder(TransformerEncoder):
         """Closed groups of so many reusable events; the globals are not among them."""
         return reusable_events // self.merge
 
-    def extend(
-        self,
-        cached: Tensor,
-        cached_spans: list[tuple[int, int]],
-        events: Tensor,
-        event_spans: list[tuple[int, int]],
-    ) -> Tensor:
-        """New groups behind the closed ones that are cached, then the globals: of each user."""
-        new_groups = [self.num_groups(last - first) for first, last in event_spans]
-        group_spans = lengths_to_spans(new_groups)
-        groups = self.merge_events(events, event_spans, group_spans)
-        rows: list[Tensor] = []
-        firsts: list[int] = []
-        num_globals: list[int] = []
-        for user in range(len(event_spans)):
-            first, last = group_spans[user]
-            closed = cached_spans[user][1] - cached_spans[user][0]
-            num_events = event_spans[user][1] - event_spans[user][0] + closed * self.merge
-            num_globals.append(self.num_globals if num_events > 0 else 0)
-            rows.append(groups[first:last])
-            rows.append(self.global_tokens[: num_globals[user]])
-            firsts.append(self.first_recent(num_events))
-        return self.deepen(torch.cat(rows), new_groups, num_globals, firsts, cached, cached_spans)
+    def most_groups(self, num_events: int, num_users: int) -> int:
+        """Groups of so many events of so many users at most: what the host knows of them."""
+        return num_events // self.merge + num_users
 
-    def deepen(
-        self,
-        rows: Tensor,
-        new_groups: list[int],
-        num_globals: list[int],
-        first_recent: list[int],
-        cached: Tensor,
-        cached_spans: list[tuple[int, int]],
-    ) -> Tensor:
-        """K/V of new groups and globals [new rows, E] through all layers."""
+    def most_recent(self, num_users: int) -> int:
+        """Rows, globals among them, that go on to deeper layers at most."""
+        return num_users * (self.recent // self.merge + self.num_globals)
+
+    def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
+        """New groups behind the closed ones that are cached, then the globals: of each user."""
+        num_users = event_offsets.size(0) - 1
+        num_cached = cached.row_offsets.diff()
+        groups = self.groups_of(event_offsets.diff())
+        num_events = event_offsets.diff() + num_cached * self.merge
+        new_offsets = offsets_of(groups + (num_events > 0) * self.num_globals)
+        most_groups = self.most_groups(events.size(0), num_users)
+        users = users_of_rows(new_offsets, most_groups + num_users * self.num_globals)
+        place = place_in_user(new_offsets, users)
+        rows = self.new_rows(events, event_offsets, groups, users, place)
+        # Only recent groups go on to deeper layers; the globals, behind them, all do.
+        first_recent = self.first_recent_of(num_events)
+        old = (first_recent - num_cached).clamp(min=0).minimum(groups)
+        kept = rows_behind(new_offsets, old, self.most_recent(num_users))
+        kept_rows = new_offsets.index_select(0, kept.users) + kept.place
+        kept_rows = kept_rows.clamp(max=users.size(0) - 1)
+        first_old = old.index_select(0, users)
+        is_old = (place < first_old).view(-1, 1, 1)
+        place_kept = kept.offsets.index_select(0, users) + place - first_old
+        place_kept = place_kept.clamp(0, kept.users.size(0) - 1)
+        recent = pages_behind(cached, first_recent, self.most_recent(num_users))
         planes: list[Tensor] = []
-        groups = new_groups  # of each user that get to a layer
-        closed: list[int] = []
-        recent_spans: list[tuple[int, int]] = []
-        for user in range(len(cached_spans)):
-            first, last = cached_spans[user]
-            closed.append(last - first)
-            recent_spans.append((min(first + first_recent[user], last), last))
         for depth, layer in enumerate(self.layers):
             query, key, value = layer.heads(layer.project(rows))
-            spans = lengths_to_spans(
-                [groups[user] + num_globals[user] for user in range(len(groups))]
-            )
-            planes.append(self.behind_zeros(key, spans, new_groups, groups))
-            planes.append(self.behind_zeros(value, spans, new_groups, groups))
+            planes.append(zeros_for(is_old, key, place_kept) if depth > 0 else key)
+            planes.append(zeros_for(is_old, value, place_kept) if depth > 0 else value)
             if depth + 1 < self.num_layers:
-                seen = cached_spans if depth == 0 else recent_spans
-                keys, key_spans = append_rows(cached[2 * depth], seen, key, spans)
-                values, _ = append_rows(cached[2 * depth + 1], seen, value, spans)
-                # Only recent groups go on, and at deeper layers all are.
-                kept: list[int] = []
-                for user in range(len(groups)):
-                    old = first_recent[user] - closed[user] if depth == 0 else 0
-                    kept.append(groups[user] - max(0, old))
-                attended = self.attend_history(
-                    self.going_on(query, spans, kept, num_globals),
-                    keys,
-                    values,
-                    key_spans,
-                    kept,
-                    num_globals,
+                attended = history_attention(
+                    query.index_select(0, kept_rows) if depth == 0 else query,
+                    kept.offsets,
+                    key,
+                    value,
+                    new_offsets if depth == 0 else kept.offsets,
+                    layer_rows(cached if depth == 0 else recent, depth),
+                    0,
+                    self.num_globals,
+                    "softmax",
                 )
-                rows = layer.finish(self.going_on(rows, spans, kept, num_globals), attended)
-                groups = kept
+                rows = rows.index_select(0, kept_rows) if depth == 0 else rows
+                rows = layer.finish(rows, attended)
         return torch.stack(planes)
 
-    def going_on(
-        self, rows: Tensor, spans: list[tuple[int, int]], kept: list[int], num_globals: list[int]
+    def new_rows(
+        self, events: Tensor, event_offsets: Tensor, groups: Tensor, users: Tensor, place: Tensor
     ) -> Tensor:
-        """The last ``kept`` groups of each user, and its globals behind them."""
-        parts = [rows[:0]]
-        for user in range(len(spans)):
-            last = spans[user][1]
-            parts.append(rows[last - num_globals[user] - kept[user] : last])
-        return torch.cat(parts)
+        """Groups and globals [new rows, E] before the first layer, each user's globals last."""
+        group_offsets = offsets_of(groups)
+        merged = self.merge_events(events, event_offsets, group_offsets)
+        behind = place - groups.index_select(0, users)
+        of_group = group_offsets.index_select(0, users) + place
+        source = torch.where(behind < 0, of_group, merged.size(0) + behind)
+        tokens = torch.cat([merged, self.global_tokens])
+        return tokens.index_select(0, source.clamp(max=tokens.size(0) - 1))
 
-    def attend_history(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        key_spans: list[tuple[int, int]],
-        num_groups: list[int],
-        num_globals: list[int],
-    ) -> Tensor:
-        """What groups and globals [rows, H, D] attend to, each user's groups before its globals."""
-        attended = [query[:0]]
-        first = 0
-        for user in range(len(key_spans)):
-            key_first, key_last = key_spans[user]
-            middle = first + num_groups[user]
-            last = middle + num_globals[user]
-            # Groups see no globals: those know later groups.
-            group_keys = [(key_first, key_last - num_globals[user])]
-            all_keys = [(key_first, key_last)]
-            own, together = [(0, num_groups[user])], [(0, num_globals[user])]
-            rows = query[first:middle]
-            attended.append(self.attention.causal(rows, keys, values, own, group_keys, 0))
-            rows = query[middle:last]
-            attended.append(self.attention.full(rows, keys, values, together, all_keys))
-            first = last
-        return torch.cat(attended)
-
-    def behind_zeros(
-        self,
-        plane: Tensor,
-        spans: list[tuple[int, int]],
-        new_groups: list[int],
-        at_layer: list[int],
-    ) -> Tensor:
-        """A plane in which groups that did not get so deep have rows of zeros, never read."""
-        parts: list[Tensor] = [plane[:0]]
-        for user in range(len(spans)):
-            first, last = spans[user]
-            missing = new_groups[user] - at_layer[user]
-            parts.append(plane.new_zeros([missing, plane.size(1), plane.size(2)]))
-            parts.append(plane[first:last])
-        return torch.cat(parts)
-
-    def merge_events(
-        self,
-        events: Tensor,
-        event_spans: list[tuple[int, int]],
-        group_spans: list[tuple[int, int]],
-    ) -> Tensor:
+    def merge_events(self, events: Tensor, event_offsets: Tensor, group_offsets: Tensor) -> Tensor:
         """Groups [groups, E] of events [T, E], each group through the inner layer first."""
-        places: list[Tensor] = [torch.arange(0, device=events.device)]
-        num_groups = 0
-        for user in range(len(event_spans)):
-            first, last = event_spans[user]
-            start = group_spans[user][0] * self.merge
-            places.append(torch.arange(start, start + last - first, device=events.device))
-            num_groups = group_spans[user][1]
-        place = torch.cat(places)
-        dim = events.size(1)
-        num_places = num_groups * self.merge
-        rows = events
-        present = torch.ones([num_groups, self.merge], dtype=torch.bool, device=events.device)
-        if num_places != events.size(0):
-            rows = events.new_zeros([num_places, dim]).index_copy(0, place, events)
-            present = torch.zeros_like(present).view(-1).index_fill(0, place, 1).view_as(present)
+        num_users, dim = event_offsets.size(0) - 1, events.size(1)
+        num_groups = self.most_groups(events.size(0), num_users)
+        users = users_of_rows(event_offsets, events.size(0))
+        first_place = group_offsets.index_select(0, users) * self.merge
+        place = first_place + place_in_user(event_offsets, users)
+        rows = events.new_zeros([num_groups * self.merge, dim]).index_copy(0, place, events)
+        present = torch.zeros([num_groups * self.merge], dtype=torch.bool, device=events.device)
+        present = present.index_fill(0, place, 1).view(num_groups, self.merge)
         rows = rows.view(num_groups, self.merge, dim)
         query, key, value = self.inner.heads(self.inner.project(rows))
         scores = torch.matmul(query.transpose(1, 2), key.permute(0, 2, 3, 1))  # [groups, H, K, K]
         scores = scores * (dim // self.num_heads) ** -0.5
-        hidden = ~present.unsqueeze(1).unsqueeze(2)
-        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        # Finite: groups that are no user's have nothing else.
+        hidden = present.logical_not().unsqueeze(1).unsqueeze(2)
+        weights = torch.softmax(scores.masked_fill(hidden, self.hidden_score), dim=-1)
         attended = torch.matmul(weights, value.transpose(1, 2)).transpose(1, 2)
         inner = self.inner.finish(rows, attended) * present.unsqueeze(2)
         return self.merge_group(inner.flatten(1))
@@ -258,47 +207,76 @@ class LongerEncoder(TransformerEncoder):
         self,
         candidates: Tensor,
         entered: Tensor,
-        kv: Tensor,
-        moments: Moments,
-        spans: Spans,
-        body: str,
+        candidate_offsets: Tensor,
+        kv: KVPages,
+        sights: Sights,
+        event_offsets: Tensor,
     ) -> Tensor:
-        """Candidates [C, M, E] through all layers, over K/V [planes, R, H, D]: [C, M, E]."""
-        buckets = self.group_buckets(moments)
-        recent_buckets: list[Tensor] = []
-        recent_spans: list[tuple[int, int]] = []
-        for user in range(len(buckets)):
-            first_recent = self.first_recent(moments.elapsed[user].size(1))
-            recent_buckets.append(buckets[user][:, first_recent:])
-            first, last = spans.events[user]
-            recent_spans.append((min(first + first_recent, last), last))
-        recents = Spans(spans.candidates, recent_spans)
-        biases = [self.group_biases(0, buckets, spans)]
-        seen = [spans]
+        """Candidates [C, M, E] through all layers, over the K/V of their users: [C, M, E]."""
+        lengths = event_offsets.diff()
+        num_users, num_events = lengths.size(0), sights.row_times.size(0)
+        num_rows = self.most_groups(num_events, num_users) + num_users * self.num_globals
+        users = users_of_rows(kv.row_offsets, num_rows)
+        place = place_in_user(kv.row_offsets, users)
+        # The time of a group is its newest event's; globals have none.
+        newest = ((place + 1) * self.merge).minimum(lengths.index_select(0, users)) - 1
+        event = (event_offsets.index_select(0, users) + newest).clamp(0, num_events)
+        times = torch.cat([sights.row_times, sights.row_times.new_zeros([1])])
+        times = times.index_select(0, event)
+        is_group = place < self.groups_of(lengths).index_select(0, users)
+        row_times = torch.where(is_group, times, -1)
+        candidate_user = users_of_rows(candidate_offsets, candidates.size(0))
+        first_recent = self.first_recent_of(lengths)
+        kept = rows_behind(kv.row_offsets, first_recent, self.most_recent(num_users))
+        kept_rows = kv.row_offsets.index_select(0, kept.users) + kept.place
+        recent_times = row_times.index_select(0, kept_rows.clamp(max=num_rows - 1))
+        recent = pages_behind(kv, first_recent, self.most_recent(num_users))
+        seen = [self.all_visible(sights, row_times, kv.row_offsets, candidate_user)]
+        deeper = self.all_visible(sights, recent_times, recent.row_offsets, candidate_user)
+        layers = [layer_rows(kv, 0)]
         for depth in range(1, self.num_layers):
-            biases.append(self.group_biases(depth, recent_buckets, recents))
-            seen.append(recents)
-        return self.attend_layers(candidates, entered, kv, biases, seen, body)
+            seen.append(deeper)
+            layers.append(layer_rows(recent, depth))
+        return self.attend_layers(candidates, entered, candidate_offsets, layers, seen)
 
-    def group_buckets(self, moments: Moments) -> list[Tensor]:
-        """Per user [1, groups], the time bucket of each group's newest event."""
-        buckets: list[Tensor] = []
-        for user in range(len(moments.elapsed)):
-            elapsed = moments.elapsed[user]
-            if elapsed.size(0) > 1:
-                raise ValueError("longer shows candidates whole histories: one moment for a window")
-            num_events = elapsed.size(1)
-            end = torch.arange(1, self.num_groups(num_events) + 1, device=elapsed.device)
-            newest = (end * self.merge).clamp(max=num_events) - 1
-            buckets.append(doubling_bucket(elapsed[:, newest], self.num_time_buckets))
-        return buckets
+    def all_visible(
+        self, sights: Sights, row_times: Tensor, row_offsets: Tensor, candidate_user: Tensor
+    ) -> Sights:
+        """The same moments over rows, all of which are seen."""
+        num_rows = row_offsets.diff()
+        return Sights(row_times, sights.candidate_times, num_rows.index_select(0, candidate_user))
 
-    def group_biases(self, depth: int, buckets: list[Tensor], spans: Spans) -> list[Tensor]:
-        """Biases of groups, and none for the globals behind them: per user [H, 1, rows]."""
-        biases: list[Tensor] = []
-        for user in range(len(buckets)):
-            first, last = spans.events[user]
-            bias = functional.embedding(buckets[user], self.time_bias[depth])  # [1, groups, H]
-            unbiased = last - first - bias.size(1)
-            biases.append(functional.pad(bias, [0, 0, 0, unbiased]).permute(2, 0, 1).contiguous())
-        return biases
+
+class RowsBehind(NamedTuple):
+    """Users' rows from one of each on.
+
+    Attributes:
+        offsets: [B + 1] int64, of these rows.
+        users: [K] int64, the user of each; K may be more than there are.
+        place: [K] int64, its place among all rows of its user.
+    """
+
+    offsets: Tensor
+    users: Tensor
+    place: Tensor
+
+
+def rows_behind(row_offsets: Tensor, first_rows: Tensor, most_rows: int) -> RowsBehind:
+    """The rows of each user from its ``first_rows`` [B] on, ``most_rows`` K of all at most."""
+    offsets = offsets_of((row_offsets.diff() - first_rows).clamp(min=0))
+    users = users_of_rows(offsets, most_rows)
+    place = place_in_user(offsets, users) + first_rows.index_select(0, users)
+    return RowsBehind(offsets, users, place)
+
+
+def zeros_for(is_old: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """Rows at these places of recent rows, zeros for groups that did not get so deep."""
+    return rows.index_select(0, places).masked_fill(is_old, 0.0)
+
+
+def pages_behind(kv: KVPages, first_rows: Tensor, most_rows: int) -> KVPages:
+    """The K/V of the same rows, as pages of one row."""
+    rows = rows_behind(kv.row_offsets, first_rows, most_rows)
+    page_ids = row_places(kv, rows.users, rows.place)
+    planes = kv.planes.flatten(1, 2).unsqueeze(2)
+    return KVPages(planes, page_ids, rows.offsets, rows.offsets)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchrec_kvshare.attention.reference import (
     reference_attention,
+    reference_bucket,
     reference_silu,
     reference_silu_attention,
 )
@@ -115,11 +116,11 @@ def _candidate_biases(
     for place, row in enumerate(seen):
         bias = torch.zeros_like(time_bias[0])
         if row.time is not None:
-            bias = bias + time_bias[_bucket(request_time - row.time, len(time_bias))]
+            bias = bias + time_bias[reference_bucket(request_time - row.time, len(time_bias))]
         if "position_bias" in encoder:
             position_bias = encoder["position_bias"][layer]
             distance = len(seen) - place  # the newest event is 1 away
-            bias = bias + position_bias[_bucket(distance, len(position_bias))]
+            bias = bias + position_bias[reference_bucket(distance, len(position_bias))]
         biases.append(bias)
     return biases
 
@@ -343,11 +344,3 @@ def _layer_norm(parameters: Mapping[str, Tensor], name: str, vector: Tensor) -> 
 def _gelu(value: float) -> float:
     """The value times the share of a normal distribution below it (arXiv:1606.08415)."""
     return value * (1.0 + math.erf(value / math.sqrt(2.0))) / 2.0
-
-
-def _bucket(amount: int, num_buckets: int) -> int:
-    """0 below one, then one bucket for each doubling; the last has no end."""
-    bucket = 0
-    while bucket < num_buckets - 1 and amount >= 2**bucket:
-        bucket += 1
-    return bucket

@@ -4,17 +4,15 @@ K/V of every layer comes straight from the event's token, so the token is what i
 instead of two for each layer. Keys and values are projected from it when candidates attend.
 """
 
-import torch
 from torch import Tensor
 
-from torchrec_kvshare.attention.shared import Spans
-from torchrec_kvshare.history.encoder import append_rows
-from torchrec_kvshare.history.moments import Moments
+from torchrec_kvshare.attention.operators import Sights, UserRows, flat_rows
+from torchrec_kvshare.history.pages import KVPages, place_in_user, row_places, users_of_rows
 from torchrec_kvshare.history.transformer import TransformerEncoder
 
 
 class TargetOnlyEncoder(TransformerEncoder):
-    """See ``TransformerEncoder``; the tokens say nothing of their place, so the oldest may leave.
+    """See ``TransformerEncoder``; the tokens say nothing of their place or of each other.
 
     Args:
         dim: width E of tokens.
@@ -33,40 +31,31 @@ class TargetOnlyEncoder(TransformerEncoder):
         super().__init__(dim, num_layers, num_heads, dropout, window)
         self.num_planes = 1
 
-    def prefill(self, events: Tensor, event_spans: list[tuple[int, int]]) -> Tensor:
+    def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
         """Events [T, E] as one plane [1, T, H, D]."""
         return events.unflatten(-1, [self.num_heads, -1]).unsqueeze(0)
 
-    def extend(
-        self,
-        cached: Tensor,
-        cached_spans: list[tuple[int, int]],
-        events: Tensor,
-        event_spans: list[tuple[int, int]],
-    ) -> Tensor:
+    def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
         """New events as one plane; what is cached does not matter to them."""
-        return self.prefill(events, event_spans)
+        return self.prefill(events, event_offsets)
 
     def attend(
         self,
         candidates: Tensor,
         entered: Tensor,
-        kv: Tensor,
-        moments: Moments,
-        spans: Spans,
-        body: str,
+        candidate_offsets: Tensor,
+        kv: KVPages,
+        sights: Sights,
+        event_offsets: Tensor,
     ) -> Tensor:
-        """Candidates [C, M, E] through all layers, over events [1, R, H, D]: [C, M, E]."""
+        """Candidates [C, M, E] through all layers, over the events of their users: [C, M, E]."""
         # A page table holds other users' events too: only this batch's are projected.
-        nobody = [(0, 0) for _ in spans.events]
-        events, event_spans = append_rows(kv[0], spans.events, kv[0], nobody)
-        planes: list[Tensor] = []
+        users = users_of_rows(event_offsets, sights.row_times.size(0))
+        places = row_places(kv, users, place_in_user(event_offsets, users))
+        events = kv.planes[0].flatten(0, 1).index_select(0, places).flatten(1)
+        layers: list[UserRows] = []
         for layer in self.layers:
-            key, value = layer.project_kv(events.flatten(1))
-            planes.append(key)
-            planes.append(value)
-        own = Spans(spans.candidates, event_spans)
-        biases = self.time_biases(moments, own)
-        return self.attend_layers(
-            candidates, entered, torch.stack(planes), biases, [own for _ in biases], body
-        )
+            key, value = layer.project_kv(events)
+            layers.append(flat_rows(key, value, event_offsets))
+        seen = [sights for _ in layers]
+        return self.attend_layers(candidates, entered, candidate_offsets, layers, seen)

@@ -7,13 +7,9 @@ fixed. Time since an event is a bias on the candidate's side only.
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchrec_kvshare.attention.shared import Spans
-from torchrec_kvshare.history.encoder import Encoder, check_heads, project_alike
-from torchrec_kvshare.history.moments import (
-    Moments,
-    candidate_biases,
-    doubling_bucket,
-)
+from torchrec_kvshare.attention.operators import Sights, UserRows, candidate_attention
+from torchrec_kvshare.history.encoder import Encoder, Projection, check_heads, project_alike
+from torchrec_kvshare.history.pages import KVPages, layer_rows
 
 # Starting values. With keys projected as queries are, a candidate is most like itself: without a
 # bias towards events its own key would leave them next to nothing, and on Online Retail the history
@@ -42,7 +38,7 @@ class TransformerLayer(nn.Module):
         self.num_heads = num_heads
         self.dim = dim
         self.attention_norm = nn.LayerNorm(dim)
-        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.query_key_value = Projection(dim, 3 * dim)
         self.attention_out = nn.Linear(dim, dim)
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward_in = nn.Linear(dim, 4 * dim)
@@ -61,11 +57,7 @@ class TransformerLayer(nn.Module):
 
     def project_kv(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [R, H, D], of rows [R, E] whose queries nobody needs."""
-        weight, bias = (
-            self.query_key_value.weight[self.dim :],
-            self.query_key_value.bias[self.dim :],
-        )
-        projected = functional.linear(self.attention_norm(rows), weight, bias)
+        projected = self.query_key_value.behind(self.attention_norm(rows), self.dim)
         key, value = projected.unflatten(-1, [2, self.num_heads, -1]).unbind(-3)
         return key, value
 
@@ -102,41 +94,41 @@ class TransformerEncoder(Encoder):
         self,
         candidates: Tensor,
         entered: Tensor,
-        kv: Tensor,
-        moments: Moments,
-        spans: Spans,
-        body: str,
+        candidate_offsets: Tensor,
+        kv: KVPages,
+        sights: Sights,
+        event_offsets: Tensor,
     ) -> Tensor:
-        """Candidates [C, M, E] through all layers, over K/V [planes, R, H, D]: [C, M, E]."""
-        biases = self.time_biases(moments, spans)
-        return self.attend_layers(candidates, entered, kv, biases, [spans for _ in biases], body)
-
-    def time_biases(self, moments: Moments, spans: Spans) -> list[list[Tensor]]:
-        """Each layer's biases by user, from the time since each event."""
-        buckets = [doubling_bucket(elapsed, self.num_time_buckets) for elapsed in moments.elapsed]
-        biases: list[list[Tensor]] = []
-        for depth in range(self.num_layers):
-            by_event = [functional.embedding(bucket, self.time_bias[depth]) for bucket in buckets]
-            biases.append(candidate_biases(by_event, moments, spans))
-        return biases
+        """Candidates [C, M, E] through all layers, over the K/V of their users: [C, M, E]."""
+        layers = [layer_rows(kv, depth) for depth in range(self.num_layers)]
+        seen = [sights for _ in layers]
+        return self.attend_layers(candidates, entered, candidate_offsets, layers, seen)
 
     def attend_layers(
         self,
         candidates: Tensor,
         entered: Tensor,
-        kv: Tensor,
-        biases: list[list[Tensor]],
-        spans: list[Spans],
-        body: str,
+        candidate_offsets: Tensor,
+        layers: list[UserRows],
+        sights: list[Sights],
     ) -> Tensor:
-        """Candidates through all layers, each with its own biases by user and its own spans."""
+        """Candidates through all layers, each over its own rows."""
         rows = candidates
         for depth, layer in enumerate(self.layers):
             projected = entered if depth == 0 else layer.project(rows)
             query, own_key, own_value = layer.heads(projected)
-            key, value = kv[2 * depth], kv[2 * depth + 1]
-            attended = self.attention.shared(
-                query, key, value, own_key, own_value, biases[depth], spans[depth], body
+            time_bias = self.time_bias[depth]
+            attended = candidate_attention(
+                query,
+                own_key,
+                own_value,
+                candidate_offsets,
+                layers[depth],
+                sights[depth],
+                time_bias,
+                time_bias[:0],
+                self.window,
+                "softmax",
             )
             rows = layer.finish(rows, attended)
         return rows

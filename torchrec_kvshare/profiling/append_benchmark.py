@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of
+from torchrec_kvshare.cache.identity import NO_CONTEXT, UNNAMED, PrefixDigests, identity_of
 from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.engine import expand
 from torchrec_kvshare.errors import ConfigError, ParityError
@@ -16,7 +16,8 @@ from torchrec_kvshare.features import (
     collate_tails,
     user_of_candidates,
 )
-from torchrec_kvshare.history.kinds import BIDIRECTIONAL, LONGER
+from torchrec_kvshare.history.kinds import KIND_BY_NAME, LONGER
+from torchrec_kvshare.history.pages import split_users
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record
 from torchrec_kvshare.profiling.timing import interleaved_medians
@@ -58,7 +59,7 @@ def measure_append(plan: Plan, sizes: Sizes) -> list[Record]:
         )
     records: list[Record] = []
     for encoder in plan.encoders:
-        for history in plan.histories if encoder != BIDIRECTIONAL else ():
+        for history in plan.histories if KIND_BY_NAME[encoder].extends else ():
             latency_ms = interleaved_medians(_calls(plan, sizes, encoder, history), plan.repeats)
             case: Case = sizes.case(encoder) | {"history": history, "users": 1}
             records += [
@@ -77,13 +78,13 @@ def _calls(plan: Plan, sizes: Sizes, encoder: str, history: int) -> dict[str, Ca
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         ranker = dlrm_with_history(schema, spec, [sizes.dim, 1])
-    model = RankingModel(fill_zeros(ranker), sizes.body).eval()
+    model = RankingModel(fill_zeros(ranker)).eval()
     [tower] = model.collection.towers()
     cache = make_cache(tower, history, 1, sizes.page_size)
     [request] = draw_requests(schema, plan.candidates[:1], user=0, seed=plan.seed)
     events = request.events_by_history[HISTORY]
     prefill = partial(model.prefill, collate_history([request], schema).sparse_features)
-    [kv] = prefill()
+    [kv] = split_users(prefill()[0], model.num_rows([events.num_events]))
     before = events.num_events - NUM_APPENDED
     [(kept_events, kept_rows)] = model.reusable([before], [before], [events.num_events])
     new = events.part(kept_events, events.num_events)
@@ -91,11 +92,12 @@ def _calls(plan: Plan, sizes: Sizes, encoder: str, history: int) -> dict[str, Ca
     extend = partial(
         model.extend, tails.sparse_features, [kv[:, :kept_rows]], [torch.tensor([kept_rows])]
     )
-    difference = float((extend()[0] - kv[:, kept_rows:]).abs().max())
+    expected = kv[:, kept_rows:]
+    difference = float((extend()[0][:, : expected.size(1)] - expected).abs().max())
     if not difference <= LOGIT_TOLERANCE:
         raise ParityError(f"K/V of {encoder} extended differs by {difference} from a prefill's")
 
-    identity = identity_of(encoder, NO_CONTEXT, HISTORY, sizes.page_size)
+    identity = identity_of(UNNAMED, NO_CONTEXT, HISTORY, sizes.page_size)
 
     def digests() -> PrefixDigests:
         return PrefixDigests(events, schema, identity)

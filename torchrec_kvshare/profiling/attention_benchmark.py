@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
+from torchrec_kvshare.attention.operators import Sights
 from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
+from torchrec_kvshare.history.pages import flat_pages, offsets_of, split_users
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.profiling.attention_paths import (
     compiled_flex,
@@ -54,6 +55,8 @@ RAGGED_USERS = (
     *((800, 250), (1000, 120), (1500, 30), (2000, 400)),
 )
 
+NOW = 1_700_000_000  # Unix seconds
+
 Call = Callable[[], Tensor]
 
 
@@ -66,6 +69,23 @@ class _Tokens:
     elapsed: list[Tensor]
     lengths: list[int]
     counts: list[int]
+
+    @property
+    def event_offsets(self) -> Tensor:
+        """Offsets [B + 1] in events."""
+        return offsets_of(torch.tensor(self.lengths))
+
+    @property
+    def candidate_offsets(self) -> Tensor:
+        """Offsets [B + 1] in candidates."""
+        return offsets_of(torch.tensor(self.counts))
+
+    @property
+    def sights(self) -> Sights:
+        """All candidates look when the last event of all may have been, and see all."""
+        counts = torch.tensor(self.counts)
+        visible = torch.tensor(self.lengths).repeat_interleave(counts)
+        return Sights(NOW - torch.cat(self.elapsed), torch.full_like(visible, NOW), visible)
 
 
 @torch.no_grad()
@@ -103,12 +123,12 @@ def measure_attention(plan: Plan, sizes: Sizes) -> list[Record]:
 
 def _encoder_records(plan: Plan, sizes: Sizes, encoder: str, history: int) -> Iterator[Record]:
     spec = sizes.spec(encoder, history)
-    tower = make_tower(spec, history, sizes.body, plan.seed)
+    tower = make_tower(spec, history, plan.seed)
     for count in plan.candidates:
         tokens = draw_tokens(spec, [history], [count], plan.seed)
-        kv = tower.prefill(tokens.events, lengths_to_spans(tokens.lengths))
+        kv = tower.prefill(tokens.events, tokens.event_offsets)
         calls: dict[str, Call] = {
-            PREFILL: partial(tower.prefill, tokens.events, lengths_to_spans(tokens.lengths)),
+            PREFILL: partial(tower.prefill, tokens.events, tokens.event_offsets),
             ATTEND: partial(attend, tower, tokens, kv),
             SHARED: partial(shared, tower, tokens),
         }
@@ -153,12 +173,13 @@ def _ragged_records(plan: Plan, sizes: Sizes, encoder: str) -> Iterator[Record]:
     """Attend of eight unequal users in one batch, and of the same users one at a time."""
     longest = max(length for length, _ in RAGGED_USERS)
     spec = sizes.spec(encoder, longest)
-    tower = make_tower(spec, longest, sizes.body, plan.seed)
+    tower = make_tower(spec, longest, plan.seed)
     calls: dict[str, Call] = {}
     alone = []
     for place, (length, count) in enumerate(RAGGED_USERS):
         tokens = draw_tokens(spec, [length], [count], plan.seed + place)
-        kv = tower.prefill(tokens.events, lengths_to_spans([length]))
+        planes = tower.prefill(tokens.events, tokens.event_offsets)
+        [kv] = split_users(planes, [tower.encoder.num_rows(length)])
         calls[f"{ALONE} {place}"] = partial(attend, tower, tokens, kv)
         alone.append((tokens, kv))
     together = _Tokens(
@@ -183,13 +204,11 @@ def _ragged_records(plan: Plan, sizes: Sizes, encoder: str) -> Iterator[Record]:
     yield Record(ATTENTION, case, "time_over_alone", latency_ms[RAGGED] / sum_ms, "x")
 
 
-def make_tower(spec: TowerSpec, history: int, body: str, seed: int) -> HistoryTower:
+def make_tower(spec: TowerSpec, history: int, seed: int) -> HistoryTower:
     """A tower whose weights are drawn, none of them left at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = fill_zeros(HistoryTower(spec, history, spec.merge))
-    tower.use_body(body)
-    return tower
+        return fill_zeros(HistoryTower(spec, history, spec.merge))
 
 
 def draw_tokens(spec: TowerSpec, lengths: list[int], counts: list[int], seed: int) -> _Tokens:
@@ -208,14 +227,16 @@ def draw_tokens(spec: TowerSpec, lengths: list[int], counts: list[int], seed: in
 
 def attend(tower: HistoryTower, tokens: _Tokens, kv: Tensor) -> Tensor:
     """Candidates over K/V that is there: what a hit costs."""
-    spans = Spans(lengths_to_spans(tokens.counts), tower.row_spans(tokens.lengths))
     rows, entered = tower.enter(tokens.candidates)
-    return tower.attend(rows, entered, kv, tokens.elapsed, spans)
+    pages = flat_pages(kv, tower.encoder.row_offsets(tokens.event_offsets))
+    return tower.attend(
+        rows, entered, tokens.candidate_offsets, pages, tokens.sights, tokens.event_offsets
+    )
 
 
 def shared(tower: HistoryTower, tokens: _Tokens) -> Tensor:
     """Prefill, then attend: what a miss costs."""
-    kv = tower.prefill(tokens.events, lengths_to_spans(tokens.lengths))
+    kv = tower.prefill(tokens.events, tokens.event_offsets)
     return attend(tower, tokens, kv)
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from torchrec_kvshare.attention.shared import lengths_to_spans
+from torchrec_kvshare.attention.plain import doubling_bucket
 from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
-from torchrec_kvshare.history.moments import doubling_bucket
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.history.transformer import TransformerLayer
 
@@ -36,7 +35,7 @@ def repeat_kv(tower: HistoryTower, events: Tensor, candidates: Tensor, elapsed: 
         candidates: [N, E] candidate tokens.
         elapsed: [L] int64 seconds from each event to the request.
     """
-    kv = tower.prefill(events, lengths_to_spans([events.size(0)]))
+    kv = tower.prefill(events, torch.tensor([0, events.size(0)]))
     biases = event_biases(tower, elapsed)
     parts = candidates.split(REPEATED_AT_A_TIME)
     return torch.cat([_repeat_kv(tower, kv, biases, part) for part in parts])

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of
+from torchrec_kvshare.cache.identity import NO_CONTEXT, UNNAMED, PrefixDigests, identity_of
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.engine import expand
 from torchrec_kvshare.errors import ParityError
@@ -25,6 +25,7 @@ from torchrec_kvshare.features import (
     user_of_candidates,
 )
 from torchrec_kvshare.history.kinds import CAUSAL
+from torchrec_kvshare.history.pages import split_users
 from torchrec_kvshare.profiling.memory import peak_allocated_bytes
 from torchrec_kvshare.profiling.merged import MergedEmbeddingBagCollection, share_weights
 from torchrec_kvshare.profiling.plan import Plan, Sizes
@@ -68,7 +69,7 @@ class Paths:
     def __init__(self, schema: FeatureSchema, ranker: nn.Module, sizes: Sizes) -> None:
         self.schema = schema
         self.ranker = ranker
-        self.model = RankingModel(ranker, sizes.body).eval()
+        self.model = RankingModel(ranker).eval()
         [tower] = self.model.collection.towers()
         longest = schema.histories[0].window.max_history
         self.cache = make_cache(tower, longest, num_users=1, page_size=sizes.page_size)
@@ -82,13 +83,14 @@ class Paths:
     def digests(self, request: Request) -> PrefixDigests:
         """The identity of the request's history."""
         events = request.events_by_history[HISTORY]
-        identity = identity_of("benchmark", NO_CONTEXT, HISTORY, self.cache.pool.page_size)
+        identity = identity_of(UNNAMED, NO_CONTEXT, HISTORY, self.cache.pool.page_size)
         return PrefixDigests(events, self.schema, identity)
 
     @torch.no_grad()
     def put(self, request: Request) -> None:
         """Put the K/V of the request's history into the cache."""
-        [kv] = self.model.prefill(collate_history([request], self.schema).sparse_features)
+        [planes] = self.model.prefill(collate_history([request], self.schema).sparse_features)
+        [kv] = split_users(planes, self.model.num_rows([request.num_events]))
         entry = self.cache.put(request.user_id, self.digests(request).content, kv)
         assert entry is not None  # The cache was made for this history.
         self.cache.release(entry)

@@ -25,7 +25,7 @@ from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.export.artifact import add_measured
 from torchrec_kvshare.export.exporter import load_artifact
-from torchrec_kvshare.features import Request, collate_history, parse_request
+from torchrec_kvshare.features import Request, parse_request
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record
 
@@ -80,10 +80,10 @@ def measure_codec(plan: Plan, sizes: Sizes) -> list[Record]:
         RecordError: if a codec cannot write the model's K/V.
     """
     artifact_folder, data, num_candidates = _needed(plan)
-    artifact = load_artifact(artifact_folder)
+    artifact = load_artifact(artifact_folder, plan.artifact_key)
     dataset = build_dataset(load_log(data), artifact.schema.histories)
     check_known(artifact.schema, dataset, data.name)
-    engine = Engine(artifact.model, artifact.schema, artifact.manifest.model_version, store=None)
+    engine = Engine(artifact.model, artifact.schema, None, version=artifact.manifest.version)
     effects_by_codec: dict[str, list[Effect]] = {name: [] for name in CODECS}
     for raw, target in make_targeted_requests(dataset, plan.requests, num_candidates, plan.seed):
         request = parse_request(raw, artifact.schema)
@@ -101,6 +101,7 @@ def measure_codec(plan: Plan, sizes: Sizes) -> list[Record]:
     measured = {"candidates": num_candidates, "requests": len(exact)}
     add_measured(
         artifact_folder,
+        plan.artifact_key,
         codecs={name: figures | measured for name, figures in figures_by_codec.items()},
     )
 
@@ -245,14 +246,13 @@ def _effects(engine: Engine, request: Request, target: int, block: int) -> dict[
 
 def _records(engine: Engine, request: Request, block: int) -> list[KVRecord]:
     """Each history's K/V, as an engine hands it to its tiers."""
-    features = collate_history([request], engine.schema).sparse_features
     records = []
-    kv_by_history = engine.model.prefill(features)
-    for history, kv in zip(engine.schema.histories, kv_by_history, strict=True):
-        identity = identity_of(engine.model_version, NO_CONTEXT, history.name, block)
+    kv_by_history = engine.encode(request).kv_by_history
+    for place, history in enumerate(engine.schema.histories):
+        identity = identity_of(engine.version, NO_CONTEXT, history.name, block)
         events = request.events_by_history[history.name]
         content = PrefixDigests(events, engine.schema, identity).content
-        records.append(KVRecord(content, float(request.time), kv))
+        records.append(KVRecord(content, float(request.time), kv_by_history[place]))
     return records
 
 

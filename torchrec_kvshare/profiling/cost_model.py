@@ -78,8 +78,8 @@ def attend_cost(spec: TowerSpec, num_events: int, num_candidates: int) -> Cost:
         flop += 4 * dim * rows * (seen + spec.num_tokens)
         exponentials += spec.num_heads * rows * (seen + spec.num_tokens)
         if spec.kind == TARGET_ONLY:
-            flop += 4 * dim * dim * seen
-            kv = seen * dim  # the same plane for all layers
+            flop += 4 * dim * dim * num_events
+            kv = num_events * dim  # the same plane for all layers
         else:
             kv += 2 * seen * dim
     weights = spec.num_layers * _row_flop(spec) / 2

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from torchrec_kvshare.cache.codecs import get_codec
+from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.policies import LruPolicy
 from torchrec_kvshare.cache.remote import RemoteTier
@@ -42,7 +43,6 @@ NUM_ON_DEVICE = 16  # users whose K/V the device has room for; as many more are 
 DEADLINE_S = 0.05
 TURN_S = 2.0  # of one state, before the next
 TTL_S = 3600.0  # longer than any run
-VERSION = f"{'0' * 16}-{'0' * 16}"  # of a model that was only drawn
 # Two float32 paths to the same probability, as the suite has it.
 TOLERANCE = 2e-6
 
@@ -76,7 +76,6 @@ def _measure(history: int, plan: Plan, sizes: Sizes) -> list[Record]:
     schema = make_schema(history, num_users=NUM_USERS)
     model = RankingModel(
         fill_zeros(dlrm_with_history(schema, sizes.spec(history=history), [sizes.dim, 1])),
-        sizes.body,
     ).eval()
     [tower] = model.collection.towers()
     program = script_model(model)
@@ -88,7 +87,7 @@ def _measure(history: int, plan: Plan, sizes: Sizes) -> list[Record]:
     expected = [
         answer
         for request in requests
-        for answer in Engine(program, schema, VERSION, None).rank([request])
+        for answer in Engine(program, schema, None, version=UNNAMED).rank([request])
     ]
     with TemporaryDirectory() as folder, redis_server(Path(folder)) as server:
         if server is None:
@@ -99,7 +98,7 @@ def _measure(history: int, plan: Plan, sizes: Sizes) -> list[Record]:
         pool = make_cache(tower, history, 2 * NUM_ON_DEVICE, sizes.page_size).pool
         at_rest = LruPolicy(pool.capacity_bytes // 2)
         cache = KVCache(pool, policy=at_rest, metrics=stack.metrics)
-        engine = Engine(program, schema, VERSION, KVStore([cache], stack))
+        engine = Engine(program, schema, KVStore([cache], stack), version=UNNAMED)
         turns = _take_turns(engine, requests, expected, server, plan.repeats)
         engine.close()
     case = sizes.case("causal") | {"history": history, "candidates": num_candidates}

@@ -51,7 +51,7 @@ def measure_host(plan: Plan, sizes: Sizes) -> list[Record]:
         for history in plan.long_histories:
             folder = Path(name) / str(history)
             schema = make_schema(history, num_users=plan.repeats)
-            model = RankingModel(make_dlrm(schema, sizes, plan.seed), sizes.body).eval()
+            model = RankingModel(make_dlrm(schema, sizes, plan.seed)).eval()
             export_model(model, schema, folder)
             for num_candidates in plan.candidates:
                 raws = [

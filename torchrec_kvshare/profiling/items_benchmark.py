@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.engine import Engine
@@ -65,7 +66,7 @@ def _engines(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         ranker = dlrm_with_history(schema, sizes.spec(encoder, history), [sizes.dim, 1])
-    model = RankingModel(fill_zeros(ranker), sizes.body).eval()
+    model = RankingModel(fill_zeros(ranker)).eval()
     [tower] = model.collection.towers()
     items_by_path = {WITHOUT_ITEMS: None, WITH_ITEMS: ItemCache(NUM_ITEMS, schema)}
 
@@ -73,7 +74,7 @@ def _engines(
         return KVStore([make_cache(tower, history, 1, sizes.page_size)])
 
     engines = {
-        path: Engine(model, schema, path, new_store(), items)
+        path: Engine(model, schema, new_store(), items, UNNAMED)
         for path, items in items_by_path.items()
     }
     return engines, draw_requests(schema, plan.candidates, user=0, seed=plan.seed)

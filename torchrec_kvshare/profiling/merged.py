@@ -15,16 +15,19 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from torchrec_kvshare.attention.shared import Spans, lengths_to_spans
+from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.attention.plain import doubling_bucket
 from torchrec_kvshare.collection import HistoryPooling, KVShareEmbeddingBagCollection
-from torchrec_kvshare.data.schema import REQUEST_TIME, USER
+from torchrec_kvshare.data.schema import REQUEST_HISTORY, REQUEST_TIME, USER
 from torchrec_kvshare.history.causal import CausalEncoder
 from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
-from torchrec_kvshare.history.moments import doubling_bucket
+from torchrec_kvshare.history.pages import flat_pages
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.history.transformer import TransformerLayer
 
 Ranker = TypeVar("Ranker", bound=nn.Module)
+
+NOW = 1_700_000_000  # Unix seconds
 
 
 class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -50,23 +53,23 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             [C, features x E], the pooled history last.
         """
         jagged_by_key = features.to_dict()
-        pooled_bags = self.collection.bags(features)
+        pooled_bags = self.collection.bags(features).to_dict()
         keys, inverse_indices = features.inverse_indices()
         candidate_request = inverse_indices[keys.index(USER)]
         counts = torch.bincount(candidate_request, minlength=jagged_by_key[USER].lengths().numel())
-        history = self.pool_history(features, jagged_by_key, lengths_to_spans(counts.tolist()))
+        history = self.pool_history(features, jagged_by_key, counts)
         names = [name for config in self.embedding_bag_configs() for name in config.feature_names]
         return KeyedTensor(
             keys=names,
             length_per_key=[history.size(1)] * len(names),
-            values=torch.cat([pooled_bags.values(), history], dim=1),
+            values=torch.cat([*(pooled_bags[key] for key in names[:-1]), history], dim=1),
         )
 
     def pool_history(
         self,
         features: KeyedJaggedTensor,
         jagged_by_key: dict[str, JaggedTensor],
-        candidate_spans: list[tuple[int, int]],
+        counts: Tensor,
     ) -> Tensor:
         """One vector per candidate, each from a sequence of its own: [C, E]."""
         [pooling] = self.collection.poolings
@@ -75,16 +78,18 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         # The tokens are made once for all rows, which is more than such a baseline would get.
         events = pooling.event_tokens(embedded, jagged_by_key)
         candidates = self.collection.candidate_tokens(embedded, jagged_by_key)
-        event_spans = lengths_to_spans(pooling.event_lengths(jagged_by_key))
-        times = jagged_by_key[pooling.time_key].values()
-        rows = pooling.history_of_requests(jagged_by_key, len(event_spans))
+        lengths = jagged_by_key[pooling.time_key].lengths().tolist()
+        events_of = events.split(lengths)
+        times_of = jagged_by_key[pooling.time_key].values().split(lengths)
+        rows = list(range(len(counts)))
+        if REQUEST_HISTORY in jagged_by_key:
+            rows = jagged_by_key[REQUEST_HISTORY].values().tolist()
         pooled = []
-        for request, (first, last) in enumerate(candidate_spans):
-            seen = slice(*event_spans[rows[request]])
-            elapsed = jagged_by_key[REQUEST_TIME].values()[request] - times[seen]
-            chosen = candidates[first:last]
+        for request, chosen in enumerate(candidates.split(counts.tolist())):
+            elapsed = jagged_by_key[REQUEST_TIME].values()[request] - times_of[rows[request]]
+            own_events = events_of[rows[request]]
             pooled.append(
-                pool_without_sharing(pooling.tower, events[seen], elapsed, chosen, self.chunk_rows)
+                pool_without_sharing(pooling.tower, own_events, elapsed, chosen, self.chunk_rows)
             )
         return torch.cat(pooled)
 
@@ -116,17 +121,24 @@ def pool_without_sharing(
 
 
 def _is_plain_causal(tower: HistoryTower) -> bool:
-    return isinstance(tower.encoder, CausalEncoder) and not tower.window and tower.num_tokens == 1
+    return (
+        isinstance(tower.encoder, CausalEncoder) and not tower.spec.window and tower.num_tokens == 1
+    )
 
 
 def _pool_alone(tower: HistoryTower, events: Tensor, elapsed: Tensor, candidates: Tensor) -> Tensor:
     """One user's candidates [N, M, E], each a user of its own: [N, E]."""
     num_candidates, num_events = candidates.size(0), events.size(0)
-    lengths = [num_events] * num_candidates
-    kv = tower.prefill(events.repeat(num_candidates, 1), lengths_to_spans(lengths))
-    spans = Spans(lengths_to_spans([1] * num_candidates), tower.row_spans(lengths))
+    event_offsets = torch.arange(num_candidates + 1) * num_events
+    planes = tower.prefill(events.repeat(num_candidates, 1), event_offsets)
+    kv = flat_pages(planes, tower.encoder.row_offsets(event_offsets))
+    now = torch.full([num_candidates], NOW)
+    sights = Sights(
+        (NOW - elapsed).repeat(num_candidates), now, torch.full([num_candidates], num_events)
+    )
     rows, entered = tower.enter(candidates)
-    return tower.attend(rows, entered, kv, [elapsed] * num_candidates, spans)
+    users = torch.arange(num_candidates + 1)
+    return tower.attend(rows, entered, users, kv, sights, event_offsets)
 
 
 def _pool_causal(

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchrec_kvshare.attention.bodies import FLASH
 from torchrec_kvshare.config import DataConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
@@ -32,6 +31,7 @@ class Plan:
         run: likewise, before it was exported.
         data: what its requests are made of.
         requests: how many, where a scenario makes them of data.
+        artifact_key: that the artifact must be signed with.
     """
 
     histories: Sequence[int]
@@ -46,6 +46,7 @@ class Plan:
     run: Path | None = None
     data: DataConfig | None = None
     requests: int = 500
+    artifact_key: bytes | None = None
 
     def __post_init__(self) -> None:
         if self.repeats < MIN_REPEATS:
@@ -69,7 +70,6 @@ class Sizes:
         num_heads: heads of each layer.
         page_size: rows per page of K/V.
         num_tokens: M, tokens of one candidate.
-        body: how attention is computed, as ``choose_body`` gave it.
     """
 
     dim: int
@@ -77,7 +77,6 @@ class Sizes:
     num_heads: int
     page_size: int
     num_tokens: int = 1
-    body: str = FLASH
 
     def spec(self, encoder: str = CAUSAL, history: int = 0) -> TowerSpec:
         """A tower of these sizes for histories of so many events."""
@@ -100,5 +99,4 @@ class Sizes:
             "heads": self.num_heads,
             "layers": self.num_layers,
             "tokens": self.num_tokens,
-            "body": self.body,
         }

@@ -1,6 +1,7 @@
 """The one format of every benchmark's results, and the same figures for TensorBoard."""
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -63,10 +64,10 @@ def write_results(folder: Path, records: Sequence[Record], command: str, seed: i
         "cpu": cpu_name(),
         "command": command,
         "seed": seed,
-        "records": [asdict(record) for record in records],
+        "records": [asdict(record) | {"value": _finite(record.value)} for record in records],
     }
     path = folder / RESULTS_FILE
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -115,6 +116,10 @@ def figures_table(records: Sequence[Record]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _figure(value: float | None) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
+from torchrec_kvshare.deterministic import compute_rows_alone
 from torchrec_kvshare.engine import RankingFunctions, expand
 from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.export.exporter import RUNTIMES
@@ -33,7 +34,7 @@ from torchrec_kvshare.profiling.workload import draw_requests, fill_zeros, make_
 from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
 
 RUNTIMES_SCENARIO = "runtimes"
-EAGER = "eager"
+EAGER, DETERMINISTIC = "eager", "eager, deterministic"
 PREFILL, SCORE = "prefill", "score"
 WARM_CALLS = 3  # TorchScript rewrites a program after its first calls.
 
@@ -62,8 +63,11 @@ def measure_runtimes(plan: Plan, sizes: Sizes) -> list[Record]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
             ranker = dlrm_with_history(schema, spec, [sizes.dim, 1])
-        eager = RankingModel(fill_zeros(ranker), sizes.body).eval()
-        models: dict[str, RankingFunctions] = {EAGER: eager}
+        eager = RankingModel(fill_zeros(ranker)).eval()
+        models: dict[str, RankingFunctions] = {
+            EAGER: eager,
+            DETERMINISTIC: compute_rows_alone(eager),
+        }
         case: Case = sizes.case(encoder)
         for runtime in RUNTIMES:
             models[runtime], costs = _exported(runtime, eager, schema)

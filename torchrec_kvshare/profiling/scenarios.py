@@ -9,6 +9,7 @@ from torchrec_kvshare.profiling.benchmarks import (
     measure_memory,
     measure_queue_length,
 )
+from torchrec_kvshare.profiling.catalogue_benchmark import CATALOGUE, measure_catalogue
 from torchrec_kvshare.profiling.codec_benchmark import CODEC, measure_codec
 from torchrec_kvshare.profiling.faults_benchmark import FAULTS, measure_faults
 from torchrec_kvshare.profiling.host_benchmark import HOST, measure_host
@@ -29,6 +30,7 @@ MEASURE_BY_SCENARIO = {
     ATTENTION: measure_attention,
     THROUGHPUT_DROP: measure_throughput_drop,
     TRAINING: measure_training,
+    CATALOGUE: measure_catalogue,
     ITEMS: measure_items,
     APPEND: measure_append,
     CODEC: measure_codec,

@@ -33,6 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_kvshare.assembly import MEMORY, OFF
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import HIT
+from torchrec_kvshare.commands.layout import process_command
 from torchrec_kvshare.config import ServeConfig, ServerConfig
 from torchrec_kvshare.data.schema import USER, FeatureSchema
 from torchrec_kvshare.draw import draw_raw_request
@@ -256,7 +257,7 @@ def serve_commands(artifact: Path, user_bytes: int, page_size: int) -> dict[Setu
     shared = [f"artifact={artifact}", f"threads={torch.get_num_threads()}", *ports]
     # What a server is late with is seen in its latencies; cut off, it would count as a failure.
     shared.append(f"server.timeout_ms={CALL_TIMEOUT_S * 1e3}")
-    start = [sys.executable, "-m", "pipelines.serve", *shared]
+    start = [*process_command("serve"), *shared]
     commands = {Setup(UNCACHED): [*start, f"cache={OFF}"]}
     for percent in CAPACITY_PERCENTS:
         num_at_rest = ceil(NUM_USERS * percent / 100)
@@ -520,12 +521,11 @@ class MergedModel(RankingModel):
 
     Args:
         model: as ``RankingModel`` takes it, with one history.
-        body: likewise.
         chunk_rows: rows that are computed at once.
     """
 
-    def __init__(self, model: nn.Module, body: str, chunk_rows: int) -> None:
-        super().__init__(model, body)
+    def __init__(self, model: nn.Module, chunk_rows: int) -> None:
+        super().__init__(model)
         merged = MergedEmbeddingBagCollection(self.collection, chunk_rows)
         self.merged = share_weights(model, self.collection, merged)
 
@@ -553,8 +553,8 @@ class MergedLoader:
         """An engine with the artifact's columns and version."""
         manifest, schema = read_artifact(folder)
         ranker = make_dlrm(schema, self._sizes, self._seed)
-        model = MergedModel(ranker, self._sizes.body, self._chunk_rows).eval()
-        return Engine(model, schema, manifest.model_version, None)
+        model = MergedModel(ranker, self._chunk_rows).eval()
+        return Engine(model, schema, None, version=manifest.version)
 
     def close(self) -> None:
         """There is nothing to let go of."""

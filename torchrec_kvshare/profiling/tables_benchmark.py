@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.config import DataConfig
 from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.load import load_log
@@ -68,13 +69,13 @@ def measure_tables(plan: Plan, sizes: Sizes) -> list[Record]:
     """
     run, data, num_candidates = _needed(plan)
     ranker, schema = load_trained(run)
-    model = RankingModel(ranker, sizes.body).eval()
+    model = RankingModel(ranker).eval()
     dataset = build_dataset(load_log(data), schema.histories)
     check_known(schema, dataset, data.name)
     rated_by_dtype = {}
     for dtype in TABLE_DTYPES:
         quantised = quantise_tables(model, dtype)
-        engine = Engine(quantised, schema, dtype, store=None)
+        engine = Engine(quantised, schema, None, version=UNNAMED)
         rated_by_dtype[dtype] = Rated(engine, table_bytes(quantised))
     effects_by_dtype: dict[str, list[Effect]] = {dtype: [] for dtype in TABLE_DTYPES}
     for raw, target in make_targeted_requests(dataset, plan.requests, num_candidates, plan.seed):

@@ -27,6 +27,7 @@ from torchrec_kvshare.data.schema import (
     History,
     Vocabulary,
     Window,
+    context_key,
 )
 from torchrec_kvshare.features import Request, collate_candidates
 from torchrec_kvshare.history.kinds import CAUSAL, LONGER
@@ -127,7 +128,7 @@ def mlperf_schema(history: int) -> FeatureSchema:
     context = tuple(f"context_{place}" for place in range(NUM_SPARSE - 2))
     vocabulary = Vocabulary([str(i) for i in range(NUM_IDS)])
     return FeatureSchema(
-        dict.fromkeys((USER, ITEM, *context), vocabulary),
+        dict.fromkeys((USER, ITEM, *map(context_key, context)), vocabulary),
         context=context,
         has_action=False,
         item_attributes=(),

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from torchrec_kvshare.cache.codecs import CHANNELS, ROW_BLOCK, Codec, get_codec
 from torchrec_kvshare.cache.disk import MIN_CAPACITY_BYTES, DiskTier
-from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of, text_digest
+from torchrec_kvshare.cache.identity import (
+    NO_CONTEXT,
+    UNNAMED,
+    ModelVersion,
+    PrefixDigests,
+    identity_of,
+    text_digest,
+)
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LruPolicy
@@ -39,6 +46,7 @@ from torchrec_kvshare.export.artifact import add_measured
 from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.features import collate_history, parse_request
 from torchrec_kvshare.history.kinds import LONGER, TowerSpec
+from torchrec_kvshare.history.pages import split_users
 from torchrec_kvshare.profiling.plan import MERGE, Plan, Sizes
 from torchrec_kvshare.profiling.redis_server import redis_server
 from torchrec_kvshare.profiling.results import Case, Record
@@ -60,7 +68,6 @@ NUM_WARM_UP = 3  # prefills: TorchScript rewrites a program in its first calls
 # a value on disk is at most a 512th of the budget.
 NUM_VALUES = 1024
 ON_DEVICE = "fetched"  # whose K/V is replaced by every fetch
-NO_VERSION = f"{'0' * 16}-{'0' * 16}"  # of a model that was only drawn
 
 REDIS_TIMEOUT_S = 15.0  # until it answers: the machine may be busy
 
@@ -72,14 +79,14 @@ class Subject:
     Attributes:
         model: what it computes.
         schema: its columns.
-        version: ``<model>-<tables>``.
+        version: of the model.
         case: its sizes, as they stand in records.
         lengths: of the histories, in events.
     """
 
     model: RankingFunctions
     schema: FeatureSchema
-    version: str
+    version: ModelVersion
     case: Case
     lengths: Sequence[int]
 
@@ -203,7 +210,7 @@ def measure_tiers(plan: Plan, sizes: Sizes) -> list[Record]:
             for record in records
             if record.metric == BREAK_EVEN and record.case["codec"] == FLOAT32
         }
-        add_measured(plan.artifact, break_even_events=least_by_tier)
+        add_measured(plan.artifact, plan.artifact_key, break_even_events=least_by_tier)
     return records
 
 
@@ -261,12 +268,12 @@ def _drawn(plan: Plan, sizes: Sizes, encoder: str) -> Subject:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         ranker = dlrm_with_history(schema, sizes.spec(encoder, longest), [sizes.dim, 1])
-    model = RankingModel(fill_zeros(ranker), sizes.body).eval()
-    return Subject(model, schema, NO_VERSION, sizes.case(encoder), _lengths(wanted, longest))
+    model = RankingModel(fill_zeros(ranker)).eval()
+    return Subject(model, schema, UNNAMED, sizes.case(encoder), _lengths(wanted, longest))
 
 
 def _exported(plan: Plan, folder: Path, sizes: Sizes) -> Subject:
-    artifact = load_artifact(folder)
+    artifact = load_artifact(folder, plan.artifact_key)
     longest = max(history.window.max_history for history in artifact.schema.histories)
     wanted = [*plan.histories, *plan.long_histories]
     if beyond := [length for length in wanted if length > longest]:
@@ -278,12 +285,11 @@ def _exported(plan: Plan, folder: Path, sizes: Sizes) -> Subject:
         spec.num_heads,
         sizes.page_size,
         spec.num_tokens,
-        artifact.manifest.body,
     )
     return Subject(
         artifact.model,
         artifact.schema,
-        artifact.manifest.model_version,
+        artifact.manifest.version,
         of_artifact.case(spec.kind),
         _lengths(wanted, longest),
     )
@@ -307,15 +313,18 @@ def _encoded(subject: Subject, length: int, page_size: int, seed: int) -> Encode
     prefill = partial(subject.model.prefill, features)
     for _ in range(NUM_WARM_UP):
         kv_by_history = prefill()
+    num_events = [request.events_by_history[h.name].num_events for h in schema.histories]
+    rows = subject.model.num_rows(num_events)
     records = []
-    for history, kv in zip(schema.histories, kv_by_history, strict=True):
+    for history, planes, num_rows in zip(schema.histories, kv_by_history, rows, strict=True):
+        [kv] = split_users(planes, [num_rows])
         identity = identity_of(subject.version, NO_CONTEXT, history.name, page_size)
         events = request.events_by_history[history.name]
         if events.num_events:
             content = PrefixDigests(events, schema, identity).content
             records.append(KVRecord(content, time.time(), kv))
-    num_events = max((record.content.num_events for record in records), default=0)
-    return EncodedUser(text_digest(f"{length} events"), num_events, prefill, records)
+    longest = max((record.content.num_events for record in records), default=0)
+    return EncodedUser(text_digest(f"{length} events"), longest, prefill, records)
 
 
 # --- measuring

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of
+from torchrec_kvshare.cache.identity import NO_CONTEXT, UNNAMED, PrefixDigests, identity_of
 from torchrec_kvshare.cache.kv_cache import CONTENT, DEVICE, USER, KVCache, Lookup, Rules
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LRU, TINY_LFU, Policy, new_policy
@@ -39,6 +39,7 @@ from torchrec_kvshare.data.schema import (
     FeatureSchema,
     History,
     Window,
+    item_key,
 )
 from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.engine import Engine
@@ -276,11 +277,12 @@ def _drawn_events(
     """The window of a user's first events; a longer history begins as the shorter ones do."""
     start = window.start(num_events)
     numbers = rng.integers(2**31, size=num_events)[start:]
-    rows = {
-        column: NUM_RESERVED_ROWS + numbers % (schema.num_rows(column) - NUM_RESERVED_ROWS)
-        for column in (*schema.event_columns, *schema.item_attributes)
-    }
-    bags = {column: single(torch.from_numpy(rows.pop(column))) for column in schema.item_attributes}
+
+    def drawn(key: str) -> Ints:
+        return NUM_RESERVED_ROWS + numbers % (schema.num_rows(key) - NUM_RESERVED_ROWS)
+
+    rows = {column: drawn(column) for column in schema.event_columns}
+    bags = {c: single(torch.from_numpy(drawn(item_key(c)))) for c in schema.item_attributes}
     places = np.arange(start, num_events)
     rows[TIME] = ZIPF_START - FIRST_EVENT_S + SECONDS_PER_EVENT * places
     return Events(_tensors(rows), bags, start)
@@ -321,7 +323,7 @@ class Replay:
         self.row_bytes = row_bytes
         [history] = trace.schema.histories
         self._max_history = history.window.max_history
-        identity = identity_of(CACHE_TRACE, NO_CONTEXT, history.name, page_size)
+        identity = identity_of(UNNAMED, NO_CONTEXT, history.name, page_size)
         digests_by_events: dict[int, PrefixDigests] = {}
         self._digests = []
         pages_by_user: dict[str, int] = {}
@@ -384,13 +386,12 @@ class Replay:
         return {"hit_rate": num_hits / len(self._digests)}
 
     @torch.no_grad()
-    def stages_ms(self, setting: Setting, model: nn.Module, body: str) -> Figures:
+    def stages_ms(self, setting: Setting, model: nn.Module) -> Figures:
         """Rank the trace with an engine.
 
         Args:
             setting: of its cache; the policy must be one that does not draw.
             model: a ranking model of the trace's columns, whose history is causal.
-            body: of attention.
 
         Returns:
             Median milliseconds of a look-up, digests included; of encoding, whole or the rest,
@@ -401,11 +402,11 @@ class Replay:
         """
         stages = _Stages()
         clock = _Clock()
-        timed = _TimedModel(model, body, stages).eval()
+        timed = _TimedModel(model, stages).eval()
         [tower] = timed.collection.towers()
         cache = _TimedCache(stages, *self._parts(setting, tower.kv_shape), clock)
         store = KVStore([cache])
-        engine = Engine(timed, self.trace.schema, CACHE_TRACE, store)
+        engine = Engine(timed, self.trace.schema, store, version=UNNAMED)
         for request in self.trace.requests:
             clock.now = float(request.time)
             engine.rank([request])
@@ -494,8 +495,8 @@ class _TimedCache(KVCache):
 class _TimedModel(RankingModel):
     """A model whose encoding and scoring are timed."""
 
-    def __init__(self, model: nn.Module, body: str, stages: _Stages) -> None:
-        super().__init__(model, body)
+    def __init__(self, model: nn.Module, stages: _Stages) -> None:
+        super().__init__(model)
         self._stages = stages
 
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
@@ -543,7 +544,7 @@ def _trace_records(trace: Trace, plan: Plan, sizes: Sizes) -> Iterator[Record]:
     stretch = replace(trace, requests=trace.requests[:ENGINE_REQUESTS])
     setting = Setting(ONE_CAPACITY)
     stages_ms = Replay(stretch, sizes.page_size, row_bytes).stages_ms(
-        setting, _drawn_model(trace.schema, sizes, plan.seed), sizes.body
+        setting, _drawn_model(trace.schema, sizes, plan.seed)
     )
     num_candidates = trace.requests[0].num_candidates
     model_case = sizes.case(CAUSAL) | {"candidates": num_candidates, "users": 1}

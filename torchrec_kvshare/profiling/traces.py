@@ -16,6 +16,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.tensorboard import SummaryWriter
 
+from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.features import Request
@@ -82,7 +83,7 @@ def profile_scoring(
         Profiles named ``cached`` and ``uncached``.
     """
     schema = make_schema(history, num_users)
-    model = RankingModel(make_dlrm(schema, sizes, seed), sizes.body).eval()
+    model = RankingModel(make_dlrm(schema, sizes, seed)).eval()
     requests = [
         request
         for user in range(num_users)
@@ -91,12 +92,12 @@ def profile_scoring(
     [tower] = model.collection.towers()
     cache = make_cache(tower, history, num_users, sizes.page_size)
     engine_by_name = {
-        "cached": Engine(model, schema, "profiled", KVStore([cache])),
-        "uncached": Engine(model, schema, "profiled", None),
+        "cached": Engine(model, schema, KVStore([cache]), version=UNNAMED),
+        "uncached": Engine(model, schema, None, version=UNNAMED),
     }
     # What torch sets up at its first call belongs to neither engine.
     warm_up = make_cache(tower, history, 1, sizes.page_size)
-    Engine(model, schema, "warm-up", KVStore([warm_up])).rank(requests[:1])
+    Engine(model, schema, KVStore([warm_up]), version=UNNAMED).rank(requests[:1])
     engine_by_name["uncached"].rank(requests[:1])
     folder.mkdir(parents=True, exist_ok=True)
     profile_by_name = {}

@@ -14,6 +14,7 @@ from torchrec.models.dlrm import DLRM
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.data.schema import (
+    ACTION,
     HISTORY,
     ITEM,
     USER,
@@ -21,6 +22,8 @@ from torchrec_kvshare.data.schema import (
     History,
     Vocabulary,
     Window,
+    context_key,
+    item_key,
 )
 from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.features import Request, parse_request
@@ -47,8 +50,8 @@ def make_schema(history: int, num_users: int, block: int | None = None) -> Featu
     Returns:
         A schema whose window holds exactly ``history`` events.
     """
-    ids_by_column = {USER: num_users, ITEM: NUM_ITEMS, "category": NUM_CATEGORIES, "action": 4}
-    ids_by_column["country"] = 50
+    ids_by_column = {USER: num_users, ITEM: NUM_ITEMS, ACTION: 4}
+    ids_by_column |= {item_key("category"): NUM_CATEGORIES, context_key("country"): 50}
     return FeatureSchema(
         {c: Vocabulary([str(i) for i in range(count)]) for c, count in ids_by_column.items()},
         context=("country",),

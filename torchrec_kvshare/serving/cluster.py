@@ -3,6 +3,9 @@
 Each is a process of its own. One that dies is started again on the ports that it had, where nginx
 finds it; until then others serve its users, with the K/V that Redis has. When all shall end, nginx
 first finishes what it accepted, and only then the replicas hear of it.
+
+Redis has a password and the packets in it a key, both made here unless the config names them. They
+stand in files of the output folder that no other user can read, never on a command line.
 """
 
 import logging
@@ -12,7 +15,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -24,15 +26,30 @@ from typing import NamedTuple
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from torchrec_kvshare.commands.layout import process_command
 from torchrec_kvshare.config import ServeClusterConfig, ServerConfig
 from torchrec_kvshare.errors import ConfigError, UnavailableError
-from torchrec_kvshare.serving.nginx import Address, Limits, Tls, host_port, nginx_config
+from torchrec_kvshare.private import make_secret, read_secret, write_secret
+from torchrec_kvshare.serving.nginx import (
+    CONFIG_FILE,
+    LOG_FILE,
+    PROGRAM,
+    Address,
+    Limits,
+    Tls,
+    host_port,
+    nginx_command,
+    nginx_config,
+    token_config,
+)
 
 logger = logging.getLogger(__name__)
 
 HERE = "127.0.0.1"
-NGINX, REDIS, TIERED = "nginx", "redis-server", "tiered"
-CONFIG_FILE = "nginx.conf"
+REDIS, TIERED = "redis-server", "tiered"
+# In the output folder; nginx has a folder of its own, see nginx_command.
+NGINX_FOLDER, TOKEN_FILE = "nginx", "token.conf"
+REDIS_FILE, PASSWORD_FILE, KEY_FILE = "redis.conf", "redis_password", "packet_key"
 # Below those that the kernel gives to clients: one of them could sit on a dead replica's.
 PORTS = range(10_000, 30_000)
 POLL_S = 0.05
@@ -53,6 +70,7 @@ class Part(NamedTuple):
     command: list[str]
     is_ready: Callable[[], bool]
     log_file: Path
+    folder: Path | None = None  # in which it is started; None: in ours
 
 
 class Layout(NamedTuple):
@@ -61,42 +79,54 @@ class Layout(NamedTuple):
     parts: list[Part]  # nginx is the last
     url: str
     drain_s: float
+    config_file: Path  # of nginx
 
 
 def write_layout(config: ServeClusterConfig, overrides: Sequence[str]) -> Layout:
-    """Choose ports and write ``nginx.conf``; nothing runs yet.
+    """Choose ports, write ``nginx.conf`` and make secrets; nothing runs yet.
 
     Args:
         config: of the cluster.
         overrides: of the command line; those of a replica are handed on.
 
     Raises:
-        ConfigError: if the config cannot work.
+        ConfigError: if the config cannot work, a secret of it cannot be read, or one that an
+            earlier run made is open to other users.
     """
     server = config.server
     output = Path(config.output).resolve()
     front = Address(server.host, *(port or free_port() for port in _front_ports(config)))
     addresses = [_replica_address(config, place) for place in range(config.replicas)]
-    access_log = "access.log" if config.access_log else None
-    text = nginx_config(front, addresses, limits_of(server), _tls(config), access_log)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG_FILE).write_text(text)
+    nginx = _nginx(config, front, addresses, output / NGINX_FOLDER)
     redis = _redis(config, output)
-    url = config.cache.remote.url if redis is None else redis.url
+    remote = {} if redis is None else redis.overrides
     parts = [] if redis is None else [redis.part]
     for place, address in enumerate(addresses):
-        given = [*_handed_on(overrides), *_own_overrides(config, place, address, url)]
+        own = _own_overrides(config, place, address) | remote
+        given = [*_handed_on(overrides), f"cache={config.cache.name}", *_spelt(own)]
+        given.append(_peers(addresses))
         parts.append(_replica(f"replica-{place}", given, address, output))
     s = "s" if server.tls_cert_file else ""
     http, grpc = (host_port(front.host, port) for port in front[1:])
     return Layout(
-        [*parts, _nginx(front, output)], f"http{s}://{http} and grpc{s}://{grpc}", server.drain_s
+        *([*parts, nginx], f"http{s}://{http} and grpc{s}://{grpc}", server.drain_s),
+        output / NGINX_FOLDER / CONFIG_FILE,
     )
 
 
-def limits_of(server: ServerConfig) -> Limits:
-    """What nginx allows in front of replicas with that config."""
-    return Limits(server.max_request_bytes, server.timeout_ms / 1000 + ANSWER_S, server.drain_s)
+def limits_of(server: ServerConfig, replicas: int) -> Limits:
+    """What nginx allows in front of so many replicas with that config.
+
+    In flight are as many requests as all replicas have room for; one address has half of them.
+    """
+    requests = replicas * (server.queue_requests + server.batch_requests + server.max_streams)
+    return Limits(
+        body_bytes=server.max_request_bytes,
+        timeout_s=server.timeout_ms / 1000 + ANSWER_S,
+        drain_s=server.drain_s,
+        requests=requests,
+        client_requests=-(-requests // 2),
+    )
 
 
 def run_cluster(layout: Layout, is_told: Callable[[], bool], show: Callable[[], None]) -> None:
@@ -111,8 +141,8 @@ def run_cluster(layout: Layout, is_told: Callable[[], bool], show: Callable[[], 
         ConfigError: if nginx is not on PATH.
         UnavailableError: if a process ends before it was ready.
     """
-    if shutil.which(NGINX) is None:
-        raise ConfigError(f"{NGINX} is not on PATH; it stands in front of the replicas")
+    if shutil.which(PROGRAM) is None:
+        raise ConfigError(f"{PROGRAM} is not on PATH; it stands in front of the replicas")
     *backends, nginx = (_Supervised(part) for part in layout.parts)
     try:
         for batch in (backends, [nginx]):  # Before them it has nobody to ask.
@@ -160,6 +190,7 @@ class _Supervised:
             # A session of its own: Ctrl-C is for us, who end the parts in their order.
             self._process = subprocess.Popen(
                 self.part.command,
+                cwd=self.part.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -256,9 +287,12 @@ def _end(batch: Sequence[_Supervised], number: signal.Signals, timeout_s: float)
 # ------------------------------------------------------------------------ what is to be started
 
 
+Overrides = dict[str, str | int | None]  # value by key
+
+
 class _Redis(NamedTuple):
     part: Part
-    url: str
+    overrides: Overrides  # with which replicas use it
 
 
 def _redis(config: ServeClusterConfig, output: Path) -> _Redis | None:
@@ -276,25 +310,50 @@ def _redis(config: ServeClusterConfig, output: Path) -> _Redis | None:
     port = free_port()
     url = f"redis://{HERE}:{port}"
     logger.info("cache.remote.url is null: a Redis is started at %s, and keeps no file", url)
-    command = [program, "--bind", HERE, "--port", str(port), "--dir", str(output)]
-    command += ["--save", "", "--appendonly", "no"]
+    password = make_secret(output / PASSWORD_FILE, "the password of Redis", "output")
+    write_secret(output / REDIS_FILE, b"requirepass " + password + b"\n")
+    overrides: Overrides = {
+        "cache.remote.url": url,
+        "cache.remote.username": None,
+        "cache.remote.password_file": str(output / PASSWORD_FILE),
+    }
+    if cache.key_file is None:
+        make_secret(output / KEY_FILE, "the key of packets", "output")
+        overrides["cache.key_file"] = str(output / KEY_FILE)
+    command = [program, str(output / REDIS_FILE), "--bind", HERE, "--port", str(port)]
+    command += ["--dir", str(output), "--save", "", "--appendonly", "no"]
     # What says that a user was forgotten leaves last.
     command += ["--maxmemory", str(config.redis_bytes), "--maxmemory-policy", "volatile-ttl"]
-    return _Redis(Part("redis", command, partial(_says_pong, port), output / "redis.log"), url)
+    is_ready = partial(_says_pong, port, password)
+    return _Redis(Part("redis", command, is_ready, output / "redis.log"), overrides)
 
 
 def _replica(name: str, overrides: list[str], address: Address, output: Path) -> Part:
-    command = [sys.executable, "-m", "pipelines.serve", *overrides]
+    command = [*process_command("serve"), *overrides]
     return Part(name, command, partial(_is_serving, address), output / f"{name}.log")
 
 
-def _nginx(front: Address, output: Path) -> Part:
-    # As root it would give its work to a user who may not enter the folder.
-    user = ["-g", "user root;"] if os.geteuid() == 0 else []
-    command = [NGINX, "-p", str(output), "-c", CONFIG_FILE, "-e", "nginx.log", *user]
+def _nginx(
+    config: ServeClusterConfig, front: Address, replicas: Sequence[Address], folder: Path
+) -> Part:
+    """nginx in a folder of its own, which is made with all that it reads."""
+    server = config.server
+    command, token = nginx_command(), None
+    if server.token_file is not None:
+        token = token_config(read_secret(server.token_file, "server.token_file").strip())
+    text = nginx_config(
+        *(front, replicas, limits_of(server, config.replicas), _tls(config)),
+        access_log="access.log" if config.access_log else None,
+        token_file=None if token is None else TOKEN_FILE,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o711)  # Workers pass through it to their bodies, and cannot write to it.
+    (folder / CONFIG_FILE).write_text(text)
+    if token is not None:
+        write_secret(folder / TOKEN_FILE, token.encode())
     host = {"0.0.0.0": HERE, "::": "::1"}.get(front.host, front.host)
     is_ready = partial(_is_listening, front._replace(host=host))
-    return Part(NGINX, command, is_ready, output / "nginx.log")
+    return Part(PROGRAM, command, is_ready, folder / LOG_FILE, folder)
 
 
 def _handed_on(overrides: Sequence[str]) -> list[str]:
@@ -302,14 +361,12 @@ def _handed_on(overrides: Sequence[str]) -> list[str]:
     return [override for name, override in names if name not in OWN_KEYS]
 
 
-def _own_overrides(
-    config: ServeClusterConfig, place: int, address: Address, redis_url: str | None
-) -> list[str]:
+def _own_overrides(config: ServeClusterConfig, place: int, address: Address) -> Overrides:
     """What is another value for each replica, or not the one of the command line."""
     cache, server = config.cache, config.server
     # All of them together have the machine's cores.
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.replicas)
-    value_by_key: dict[str, str | int | None] = {
+    own: Overrides = {
         "server.host": address.host,
         "server.http_port": address.http_port,
         "server.grpc_port": address.grpc_port,
@@ -320,10 +377,18 @@ def _own_overrides(
         "threads": threads,
     }
     if cache.name == TIERED:  # The other caches' files have no such keys.
-        value_by_key["cache.remote.url"] = redis_url
-        value_by_key["cache.disk.folder"] = _folder_of(cache.disk.folder, place)
-    own = [f"{key}={_quoted(value)}" for key, value in value_by_key.items()]
-    return [f"cache={cache.name}", *own]
+        own["cache.remote.url"] = cache.remote.url
+        own["cache.disk.folder"] = _folder_of(cache.disk.folder, place)
+    return own
+
+
+def _spelt(overrides: Overrides) -> list[str]:
+    return [f"{key}={_quoted(value)}" for key, value in overrides.items()]
+
+
+def _peers(addresses: Sequence[Address]) -> str:
+    quoted = (_quoted(host_port(one.host, one.http_port)) for one in addresses)
+    return f"server.peers=[{','.join(quoted)}]"
 
 
 def _folder_of(folder: str | None, place: int) -> str | None:
@@ -387,9 +452,12 @@ def _is_listening(address: Address) -> bool:
     return True
 
 
-def _says_pong(port: int) -> bool:
+def _says_pong(port: int, password: bytes) -> bool:
     try:
         with socket.create_connection((HERE, port), PROBE_S) as connection:
+            connection.sendall(b"AUTH " + password + b"\r\n")
+            if not connection.recv(16).startswith(b"+OK"):
+                return False
             connection.sendall(b"PING\r\n")
             return connection.recv(16).startswith(b"+PONG")
     except OSError:

@@ -4,6 +4,8 @@ Ids stay raw, as in the JSON format; an empty text is JSON's null. Here names, d
 are checked, so that the tensors can be cut into requests; ``parse_request`` checks what they hold.
 """
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -12,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchrec_kvshare.data.ids import is_integer_id
 from torchrec_kvshare.data.schema import (
+    FIRST_EVENT,
     HISTORY,
     ITEM,
     TIME,
@@ -21,21 +25,25 @@ from torchrec_kvshare.data.schema import (
     candidate_key,
     context_key,
     history_key,
+    item_key,
 )
 from torchrec_kvshare.engine import Answer
 from torchrec_kvshare.errors import RequestError
-from torchrec_kvshare.features import Ragged
+from torchrec_kvshare.features import UNKNOWN_IDS, Ragged
 
-INT64, BYTES, FP32, FP64 = "INT64", "BYTES", "FP32", "FP64"
+INT64, BYTES, FP32, FP64, BOOL = "INT64", "BYTES", "FP32", "FP64", "BOOL"
 DTYPE_BY_DATATYPE: dict[str, np.dtype[Any]] = {
     INT64: np.dtype(np.int64),
     BYTES: np.dtype(object),  # each element is bytes
     FP32: np.dtype(np.float32),
     FP64: np.dtype(np.float64),
+    BOOL: np.dtype(np.bool_),
 }
 DATATYPE_BY_DTYPE = {dtype: datatype for datatype, dtype in DTYPE_BY_DATATYPE.items()}
 
-IDS, FLOATS = (INT64, BYTES), (FP32, FP64)
+INTEGER_IDS, TEXT_IDS = (INT64, BYTES, FP64, BOOL), (BYTES, INT64, FP64, BOOL)
+FLOATS = (FP32, FP64)
+PLACE_OF_FIRST = history_key(HISTORY, FIRST_EVENT)
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,13 @@ class ColumnSpec:
         name: as messages have it.
         datatypes: names of the Open Inference Protocol; the metadata tells the first.
         shape: sizes, -1 for one that requests decide.
+        is_optional: whether a message may come without it.
     """
 
     name: str
     datatypes: tuple[str, ...]
     shape: tuple[int, ...] = (-1,)
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
         # context.<column>.values, .lengths                      [ids], [B]
         # history.item_id.values, .lengths; action, time alike   [T], [B]
         # history.<attribute>.values, .lengths                   [ids], [T]
+        # history.first_event, which may be missing              [B]
         # candidates.item_id.values, .lengths; floats alike      [C], [B]
         # candidates.<attribute>.values, .lengths                [ids], [C]
 
@@ -88,26 +99,34 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
         schema: the model's columns.
 
     Returns:
-        The specifications, in the order above.
+        The specifications, in the order above. The first datatype of ids is BYTES where the
+        vocabulary has a text that is no integer.
     """
-    specs = [ColumnSpec(USER, IDS), ColumnSpec(TIME, (INT64,))]
+
+    def ids(key: str) -> tuple[str, ...]:
+        known = schema.vocabulary_by_column[key].ids
+        return INTEGER_IDS if all(map(is_integer_id, known)) else TEXT_IDS
+
+    specs = [ColumnSpec(USER, ids(USER)), ColumnSpec(TIME, (INT64,))]
 
     def add(key: str, datatypes: tuple[str, ...]) -> None:
         specs.append(ColumnSpec(f"{key}.values", datatypes))
         specs.append(ColumnSpec(f"{key}.lengths", (INT64,)))
 
     for column in schema.context:
-        add(context_key(column), IDS)
+        add(context_key(column), ids(context_key(column)))
     for column in schema.event_columns:
-        add(history_key(HISTORY, column), IDS)
+        add(history_key(HISTORY, column), ids(column))
     add(history_key(HISTORY, TIME), (INT64,))
     for column in schema.item_attributes:
-        add(history_key(HISTORY, column), IDS)
-    add(candidate_key(ITEM), IDS)
+        add(history_key(HISTORY, column), ids(item_key(column)))
+    if not any(history.actions for history in schema.histories):
+        specs.append(ColumnSpec(PLACE_OF_FIRST, (INT64,), is_optional=True))
+    add(candidate_key(ITEM), ids(ITEM))
     for column in schema.item_floats:
         add(candidate_key(column), FLOATS)
     for column in schema.item_attributes:
-        add(candidate_key(column), IDS)
+        add(candidate_key(column), ids(item_key(column)))
     return specs
 
 
@@ -135,11 +154,11 @@ def request_tensors(
         schema: the model's columns.
 
     Returns:
-        Tensors by name. A column of integers alone is INT64; one with a text, a null or an integer
-        beyond 64 bits is BYTES.
+        Tensors by name. A column of integers alone is INT64; one with anything else, or an integer
+        beyond 64 bits, is BYTES. ``history.first_event`` is there if any request says it.
 
     Raises:
-        RequestError: if a text has no UTF-8.
+        RequestError: if a text has no UTF-8, or an id is no finite number.
 
     Example:
         >>> from torchrec_kvshare.data.schema import History, Vocabulary, Window
@@ -177,6 +196,8 @@ def request_tensors(
     for column in schema.context:
         add(context_key(column), [_cell(raw["context"][column]) for raw in raws])
     add_group(HISTORY, (*schema.event_columns, TIME))
+    if any(FIRST_EVENT in raw[HISTORY] for raw in raws):
+        tensors[PLACE_OF_FIRST] = _integers([raw[HISTORY].get(FIRST_EVENT) or 0 for raw in raws])
     add_group("candidates", (ITEM, *schema.item_floats))
     return tensors
 
@@ -200,16 +221,18 @@ def raw_requests(
     """
     _check_inputs(tensors, column_specs(schema))
     num_requests = tensors[USER].size
+    first_events = tensors.get(PLACE_OF_FIRST, np.zeros(num_requests, np.int64))
     if not 1 <= num_requests <= max_requests:
         raise RequestError(
             f"{USER} has {num_requests} elements; 1 to {max_requests} are allowed, "
             "one for each request"
         )
-    if tensors[TIME].size != num_requests:
-        raise RequestError(
-            f"{TIME} has {tensors[TIME].size} elements; {USER} has {num_requests}, and they are "
-            "one for each request"
-        )
+    for name, tensor in ((TIME, tensors[TIME]), (PLACE_OF_FIRST, first_events)):
+        if tensor.size != num_requests:
+            raise RequestError(
+                f"{name} has {tensor.size} elements; {USER} has {num_requests}, and they are one "
+                "for each request"
+            )
     context = {c: _rows(tensors, context_key(c), num_requests) for c in schema.context}
     history = _group(tensors, HISTORY, (*schema.event_columns, TIME), schema, num_requests)
     columns = (ITEM, *schema.item_floats)
@@ -219,7 +242,8 @@ def raw_requests(
             USER: user_id,
             TIME: time,
             "context": {column: _plain(rows[place]) for column, rows in context.items()},
-            "history": {column: rows[place] for column, rows in history.items()},
+            "history": {column: rows[place] for column, rows in history.items()}
+            | {FIRST_EVENT: int(first_events[place])},
             "candidates": {column: rows[place] for column, rows in candidates.items()},
         }
         for place, (user_id, time) in enumerate(
@@ -248,8 +272,13 @@ def raw_candidates(tensors: Mapping[str, NDArray[Any]], schema: FeatureSchema) -
 
 
 def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
-    """Answers as the tensors that ``output_specs`` names, in its order."""
+    """Answers as the tensors that ``output_specs`` names, in its order.
+
+    Behind them ``unknown_ids``, each element a JSON object, where the requests asked for it.
+    """
     uses = [answer.cache for answer in answers]
+    reported = [answer.unknown_ids for answer in answers]
+    told = {UNKNOWN_IDS: byte_elements([json.dumps(ids or {}) for ids in reported], UNKNOWN_IDS)}
     return {
         "scores": np.concatenate([np.array(answer.scores) for answer in answers]),
         "scores.lengths": _integers([len(answer.scores) for answer in answers]),
@@ -259,7 +288,7 @@ def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
         "cache.cached_events": _integers([use.cached_events for use in uses]),
         "cache.computed_events": _integers([use.computed_events for use in uses]),
         "cache.staleness_s": np.array([use.staleness_s for use in uses], dtype=np.float64),
-    }
+    } | (told if any(ids is not None for ids in reported) else {})
 
 
 def check_limits(raw: Mapping[str, Any], limits: Limits) -> None:
@@ -333,6 +362,9 @@ def _ids(values: list[Any], name: str) -> NDArray[Any]:
             return _integers(values)
         except OverflowError:
             pass  # An integer and its text are the same id.
+    for value in values:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"{name} holds {value}; a number that is an id is finite")
     return byte_elements(["" if value is None else str(value) for value in values], name)
 
 
@@ -353,7 +385,7 @@ def _check_inputs(tensors: Mapping[str, NDArray[Any]], specs: list[ColumnSpec]) 
             )
         if tensor.ndim != 1:
             raise RequestError(f"{name} has {tensor.ndim} dimensions; 1 is allowed")
-    missing = [name for name in datatypes_by_name if name not in tensors]
+    missing = [spec.name for spec in specs if spec.name not in tensors and not spec.is_optional]
     if missing:
         raise RequestError(f"the input {missing[0]} is missing; these came: {list(tensors)}")
 

@@ -7,37 +7,52 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from numpy.typing import NDArray
 
 from torchrec_kvshare.engine import Answer
 from torchrec_kvshare.errors import (
     DeadlineError,
     KVShareError,
+    NoRoomError,
     OverloadError,
     RequestError,
+    ScoreError,
     UnavailableError,
     UnknownModelError,
 )
-from torchrec_kvshare.features import decode_json, decode_request
+from torchrec_kvshare.features import (
+    check_request_id,
+    decode_json,
+    decode_request,
+    parse_forget,
+    request_id_of,
+)
 from torchrec_kvshare.serving.columns import output_tensors, raw_requests
+from torchrec_kvshare.serving.intake import Held
+from torchrec_kvshare.serving.metrics import BODY_TIME, REQUEST_BYTES, TOKEN, ServerMetrics
 from torchrec_kvshare.serving.models import Served
 from torchrec_kvshare.serving.oip import (
     decode_infer_json,
     encode_infer_json,
     model_metadata_json,
     requested_outputs_json,
+    requested_report_json,
     server_metadata_json,
 )
+from torchrec_kvshare.serving.peers import FORGOTTEN, LOCAL, Peers
 from torchrec_kvshare.serving.service import Call, Group, Service, Stream
 
 logger = logging.getLogger(__name__)
 
 Anything = TypeVar("Anything")
+Arguments = ParamSpec("Arguments")
 
 FACE = "http"
 PAGE = Path(__file__).with_name("page.html")
@@ -52,10 +67,15 @@ STATUS_BY_ERROR: dict[type[KVShareError], int] = {
     RequestError: 400,
     UnknownModelError: 404,
     OverloadError: 429,
+    NoRoomError: 503,
+    ScoreError: 500,
     UnavailableError: 503,
     DeadlineError: 504,
 }
-Lines: TypeAlias = "asyncio.Queue[bytes | RequestError | None]"
+RETRY_AFTER_S = {429: "1", 503: "1"}  # of a server that has no room, or no model yet
+Chunks: TypeAlias = "asyncio.Queue[bytes | KVShareError | None]"
+Lines: TypeAlias = AsyncIterator[bytes]
+NEEDS_TOKEN = "users are forgotten where callers say a token: server.token_file is not set"
 INTERNAL_ERROR = "an error inside the server; its log has more"
 
 
@@ -65,10 +85,13 @@ def http_app(service: Service, token: bytes | None) -> web.Application:
     Args:
         service: that answers.
         token: what callers must say as a bearer token; None for nothing.
+
+    Raises:
+        ConfigError: if the server's peers cannot be asked.
     """
-    face = _HttpFace(service)
+    face = _HttpFace(service, has_token=token is not None)
     app = web.Application(
-        middlewares=[_errors_as_json, _bearer(token), _plain_bodies],
+        middlewares=[_errors_as_json, _bearer(token, service.metrics), _plain_bodies],
         client_max_size=service.config.max_request_bytes,
     )
     model = "/v2/models/{model}"
@@ -80,41 +103,51 @@ def http_app(service: Service, token: bytes | None) -> web.Application:
     app.router.add_get("/v2/health/live", face.live)
     app.router.add_get("/v2/health/ready", face.ready)
     app.router.add_post("/v1/rank", face.rank)
+    app.router.add_post("/v1/forget", face.forget)
     app.router.add_get("/v1/state", face.state)
     app.router.add_get("/v1/example", face.example)
     app.router.add_get("/metrics", face.metrics)
     app.router.add_get("/", face.page)
+    app.on_response_prepare.append(face.close_while_draining)
     return app
 
 
 class _HttpFace:
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, has_token: bool) -> None:
         self._service = service
+        self._has_token = has_token
+        self._peers = Peers(service.config)
         self._page = PAGE.read_text()
 
+    async def close_while_draining(self, _: web.Request, response: web.StreamResponse) -> None:
+        """Tell clients that keep their connection to make another, elsewhere."""
+        if self._service.is_draining:
+            response.headers["Connection"] = "close"
+            response.force_close()
+
     async def live(self, _: web.Request) -> web.Response:
-        return web.json_response({"live": True})
+        return _json({"live": True})
 
     async def ready(self, _: web.Request) -> web.Response:
         is_ready = self._service.is_ready
-        return web.json_response({"ready": is_ready}, status=200 if is_ready else 503)
+        return _json({"ready": is_ready}, 200 if is_ready else 503)
 
     async def server_metadata(self, _: web.Request) -> web.Response:
-        return web.json_response(server_metadata_json())
+        return _json(server_metadata_json())
 
     async def model_metadata(self, request: web.Request) -> web.Response:
         served = self._served(request)
         schema = served.engine.schema
-        return web.json_response(model_metadata_json(served.name, [served.version], schema))
+        return _json(model_metadata_json(served.name, [served.version], schema))
 
     async def model_ready(self, request: web.Request) -> web.Response:
-        return web.json_response({"name": self._served(request).name, "ready": True})
+        return _json({"name": self._served(request).name, "ready": True})
 
     async def state(self, _: web.Request) -> web.Response:
-        return web.json_response(self._service.to_json())
+        return _json(self._service.to_json())
 
     async def example(self, request: web.Request) -> web.Response:
-        return web.json_response(self._service.models.get(request.query.get("model")).example())
+        return _json(self._service.models.get(request.query.get("model")).example())
 
     async def metrics(self, _: web.Request) -> web.Response:
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
@@ -124,19 +157,34 @@ class _HttpFace:
         headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"}
         return web.Response(text=self._page, content_type="text/html", headers=headers)
 
+    async def forget(self, request: web.Request) -> web.Response:
+        """Forget a user at all replicas, or at this one alone if one of them asks."""
+        if not self._has_token:
+            raise web.HTTPForbidden(reason=NEEDS_TOKEN)
+        user_id = parse_forget(decode_request(await self._before_timeout(request.read())))
+        if not self._peers or LOCAL in request.query:
+            return _json({FORGOTTEN: await self._service.forget(user_id)})
+        done, failed = await self._peers.forget(user_id, request.headers["Authorization"])
+        if not failed:
+            return _json({"replicas": done})
+        reasons = "; ".join(f"{replica}: {reason}" for replica, reason in failed.items())
+        error = UnavailableError(f"not all replicas have forgotten the user; ask again. {reasons}")
+        return _json({"request_id": None, **_error(error), "replicas": done}, 503)
+
     async def infer(self, request: web.Request) -> web.Response:
         """Score the requests of one message, all or none."""
-        body = await self._before_timeout(request.read())
-        call = _call(request)
-        with self._service.counted(call) as served:
-            head, binary = _parts(request, body)
-            requested = requested_outputs_json(head)
-            tensors = decode_infer_json(head, binary)
-            raws = raw_requests(tensors, served.engine.schema, self._service.limits.requests)
-            message_id = head.get("id") or call.request_id
-            if not isinstance(message_id, str):
-                raise RequestError(f"id is {type(message_id).__name__}; a text is allowed")
-            answers = await self._service.rank_all(call, served, raws)
+        async with self._body(request) as body:
+            call = _call(request)
+            with self._service.counted(call) as served:
+                head, tensors = await self._parsed(body, _tensors, request, body)
+                requested = requested_outputs_json(head)
+                raws = raw_requests(tensors, served.engine.schema, self._service.limits.requests)
+                message_id = head.get("id") or call.request_id
+                if not isinstance(message_id, str):
+                    raise RequestError(f"id is {type(message_id).__name__}; a text is allowed")
+                check_request_id(message_id, "id")
+                said = {"report": requested_report_json(head)}
+                answers = await self._service.rank_all(call, served, [raw | said for raw in raws])
         text, json_length = encode_infer_json(
             *(served.name, answers[0].model_version, message_id),
             *(output_tensors(answers), requested),
@@ -151,17 +199,17 @@ class _HttpFace:
         """Score one request or a list of them; in a list an error stands in its place."""
         if request.query.get("stream") == "1":
             return await self._rank_stream(request)
-        body = await self._before_timeout(request.read())
-        call = _call(request)
-        raw: Any = None
-        try:
-            with self._service.counted(call) as served:
-                raw = decode_json(body)
-                if isinstance(raw, dict):
-                    return _json((await self._service.rank(call, served, raw)).to_json())
-                return _json(await self._rank_list(call, served, raw))
-        except tuple(STATUS_BY_ERROR) as error:
-            return _json(_to_json(error, raw), STATUS_BY_ERROR[type(error)])
+        async with self._body(request) as body:
+            call = _call(request)
+            raw: Any = None
+            try:
+                with self._service.counted(call) as served:
+                    raw = await self._parsed(body, decode_json, body)
+                    if isinstance(raw, dict):
+                        return _json((await self._service.rank(call, served, raw)).to_json())
+                    return _json(await self._rank_list(call, served, raw))
+            except tuple(STATUS_BY_ERROR) as error:
+                return _json(_to_json(error, raw), STATUS_BY_ERROR[type(error)])
 
     async def _rank_list(self, call: Call, served: Served, raws: Any) -> list[dict[str, Any]]:
         most = self._service.limits.requests
@@ -175,6 +223,7 @@ class _HttpFace:
 
     async def _rank_stream(self, request: web.Request) -> web.StreamResponse:
         """Score candidates as they come, line by line; server-sent events as they are scored."""
+        self._check_size(request, request.content_length or 0)
         call = _call(request)
         response = web.StreamResponse(
             headers={
@@ -184,12 +233,13 @@ class _HttpFace:
                 REQUEST_ID: call.request_id,
             }
         )
-        lines: Lines = asyncio.Queue()
-        reader = asyncio.ensure_future(_read_lines(request, lines))
+        chunks: Chunks = asyncio.Queue()
+        lines = split_lines(chunks)
         try:
-            with self._service.counted(call) as served:
-                first = await self._before_timeout(_next_line(lines))
-                with self._service.stream(call, served, decode_request(first or b"")) as stream:
+            with self._service.counted(call) as served, self._reading(request, chunks):
+                first = await self._before_timeout(anext(lines, b""))
+                raw = await self._parsed(first, decode_request, first)
+                with self._service.stream(call, served, raw) as stream:
                     await response.prepare(request)
                     await self._write_groups(stream, lines, response)
                     await _write_event(response, stream, "end", {})
@@ -199,9 +249,17 @@ class _HttpFace:
             await _write_event(response, None, "error", _error(error))
         except ConnectionError:
             pass  # The client has gone, as it may.
-        finally:
-            reader.cancel()
         return response
+
+    @contextmanager
+    def _reading(self, request: web.Request, chunks: Chunks) -> Iterator[None]:
+        """Have a body read while its first lines are answered."""
+        with self._service.intake.message() as held:
+            reader = asyncio.ensure_future(self._read_chunks(request, chunks, held))
+            try:
+                yield
+            finally:
+                reader.cancel()
 
     async def _write_groups(
         self, stream: Stream, lines: Lines, response: web.StreamResponse
@@ -210,7 +268,7 @@ class _HttpFace:
         groups: asyncio.Queue[Group | Exception | None] = asyncio.Queue(
             self._service.config.stream_depth
         )
-        reader = asyncio.ensure_future(_read_groups(stream, lines, groups))
+        reader = asyncio.ensure_future(self._read_groups(stream, lines, groups))
         try:
             while True:
                 group = await stream.wait(groups.get())
@@ -218,19 +276,102 @@ class _HttpFace:
                     break
                 if isinstance(group, Exception):
                     raise group
-                async for place, part in group.parts():
-                    scored = {"first_candidate": place} | part.to_json()
-                    await _write_event(response, stream, "scores", scored)
+                try:
+                    async for place, part in group.parts():
+                        scored = {"first_candidate": place} | part.to_json()
+                        await _write_event(response, stream, "scores", scored)
+                except ScoreError as error:  # of this group alone
+                    failed = {"first_candidate": group.job.first_candidate} | _error(error)
+                    await _write_event(response, stream, "error", failed)
         finally:
             reader.cancel()
 
-    async def _before_timeout(self, coming: Coroutine[Any, Any, Anything]) -> Anything:
-        """What a client sends, which is not waited for any longer than a stream may take."""
-        timeout_s = self._service.config.stream_timeout_s
+    async def _read_groups(
+        self, stream: Stream, lines: Lines, groups: "asyncio.Queue[Group | Exception | None]"
+    ) -> None:
+        try:
+            await groups.put(stream.first())
+            async for line in lines:
+                raw = await self._parsed(line, decode_request, line)
+                await groups.put(stream.next(raw))
+            await groups.put(None)
+        except KVShareError as error:
+            await groups.put(error)
+
+    @asynccontextmanager
+    async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
+        """The whole body, which counts among the bytes in flight until the block ends."""
+        self._check_size(request, request.content_length or 0)
+        with self._service.intake.message() as held:
+            yield await self._before_timeout(self._received(request, held))
+
+    async def _received(self, request: web.Request, held: Held) -> bytes:
+        return b"".join([chunk async for chunk in self._chunks(request, held)])
+
+    async def _read_chunks(self, request: web.Request, chunks: Chunks, held: Held) -> None:
+        """A body that is still coming; None at its end.
+
+        All of it is read as it comes: once an answer has begun, nginx does not go on with a body
+        that nobody read for a while. What may wait here is what a request may hold.
+        """
+        try:
+            async for chunk in self._chunks(request, held):
+                chunks.put_nowait(chunk)
+            chunks.put_nowait(None)
+        except web.HTTPRequestEntityTooLarge:
+            chunks.put_nowait(RequestError(_too_large(request)))
+        except KVShareError as error:
+            chunks.put_nowait(error)
+        except ConnectionError as error:
+            chunks.put_nowait(RequestError(f"the body cannot be read: {error!r:.200}"))
+
+    async def _chunks(self, request: web.Request, held: Held) -> AsyncIterator[bytes]:
+        """The chunks of a body, as long as there is room for them.
+
+        Raises:
+            HTTPRequestEntityTooLarge: if it is longer than one may be.
+            NoRoomError: if all bodies together are.
+            RequestError: if it cannot be read.
+            ConnectionError: if the client has gone.
+        """
+        num_bytes = 0
+        try:
+            async for chunk in request.content.iter_any():
+                num_bytes += len(chunk)
+                self._check_size(request, num_bytes)
+                held.add(len(chunk))
+                yield chunk
+        except (KVShareError, web.HTTPException, ConnectionError):
+            raise
+        except Exception as error:  # aiohttp's own, of chunks and encodings that are none
+            raise RequestError(f"the body cannot be read: {error!r:.200}") from error
+
+    def _check_size(self, request: web.Request, num_bytes: int) -> None:
+        """Refuse a body of which so much came or is to come, before any more is read."""
+        most = request.client_max_size
+        if num_bytes > most:
+            self._service.metrics.refuse(REQUEST_BYTES)
+            raise web.HTTPRequestEntityTooLarge(most, num_bytes)
+
+    async def _before_timeout(self, coming: Awaitable[Anything]) -> Anything:
+        """What a client sends, which is not waited for any longer than it may take."""
+        timeout_s = self._service.config.body_timeout_s
         try:
             return await asyncio.wait_for(coming, timeout_s)
         except asyncio.TimeoutError as error:
-            raise DeadlineError(f"the body did not come within {timeout_s:g} s") from error
+            self._service.metrics.refuse(BODY_TIME)
+            raise DeadlineError(
+                f"the body did not come within {timeout_s:g} s, which server.body_timeout_s allows"
+            ) from error
+
+    async def _parsed(
+        self,
+        text: bytes,
+        parse: Callable[Arguments, Anything],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Anything:
+        return await self._service.intake.parse(len(text), parse, *args, **kwargs)
 
     async def _answer(self, call: Call, served: Served, raw: Any) -> Answer | KVShareError:
         if not isinstance(raw, dict):
@@ -246,47 +387,22 @@ class _HttpFace:
         )
 
 
-async def _read_groups(
-    stream: Stream, lines: Lines, groups: "asyncio.Queue[Group | Exception | None]"
-) -> None:
-    try:
-        await groups.put(stream.first())
-        while (line := await _next_line(lines)) is not None:
-            await groups.put(stream.next(decode_request(line)))
-        await groups.put(None)
-    except KVShareError as error:
-        await groups.put(error)
-
-
-async def _read_lines(request: web.Request, lines: Lines) -> None:
-    """Lines of a body that is still coming, without the blank ones; None at its end.
-
-    All of it is read as it comes: once an answer has begun, nginx does not go on with a body that
-    nobody read for a while. What may wait here is what a request may hold.
-    """
-    try:
-        waiting, num_bytes = b"", 0
-        async for chunk in request.content.iter_any():
-            num_bytes += len(chunk)
-            if num_bytes > request.client_max_size:
-                raise RequestError(f"the body is longer than {request.client_max_size} bytes")
-            *whole, waiting = (waiting + chunk).split(b"\n")
-            for line in filter(bytes.strip, whole):
-                lines.put_nowait(line)
-        if waiting.strip():
-            lines.put_nowait(waiting)
-        lines.put_nowait(None)
-    except RequestError as error:
-        lines.put_nowait(error)
-    except Exception as error:  # aiohttp's own, of chunks and encodings that are none
-        lines.put_nowait(RequestError(f"the body cannot be read: {error!r:.200}"))
-
-
-async def _next_line(lines: Lines) -> bytes | None:
-    line = await lines.get()
-    if isinstance(line, Exception):
-        raise line
-    return line
+async def split_lines(chunks: Chunks) -> Lines:
+    """Lines of a body, without the blank ones, each searched and copied once however it comes."""
+    begun: list[bytes] = []  # of a line whose end has not come
+    while (chunk := await chunks.get()) is not None:
+        if isinstance(chunk, Exception):
+            raise chunk
+        *ends, start = chunk.split(b"\n")
+        for end in ends:
+            line = b"".join([*begun, end])
+            begun.clear()
+            if line.strip():
+                yield line
+        begun.append(start)
+    line = b"".join(begun)
+    if line.strip():
+        yield line
 
 
 async def _write_event(
@@ -307,7 +423,8 @@ def _call(request: web.Request) -> Call:
     model = request.match_info.get("model") or request.query.get("model")
     version = request.match_info.get("version") or request.query.get("version")
     timeout_s = None if timeout is None else _milliseconds(timeout) / 1e3
-    return Call(FACE, model, version, request_id[:200], timeout_s, time.monotonic())
+    check_request_id(request_id, REQUEST_ID)
+    return Call(FACE, model, version, request_id, timeout_s, time.monotonic())
 
 
 def _milliseconds(text: str) -> float:
@@ -318,6 +435,12 @@ def _milliseconds(text: str) -> float:
     if not 0.0 < milliseconds < math.inf:
         raise RequestError(f"{TIMEOUT} is {text[:200]!r}; milliseconds above 0 are allowed")
     return milliseconds
+
+
+def _tensors(request: web.Request, body: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The JSON of a message and its inputs."""
+    head, binary = _parts(request, body)
+    return head, decode_infer_json(head, binary)
 
 
 def _parts(request: web.Request, body: bytes) -> tuple[dict[str, Any], bytes]:
@@ -333,13 +456,7 @@ def _parts(request: web.Request, body: bytes) -> tuple[dict[str, Any], bytes]:
 def _to_json(answer: Answer | KVShareError, raw: Any) -> dict[str, Any]:
     if isinstance(answer, Answer):
         return answer.to_json()
-    return {"request_id": _id_of(raw), **_error(answer)}
-
-
-def _id_of(raw: Any) -> str | int | None:
-    request_id = raw.get("request_id") if isinstance(raw, dict) else raw
-    is_id = isinstance(request_id, str | int) and not isinstance(request_id, bool)
-    return request_id if is_id and len(str(request_id)) <= 1000 else None
+    return {"request_id": request_id_of(raw), **_error(answer)}
 
 
 def _error(error: BaseException) -> dict[str, Any]:
@@ -348,7 +465,8 @@ def _error(error: BaseException) -> dict[str, Any]:
 
 def _json(body: Any, status: int = 200) -> web.Response:
     text = json.dumps(body, allow_nan=False)
-    return web.Response(text=text, status=status, content_type="application/json")
+    headers = {"Retry-After": RETRY_AFTER_S[status]} if status in RETRY_AFTER_S else None
+    return web.Response(text=text, status=status, headers=headers, content_type="application/json")
 
 
 @web.middleware
@@ -367,6 +485,8 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except tuple(STATUS_BY_ERROR) as error:
         return _failure(request, STATUS_BY_ERROR[type(error)], error)
+    except web.HTTPRequestEntityTooLarge as error:
+        return _failure(request, error.status, RequestError(_too_large(request)))
     except web.HTTPException as error:
         return _failure(request, error.status, RequestError(error.reason))
     except ConnectionError:
@@ -376,13 +496,18 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return _failure(request, 500, RuntimeError(INTERNAL_ERROR))
 
 
+def _too_large(request: web.Request) -> str:
+    came = "longer" if request.content_length is None else f"{request.content_length} bytes"
+    return f"the body is {came}; {request.client_max_size} are allowed by server.max_request_bytes"
+
+
 def _failure(request: web.Request, status: int, error: Exception) -> web.Response:
     if request.path.startswith("/v2"):
         return _json({"error": str(error)}, status)
     return _json({"request_id": None, **_error(error)}, status)
 
 
-def _bearer(token: bytes | None) -> Middleware:
+def _bearer(token: bytes | None, metrics: ServerMetrics) -> Middleware:
     expected = b"" if token is None else b"Bearer " + token
 
     @web.middleware
@@ -391,6 +516,7 @@ def _bearer(token: bytes | None) -> Middleware:
         said = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if token is None or is_open or hmac.compare_digest(said, expected):
             return await handler(request)
+        metrics.refuse(TOKEN)
         response = _failure(request, 401, RequestError("a bearer token is needed"))
         response.headers["WWW-Authenticate"] = "Bearer"
         return response

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from torchrec_kvshare.cache.exporters import PrometheusCollector
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.engine import CacheUse
+from torchrec_kvshare.features import IdCount
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -18,7 +19,19 @@ if TYPE_CHECKING:
 # How requests end; Prometheus gets one series of each.
 OK, INVALID, OVERLOADED, DEADLINE = "ok", "invalid", "overloaded", "deadline"
 CANCELLED, UNAVAILABLE, UNKNOWN, INTERNAL = "cancelled", "unavailable", "unknown_model", "internal"
-OUTCOMES = (OK, INVALID, OVERLOADED, DEADLINE, CANCELLED, UNAVAILABLE, UNKNOWN, INTERNAL)
+NOT_FINITE = "not_finite"
+OUTCOMES = (
+    *(OK, INVALID, OVERLOADED, DEADLINE, CANCELLED, UNAVAILABLE, UNKNOWN, INTERNAL, NOT_FINITE),
+)
+# Limits of which the server counts what they refuse or end.
+CONNECTIONS, HEADER_TIME, BODY_TIME = "connections", "header_time", "body_time"
+ANSWER_TIME, IDLE_TIME, STREAM_TIME = "answer_time", "idle_time", "stream_time"
+REQUEST_BYTES, INFLIGHT_BYTES, CALLS = "request_bytes", "inflight_bytes", "calls"
+WATCHERS, STREAMS, QUEUE_LENGTH, TOKEN = "watchers", "streams", "queue", "token"
+LIMITS = (
+    *(CONNECTIONS, HEADER_TIME, BODY_TIME, ANSWER_TIME, IDLE_TIME, STREAM_TIME, REQUEST_BYTES),
+    *(INFLIGHT_BYTES, CALLS, WATCHERS, STREAMS, QUEUE_LENGTH, TOKEN),
+)
 PARSE, QUEUE, SCORING = "parse", "queue", "score"  # stages of a request
 
 # fmt: off
@@ -78,6 +91,48 @@ class ServerMetrics:
             buckets=CANDIDATES,
             registry=registry,
         )
+        self.ids = Counter(
+            "kvshare_ids",
+            "Ids of requests; of events, those that the model reads.",
+            ("model", "column"),
+            registry=registry,
+        )
+        self.unknown_ids = Counter(
+            "kvshare_unknown_ids",
+            "Those of them that no table of the model knows.",
+            ("model", "column"),
+            registry=registry,
+        )
+        self.sorted_histories = Counter(
+            "kvshare_sorted_histories",
+            "Histories that came out of order and were sorted.",
+            ("model",),
+            registry=registry,
+        )
+        self.not_finite = Counter(
+            "kvshare_not_finite_scores",
+            "Requests with a score that is NaN or infinite, in a list or a stream too.",
+            registry=registry,
+        )
+        self.refusals = Counter(
+            "kvshare_refusals",
+            "Connections, calls and requests that were refused or ended, by the limit.",
+            ("limit",),
+            registry=registry,
+        )
+        for limit in LIMITS:
+            self.refusals.labels(limit)
+        self.connections_open = Gauge(
+            "kvshare_connections_open", "Connections of HTTP.", registry=registry
+        )
+        self.calls_open = Gauge(
+            "kvshare_calls_open", "Calls of gRPC that are read or answered.", registry=registry
+        )
+        self.inflight_bytes = Gauge(
+            "kvshare_inflight_bytes",
+            "Of messages that are read or answered, beyond the first 64 KiB of each.",
+            registry=registry,
+        )
         self.queue_requests = Gauge(
             "kvshare_queue_requests", "Requests that wait.", registry=registry
         )
@@ -110,7 +165,7 @@ class ServerMetrics:
         )
         self.parity_drift = Gauge(
             "kvshare_parity_drift",
-            "Greatest difference of a probability that was found.",
+            "Greatest difference of a probability; infinite where one of two was no number.",
             ("model",),
             registry=registry,
         )
@@ -120,6 +175,16 @@ class ServerMetrics:
             ("model",),
             registry=registry,
         )
+
+    def refuse(self, limit: str) -> None:
+        """Something was refused or ended, to keep within this one of ``LIMITS``."""
+        self.refusals.labels(limit).inc()
+
+    def count_ids(self, model: str, count_by_column: Mapping[str, IdCount]) -> None:
+        """Count a request's ids; columns are those of the model's schema, and no more."""
+        for column, count in count_by_column.items():
+            self.ids.labels(model, column).inc(count.given)
+            self.unknown_ids.labels(model, column).inc(count.unknown)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""

@@ -6,20 +6,23 @@ of this is refused, and the old one stays.
 """
 
 import logging
+import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torchrec_kvshare.assembly import MEMORY, OFF, TIERED, new_engine, new_stack
-from torchrec_kvshare.cache.kv_cache import DEVICE
+from torchrec_kvshare.cache.clock import steady_clock
+from torchrec_kvshare.cache.kv_cache import DEVICE, remember
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import DRIFT
 from torchrec_kvshare.cache.stack import TierStack
-from torchrec_kvshare.config import CacheConfig
+from torchrec_kvshare.cache.store import KVStore
+from torchrec_kvshare.config import CacheConfig, ServerConfig
 from torchrec_kvshare.draw import draw_raw_request
 from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import (
@@ -32,8 +35,11 @@ from torchrec_kvshare.errors import (
 from torchrec_kvshare.export.artifact import MANIFEST
 from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.export.golden import check_golden
-from torchrec_kvshare.features import parse_user
+from torchrec_kvshare.features import Request, parse_user
+from torchrec_kvshare.machine import resident_bytes
+from torchrec_kvshare.serving.footprint import check_memory, step_bytes
 from torchrec_kvshare.serving.metrics import ServerMetrics
+from torchrec_kvshare.serving.scheduler import step_limits
 
 logger = logging.getLogger(__name__)
 
@@ -49,37 +55,51 @@ Content: TypeAlias = list[tuple[str, int, int]]  # of a folder: names, bytes, ti
 class HotUsers:
     """Last requests of the users that ask most often.
 
+    A request is kept as the bytes of its columns: arrays would hold on to the message that they
+    were cut from, and the size of bytes is known. It stays raw: another version has other rows.
+
     Args:
         num_users: that are remembered.
+        capacity_bytes: for all of them; a request that takes more than its user's share of it is
+            not remembered.
 
     Example:
-        >>> hot = HotUsers(num_users=2)
+        >>> hot = HotUsers(num_users=2, capacity_bytes=1000)
         >>> for user in "abcbcc":
         ...     hot.remember(user, {"user_id": user})
         >>> [raw["user_id"] for raw in hot.hottest()]
         ['c', 'b']
     """
 
-    def __init__(self, num_users: int) -> None:
+    def __init__(self, num_users: int, capacity_bytes: int) -> None:
         self._num_users = num_users
-        self._recent: OrderedDict[str, tuple[int, Mapping[str, Any]]] = OrderedDict()
+        self._bytes_by_user = capacity_bytes // max(num_users, 1)
+        self._recent: OrderedDict[str, tuple[int, bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
     def remember(self, user_id: str, raw: Mapping[str, Any]) -> None:
         """A user has asked."""
+        packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
         with self._lock:
-            times, _ = self._recent.pop(user_id, (0, raw))
-            self._recent[user_id] = (times + 1, raw)
+            times, _ = self._recent.pop(user_id, (0, b""))
+            if len(packed) > self._bytes_by_user:
+                return
+            self._recent[user_id] = (times + 1, packed)
             if len(self._recent) > self._num_users:
                 # Of the older half, who asked least: a newcomer has a chance to become hot.
                 older = list(self._recent)[: (len(self._recent) + 1) // 2]
                 del self._recent[min(older, key=lambda user_id: self._recent[user_id][0])]
 
+    def forget(self, user_id: str) -> None:
+        """Remember nothing of a user."""
+        with self._lock:
+            self._recent.pop(user_id, None)
+
     def hottest(self) -> list[Mapping[str, Any]]:
         """Last requests, of whom asked most often first."""
         with self._lock:
             ranked = sorted(self._recent.values(), key=lambda one: one[0], reverse=True)
-        return [raw for _, raw in ranked]
+        return [pickle.loads(packed) for _, packed in ranked]
 
 
 @dataclass(eq=False)
@@ -92,6 +112,7 @@ class Served:
         engine: that answers; another one without a cache once that was found wrong.
         num_open: requests that it is answering.
         drift: the greatest difference that was found of a probability with and without the cache.
+        store: where its K/V is, also once its cache was found wrong.
     """
 
     name: str
@@ -99,6 +120,10 @@ class Served:
     engine: Engine
     num_open: int = 0
     drift: float = 0.0
+    store: KVStore | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.store = self.engine.store
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -142,12 +167,22 @@ class EngineLoader:
 
     Args:
         cache: where K/V is kept.
+        server: its limits; what it can take of memory at most must be there.
         deterministic: scores bit-equal whatever else is scored, or no start.
+        key: that artifacts must be signed with; None loads any.
     """
 
-    def __init__(self, cache: CacheConfig, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        cache: CacheConfig,
+        server: ServerConfig,
+        deterministic: bool = False,
+        key: bytes | None = None,
+    ) -> None:
         self._cache = cache
+        self._server = server
         self._deterministic = deterministic
+        self._key = key
         self._stack: TierStack | None = None
         self.metrics = CacheMetrics()
 
@@ -155,14 +190,17 @@ class EngineLoader:
         """An engine whose scores are those of the golden requests, with the cache and without.
 
         Raises:
-            KVShareError: naming what is broken, missing or wrong.
+            KVShareError: naming what is broken, missing or wrong, or takes more memory than there
+                is.
         """
-        artifact = load_artifact(folder)
+        artifact = load_artifact(folder, self._key)
+        step = step_bytes(artifact.manifest, artifact.schema, step_limits(self._server))
+        check_memory(self._cache, self._server, resident_bytes(), step)
         name = OFF if self._cache.name == OFF else MEMORY
         trial = replace(self._cache, name=name, capacity_bytes=WARM_CAPACITY_BYTES, pinned_bytes=0)
         engine = new_engine(artifact, trial)
         for _ in range(WARM_ROUNDS):
-            check_golden(folder, engine)
+            check_golden(artifact.golden, engine, folder)
         if self._cache.name == TIERED and self._stack is None:
             measured = artifact.manifest.break_even_events
             self._stack = new_stack(self._cache, measured, self.metrics)
@@ -181,19 +219,29 @@ class Models:
         load: an engine of an artifact that is ready to answer, or an error.
         metrics: where versions are shown.
         num_hot: users whose K/V a new version starts with.
+        hot_bytes: for the last requests of those users, of each model.
     """
 
     def __init__(
-        self, load: Callable[[Path], Engine], metrics: ServerMetrics, num_hot: int
+        self,
+        load: Callable[[Path], Engine],
+        metrics: ServerMetrics,
+        num_hot: int,
+        hot_bytes: int,
     ) -> None:
         self._load = load
         self._metrics = metrics
         self._num_hot = num_hot
+        self._hot_bytes = hot_bytes
         self._served: dict[str, Served] = {}
+        self._warming: list[Served] = []
         self._draining: list[Served] = []
         self._hot_by_name: dict[str, HotUsers] = {}
         self._standing: dict[tuple[str, str], Standing] = {}
         self._refused: dict[tuple[str, str], Content] = {}
+        self._forgotten_at: OrderedDict[int, float] = OrderedDict()
+        # Of what is loaded and stands: the watcher's thread changes it, and who asks drops from it.
+        self._lock = threading.RLock()
 
     def get(self, name: str | None = None, version: str | None = None) -> Served:
         """The version that answers.
@@ -215,7 +263,7 @@ class Models:
         if one is None or version not in (None, "", one.version):
             known = [f"{known.name}/{known.version}" for known in served.values()]
             asked = "no model" if name is None else f"{name}/{version}" if version else name
-            raise UnknownModelError(f"{asked} was asked for; {known} are served")
+            raise UnknownModelError(f"{asked:.200} was asked for; {known} are served")
         return one
 
     def all(self) -> list[Served]:
@@ -224,19 +272,60 @@ class Models:
 
     def hot(self, name: str) -> HotUsers:
         """Who asks a model."""
-        return self._hot_by_name.setdefault(name, HotUsers(self._num_hot))
+        return self._hot_by_name.setdefault(name, HotUsers(self._num_hot, self._hot_bytes))
+
+    def remember(self, name: str, request: Request, raw: Mapping[str, Any]) -> None:
+        """A user has asked a model, unless that was before the user was forgotten."""
+        with self._lock:
+            if not self.has_forgotten(request):
+                self.hot(name).remember(request.user_id, raw)
+
+    def has_forgotten(self, request: Request) -> bool:
+        """Whether the user of a request was forgotten since it came."""
+        forgotten_at = self._forgotten_at.get(hash(request.user_id))
+        came_at = request.came_at
+        return forgotten_at is not None and came_at is not None and came_at <= forgotten_at
+
+    def forget(self, user_id: str) -> dict[str, int | None]:
+        """Forget a user: its last requests, and its K/V of every version that is in memory.
+
+        Requests that came before are answered, and nothing of them is kept.
+
+        Args:
+            user_id: as ``canonical_id`` spells it.
+
+        Returns:
+            Bytes dropped by tier; None for a tier that could not be reached.
+
+        Raises:
+            UnavailableError: if no model is loaded, so that no tier is open.
+        """
+        with self._lock:
+            remember(self._forgotten_at, user_id, steady_clock()())
+            for hot in [*self._hot_by_name.values()]:
+                hot.forget(user_id)
+            loaded = [*self._served.values(), *self._warming, *self._draining]
+        if not loaded:
+            raise UnavailableError("no model is loaded: what its tiers hold cannot be reached")
+        dropped: dict[str, int | None] = {}
+        for store in (served.store for served in loaded if served.store is not None):
+            for tier, num_bytes in store.forget(user_id).items():
+                before = dropped.get(tier, 0)
+                dropped[tier] = None if before is None or num_bytes is None else before + num_bytes
+        return dropped
 
     def standings(self) -> list[Standing]:
         """Every version that is known, by name and version."""
-        self._let_go()
-        return sorted(self._standing.values())
+        with self._lock:
+            self._let_go()
+            return sorted(self._standing.values())
 
     def bypass(self, engine: Engine) -> None:
         """Score without the cache from now on, if it is this engine that answers."""
         for served in self.all():
             if served.engine is engine:
                 served.engine = Engine(
-                    engine.model, engine.schema, engine.model_version, None, no_store=DRIFT
+                    engine.model, engine.schema, None, version=engine.version, no_store=DRIFT
                 )
                 self._show()
 
@@ -253,11 +342,15 @@ class Models:
         """
         self._stand(Standing(name, version, "", LOADING, ""))
         engine = self._load(folder)
-        self._warm(name, engine)
-        old = self._served.get(name)
-        self._served = self._served | {name: Served(name, version, engine)}
-        if old is not None:
-            self._retire(old)
+        new = Served(name, version, engine)
+        with self._lock:
+            self._warming.append(new)
+        try:
+            self._warm(name, engine)
+            self._take_over(name, new)
+        finally:
+            with self._lock:
+                self._warming.remove(new)
         self._stand(Standing(name, version, engine.model_version, SERVING, ""))
         self._show()
         self._metrics.loads.labels(name, "served").inc()
@@ -274,9 +367,7 @@ class Models:
         for name, folder_by_version in found.items():
             self._refresh(name, folder_by_version)
         for name in self._served.keys() - found.keys():
-            old = self._served[name]
-            self._served = {one: s for one, s in self._served.items() if one != name}
-            self._retire(old)
+            self._take_over(name, None)
             self._show()
             logger.info("model %s is gone", name)
 
@@ -305,24 +396,32 @@ class Models:
 
     def _warm(self, name: str, engine: Engine) -> None:
         users = []
+        came_at = steady_clock()()  # A user who is forgotten from now on is not kept.
         for raw in self.hot(name).hottest():
             try:
-                users.append(parse_user(raw, engine.schema))
+                users.append(replace(parse_user(raw, engine.schema), came_at=came_at))
             except RequestError:
                 continue  # It is of a user whom the new model will refuse as well.
         for first in range(0, len(users), WARM_BATCH):
             engine.prefetch(users[first : first + WARM_BATCH])
 
-    def _retire(self, old: Served) -> None:
-        self._draining.append(old)
-        self._stand(Standing(old.name, old.version, old.engine.model_version, DRAINING, ""))
+    def _take_over(self, name: str, new: Served | None) -> None:
+        """Let a version answer in place of another, or none; whoever forgets a user meets both."""
+        with self._lock:
+            old = self._served.get(name)
+            others = {one: served for one, served in self._served.items() if one != name}
+            self._served = others if new is None else others | {name: new}
+            if old is not None:
+                self._draining.append(old)
+                self._stand(Standing(name, old.version, old.engine.model_version, DRAINING, ""))
 
     def _let_go(self) -> None:
         """Of old versions those that have answered their last request."""
-        drained = [old for old in self._draining if not old.num_open]
-        self._draining = [old for old in self._draining if old.num_open]
-        for old in drained:
-            self._drop_standing((old.name, old.version), DRAINING)
+        with self._lock:
+            for old in [*self._draining]:
+                if not old.num_open:  # Asked once: requests end while this runs.
+                    self._draining.remove(old)
+                    self._drop_standing((old.name, old.version), DRAINING)
 
     def _show(self) -> None:
         """Tell the metrics what answers now, and what the engines that answer hold together."""
@@ -344,15 +443,17 @@ class Models:
         show("capacity_bytes", lambda: capacity_bytes, tier=DEVICE)
 
     def _stand(self, standing: Standing) -> None:
-        self._standing[standing.name, standing.version] = standing
         is_refused = standing.state == REFUSED
-        self._metrics.refused.labels(standing.name, standing.version).set(is_refused)
+        with self._lock:
+            self._standing[standing.name, standing.version] = standing
+            self._metrics.refused.labels(standing.name, standing.version).set(is_refused)
 
     def _drop_standing(self, key: tuple[str, str], state: str) -> None:
-        standing = self._standing.get(key)
-        if standing is not None and standing.state == state:
-            del self._standing[key]
-            self._metrics.refused.remove(*key)
+        with self._lock:
+            standing = self._standing.get(key)
+            if standing is not None and standing.state == state:
+                del self._standing[key]
+                self._metrics.refused.remove(*key)
 
 
 def versions_in(folder: Path) -> dict[str, dict[str, Path]]:

@@ -10,13 +10,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from torchrec_kvshare import __version__
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.errors import RequestError
+from torchrec_kvshare.features import REPORTS, UNKNOWN_IDS
 from torchrec_kvshare.serving.columns import (
+    BOOL,
     BYTES,
     DTYPE_BY_DATATYPE,
     FP32,
@@ -33,19 +36,49 @@ SERVER = PLATFORM = "torchrec_kvshare"
 EXTENSIONS = ["binary_tensor_data", "sequence"]
 
 MAX_NAME = 200  # characters of an input's name, or of a text shown in an error
+MAX_FIELDS = 4096  # of a message: inputs, their data, outputs and parameters, each counted
 LENGTH_BYTES = 4  # before each element of a BYTES tensor, little-endian
+# Of a field on protobuf's wire.
+VARINT, LENGTH_DELIMITED = 0, 2
+FIXED_BYTES = {1: 8, 5: 4}
 CONTENTS_BY_DATATYPE = {
     INT64: "int64_contents",
     BYTES: "bytes_contents",
     FP32: "fp32_contents",
     FP64: "fp64_contents",
+    BOOL: "bool_contents",
 }
 JSON_TYPES_BY_DATATYPE: dict[str, set[type]] = {
     INT64: {int},
     BYTES: {str},
     FP32: {int, float},
     FP64: {int, float},
+    BOOL: {bool},
 }
+
+
+def parse_infer(request: bytes) -> service_pb2.ModelInferRequest:
+    """A gRPC message, of which no more is made than its bytes allow.
+
+    An output without a name is two bytes and becomes an object of 48: two MiB of them were 48. The
+    fields are counted before anything is made of them.
+
+    Raises:
+        RequestError: if the bytes are no message, or it has more than ``MAX_FIELDS`` fields.
+    """
+    place, num_fields = 0, 0
+    while place < len(request) and num_fields <= MAX_FIELDS:
+        num_fields += 1
+        place = _end_of_field(request, place)
+    if num_fields > MAX_FIELDS:
+        raise RequestError(
+            f"the message has more than {MAX_FIELDS} inputs, outputs and parameters; "
+            f"at most {MAX_FIELDS} are allowed"
+        )
+    try:
+        return service_pb2.ModelInferRequest.FromString(request)
+    except DecodeError as error:
+        raise RequestError(f"the bytes are no ModelInferRequest: {error}") from error
 
 
 def decode_infer(request: service_pb2.ModelInferRequest) -> dict[str, NDArray[Any]]:
@@ -158,12 +191,30 @@ def requested_outputs_json(head: Mapping[str, Any]) -> dict[str, bool]:
         RequestError: naming the output, what came and what was allowed.
     """
     known = [spec.name for spec in output_specs()]
+    known += [UNKNOWN_IDS] * (UNKNOWN_IDS in requested_report_json(head))
     default = _flag(head, "binary_data_output", False, "the request")
     binary_by_output = {}
     for output in _objects(head, "outputs"):
         name = _output(output.get("name"), known)
         binary_by_output[name] = _flag(output, "binary_data", default, f"the output {name}")
     return binary_by_output or dict.fromkeys(known, default)
+
+
+def requested_report(request: service_pb2.ModelInferRequest) -> list[str]:
+    """What a gRPC message asks its answer to tell, as a request's ``report``.
+
+    Raises:
+        RequestError: if its parameter ``report`` says anything else.
+    """
+    if "report" not in request.parameters:
+        return []
+    return _report(request.parameters["report"].string_param)
+
+
+def requested_report_json(head: Mapping[str, Any]) -> list[str]:
+    """The same, of an HTTP message."""
+    report = _parameters(head, "the request").get("report")
+    return [] if report is None else _report(report)
 
 
 def encode_infer_json(
@@ -240,6 +291,14 @@ def _spec_json(spec: ColumnSpec) -> dict[str, Any]:
 
 
 # --- checks of either face
+
+
+def _report(word: Any) -> list[str]:
+    if not isinstance(word, str) or word not in REPORTS:
+        raise RequestError(
+            f"the parameter report is {_short(word)}; one of {list(REPORTS)} is allowed"
+        )
+    return [word]
 
 
 def _new_name(name: Any, tensors: Mapping[str, Any]) -> str:
@@ -321,6 +380,32 @@ def _to_buffer(tensor: NDArray[Any]) -> bytes:
 # --- gRPC
 
 
+def _end_of_field(message: bytes, place: int) -> int:
+    """Where the field of a message that begins here ends."""
+    tag, place = _varint(message, place)
+    kind = tag & 7
+    if kind == VARINT:
+        return _varint(message, place)[1]
+    if kind == LENGTH_DELIMITED:
+        length, place = _varint(message, place)
+        return place + length
+    if kind not in FIXED_BYTES:
+        raise RequestError(f"the bytes are no ModelInferRequest: a field has wire type {kind}")
+    return place + FIXED_BYTES[kind]
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    """A number and where it ends."""
+    value = shift = 0
+    while place < len(message) and shift < 64:
+        byte = message[place]
+        value |= (byte & 127) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 128:
+            break
+    return value, place
+
+
 def _from_contents(
     name: str, datatype: str, contents: service_pb2.InferTensorContents
 ) -> NDArray[Any]:
@@ -391,4 +476,6 @@ def _objects(head: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(tensors, list) or not all(isinstance(one, dict) for one in tensors):
         raise RequestError(f"{key} is {type(tensors).__name__}; a list of objects is allowed")
+    if len(tensors) > MAX_FIELDS:
+        raise RequestError(f"{key} has {len(tensors)} entries; at most {MAX_FIELDS} are allowed")
     return tensors

@@ -21,6 +21,7 @@ from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.export.program import RankingProgram
 from torchrec_kvshare.export.quantised import FLOAT32, quantise_tables, shard_tables
 from torchrec_kvshare.export.torchscript import script_model
+from torchrec_kvshare.export.weights import check_weights
 from torchrec_kvshare.ranking import RankingModel
 from torchrec_kvshare.tensors import input_specs
 
@@ -84,12 +85,15 @@ class KVSharePredictFactory(PredictFactory):
         """The module over quantised tables, spread over so many ranks of this process.
 
         Raises:
+            ArtifactError: if a weight is not finite.
             ConfigError: if the tables cannot be quantised or spread.
         """
+        check_weights(self.model)
         if world_size == 1:
             model = quantise_tables(self.model, self.table_dtype)
         else:
             model = shard_tables(self.model, self.table_dtype, world_size)
+        check_weights(model)
         program = RankingProgram(model, self.schema, self.model_version)
         return KVSharePredictModule(program).eval()
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torchrec_kvshare.engine import Answer, CacheUse, Encoded, Engine
-from torchrec_kvshare.errors import OverloadError
+from torchrec_kvshare.config import ServerConfig
+from torchrec_kvshare.engine import Answer, CacheUse, Encoded, Engine, Unscored
+from torchrec_kvshare.errors import OverloadError, ScoreError
 from torchrec_kvshare.features import Request
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,31 @@ class StepLimits:
         requests: scored together.
         candidates: scored together; one request gets half of them at most.
         events: encoded together, if more than one request needs it.
+        ids: in bags that are read together, if more than one request has some.
         max_wait_s: for a step to fill.
     """
 
     requests: int
     candidates: int
     events: int
+    ids: int
     max_wait_s: float
+
+    @property
+    def part_candidates(self) -> int:
+        """Candidates of one request that are scored together."""
+        return max(1, self.candidates // 2)
+
+
+def step_limits(config: ServerConfig) -> StepLimits:
+    """The limits of a server's steps."""
+    return StepLimits(
+        config.batch_requests,
+        config.batch_candidates,
+        config.batch_events,
+        config.max_values,
+        config.max_wait_ms / 1e3,
+    )
 
 
 class Reading:
@@ -50,10 +69,10 @@ class Reading:
         self.user = user
         self.encoded: Encoded | None = None
 
-    def score(self, part: Request, engine: Engine) -> list[float]:
-        """Probabilities of some candidates."""
+    def score(self, part: Request, engine: Engine, first_candidate: int) -> list[float]:
+        """Probabilities of some candidates, the first of which has this place among all."""
         self.encoded = encoded = self.encoded or engine.encode(self.user)
-        return engine.score_with(part, encoded.kv_by_history)
+        return engine.score_with(part, encoded.kv_by_history, first_candidate)
 
     @property
     def use(self) -> CacheUse:
@@ -71,6 +90,7 @@ class Job:
         request: what is to be scored.
         deadline: monotonic seconds.
         reading: of a stream; a long request gets one of its own.
+        first_candidate: place of its first candidate among all of a stream.
         on_scores: called in the event loop with each part's scores as they are ready.
         answer: what comes of it.
         scores: of the candidates that are done.
@@ -83,6 +103,7 @@ class Job:
     request: Request
     deadline: float
     reading: Reading | None = None
+    first_candidate: int = 0
     on_scores: Callable[[list[float], CacheUse], None] | None = None
     answer: "asyncio.Future[Answer]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -119,6 +140,9 @@ class Observer(Protocol):
 
     def answered(self, job: Job, answer: Answer) -> None:
         """A request was scored."""
+
+    def unscored(self, job: Job, unscored: Unscored) -> None:
+        """A request got no finite scores."""
 
     def idle(self) -> bool:
         """Nothing waits; returns whether there is more to do while that is so."""
@@ -225,7 +249,7 @@ class Scheduler:
             return
         start = time.monotonic()
         try:
-            answers = jobs[0].engine.rank([job.request for job in jobs])
+            answers = jobs[0].engine.rank_each([job.request for job in jobs])
         except Exception as error:
             if len(jobs) > 1:
                 for job in jobs:
@@ -236,18 +260,25 @@ class Scheduler:
         seconds = time.monotonic() - start
         for job, answer in zip(jobs, answers, strict=True):
             job.score_s = seconds
-            self._observer.answered(job, answer)
-            self._end(job, answer)
+            if isinstance(answer, Unscored):
+                self._observer.unscored(job, answer)
+                self._end(job, answer.error)
+            else:
+                self._observer.answered(job, answer)
+                self._end(job, answer)
 
     def _score(self, part: Part) -> None:
         """Some candidates of a job whose K/V is held."""
         job = part.job
         job.reading = reading = job.reading or Reading(job.request)
         first = len(job.scores)
+        request = job.request.part(first, first + part.num_candidates)
         start = time.monotonic()
         try:
-            scores = reading.score(job.request.part(first, first + part.num_candidates), job.engine)
+            scores = reading.score(request, job.engine, job.first_candidate + first)
         except Exception as error:
+            if isinstance(error, ScoreError):
+                self._observer.unscored(job, Unscored(error, reading.use))
             with self._changed:
                 self._jobs = [other for other in self._jobs if other is not job]
             self._end(job, error)
@@ -257,8 +288,7 @@ class Scheduler:
         if job.on_scores is not None:
             self._loop.call_soon_threadsafe(job.on_scores, scores, reading.use)
         if not job.num_left:
-            version = job.engine.model_version
-            answer = Answer(job.request.request_id, job.scores, version, reading.use)
+            answer = job.engine.answer(job.request, job.scores, reading.use)
             self._observer.answered(job, answer)
             self._end(job, answer)
 
@@ -277,10 +307,10 @@ def next_step(jobs: Sequence[Job], limits: StepLimits) -> list[Part]:
         limits: of the step.
     """
     by_deadline = sorted(jobs, key=lambda job: job.deadline)
-    half = max(1, limits.candidates // 2)
+    half = limits.part_candidates
     room = limits.candidates
     room_for_begun = half if any(not job.scores for job in by_deadline) else room
-    room_for_events = limits.events
+    room_for_events, room_for_ids = limits.events, limits.ids
     parts: list[Part] = []
     for job in by_deadline:
         if len(parts) == limits.requests:
@@ -289,12 +319,16 @@ def next_step(jobs: Sequence[Job], limits: StepLimits) -> list[Part]:
             continue
         share = min(job.num_left, half)
         events = 0 if job.reading else job.engine.events_to_encode(job.request)
-        if share > (room_for_begun if job.scores else room) or (parts and events > room_for_events):
+        ids = job.request.num_bag_ids
+        if share > (room_for_begun if job.scores else room):
+            continue
+        if parts and (events > room_for_events or ids > room_for_ids):
             continue
         parts.append(Part(job, share))
         room -= share
         room_for_begun = min(room, room_for_begun - (share if job.scores else 0))
         room_for_events -= events
+        room_for_ids -= ids
     return parts
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from torchrec_kvshare.config import ServeConfig, ServerConfig
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.serving.grpc_face import BearerToken, GrpcFace, add_face
+from torchrec_kvshare.serving.connections import BoundedSite
+from torchrec_kvshare.serving.grpc_face import Gate, GrpcFace, add_face
 from torchrec_kvshare.serving.http_face import http_app
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import (
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 4096  # connections that wait to be accepted
 LAST_CALLS_S = 0.2  # for the calls of those who had connected before the port was closed
+OTHER_FILES = 256  # of models, tiers, logs
 TENSORBOARD_S = 10.0  # between two writes
 
 
@@ -63,7 +66,8 @@ async def serve(
             f"artifact is {config.artifact!r} and models is {config.models!r}; one is needed"
         )
     metrics = ServerMetrics(loader.metrics)
-    models = Models(loader.load, metrics, config.server.hot_users)
+    server = config.server
+    models = Models(loader.load, metrics, server.hot_users, server.hot_bytes)
     service = Service(models, metrics, config.server)
     try:
         async with (
@@ -92,6 +96,7 @@ async def listening(
     Raises:
         ConfigError: if a port is taken, or a secret or a certificate cannot be read.
     """
+    _check_room(config)
     token = None if config.token_file is None else _read(config.token_file, "token_file").strip()
     if token == b"":
         raise ConfigError(f"server.token_file is {config.token_file!r}, which is empty")
@@ -102,15 +107,13 @@ async def listening(
         handler_cancellation=True,
         shutdown_timeout=config.drain_s,
         auto_decompress=False,
+        keepalive_timeout=config.idle_timeout_s,
     )
     await runner.setup()
-    options = [
-        ("grpc.max_receive_message_length", config.max_request_bytes),
-        ("grpc.so_reuseport", 0),  # A port that is taken is an error.
-    ]
-    interceptors = [] if token is None else [BearerToken(token)]
-    server = grpc.aio.server(interceptors=interceptors, options=options)
-    add_face(GrpcFace(service), server)
+    gate = Gate(token, config.max_calls, service.metrics)
+    server = grpc.aio.server(interceptors=[gate], options=_grpc_options(config))
+    face = GrpcFace(service)
+    add_face(face, service, server)
     grpc_ports: list[int] = []
 
     async def open_grpc() -> Ports:
@@ -118,23 +121,63 @@ async def listening(
         return Ports(runner.addresses[0][1], grpc_ports[0])
 
     try:
-        await _listen_http(runner, config)
+        await _listen_http(runner, config, service.metrics)
         yield open_grpc
     finally:
         service.is_draining = True
-        # grpc cancels what comes while it stops; who can no longer connect goes elsewhere.
+        # Who can no longer connect goes elsewhere.
         for port in grpc_ports:
-            _stop_listening(port)
+            _shut_down(port, are_listening=True)
             await asyncio.sleep(LAST_CALLS_S)
-        await asyncio.gather(runner.cleanup(), server.stop(config.drain_s))
+        await asyncio.gather(runner.cleanup(), face.drain(config.drain_s))
+        # To grpc what comes while it stops is CANCELLED; of a lost connection it is UNAVAILABLE.
+        for port in grpc_ports:
+            _shut_down(port, are_listening=False)
+        await server.stop(None)
 
 
-async def _listen_http(runner: web.AppRunner, config: ServerConfig) -> None:
-    ssl_context = _ssl_context(config)
-    try:
-        site = web.TCPSite(
-            runner, config.host, config.http_port, ssl_context=ssl_context, backlog=BACKLOG
+def _check_room(config: ServerConfig) -> None:
+    """Have room for every connection that is allowed, and for every request.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if config.max_inflight_bytes < config.max_request_bytes:
+        raise ConfigError(
+            f"server.max_inflight_bytes is {config.max_inflight_bytes}, less than "
+            f"server.max_request_bytes = {config.max_request_bytes}: no such request had room"
         )
+    needed = 2 * config.max_connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ConfigError(
+            f"server.max_connections is {config.max_connections}, for which {needed} open files "
+            f"are needed; this process may have {hard} (ulimit -Hn)"
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _grpc_options(config: ServerConfig) -> list[tuple[str, int]]:
+    header_ms, idle_ms = round(config.header_timeout_s * 1e3), round(config.idle_timeout_s * 1e3)
+    return [
+        ("grpc.so_reuseport", 0),  # A port that is taken is an error.
+        ("grpc.max_receive_message_length", config.max_request_bytes),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        # Of one connection; more wait at the client.
+        ("grpc.max_concurrent_streams", config.max_calls),
+        # TLS and HTTP/2's first frames.
+        ("grpc.server_handshake_timeout_ms", header_ms),
+        ("grpc.max_connection_idle_ms", idle_ms),
+        # A client that is gone, or reads nothing at all, does not answer a ping.
+        ("grpc.keepalive_time_ms", idle_ms),
+        ("grpc.keepalive_timeout_ms", header_ms),
+    ]
+
+
+async def _listen_http(runner: web.AppRunner, config: ServerConfig, metrics: ServerMetrics) -> None:
+    try:
+        site = BoundedSite(runner, config, metrics, _ssl_context(config), BACKLOG)
         await site.start()
     except OSError as error:
         raise ConfigError(f"server.http_port is {config.http_port}: {error}") from error
@@ -154,16 +197,18 @@ async def _listen_grpc(server: grpc.aio.Server, config: ServerConfig) -> int:
     return grpc_port
 
 
-def _stop_listening(port: int) -> None:
-    """Refuse connections to a port of this process; those that are open stay."""
+def _shut_down(port: int, are_listening: bool) -> None:
+    """Refuse connections to a port of this process, or end those that are open."""
     for link in Path("/proc/self/fd").iterdir():
         # Another thread may close one of them in the meantime.
         with suppress(OSError):
             if not os.readlink(link).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(link.name))) as opened:
+                if opened.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
                 is_listener = opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if is_listener and opened.getsockname()[1] == port:
+                if bool(is_listener) == are_listening and opened.getsockname()[1] == port:
                     opened.shutdown(socket.SHUT_RDWR)
 
 

@@ -5,6 +5,7 @@ The faces translate their protocols to calls of this file and its errors to thei
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
@@ -12,22 +13,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.reasons import HIT
-from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.engine import Answer, CacheUse
+from torchrec_kvshare.config import SORT, ServerConfig
+from torchrec_kvshare.data.schema import candidate_key
+from torchrec_kvshare.engine import Answer, CacheUse, Unscored
 from torchrec_kvshare.errors import (
     DeadlineError,
     OverloadError,
     RequestError,
+    ScoreError,
     UnavailableError,
     UnknownModelError,
 )
-from torchrec_kvshare.features import Request, parse_candidates, parse_request
+from torchrec_kvshare.features import (
+    Request,
+    count_ids,
+    parse_candidates,
+    parse_request,
+    sort_history,
+    user_columns,
+)
 from torchrec_kvshare.serving import metrics as outcomes
 from torchrec_kvshare.serving.columns import Limits, check_limits
+from torchrec_kvshare.serving.intake import Intake
 from torchrec_kvshare.serving.metrics import LiveView, ServerMetrics, cache_to_json
 from torchrec_kvshare.serving.models import Models, Served
-from torchrec_kvshare.serving.scheduler import Job, Part, Reading, Scheduler, StepLimits
+from torchrec_kvshare.serving.scheduler import Job, Part, Reading, Scheduler, step_limits
 from torchrec_kvshare.serving.shadow import ShadowParity
 
 Anything = TypeVar("Anything")
@@ -41,6 +53,7 @@ OUTCOME_BY_ERROR: dict[type[BaseException], str] = {
     DeadlineError: outcomes.DEADLINE,
     UnavailableError: outcomes.UNAVAILABLE,
     UnknownModelError: outcomes.UNKNOWN,
+    ScoreError: outcomes.NOT_FINITE,
     asyncio.CancelledError: outcomes.CANCELLED,
     ConnectionError: outcomes.CANCELLED,
 }
@@ -83,20 +96,18 @@ class Service:
         self.limits = Limits(
             config.max_requests, config.max_candidates, config.max_events, config.max_values
         )
+        self.intake = Intake(config.max_inflight_bytes, metrics.refuse)
         self.view = LiveView()
         self.is_draining = False
-        self._shadow = ShadowParity(config.shadow_share, seed=random.randrange(2**32))
         self._num_checks = 0
         self._streams: set[Stream] = set()
-        limits = StepLimits(
-            config.batch_requests,
-            config.batch_candidates,
-            config.batch_events,
-            config.max_wait_ms / 1e3,
-        )
+        limits = step_limits(config)
+        seed = random.randrange(2**32)
+        self._shadow = ShadowParity(config.shadow_share, limits.part_candidates, seed)
         self._scheduler = Scheduler(limits, config.queue_requests, self)
         metrics.queue_requests.set_function(lambda: self._scheduler.num_waiting)
         metrics.streams_open.set_function(lambda: len(self._streams))
+        metrics.inflight_bytes.set_function(lambda: self.intake.num_bytes)
 
     @property
     def is_ready(self) -> bool:
@@ -115,6 +126,7 @@ class Service:
             RequestError: naming what came and what was allowed.
             OverloadError: if too many wait.
             DeadlineError: if its time has passed.
+            ScoreError: if a score is not finite.
         """
         [answer] = await self.rank_all(call, served, [raw])
         return answer
@@ -146,13 +158,18 @@ class Service:
         Raises:
             OverloadError: if too many wait.
         """
-        self._scheduler.submit(job)
+        try:
+            self._scheduler.submit(job)
+        except OverloadError:
+            self.metrics.refuse(outcomes.QUEUE_LENGTH)
+            raise
 
     async def finish(self, job: Job) -> Answer:
         """What comes of a job; if nobody waits for it any more, no more of it is scored.
 
         Raises:
             DeadlineError: if its time has passed.
+            ScoreError: if a score is not finite.
         """
         try:
             return await asyncio.wait_for(job.answer, job.deadline - time.monotonic())
@@ -167,6 +184,8 @@ class Service:
     def stream(self, call: Call, served: Served, raw: Mapping[str, Any]) -> Iterator["Stream"]:
         """A user whose candidates come in groups; its K/V is held until the block ends.
 
+        The block must end by the stream's deadline: until then it counts as open.
+
         Args:
             call: how it came.
             served: the version that answers.
@@ -177,6 +196,7 @@ class Service:
             RequestError: naming what came and what was allowed.
         """
         if len(self._streams) >= self.config.max_streams:
+            self.metrics.refuse(outcomes.STREAMS)
             raise OverloadError(
                 f"{len(self._streams)} streams are open; at most {self.config.max_streams} may be"
             )
@@ -185,28 +205,54 @@ class Service:
         user = self._parse(call, raw, served)
         stream = Stream(self, served, user, call.began_at + timeout_s)
         self._streams.add(stream)
-        # A client that says nothing more holds K/V no longer than that.
-        expiry = asyncio.get_running_loop().call_later(timeout_s, self._release, stream)
         try:
             yield stream
+        except DeadlineError:
+            self.metrics.refuse(outcomes.STREAM_TIME)
+            raise
         finally:
-            expiry.cancel()
+            self._streams.discard(stream)
             stream.cancel()
-            self._release(stream)
+            stream.release()
 
-    def _release(self, stream: "Stream") -> None:
-        self._streams.discard(stream)
-        stream.release()
+    async def forget(self, user_id: str) -> dict[str, int]:
+        """Forget a user here; nothing of requests that came before is kept.
+
+        Args:
+            user_id: as ``canonical_id`` spells it.
+
+        Returns:
+            Bytes of K/V that were dropped, by tier.
+
+        Raises:
+            UnavailableError: naming the tiers that could not be reached, or if no model is loaded;
+                to be asked again.
+        """
+        # Not in the event loop: disk and Redis are waited for.
+        dropped = await asyncio.to_thread(self.models.forget, user_id)
+        self._shadow.forget(user_id)
+        failed = [tier for tier, num_bytes in dropped.items() if num_bytes is None]
+        if failed:
+            raise UnavailableError(
+                f"the user is not forgotten yet: tier {' and '.join(failed)} could not be reached; "
+                "ask again"
+            )
+        bytes_by_tier = {tier: num_bytes or 0 for tier, num_bytes in dropped.items()}
+        logger.info("a user is forgotten; bytes dropped by tier: %s", bytes_by_tier)
+        return bytes_by_tier
 
     def close(self) -> None:
         """Stop scoring; nobody may be waiting for it any more."""
         self._scheduler.close()
+        self.intake.close()
 
     def to_json(self) -> dict[str, Any]:
         """The live state, for the page."""
+        drift = max((served.drift for served in self.models.all()), default=0.0)
         parity = {
             "checks": self._num_checks,
-            "drift": max((served.drift for served in self.models.all()), default=0.0),
+            # JSON has no infinity: null where one of the two scores was no number.
+            "drift": drift if math.isfinite(drift) else None,
             "limit": self.config.shadow_limit,
             "alarm": bool(self.models.names_without_cache),
         }
@@ -231,7 +277,17 @@ class Service:
 
     def answered(self, job: Job, answer: Answer) -> None:
         """A request was scored."""
+        self._offer(job, answer)
+
+    def unscored(self, job: Job, unscored: Unscored) -> None:
+        """A request got no finite scores."""
+        self.metrics.not_finite.inc()
+        self._offer(job, unscored)
+
+    def _offer(self, job: Job, answer: Answer | Unscored) -> None:
         self._shadow.offer(job.engine, job.request, answer)
+        if self.models.has_forgotten(job.request):  # Asked last: whoever forgets asks it first.
+            self._shadow.forget(job.request.user_id)
 
     def idle(self) -> bool:
         """Check an answer against what the model says without the cache."""
@@ -248,7 +304,7 @@ class Service:
         served.drift = max(drift, served.drift)
         self.metrics.parity_checks.labels(served.name).inc()
         self.metrics.parity_drift.labels(served.name).set(served.drift)
-        if drift > self.config.shadow_limit:
+        if not drift <= self.config.shadow_limit:
             self.models.bypass(served.engine)
             logger.error(
                 "cached scores of model %s were off by %g, %g is allowed: it is scored without its "
@@ -285,10 +341,15 @@ class Service:
 
     def _parse(self, call: Call, raw: Mapping[str, Any], served: Served) -> Request:
         check_limits(raw, self.limits)
+        given, raw = raw, sort_history(raw) if self.config.history_order == SORT else raw
         request = parse_request(raw, served.engine.schema)
+        self.metrics.sorted_histories.labels(served.name).inc(raw is not given)
+        self.metrics.count_ids(served.name, count_ids(request))
         if request.request_id is None:
             request = replace(request, request_id=call.request_id)
-        self.models.hot(served.name).remember(request.user_id, raw)
+        came_at = steady_clock()() - (time.monotonic() - call.began_at)
+        request = replace(request, came_at=came_at)
+        self.models.remember(served.name, request, user_columns(raw, served.engine.schema))
         return request
 
     def _deadline(self, call: Call) -> float:
@@ -322,8 +383,15 @@ def _log(call: Call, request_id: str | int | None, model: str, outcome: str, **m
     """One line for one request, however it ended."""
     ms = round((time.monotonic() - call.began_at) * 1e3, 3)
     fields = {"request_id": request_id, "face": call.face, "model": model, "outcome": outcome}
-    level = logging.ERROR if outcome == outcomes.INTERNAL else logging.INFO
+    is_ours = outcome in (outcomes.INTERNAL, outcomes.NOT_FINITE)
+    level = logging.ERROR if is_ours else logging.INFO
     request_logger.log(level, outcome, extra={**fields, "ms": ms, **more})
+
+
+def _see_error(done: "asyncio.Future[Answer]") -> None:
+    """What failed for a client that has gone is no error of ours."""
+    if not done.cancelled():
+        done.exception()
 
 
 class Group:
@@ -331,12 +399,10 @@ class Group:
 
     Attributes:
         job: that scores them.
-        first_candidate: place of the first of them among all of the stream.
     """
 
-    def __init__(self, service: Service, job: Job, first_candidate: int) -> None:
+    def __init__(self, service: Service, job: Job) -> None:
         self.job = job
-        self.first_candidate = first_candidate
         self._service = service
         self._parts: asyncio.Queue[Answer | None] = asyncio.Queue()
         job.on_scores = self._take
@@ -347,9 +413,11 @@ class Group:
 
         Raises:
             DeadlineError: if the stream's time has passed.
+            ScoreError: if a score is not finite.
         """
-        place = self.first_candidate
+        place = self.job.first_candidate
         finishing = asyncio.ensure_future(self._service.finish(self.job))
+        finishing.add_done_callback(_see_error)
         try:
             while (part := await self._parts.get()) is not None:
                 yield place, part
@@ -360,8 +428,7 @@ class Group:
 
     def _take(self, scores: list[float], use: CacheUse) -> None:
         """Called by the scheduler as a part is done."""
-        request_id, version = self.job.request.request_id, self.job.engine.model_version
-        self._parts.put_nowait(Answer(request_id, scores, version, use))
+        self._parts.put_nowait(self.job.engine.answer(self.job.request, scores, use))
 
 
 class Stream:
@@ -376,9 +443,9 @@ class Stream:
 
     def __init__(self, service: Service, served: Served, user: Request, deadline: float) -> None:
         self.user = user
+        self.deadline = deadline
         self._service = service
         self._served = served
-        self._deadline = deadline
         self._reading = Reading(user)
         self._num_candidates = 0
         self._open: set[asyncio.Future[Answer]] = set()
@@ -402,10 +469,17 @@ class Stream:
             OverloadError: if too many wait.
             DeadlineError: if its time has passed.
         """
-        if time.monotonic() > self._deadline:
+        if time.monotonic() > self.deadline:
             raise DeadlineError("the stream's deadline passed")
         check_limits(raw, self._service.limits)
-        return self._queued(parse_candidates(raw, self.user, self._served.engine.schema))
+        request = parse_candidates(raw, self.user, self._served.engine.schema)
+        of_group = {
+            column: count
+            for column, count in count_ids(request).items()
+            if column.startswith(candidate_key(""))  # The user was counted with the first group.
+        }
+        self._service.metrics.count_ids(self._served.name, of_group)
+        return self._queued(request)
 
     def cancel(self) -> None:
         """Score no more of it."""
@@ -416,6 +490,14 @@ class Stream:
         """Let go of its K/V."""
         self._reading = Reading(self.user)
 
+    def expire(self) -> DeadlineError:
+        """Score no more of it, and tell those that wait why; returns what they are told."""
+        error = DeadlineError("the stream's deadline passed")
+        for answer in [*self._open]:
+            if not answer.done():
+                answer.set_exception(error)
+        return error
+
     async def wait(self, awaited: Coroutine[Any, Any, Anything]) -> Anything:
         """Wait for its client, until its deadline.
 
@@ -423,15 +505,17 @@ class Stream:
             DeadlineError: if that has passed.
         """
         try:
-            return await asyncio.wait_for(awaited, self._deadline - time.monotonic())
+            return await asyncio.wait_for(awaited, self.deadline - time.monotonic())
         except asyncio.TimeoutError as error:
             raise DeadlineError("the stream's deadline passed") from error
 
     def _queued(self, request: Request) -> Group:
-        job = Job(self._served.engine, request, self._deadline, self._reading)
-        group = Group(self._service, job, self._num_candidates)
+        first = self._num_candidates
+        job = Job(self._served.engine, request, self.deadline, self._reading, first)
+        group = Group(self._service, job)
         self._service.queue(job)
         self._open.add(job.answer)
+        job.answer.add_done_callback(_see_error)
         job.answer.add_done_callback(self._open.discard)
         self._num_candidates += request.num_candidates
         return group

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from torchrec_kvshare.assembly import new_engine
+from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.export.exporter import load_artifact
-from torchrec_kvshare.export.triton import ANSWER, ARTIFACT, REQUEST
+from torchrec_kvshare.export.triton import ANSWER, ARTIFACT, KEY_FILE, REQUEST
 from torchrec_kvshare.scoring import score_lines
 
 MAX_BATCH = 64  # requests scored together
@@ -25,7 +26,10 @@ class TritonPythonModel:
         """Load the artifact that lies beside this model's file."""
         self._backend = importlib.import_module("triton_python_backend_utils")
         folder = Path(args["model_repository"]) / args["model_version"]
-        self._engine = new_engine(load_artifact(folder / ARTIFACT))
+        parameters = json.loads(args.get("model_config", "{}")).get("parameters", {})
+        key_file = parameters.get(KEY_FILE, {}).get("string_value")
+        key = read_key(key_file, KEY_FILE)
+        self._engine = new_engine(load_artifact(folder / ARTIFACT, key))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer the lines of each of Triton's requests; a bad line gets its error in place."""
@@ -39,6 +43,9 @@ class TritonPythonModel:
         tensor = self._backend.get_input_tensor_by_name(request, REQUEST)
         # A blank line is no request, but what Triton sends wants an answer each.
         lines = [bytes(line).strip() or b"null" for line in tensor.as_numpy().flatten()]
-        answers = [json.dumps(answer) for answer in score_lines(self._engine, lines, MAX_BATCH)]
+        answers = [
+            json.dumps(answer, allow_nan=False)
+            for answer in score_lines(self._engine, lines, MAX_BATCH)
+        ]
         output = self._backend.Tensor(ANSWER, np.array(answers, dtype=object))
         return self._backend.InferenceResponse(output_tensors=[output])

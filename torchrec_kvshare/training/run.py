@@ -1,13 +1,18 @@
 """One training run: the model and its baselines on one budget, measured on the same test split.
 
-A run's folder holds the config, the schema, a checkpoint for each trained model and, at the end,
-``metrics.json``. Started again with the same folder, a run goes on where it was killed.
+A run's folder holds the config, the schema, a digest of the data, a checkpoint for each trained
+model and, at the end, ``metrics.json``. Started again with the same folder, a run goes on where it
+was killed; one that is finished is never touched, and neither is one of another config or of other
+data.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +21,12 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec.models.dlrm import DLRM
 
 from torchrec_kvshare.config import ModelConfig, TrainConfig
-from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset
-from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset, users_to_test
+from torchrec_kvshare.data.digest import DataDigest, data_digest
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.schema import FeatureSchema, History, Window
+from torchrec_kvshare.data.split_report import crowded_moments, split_sizes, unknown_shares
+from torchrec_kvshare.data.targets import MIN_CATALOGUE
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.history.kinds import KINDS, TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
@@ -32,9 +39,11 @@ from torchrec_kvshare.training.evaluate import (
     popularity_scorer,
 )
 from torchrec_kvshare.training.loop import TrainSettings, load_weights, train
+from torchrec_kvshare.training.metrics import Values
 
 CONFIG = "config.json"
 SCHEMA = "schema.json"
+DATA = "data.json"
 METRICS = "metrics.json"
 NO_HISTORY = "none"
 HISTORY_KINDS = (*KINDS, NO_HISTORY)
@@ -42,9 +51,25 @@ WINDOWS = ("anchored", "sliding")
 
 logger = logging.getLogger(__name__)
 
-Metrics = dict[str, dict[str, float]]
+Metrics = dict[str, Values]
 
 
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Compute with kernels that do for any number of rows.
+
+    oneDNN compiles a GELU for each new number of rows, of which an epoch has thousands. It keeps
+    the last 1,024 of them where large tensors would go, so that the heap is in pieces and grows.
+    """
+    is_enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.set_flags(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(is_enabled)
+
+
+@_without_onednn()
 def train_run(config: TrainConfig) -> Metrics:
     """Train a model, and on the same budget its baselines; measure all on the test split.
 
@@ -52,52 +77,76 @@ def train_run(config: TrainConfig) -> Metrics:
         config: the whole run; ``output`` is its folder.
 
     Returns:
-        Test metrics by model: the history's kind, ``none`` (the plain DLRM) and ``popularity``.
+        Test metrics by model: the history's kind, ``none`` (the plain DLRM) and ``popularity``. Of
+        a run that is finished, what it wrote; nothing of it is written again.
 
     Raises:
         ConfigError: if the folder holds a run of another config, or a value cannot work.
-        DataError: if the data cannot be read or has nothing to train or test on.
+        DataError: if the data cannot be read, has nothing to train or test on, or is not that of
+            the run in the folder.
+        TrainingError: if the training diverges.
     """
     _check_model(config.model)
     dataset = load_dataset(config)
     _check_tokens(config.model, dataset.schema)
     folder = Path(config.output)
-    _claim(folder, config, dataset.schema)
+    _claim(folder, config, dataset)
+    if (folder / METRICS).is_file():
+        logger.info("%s is finished: nothing is trained or written", folder)
+        finished: Metrics = json.loads((folder / METRICS).read_text())["test"]
+        return finished
     kinds = [config.model.history]
     if config.budget.baselines and config.model.history != NO_HISTORY:
         kinds.append(NO_HISTORY)
     metrics: Metrics = {}
-    with SummaryWriter(str(folder / "tensorboard")) as summary:
-        for kind in kinds:
-            model = new_model(dataset.schema, config.model, kind, config.seed)
-            with SummaryWriter(str(folder / "tensorboard" / kind)) as writer:
-                train(model, dataset, _settings(config), folder / kind, writer)
-            scorer = model_scorer(model)
-            metrics[kind] = _evaluate(scorer, dataset, config, takes_prefixes(model))
-        if config.budget.baselines:
-            popularity = popularity_scorer(dataset, config.negatives)
-            metrics["popularity"] = _evaluate(popularity, dataset, config, share_prefill=True)
+    for kind in kinds:
+        model = new_model(dataset.schema, config.model, kind, config.seed)
+        train(model, dataset, _settings(config), folder / kind, folder / "tensorboard" / kind)
+        scorer = model_scorer(model)
+        metrics[kind] = _evaluate(scorer, dataset, config, takes_prefixes(model))
+    if config.budget.baselines:
+        popularity = popularity_scorer(dataset, config.negatives)
+        metrics["popularity"] = _evaluate(popularity, dataset, config, share_prefill=True)
+    # A run that was killed here is measured again: TensorBoard drops what it had said.
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=0) as summary:
         for kind, values in metrics.items():
             for name, value in values.items():
-                summary.add_scalar(f"test_{name.replace('@', '_at_')}/{kind}", value)
-    (folder / METRICS).write_text(json.dumps({"test": metrics}, indent=2) + "\n")
+                if value is not None:
+                    summary.add_scalar(f"test_{name.replace('@', '_at_')}/{kind}", value, 0)
+    _write(folder / METRICS, json.dumps({"test": metrics}, indent=2, allow_nan=False) + "\n")
     return metrics
 
 
 def load_dataset(config: TrainConfig) -> Dataset:
-    """The data set of a run, read and encoded anew.
+    """The data set of a run, read and encoded anew; the log says how it was split.
 
     Raises:
         DataError: if nothing is left to train or test on.
     """
+    name = config.data.name
     log = load_log(config.data)
-    logger.info("%s: %s", config.data.name, log.report)
+    logger.info("%s: %s", name, log.report)
     if config.budget.max_users is not None:
-        log = first_users(log, config.budget.max_users)
+        log = users_to_test(log, config.budget.max_users)
     dataset = build_dataset(log, histories_of(config.model))
-    for name, split in (("training", TRAIN), ("test", TEST)):
+    for split_name, split in (("training", TRAIN), ("test", TEST)):
         if not (dataset.split == split).any():
-            raise DataError(f"{config.data.name} has no event in the {name} split")
+            raise DataError(f"{name} has no event in the {split_name} split")
+    if not dataset.label[dataset.split == TRAIN].any():
+        raise DataError(f"{name} has no positive event in the training split")
+    if len(dataset.known_items) < MIN_CATALOGUE:
+        raise DataError(
+            f"{name} has one item in the training split, {log.items.ids[0]}; negatives need another"
+        )
+    logger.info("%s: %s", name, split_sizes(dataset))
+    for sentence in crowded_moments(dataset):
+        logger.warning("%s: %s", name, sentence)
+    shares = unknown_shares(dataset).items()
+    logger.info(
+        "%s: share of the test split's ids that training never met: %s",
+        name,
+        ", ".join(f"{column} {share:.1%}" for column, share in shares),
+    )
     return dataset
 
 
@@ -106,6 +155,7 @@ def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
 
     Raises:
         ConfigError: if the folder holds no finished run, or one without a history.
+        TrainingError: if a weight is not finite.
     """
     if not (folder / METRICS).is_file():
         raise ConfigError(f"{folder} holds no finished run: it has no {METRICS}")
@@ -178,6 +228,10 @@ def _check_model(sizes: ModelConfig) -> None:
         raise ConfigError(f"model.history is {sizes.history!r}; one of {HISTORY_KINDS}")
     if sizes.window not in WINDOWS:
         raise ConfigError(f"model.window is {sizes.window!r}; one of {WINDOWS}")
+    if not sizes.top_mlp or sizes.top_mlp[-1] != 1:
+        raise ConfigError(
+            f"model.top_mlp is {list(sizes.top_mlp)}; its last width must be 1: the one logit"
+        )
     for history in histories_of(sizes):
         if sizes.history != NO_HISTORY:
             HistoryTower(tower_spec(sizes), history.window.max_history, history.window.block)
@@ -193,22 +247,7 @@ def _check_tokens(sizes: ModelConfig, schema: FeatureSchema) -> None:
         )
 
 
-def first_users(log: InteractionLog, max_users: int) -> InteractionLog:
-    """The same log with the events of its first users only."""
-    kept = log.users.codes < max_users
-    return dataclasses.replace(
-        log,
-        users=log.users._replace(codes=log.users.codes[kept]),
-        items=log.items._replace(codes=log.items.codes[kept]),
-        time=log.time[kept],
-        label=log.label[kept],
-        action=log.action and log.action._replace(codes=log.action.codes[kept]),
-    )
-
-
-def _evaluate(
-    score: Scorer, dataset: Dataset, config: TrainConfig, share_prefill: bool
-) -> dict[str, float]:
+def _evaluate(score: Scorer, dataset: Dataset, config: TrainConfig, share_prefill: bool) -> Values:
     sampled = evaluate_sampled(score, dataset, TEST, config.negatives, share_prefill)
     return sampled | evaluate_catalogue(score, dataset, config.budget.eval_users)
 
@@ -226,16 +265,44 @@ def _settings(config: TrainConfig) -> TrainSettings:
     )
 
 
-def _claim(folder: Path, config: TrainConfig, schema: FeatureSchema) -> None:
-    """Write down what the run is, or find that the folder is this very run, killed early."""
+def _claim(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """Write down what the run is, or find that the folder is this very run, started before."""
     values = dataclasses.asdict(config)
-    # Where a run lies and how many threads it has do not make it another run.
-    comparable = {k: v for k, v in values.items() if k not in ("output", "threads")}
+    digest = data_digest(dataset)
     if (folder / CONFIG).is_file():
-        before: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        differing = sorted(k for k, v in comparable.items() if before.get(k) != v)
-        if differing:
-            raise ConfigError(f"{folder} holds a run of another config; these differ: {differing}")
+        _check_same_run(folder, values, digest)
+        return
+    if (folder / METRICS).is_file():
+        raise ConfigError(f"{folder} has a {METRICS} but no {CONFIG}: it is not of a run")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SCHEMA).write_text(json.dumps(schema.to_json()))
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    _write(folder / SCHEMA, json.dumps(dataset.schema.to_json()))
+    _write(folder / DATA, json.dumps(digest.to_json(), indent=2) + "\n")
+    # Last: a folder with a config has all of them.
+    _write(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+
+
+def _check_same_run(folder: Path, values: dict[str, Any], digest: DataDigest) -> None:
+    before: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    # Where a run lies and how many threads it has do not make it another run.
+    differing = sorted(
+        key
+        for key in {*values, *before} - {"output", "threads"}
+        if before.get(key) != values.get(key)
+    )
+    if differing:
+        raise ConfigError(f"{folder} holds a run of another config; these differ: {differing}")
+    if not (folder / DATA).is_file():
+        raise ConfigError(f"{folder} holds a run without {DATA}: another version trained it")
+    changes = DataDigest(**json.loads((folder / DATA).read_text())).changes(digest)
+    if changes:
+        raise DataError(
+            f"the data of the run in {folder} has changed: {', '.join(changes)}; nothing was "
+            "written. Train on it in a folder of its own"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file as a whole: a killed run leaves the old one or none."""
+    written = path.with_name(f"{path.name}.new")
+    written.write_text(text)
+    os.replace(written, path)

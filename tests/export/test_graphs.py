@@ -1,12 +1,14 @@
-"""Padded graphs say what the eager model says, before any compiler has seen them."""
+"""Graphs say what the eager model says, before any compiler has seen them."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
+from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
@@ -42,14 +44,14 @@ from tests.core.worlds import (
     see_prefixes,
     take_candidates,
 )
+from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.engine import Engine, expand
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.export.padded import doubling_ends, padded_graphs
 from torchrec_kvshare.export.parity import score_through_pages
-from torchrec_kvshare.export.pt2 import PaddedRanking
+from torchrec_kvshare.export.pt2 import CompiledRanking, graphs_of, write_pt2
 from torchrec_kvshare.features import (
     collate,
     collate_candidates,
@@ -58,7 +60,7 @@ from torchrec_kvshare.features import (
     user_of_candidates,
 )
 from torchrec_kvshare.history.kinds import BIDIRECTIONAL, CAUSAL, HSTU, KINDS, TowerSpec
-from torchrec_kvshare.history.moments import doubling_bucket
+from torchrec_kvshare.history.pages import split_users
 from torchrec_kvshare.profiling.memory import peak_allocated_bytes
 from torchrec_kvshare.profiling.workload import draw_requests, fill_zeros, make_schema
 from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
@@ -68,16 +70,16 @@ USERS = [(0, 3, 1), (1, 1, 2), (14, 5, 3), (30, 1, 4), (7, 4, 5)]
 BATCHES = [USERS, USERS[:1], USERS[1:2], USERS[3:4], [(0, 2, 6), (0, 1, 7)]]
 
 
-def padded(model: nn.Module, schema: FeatureSchema, spec: TowerSpec) -> PaddedRanking:
+def as_graphs(model: nn.Module, schema: FeatureSchema, spec: TowerSpec) -> CompiledRanking:
     """The ranking functions of a model's graphs as plain modules."""
-    return PaddedRanking(padded_graphs(RankingModel(model).eval(), schema), schema, spec)
+    return CompiledRanking(graphs_of(RankingModel(model).eval(), schema), schema, spec, {})
 
 
 @lru_cache
-def both(name: str, num_tokens: int = NUM_TOKENS) -> tuple[PaddedRanking, RankingModel]:
-    """The padded and the eager functions of a world's model."""
+def both(name: str, num_tokens: int = NUM_TOKENS) -> tuple[CompiledRanking, RankingModel]:
+    """The functions of the graphs and the eager functions of a world's model."""
     schema, spec, dlrm = world_of(name, num_tokens)
-    return padded(dlrm, schema, spec), RankingModel(dlrm).eval()
+    return as_graphs(dlrm, schema, spec), RankingModel(dlrm).eval()
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -85,7 +87,7 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def assert_equals_eager(
-    got: PaddedRanking, model: nn.Module, users: list[tuple[int, int, int]]
+    got: CompiledRanking, model: nn.Module, users: list[tuple[int, int, int]]
 ) -> None:
     """Logits of a model of the usual schema, uncached and through pages."""
     requests = parse_all([draw_raw(*user) for user in users])
@@ -149,7 +151,7 @@ def test_new_events_extend_what_is_cached_as_eager_does(name: str) -> None:
     ]
     kv = eager.prefill(collate_history(heads, schema).sparse_features)[0]
     all_rows = [eager.num_rows([number])[0] for number in kept]
-    parts = zip(kv.split(all_rows, dim=1), rows, strict=True)
+    parts = zip(split_users(kv, all_rows), rows, strict=True)
     cached = torch.cat([part[:, :number] for part, number in parts], dim=1)
     tails = [
         {HISTORY: events.part(number, events.num_events)}
@@ -175,7 +177,7 @@ def test_two_histories_are_read_each_by_its_tower(kind: str) -> None:
     raws.append(raws[2] | {"time": raws[2]["time"] + 1_000_000})
     requests = parse_all(raws, TWO_HISTORIES)
     batch = collate(requests, TWO_HISTORIES)
-    got = padded(dlrm, TWO_HISTORIES, spec)
+    got = as_graphs(dlrm, TWO_HISTORIES, spec)
     expected = torch.cat([reference_logits(dlrm, TWO_HISTORIES, raw) for raw in raws])
     uncached = got(batch.dense_features, batch.sparse_features).double()
     assert_close(uncached, expected, LOGIT_TOLERANCE)
@@ -184,12 +186,12 @@ def test_two_histories_are_read_each_by_its_tower(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_engine_serves_padded_graphs_from_pages_nobody_wrote_whole(name: str) -> None:
+def test_an_engine_serves_graphs_from_pages_nobody_wrote_whole(name: str) -> None:
     """What was never written in the pages is NaN, and must not be read."""
     world = world_of(name)
     got, eager = both(name)
-    engine = Engine(got, world.schema, "padded", KVStore(make_caches(eager, [40])))
-    uncached = Engine(eager, world.schema, "eager", store=None)
+    engine = Engine(got, world.schema, KVStore(make_caches(eager, [40])), version=UNNAMED)
+    uncached = Engine(eager, world.schema, store=None)
     for shortened in (6, 3, 0):
         users = [(max(0, events - shortened), *rest) for events, *rest in USERS]
         raws = raws_of(world, USERS)
@@ -227,6 +229,56 @@ def test_what_graphs_cannot_do_is_refused() -> None:
         got(prefixes.dense_features, prefixes.sparse_features)
 
 
+def with_value(batch: Batch, key: str, value: int) -> KeyedJaggedTensor:
+    """The keys of a batch, the second value of one of them replaced."""
+    features = batch.sparse_features
+    features[key].values()[1] = value
+    return features
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("user_id", -1, "user_id holds -1 at place 1; from 0 to 6 is allowed"),
+        ("user_id", 7, "user_id holds 7 at place 1; from 0 to 6 is allowed"),
+        ("context.country", -1, r"context\.country holds -1"),
+        ("history.item_id", -1, r"history\.item_id holds -1 at place 1; from 0 to 12"),
+        ("history.item_id", 13, r"history\.item_id holds 13 at place 1; from 0 to 12"),
+        ("history.genres", -1, r"history\.genres holds -1"),
+        ("history.action", 5, r"history\.action holds 5 at place 1; from 0 to 4"),
+        ("candidates.item_id", -1, r"candidates\.item_id holds -1"),
+        ("candidates.genres", 9, r"candidates\.genres holds 9"),
+        ("request.time", -1, r"request\.time holds -1"),
+    ],
+)
+@torch.no_grad()
+def test_what_a_graph_would_take_for_another_thing_is_refused_by_name(
+    key: str, value: int, message: str
+) -> None:
+    """A compiled graph takes -1 for the last row of a table."""
+    got, eager = both(NAMES[0])
+    world = world_of(NAMES[0])
+    users = [(14, 3, 3), (7, 2, 5)]
+    requests = parse_all(raws_of(world, users), world.schema)
+    whole = collate(requests, world.schema)
+    kv = [one.unsqueeze(1) for one in eager.prefill(whole.sparse_features)]
+    features = with_value(whole, key, value)
+    with pytest.raises(ValueError, match=message):
+        got(whole.dense_features, features)
+    if key.startswith("history."):
+        history = collate_history(requests, world.schema)
+        features = with_value(history, key, value)
+        with pytest.raises(ValueError, match=message):
+            got.prefill(features)
+        with pytest.raises(ValueError, match=message):
+            got.extend(features, [one[:, 0, :0] for one in kv], [torch.tensor([0, 0])])
+    else:
+        candidates = collate_candidates(requests, world.schema)
+        features = with_value(candidates, key, value)
+        with pytest.raises(ValueError, match=message):
+            got.score(candidates.dense_features, features, kv)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_counted_as_by_the_model(name: str) -> None:
     got, eager = both(name)
@@ -237,20 +289,13 @@ def test_rows_are_counted_as_by_the_model(name: str) -> None:
             assert got.reusable(*numbers) == eager.reusable(*numbers)
 
 
-def test_times_and_places_fall_into_the_models_buckets() -> None:
-    amount = torch.arange(-3, 70)
-    for num_buckets in (2, 3, 7):
-        got = torch.bucketize(amount, doubling_ends(num_buckets), right=True)
-        assert torch.equal(got, doubling_bucket(amount, num_buckets))
-
-
 @pytest.mark.parametrize("name", BUILD_BY_NAME)
 @torch.no_grad()
 def test_torchrecs_ranking_models_are_taken_as_they_are(name: str) -> None:
     model = BUILD_BY_NAME[name](new_collection()).eval()
     random_weights(model, 12)
     for users in BATCHES:
-        assert_equals_eager(padded(model, SCHEMA, CAUSAL_SPEC), model, users)
+        assert_equals_eager(as_graphs(model, SCHEMA, CAUSAL_SPEC), model, users)
 
 
 @pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])
@@ -267,14 +312,14 @@ def test_torchrecs_own_bags_are_pooled_as_their_tables_say(pooling: PoolingType)
     model = BUILD_BY_NAME["DLRM"](collection).eval()
     random_weights(model, 13)
     for users in BATCHES:
-        assert_equals_eager(padded(model, SCHEMA, CAUSAL_SPEC), model, users)
+        assert_equals_eager(as_graphs(model, SCHEMA, CAUSAL_SPEC), model, users)
 
 
 @torch.no_grad()
 def test_the_given_model_stays_as_it_was() -> None:
     model = RankingModel(make_dlrm(seed=8)).eval()
     modules = dict(model.named_modules(remove_duplicate=False))
-    graphs = padded_graphs(model, SCHEMA)
+    graphs = graphs_of(model, SCHEMA)
     assert dict(model.named_modules(remove_duplicate=False)) == modules
     own = {id(parameter) for parameter in model.parameters()}
     for graph in graphs.values():
@@ -298,7 +343,7 @@ class OtherBags(EmbeddingBagCollectionInterface):
         return False
 
 
-def test_bags_that_are_no_plain_tables_are_refused() -> None:
+def test_bags_that_are_no_plain_tables_are_refused(tmp_path: Path) -> None:
     good = new_collection()
     bags = OtherBags(good.bags.embedding_bag_configs())
     collection = KVShareEmbeddingBagCollection(
@@ -306,7 +351,8 @@ def test_bags_that_are_no_plain_tables_are_refused() -> None:
     )
     model = RankingModel(BUILD_BY_NAME["DLRM"](collection)).eval()
     with pytest.raises(ConfigError, match="the ranking stage's bags are OtherBags"):
-        padded_graphs(model, SCHEMA)
+        write_pt2(model, SCHEMA, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", [CAUSAL, HSTU])
@@ -315,7 +361,7 @@ def test_more_candidates_copy_no_history(kind: str) -> None:
     history, dim, more = 512, 8, 64
     schema, spec = make_schema(history, num_users=1), TowerSpec(kind, dim, 2, 2)
     model = fill_zeros(dlrm_with_history(schema, spec, [8, 1]))
-    got = padded(model, schema, spec)
+    got = as_graphs(model, schema, spec)
     requests = draw_requests(schema, [8, 8 + more], user=0, seed=0)
     kv = got.prefill(collate([requests[0]], schema).sparse_features)
     peaks = []

@@ -1,0 +1,108 @@
+#include "ids.h"
+
+#include <nlohmann/json.hpp>
+
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <string_view>
+
+namespace {
+
+// What Python's str.strip takes for space.
+constexpr std::string_view kSpaces[] = {
+    "\t", "\n", "\v", "\f", "\r", "\x1c", "\x1d", "\x1e", "\x1f", " ",
+    "\xc2\x85", "\xc2\xa0", "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81", "\xe2\x80\x82",
+    "\xe2\x80\x83", "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86", "\xe2\x80\x87", "\xe2\x80\x88",
+    "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f",
+    "\xe3\x80\x80"};
+
+bool is_digit(char c) { return '0' <= c && c <= '9'; }
+
+bool is_visible_ascii(char c) { return ' ' < c && c < '\x7f'; }
+
+// Bytes of the space that a text starts with, 0 if it starts with none; likewise of its end.
+std::size_t space_at_start(std::string_view text) {
+  for (const std::string_view space : kSpaces) {
+    if (text.substr(0, space.size()) == space) return space.size();
+  }
+  return 0;
+}
+
+std::size_t space_at_end(std::string_view text) {
+  for (const std::string_view space : kSpaces) {
+    if (text.size() >= space.size() && text.substr(text.size() - space.size()) == space) {
+      return space.size();
+    }
+  }
+  return 0;
+}
+
+std::string_view stripped(std::string_view text) {
+  // A history has thousands of ids, and hardly one of them has space around it.
+  if (!text.empty() && is_visible_ascii(text.front()) && is_visible_ascii(text.back())) return text;
+  while (const std::size_t size = space_at_start(text)) text.remove_prefix(size);
+  while (const std::size_t size = space_at_end(text)) text.remove_suffix(size);
+  return text;
+}
+
+// The digits of "17850.0" and "-0", which are whole numbers; empty for others.
+std::string digits_of(std::string_view text) {
+  if (text == "-0") return "0";
+  const std::size_t sign = text.substr(0, 1) == "-" ? 1 : 0;
+  const std::size_t point = text.find('.');
+  if (point == std::string_view::npos || point <= sign || point + 1 == text.size()) return "";
+  if (text.find_first_not_of('0', point + 1) != std::string_view::npos) return "";
+  for (std::size_t place = sign; place < point; ++place) {
+    if (!is_digit(text[place])) return "";
+  }
+  if (text[sign] == '0' && point != sign + 1) return "";
+  return text[sign] == '0' ? "0" : std::string(text.substr(0, point));
+}
+
+// Whether a text is as Python prints floats from 1e16 on: a digit, maybe more behind a point, an
+// exponent of two or three digits.
+bool is_large_float(std::string_view text) {
+  if (text.substr(0, 1) == "-") text.remove_prefix(1);
+  if (text.empty() || !is_digit(text[0]) || text[0] == '0') return false;
+  text.remove_prefix(1);
+  if (text.substr(0, 1) == ".") {
+    const std::size_t exponent = text.find_first_not_of("0123456789", 1);
+    if (exponent == 1 || exponent == std::string_view::npos) return false;
+    text.remove_prefix(exponent);
+  }
+  if (text.substr(0, 2) != "e+" || (text.size() != 4 && text.size() != 5)) return false;
+  return text.find_first_not_of("0123456789", 2) == std::string_view::npos;
+}
+
+std::string spelt(double number) {
+  if (std::isinf(number)) return number < 0 ? "-inf" : "inf";
+  if (number == 0) return "0";
+  char text[400];  // The greatest double has 309 digits.
+  if (number == std::floor(number)) {
+    return {text, static_cast<std::size_t>(std::snprintf(text, sizeof text, "%.0f", number))};
+  }
+  // As Python prints them: the fewest digits that tell it from others.
+  const bool is_small = std::abs(number) < 1e-4;
+  const auto form = is_small ? std::chars_format::scientific : std::chars_format::fixed;
+  return {text, std::to_chars(text, text + sizeof text, number, form).ptr};
+}
+
+}  // namespace
+
+std::string canonical_id(const std::string& text) {
+  const std::string_view bare = stripped(text);
+  if (bare == "True") return "true";
+  if (bare == "False") return "false";
+  if (std::string digits = digits_of(bare); !digits.empty()) return digits;
+  const std::string id(bare);
+  return is_large_float(bare) ? spelt(std::strtod(id.c_str(), nullptr)) : id;
+}
+
+std::string canonical_id(const Json& value) {
+  if (value.is_string()) return canonical_id(value.get_ref<const std::string&>());
+  if (value.is_boolean()) return value.get<bool>() ? "true" : "false";
+  if (value.is_number_float()) return spelt(value.get<double>());
+  return value.is_number_integer() ? value.dump() : long_integer(value);
+}

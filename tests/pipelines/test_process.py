@@ -1,0 +1,88 @@
+"""A command's process shares its cores: how its threads wait, and how many there are."""
+
+import pytest
+
+from tests.core.worlds import fresh_process
+from torchrec_kvshare.commands.process import SPIN_COUNT, WAIT_POLICY
+
+# libgomp says what it has read when torch loads it.
+SAID = {"OMP_DISPLAY_ENV": "verbose"}
+IN_A_CHECKOUT = "import pipelines.score"
+INSTALLED = """
+import sys
+from torchrec_kvshare.commands.run import kvshare
+assert "torch" not in sys.modules
+sys.argv = ["kvshare", "score", "artifact=nowhere", "requests=none", "output=none"]
+kvshare()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "spins"),
+    [
+        (IN_A_CHECKOUT, {}, "0"),
+        (INSTALLED, {}, "0"),
+        (IN_A_CHECKOUT, {SPIN_COUNT: "77"}, "77"),
+        (INSTALLED, {WAIT_POLICY: "active"}, "30000000000"),
+    ],
+)
+def test_threads_of_a_command_wait_asleep_or_as_the_user_says(
+    program: str, given: dict[str, str], spins: str
+) -> None:
+    """Beside a busy process a training step of 0.07 s took 1.61 s, its threads spinning."""
+    _, errors = fresh_process(program, **SAID, **given).communicate()
+    assert f"GOMP_SPINCOUNT = '{spins}'" in errors
+
+
+@pytest.mark.parametrize(("threads", "computing"), [("None", 1), ("3", 3)])
+def test_a_command_computes_with_as_many_threads_as_it_is_granted_cores(
+    threads: str, computing: int
+) -> None:
+    program = f"""
+import os
+import torch
+from torchrec_kvshare.commands.process import prepare_torch
+torch.set_num_threads(2)
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+prepare_torch({threads})
+print(torch.get_num_threads())
+"""
+    output, errors = fresh_process(program).communicate()
+    assert output == f"{computing}\n", errors
+
+
+def test_openmps_own_number_of_threads_is_kept() -> None:
+    program = """
+from torchrec_kvshare.commands.process import prepare_torch
+prepare_torch(None)
+import torch
+print(torch.get_num_threads())
+"""
+    output, errors = fresh_process(program, OMP_NUM_THREADS="1").communicate()
+    assert output == "1\n", errors
+
+
+@pytest.mark.parametrize(
+    ("given", "is_kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)]
+)
+def test_a_commands_freed_memory_is_kept_or_what_the_user_says(
+    given: dict[str, str], is_kept: bool
+) -> None:
+    """Each call of a model waited for pages that the one before had given back."""
+    program = """
+from torchrec_kvshare.commands.process import prepare_torch
+prepare_torch(1)
+import resource
+import torch
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(4 * 2**20)
+before = page_faults()
+for _ in range(10):
+    torch.ones(4 * 2**20)
+print(page_faults() - before)
+"""
+    output, errors = fresh_process(program, **given).communicate()
+    num_pages = 10 * 4 * 2**22 // 4096
+    assert (int(output) < num_pages / 10) == is_kept, errors

@@ -1,0 +1,41 @@
+"""Where the pipelines and their configs lie.
+
+A wheel holds both folders inside the package; in a checkout, and in an editable install of one,
+they stand beside it.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+IS_INSTALLED = (PACKAGE / "pipelines").is_dir()
+ROOT = PACKAGE if IS_INSTALLED else PACKAGE.parent
+PIPELINES = ROOT / "pipelines"
+CONFIGS = ROOT / "configs"
+
+
+def pipeline_names() -> list[str]:
+    """Names of all pipelines, in order."""
+    return sorted(path.stem for path in PIPELINES.glob("*.py") if path.stem != "__init__")
+
+
+def summary_of(pipeline: str) -> str:
+    """What a pipeline does, in a line: the first of its docstring, without its command."""
+    docstring = ast.get_docstring(ast.parse((PIPELINES / f"{pipeline}.py").read_text())) or ""
+    return docstring.partition("\n")[0].partition(": ``")[0].rstrip(".") + "."
+
+
+def typed_command(pipeline: str) -> list[str]:
+    """What a user types to run a pipeline.
+
+    Example:
+        >>> typed_command("train")
+        ['python', '-m', 'pipelines.train']
+    """
+    return ["kvshare", pipeline] if IS_INSTALLED else ["python", "-m", f"pipelines.{pipeline}"]
+
+
+def process_command(pipeline: str) -> list[str]:
+    """Start of a command line that runs a pipeline in a process of its own, wherever it lies."""
+    return [sys.executable, "-m", PACKAGE.name, pipeline]

@@ -1,0 +1,92 @@
+"""What data a run was trained on, in a few numbers: so that other data is told from it by name.
+
+The log is digested in its canonical order: the same rows in another order are the same data.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.interactions import InteractionLog
+
+
+@dataclass(frozen=True)
+class DataDigest:
+    """Counts that a person can compare, and a digest of each part that decides what is trained.
+
+    Attributes:
+        count_by_name: users, items, events, positive events.
+        sha256_by_part: ids, events, each attribute, and the schema that was made of them.
+    """
+
+    count_by_name: dict[str, int]
+    sha256_by_part: dict[str, str]
+
+    def changes(self, now: "DataDigest") -> list[str]:
+        """What is different in another digest, in words; empty if they are of the same data.
+
+        Example:
+            >>> before = DataDigest({"users": 3, "events": 9}, {"events": "a1"})
+            >>> before.changes(DataDigest({"users": 4, "events": 9}, {"events": "b2"}))
+            ['1 user more', 'other events']
+            >>> before.changes(before)
+            []
+        """
+        found = []
+        for name, count in now.count_by_name.items():
+            change = count - self.count_by_name.get(name, 0)
+            if change:
+                noun = name.removesuffix("s") if abs(change) == 1 else name
+                found.append(f"{abs(change)} {noun} {'more' if change > 0 else 'fewer'}")
+        parts = {**self.sha256_by_part, **now.sha256_by_part}
+        return found + [
+            f"other {part}"
+            for part in parts
+            if self.sha256_by_part.get(part) != now.sha256_by_part.get(part)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def data_digest(dataset: Dataset) -> DataDigest:
+    """The digest of a data set."""
+    log = dataset.log
+    counts = {
+        "users": len(log.users.ids),
+        "items": len(log.items.ids),
+        "events": len(log.time),
+        "positive events": int(log.label.sum()),
+    }
+    schema = json.dumps(dataset.schema.to_json()).encode()
+    return DataDigest(counts, _parts(log) | {"schema": hashlib.sha256(schema).hexdigest()})
+
+
+def _parts(log: InteractionLog) -> dict[str, str]:
+    columns = [log.users.codes, log.items.codes, log.time, log.label.astype(np.int64)]
+    digest_by_part = {"user ids": _digest(log.users.ids), "item ids": _digest(log.items.ids)}
+    if log.action is not None:
+        columns.append(log.action.codes)
+        digest_by_part["actions"] = _digest(log.action.ids)
+    events = hashlib.sha256()
+    for column in columns:
+        events.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
+    digest_by_part["events"] = events.hexdigest()
+    for name, values in log.item_attributes.items():
+        digest_by_part[f"{name} of items"] = _digest(values)
+    for name, floats in log.item_floats.items():
+        raw = np.ascontiguousarray(floats, dtype="<f4").tobytes()
+        digest_by_part[f"{name} of items"] = hashlib.sha256(raw).hexdigest()
+    for name, values in log.user_attributes.items():
+        digest_by_part[f"{name} of users"] = _digest(values)
+    return digest_by_part
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""How a data set fell into its splits, in words for the log of a run."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, Ints
+from torchrec_kvshare.data.schema import ACTION, ITEM, UNKNOWN_ROW, USER
+
+NAME_BY_SPLIT = {TRAIN: "training", VALID: "validation", TEST: "test"}
+LARGE_SHARE = 0.5  # of a split's events, or of the log's, at one moment: worth a warning
+
+
+def split_sizes(dataset: Dataset) -> str:
+    """Events and users of each split, such as ``training split 129 events of 4 users, ...``."""
+    return ", ".join(
+        f"{name} {int(chosen.sum()):,} events of "
+        f"{len(np.unique(dataset.event_user[chosen])):,} users"
+        for name, chosen in _splits(dataset)
+    )
+
+
+def crowded_moments(dataset: Dataset) -> list[str]:
+    """A sentence for each split, and for the log, of which half or more lies at one moment.
+
+    Times that were read wrongly, such as days taken for seconds, show so.
+    """
+    sentences = []
+    everything = ("log", np.ones(len(dataset.time), bool))
+    for name, chosen in (everything, *_splits(dataset)):
+        times, counts = np.unique(dataset.time[chosen], return_counts=True)
+        num_events = int(counts.sum())
+        if num_events and counts.max() > 1 and counts.max() >= LARGE_SHARE * num_events:
+            moment = times[counts.argmax()]
+            where = ", ".join(
+                f"{number} in the {split}"
+                for split, members in _splits(dataset)
+                if (number := int((members & chosen & (dataset.time == moment)).sum()))
+            )
+            sentences.append(
+                f"{counts.max()} of {num_events} events of the {name} are at one moment, "
+                f"{np.datetime64(int(moment), 's')}Z: {where}"
+            )
+    return sentences
+
+
+def unknown_shares(dataset: Dataset) -> dict[str, float]:
+    """Of the test split's ids, the share that training never met, by column."""
+    tested = dataset.split == TEST
+    users, items = np.unique(dataset.event_user[tested]), dataset.item[tested]
+    rows = {
+        USER: dataset.user_row[users],
+        ITEM: dataset.item_row[items],
+    }
+    if dataset.schema.has_action:
+        rows[ACTION] = dataset.action_row[dataset.action[tested]]
+    for name, values in dataset.item_attributes.items():
+        rows[f"items.{name}"] = values.take(items)[0]
+    for name, values in dataset.context.items():
+        rows[f"context.{name}"] = values.take(users)[0]
+    return {name: _unknown_share(found) for name, found in rows.items()}
+
+
+def _splits(dataset: Dataset) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    for split, name in NAME_BY_SPLIT.items():
+        yield f"{name} split", dataset.split == split
+
+
+def _unknown_share(rows: Ints) -> float:
+    return float((rows == UNKNOWN_ROW).mean()) if len(rows) else 0.0

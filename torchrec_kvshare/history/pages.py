@@ -1,0 +1,88 @@
+"""K/V of all layers of B users: planes of rows, in pages or one after the other."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrec_kvshare.attention.operators import UserRows
+
+
+class KVPages(NamedTuple):
+    """Where the K/V of B users is.
+
+    Attributes:
+        planes: [planes, P, S, H, D], tables of pages of S rows.
+        page_ids: [pages] int64, each user's oldest page first; only its last may be partly filled.
+        page_offsets: [B + 1] int64, in ``page_ids``.
+        row_offsets: [B + 1] int64, in rows.
+    """
+
+    planes: Tensor
+    page_ids: Tensor
+    page_offsets: Tensor
+    row_offsets: Tensor
+
+
+def flat_pages(planes: Tensor, row_offsets: Tensor) -> KVPages:
+    """Planes [planes, R, H, D] of users one after the other, as pages of one row."""
+    page_ids = torch.arange(planes.size(1), device=planes.device)
+    return KVPages(planes.unsqueeze(2), page_ids, row_offsets, row_offsets)
+
+
+def layer_rows(kv: KVPages, depth: int) -> UserRows:
+    """Keys and values of one layer."""
+    key, value = kv.planes[2 * depth], kv.planes[2 * depth + 1]
+    return UserRows(key, value, kv.page_ids, kv.page_offsets, kv.row_offsets)
+
+
+def split_users(planes: Tensor, num_rows: list[int]) -> list[Tensor]:
+    """Each user's rows of planes [planes, R, H, D] in which they stand one after the other.
+
+    Behind the last user's may be rows that are no user's: an encoder knows on the host how many
+    there are at most.
+    """
+    return list(torch.split(planes[:, : sum(num_rows)], num_rows, dim=1))
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """Offsets [B + 1] of lengths [B]; both int64.
+
+    Example:
+        >>> offsets_of(torch.tensor([2, 0, 3]))
+        tensor([0, 2, 2, 5])
+    """
+    # Not padded: a compiled graph's vectors read past the end of what is.
+    ends = lengths.to(torch.int64).cumsum(0)
+    return torch.cat([ends.new_zeros([1]), ends])
+
+
+def users_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
+    """The user of each row, [R] int64; the last one's for rows that are no user's.
+
+    Args:
+        offsets: [B + 1] int64.
+        num_rows: R, which the host knows.
+
+    Example:
+        >>> users_of_rows(torch.tensor([0, 2, 2, 5]), 6)
+        tensor([0, 0, 2, 2, 2, 2])
+    """
+    rows = torch.arange(num_rows, device=offsets.device)
+    users = torch.searchsorted(offsets[1:], rows, right=True)
+    return users.clamp(max=offsets.size(0) - 2)
+
+
+def place_in_user(offsets: Tensor, users: Tensor) -> Tensor:
+    """The place of each row among its user's, [R] int64, from 0."""
+    return torch.arange(users.size(0), device=users.device) - offsets.index_select(0, users)
+
+
+def row_places(kv: KVPages, users: Tensor, place: Tensor) -> Tensor:
+    """Where users' rows [R] are in planes [planes, P x S, H, D]: [R] int64."""
+    page_size = kv.planes.size(2)
+    page = kv.page_offsets.index_select(0, users) + place // page_size
+    # A row that is no user's has no page: it gets a place that is not read.
+    page_ids = torch.cat([kv.page_ids, kv.page_ids.new_zeros([1])])
+    page_id = page_ids.index_select(0, page.clamp(max=kv.page_ids.size(0)))
+    return page_id * page_size + place % page_size
