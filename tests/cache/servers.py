@@ -4,6 +4,8 @@ All listen on 127.0.0.1 only, on ports that were free, keep nothing on disk but 
 with the ``with`` block that started them.
 """
 
+import itertools
+import os
 import random
 import signal
 import socket
@@ -20,6 +22,7 @@ from redis import Redis
 
 START_S = 15.0  # a busy machine is slow to start six of them
 BUS = 10_000  # a cluster's servers talk to each other on the port that is so much higher
+FIRST_PORT, WORKER_PORTS, MOST_WORKERS = 10_000, 750, 8  # all below those that systems give out
 NODE_TIMEOUT_MS = 2000
 READY = "Ready to accept connections"
 
@@ -173,12 +176,31 @@ def _openssl(*arguments: str | Path) -> None:
     subprocess.run(["openssl", *arguments, "-days", "1"], check=True, capture_output=True)
 
 
+def _ports() -> Iterator[int]:
+    """One after the other, none of them another worker's, and none that the system gives out.
+
+    A port that was drawn and is not yet listened on would be drawn again by somebody, some day.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    first, size = FIRST_PORT + int(worker) % MOST_WORKERS * WORKER_PORTS, WORKER_PORTS
+    for number in itertools.count(random.SystemRandom().randrange(size)):
+        yield first + number % size
+
+
+_PORTS = _ports()
+
+
 def free_port() -> int:
     """A port that is free now, and so is the one on which a cluster's server hears the others."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        if all(_is_free(candidate) for candidate in (port, port + BUS)):
-            return port
+    return next(port for port in _PORTS if _is_free(port) and _is_free(port + BUS))
+
+
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """A port that refuses connections, and that nobody else can take meanwhile."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def _is_free(port: int) -> bool:

@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, Time
 from tests.cache.servers import (
     Certificates,
     RedisServer,
-    free_port,
+    closed_port,
     make_certificates,
     redis_cluster,
     wait_until,
@@ -461,7 +461,8 @@ def test_what_is_no_redis_or_another_one_is_told(server: RedisServer, tmp_path: 
         is_done.set()
         greeting.join()
     assert "is no Redis" in told
-    assert "Connection refused" in complaint(f"redis://127.0.0.1:{free_port()}")
+    with closed_port() as port:
+        assert "Connection refused" in complaint(f"redis://127.0.0.1:{port}")
     assert "no database of the number" in complaint(f"{server.url}/99")
     assert "cache.remote.cluster=false" in complaint(server.url, cluster=True)
     with RedisServer(tmp_path / "full", "--maxmemory", "1") as full:
@@ -734,7 +735,7 @@ def test_a_cluster_heals_when_a_primary_is_killed(cluster: list[RedisServer]) ->
 
 
 def test_a_cluster_that_is_not_there_is_an_error_and_costs_two_timeouts() -> None:
-    with remote_tier(f"redis://127.0.0.1:{free_port()}", cluster=True) as tier:
+    with closed_port() as port, remote_tier(f"redis://127.0.0.1:{port}", cluster=True) as tier:
         for use in uses(tier):
             start = time.monotonic()
             with pytest.raises(TierError) as caught:

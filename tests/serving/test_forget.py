@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.cache.servers import RedisServer, free_port, wait_until
+from tests.cache.servers import RedisServer, closed_port, free_port, wait_until
 from tests.core.encoder_worlds import make_caches
 from tests.core.worlds import ROOT, SCHEMA, draw_raw, make_dlrm, version_called
 from tests.serving.servers import Asked, EagerLoader, local_server
@@ -376,14 +376,11 @@ def test_a_tier_that_cannot_be_reached_is_named_and_asked_again(
 
 @contextmanager
 def replicas(serve: Callable[..., Any], count: int) -> Iterator[tuple[list[Asked], list[str]]]:
-    """Servers that know of each other, and where they are; and of one that does not run."""
-    ports = [free_port() for _ in range(count + 1)]
+    """Servers that know of each other, and where they are."""
+    ports = [free_port() for _ in range(count)]
     peers = [f"127.0.0.1:{port}" for port in ports]
     with ExitStack() as stack:
-        started = [
-            stack.enter_context(serve(http_port=port, peers=peers[:count])) for port in ports[:-1]
-        ]
-        yield started, peers
+        yield [stack.enter_context(serve(http_port=port, peers=peers)) for port in ports], peers
 
 
 def test_whichever_replica_is_asked_all_of_them_forget(serve: Callable[..., Any]) -> None:
@@ -392,7 +389,7 @@ def test_whichever_replica_is_asked_all_of_them_forget(serve: Callable[..., Any]
             server.rank(asks("a"), **SAID)
         status, body = forget(servers[1], "a")
         assert status == 200, body
-        assert list(body["replicas"]) == peers[:3]
+        assert list(body["replicas"]) == peers
         for answer in body["replicas"].values():
             assert answer["forgotten_bytes"]["device"] > 0
         for server in servers:
@@ -402,11 +399,12 @@ def test_whichever_replica_is_asked_all_of_them_forget(serve: Callable[..., Any]
 
 
 def test_a_replica_that_does_not_answer_is_named(serve: Callable[..., Any]) -> None:
-    with replicas(serve, 1) as ([server], [here, nobody]):
+    with replicas(serve, 1) as ([server], [here]), closed_port() as port:
         server.rank(asks("a"), **SAID)
+        nobody = f"127.0.0.1:{port}"
         with serve(peers=[here, nobody]) as other:
             status, body = forget(other, "a")
-        assert status == 503
+        assert status == 503, body
         assert body["error"]["type"] == "UnavailableError"
         assert f"ask again. {nobody}: ClientConnectorError" in body["error"]["message"]
         assert list(body["replicas"]) == [here]
