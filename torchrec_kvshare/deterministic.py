@@ -1,17 +1,18 @@
 """Deterministic mode: a candidate's score does not depend on what else is scored, to the last bit.
 
-The number of rows of a matrix decides how a library multiplies each of them. ``compute_rows_alone``
-gives a model linear layers in which it does not; attention is like that already. Whether all other
-operators of a model keep the promise is tried before the first request: here, on the model itself.
+How many rows a matrix has, and where they lie in memory, decides how a library multiplies each of
+them. ``compute_rows_alone`` gives a model products in which it does not; attention is like that
+already. Whether all other operators of a model keep the promise is tried before the first request:
+here, on the model itself.
 """
 
 import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from torchrec_kvshare.attention.operators import rows_linear
+from torchrec_kvshare.attention.operators import rows_bmm, rows_linear
 from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.data.schema import USER, FeatureSchema
 from torchrec_kvshare.draw import draw_raw_request
@@ -40,7 +41,7 @@ class RowsLinear(Projection):
 
 
 def compute_rows_alone(model: RankingModel) -> RankingModel:
-    """A copy of a model whose linear layers do not depend on the number of rows.
+    """A copy of a model whose linear layers and ``torch.bmm`` compute rows each as if alone.
 
     Args:
         model: in eval mode, the ranking stage among it.
@@ -52,6 +53,8 @@ def compute_rows_alone(model: RankingModel) -> RankingModel:
     memo = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
     alone = copy.deepcopy(model, memo)
     for name, module in alone.named_modules():
+        if isinstance(module, fx.GraphModule):
+            _replace_bmm(module)  # of TorchRec's InteractionArch, among others
         if not isinstance(module, nn.Linear):
             continue
         if type(module) not in (nn.Linear, Projection) or module.bias is None:
@@ -62,6 +65,12 @@ def compute_rows_alone(model: RankingModel) -> RankingModel:
             )
         module.__class__ = RowsLinear
     return alone
+
+
+def _replace_bmm(traced: fx.GraphModule) -> None:
+    for node in traced.graph.find_nodes(op="call_function", target=torch.bmm):
+        node.target = rows_bmm
+    traced.recompile()
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ from torchrec_kvshare.attention.operators import (
     flat_rows,
     history_attention,
     register_operators,
+    rows_bmm,
     rows_linear,
 )
 from torchrec_kvshare.attention.plain import doubling_bucket
@@ -742,6 +743,30 @@ def test_rows_linear_takes_any_leading_sizes_and_rows_that_are_not_dense() -> No
     torch.testing.assert_close(got, torch.nn.functional.linear(rows, weight, bias))
 
 
+@by_dtype
+@given(*[st.integers(0, 9)] * 4, st.integers(0, 2**31))
+@examples(0.3)
+def test_rows_bmm_is_bmm_and_each_row_is_as_if_alone(
+    dtype: torch.dtype, num_groups: int, num_rows: int, depth: int, num_columns: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(num_groups, num_rows, depth, generator=generator, dtype=dtype)
+    right = torch.randn(num_groups, depth, num_columns, generator=generator, dtype=dtype)
+    got = rows_bmm(left, right)
+    expected = left.double().bmm(right.double())
+    scale = left.double().abs().bmm(right.double().abs())
+    assert ((got.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
+    for group in range(num_groups):
+        # Where a group lies in memory decides nothing either.
+        few = slice(group, group + 2)
+        assert torch.equal(rows_bmm(left[few, ::2].clone(), right[few]), got[few, ::2])
+
+
+def test_rows_bmm_refuses_groups_that_are_not_each_others() -> None:
+    with pytest.raises(ValueError, match=r"weight is \[2, 5, 4\]; rows is \[3, 6, 4\]"):
+        rows_bmm(torch.zeros(3, 6, 4), torch.zeros(2, 4, 5))
+
+
 def test_a_row_that_is_not_finite_is_alone_too() -> None:
     rows, weight, bias = torch.randn(9, 6), torch.randn(40, 6), torch.randn(40)
     expected = rows_linear(rows, weight, bias)
@@ -756,9 +781,9 @@ def test_a_row_that_is_not_finite_is_alone_too() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (((3, 4), (5, 6), (5,)), r"weight is \[5, 6\]; rows is \[3, 4\]"),
-        (((3, 4), (5, 4), (6,)), r"bias is \[6\]; weight is \[5, 4\]"),
-        (((3, 4), (5,), (5,)), r"weight is \[5\]; it takes 2 dimensions"),
+        (((3, 4), (5, 6), (5,)), r"weight is \[1, 5, 6\]; rows is \[1, 3, 4\]"),
+        (((3, 4), (5, 4), (6,)), r"bias is \[6\]; weight is \[1, 5, 4\]"),
+        (((3, 4), (5,), (5,)), r"weight is \[1, 5\]; it takes 3 dimensions"),
     ],
 )
 def test_what_rows_linear_refuses_it_names(

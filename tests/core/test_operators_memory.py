@@ -107,9 +107,10 @@ ROWS = """
 for num_rows, depth, num_columns in (
     (1, 1, 1), (9, 7, 33), (130, 64, 70), (64, 3, 32), (0, 5, 3), (4, 0, 3), (5, 3, 0)
 ):
-    rows, weight = torch.randn(num_rows, depth), torch.randn(num_columns, depth)
-    got = torch.ops.torchrec_kvshare.rows_linear(rows, weight, torch.zeros(num_columns))
-    torch.testing.assert_close(got, rows @ weight.t())
+    for groups in (0, 1, 3):
+        rows, weight = torch.randn(groups, num_rows, depth), torch.randn(groups, num_columns, depth)
+        got = torch.ops.torchrec_kvshare.rows_linear(rows, weight, torch.zeros(num_columns))
+        torch.testing.assert_close(got, rows.bmm(weight.transpose(1, 2)))
 """
 
 

@@ -112,12 +112,12 @@ def check_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    _check_tensor("rows", rows, rows.dtype, 2)
-    _check_tensor("weight", weight, rows.dtype, 2)
+    _check_tensor("rows", rows, rows.dtype, 3)
+    _check_tensor("weight", weight, rows.dtype, 3)
     _check_tensor("bias", bias, rows.dtype, 1)
-    if weight.size(1) != rows.size(1):
+    if (weight.size(0), weight.size(2)) != (rows.size(0), rows.size(2)):
         raise ValueError(f"weight is {[*weight.shape]}; rows is {[*rows.shape]}")
-    if bias.size(0) != weight.size(0):
+    if bias.size(0) != weight.size(1):
         raise ValueError(f"bias is {[*bias.shape]}; weight is {[*weight.shape]}")
 
 

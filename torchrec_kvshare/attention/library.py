@@ -126,7 +126,7 @@ def _backward(
 
 def _shapes(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     if name == "rows_linear":
-        return lambda rows, weight, _bias: rows.new_empty([rows.size(0), weight.size(0)])
+        return lambda rows, weight, _: rows.new_empty([*rows.shape[:2], weight.size(1)])
     if name in DIFFERENTIABLE:
         return lambda queries, *_: (
             torch.empty_like(queries),

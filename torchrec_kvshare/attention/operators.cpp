@@ -1227,42 +1227,46 @@ Seven candidate_attention_backward(SAVED_ARGUMENTS, CANDIDATE_ARGUMENTS) {
           tables.slice(0, num_times).contiguous()};
 }
 
-// Rows [R, K] times weight [N, K], plus bias [N]: every row as if it were alone, to the bit. A row's
-// sums are taken in one order, whatever tile it stands in; what fills up a tile is zeros.
+// Rows [G, R, K] times weights [G, N, K], plus bias [N]: every row as if it were alone, to the bit. A
+// row's sums are taken in one order, whatever tile it stands in; what fills up a tile is zeros.
 struct RowsLinear {
   const float *rows, *weight, *bias;
-  int64_t num_rows, depth, num_columns;
-  std::vector<float> packed, starts;  // [column blocks, depth, kPair], [column blocks, kPair]
+  int64_t num_groups, num_rows, depth, num_columns;
+  int64_t num_blocks = (num_columns + kPair - 1) / kPair;
+  std::vector<float> packed = std::vector<float>(num_groups * num_blocks * kPair * depth);
+  std::vector<float> starts = std::vector<float>(num_blocks * kPair);
 
-  int64_t num_blocks() const { return (num_columns + kPair - 1) / kPair; }
+  float* packed_block(int64_t group, int64_t block) {
+    return packed.data() + (group * num_blocks + block) * kPair * depth;
+  }
 
-  void pack(int64_t block) {
+  void pack(int64_t group, int64_t block) {
     const int64_t first = block * kPair, count = std::min<int64_t>(kPair, num_columns - first);
-    std::copy_n(bias + first, count, starts.data() + first);
     for (int64_t column = 0; column < count; ++column) {
-      const float* from = weight + (first + column) * depth;
-      float* to = packed.data() + first * depth + column;
+      const float* from = weight + (group * num_columns + first + column) * depth;
+      float* to = packed_block(group, block) + column;
       for (int64_t d = 0; d < depth; ++d) to[d * kPair] = from[d];
     }
   }
 
-  void run(int64_t first_row, int64_t end_row, float* out) const {
+  void run(int64_t group, int64_t first_row, int64_t end_row, float* out) {
     std::vector<float> last(kTile * depth, 0.0f);
     float tile[kTile * kPair];
-    for (int64_t block = 0; block < num_blocks(); ++block) {
+    for (int64_t block = 0; block < num_blocks; ++block) {
       const int64_t first = block * kPair, columns = std::min<int64_t>(kPair, num_columns - first);
       const float* start = starts.data() + first;
       for (int64_t row = first_row; row < end_row; row += kTile) {
         const int64_t count = std::min<int64_t>(kTile, end_row - row);
-        const float* from = rows + row * depth;
+        const float* from = rows + (group * num_rows + row) * depth;
         if (count < kTile) {
           std::copy_n(from, count * depth, last.data());
           from = last.data();
         }
-        multiply({from, depth, 1}, depth, packed.data() + first * depth, kPair,
+        multiply({from, depth, 1}, depth, packed_block(group, block), kPair,
                  [&](int) { return start; }, tile);
         for (int64_t place = 0; place < count; ++place)
-          std::copy_n(tile + place * kPair, columns, out + (row + place) * num_columns + first);
+          std::copy_n(tile + place * kPair, columns,
+                      out + (group * num_rows + row + place) * num_columns + first);
       }
     }
   }
@@ -1273,32 +1277,34 @@ at::Tensor rows_linear(const at::Tensor& rows, const at::Tensor& weight, const a
     return find<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
                "torchrec_kvshare::plain_rows_linear")
         .call(rows, weight, bias);
-  check_tensor("rows", rows, at::kFloat, 2);
-  check_tensor("weight", weight, at::kFloat, 2);
+  check_tensor("rows", rows, at::kFloat, 3);
+  check_tensor("weight", weight, at::kFloat, 3);
   check_tensor("bias", bias, at::kFloat, 1);
-  TORCH_CHECK_VALUE(weight.size(1) == rows.size(1), "weight is ", weight.sizes(), "; rows is ",
-                    rows.sizes());
-  TORCH_CHECK_VALUE(bias.size(0) == weight.size(0), "bias is ", bias.sizes(), "; weight is ",
+  TORCH_CHECK_VALUE(weight.size(0) == rows.size(0) && weight.size(2) == rows.size(2), "weight is ",
+                    weight.sizes(), "; rows is ", rows.sizes());
+  TORCH_CHECK_VALUE(bias.size(0) == weight.size(1), "bias is ", bias.sizes(), "; weight is ",
                     weight.sizes());
+  at::Tensor out = at::empty({rows.size(0), rows.size(1), weight.size(1)}, rows.options());
+  if (out.numel() == 0) return out;
   const at::Tensor dense[] = {rows.contiguous(), weight.contiguous(), bias.contiguous()};
   RowsLinear linear{dense[0].const_data_ptr<float>(), dense[1].const_data_ptr<float>(),
-                    dense[2].const_data_ptr<float>(), rows.size(0), rows.size(1), weight.size(0),
-                    {}, {}};
-  at::Tensor out = at::empty({linear.num_rows, linear.num_columns}, rows.options());
-  if (out.numel() == 0) return out;
-  linear.packed.resize(linear.num_blocks() * kPair * linear.depth);
-  linear.starts.resize(linear.num_blocks() * kPair);
-  share_out(linear.num_blocks(), [&](int64_t block, int64_t) { linear.pack(block); });
+                    dense[2].const_data_ptr<float>(), rows.size(0), rows.size(1), rows.size(2),
+                    weight.size(1)};
+  std::copy_n(linear.bias, linear.num_columns, linear.starts.data());
+  share_out(linear.num_groups * linear.num_blocks, [&](int64_t item, int64_t) {
+    linear.pack(item / linear.num_blocks, item % linear.num_blocks);
+  });
   float* data = out.data_ptr<float>();
-  share_out((linear.num_rows + kBlock - 1) / kBlock, [&](int64_t task, int64_t) {
-    const int64_t first = task * kBlock;
-    linear.run(first, std::min<int64_t>(first + kBlock, linear.num_rows), data);
+  const int64_t row_blocks = (linear.num_rows + kBlock - 1) / kBlock;
+  share_out(linear.num_groups * row_blocks, [&](int64_t task, int64_t) {
+    const int64_t first = task % row_blocks * kBlock;
+    linear.run(task / row_blocks, first, std::min<int64_t>(first + kBlock, linear.num_rows), data);
   });
   return out;
 }
 
 at::Tensor rows_linear_shape(const at::Tensor& rows, const at::Tensor& weight, const at::Tensor&) {
-  return rows.new_empty_symint({rows.sym_size(0), weight.sym_size(0)});
+  return rows.new_empty_symint({rows.sym_size(0), rows.sym_size(1), weight.sym_size(1)});
 }
 
 Pair history_shapes(HISTORY_ARGUMENTS) {

@@ -218,5 +218,23 @@ def rows_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         tensor([[10.],
                 [10.]])
     """
-    flat = torch.ops.torchrec_kvshare.rows_linear(rows.flatten(0, -2), weight, bias)
-    return flat.view(rows.shape[:-1] + weight.shape[:1])
+    flat = rows.flatten(0, -2).unsqueeze(0)
+    results = torch.ops.torchrec_kvshare.rows_linear(flat, weight.unsqueeze(0), bias)
+    return results.view(rows.shape[:-1] + weight.shape[:1])
+
+
+def rows_bmm(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.bmm`` in which rows are computed each as if it were alone; see ``rows_linear``.
+
+    Args:
+        left: [G, R, K] float.
+        right: [G, K, N], dtype of ``left``.
+
+    Returns:
+        [G, R, N].
+
+    Raises:
+        ValueError: naming the argument, if the arguments do not fit each other.
+    """
+    nothing = left.new_zeros([right.size(2)])
+    return torch.ops.torchrec_kvshare.rows_linear(left, right.transpose(1, 2), nothing)

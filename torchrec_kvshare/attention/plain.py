@@ -142,11 +142,11 @@ def plain_candidate_attention(
 def plain_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See ``operators.rows_linear``; sums in float64, a few rows at a time."""
     check_rows_linear(rows, weight, bias)
-    weight, bias = weight.double(), bias.double()
-    out = [rows.new_zeros([0, weight.size(0)])]
-    for few in rows.double().split(ROWS_AT_ONCE):
-        out.append(((few.unsqueeze(1) * weight).sum(2) + bias).to(rows.dtype))
-    return torch.cat(out)
+    weight, bias = weight.double().unsqueeze(1), bias.double()
+    out = [rows.new_zeros([rows.size(0), 0, bias.size(0)])]
+    for few in rows.double().split(max(1, ROWS_AT_ONCE // max(1, rows.size(0))), dim=1):
+        out.append(((few.unsqueeze(2) * weight).sum(3) + bias).to(rows.dtype))
+    return torch.cat(out, dim=1)
 
 
 def doubling_bucket(amount: Tensor, num_buckets: int) -> Tensor:
