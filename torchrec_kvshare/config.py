@@ -40,7 +40,7 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("max_request_bytes", "max_requests", "max_candidates", "max_events"), 1),
     **dict.fromkeys(("batch_requests", "batch_candidates", "batch_events", "queue_requests"), 1),
     **dict.fromkeys(("max_streams", "stream_depth", "hot_users", "hot_bytes", "max_values"), 1),
-    **dict.fromkeys(("max_connections", "max_calls", "max_inflight_bytes"), 1),
+    **dict.fromkeys(("max_json_values", "max_connections", "max_calls", "max_inflight_bytes"), 1),
     **dict.fromkeys(("header_timeout_s", "body_timeout_s", "idle_timeout_s"), 1e-3),
     "memory_bytes": 1,
     **dict.fromkeys(("max_wait_ms", "shadow_share", "shadow_limit", "drain_s"), 0),
@@ -319,6 +319,7 @@ class ServerConfig:
     max_connections: int = 512  # of each face; more are closed
     max_calls: int = 256  # over gRPC, that are read or answered at once; more are refused
     max_request_bytes: int = 16 * 2**20
+    max_json_values: int = 2**19  # of a JSON message; while they are read nobody is answered
     max_inflight_bytes: int = 64 * 2**20  # of all messages that are read or answered
     header_timeout_s: float = 10.0  # from a connection or a request's first byte to its headers
     body_timeout_s: float = 30.0  # for a message to come, and for an answer to be read

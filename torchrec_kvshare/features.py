@@ -196,27 +196,39 @@ class IdCount(NamedTuple):
     unknown: int
 
 
-def decode_request(line: str | bytes) -> dict[str, Any]:
+def decode_request(line: str | bytes, most_values: int | None = None) -> dict[str, Any]:
     """One JSON object, refusing what JSON readers let pass in silence.
+
+    Args:
+        line: the text.
+        most_values: see ``decode_json``.
 
     Raises:
         RequestError: as ``decode_json``, and if the text is no JSON object.
     """
-    decoded = decode_json(line)
+    decoded = decode_json(line, most_values)
     if not isinstance(decoded, dict):
         raise RequestError(f"a request is a JSON object; got {type(decoded).__name__}")
     return decoded
 
 
-def decode_json(text: str | bytes) -> Any:
+def decode_json(text: str | bytes, most_values: int | None = None) -> Any:
     """A JSON value.
 
+    Args:
+        text: of it.
+        most_values: that it may hold, all its lists' and objects' together, for a reader to make
+            objects of; commas and opening brackets are counted, those in strings too.
+
     Raises:
-        RequestError: if the text is not JSON in UTF-8, is nested deeper than ``MAX_DEPTH``, or an
-            object in it has more than ``MAX_KEYS`` keys or the same key twice.
+        RequestError: if the text is not JSON in UTF-8, holds more values, is nested deeper than
+            ``MAX_DEPTH``, or an object in it has more than ``MAX_KEYS`` keys or the same key twice.
     """
     try:
-        _check_depth(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+        encoded = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+        if most_values is not None:
+            _check_values(encoded, most_values)
+        _check_depth(encoded)
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         return json.loads(decoded, object_pairs_hook=_checked_object)
     except RequestError:
@@ -691,6 +703,12 @@ def _candidates(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> dic
         },
         "dense": _dense(columns, schema, time),
     }
+
+
+def _check_values(text: bytes, most: int) -> None:
+    num_values = sum(map(text.count, (b",", b"[", b"{")))
+    if num_values > most:
+        raise RequestError(f"the JSON holds {num_values} values; at most {most} are allowed")
 
 
 def _check_depth(text: bytes) -> None:

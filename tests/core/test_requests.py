@@ -228,6 +228,15 @@ def test_nesting_of_any_depth_is_refused(path: str, opening: str, closing: str) 
             parse_line(line.replace('"HERE"', opening * depth + "1" + closing * depth))
 
 
+def test_values_are_counted_before_a_reader_makes_objects_of_them() -> None:
+    text = '[[1, 2], {"a": "b, [c"}, {}]'  # Seven and two in a text, which are counted too.
+    assert decode_json(text, most_values=9) == decode_json(text) == json.loads(text)
+    with pytest.raises(RequestError, match="the JSON holds 9 values; at most 8 are allowed"):
+        decode_json(text, most_values=8)
+    with pytest.raises(RequestError, match="at most 8 are allowed"):
+        decode_request(text.encode(), most_values=8)
+
+
 def nested(depth: int, innermost: str = "") -> str:
     """Lists in lists, one string beside each."""
     return '["]]",' * depth + innermost + "0" + "]" * depth

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -333,6 +334,19 @@ def test_what_is_too_large_is_refused_before_it_is_read() -> None:
             with pytest.raises(InferenceServerException) as large:
                 client.infer("kvshare", inputs_of(grpc_client, {"user_id": text}))
         assert large.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+
+
+def test_json_of_too_many_values_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("open")
+    said = {"Authorization": "Bearer open"}
+    many = json.dumps(draw_raw(30, 2, 1) | {"more": [0] * 100}).encode()
+    limits = {"max_json_values": 100, "token_file": str(tmp_path / "token")}
+    with local_server(EagerLoader(), **limits) as server:
+        for path in ("/v1/rank", "/v1/rank?stream=1", "/v2/models/kvshare/infer", "/v1/forget"):
+            status, answer = server.ask("POST", path, many, said)
+            assert status == 400
+            assert "values; at most 100 are allowed" in json.dumps(answer)
+        assert server.rank(draw_raw(3, 2, 1), **said)[0] == 200
 
 
 def test_ids_too_long_are_refused_on_every_face(

@@ -42,6 +42,7 @@ SETTINGS = [
     f"server.max_calls={MAX_CALLS}",
     f"server.max_request_bytes={MAX_REQUEST_BYTES}",
     f"server.max_inflight_bytes={MAX_INFLIGHT_BYTES}",
+    "server.max_json_values=10000",
     "server.header_timeout_s=2",
     "server.body_timeout_s=2",
     "server.idle_timeout_s=5",

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -118,6 +119,9 @@ class _HttpFace:
         self._has_token = has_token
         self._peers = Peers(service.config)
         self._page = PAGE.read_text()
+        most_values = service.config.max_json_values
+        self._decode = partial(decode_json, most_values=most_values)
+        self._decode_request = partial(decode_request, most_values=most_values)
 
     async def close_while_draining(self, _: web.Request, response: web.StreamResponse) -> None:
         """Tell clients that keep their connection to make another, elsewhere."""
@@ -161,7 +165,8 @@ class _HttpFace:
         """Forget a user at all replicas, or at this one alone if one of them asks."""
         if not self._has_token:
             raise web.HTTPForbidden(reason=NEEDS_TOKEN)
-        user_id = parse_forget(decode_request(await self._before_timeout(request.read())))
+        async with self._body(request) as body:
+            user_id = parse_forget(await self._parsed(body, self._decode_request, body))
         if not self._peers or LOCAL in request.query:
             return _json({FORGOTTEN: await self._service.forget(user_id)})
         done, failed = await self._peers.forget(user_id, request.headers["Authorization"])
@@ -176,7 +181,7 @@ class _HttpFace:
         async with self._body(request) as body:
             call = _call(request)
             with self._service.counted(call) as served:
-                head, tensors = await self._parsed(body, _tensors, request, body)
+                head, tensors = await self._parsed(body, self._tensors, request, body)
                 requested = requested_outputs_json(head)
                 raws = raw_requests(tensors, served.engine.schema, self._service.limits.requests)
                 message_id = head.get("id") or call.request_id
@@ -204,7 +209,7 @@ class _HttpFace:
             raw: Any = None
             try:
                 with self._service.counted(call) as served:
-                    raw = await self._parsed(body, decode_json, body)
+                    raw = await self._parsed(body, self._decode, body)
                     if isinstance(raw, dict):
                         return _json((await self._service.rank(call, served, raw)).to_json())
                     return _json(await self._rank_list(call, served, raw))
@@ -238,7 +243,7 @@ class _HttpFace:
         try:
             with self._service.counted(call) as served, self._reading(request, chunks):
                 first = await self._before_timeout(anext(lines, b""))
-                raw = await self._parsed(first, decode_request, first)
+                raw = await self._parsed(first, self._decode_request, first)
                 with self._service.stream(call, served, raw) as stream:
                     await response.prepare(request)
                     await self._write_groups(stream, lines, response)
@@ -292,7 +297,7 @@ class _HttpFace:
         try:
             await groups.put(stream.first())
             async for line in lines:
-                raw = await self._parsed(line, decode_request, line)
+                raw = await self._parsed(line, self._decode_request, line)
                 await groups.put(stream.next(raw))
             await groups.put(None)
         except KVShareError as error:
@@ -373,6 +378,16 @@ class _HttpFace:
     ) -> Anything:
         return await self._service.intake.parse(len(text), parse, *args, **kwargs)
 
+    def _tensors(
+        self, request: web.Request, body: bytes
+    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """The JSON of a message and its inputs, which may be in the bytes behind it."""
+        length = request.headers.get(JSON_LENGTH, str(len(body)))
+        if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > len(body):
+            raise RequestError(f"{JSON_LENGTH} is {length[:200]!r}; the body has {len(body)} bytes")
+        head = self._decode_request(body[: int(length)])
+        return head, decode_infer_json(head, body[int(length) :])
+
     async def _answer(self, call: Call, served: Served, raw: Any) -> Answer | KVShareError:
         if not isinstance(raw, dict):
             return RequestError(f"a request is a JSON object; got {type(raw).__name__}")
@@ -435,22 +450,6 @@ def _milliseconds(text: str) -> float:
     if not 0.0 < milliseconds < math.inf:
         raise RequestError(f"{TIMEOUT} is {text[:200]!r}; milliseconds above 0 are allowed")
     return milliseconds
-
-
-def _tensors(request: web.Request, body: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The JSON of a message and its inputs."""
-    head, binary = _parts(request, body)
-    return head, decode_infer_json(head, binary)
-
-
-def _parts(request: web.Request, body: bytes) -> tuple[dict[str, Any], bytes]:
-    """The JSON of a message and the bytes behind it."""
-    length = request.headers.get(JSON_LENGTH)
-    if length is None:
-        return decode_request(body), b""
-    if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > len(body):
-        raise RequestError(f"{JSON_LENGTH} is {length[:200]!r}; the body has {len(body)} bytes")
-    return decode_request(body[: int(length)]), body[int(length) :]
 
 
 def _to_json(answer: Answer | KVShareError, raw: Any) -> dict[str, Any]:
