@@ -41,6 +41,7 @@ from torchrec_kvshare.config import (
 from torchrec_kvshare.errors import ConfigError, UnavailableError
 from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.machine import granted_cores
 from torchrec_kvshare.serving import cluster as library
 from torchrec_kvshare.serving.cluster import Layout, Part, run_cluster, write_layout
 from torchrec_kvshare.serving.columns import datatype_of, request_tensors
@@ -546,7 +547,7 @@ def test_what_two_processes_cannot_share_is_one_for_each(tmp_path: Path) -> None
         assert config.cache.disk.folder == str(tmp_path / "kv, it's" / f"replica-{place}")
         assert config.server.tensorboard == str(tmp_path / "board" / f"replica-{place}")
         # The machine's cores are divided.
-        assert config.threads == max(1, len(os.sched_getaffinity(0)) // 2)
+        assert config.threads == max(1, granted_cores() // 2)
 
 
 def test_tls_ends_before_the_replicas(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from torchrec_kvshare.commands.layout import process_command
 from torchrec_kvshare.config import ServeClusterConfig, ServerConfig
 from torchrec_kvshare.errors import ConfigError, UnavailableError
+from torchrec_kvshare.machine import granted_cores
 from torchrec_kvshare.private import make_secret, read_secret, write_secret
 from torchrec_kvshare.serving.nginx import (
     CONFIG_FILE,
@@ -365,7 +366,7 @@ def _own_overrides(config: ServeClusterConfig, place: int, address: Address) -> 
     """What is another value for each replica, or not the one of the command line."""
     cache, server = config.cache, config.server
     # All of them together have the machine's cores.
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.replicas)
+    threads = config.threads or max(1, granted_cores() // config.replicas)
     own: Overrides = {
         "server.host": address.host,
         "server.http_port": address.http_port,
