@@ -16,8 +16,8 @@ from torch import Tensor
 
 from torchrec_kvshare.data.schema import TIME, FeatureSchema
 from torchrec_kvshare.draw import draw_raw_request
-from torchrec_kvshare.features import Request, collate, distinct_histories, parse_request
-from torchrec_kvshare.history.pages import split_users
+from torchrec_kvshare.features import collate, distinct_histories, parse_request
+from torchrec_kvshare.history.pages import split_histories
 from torchrec_kvshare.ranking import RankingModel
 
 CROSS_REQUEST = "cross_request"
@@ -123,15 +123,8 @@ class _Auditor:
         requests = [parse_request(raw, self.schema) for raw in raws]
         assert len(distinct_histories(requests)[0]) == len(requests)
         features = collate(requests, self.schema).sparse_features
-        rows = [self.model.num_rows(self.num_events(request)) for request in requests]
-        parts = [
-            split_users(kv, [counts[place] for counts in rows])
-            for place, kv in enumerate(self.model.prefill(features))
-        ]
-        return [list(of_request) for of_request in zip(*parts, strict=True)]
-
-    def num_events(self, request: Request) -> list[int]:
-        return [request.events_by_history[h.name].num_events for h in self.schema.histories]
+        rows = [self.model.num_rows(request.num_events_by_history) for request in requests]
+        return split_histories(self.model.prefill(features), rows)
 
     def score(self, raws: Sequence[Raw]) -> Tensor:
         """Logits [requests, candidates]."""
@@ -166,12 +159,12 @@ class _Auditor:
         """Rows that are claimed to stay when events come, or all where nothing is claimed."""
         whole, claims = self.raws[0], self.claims_append()
         towers = self.model.collection.towers()
-        after = self.num_events(parse_request(whole, self.schema))
+        after = parse_request(whole, self.schema).num_events_by_history
         moved: dict[str, float] = {}
         for kept in (self.longest - 1, self.longest * 3 // 4, self.longest // 2):
             cut = copy.deepcopy(whole)
             cut["history"] = {column: cells[:kept] for column, cells in cut["history"].items()}
-            before = self.num_events(parse_request(cut, self.schema))
+            before = parse_request(cut, self.schema).num_events_by_history
             earlier = self.encode([cut])[0]
             for place, history in enumerate(self.schema.histories):
                 encoder = towers[place].encoder

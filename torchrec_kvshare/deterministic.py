@@ -16,12 +16,12 @@ from torchrec_kvshare.attention.operators import rows_bmm, rows_linear
 from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.data.schema import USER, FeatureSchema
 from torchrec_kvshare.draw import draw_raw_request
-from torchrec_kvshare.engine import Engine, RankingFunctions
+from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.parity import score_extended, score_through_pages
 from torchrec_kvshare.features import Request, collate, parse_request
 from torchrec_kvshare.history.encoder import Projection
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel
 
 NUM_CANDIDATES = 1037  # enough for two threads to share an elementwise operator, and odd
 # Candidates scored at once; kernels change where a tile is full and one row is left over.

@@ -7,18 +7,16 @@ fault of the cache is a recomputation, so scores never depend on what it holds.
 import json
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.cache.codecs import is_finite
-from torchrec_kvshare.cache.decision import decide
 from torchrec_kvshare.cache.identity import (
     NO_CONTEXT,
     ModelVersion,
@@ -28,15 +26,7 @@ from torchrec_kvshare.cache.identity import (
     version_of,
 )
 from torchrec_kvshare.cache.items import ItemCache
-from torchrec_kvshare.cache.kv_cache import DEVICE, Entry, Lookup
-from torchrec_kvshare.cache.reasons import (
-    BYPASS,
-    HIT,
-    NOT_ADMITTED,
-    NOT_FINITE,
-    TOO_SHORT,
-)
-from torchrec_kvshare.cache.stack import Want
+from torchrec_kvshare.cache.leases import CacheUse, Lease, Wanted, acquire, not_cached
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.batches import Bags, with_key
 from torchrec_kvshare.data.schema import FeatureSchema, RawId, pages_key
@@ -53,71 +43,14 @@ from torchrec_kvshare.features import (
     unknown_ids,
     user_of_candidates,
 )
-from torchrec_kvshare.history.pages import split_users
-from torchrec_kvshare.labels import EXPAND, LOOKUP, PREFILL, SCORE
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.history.pages import split_histories
+from torchrec_kvshare.labels import EXPAND, PREFILL, SCORE
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel
 
 CACHE_OFF = "cache_off"
-NO_TIER = "none"
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 10  # candidates without a score that an error names
-
-
-class RankingFunctions(Protocol):
-    """What the engine asks of a model, eager or exported; see ``ranking.RankingModel``."""
-
-    def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Logits [C], histories encoded on the way."""
-
-    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """For each history K/V [planes, R, H, D]."""
-
-    def extend(
-        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
-    ) -> list[Tensor]:
-        """For each history K/V of new events behind cached rows."""
-
-    def num_rows(self, num_events: list[int]) -> list[int]:
-        """Rows of K/V of histories of so many events, in the order of the histories."""
-
-    def reusable(
-        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
-    ) -> list[tuple[int, int]]:
-        """For each history events and rows of cached K/V that are right for another history."""
-
-    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """For each history what candidates are before they meet a user."""
-
-    def score(
-        self,
-        dense: Tensor,
-        features: KeyedJaggedTensor,
-        kv_pages: list[Tensor],
-        items: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Logits [C] over K/V in pages."""
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """What the cache did for one answer, over all histories.
-
-    Attributes:
-        status: ``hit``, ``partial`` (some of the K/V was there), ``miss`` or ``bypass``.
-        reason: why not a hit; empty for a hit.
-        cached_events: events whose K/V was there.
-        computed_events: events encoded for this answer.
-        tier: where the K/V was found, or ``none``.
-        staleness_s: seconds since the oldest of the cached K/V was encoded; 0 where none was used.
-    """
-
-    status: str
-    reason: str
-    cached_events: int
-    computed_events: int
-    tier: str
-    staleness_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -172,72 +105,6 @@ class Encoded(NamedTuple):
 
     kv_by_history: list[Tensor]
     use: CacheUse
-
-
-class _Sought(NamedTuple):
-    """What is known of one history of a request: its K/V, or why some is missing.
-
-    Attributes:
-        lookup: the best that any tier has.
-        digests: of the history.
-        kept_events: events whose cached K/V is right for it.
-        kept_rows: rows of K/V that they have.
-    """
-
-    lookup: Lookup
-    digests: PrefixDigests
-    kept_events: int
-    kept_rows: int
-
-    @property
-    def num_events(self) -> int:
-        return self.digests.num_events
-
-    @property
-    def num_cached(self) -> int:
-        """Events that need not be encoded."""
-        return self.num_events if self.lookup.reason == HIT else self.kept_events
-
-    @property
-    def is_complete(self) -> bool:
-        return self.lookup.reason == HIT or self.num_events == 0
-
-
-@dataclass(frozen=True)
-class _Found:
-    """One request's K/V and what to say of it.
-
-    Attributes:
-        use: for the answer.
-        entries: of each history, where it lies in pages; None for one without events.
-        kv: of each history, where it was encoded and there was no room to keep it.
-    """
-
-    use: CacheUse
-    entries: tuple[Entry | None, ...] | None = None
-    kv: tuple[Tensor, ...] | None = None
-
-
-class _Holds:
-    """Entries that are held for a batch, each until the batch is done or it is let go."""
-
-    def __init__(self, store: KVStore) -> None:
-        self._store = store
-        self._held: list[tuple[int, Entry]] = []
-
-    def add(self, number: int, entry: Entry | None) -> None:
-        if entry is not None:
-            self._held.append((number, entry))
-
-    def release(self, number: int, entry: Entry | None) -> None:
-        if entry is not None:
-            self._held.remove((number, entry))
-            self._store.release(number, entry)
-
-    def release_all(self) -> None:
-        for number, entry in self._held:
-            self._store.release(number, entry)
-        self._held.clear()
 
 
 class Engine:
@@ -348,13 +215,11 @@ class Engine:
             return []
         self.renew_if_changed()
         if self.store is None:
-            return self._answers(requests, [_not_cached(r, self.no_store) for r in requests])
-        holds = _Holds(self.store)
-        try:
-            found = self._find(requests, self.store, holds)
-            return self._answers(requests, [found[place] for place in range(len(requests))])
-        finally:
-            holds.release_all()
+            uses = [not_cached(request.num_events, self.no_store) for request in requests]
+            return self._answers(requests, self._score_uncached(requests), uses)
+        with self._leased(requests, self.store) as leases:
+            scores = self._score_leased(requests, leases, self.store)
+            return self._answers(requests, scores, [lease.use for lease in leases])
 
     @torch.no_grad()
     def prefetch(self, users: Sequence[Request]) -> None:
@@ -365,11 +230,8 @@ class Engine:
         """
         self.renew_if_changed()
         if self.store is not None:
-            holds = _Holds(self.store)
-            try:
-                self._find(users, self.store, holds)
-            finally:
-                holds.release_all()
+            with self._leased(users, self.store):
+                pass
 
     @torch.no_grad()
     def encode(self, user: Request) -> Encoded:
@@ -379,24 +241,15 @@ class Engine:
             user: as ``parse_user`` gives it; candidates are not read.
         """
         self.renew_if_changed()
-        use = _not_cached(user, self.no_store).use
+        use = not_cached(user.num_events, self.no_store)
         if self.store is not None:
-            holds = _Holds(self.store)
-            try:
-                found = self._find([user], self.store, holds)[0]
-                if found.kv is not None:
-                    return Encoded(list(found.kv), found.use)
-                if found.entries is not None:
-                    return Encoded(_copies(found.entries, self.store), found.use)
-                use = found.use
-            finally:
-                holds.release_all()
+            with self._leased([user], self.store) as [lease]:
+                if lease.is_admitted:
+                    return Encoded(lease.copies(), lease.use)
+                use = lease.use
         planes = self.model.prefill(collate_history([user], self.schema).sparse_features)
-        num_rows = self.model.num_rows(
-            [user.events_by_history[history.name].num_events for history in self.schema.histories]
-        )
-        pairs = zip(planes, num_rows, strict=True)
-        return Encoded([split_users(kv, [number])[0] for kv, number in pairs], use)
+        num_rows = self.model.num_rows(user.num_events_by_history)
+        return Encoded(split_histories(planes, [num_rows])[0], use)
 
     def events_to_encode(self, request: Request) -> int:
         """An estimate, without a look-up: none of a user that the device knows, else all."""
@@ -413,250 +266,76 @@ class Engine:
         if self.store is not None:
             self.store.close()
 
-    def _find(
-        self, requests: Sequence[Request], store: KVStore, holds: _Holds
-    ) -> dict[int, _Found]:
-        """K/V of every request: looked up, or encoded in one batch and kept."""
-        found: dict[int, _Found] = {}
-        missing: dict[int, tuple[_Sought, ...]] = {}
-        num_landed = store.flights.num_landed
-        with record_function(LOOKUP):
-            places = []
-            for place, request in enumerate(requests):
-                if request.num_events == 0:
-                    found[place] = _found_nothing(len(store.caches))
-                elif request.num_events < store.min_events:
-                    found[place] = _not_cached(request, TOO_SHORT)
-                else:
-                    places.append(place)
-            sought = self._seek([requests[place] for place in places], store, holds)
-        for place, of_request in zip(places, sought, strict=True):
-            if all(one.is_complete for one in of_request):
-                found[place] = _found_pages(of_request)
-                store.count_hit(requests[place].user_id, [one.lookup for one in of_request])
-            else:
-                missing[place] = of_request
-        if missing:
-            found |= self._encode_once(requests, missing, num_landed, store, holds)
-        for one in found.values():
-            store.metrics.count("events", one.use.cached_events, source="cached")
-            store.metrics.count("events", one.use.computed_events, source="computed")
-        return found
+    @contextmanager
+    def _leased(self, requests: Sequence[Request], store: KVStore) -> Iterator[list[Lease]]:
+        """K/V of every request; those of one user and history share a lease, as they share rows."""
+        firsts, row_of_request = distinct_histories(requests)
+        users = [requests[first] for first in firsts]
 
-    def _seek(
-        self, requests: Sequence[Request], store: KVStore, holds: _Holds
-    ) -> list[tuple[_Sought, ...]]:
-        """The best K/V of each history of each request that any tier has."""
-        on_device = [self._look_up(request, store, holds) for request in requests]
-        if store.stack is None:
-            return on_device
-        wants, lookups = [], []
-        for request, of_request in zip(requests, on_device, strict=True):
-            for number, one in enumerate(of_request):
-                if not one.is_complete:
-                    num_rows = partial(self._num_rows, number)
-                    want = Want(request.user_id, one.digests, one.kept_events, num_rows)
-                    wants.append((number, want))
-                    lookups.append(one.lookup)
-        fetched = iter(store.fetch(wants, lookups))
-        best = []
-        for of_request in on_device:
-            found = []
-            for number, one in enumerate(of_request):
-                lookup = one.lookup if one.is_complete else next(fetched)
-                if lookup.entry is not one.lookup.entry:
-                    holds.add(number, lookup.entry)
-                    holds.release(number, one.lookup.entry)
-                found.append((lookup, one.digests))
-            best.append(self._usable(found, store, holds))
-        return best
+        def encode(leases: list[Lease]) -> list[list[Tensor]]:
+            with record_function(PREFILL):
+                return self._encode([users[lease.index] for lease in leases], leases)
 
-    def _num_rows(self, number: int, num_events: int) -> int:
-        """Rows of K/V that so many events of one history have."""
-        counts = [0] * len(self.schema.histories)
-        counts[number] = num_events
-        return self.model.num_rows(counts)[number]
+        store.metrics.count("hits_by_scope", len(requests) - len(users), scope="request")
+        wanted = [self._wanted(user, store) for user in users]
+        with acquire(store, self.model, wanted, encode) as leases:
+            yield [leases[row] for row in row_of_request]
 
-    def _look_up(self, request: Request, store: KVStore, holds: _Holds) -> tuple[_Sought, ...]:
-        """What the device has of each history of a request."""
-        found = []
-        context = _context_digest(request, store.context)
-        for number, history in enumerate(self.schema.histories):
-            block = store.caches[number].pool.page_size
-            identity = identity_of(self.version, context, history.name, block)
-            digests = PrefixDigests(request.events_by_history[history.name], self.schema, identity)
-            lookup = Lookup(None, TOO_SHORT, 0, 0.0)
-            if digests.num_events:
-                lookup = store.caches[number].lookup(request.user_id, digests)
-                holds.add(number, lookup.entry)
-            found.append((lookup, digests))
-        return self._usable(found, store, holds)
-
-    def _usable(
-        self, found: Sequence[tuple[Lookup, PrefixDigests]], store: KVStore, holds: _Holds
-    ) -> tuple[_Sought, ...]:
-        """What of the K/V is right for the histories of a request; what is of no use is let go."""
-        reusable = self.model.reusable(
-            [lookup.num_matched if store.extends else 0 for lookup, _ in found],
-            [0 if lookup.entry is None else lookup.entry.num_events for lookup, _ in found],
-            [digests.num_events for _, digests in found],
-        )
-        sought = []
-        for number, ((lookup, digests), (events, rows)) in enumerate(
-            zip(found, reusable, strict=True)
-        ):
-            if rows == 0 and lookup.reason != HIT:
-                # Its own pages may make room for what comes.
-                holds.release(number, lookup.entry)
-                lookup = lookup._replace(entry=None, num_matched=0)
-            sought.append(_Sought(lookup, digests, events, rows))
-        return tuple(sought)
-
-    def _encode_once(
-        self,
-        requests: Sequence[Request],
-        missing: dict[int, tuple[_Sought, ...]],
-        num_landed: int,
-        store: KVStore,
-        holds: _Holds,
-    ) -> dict[int, _Found]:
-        """K/V of what misses, encoded here, or waited for where another request is encoding it."""
-        key_by_place = {
-            place: store.flight_key(requests[place].user_id, [one.digests for one in of_request])
-            for place, of_request in missing.items()
-        }
-        led = store.flights.lead(key_by_place.values())
-        store.metrics.count("flights", len(led), outcome="led")
-        found: dict[int, _Found] = {}
-        try:
-            mine = {place: missing[place] for place, key in key_by_place.items() if key in led}
-            others = [place for place in missing if place not in mine]
-            for place in others:
-                _let_go(missing[place], holds)
-            if store.flights.num_landed != num_landed:
-                # One of them may have been encoded since it was looked up.
-                for place in mine:
-                    _let_go(missing[place], holds)
-                mine = self._look_up_again(requests, list(mine), found, store, holds)
-            found |= self._prefill(requests, mine, store, holds)
-        finally:
-            store.flights.land(led)
-        if others:
-            store.join([key_by_place[place] for place in others])
-            rest = self._look_up_again(requests, others, found, store, holds)
-            found |= self._prefill(requests, rest, store, holds)
-        return found
-
-    def _look_up_again(
-        self,
-        requests: Sequence[Request],
-        places: Sequence[int],
-        found: dict[int, _Found],
-        store: KVStore,
-        holds: _Holds,
-    ) -> dict[int, tuple[_Sought, ...]]:
-        """What the device still lacks; the rest goes to ``found``."""
-        missing = {}
-        for place in places:
-            of_request = self._look_up(requests[place], store, holds)
-            if all(one.is_complete for one in of_request):
-                found[place] = _found_pages(of_request)
-            else:
-                missing[place] = of_request
-        return missing
-
-    def _prefill(
-        self,
-        requests: Sequence[Request],
-        missing: dict[int, tuple[_Sought, ...]],
-        store: KVStore,
-        holds: _Holds,
-    ) -> dict[int, _Found]:
-        """Encode what misses, all in one batch, and keep what there is room for."""
-        if not missing:
-            return {}
-        places = list(missing)
-        firsts, row_of_place = distinct_histories([requests[place] for place in places])
-        sought_by_row = [missing[places[first]] for first in firsts]
-        with record_function(PREFILL):
-            kv_by_history = self._encode(
-                [requests[places[first]] for first in firsts], sought_by_row, store
+    def _wanted(self, user: Request, store: KVStore) -> Wanted:
+        context = _context_digest(user, store.context)
+        digests = []
+        for cache, history in zip(store.caches, self.schema.histories, strict=True):
+            identity = identity_of(self.version, context, history.name, cache.pool.page_size)
+            digests.append(
+                PrefixDigests(user.events_by_history[history.name], self.schema, identity)
             )
-        found_by_row = []
-        for row, first in enumerate(firsts):
-            new_kv = [parts[row] for parts in kv_by_history]
-            request = requests[places[first]]
-            found_by_row.append(_keep(request, sought_by_row[row], new_kv, store, holds))
-        store.metrics.count("hits_by_scope", len(places) - len(firsts), scope="request")
-        return {place: found_by_row[row] for place, row in zip(places, row_of_place, strict=True)}
+        return Wanted(user.user_id, digests, user.came_at)
 
-    def _encode(
-        self,
-        requests: Sequence[Request],
-        sought_by_row: Sequence[Sequence[_Sought]],
-        store: KVStore,
-    ) -> list[list[Tensor]]:
-        """For each history the K/V [planes, new rows, H, D] of each request, behind kept rows."""
-        num_rows = [
-            self.model.num_rows([one.num_events for one in sought]) for sought in sought_by_row
-        ]
-        if any(one.kept_rows for sought in sought_by_row for one in sought):
-            kv_by_history = self._extend(requests, sought_by_row, store)
+    def _encode(self, users: Sequence[Request], leases: Sequence[Lease]) -> list[list[Tensor]]:
+        """The K/V that leases lack, all of it in one batch."""
+        if any(one.kept_rows for lease in leases for one in lease.histories):
+            kv_by_history = self._extend(users, leases)
         else:
-            kv_by_history = self.model.prefill(
-                collate_history(requests, self.schema).sparse_features
+            kv_by_history = self.model.prefill(collate_history(users, self.schema).sparse_features)
+        new_rows = []
+        for user, lease in zip(users, leases, strict=True):
+            num_rows = self.model.num_rows(user.num_events_by_history)
+            kept = [one.kept_rows for one in lease.histories]
+            new_rows.append(
+                [rows - of_these for rows, of_these in zip(num_rows, kept, strict=True)]
             )
-        parts = []
-        for number, kv in enumerate(kv_by_history):
-            new_rows = [
-                counts[number] - sought[number].kept_rows
-                for counts, sought in zip(num_rows, sought_by_row, strict=True)
-            ]
-            parts.append(split_users(kv, new_rows))
-        return parts
+        return split_histories(kv_by_history, new_rows)
 
-    def _extend(
-        self,
-        requests: Sequence[Request],
-        sought_by_row: Sequence[Sequence[_Sought]],
-        store: KVStore,
-    ) -> list[Tensor]:
-        tails: list[dict[str, Events]] = [{} for _ in requests]
+    def _extend(self, users: Sequence[Request], leases: Sequence[Lease]) -> list[Tensor]:
+        tails: list[dict[str, Events]] = [{} for _ in users]
         first_places: dict[str, list[int]] = {}
         cached, cached_rows = [], []
         for number, history in enumerate(self.schema.histories):
-            of_history = [sought[number] for sought in sought_by_row]
+            of_history = [lease.histories[number] for lease in leases]
             first_places[history.name] = [one.kept_events for one in of_history]
-            for tail, request, one in zip(tails, requests, of_history, strict=True):
-                events = request.events_by_history[history.name]
+            for tail, user, one in zip(tails, users, of_history, strict=True):
+                events = user.events_by_history[history.name]
                 tail[history.name] = events.part(one.kept_events, events.num_events)
-            rows = [store.rows(number, one.lookup.entry, one.kept_rows) for one in of_history]
+            rows = [lease.cached_rows(number) for lease in leases]
             cached.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
             cached_rows.append(torch.tensor([one.kept_rows for one in of_history]))
         batch = collate_tails(tails, first_places, self.schema)
         return self.model.extend(batch.sparse_features, cached, cached_rows)
 
     def _answers(
-        self, requests: Sequence[Request], found: Sequence[_Found]
+        self,
+        requests: Sequence[Request],
+        scores: Sequence[list[float]],
+        uses: Sequence[CacheUse],
     ) -> list[Answer | Unscored]:
-        in_pages = [place for place, one in enumerate(found) if one.entries is not None]
-        nowhere = [
-            place for place, one in enumerate(found) if one.entries is None and one.kv is None
-        ]
-        scores = self._score_cached(requests, in_pages, found)
-        scores |= self._score_uncached(requests, nowhere)
-        for place, one in enumerate(found):
-            if one.kv is not None:
-                scores[place] = self._score_kv(requests[place], one.kv)
         answers: list[Answer | Unscored] = []
-        for place, request in enumerate(requests):
-            use = found[place].use
+        for request, of_request, use in zip(requests, scores, uses, strict=True):
             try:
-                _check_scores(request, scores[place])
+                _check_scores(request, of_request)
             except ScoreError as error:
                 answers.append(Unscored(error, use))
             else:
-                answers.append(self.answer(request, scores[place], use))
+                answers.append(self.answer(request, of_request, use))
         return answers
 
     def answer(self, request: Request, scores: list[float], use: CacheUse) -> Answer:
@@ -688,20 +367,27 @@ class Engine:
         tables = [kv.unsqueeze(1) for kv in kv_by_history]
         return self._score_pages([request], pages, tables)[0]
 
-    def _score_cached(
-        self, requests: Sequence[Request], places: list[int], found: Sequence[_Found]
-    ) -> dict[int, list[float]]:
-        if self.store is None or not places:
-            return {}
-        chosen = [requests[place] for place in places]
+    def _score_leased(
+        self, requests: Sequence[Request], leases: Sequence[Lease], store: KVStore
+    ) -> list[list[float]]:
+        """Scores over K/V in pages, in one's hands, or nowhere: each kind in one batch."""
+        scores: list[list[float]] = [[] for _ in requests]
+        in_pages = [place for place, lease in enumerate(leases) if lease.pages is not None]
+        chosen = [requests[place] for place in in_pages]
         firsts, _ = distinct_histories(chosen)
-        pages_by_history = []
-        for number in range(len(self.schema.histories)):
-            entries = [(found[places[first]].entries or ())[number] for first in firsts]
-            pages_by_history.append([[] if entry is None else entry.pages for entry in entries])
-        tables = [cache.pool.kv_pages for cache in self.store.caches]
-        scores = self._score_pages(chosen, pages_by_history, tables)
-        return dict(zip(places, scores, strict=True))
+        pages_by_user = [leases[in_pages[first]].pages or [] for first in firsts]
+        tables = [cache.pool.kv_pages for cache in store.caches]
+        in_order = self._score_pages(chosen, [*zip(*pages_by_user, strict=True)], tables)
+        for place, of_request in zip(in_pages, in_order, strict=True):
+            scores[place] = of_request
+        nowhere = [place for place, lease in enumerate(leases) if not lease.is_admitted]
+        in_order = self._score_uncached([requests[place] for place in nowhere])
+        for place, of_request in zip(nowhere, in_order, strict=True):
+            scores[place] = of_request
+        for place, lease in enumerate(leases):
+            if lease.kv_by_history is not None:
+                scores[place] = self._score_kv(requests[place], lease.kv_by_history)
+        return scores
 
     def _score_pages(
         self,
@@ -725,16 +411,13 @@ class Engine:
             logits = self.model.score(batch.dense_features, features, tables, items)
         return _probabilities(requests, logits)
 
-    def _score_uncached(
-        self, requests: Sequence[Request], places: list[int]
-    ) -> dict[int, list[float]]:
-        chosen = [requests[place] for place in places]
-        if not any(request.num_candidates for request in chosen):
-            return {place: [] for place in places}
-        batch = collate(chosen, self.schema)
+    def _score_uncached(self, requests: Sequence[Request]) -> list[list[float]]:
+        if not any(request.num_candidates for request in requests):
+            return [[] for _ in requests]
+        batch = collate(requests, self.schema)
         with record_function(SCORE):
             logits = self.model(batch.dense_features, batch.sparse_features)
-        return dict(zip(places, _probabilities(chosen, logits), strict=True))
+        return _probabilities(requests, logits)
 
 
 def _weights_of(model: RankingFunctions) -> list[Tensor]:
@@ -779,95 +462,6 @@ def _context_digest(request: Request, columns: Sequence[str]) -> str:
     if not columns:
         return NO_CONTEXT
     return text_digest(json.dumps([request.context[column].tolist() for column in columns]))[:16]
-
-
-def _keep(
-    request: Request,
-    sought: Sequence[_Sought],
-    new_kv: Sequence[Tensor],
-    store: KVStore,
-    holds: _Holds,
-) -> _Found:
-    """Put the new K/V of a request's histories into the store; what was there stays as it is.
-
-    Where one history has no room, none of the request's is read from pages. K/V that is not finite
-    is not kept.
-    """
-    are_finite = all(map(is_finite, new_kv))
-    if not are_finite:
-        store.metrics.count("not_finite")
-    kept: list[Entry | None] = []
-    for number, (one, kv) in enumerate(zip(sought, new_kv, strict=True)):
-        entry = one.lookup.entry
-        if not one.is_complete:
-            entry = None
-            if are_finite:
-                lookup = one.lookup
-                if request.came_at is not None:  # Its user may have been forgotten in between.
-                    lookup = lookup._replace(at=min(lookup.at, request.came_at))
-                content = one.digests.content
-                entry = store.put(number, request.user_id, content, kv, lookup, one.kept_rows)
-            holds.add(number, entry)
-        kept.append(entry)
-    if all(
-        entry is not None or not one.num_events for entry, one in zip(kept, sought, strict=True)
-    ):
-        return _found_pages(sought, kept)
-    kv_by_history = []
-    for number, (one, entry, kv) in enumerate(zip(sought, kept, new_kv, strict=True)):
-        if entry is not None:
-            kv_by_history.append(store.rows(number, entry, entry.num_rows))
-        else:
-            cached = store.rows(number, one.lookup.entry, one.kept_rows)
-            kv_by_history.append(torch.cat([cached, kv], dim=1))
-    use = _use_of(sought, NOT_ADMITTED if are_finite else NOT_FINITE)
-    return _Found(use, kv=tuple(kv_by_history))
-
-
-def _copies(entries: Sequence[Entry | None], store: KVStore) -> list[Tensor]:
-    return [
-        store.rows(number, entry, 0 if entry is None else entry.num_rows).clone()
-        for number, entry in enumerate(entries)
-    ]
-
-
-def _let_go(sought: Sequence[_Sought], holds: _Holds) -> None:
-    for number, one in enumerate(sought):
-        holds.release(number, one.lookup.entry)
-
-
-def _found_pages(sought: Sequence[_Sought], kept: Sequence[Entry | None] | None = None) -> _Found:
-    """A request whose histories lie in pages, all looked up or encoded and kept."""
-    entries = [one.lookup.entry for one in sought] if kept is None else kept
-    return _Found(_use_of(sought), entries=tuple(entries))
-
-
-def _use_of(sought: Sequence[_Sought], why_not_kept: str = "") -> CacheUse:
-    """What an answer says of these look-ups."""
-    decision = decide(
-        [one.lookup.reason for one in sought],
-        [one.num_events for one in sought],
-        [one.kept_events for one in sought],
-        why_not_kept,
-    )
-    staleness_s = max((one.lookup.age_s for one in sought if one.num_cached), default=0.0)
-    return CacheUse(*decision, _tier(sought), staleness_s)
-
-
-def _tier(sought: Sequence[_Sought]) -> str:
-    """Where cached K/V was found; the tier below the device, where any of it was there."""
-    tiers = [one.lookup.tier for one in sought if one.num_events and one.num_cached]
-    return next((tier for tier in tiers if tier != DEVICE), DEVICE if tiers else NO_TIER)
-
-
-def _found_nothing(num_histories: int) -> _Found:
-    """A request without events: there is nothing to keep, and no page to read."""
-    use = CacheUse(BYPASS, TOO_SHORT, 0, 0, NO_TIER)
-    return _Found(use, entries=(None,) * num_histories)
-
-
-def _not_cached(request: Request, reason: str) -> _Found:
-    return _Found(CacheUse(BYPASS, reason, 0, request.num_events, NO_TIER))
 
 
 def _probabilities(requests: Sequence[Request], logits: Tensor) -> list[list[float]]:

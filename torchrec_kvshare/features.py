@@ -168,6 +168,11 @@ class Request:
         return sum(events.num_events for events in self.events_by_history.values())
 
     @property
+    def num_events_by_history(self) -> list[int]:
+        """Events that the model reads, of each history in the schema's order."""
+        return [events.num_events for events in self.events_by_history.values()]
+
+    @property
     def num_candidates(self) -> int:
         """Candidates to score."""
         return self.candidate_items.numel()
@@ -433,7 +438,7 @@ def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch
     """
     firsts, _ = distinct_histories(requests)
     return _without_candidates(
-        _history_bags([requests[row].events_by_history for row in firsts], schema), schema
+        history_bags([requests[row].events_by_history for row in firsts], schema), schema
     )
 
 
@@ -452,7 +457,7 @@ def collate_tails(
     Returns:
         A batch with the histories' keys, and with ``first_place``, alone.
     """
-    bags = _history_bags(events_by_history, schema)
+    bags = history_bags(events_by_history, schema)
     for name, places in first_places.items():
         bags[first_place_key(name)] = single(torch.tensor(places))
     return _without_candidates(bags, schema)
@@ -482,8 +487,8 @@ def collate(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
         A batch for ``model(dense, features)``.
     """
     firsts, _ = distinct_histories(requests)
-    history_bags = _history_bags([requests[row].events_by_history for row in firsts], schema)
-    return _collate(requests, _request_bags(requests, schema) | history_bags)
+    events = history_bags([requests[row].events_by_history for row in firsts], schema)
+    return _collate(requests, _request_bags(requests, schema) | events)
 
 
 def distinct_histories(requests: Sequence[Request]) -> tuple[list[int], list[int]]:
@@ -515,6 +520,36 @@ def user_of_candidates(requests: Sequence[Request]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(requests)), counts)
 
 
+def context_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
+    """Context of all requests by its key, a bag for each request."""
+    return {
+        context_key(column): jagged([request.context[column] for request in requests])
+        for column in schema.context
+    }
+
+
+def candidate_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
+    """Multi-valued columns of all candidates by their keys, a bag for each candidate."""
+    return {
+        candidate_key(column): joined([request.candidate_bags[column] for request in requests])
+        for column in schema.item_attributes
+    }
+
+
+def history_bags(
+    events_by_history: Sequence[Mapping[str, Events]], schema: FeatureSchema
+) -> dict[str, Bags]:
+    """Events by their keys: a bag for each user, of multi-valued columns one for each event."""
+    bags = {}
+    for history in schema.histories:
+        events = [by_history[history.name] for by_history in events_by_history]
+        for column in (*schema.event_columns, TIME):
+            bags[history_key(history.name, column)] = jagged([e.columns[column] for e in events])
+        for column in schema.item_attributes:
+            bags[history_key(history.name, column)] = joined([e.bags[column] for e in events])
+    return bags
+
+
 def _collate(requests: Sequence[Request], bags: dict[str, Bags]) -> Batch:
     dense = torch.cat([request.dense for request in requests])
     return assemble(bags, user_of_candidates(requests), dense, torch.zeros(dense.size(0)))
@@ -524,35 +559,19 @@ def _request_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[st
     """Everything but the events, of which there are the times alone."""
     firsts, row_of_request = distinct_histories(requests)
     bags = {USER: single(torch.tensor([request.user_row for request in requests]))}
-    for column in schema.context:
-        bags[context_key(column)] = jagged([request.context[column] for request in requests])
+    bags |= context_bags(requests, schema)
     bags[REQUEST_TIME] = single(torch.tensor([request.time for request in requests]))
     bags[REQUEST_HISTORY] = single(torch.tensor(row_of_request))
     for history in schema.histories:
         times = [requests[row].events_by_history[history.name].columns[TIME] for row in firsts]
         bags[history_key(history.name, TIME)] = jagged(times)
     bags[candidate_key(ITEM)] = single(torch.cat([r.candidate_items for r in requests]))
-    for column in schema.item_attributes:
-        bags[candidate_key(column)] = joined([r.candidate_bags[column] for r in requests])
-    return bags
+    return bags | candidate_bags(requests, schema)
 
 
 def _without_candidates(bags: dict[str, Bags], schema: FeatureSchema) -> Batch:
     nobody = torch.empty(0, dtype=torch.int64)
     return assemble(bags, nobody, torch.empty(0, schema.num_dense), torch.empty(0))
-
-
-def _history_bags(
-    events_by_history: Sequence[Mapping[str, Events]], schema: FeatureSchema
-) -> dict[str, Bags]:
-    bags = {}
-    for history in schema.histories:
-        events = [by_history[history.name] for by_history in events_by_history]
-        for column in (*schema.event_columns, TIME):
-            bags[history_key(history.name, column)] = jagged([e.columns[column] for e in events])
-        for column in schema.item_attributes:
-            bags[history_key(history.name, column)] = joined([e.bags[column] for e in events])
-    return bags
 
 
 def _same_events(one: Request, other: Request) -> bool:

@@ -6,7 +6,7 @@ same computation, so that scoring is a function of tensors: nothing is set on a 
 calls.
 """
 
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
@@ -65,6 +65,41 @@ def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
         calls[0].args = (*calls[0].args, added)
     traced.recompile()
     return traced
+
+
+class RankingFunctions(Protocol):
+    """What an engine asks of a model, eager or exported."""
+
+    def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
+        """Logits [C], histories encoded on the way."""
+
+    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """For each history K/V [planes, R, H, D]."""
+
+    def extend(
+        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
+    ) -> list[Tensor]:
+        """For each history K/V of new events behind cached rows."""
+
+    def num_rows(self, num_events: list[int]) -> list[int]:
+        """Rows of K/V of histories of so many events, in the order of the histories."""
+
+    def reusable(
+        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
+    ) -> list[tuple[int, int]]:
+        """For each history events and rows of cached K/V that are right for another history."""
+
+    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """For each history what candidates are before they meet a user."""
+
+    def score(
+        self,
+        dense: Tensor,
+        features: KeyedJaggedTensor,
+        kv_pages: list[Tensor],
+        items: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [C] over K/V in pages."""
 
 
 class RankingModel(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.data.batches import Bags, jagged, joined
+from torchrec_kvshare.data.batches import jagged
 from torchrec_kvshare.data.limits import MAX_BAG_IDS, MAX_TIME
 from torchrec_kvshare.data.schema import (
     FIRST_EVENT,
@@ -25,7 +25,13 @@ from torchrec_kvshare.data.schema import (
     history_key,
     item_key,
 )
-from torchrec_kvshare.features import MAX_CANDIDATES, Request
+from torchrec_kvshare.features import (
+    MAX_CANDIDATES,
+    Request,
+    candidate_bags,
+    context_bags,
+    history_bags,
+)
 
 USER_KEY = "user_key"
 DENSE = candidate_key("dense")
@@ -123,24 +129,17 @@ def request_tensors(requests: Sequence[Request], schema: FeatureSchema) -> dict[
         TIME: torch.tensor([request.time for request in requests]),
     }
 
-    def add(key: str, bags: Bags) -> None:
-        tensors[f"{key}.values"], tensors[f"{key}.lengths"] = bags
-
-    for column in schema.context:
-        add(context_key(column), jagged([request.context[column] for request in requests]))
+    bags = context_bags(requests, schema) | candidate_bags(requests, schema)
+    bags |= history_bags([request.events_by_history for request in requests], schema)
+    bags[candidate_key(ITEM)] = jagged([request.candidate_items for request in requests])
+    for key, (values, lengths) in bags.items():
+        tensors[f"{key}.values"], tensors[f"{key}.lengths"] = values, lengths
     for history in schema.histories:
         events = [request.events_by_history[history.name] for request in requests]
-        for column in (*schema.event_columns, TIME):
-            add(history_key(history.name, column), jagged([e.columns[column] for e in events]))
-        for column in schema.item_attributes:
-            add(history_key(history.name, column), joined([e.bags[column] for e in events]))
-        first_events = torch.tensor([e.first_event for e in events])
+        first_events = torch.tensor([one.first_event for one in events])
         tensors[history_key(history.name, FIRST_EVENT)] = first_events
-    add(candidate_key(ITEM), jagged([request.candidate_items for request in requests]))
-    for column in schema.item_attributes:
-        add(candidate_key(column), joined([r.candidate_bags[column] for r in requests]))
     tensors[DENSE] = torch.cat([request.dense for request in requests])
-    return tensors
+    return {spec.name: tensors[spec.name] for spec in input_specs(schema)}
 
 
 def user_key(user_id: str) -> int:

@@ -1049,6 +1049,21 @@ def test_events_are_counted_by_whether_they_were_encoded(
     assert stack.metrics.snapshot().hit_rate() == 20 / 36
 
 
+def test_nothing_is_held_once_an_encoding_has_failed(new_engine: NewEngine, model: Watched) -> None:
+    engine = new_engine(model)
+    rank(engine, raw_of("a", 11, 3, 1))
+
+    def fail() -> None:
+        raise RuntimeError("no encoding today")
+
+    model.before_encoding = fail
+    with pytest.raises(RuntimeError, match="no encoding today"):
+        rank(engine, raw_of("a", 11, 3, 1), raw_of("b", 6, 2, 2))
+    assert_idle(engine)
+    model.before_encoding = do_nothing
+    assert [use[0] for use in uses(rank(engine, raw_of("b", 6, 2, 2)))] == ["miss"]
+
+
 def test_two_requests_of_a_user_in_a_batch_share_one_encoding(
     new_engine: NewEngine, model: Watched
 ) -> None:

@@ -20,7 +20,6 @@ from tests.core.worlds import LOGIT_TOLERANCE, SCHEMA, draw_raw, fresh_process, 
 from torchrec_kvshare.attention.library import library_path
 from torchrec_kvshare.data.schema import FeatureSchema, History
 from torchrec_kvshare.deterministic import compute_rows_alone, require_determinism
-from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.export.parity import score_extended, score_through_pages
 from torchrec_kvshare.export.pt2 import (
@@ -43,7 +42,7 @@ from torchrec_kvshare.history.kinds import (
     TARGET_ONLY,
     TowerSpec,
 )
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel
 
 # Items and times alone, so that graphs are small.
 BARE = replace(SCHEMA, context=(), has_action=False, item_attributes=(), item_floats=())

@@ -19,6 +19,7 @@ from tests.core.encoder_worlds import TWO_HISTORIES
 from tests.core.worlds import SCHEMA, draw_raw, make_dlrm
 from tests.pipelines.commands import ROOT, run_pipeline
 from tests.pipelines.test_score import broken_lines, changed, truncate, unusual_lines
+from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.data.ids import canonical_id
 from torchrec_kvshare.data.limits import MAX_ID_CHARACTERS
 from torchrec_kvshare.data.schema import (
@@ -31,7 +32,7 @@ from torchrec_kvshare.data.schema import (
     Window,
 )
 from torchrec_kvshare.draw import draw_raw_request
-from torchrec_kvshare.engine import Answer, CacheUse, Engine
+from torchrec_kvshare.engine import Answer, Engine
 from torchrec_kvshare.errors import RequestError
 from torchrec_kvshare.export.artifact import read_artifact
 from torchrec_kvshare.export.exporter import export_model

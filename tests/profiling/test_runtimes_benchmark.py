@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tests.pipelines.commands import run_pipeline
 from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.export.exporter import RUNTIMES, TORCHSCRIPT
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.scenarios import measure
+from torchrec_kvshare.ranking import RankingFunctions
 
 SIZES = ["dim=8", "num_layers=1", "num_heads=2", "histories=[5,16]", "candidates=[2,3]"]
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from tests.core.encoder_worlds import TWO_HISTORIES
 from tests.core.worlds import SCHEMA, draw_raw, draw_raws, parse_all, ragged_users
 from torchrec_kvshare import tensors as rows
+from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema, History, Vocabulary, Window
-from torchrec_kvshare.engine import Answer, CacheUse
+from torchrec_kvshare.engine import Answer
 from torchrec_kvshare.errors import RequestError
 from torchrec_kvshare.features import Ragged, parse_request
 from torchrec_kvshare.serving.columns import (

@@ -24,12 +24,13 @@ from tests.core.worlds import ROOT, SCHEMA, draw_raw, make_dlrm, version_called
 from tests.serving.servers import Asked, EagerLoader, local_server
 from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.codecs import get_codec
+from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.remote import RemoteTier
 from torchrec_kvshare.cache.stack import Level, TierStack
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.engine import Answer, CacheUse, Engine, Unscored
+from torchrec_kvshare.engine import Answer, Engine, Unscored
 from torchrec_kvshare.errors import ConfigError, UnavailableError
 from torchrec_kvshare.features import Request, parse_request, user_columns
 from torchrec_kvshare.ranking import RankingModel

@@ -6,8 +6,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.metrics import CacheMetrics
-from torchrec_kvshare.engine import CacheUse
 from torchrec_kvshare.serving.metrics import LiveView, ServerMetrics
 
 MISS = CacheUse("miss", "cold", 0, 7, "none")

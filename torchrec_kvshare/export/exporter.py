@@ -19,7 +19,7 @@ import torchrec_kvshare
 from torchrec_kvshare.audit import EXACT, Audit, audit_model
 from torchrec_kvshare.cache.identity import version_of
 from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
-from torchrec_kvshare.engine import Engine, RankingFunctions
+from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export.artifact import (
     MANIFEST,
@@ -39,7 +39,7 @@ from torchrec_kvshare.export.pt2 import load_pt2, pt2_files, write_pt2
 from torchrec_kvshare.export.quantised import FLOAT32, quantise_tables
 from torchrec_kvshare.export.torchscript import PROGRAM, load_torchscript, write_torchscript
 from torchrec_kvshare.export.weights import check_weights
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel
 from torchrec_kvshare.tensors import input_specs
 
 TORCHSCRIPT, PT2 = "torchscript", "pt2"

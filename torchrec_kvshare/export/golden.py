@@ -12,10 +12,11 @@ from typing import Any
 from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.draw import draw_ragged_raws
-from torchrec_kvshare.engine import Engine, RankingFunctions
+from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE
 from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.ranking import RankingFunctions
 
 GOLDEN = "golden.json"
 SEED = 0

@@ -16,7 +16,7 @@ from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.draw import draw_ragged_requests
-from torchrec_kvshare.engine import Engine, RankingFunctions, expand
+from torchrec_kvshare.engine import Engine, expand
 from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.export.program import RankingProgram
 from torchrec_kvshare.features import (
@@ -27,8 +27,8 @@ from torchrec_kvshare.features import (
     distinct_histories,
     user_of_candidates,
 )
-from torchrec_kvshare.history.pages import split_users
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.history.pages import split_histories
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel
 from torchrec_kvshare.tensors import request_tensors
 
 # float32 against the float64 reference: the worst of 800 drawn batches was 1.1e-6.
@@ -42,16 +42,12 @@ def score_through_pages(
     """Logits [C] of requests whose K/V went into pages, as the engine does it."""
     firsts, _ = distinct_histories(requests)
     kv_by_history = model.prefill(collate_history(requests, schema).sparse_features)
-    lengths = [
-        [requests[first].events_by_history[h.name].num_events for h in schema.histories]
-        for first in firsts
-    ]
-    rows = [model.num_rows(num_events) for num_events in lengths]
+    rows = [model.num_rows(requests[first].num_events_by_history) for first in firsts]
+    kv_by_user = split_histories(kv_by_history, rows)
     batch = collate_candidates(requests, schema)
     features = batch.sparse_features
     tables = []
-    for place, history in enumerate(schema.histories):
-        parts = split_users(kv_by_history[place], [counts[place] for counts in rows])
+    for history, parts in zip(schema.histories, zip(*kv_by_user, strict=True), strict=True):
         table, pages = write_pages(parts)
         features = expand(features, history.name, pages, user_of_candidates(requests))
         tables.append(table)

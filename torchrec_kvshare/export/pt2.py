@@ -37,13 +37,12 @@ from torchrec_kvshare.data.schema import (
     pages_key,
     visible_key,
 )
-from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export.inputs import check_range
 from torchrec_kvshare.export.program import batch_of
 from torchrec_kvshare.history.kinds import TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel
 from torchrec_kvshare.tensors import DENSE, FLOAT32, INT64, input_specs
 
 GRAPHS, WEIGHTS = "graphs.json", "weights.pt"

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 import torchrec_kvshare.attention.operators  # noqa: F401  # likewise
 from torchrec_kvshare.audit import CROSS_REQUEST, EXACT, Audit
 from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.export.parity import check_program
 from torchrec_kvshare.export.program import RankingProgram
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel
 
 PROGRAM = "model.pt"
 

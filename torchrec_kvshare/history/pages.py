@@ -1,5 +1,6 @@
 """K/V of all layers of B users: planes of rows, in pages or one after the other."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,20 @@ def split_users(planes: Tensor, num_rows: list[int]) -> list[Tensor]:
     there are at most.
     """
     return list(torch.split(planes[:, : sum(num_rows)], num_rows, dim=1))
+
+
+def split_histories(
+    kv_by_history: Sequence[Tensor], num_rows: Sequence[Sequence[int]]
+) -> list[list[Tensor]]:
+    """K/V [planes, R, H, D] of each history of each user.
+
+    Args:
+        kv_by_history: of all users, see ``split_users``.
+        num_rows: of each history of each user.
+    """
+    by_history = zip(*num_rows, strict=True)
+    parts = [split_users(kv, [*rows]) for kv, rows in zip(kv_by_history, by_history, strict=True)]
+    return [[*of_user] for of_user in zip(*parts, strict=True)]
 
 
 def offsets_of(lengths: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.deterministic import compute_rows_alone
-from torchrec_kvshare.engine import RankingFunctions, expand
+from torchrec_kvshare.engine import expand
 from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.export.exporter import RUNTIMES
 from torchrec_kvshare.export.parity import LOGIT_TOLERANCE
@@ -31,7 +31,7 @@ from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.results import Case, Record
 from torchrec_kvshare.profiling.timing import interleaved_medians
 from torchrec_kvshare.profiling.workload import draw_requests, fill_zeros, make_schema
-from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel, dlrm_with_history
 
 RUNTIMES_SCENARIO = "runtimes"
 EAGER, DETERMINISTIC = "eager", "eager, deterministic"

@@ -40,19 +40,18 @@ from torchrec_kvshare.cache.remote import RemoteTier
 from torchrec_kvshare.cache.tiers import HostTier, Tier
 from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.draw import draw_raw_request
-from torchrec_kvshare.engine import RankingFunctions
 from torchrec_kvshare.errors import ConfigError, ParityError, TierError
 from torchrec_kvshare.export.artifact import add_measured
 from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.features import collate_history, parse_request
 from torchrec_kvshare.history.kinds import LONGER, TowerSpec
-from torchrec_kvshare.history.pages import split_users
+from torchrec_kvshare.history.pages import split_histories
 from torchrec_kvshare.profiling.plan import MERGE, Plan, Sizes
 from torchrec_kvshare.profiling.redis_server import redis_server
 from torchrec_kvshare.profiling.results import Case, Record
 from torchrec_kvshare.profiling.timing import interleaved_medians
 from torchrec_kvshare.profiling.workload import BYTES, fill_zeros, make_schema
-from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel, dlrm_with_history
 
 logger = logging.getLogger(__name__)
 
@@ -313,11 +312,10 @@ def _encoded(subject: Subject, length: int, page_size: int, seed: int) -> Encode
     prefill = partial(subject.model.prefill, features)
     for _ in range(NUM_WARM_UP):
         kv_by_history = prefill()
-    num_events = [request.events_by_history[h.name].num_events for h in schema.histories]
-    rows = subject.model.num_rows(num_events)
+    rows = subject.model.num_rows(request.num_events_by_history)
+    [kv_of_user] = split_histories(kv_by_history, [rows])
     records = []
-    for history, planes, num_rows in zip(schema.histories, kv_by_history, rows, strict=True):
-        [kv] = split_users(planes, [num_rows])
+    for history, kv in zip(schema.histories, kv_of_user, strict=True):
         identity = identity_of(subject.version, NO_CONTEXT, history.name, page_size)
         events = request.events_by_history[history.name]
         if events.num_events:

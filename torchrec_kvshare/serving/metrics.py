@@ -9,8 +9,8 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from torchrec_kvshare.cache.exporters import PrometheusCollector
+from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.metrics import CacheMetrics
-from torchrec_kvshare.engine import CacheUse
 from torchrec_kvshare.features import IdCount
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.engine import Answer, CacheUse, Encoded, Engine, Unscored
+from torchrec_kvshare.engine import Answer, Encoded, Engine, Unscored
 from torchrec_kvshare.errors import OverloadError, ScoreError
 from torchrec_kvshare.features import Request
 

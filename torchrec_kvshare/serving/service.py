@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torchrec_kvshare.cache.clock import steady_clock
+from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.reasons import HIT
 from torchrec_kvshare.config import SORT, ServerConfig
 from torchrec_kvshare.data.schema import candidate_key
-from torchrec_kvshare.engine import Answer, CacheUse, Unscored
+from torchrec_kvshare.engine import Answer, Unscored
 from torchrec_kvshare.errors import (
     DeadlineError,
     OverloadError,
