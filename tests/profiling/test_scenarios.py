@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipelines.benchmark import main
 from torchrec_kvshare.bags import user_candidate_bags
+from torchrec_kvshare.collection import kvshare_collection
 from torchrec_kvshare.config import BenchmarkConfig, checked
 from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.features import parse_request
@@ -33,8 +34,10 @@ from torchrec_kvshare.profiling.benchmarks import Paths
 from torchrec_kvshare.profiling.cost_model import Rates, attend_cost, prefill_cost
 from torchrec_kvshare.profiling.plan import Plan, Sizes
 from torchrec_kvshare.profiling.scenarios import MEASURE_BY_SCENARIO, measure
+from torchrec_kvshare.profiling.workload import draw_requests, fill_zeros
 from torchrec_kvshare.ranking import RankingModel
 
+compiled = throughput_drop.compiled
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE = 12, 2, 3, 8
 HISTORY, LONG_HISTORY = 16, 40  # events
@@ -52,7 +55,7 @@ OTHER_WAYS = ("kv_repeated", "one_sequence_mask", "flex_attention")
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Short turns and small constants; FlexAttention is compiled in one test of its own."""
+    """Short turns and small constants; what is compiled is so in one test of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "ROUND_MS", ROUND_MS)
         patch.setattr(attention_benchmark, "RAGGED_USERS", RAGGED_USERS)
@@ -64,6 +67,7 @@ def small() -> Iterator[None]:
         patch.setattr(throughput_drop, "OVER_ARCH", [14, 1])
         patch.setattr(throughput_drop, "DCN_RANK", 6)
         patch.setattr(throughput_drop, "NUM_IDS", 30)
+        patch.setattr(throughput_drop, "compiled", lambda graph, _inputs, _schema: graph)
         patch.setattr(catalogue_benchmark, "NUM_ITEMS", CATALOGUES)
         yield
 
@@ -199,6 +203,7 @@ def test_records_have_sizes_and_are_all_printed_and_on_tensorboard(run: Run, sce
             assert (case["dim"], case["layers"], case["heads"]) == (DIM, NUM_LAYERS, NUM_HEADS)
             assert case["tokens"] == (2 if scenario == "items" else 1)
         tag = f"{scenario}/{encoder}/history_{history}/{record['metric']}/{case['path']}"
+        tag += f"/runtime_{case['runtime']}" if "runtime" in case else ""
         points = {point.step: point.value for point in events.Scalars(tag)}
         assert points[case.get("candidates", 0)] == pytest.approx(record["value"], rel=1e-6)
         line = [encoder, str(case.get("history", "-")), str(case.get("candidates", "all"))]
@@ -392,26 +397,51 @@ def test_copies_of_the_kv_in_several_parts_are_those_in_one(
 # --- throughput_drop
 
 
-def test_throughput_drop_is_against_the_model_without_a_history(run: Run) -> None:
-    records = run("throughput_drop").records
-    assert units(records) == {"latency_ms": "ms", "throughput_drop_percent": "%"}
-    latencies = values(records, "latency_ms")
-    paths = {"request_shared", "cross_request_hit", "uncached_merged"}
+def test_throughput_drop_is_against_both_models_without_the_history(run: Run) -> None:
+    everything = run("throughput_drop").records
+    drops = throughput_drop.DROP_BY_BASELINE
+    assert units(everything) == {"latency_ms": "ms"} | dict.fromkeys(drops.values(), "%")
     cases = [("longer", LONG_HISTORY), ("causal", HISTORY)]
-    assert set(latencies) == {
-        (encoder, path, history, queue)
-        for encoder, history in cases
-        for path in {*paths, "without_history"}
-        for queue in CANDIDATES
-    }
-    drops = values(records, "throughput_drop_percent")
-    assert {path for _, path, _, _ in drops} == paths
-    assert len(drops) == len(cases) * len(paths) * len(CANDIDATES)
-    for (encoder, path, history, queue), drop in drops.items():
-        plain = latencies[encoder, "without_history", history, queue]
-        with_history = latencies[encoder, path, history, queue]
-        # As many requests a second as 1 / latency.
-        assert drop == pytest.approx(100 * (1 / plain - 1 / with_history) / (1 / plain))
+    for runtime, paths in (
+        ("eager", {"request_shared", "cross_request_hit", "uncached_merged"}),
+        ("pt2", {"cross_request_hit"}),
+    ):
+        records = [one for one in everything if one["case"]["runtime"] == runtime]
+        latencies = values(records, "latency_ms")
+        assert set(latencies) == {
+            (encoder, path, history, queue)
+            for encoder, history in cases
+            for path in {*paths, *drops}
+            for queue in CANDIDATES
+        }
+        for baseline, metric in drops.items():
+            lost = values(records, metric)
+            assert {path for _, path, _, _ in lost} == paths
+            assert len(lost) == len(cases) * len(paths) * len(CANDIDATES)
+            for (encoder, path, history, queue), drop in lost.items():
+                plain = latencies[encoder, baseline, history, queue]
+                with_history = latencies[encoder, path, history, queue]
+                # As many requests a second as 1 / latency.
+                assert drop == pytest.approx(100 * (1 / plain - 1 / with_history) / (1 / plain))
+
+
+@torch.no_grad()
+def test_a_compiled_baseline_scores_as_the_eager_one() -> None:
+    schema = throughput_drop.mlperf_schema(HISTORY, throughput_drop.POOLED_HISTORY)
+    model = fill_zeros(throughput_drop.dlrm_dcn(user_candidate_bags(schema, DIM), schema)).eval()
+    ranker = throughput_drop.dlrm_dcn(
+        kvshare_collection(schema, SIZES.spec("causal", HISTORY)), schema
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput_drop, "compiled", compiled)
+        graph = throughput_drop.compiled_baseline(model, Paths(schema, ranker, SIZES), schema)
+    for request in draw_requests(schema, [1, 7], user=0, seed=SEED):
+        pooled = throughput_drop.with_pooled_history(request)
+        expected = throughput_drop.score_plain(model, pooled, schema)
+        got = throughput_drop.score_compiled(graph, pooled, schema)
+        torch.testing.assert_close(got, expected, rtol=0.0, atol=2e-5)
+        alone = throughput_drop.score_plain(model, request, schema)
+        assert not torch.allclose(alone, expected, atol=1e-3)  # It reads the history.
 
 
 def test_a_hit_that_scores_otherwise_has_no_throughput(monkeypatch: pytest.MonkeyPatch) -> None:

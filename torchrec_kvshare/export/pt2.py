@@ -136,7 +136,7 @@ def load_pt2(folder: Path, schema: FeatureSchema, encoder: dict[str, Any]) -> Ra
     graphs = {}
     for name, described in about["graphs"].items():
         names = [one["name"] for one in described["inputs"]]
-        graphs[name] = _load_graph(folder / described["file"], names, weights)
+        graphs[name] = load_graph(folder / described["file"], names, weights)
     return CompiledRanking(graphs, schema, TowerSpec(**encoder), weights)
 
 
@@ -485,7 +485,17 @@ def _described(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _load_graph(path: Path, names: Sequence[str], weights: Mapping[str, Tensor]) -> Graph:
+def load_graph(path: Path, names: Sequence[str], weights: Mapping[str, Tensor]) -> Graph:
+    """A graph that ``compile_graph`` wrote.
+
+    Args:
+        path: of its file.
+        names: of its inputs, in their order.
+        weights: by name, as the program has them; whoever calls the graph keeps them alive.
+
+    Raises:
+        ArtifactError: if it cannot be loaded.
+    """
     try:
         package = torch._inductor.aoti_load_package(str(path))
         own = {name: weights[name] for name in package.get_constant_fqns()}

@@ -41,7 +41,7 @@ from torchrec_kvshare.profiling.workload import (
     make_dlrm,
     make_schema,
 )
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.ranking import RankingFunctions, RankingModel
 
 UNCACHED_MERGED = "uncached_merged"
 REQUEST_SHARED = "request_shared"
@@ -108,15 +108,21 @@ class Paths:
         return self.model(batch.dense_features, batch.sparse_features)
 
     @torch.no_grad()
-    def cross_request_hit(self, request: Request) -> Tensor:
-        """Logits [N] over K/V that the cache holds: what the engine does for a hit."""
+    def cross_request_hit(self, request: Request, model: RankingFunctions | None = None) -> Tensor:
+        """Logits [N] over K/V that the cache holds: what the engine does for a hit.
+
+        Args:
+            request: whose history's K/V was put.
+            model: the same model in another runtime; None for the eager one.
+        """
         digests = self.digests(request)
         entry = self.cache.lookup(request.user_id, digests).entry
         assert entry is not None
         batch = collate_candidates([request], self.schema)
         candidate_user = user_of_candidates([request])
         features = expand(batch.sparse_features, HISTORY, [entry.pages], candidate_user)
-        logits = self.model.score(batch.dense_features, features, [self.cache.pool.kv_pages])
+        model = model or self.model
+        logits = model.score(batch.dense_features, features, [self.cache.pool.kv_pages])
         self.cache.release(entry)
         return logits
 

@@ -1,8 +1,9 @@
 """Clocks for comparing paths on a machine that is never idle, and the seed model's cost curve."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,9 +15,12 @@ SEED_HISTORY_COST = 0.85
 SEED_CANDIDATE_COST = 0.15
 
 
+Path = TypeVar("Path", bound=Hashable)
+
+
 def interleaved_medians(
-    call_by_path: Mapping[str, Callable[[], object]], repeats: int
-) -> dict[str, float]:
+    call_by_path: Mapping[Path, Callable[[], object]], repeats: int
+) -> dict[Path, float]:
     """Median time of each call, the paths taking turns so that a busy minute meets them all.
 
     Args:
@@ -31,7 +35,7 @@ def interleaved_medians(
         >>> sorted(medians), medians["list"] < ROUND_MS
         (['dict', 'list'], True)
     """
-    samples_ms: dict[str, list[float]] = {path: [] for path in call_by_path}
+    samples_ms: dict[Path, list[float]] = {path: [] for path in call_by_path}
     for _ in range(repeats):
         for path, call in call_by_path.items():
             samples_ms[path] += _turn(call)
