@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from tests.core.attention_cases import OPERATORS, TRAINED, example
 from tests.core.encoder_worlds import EXTENDED_NAMES, NAMES, raws_of, world_of
 from tests.core.worlds import parse_all, see_prefixes
+from torchrec_kvshare.attention import plain
 from torchrec_kvshare.data.batches import Bags, with_key
 from torchrec_kvshare.data.schema import HISTORY, USER, first_place_key, pages_key
 from torchrec_kvshare.features import collate
@@ -76,11 +78,12 @@ class Indexing(TorchFunctionMode):
         if function is not Tensor.__getitem__:
             return function(*args, **(kwargs or {}))
         tensor, index = args
-        if isinstance(index, tuple) and any(isinstance(one, Tensor) for one in index):
+        index = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(one, Tensor) for one in index):
             places = [one if isinstance(one, Tensor) else None for one in index]
             return torch.ops.aten.index.Tensor(tensor, places)
         dim = 0
-        for one in index if isinstance(index, tuple) else (index,):
+        for one in index:
             if isinstance(one, slice):
                 first, end, _ = one.indices(tensor.size(dim))
                 tensor = torch.narrow(tensor, dim, first, max(0, end - first))
@@ -106,6 +109,21 @@ def test_scoring_reads_nothing_from_a_gpu(name: str) -> None:
         cached = model.score(dense, pages, [table])
     assert {kv.device.type, uncached.device.type, cached.device.type} == {"cuda"}
     assert uncached.shape == cached.shape == (6,)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_operators_bodies_read_nothing_either(operator: str) -> None:
+    """The rest of this file asks them for shapes alone."""
+    body, gpu, arguments = getattr(plain, f"plain_{operator}"), FakeGPU(), example(operator)
+    held = {n: gpu.hold(one) if isinstance(one, Tensor) else one for n, one in arguments.items()}
+    with torch.no_grad(), gpu, Indexing():
+        out, _ = body(**held)
+    assert (out.shape, out.device.type) == (arguments["queries"].shape, "cuda")
+    on_meta = {n: one.to(META) if isinstance(one, Tensor) else one for n, one in arguments.items()}
+    trained = [on_meta[name].requires_grad_() for name in TRAINED[operator]]
+    out, _ = body(**on_meta)
+    gradients = torch.autograd.grad(out.sum(), trained)
+    assert {one.device for one in (out, *gradients)} == {META}
 
 
 @pytest.mark.parametrize("name", EXTENDED_NAMES)

@@ -7,6 +7,8 @@ float64. Memory safety is in test_operators_memory.py.
 import itertools
 import random
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from tests.core.attention_cases import (
     with_dtype,
 )
 from tests.core.worlds import examples, fresh_process
+from torchrec_kvshare.attention import plain
 from torchrec_kvshare.attention.operators import (
     flat_rows,
     history_attention,
@@ -555,6 +558,12 @@ def test_nothing_to_read_is_no_fault(operator: str, dtype: torch.dtype) -> None:
 def test_rows_behind_the_last_users_are_not_read_and_get_zeros(
     operator: str, dtype: torch.dtype
 ) -> None:
+    assert_rows_behind_are_not_read(operator, dtype, torch.equal)
+
+
+def assert_rows_behind_are_not_read(
+    operator: str, dtype: torch.dtype, are_equal: Callable[[Tensor, Tensor], bool]
+) -> None:
     exact = with_dtype(example(operator), dtype)
     longer = dict(exact)
     for name in ROWS[operator]:
@@ -565,7 +574,7 @@ def test_rows_behind_the_last_users_are_not_read_and_get_zeros(
             longer[name] = torch.cat([exact[name], torch.tensor([-7, 2**62, -1])])
     expected, got = call(operator, exact), call(operator, longer)
     num_rows = len(expected)
-    assert torch.equal(got[:num_rows], expected)
+    assert are_equal(got[:num_rows], expected)
     assert (got[num_rows:] == 0.0).all()
     direction = torch.ones_like(expected)
     whole_direction = torch.cat([direction, torch.ones_like(got[num_rows:])])
@@ -576,7 +585,7 @@ def test_rows_behind_the_last_users_are_not_read_and_get_zeros(
         strict=True,
     )
     for name, of_longer, of_exact in found:
-        assert torch.equal(of_longer[: len(of_exact)], of_exact), name
+        assert are_equal(of_longer[: len(of_exact)], of_exact), name
         assert (of_longer[len(of_exact) :] == 0.0).all(), name
 
 
@@ -707,6 +716,37 @@ def test_flat_rows_are_pages_of_one_row() -> None:
     named = dict(zip(arguments, flat, strict=True))
     assert torch.equal(got, call(HISTORY, named))
     assert_equals_reference(HISTORY, named)
+
+
+# The plain body where offsets are not read back, as on a GPU: blocks of queries over everything.
+
+
+@contextmanager
+def in_blocks(num_queries: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "_turns", lambda *sizes: plain._blocks(sizes[-1]))
+        patch.setattr(plain, "QUERIES_AT_ONCE", num_queries)
+        yield
+
+
+@by_operator
+@examples(0.5)
+@given(drawn)
+def test_blocks_of_queries_over_everything_equal_the_reference(
+    operator: str, pick: random.Random
+) -> None:
+    arguments = with_dtype(draw_arguments(operator, pick, 9), torch.float64)
+    with in_blocks(pick.randint(1, 20)):
+        assert_equals_reference(operator, arguments)
+
+
+@by_operator
+def test_blocks_of_queries_promise_what_users_in_turn_do(operator: str) -> None:
+    with in_blocks(3):
+        for scoring in SCORINGS:
+            test_gradients_are_right(operator, scoring)
+        test_nothing_to_read_is_no_fault(operator, torch.float64)
+        assert_rows_behind_are_not_read(operator, torch.float64, torch.allclose)
 
 
 # Rows of a linear layer.
