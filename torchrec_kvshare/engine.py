@@ -370,7 +370,7 @@ class Engine:
     def _score_leased(
         self, requests: Sequence[Request], leases: Sequence[Lease], store: KVStore
     ) -> list[list[float]]:
-        """Scores over K/V in pages, in one's hands, or nowhere: each kind in one batch."""
+        """Scores over K/V in pages, K/V that the store had no room for, or none at all."""
         scores: list[list[float]] = [[] for _ in requests]
         in_pages = [place for place, lease in enumerate(leases) if lease.pages is not None]
         chosen = [requests[place] for place in in_pages]

@@ -106,8 +106,8 @@ class Lease:
 
     Attributes:
         histories: what was found of each history.
-        kv_by_history: [planes, R, H, D] of each history, if it was encoded and there was no room
-            to keep it.
+        kv_by_history: [planes, R, H, D] of each history, if it was encoded and the store had no
+            room for it.
     """
 
     def __init__(self, store: KVStore, model: RankingFunctions, index: int, wanted: Wanted) -> None:
@@ -198,7 +198,7 @@ class Lease:
         return self._store.rows(number, one.lookup.entry, one.kept_rows)
 
     def keep(self, new_kv: Sequence[Tensor]) -> None:
-        """Put K/V into the store, and hold it: where a history has no room, in one's hands.
+        """Put K/V into the store and hold it; if a history has no room there, keep all of it here.
 
         Args:
             new_kv: [planes, new rows, H, D] of each history, the rows behind ``cached_rows``.
