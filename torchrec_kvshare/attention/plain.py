@@ -103,11 +103,13 @@ def plain_history_attention(
     new = _rows(key_offsets, keys, num_cached)
     asking = _rows(query_offsets, queries, num_rows - num_queries)
     page_size = cached_keys.size(1)
+    cached_keys, cached_values = _in_order(page_ids, in_pages, cached_keys, cached_values)
+    keys, values = (_zeros_unless(new.is_real, rows) for rows in (keys, values))
 
     def sides() -> Iterator[Side]:
         for turn in _turns(query_offsets, page_offsets, key_offsets, queries.size(0)):
-            ids = page_ids[turn.pages]
-            cached, fresh = in_pages.part(_rows_of(turn.pages, page_size)), new.part(turn.new)
+            span = _rows_of(turn.pages, page_size)
+            cached, fresh = in_pages.part(span), new.part(turn.new)
             user, place, is_real = (torch.cat(pair) for pair in zip(cached, fresh, strict=True))
             asks = asking.part(turn.queries)
             at = asks.place.unsqueeze(1)
@@ -116,17 +118,15 @@ def plain_history_attention(
                 is_seen &= place > at - window
             is_seen |= at >= num_rows.index_select(0, asks.user).unsqueeze(1) - num_globals
             is_seen &= is_real & (user == asks.user.unsqueeze(1))
-            key = torch.cat([cached_keys.index_select(0, ids).flatten(0, 1), keys[turn.new]])
-            value = torch.cat([cached_values.index_select(0, ids).flatten(0, 1), values[turn.new]])
             yield _without_own(
                 _zeros_unless(asks.is_real, queries[turn.queries]),
                 asks.is_real,
-                _zeros_unless(is_real, key),
-                _zeros_unless(is_real, value),
+                torch.cat([cached_keys[span], keys[turn.new]]),
+                torch.cat([cached_values[span], values[turn.new]]),
                 is_seen,
             )
 
-    return _attend(queries, list(sides()), scoring)
+    return _attend(queries, sides(), scoring)
 
 
 def plain_candidate_attention(
@@ -155,6 +155,7 @@ def plain_candidate_attention(
     )
     num_tokens, scale, page_size = queries.size(1), _score_scale(queries), keys.size(1)
     page_ids, in_pages = _page_rows(page_offsets, page_ids, keys, _lengths(row_offsets))
+    keys, values = _in_order(page_ids, in_pages, keys, values)
     asking = _rows(candidate_offsets, queries, torch.zeros_like(candidate_offsets))
     # Behind the last time stands that of rows that are no user's.
     times = torch.cat([row_times, row_times.new_full([1], NO_TIME)])
@@ -166,8 +167,7 @@ def plain_candidate_attention(
     def sides() -> Iterator[Side]:
         no_new = torch.zeros_like(candidate_offsets)
         for turn in _turns(candidate_offsets, page_offsets, no_new, queries.size(0)):
-            ids, asks = page_ids[turn.pages], asking.part(turn.queries)
-            span = _rows_of(turn.pages, page_size)
+            asks, span = asking.part(turn.queries), _rows_of(turn.pages, page_size)
             user, place, is_real = in_pages.part(span)
             end = visible_rows[turn.queries].unsqueeze(1)
             is_seen = is_real & (user == asks.user.unsqueeze(1)) & (place < end)
@@ -186,15 +186,15 @@ def plain_candidate_attention(
             yield Side(
                 query.flatten(0, 1),
                 asks.is_real.repeat_interleave(num_tokens, 0),
-                _zeros_unless(is_real, keys.index_select(0, ids).flatten(0, 1)),
-                _zeros_unless(is_real, values.index_select(0, ids).flatten(0, 1)),
+                keys[span],
+                values[span],
                 bias.repeat_interleave(num_tokens, 0).permute(2, 0, 1),
                 is_seen.repeat_interleave(num_tokens, 0),
                 own_scores.flatten(1, 2),
                 own.repeat_interleave(num_tokens, 0),
             )
 
-    out, log_sums = _attend(queries.flatten(0, 1), list(sides()), scoring)
+    out, log_sums = _attend(queries.flatten(0, 1), sides(), scoring)
     return out.view_as(queries), log_sums.view(queries.shape[:3])
 
 
@@ -261,6 +261,13 @@ def _page_rows(
     return page_ids, Rows(user, place, place < num_rows.index_select(0, user))
 
 
+def _in_order(page_ids: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [R, H, D] of pages in the order of the page ids."""
+    flat = (pages.index_select(0, page_ids).flatten(0, 1) for pages in (keys, values))
+    key, value = (_zeros_unless(rows.is_real, one) for one in flat)
+    return key, value
+
+
 def _turns(
     query_offsets: Tensor, page_offsets: Tensor, key_offsets: Tensor, num_queries: int
 ) -> Iterator[Turn]:
@@ -309,8 +316,8 @@ def _without_own(
     )
 
 
-def _attend(queries: Tensor, sides: list[Side], scoring: str) -> tuple[Tensor, Tensor]:
-    out = [queries[:0] * 1.0]
+def _attend(queries: Tensor, sides: Iterator[Side], scoring: str) -> tuple[Tensor, Tensor]:
+    out, num_answered = [queries[:0] * 1.0], 0
     for side in sides:
         query = side.queries.transpose(0, 1) * _score_scale(queries)  # [H, Q, D]
         # Zero times NaN is NaN: of values that are not finite, the scores of their rows tell.
@@ -329,6 +336,6 @@ def _attend(queries: Tensor, sides: list[Side], scoring: str) -> tuple[Tensor, T
         over_rows = (weights @ values).transpose(0, 1)
         attended = over_rows + torch.einsum("hqm,qmhd->qhd", own, side.own_values)
         out.append(_zeros_unless(side.is_answered, attended))
-    num_answered = sum(len(side.queries) for side in sides)
+        num_answered += len(side.queries)
     out.append(torch.zeros_like(queries[num_answered:]))
     return torch.cat(out), queries.new_zeros(queries.shape[:2])
