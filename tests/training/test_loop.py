@@ -65,6 +65,14 @@ def checkpoint(folder: Path, kind: str = "causal") -> dict[str, Any]:
     return torch.load(folder / kind / CHECKPOINT, weights_only=True)
 
 
+def test_a_writer_s_points_replace_earlier_ones_however_soon_it_comes(tmp_path: Path) -> None:
+    """Of files of one second TensorBoard read the tenth before the ninth and dropped its points."""
+    for number in range(12):
+        with loop.open_writer(tmp_path, 0) as writer:
+            writer.add_scalar("loss", number, 0)
+    assert points(tmp_path) == {"loss": [(0, 11.0)]}
+
+
 def assert_same_run(folder: Path, expected: Path) -> None:
     """Bit by bit: metrics, curves, weights, and what the optimisers remember."""
     assert curves(folder) == curves(expected)

@@ -97,8 +97,20 @@ def train(
     trainer = Trainer(model, dataset, settings, folder)
     trainer.resume()
     # What a killed run logged beyond its checkpoint is logged again: TensorBoard drops the first.
-    with SummaryWriter(str(log_folder), purge_step=trainer.progress.step) as writer:
+    with open_writer(log_folder, trainer.progress.step) as writer:
         trainer.run(writer)
+
+
+def open_writer(folder: Path, purge_step: int) -> SummaryWriter:
+    """A writer whose points from a step on take the place of those that the folder has.
+
+    TensorBoard reads event files in the order of their names, which begin with a second and go on
+    with numbers that are ordered as text: a new file needs a second of its own.
+    """
+    seconds = {int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")}
+    while int(time.time()) in seconds:
+        time.sleep(0.05)
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

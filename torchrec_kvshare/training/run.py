@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from torchrec.models.dlrm import DLRM
 
 from torchrec_kvshare.config import ModelConfig, TrainConfig
@@ -38,7 +37,7 @@ from torchrec_kvshare.training.evaluate import (
     model_scorer,
     popularity_scorer,
 )
-from torchrec_kvshare.training.loop import TrainSettings, load_weights, train
+from torchrec_kvshare.training.loop import TrainSettings, load_weights, open_writer, train
 from torchrec_kvshare.training.metrics import Values
 
 CONFIG = "config.json"
@@ -108,7 +107,7 @@ def train_run(config: TrainConfig) -> Metrics:
         popularity = popularity_scorer(dataset, config.negatives)
         metrics["popularity"] = _evaluate(popularity, dataset, config, share_prefill=True)
     # A run that was killed here is measured again: TensorBoard drops what it had said.
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=0) as summary:
+    with open_writer(folder / "tensorboard", 0) as summary:
         for kind, values in metrics.items():
             for name, value in values.items():
                 if value is not None:
