@@ -107,8 +107,8 @@ def open_writer(folder: Path, purge_step: int) -> SummaryWriter:
     TensorBoard reads event files in the order of their names, which begin with a second and go on
     with numbers that are ordered as text: a new file needs a second of its own.
     """
-    seconds = {int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")}
-    while int(time.time()) in seconds:
+    seconds = {path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")}
+    while f"{int(time.time()):010d}" in seconds:
         time.sleep(0.05)
     return SummaryWriter(str(folder), purge_step=purge_step)
 
