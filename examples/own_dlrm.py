@@ -12,13 +12,13 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.store import KVStore
-from torchrec_kvshare.collection import KVShareEmbeddingBagCollection, token_tables
-from torchrec_kvshare.data.schema import FeatureSchema, History, Vocabulary, Window
-from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.features.parse import parse_request
+from torchrec_kvshare.features.schema import FeatureSchema, History, Vocabulary, Window
 from torchrec_kvshare.history.kinds import TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection, token_tables
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 
 DIM = 32
 spec = TowerSpec("causal", DIM, num_layers=2, num_heads=4)

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from torchrec_kvshare.assembly import new_engine
 from torchrec_kvshare.export.exporter import load_artifact
-from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.export.open import new_engine
+from torchrec_kvshare.features.parse import parse_request
 
 artifact = load_artifact(Path(sys.argv[1]))
 engine = new_engine(artifact)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import hydra
 
-from torchrec_kvshare.audit import audit_model, audit_table
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import AuditConfig
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.training.run import load_trained
+from torchrec_kvshare.verify.audit import audit_model, audit_table
 
 AUDIT_FILE = "audit.json"
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import hydra
 
+from torchrec_kvshare.benchmark.plan import Plan, Sizes
+from torchrec_kvshare.benchmark.plots import figure_class, write_plots
+from torchrec_kvshare.benchmark.results import figures_table, write_results, write_tensorboard
+from torchrec_kvshare.benchmark.run import measure
 from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.commands.layout import typed_command
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import BenchmarkConfig
-from torchrec_kvshare.profiling.plan import Plan, Sizes
-from torchrec_kvshare.profiling.plots import figure_class, write_plots
-from torchrec_kvshare.profiling.results import figures_table, write_results, write_tensorboard
-from torchrec_kvshare.profiling.scenarios import measure
 
 NOT_IN_TABLE = ("requests_per_s",)
 

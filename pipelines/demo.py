@@ -4,7 +4,8 @@ from pathlib import Path
 
 import hydra
 
-from torchrec_kvshare.assembly import MEMORY, OFF, new_engine
+from torchrec_kvshare.benchmark.comparison import compare_paths, comparison_table
+from torchrec_kvshare.cache.open import MEMORY, OFF
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import (
     CacheConfig,
@@ -13,9 +14,9 @@ from torchrec_kvshare.config import (
 )
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.export.exporter import export_model, load_artifact
-from torchrec_kvshare.features import parse_request
-from torchrec_kvshare.profiling.comparison import compare_paths, comparison_table
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.export.open import new_engine
+from torchrec_kvshare.features.parse import parse_request
+from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.training.run import Metrics, load_dataset, load_trained, train_run
 
 NUM_MERGED = 10  # requests scored the merged way; it is slow

@@ -8,11 +8,11 @@ import hydra
 from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import ExportConfig
-from torchrec_kvshare.deterministic import compute_rows_alone
 from torchrec_kvshare.export.exporter import TORCHSCRIPT, export_model
 from torchrec_kvshare.export.triton import write_repository
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.training.run import load_trained, provenance_of
+from torchrec_kvshare.verify.deterministic import compute_rows_alone
 
 TRITON = "triton"
 

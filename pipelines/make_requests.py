@@ -10,7 +10,7 @@ from torchrec_kvshare.config import MakeRequestsConfig
 from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.requests import make_requests
-from torchrec_kvshare.data.schema import HISTORY, History, Window
+from torchrec_kvshare.features.schema import HISTORY, History, Window
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="make_requests")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import hydra
 
+from torchrec_kvshare.benchmark.plan import Sizes
+from torchrec_kvshare.benchmark.traces import profile_scoring, stage_table
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import ProfileConfig
-from torchrec_kvshare.profiling.traces import profile_scoring, stage_table
-from torchrec_kvshare.profiling.workload import Sizes
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="profile_scoring")

@@ -7,13 +7,13 @@ from pathlib import Path
 import hydra
 from torch.utils.tensorboard import SummaryWriter
 
-from torchrec_kvshare.assembly import new_engine
 from torchrec_kvshare.cache.exporters import write_scalars
 from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import SORT, ScoreConfig
 from torchrec_kvshare.export.exporter import load_artifact
-from torchrec_kvshare.scoring import score_file
+from torchrec_kvshare.export.open import new_engine
+from torchrec_kvshare.scoring.files import score_file
 
 REFUSED = 3  # exit status: some lines got an error in place of scores
 

@@ -16,7 +16,7 @@ from torchrec_kvshare.errors import MissingExtraError
 def main(config: ServeClusterConfig) -> None:
     """Write configs and secrets, start all, keep them running; SIGTERM and SIGINT drain."""
     try:
-        from torchrec_kvshare.serving.cluster import run_cluster, write_layout
+        from torchrec_kvshare.deploy.cluster import run_cluster, write_layout
         from torchrec_kvshare.serving.logs import log_as_json
     except ImportError as error:
         raise MissingExtraError("server", "serving") from error

@@ -27,7 +27,7 @@ struct CacheLimits {
   double ttl_s = 300;
 };
 
-// What the program's cache did for one answer; as CacheUse of torchrec_kvshare/engine.py.
+// What the program's cache did for one answer; as CacheUse of torchrec_kvshare/scoring/engine.py.
 struct CacheUse {
   std::string status, reason;
   int64_t cached_events, computed_events;

@@ -1,4 +1,4 @@
-// How an id is spelt; torchrec_kvshare/data/ids.py is the meaning.
+// How an id is spelt; torchrec_kvshare/features/ids.py is the meaning.
 
 #pragma once
 

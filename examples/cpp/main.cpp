@@ -122,7 +122,7 @@ std::string answer_line(const Request& request, const Scored& scored, const std:
                               {"reason", cache.reason},
                               {"cached_events", cache.cached_events},
                               {"computed_events", cache.computed_events},
-                              {"tier", cache.cached_events > 0 ? "device" : "none"}}}};
+                              {"tier", cache.cached_events > 0 ? "pages" : "none"}}}};
   if (request.reports_unknown_ids) {
     OrderedJson& unknown = rest["unknown_ids"] = OrderedJson::object();
     for (const auto& [column, ids] : request.ids) {

@@ -1,7 +1,7 @@
 // Requests in, columns of table rows out; the one place where outside input is checked.
 //
-// torchrec_kvshare/features.py is the meaning: the same rows, windows and dense features to the
-// bit, and the same refusals. Columns have the names that torchrec_kvshare/tensors.py gives them.
+// torchrec_kvshare/features/parse.py is the meaning: the same rows, windows and dense features to the
+// bit, and the same refusals. Columns have the names that torchrec_kvshare/features/tensors.py gives them.
 
 #pragma once
 

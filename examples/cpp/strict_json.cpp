@@ -7,7 +7,7 @@
 
 namespace {
 
-// As torchrec_kvshare/features.py has them.
+// As torchrec_kvshare/features/decode.py has them.
 constexpr std::size_t kMaxDepth = 16;
 constexpr std::size_t kMaxKeys = 4096;
 

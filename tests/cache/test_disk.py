@@ -19,7 +19,7 @@ import pytest
 
 from tests.cache.servers import wait_until
 from tests.cache.test_tiers import Clock
-from tests.core.worlds import fresh_process
+from tests.worlds import fresh_process
 from torchrec_kvshare.cache.disk import FENCE_BUFFER_BYTES, MIN_CAPACITY_BYTES, DiskTier
 from torchrec_kvshare.cache.tiers import Found
 from torchrec_kvshare.errors import ConfigError, MissingExtraError, TierError

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.cache.servers import RedisServer, redis_cluster, wait_until
-from tests.core.worlds import (
+from tests.worlds import (
     HEAD_DIM,
     NUM_HEADS,
     NUM_PLANES,
@@ -35,11 +35,11 @@ from torchrec_kvshare.cache.identity import text_digest
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.remote import RemoteTier
-from torchrec_kvshare.cache.stack import Level, Limits, TierStack
+from torchrec_kvshare.cache.stack import Level, TierLimits, TierStack
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import Tier
-from torchrec_kvshare.engine import Answer, Engine
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Answer, Engine
 
 NUM_CLIENTS = 16
 NUM_USERS = 24
@@ -124,7 +124,7 @@ def load_on(engine: Engine, expected: list[Answer]) -> Iterator[Load]:
 
 def engine_on(model: RankingModel, tier: Tier, key: bytes | None = None) -> Engine:
     level = Level(tier, get_codec("float32"), min_events=1, deadline_s=DEADLINE_S)
-    stack = TierStack([level], TTL_S, key, Limits(max_failures=2, pause_s=0.3))
+    stack = TierStack([level], TTL_S, key, TierLimits(max_failures=2, pause_s=0.3))
     pool = PagePool(NUM_PAGES * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     cache = KVCache(pool, on_evict=stack.take, metrics=stack.metrics)
     return Engine(model, SCHEMA, KVStore([cache], stack), version=version_called(VERSION))

@@ -10,10 +10,10 @@ from itertools import count
 
 import pytest
 
-from tests.core.worlds import fresh_process
-from torchrec_kvshare.cache.flights import Flights
+from tests.worlds import fresh_process
 from torchrec_kvshare.cache.guard import CLOSED, OPEN, READERS, TRIAL, Breaker, GuardedTier
 from torchrec_kvshare.cache.metrics import CacheMetrics
+from torchrec_kvshare.cache.single_flight import Flights
 from torchrec_kvshare.cache.tiers import Found
 from torchrec_kvshare.cache.write_behind import Write, WriteQueue
 from torchrec_kvshare.errors import TierError

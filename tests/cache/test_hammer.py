@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.core.worlds import (
+from tests.worlds import (
     HEAD_DIM,
     NUM_HEADS,
     NUM_PLANES,
@@ -28,12 +28,12 @@ from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.kv_cache import CONTENT, USER, KVCache, Rules
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LRU, TINY_LFU, LruPolicy, new_policy
-from torchrec_kvshare.cache.stack import Level, Limits, TierStack
+from torchrec_kvshare.cache.stack import Level, TierLimits, TierStack
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import HostTier
-from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.features import Request
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 
 HAMMER_SECONDS = 60.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.5
 NUM_THREADS = 32
@@ -98,7 +98,7 @@ def hammered(request: pytest.FixtureRequest, model: RankingModel) -> Iterator[Ha
     policy, share, takes_evicted, num_at_rest = request.param
     host = HostTier(LruPolicy(HOST_BYTES), TTL_S)
     level = Level(host, get_codec("float32"), takes_evicted=takes_evicted, deadline_s=5.0)
-    stack = TierStack([level], TTL_S, limits=Limits(queue_length=5))
+    stack = TierStack([level], TTL_S, limits=TierLimits(queue_length=5))
     pool = PagePool(NUM_PAGES * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
     pool.kv_pages.fill_(torch.nan)
     cache = KVCache(

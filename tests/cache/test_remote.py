@@ -21,7 +21,7 @@ from tests.cache.servers import (
     redis_cluster,
     wait_until,
 )
-from torchrec_kvshare.assembly import new_stack
+from torchrec_kvshare.cache.open import new_stack
 from torchrec_kvshare.cache.remote import RemoteTier
 from torchrec_kvshare.cache.tiers import Found
 from torchrec_kvshare.config import CacheConfig, RemoteConfig

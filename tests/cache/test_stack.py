@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.core.worlds import HEAD_DIM, NUM_HEADS, NUM_PLANES, PAGE_BYTES, PAGE_SIZE
+from tests.worlds import HEAD_DIM, NUM_HEADS, NUM_PLANES, PAGE_BYTES, PAGE_SIZE
 from torchrec_kvshare.cache import stack as stack_module
 from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.identity import (
@@ -24,12 +24,12 @@ from torchrec_kvshare.cache.kv_cache import Entry, KVCache, Lookup
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LruPolicy
 from torchrec_kvshare.cache.record import KVRecord, pack, scope_of
-from torchrec_kvshare.cache.stack import Fetched, Level, Limits, TierStack, Want
+from torchrec_kvshare.cache.stack import Fetched, Level, TierLimits, TierStack, Want
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import Found, HostTier
-from torchrec_kvshare.data.schema import HISTORY, ITEM, TIME, FeatureSchema, History, Window
 from torchrec_kvshare.errors import ConfigError, TierError
-from torchrec_kvshare.features import Events
+from torchrec_kvshare.features.request import Events
+from torchrec_kvshare.features.schema import HISTORY, ITEM, TIME, FeatureSchema, History, Window
 
 MODEL, TABLES, CONTEXT = "5e" * 8, "0f" * 8, "c1" * 8
 VERSION, OTHER_VERSION = f"{MODEL}-{TABLES}", f"{MODEL}-{'1f' * 8}"
@@ -135,10 +135,10 @@ class World:
         num_pages: int = 20,
         num_pages_at_rest: int | None = None,
         key: bytes | None = None,
-        limits: Limits | None = None,
+        limits: TierLimits | None = None,
     ) -> None:
         self.clock = Clock()
-        self.stack = TierStack(levels, TTL_S, key, limits or Limits(), self.clock)
+        self.stack = TierStack(levels, TTL_S, key, limits or TierLimits(), self.clock)
         pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
         at_rest = LruPolicy((num_pages_at_rest or num_pages) * PAGE_BYTES)
         self.cache = KVCache(
@@ -460,7 +460,7 @@ def test_kv_that_grew_is_as_old_as_its_oldest_part(new_world: NewWorld) -> None:
 
 def test_a_tier_that_is_down_is_a_miss_and_is_left_alone_for_a_while(new_world: NewWorld) -> None:
     near = DictTier("near")
-    world = new_world(near, limits=Limits(max_failures=2, pause_s=7.0))
+    world = new_world(near, limits=TierLimits(max_failures=2, pause_s=7.0))
     world.write("7", first(11))
     near.before_get = fail
     for _ in range(4):
@@ -671,7 +671,7 @@ def test_kv_that_waits_to_be_written_is_not_overwritten(new_world: NewWorld, gat
     world.clock.now += 1.0
     for user in histories:
         world.put(user, history_of(range(90, 99)))
-    assert world.counted("not_kept", tier="device") == 2
+    assert world.counted("not_kept", tier="pages") == 2
     gate.opened.set()
     world.drain()
     assert world.cache.pool.num_free == 4
@@ -745,7 +745,7 @@ def test_without_a_tier_for_it_evicted_kv_is_gone(new_world: NewWorld) -> None:
     for user in ("7", "8", "9"):
         world.put(user, first(11))
     world.drain()
-    assert world.counted("evictions", tier="device") == 2
+    assert world.counted("evictions", tier="pages") == 2
     assert near.num_puts == 0
     assert world.cache.held_bytes == 3 * PAGE_BYTES
 
@@ -760,10 +760,12 @@ def test_the_host_tier_stays_within_its_bytes(new_world: NewWorld) -> None:
 
 
 @pytest.mark.parametrize(
-    "limits", [Limits(queue_length=2), Limits(queue_bytes=2 * 2200)], ids=["writes", "bytes"]
+    "limits",
+    [TierLimits(queue_length=2), TierLimits(queue_bytes=2 * 2200)],
+    ids=["writes", "bytes"],
 )
 def test_what_a_queue_has_no_room_for_is_dropped_and_counted(
-    new_world: NewWorld, gate: Gate, limits: Limits
+    new_world: NewWorld, gate: Gate, limits: TierLimits
 ) -> None:
     near = DictTier("near")
     near.before_put = gate
@@ -799,7 +801,7 @@ def test_kv_that_a_codec_cannot_write_is_dropped_and_counted(new_world: NewWorld
 def test_a_tier_that_takes_no_writes_costs_nothing_but_those(new_world: NewWorld) -> None:
     near, far = DictTier("near"), DictTier("far")
     near.before_put = fail
-    world = new_world(near, far, limits=Limits(max_failures=2))
+    world = new_world(near, far, limits=TierLimits(max_failures=2))
     for user in ("7", "8", "9"):
         world.write(user, first(11))
     assert world.counted("dropped_writes", tier="near", reason="error") == 2
@@ -841,14 +843,14 @@ def test_a_forgotten_user_is_gone_from_every_tier_and_nobody_else_is(new_world: 
         world.put(user, first(11))
     world.drain()
     below = far.held_bytes() // 2
-    assert world.store.forget("7") == {"device": 3 * PAGE_BYTES, "host": below, "far": below}
+    assert world.store.forget("7") == {"pages": 3 * PAGE_BYTES, "host": below, "far": below}
     assert world.cache.lookup("7", first(11)).reason == "cold"
     for identity in (IDENTITY, OTHERS["model"]):
         assert world.fetch("7", first(11, identity)) == Fetched(None, "", 0, "none")
         assert world.fetch("8", first(11, identity)).record is not None
-    assert world.store.forget("7") == {"device": 0, "host": 0, "far": 0}
+    assert world.store.forget("7") == {"pages": 0, "host": 0, "far": 0}
     assert world.counted("forgotten_bytes", tier="far") == below
-    assert world.counted("forgotten_bytes", tier="device") == 3 * PAGE_BYTES
+    assert world.counted("forgotten_bytes", tier="pages") == 3 * PAGE_BYTES
 
 
 class GatedHost(HostTier):
@@ -1003,16 +1005,16 @@ def test_kv_of_a_clock_that_runs_ahead_gets_no_older_than_others(new_world: NewW
 @pytest.mark.parametrize("is_left_alone", [False, True])
 def test_forgetting_names_a_tier_that_is_down(new_world: NewWorld, is_left_alone: bool) -> None:
     near, far = DictTier("near"), DictTier("far")
-    world = new_world(near, far, limits=Limits(max_failures=1))
+    world = new_world(near, far, limits=TierLimits(max_failures=1))
     world.write("7", first(11))
     value_bytes = far.held_bytes()
     near.before_get = near.before_forget = fail
     if is_left_alone:
         world.fetch("7", first(11))
-    assert world.store.forget("7") == {"device": 0, "near": None, "far": value_bytes}
+    assert world.store.forget("7") == {"pages": 0, "near": None, "far": value_bytes}
     assert world.counted("forgotten_bytes", tier="near") == 0
     near.before_forget = do_nothing
-    assert world.store.forget("7") == {"device": 0, "near": value_bytes, "far": 0}
+    assert world.store.forget("7") == {"pages": 0, "near": value_bytes, "far": 0}
     assert near.value_by_key == {}
 
 
@@ -1030,7 +1032,7 @@ def test_clearing_a_version_leaves_the_other(new_world: NewWorld) -> None:
     world.drain()
     before = world.counted("held_bytes", tier="near")
     cleared = world.store.clear(OTHER_VERSION)
-    assert cleared["device"] == 2 * 3 * PAGE_BYTES
+    assert cleared["pages"] == 2 * 3 * PAGE_BYTES
     assert cleared["near"] == cleared["host"]
     assert cleared["near"] == before - world.counted("held_bytes", tier="near")
     for user in ("7", "8"):
@@ -1045,7 +1047,7 @@ def test_clearing_names_a_tier_that_is_down(new_world: NewWorld) -> None:
     near = DictTier("near")
     world = new_world(near, host_tier())
     near.before_forget = fail
-    assert world.store.clear(VERSION) == {"device": 0, "near": None, "host": 0}
+    assert world.store.clear(VERSION) == {"pages": 0, "near": None, "host": 0}
 
 
 # Signed records.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.core.encoder_worlds import TWO_HISTORIES, draw_buyer, two_histories_model
-from tests.core.worlds import (
+from tests.encoder_worlds import TWO_HISTORIES, draw_buyer, two_histories_model
+from tests.worlds import (
     HEAD_DIM,
     NUM_HEADS,
     NUM_PLANES,
@@ -30,17 +30,17 @@ from tests.core.worlds import (
 )
 from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.disk import DiskTier
-from torchrec_kvshare.cache.flights import Flights
 from torchrec_kvshare.cache.identity import text_digest
 from torchrec_kvshare.cache.kv_cache import FOREVER, KVCache, Rules
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LRU, TINY_LFU, LruPolicy, new_policy
+from torchrec_kvshare.cache.single_flight import Flights
 from torchrec_kvshare.cache.stack import Level, TierStack
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import Found, HostTier, Tier
-from torchrec_kvshare.engine import Answer, Engine
 from torchrec_kvshare.errors import TierError
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Answer, Engine
 
 RawRequest = dict[str, Any]
 
@@ -264,7 +264,7 @@ def test_after_a_restart_histories_hit_from_the_tier_with_equal_scores(
     assert uses(after) == [("hit", "", n, 0, tier.name) for n in (11, 11, 14)]
     assert scores(after) == scores(before)
     again = rank(restarted, *raws)
-    assert uses(again) == [("hit", "", n, 0, "device") for n in (11, 11, 14)]
+    assert uses(again) == [("hit", "", n, 0, "pages") for n in (11, 11, 14)]
     assert scores(again) == scores(before)
     assert model.num_encodings == 1
     assert_idle(restarted)
@@ -296,7 +296,7 @@ def test_after_a_restart_what_a_history_still_begins_with_is_used(
     answers = rank_and_drain(restarted, changed)
     assert uses(answers) == [(*expected, "host" if expected[2] else "none")]
     assert_as_uncached(restarted, answers, changed)
-    assert uses(rank(restarted, changed)) == [("hit", "", num_events, 0, "device")]
+    assert uses(rank(restarted, changed)) == [("hit", "", num_events, 0, "pages")]
     assert_idle(restarted)
 
 
@@ -312,7 +312,7 @@ def test_each_answer_of_a_batch_names_its_own_tier(
     rank_and_drain(engine, raws[0])
     answers = rank(engine, *raws)
     assert uses(answers) == [
-        ("hit", "", 10, 0, "device"),
+        ("hit", "", 10, 0, "pages"),
         ("hit", "", 11, 0, "disk"),
         ("hit", "", 12, 0, "host"),
         ("miss", "cold", 0, 13, "none"),
@@ -381,7 +381,7 @@ def test_what_leaves_the_device_is_never_encoded_again(
             answers = rank_and_drain(engine, raw)
             [(status, _, _, computed, found_in)] = uses(answers)
             assert (status, computed) == ("hit", 0)
-            assert found_in in ("device", "host")
+            assert found_in in ("pages", "host")
             assert_as_uncached(engine, answers, raw)
     assert model.num_encodings == 5
     assert counted(engine, "lookups", tier="host", outcome="hit") > 5
@@ -425,10 +425,10 @@ def test_a_cleared_version_is_encoded_anew_and_the_other_is_not(
     rank_and_drain(other, raw)
     assert engine.store is not None
     cleared = engine.store.clear(engine.model_version)
-    assert cleared["device"] == 3 * PAGE_BYTES
+    assert cleared["pages"] == 3 * PAGE_BYTES
     assert cleared["host"]
     assert uses(rank(engine, raw)) == [("miss", "model", 0, 11, "none")]
-    assert uses(rank(other, raw)) == [("hit", "", 11, 0, "device")]
+    assert uses(rank(other, raw)) == [("hit", "", 11, 0, "pages")]
     assert uses(rank(new_engine(other_model, stack, OTHER_MODEL), raw))[0][4] == "host"
 
 
@@ -452,7 +452,7 @@ def test_kv_is_kept_apart_by_the_context_that_history_rows_read(
     british, austrian = from_country(raw, "GB"), from_country(raw, "AT")
     engine = new_engine(model, stack, context=["country"])
     rank_and_drain(engine, british)
-    assert uses(rank(engine, british)) == [("hit", "", 11, 0, "device")]
+    assert uses(rank(engine, british)) == [("hit", "", 11, 0, "pages")]
     restarted = new_engine(model, stack, context=["country"])
     answers = rank_and_drain(restarted, austrian)
     assert uses(answers) == [("miss", "context", 0, 11, "none")]
@@ -478,7 +478,7 @@ def test_context_that_history_rows_do_not_read_does_not_matter(
     raw = raw_of("a", 11, 3, 1)
     rank(engine, from_country(raw, "GB"))
     answers = rank(engine, from_country(raw, "AT"))
-    assert uses(answers) == [("hit", "", 11, 0, "device")]
+    assert uses(answers) == [("hit", "", 11, 0, "pages")]
     assert_as_uncached(engine, answers, from_country(raw, "AT"))
 
 
@@ -501,7 +501,7 @@ def test_users_with_the_same_history_share_it_where_that_is_asked_for(
     rank(engine, raw)
     other = as_user(raw, "b")
     answers = rank(engine, other)
-    assert uses(answers) == [("hit", "", 11, 0, "device")]
+    assert uses(answers) == [("hit", "", 11, 0, "pages")]
     assert_as_uncached(engine, answers, other)
     assert counted(engine, "hits_by_scope", scope="cross_user") == 1
     assert counted(engine, "hits_by_scope", scope="cross_request") == 0
@@ -535,7 +535,7 @@ def test_users_share_no_more_than_what_both_histories_begin_with(
     assert counted(engine, "hits_by_scope", scope="cross_user") == 0
     for mine in (raw, other):
         answers = rank(engine, mine)
-        assert uses(answers) == [("hit", "", 11, 0, "device")]
+        assert uses(answers) == [("hit", "", 11, 0, "pages")]
         assert_as_uncached(engine, answers, mine)
     assert_idle(engine)
 
@@ -546,9 +546,9 @@ def test_a_user_extends_what_another_has(new_engine: NewEngine, model: Watched) 
     rank(engine, cut(raw, 11))
     other = as_user(raw, "b")
     answers = rank(engine, other)
-    assert [use[2:] for use in uses(answers)] == [(11, 3, "device")]
+    assert [use[2:] for use in uses(answers)] == [(11, 3, "pages")]
     assert_as_uncached(engine, answers, other)
-    assert uses(rank(engine, cut(raw, 11))) == [("hit", "", 11, 0, "device")]
+    assert uses(rank(engine, cut(raw, 11))) == [("hit", "", 11, 0, "pages")]
 
 
 def test_users_of_different_contexts_share_nothing(new_engine: NewEngine, model: Watched) -> None:
@@ -569,7 +569,7 @@ def test_a_user_of_another_context_takes_nothing_away_from_those_who_share(
     rank(engine, from_country(raw, "GB"))
     rank(engine, from_country(as_user(raw, "b"), "AT"))
     answers = rank(engine, from_country(as_user(raw, "c"), "GB"))
-    assert uses(answers) == [("hit", "", 11, 0, "device")]
+    assert uses(answers) == [("hit", "", 11, 0, "pages")]
 
 
 def test_the_kv_of_a_forgotten_user_is_nobodys(new_engine: NewEngine, model: Watched) -> None:
@@ -592,7 +592,7 @@ def test_a_forgotten_user_that_shares_again_is_kept_again_and_grows(
     for num_events in (9, 12, 14):
         other = cut(as_user(raw, "b"), num_events)
         assert_as_uncached(engine, rank(engine, other), other)
-        assert uses(rank(engine, other)) == [("hit", "", num_events, 0, "device")]
+        assert uses(rank(engine, other)) == [("hit", "", num_events, 0, "pages")]
     engine.forget("b")
     assert uses(rank(engine, other))[0][2] == 6  # Of its own there is nothing.
 
@@ -686,7 +686,7 @@ def test_who_comes_second_waits_for_who_encodes(new_engine: NewEngine, model: Wa
     answers = rank(engine, raw)
     leader.join()
     assert uses(leader.answers) == [("miss", "cold", 0, 11, "none")]
-    assert uses(answers) == [("hit", "", 11, 0, "device")]
+    assert uses(answers) == [("hit", "", 11, 0, "pages")]
     assert scores(answers) == scores(leader.answers)
     assert model.num_encodings == 1
     assert counted(engine, "flights", outcome="joined") == 1
@@ -706,7 +706,7 @@ def test_what_was_encoded_since_it_was_looked_up_is_not_encoded_again(
 
     flights.before_leading = let_another_pass
     answers = rank(engine, raw, mate)
-    assert uses(answers) == [("hit", "", 11, 0, "device"), ("miss", "cold", 0, 9, "none")]
+    assert uses(answers) == [("hit", "", 11, 0, "pages"), ("miss", "cold", 0, 9, "none")]
     assert_as_uncached(engine, answers, raw, mate)
     assert model.num_encodings == 2  # each of them once
     assert_idle(engine)
@@ -734,7 +734,7 @@ def test_who_waits_for_a_request_that_fails_encodes_itself(
     assert str(leader.error) == "not enough memory"
     assert uses(answers) == [("miss", "cold", 0, 11, "none")]
     assert_as_uncached(engine, answers, raw)
-    assert uses(rank(engine, raw)) == [("hit", "", 11, 0, "device")]
+    assert uses(rank(engine, raw)) == [("hit", "", 11, 0, "pages")]
     assert_idle(engine)
 
 
@@ -761,7 +761,7 @@ def test_nobody_waits_longer_for_another_request_than_agreed(
     end.set()
     leader.join()
     assert_as_uncached(engine, leader.answers, raw)
-    assert uses(rank(engine, raw)) == [("hit", "", 11, 0, "device")]
+    assert uses(rank(engine, raw)) == [("hit", "", 11, 0, "pages")]
     assert_idle(engine)
 
 
@@ -783,7 +783,7 @@ def test_users_who_share_content_wait_for_each_other_too(
     other = as_user(raw, "b")
     answers = rank(engine, other)
     leader.join()
-    assert uses(answers) == [("hit", "", 11, 0, "device")]
+    assert uses(answers) == [("hit", "", 11, 0, "pages")]
     assert_as_uncached(engine, answers, other)
     assert model.num_encodings == 1
 
@@ -817,9 +817,9 @@ def test_pinned_users_outlive_a_crowd(new_engine: NewEngine, model: Watched) -> 
     rank(engine, pinned)
     for seed in range(7):
         rank(engine, raw_of(f"user {seed}", 14, 1, seed))
-    assert counted(engine, "evictions", tier="device") > 0
+    assert counted(engine, "evictions", tier="pages") > 0
     answers = rank(engine, pinned)
-    assert uses(answers) == [("hit", "", 11, 0, "device")]
+    assert uses(answers) == [("hit", "", 11, 0, "pages")]
     assert_as_uncached(engine, answers, pinned)
     assert_idle(engine)
 
@@ -855,7 +855,7 @@ def test_a_history_too_short_to_keep_goes_past_the_cache(
         ("miss", "cold", 0, 10, "none"),
         ("bypass", "too_short", 0, 9, "none"),
     ]
-    assert uses(rank(engine, long)) == [("hit", "", 10, 0, "device")]
+    assert uses(rank(engine, long)) == [("hit", "", 10, 0, "pages")]
 
 
 def test_a_user_that_the_pool_cannot_hold_is_encoded_once_for_its_request(
@@ -869,7 +869,7 @@ def test_a_user_that_the_pool_cannot_hold_is_encoded_once_for_its_request(
     assert uses(answers) == [("bypass", "not_admitted", 0, 11, "none")] * 2
     assert_as_uncached(engine, answers, raw, other)
     assert (model.num_encodings, model.num_uncached) == (1, 0)
-    assert counted(engine, "not_kept", tier="device") == 1
+    assert counted(engine, "not_kept", tier="pages") == 1
     assert_idle(engine)
 
 
@@ -922,9 +922,9 @@ def test_prefetched_users_hit_on_the_device(
     assert model.num_encodings == 1
     answers = rank(engine, *raws)
     assert [use[::4] for use in uses(answers)] == [
-        ("hit", "device"),
+        ("hit", "pages"),
         ("bypass", "none"),
-        ("hit", "device"),
+        ("hit", "pages"),
     ]
     assert_as_uncached(engine, answers, *raws)
     assert model.num_encodings == 1
@@ -984,7 +984,7 @@ def test_a_fault_of_a_tier_is_a_miss_with_a_reason(
     end.set()
     assert uses(answers) == [("miss", reason, 0, 11, "none")]
     assert_as_uncached(engine, answers, raw)
-    assert uses(rank(engine, raw)) == [("hit", "", 11, 0, "device")]
+    assert uses(rank(engine, raw)) == [("hit", "", 11, 0, "pages")]
 
 
 # Forgetting.
@@ -1013,7 +1013,7 @@ def test_a_user_who_is_forgotten_while_encoded_is_kept_nowhere(
         assert each.get([(text_digest("a"), "any")]) == [Found(None, ())]
     assert uses(rank(engine, raw, mate)) == [
         ("miss", "cold", 0, 11, "none"),
-        ("hit", "", 9, 0, "device"),
+        ("hit", "", 9, 0, "pages"),
     ]
     assert_idle(engine)
 
@@ -1025,9 +1025,9 @@ def test_forgetting_tells_the_bytes_of_every_tier(
     raw = raw_of("a", 11, 3, 1)
     rank_and_drain(engine, raw)
     dropped = engine.forget("a")
-    assert dropped["device"] == 3 * PAGE_BYTES
+    assert dropped["pages"] == 3 * PAGE_BYTES
     assert dropped[tier.name]
-    assert engine.forget("a") == {"device": 0, tier.name: 0}
+    assert engine.forget("a") == {"pages": 0, tier.name: 0}
     assert uses(rank(engine, raw)) == [("miss", "cold", 0, 11, "none")]
     assert Engine(model, SCHEMA, None, version=version_called(VERSION)).forget("a") == {}
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cache.servers import RedisServer
-from tests.core.worlds import fresh_process
+from tests.worlds import fresh_process
 from torchrec_kvshare.cache.disk import DiskTier
 from torchrec_kvshare.cache.policies import LruPolicy
 from torchrec_kvshare.cache.remote import RemoteTier

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
-from torchrec_kvshare.data.schema import HISTORY, History, Window
 from torchrec_kvshare.data.tables import encode
+from torchrec_kvshare.features.schema import HISTORY, History, Window
 
 ITEMS = tuple(str(place) for place in range(100, 112))
 ACTIONS = ("view", "buy", "rate")

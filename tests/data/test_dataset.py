@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.worlds import examples
 from tests.data.logs import (
     ACTIONS,
     Event,
@@ -23,7 +22,7 @@ from tests.data.logs import (
     one_user,
     price_of,
 )
-from torchrec_kvshare.data.batches import squash
+from tests.worlds import examples
 from torchrec_kvshare.data.dataset import (
     TEST,
     TRAIN,
@@ -35,15 +34,16 @@ from torchrec_kvshare.data.dataset import (
     users_to_test,
 )
 from torchrec_kvshare.data.digest import data_digest
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.data.tables import IdColumn
+from torchrec_kvshare.errors import DataError
+from torchrec_kvshare.features.dense import squash
+from torchrec_kvshare.features.schema import (
     ACTION,
     ITEM,
     NUM_RESERVED_ROWS,
     UNKNOWN_ROW,
     USER,
 )
-from torchrec_kvshare.data.tables import IdColumn
-from torchrec_kvshare.errors import DataError
 
 HISTORIES = all_events(8, 4)
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrec_kvshare.data.files import FileFormat
-from torchrec_kvshare.data.ids import canonical_id
 from torchrec_kvshare.data.interactions import ColumnMapping, InteractionLog, read_interactions
 from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.features.ids import canonical_id
 
 COLUMNS = ColumnMapping("user", "item", "time")
 TITLED = ColumnMapping("user", "item", "time", item_attributes=("title",))

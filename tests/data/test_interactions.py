@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from torchrec_kvshare.data import tables
 from torchrec_kvshare.data.files import FileFormat
-from torchrec_kvshare.data.ids import canonical_id
 from torchrec_kvshare.data.interactions import (
     ColumnMapping,
     InteractionLog,
@@ -26,7 +25,6 @@ from torchrec_kvshare.data.interactions import (
     build_log,
     read_interactions,
 )
-from torchrec_kvshare.data.limits import MAX_TIME
 from torchrec_kvshare.data.tables import (
     Exclusion,
     IdColumn,
@@ -34,6 +32,8 @@ from torchrec_kvshare.data.tables import (
     read_table,
 )
 from torchrec_kvshare.errors import ConfigError, DataError, MissingExtraError, ShapeError
+from torchrec_kvshare.features.ids import canonical_id
+from torchrec_kvshare.features.limits import MAX_TIME
 
 COLUMNS = ColumnMapping("user", "item", "time")
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)

@@ -20,9 +20,10 @@ from tests.data.logs import (
 )
 from torchrec_kvshare.data.dataset import TEST, Dataset, build_dataset
 from torchrec_kvshare.data.requests import make_requests, make_targeted_requests
-from torchrec_kvshare.data.schema import HISTORY
 from torchrec_kvshare.errors import ConfigError, DataError
-from torchrec_kvshare.features import decode_request, parse_request
+from torchrec_kvshare.features.decode import decode_request
+from torchrec_kvshare.features.parse import parse_request
+from torchrec_kvshare.features.schema import HISTORY
 
 NUM_CANDIDATES = 6
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from tests.core.worlds import LOGIT_TOLERANCE, make_dlrm
 from tests.data.logs import (
     ITEMS,
     Event,
@@ -24,10 +23,24 @@ from tests.data.logs import (
     one_user,
     price_of,
 )
+from tests.worlds import LOGIT_TOLERANCE, make_dlrm
 from torchrec_kvshare.data import targets as targets_module
-from torchrec_kvshare.data.batches import clock_features, squash
 from torchrec_kvshare.data.dataset import Dataset, Ints, build_dataset
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.data.synthetic import synthetic_world
+from torchrec_kvshare.data.targets import (
+    UNKNOWN_SHARE,
+    Windows,
+    batches_of,
+    build_batch,
+    build_catalogue_batch,
+    sample_negatives,
+    windows_of,
+)
+from torchrec_kvshare.errors import DataError
+from torchrec_kvshare.features.batches import collate
+from torchrec_kvshare.features.dense import clock_features, squash
+from torchrec_kvshare.features.parse import parse_request
+from torchrec_kvshare.features.schema import (
     ACTION,
     CANDIDATE_TIME,
     HISTORY,
@@ -41,18 +54,6 @@ from torchrec_kvshare.data.schema import (
     history_key,
     visible_key,
 )
-from torchrec_kvshare.data.synthetic import synthetic_world
-from torchrec_kvshare.data.targets import (
-    UNKNOWN_SHARE,
-    Windows,
-    batches_of,
-    build_batch,
-    build_catalogue_batch,
-    sample_negatives,
-    windows_of,
-)
-from torchrec_kvshare.errors import DataError
-from torchrec_kvshare.features import collate, parse_request
 
 MAX_HISTORY, BLOCK = 9, 3
 NUM_CANDIDATES = 3  # of a target: its own item and two more

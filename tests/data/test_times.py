@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrec_kvshare.data.interactions import ColumnMapping, read_interactions
-from torchrec_kvshare.data.limits import MAX_TIME
 from torchrec_kvshare.data.times import (
     PER_SECOND_BY_UNIT,
     TimeFormat,
@@ -18,6 +17,7 @@ from torchrec_kvshare.data.times import (
     read_times,
 )
 from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.features.limits import MAX_TIME
 
 AUTO = TimeFormat()
 

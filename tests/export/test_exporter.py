@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM
 
-from tests.core.worlds import (
+from tests.worlds import (
     CAUSAL_SPEC,
     HEAD_DIM,
     MAX_HISTORY,
@@ -29,12 +29,8 @@ from tests.core.worlds import (
     make_dlrm,
     parse_all,
 )
-from torchrec_kvshare.assembly import new_engine
-from torchrec_kvshare.audit import audit_model
 from torchrec_kvshare.cache.identity import model_digest
 from torchrec_kvshare.config import CacheConfig
-from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
-from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
 from torchrec_kvshare.export.artifact import (
     add_measured,
@@ -43,12 +39,16 @@ from torchrec_kvshare.export.artifact import (
     read_artifact,
 )
 from torchrec_kvshare.export.exporter import export_model, load_artifact
-from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity, score_through_pages
+from torchrec_kvshare.export.open import new_engine
 from torchrec_kvshare.export.triton import write_repository
-from torchrec_kvshare.features import collate
+from torchrec_kvshare.features.batches import collate
+from torchrec_kvshare.features.schema import HISTORY, FeatureSchema
+from torchrec_kvshare.features.tensors import input_specs
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.ranking import RankingModel, dlrm_with_history, split_tables
-from torchrec_kvshare.tensors import input_specs
+from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history, split_tables
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.verify.audit import audit_model
+from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE, check_parity, score_through_pages
 
 FILES = ["golden.json", "manifest.json", "model.pt", "schema.json"]
 VOUCHED = [name for name in FILES if name != "manifest.json"]

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from tests.core.encoder_worlds import (
+from tests.encoder_worlds import (
     EXTENDED_NAMES,
     NAMES,
     NUM_TOKENS,
@@ -27,9 +27,9 @@ from tests.core.encoder_worlds import (
     two_histories_model,
     world_of,
 )
-from tests.core.oracle import reference_logits
-from tests.core.test_ranking_models import BUILD_BY_NAME, new_collection
-from tests.core.worlds import (
+from tests.model.test_ranking_models import BUILD_BY_NAME, new_collection
+from tests.oracle import reference_logits
+from tests.worlds import (
     CAUSAL_SPEC,
     LOGIT_TOLERANCE,
     PATH_TOLERANCE,
@@ -44,26 +44,26 @@ from tests.core.worlds import (
     see_prefixes,
     take_candidates,
 )
+from torchrec_kvshare.benchmark.memory import peak_allocated_bytes
+from torchrec_kvshare.benchmark.workload import draw_requests, fill_zeros, make_schema
 from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.cache.store import KVStore
-from torchrec_kvshare.collection import KVShareEmbeddingBagCollection
-from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
-from torchrec_kvshare.engine import Engine, expand
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.export.parity import score_through_pages
 from torchrec_kvshare.export.pt2 import CompiledRanking, graphs_of, write_pt2
-from torchrec_kvshare.features import (
+from torchrec_kvshare.features.batches import (
     collate,
     collate_candidates,
     collate_history,
     collate_tails,
     user_of_candidates,
 )
+from torchrec_kvshare.features.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.history.kinds import BIDIRECTIONAL, CAUSAL, HSTU, KINDS, TowerSpec
 from torchrec_kvshare.history.pages import split_users
-from torchrec_kvshare.profiling.memory import peak_allocated_bytes
-from torchrec_kvshare.profiling.workload import draw_requests, fill_zeros, make_schema
-from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
+from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.scoring.engine import Engine, expand
+from torchrec_kvshare.verify.parity import score_through_pages
 
 # Empty histories, one event, whole and cut windows; the longest has the fewest candidates.
 USERS = [(0, 3, 1), (1, 1, 2), (14, 5, 3), (30, 1, 4), (7, 4, 5)]

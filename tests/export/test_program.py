@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.core.encoder_worlds import (
+from tests.encoder_worlds import (
     EXTENDED_NAMES,
     NAMES,
     TWO_HISTORIES,
@@ -22,7 +22,7 @@ from tests.core.encoder_worlds import (
     two_histories_model,
     world_of,
 )
-from tests.core.worlds import (
+from tests.worlds import (
     HEAD_DIM,
     NUM_HEADS,
     PROBABILITY_TOLERANCE,
@@ -32,17 +32,17 @@ from tests.core.worlds import (
     fresh_process,
     make_dlrm,
 )
-from torchrec_kvshare.audit import audit_model
-from torchrec_kvshare.data.schema import HISTORY, FeatureSchema, History, Window
-from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.export.program import RankingProgram
 from torchrec_kvshare.export.program_cache import PAGE_SIZE, leading_equal
-from torchrec_kvshare.export.quantised import TABLE_DTYPES, quantise_tables
 from torchrec_kvshare.export.torchscript import load_program, script_model, write_torchscript
-from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.features.parse import parse_request
+from torchrec_kvshare.features.schema import HISTORY, FeatureSchema, History, Window
+from torchrec_kvshare.features.tensors import input_specs, request_tensors, user_key
 from torchrec_kvshare.history.kinds import KINDS
-from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.tensors import input_specs, request_tensors, user_key
+from torchrec_kvshare.model.quantised import TABLE_DTYPES, quantise_tables
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.verify.audit import audit_model
 
 Raw = dict[str, Any]
 

@@ -15,13 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.core.encoder_worlds import LONGER_WINDOW, SLIDING_WINDOW
-from tests.core.worlds import LOGIT_TOLERANCE, SCHEMA, draw_raw, fresh_process, make_dlrm, parse_all
+from tests.encoder_worlds import LONGER_WINDOW, SLIDING_WINDOW
+from tests.worlds import LOGIT_TOLERANCE, SCHEMA, draw_raw, fresh_process, make_dlrm, parse_all
 from torchrec_kvshare.attention.library import library_path
-from torchrec_kvshare.data.schema import FeatureSchema, History
-from torchrec_kvshare.deterministic import compute_rows_alone, require_determinism
 from torchrec_kvshare.errors import ArtifactError
-from torchrec_kvshare.export.parity import score_extended, score_through_pages
 from torchrec_kvshare.export.pt2 import (
     GRAPHS,
     WEIGHTS,
@@ -33,7 +30,8 @@ from torchrec_kvshare.export.pt2 import (
     load_pt2,
     write_pt2,
 )
-from torchrec_kvshare.features import collate
+from torchrec_kvshare.features.batches import collate
+from torchrec_kvshare.features.schema import FeatureSchema, History
 from torchrec_kvshare.history.kinds import (
     BIDIRECTIONAL,
     CAUSAL,
@@ -42,7 +40,9 @@ from torchrec_kvshare.history.kinds import (
     TARGET_ONLY,
     TowerSpec,
 )
-from torchrec_kvshare.ranking import RankingFunctions, RankingModel
+from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
+from torchrec_kvshare.verify.deterministic import compute_rows_alone, require_determinism
+from torchrec_kvshare.verify.parity import score_extended, score_through_pages
 
 # Items and times alone, so that graphs are small.
 BARE = replace(SCHEMA, context=(), has_action=False, item_attributes=(), item_floats=())

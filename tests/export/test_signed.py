@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
+from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.cache.keys import keyed_digest, read_key
-from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export import exporter
 from torchrec_kvshare.export.artifact import (
@@ -25,7 +24,8 @@ from torchrec_kvshare.export.artifact import (
 )
 from torchrec_kvshare.export.exporter import Artifact, export_model, load_artifact
 from torchrec_kvshare.export.pt2 import GRAPHS, WEIGHTS, pt2_files
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 
 KEY, OTHER_KEY = b"a secret of ours", b"a secret of theirs"
 FILES = ["golden.json", "model.pt", "schema.json"]

@@ -16,17 +16,17 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from tests.core.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm, parse_all
-from torchrec_kvshare.assembly import new_engine
+from tests.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.export.artifact import SIGNATURE, read_artifact, write_manifest
 from torchrec_kvshare.export.exporter import export_model, load_artifact
+from torchrec_kvshare.export.open import new_engine
 from torchrec_kvshare.export.torchscript import load_program
 from torchrec_kvshare.export.triton import write_repository
-from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.serving.triton_model import TritonPythonModel
-from torchrec_kvshare.tensors import input_specs, request_tensors
+from torchrec_kvshare.export.triton_model import TritonPythonModel
+from torchrec_kvshare.features.tensors import input_specs, request_tensors
+from torchrec_kvshare.model.ranking import RankingModel
 
 RAWS = [
     draw_raw(num_events, num_candidates, place) | {"user_id": place}

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.core.worlds import fresh_process
 from tests.pipelines.commands import CONFIGS, ROOT, WORLD
+from tests.worlds import fresh_process
 from torchrec_kvshare.commands.help import (
     comment_of,
     groups_of,

@@ -15,14 +15,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.core.encoder_worlds import TWO_HISTORIES
-from tests.core.worlds import SCHEMA, draw_raw, make_dlrm
+from tests.encoder_worlds import TWO_HISTORIES
 from tests.pipelines.commands import ROOT, run_pipeline
 from tests.pipelines.test_score import broken_lines, changed, truncate, unusual_lines
+from tests.worlds import SCHEMA, draw_raw, make_dlrm
+from torchrec_kvshare.benchmark.scenarios.host import build_host
 from torchrec_kvshare.cache.leases import CacheUse
-from torchrec_kvshare.data.ids import canonical_id
-from torchrec_kvshare.data.limits import MAX_ID_CHARACTERS
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.errors import RequestError
+from torchrec_kvshare.export.artifact import read_artifact
+from torchrec_kvshare.export.exporter import export_model
+from torchrec_kvshare.export.torchscript import PROGRAM, load_program, script_model
+from torchrec_kvshare.features.decode import decode_request
+from torchrec_kvshare.features.draw import draw_raw_request
+from torchrec_kvshare.features.ids import canonical_id
+from torchrec_kvshare.features.limits import MAX_ID_CHARACTERS
+from torchrec_kvshare.features.parse import parse_request
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.features.schema import (
     HISTORY,
     ITEM,
     USER,
@@ -31,18 +40,11 @@ from torchrec_kvshare.data.schema import (
     Vocabulary,
     Window,
 )
-from torchrec_kvshare.draw import draw_raw_request
-from torchrec_kvshare.engine import Answer, Engine
-from torchrec_kvshare.errors import RequestError
-from torchrec_kvshare.export.artifact import read_artifact
-from torchrec_kvshare.export.exporter import export_model
-from torchrec_kvshare.export.quantised import quantise_tables
-from torchrec_kvshare.export.torchscript import PROGRAM, load_program, script_model
-from torchrec_kvshare.features import Request, decode_request, parse_request
-from torchrec_kvshare.profiling.host_benchmark import build_host
-from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.scoring import score_lines
-from torchrec_kvshare.tensors import USER_KEY, request_tensors, user_key
+from torchrec_kvshare.features.tensors import USER_KEY, request_tensors, user_key
+from torchrec_kvshare.model.quantised import quantise_tables
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Answer, Engine
+from torchrec_kvshare.scoring.files import score_lines
 
 FAILED, MISUSED, REFUSED = 1, 2, 3
 RETAIL = ROOT.parent / "shared" / "data" / "uci-online-retail"
@@ -121,7 +123,7 @@ class Python:
         scores, use = self.program.rank(request_tensors([request], self.schema))
         status, reason, cached, computed = use[0].tolist()
         names = self.program.status_names()[status], self.program.reason_names()[reason]
-        cache = CacheUse(*names, cached, computed, "device" if cached else "none")
+        cache = CacheUse(*names, cached, computed, "pages" if cached else "none")
         answer = Answer(request.request_id, scores.tolist(), str(self.version), cache)
         return without_age(answer.to_json())
 

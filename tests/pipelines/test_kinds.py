@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.core.worlds import PROBABILITY_TOLERANCE
 from tests.pipelines.commands import TINY, WORLD, run_pipeline
+from tests.worlds import PROBABILITY_TOLERANCE
 
 Json = dict[str, Any]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.core.worlds import fresh_process
+from tests.worlds import fresh_process
 from torchrec_kvshare.commands.process import SPIN_COUNT, WAIT_POLICY
 
 # libgomp says what it has read when torch loads it.

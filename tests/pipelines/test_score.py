@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.core.worlds import PROBABILITY_TOLERANCE, SCHEMA, make_dlrm
 from tests.pipelines.commands import run_pipeline, spawn_pipeline
-from torchrec_kvshare.engine import Engine
+from tests.worlds import PROBABILITY_TOLERANCE, SCHEMA, make_dlrm
 from torchrec_kvshare.errors import ArtifactError, ConfigError
-from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.scoring import score_lines
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.scoring.files import score_lines
 
 REFUSED = 3
 NUM_REQUESTS, NUM_CANDIDATES = 30, 12
@@ -152,7 +152,7 @@ def test_an_answer_has_the_one_format(
         counts = ["cached_events", "computed_events"]
         assert list(cache) == ["status", "reason", *counts, "tier", "staleness_s"]
         assert cache["status"] in ("hit", "partial", "miss", "bypass")
-        assert cache["tier"] in ("device", "host", "disk", "remote", "none")
+        assert cache["tier"] in ("pages", "host", "disk", "remote", "none")
         read = cache["cached_events"] + cache["computed_events"]
         assert read == num_events_read(len(request["history"]["time"]))
 
@@ -181,7 +181,7 @@ def test_the_same_history_again_is_a_hit(score: Score, good: list[Json], whole: 
     answers = score(lines, "batch_requests=1")
     assert statuses(answers) == ["miss", "hit", "miss", "hit"]
     assert [answer["cache"]["reason"] for answer in answers] == ["cold", "", "edited", ""]
-    assert answers[1]["cache"]["tier"] == "device"
+    assert answers[1]["cache"]["tier"] == "pages"
     assert answers[1]["cache"]["computed_events"] == 0
     assert_same_scores(answers, score(lines, "cache=off"))
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.worlds import SCHEMA, make_dlrm
+from tests.worlds import SCHEMA, make_dlrm
 from torchrec_kvshare.export.exporter import export_model
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingModel
 
 
 @pytest.fixture(scope="session")

@@ -20,15 +20,15 @@ from typing import IO, Any
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
-from tests.core.encoder_worlds import make_caches
-from tests.core.worlds import ROOT, SCHEMA, make_dlrm, version_called
+from tests.encoder_worlds import make_caches
+from tests.worlds import ROOT, SCHEMA, make_dlrm, version_called
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import ServeConfig, ServerConfig
-from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.serving.columns import datatype_of, request_tensors
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.serving.columns import column_tensors, datatype_of
 from torchrec_kvshare.serving.server import Ports, serve
 
 READY = re.compile(r"serving on (http://\S+) and grpc://(\S+)")
@@ -189,7 +189,7 @@ def grpc_message(
         message.parameters["sequence_id"].string_param = sequence
         message.parameters["sequence_start"].bool_param = is_first
         message.parameters["sequence_end"].bool_param = is_last
-    for name, values in request_tensors([raw], SCHEMA).items():
+    for name, values in column_tensors([raw], SCHEMA).items():
         if not is_first and not name.startswith("candidates."):
             continue
         message.inputs.add(name=name, datatype=datatype_of(values), shape=values.shape)

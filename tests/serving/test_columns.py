@@ -11,24 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.core.encoder_worlds import TWO_HISTORIES
-from tests.core.worlds import SCHEMA, draw_raw, draw_raws, parse_all, ragged_users
-from torchrec_kvshare import tensors as rows
+from tests.encoder_worlds import TWO_HISTORIES
+from tests.worlds import SCHEMA, draw_raw, draw_raws, parse_all, ragged_users
 from torchrec_kvshare.cache.leases import CacheUse
-from torchrec_kvshare.data.schema import HISTORY, FeatureSchema, History, Vocabulary, Window
-from torchrec_kvshare.engine import Answer
 from torchrec_kvshare.errors import RequestError
-from torchrec_kvshare.features import Ragged, parse_request
+from torchrec_kvshare.features import tensors as rows
+from torchrec_kvshare.features.parse import Ragged, parse_request
+from torchrec_kvshare.features.schema import HISTORY, FeatureSchema, History, Vocabulary, Window
+from torchrec_kvshare.scoring.engine import Answer
 from torchrec_kvshare.serving.columns import (
-    Limits,
+    RequestLimits,
     check_limits,
     column_specs,
+    column_tensors,
     datatype_of,
     output_specs,
     output_tensors,
     raw_candidates,
     raw_requests,
-    request_tensors,
 )
 
 Raw = dict[str, Any]
@@ -43,7 +43,7 @@ PLAIN = FeatureSchema(
     item_floats=(),
     histories=(History(HISTORY, Window(8, 4)),),
 )
-LIMITS = Limits(requests=4, candidates=7, events=40, values=90)
+LIMITS = RequestLimits(requests=4, candidates=7, events=40, values=90)
 MOST = LIMITS.requests
 
 
@@ -52,7 +52,7 @@ def good() -> Tensors:
     raws = [draw_raw(3, 2, seed=8), draw_raw(5, 4, seed=11)]
     raws[0]["history"]["genres"] = [["genre 1", None], [], ["genre 6"]]
     raws[1]["history"]["action"][2] = None
-    return request_tensors(raws, SCHEMA)
+    return column_tensors(raws, SCHEMA)
 
 
 def as_json(raw: Raw) -> Raw:
@@ -75,7 +75,7 @@ def assert_same_requests(raws: list[Raw], others: list[Raw], schema: FeatureSche
     """As the model gets them."""
     requests, expected = parse_all(raws, schema), parse_all(others, schema)
     assert [r.user_id for r in requests] == [r.user_id for r in expected]
-    of_requests, of_expected = (rows.request_tensors(r, schema) for r in (requests, expected))
+    of_requests, of_expected = (rows.column_tensors(r, schema) for r in (requests, expected))
     for name, tensor in of_expected.items():
         assert of_requests[name].tolist() == tensor.tolist(), name
 
@@ -85,7 +85,7 @@ def assert_same_requests(raws: list[Raw], others: list[Raw], schema: FeatureSche
 
 @pytest.mark.parametrize("schema", [SCHEMA, TWO_HISTORIES, PLAIN], ids=["one", "two", "plain"])
 def test_tensors_are_those_that_the_specifications_name(schema: FeatureSchema) -> None:
-    tensors = request_tensors([draw_raw(3, 2, 1, schema), draw_raw(0, 4, 2, schema)], schema)
+    tensors = column_tensors([draw_raw(3, 2, 1, schema), draw_raw(0, 4, 2, schema)], schema)
     specs = [spec for spec in column_specs(schema) if not spec.is_optional]
     assert list(tensors) == [spec.name for spec in specs]
     for spec in specs:
@@ -110,14 +110,14 @@ def test_requests_come_back_as_they_went(users: list[tuple[int, int, int]], inte
         raw["user_id"] = int(raw["time"])
         for group in (raw["history"], raw["candidates"]):
             group["item_id"] = [int(i) if i and i.isdigit() else i for i in group["item_id"]]
-    back = raw_requests(request_tensors(raws, SCHEMA), SCHEMA, MOST)
+    back = raw_requests(column_tensors(raws, SCHEMA), SCHEMA, MOST)
     assert_same_requests(back, raws, SCHEMA)
 
 
 @pytest.mark.parametrize("schema", [TWO_HISTORIES, PLAIN], ids=["two", "plain"])
 def test_every_schema_has_its_own_columns(schema: FeatureSchema) -> None:
     raws = [draw_raw(9, 3, 4, schema), draw_raw(0, 1, 5, schema)]
-    assert_same_requests(raw_requests(request_tensors(raws, schema), schema, MOST), raws, schema)
+    assert_same_requests(raw_requests(column_tensors(raws, schema), schema, MOST), raws, schema)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_every_schema_has_its_own_columns(schema: FeatureSchema) -> None:
 def test_ids_are_integers_where_all_are(ids: list[Any], datatype: str, back: list[Any]) -> None:
     raw = draw_raw(2, 3, seed=1)
     raw["candidates"]["item_id"] = ids
-    tensors = request_tensors([raw], SCHEMA)
+    tensors = column_tensors([raw], SCHEMA)
     assert datatype_of(tensors["candidates.item_id.values"]) == datatype
     assert list(raw_requests(tensors, SCHEMA, MOST)[0]["candidates"]["item_id"]) == back
 
@@ -159,7 +159,7 @@ def test_an_id_is_the_same_id_in_every_datatype(tensor: NDArray[Any], rows: list
     schema = replace(
         PLAIN, vocabulary_by_column={"user_id": Vocabulary(IDS), "item_id": Vocabulary(IDS)}
     )
-    tensors = request_tensors([draw_raw(3, 3, seed, schema) for seed in (1, 2, 3)], schema)
+    tensors = column_tensors([draw_raw(3, 3, seed, schema) for seed in (1, 2, 3)], schema)
     tensors |= {"user_id": tensor, "candidates.item_id.values": np.concatenate([tensor] * 3)}
     requests = parse_all(raw_requests(tensors, schema, MOST), schema)
     assert [request.user_row for request in requests] == rows
@@ -169,12 +169,12 @@ def test_an_id_is_the_same_id_in_every_datatype(tensor: NDArray[Any], rows: list
 def test_numbers_and_booleans_go_as_texts_of_the_same_id() -> None:
     raw = draw_raw(2, 4, seed=1, schema=PLAIN)
     raw["candidates"]["item_id"] = [3.0, True, -0.0, 9]
-    sent = request_tensors([raw], PLAIN)
+    sent = column_tensors([raw], PLAIN)
     assert datatype_of(sent["candidates.item_id.values"]) == "BYTES"
     assert_same_requests(raw_requests(sent, PLAIN, MOST), [raw], PLAIN)
     raw["candidates"]["item_id"] = [3.0, math.nan, 1, 2]
     with pytest.raises(RequestError, match=r"candidates.item_id holds nan"):
-        request_tensors([raw], PLAIN)
+        column_tensors([raw], PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_the_datatype_told_first_is_one_that_every_known_id_has(
 
 def test_the_place_of_the_first_event_goes_and_comes_if_a_request_says_it() -> None:
     raws = [draw_raw(9, 1, seed) for seed in (1, 2, 3)]
-    assert "history.first_event" not in request_tensors(raws, SCHEMA)
+    assert "history.first_event" not in column_tensors(raws, SCHEMA)
     raws[0]["history"]["first_event"] = 500
     raws[1]["history"]["first_event"] = None
-    tensors = request_tensors(raws, SCHEMA)
+    tensors = column_tensors(raws, SCHEMA)
     assert tensors["history.first_event"].tolist() == [500, 0, 0]
     back = raw_requests(tensors, SCHEMA, MOST)
     assert_same_requests(back, raws, SCHEMA)
@@ -223,7 +223,7 @@ def test_cells_come_back_as_lists() -> None:
     raw = draw_raw(4, 1, seed=1)
     raw["history"]["genres"] = ["genre 1", None, [], ["genre 2", "genre 3"]]
     raw["context"]["country"] = "AT"
-    back = as_json(raw_requests(request_tensors([raw], SCHEMA), SCHEMA, MOST)[0])
+    back = as_json(raw_requests(column_tensors([raw], SCHEMA), SCHEMA, MOST)[0])
     assert back["history"]["genres"] == [["genre 1"], [], [], ["genre 2", "genre 3"]]
     assert back["context"] == {"country": ["AT"]}
     assert_same_requests([back], [raw], SCHEMA)
@@ -232,7 +232,7 @@ def test_cells_come_back_as_lists() -> None:
 def test_a_text_without_utf8_is_refused_by_its_column() -> None:
     raw = draw_raw(2, 3, seed=1) | {"user_id": "a\ud800"}
     with pytest.raises(RequestError, match=r"^user_id holds '\\ud800'"):
-        request_tensors([raw], SCHEMA)
+        column_tensors([raw], SCHEMA)
 
 
 def test_outputs_are_scores_and_what_the_cache_did() -> None:
@@ -249,7 +249,7 @@ def test_outputs_are_scores_and_what_the_cache_did() -> None:
 
 
 def test_answers_are_the_tensors_that_the_specifications_name() -> None:
-    hit = CacheUse("hit", "", 5, 0, "device", 1.5)
+    hit = CacheUse("hit", "", 5, 0, "pages", 1.5)
     miss = CacheUse("miss", "cold", 0, 3, "none")
     tensors = output_tensors([Answer("a", [0.1, 1 / 3], "m-t", hit), Answer("b", [], "m-t", miss)])
     assert [(name, (datatype_of(tensor),)) for name, tensor in tensors.items()] == [
@@ -260,7 +260,7 @@ def test_answers_are_the_tensors_that_the_specifications_name() -> None:
         "scores.lengths": [2, 0],
         "cache.status": [b"hit", b"miss"],
         "cache.reason": [b"", b"cold"],
-        "cache.tier": [b"device", b"none"],
+        "cache.tier": [b"pages", b"none"],
         "cache.cached_events": [5, 0],
         "cache.computed_events": [0, 3],
         "cache.staleness_s": [1.5, 0.0],
@@ -276,7 +276,7 @@ def candidates_of(tensors: Tensors) -> Tensors:
 
 @pytest.mark.parametrize("schema", [SCHEMA, PLAIN], ids=["one", "plain"])
 def test_candidates_alone_come_back_as_they_went(schema: FeatureSchema) -> None:
-    tensors = request_tensors([draw_raw(2, 4, 7, schema)], schema)
+    tensors = column_tensors([draw_raw(2, 4, 7, schema)], schema)
     (raw,) = raw_requests(tensors, schema, MOST)
     alone = raw_candidates(candidates_of(tensors), schema)
     assert as_json(alone) == {"candidates": as_json(raw)["candidates"]}
@@ -285,7 +285,7 @@ def test_candidates_alone_come_back_as_they_went(schema: FeatureSchema) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (request_tensors([draw_raw(2, 4, 7)], SCHEMA), "'user_id' is no input"),
+        (column_tensors([draw_raw(2, 4, 7)], SCHEMA), "'user_id' is no input"),
         ({}, "input candidates.item_id.values is missing"),
         (candidates_of(good()), "candidates.item_id.lengths has 2 elements; 1 are allowed"),
     ],
@@ -373,7 +373,7 @@ def test_a_broken_tensor_is_refused_by_its_name(case: str) -> None:
 
 def test_lengths_whose_sum_wraps_to_the_right_one_are_refused() -> None:
     raws = [draw_raw(0, 1, seed) for seed in range(4)]
-    tensors = request_tensors(raws, SCHEMA)
+    tensors = column_tensors(raws, SCHEMA)
     tensors["history.action.lengths"] = integers(HALF, HALF, HALF, HALF)
     assert tensors["history.action.lengths"].sum() == tensors["history.action.values"].size == 0
     with pytest.raises(RequestError, match=f"history.action.lengths sums to {2**64}"):
@@ -427,9 +427,9 @@ def test_what_is_too_long_is_refused_as_tensors_and_as_json(case: str) -> None:
 
 
 def test_limits_are_of_one_request_each() -> None:
-    exact = Limits(requests=3, candidates=4, events=5, values=10)
+    exact = RequestLimits(requests=3, candidates=4, events=5, values=10)
     raws = [draw_raw(5, 4, seed) for seed in range(3)]
-    for raw in raw_requests(request_tensors(raws, SCHEMA), SCHEMA, exact.requests):
+    for raw in raw_requests(column_tensors(raws, SCHEMA), SCHEMA, exact.requests):
         check_limits(raw, exact)
 
 
@@ -449,7 +449,7 @@ groups = json_values | st.dictionaries(st.sampled_from(["item_id", "time"]), jso
 @given(raw=st.dictionaries(st.sampled_from(["context", "history", "candidates"]), groups))
 def test_limits_of_any_json_hold_or_are_refused(raw: Raw) -> None:
     with suppress(RequestError):
-        check_limits(raw, Limits(requests=1, candidates=1, events=1, values=1))
+        check_limits(raw, RequestLimits(requests=1, candidates=1, events=1, values=1))
 
 
 arrays = st.one_of(

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.core.worlds import ROOT, draw_raw
 from tests.serving.servers import EagerLoader, local_server
+from tests.worlds import ROOT, draw_raw
 from torchrec_kvshare.cache import reasons
 from torchrec_kvshare.cache.exporters import PREFIX
 from torchrec_kvshare.cache.metrics import DECLARED_BY_NAME
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.export.artifact import MANIFEST
+from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.metrics import OUTCOMES, PARSE, QUEUE, SCORING, ServerMetrics
 from torchrec_kvshare.serving.models import Models
 

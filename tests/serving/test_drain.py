@@ -17,8 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.cache.servers import wait_until
-from tests.core.worlds import draw_raw
 from tests.serving.servers import EagerLoader, grpc_message, local_server, running_server
+from tests.worlds import draw_raw
 from torchrec_kvshare.config import ServerConfig
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import Models

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.worlds import fresh_process
-from torchrec_kvshare.assembly import MEMORY, OFF
+from tests.worlds import fresh_process
+from torchrec_kvshare.benchmark.workload import fill_zeros, make_schema
+from torchrec_kvshare.cache.open import MEMORY, OFF
 from torchrec_kvshare.config import CacheConfig, ServerConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.artifact import read_artifact
 from torchrec_kvshare.export.exporter import PT2, TORCHSCRIPT, export_model
 from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
-from torchrec_kvshare.profiling.workload import fill_zeros, make_schema
-from torchrec_kvshare.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history
 from torchrec_kvshare.serving.footprint import check_memory, step_bytes
 from torchrec_kvshare.serving.scheduler import StepLimits
 
@@ -35,10 +35,10 @@ from pathlib import Path
 import torch
 from tests.serving.test_footprint import *
 from torchrec_kvshare.commands.process import prepare_torch
-from torchrec_kvshare.draw import draw_raw_request
-from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.features.draw import draw_raw_request
+from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.export.exporter import load_artifact
-from torchrec_kvshare.features import parse_request
+from torchrec_kvshare.features.parse import parse_request
 
 folder, ids = sys.argv[1], int(sys.argv[2])
 prepare_torch(1)

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from tests.cache.servers import RedisServer, closed_port, free_port, wait_until
-from tests.core.encoder_worlds import make_caches
-from tests.core.worlds import ROOT, SCHEMA, draw_raw, make_dlrm, version_called
+from tests.encoder_worlds import make_caches
 from tests.serving.servers import Asked, EagerLoader, local_server
+from tests.worlds import ROOT, SCHEMA, draw_raw, make_dlrm, version_called
 from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.leases import CacheUse
@@ -30,10 +30,11 @@ from torchrec_kvshare.cache.remote import RemoteTier
 from torchrec_kvshare.cache.stack import Level, TierStack
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.engine import Answer, Engine, Unscored
 from torchrec_kvshare.errors import ConfigError, UnavailableError
-from torchrec_kvshare.features import Request, parse_request, user_columns
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.features.parse import parse_request, user_columns
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import Models
 from torchrec_kvshare.serving.peers import Peers
@@ -94,8 +95,8 @@ def test_a_user_who_is_forgotten_is_a_stranger_however_spelt(serve: Callable[...
             server.rank(asks(user), **SAID)
         status, body = forget(server, "17850.0")
         assert (status, list(body)) == (200, ["forgotten_bytes"])
-        assert body["forgotten_bytes"]["device"] > 0
-        assert forget(server, 17850) == (200, {"forgotten_bytes": {"device": 0}})
+        assert body["forgotten_bytes"]["pages"] > 0
+        assert forget(server, 17850) == (200, {"forgotten_bytes": {"pages": 0}})
         assert status_of(server.rank(asks(17850), **SAID)) == ("miss", "cold")
         assert status_of(server.rank(asks("b"), **SAID)) == ("hit", "")
 
@@ -290,14 +291,14 @@ def test_a_version_that_drains_and_one_without_its_cache_forget_too() -> None:
     use_of(old.engine, "a")
     with old.open():
         models.publish("shop", "2", Path("2"))
-        assert models.forget("a")["device"]
+        assert models.forget("a")["pages"]
         assert use_of(old.engine, "a").reason == "cold"
     new = models.get()
     with_cache = new.engine
     use_of(with_cache, "a")
     models.bypass(with_cache)
     assert models.get().engine.store is None
-    assert models.forget("a")["device"]
+    assert models.forget("a")["pages"]
     assert use_of(with_cache, "a").reason == "cold"
 
 
@@ -309,7 +310,7 @@ def test_where_no_model_is_loaded_nobody_is_forgotten() -> None:
 def test_no_answer_of_a_forgotten_user_waits_to_be_checked() -> None:
     shadow = ShadowParity(share=1.0, part_candidates=1000)
     engine = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, None)
-    use = CacheUse("hit", "", 8, 0, "device")
+    use = CacheUse("hit", "", 8, 0, "pages")
     for user in "abba":
         answer = engine.rank([parsed(user)])[0]
         shadow.offer(engine, parsed(user), replace(answer, cache=use))
@@ -392,7 +393,7 @@ def test_whichever_replica_is_asked_all_of_them_forget(serve: Callable[..., Any]
         assert status == 200, body
         assert list(body["replicas"]) == peers
         for answer in body["replicas"].values():
-            assert answer["forgotten_bytes"]["device"] > 0
+            assert answer["forgotten_bytes"]["pages"] > 0
         for server in servers:
             assert status_of(server.rank(asks("a"), **SAID)) == ("miss", "cold")
         assert forget(servers[0], "a", "/v1/forget?local=1")[0] == 200
@@ -468,7 +469,7 @@ def test_a_cluster_forgets_a_user_at_every_replica(
         assert status == 200, body
         assert set(body["replicas"]) == set(addresses)
         for answer in body["replicas"].values():
-            assert answer["forgotten_bytes"]["device"] > 0
+            assert answer["forgotten_bytes"]["pages"] > 0
         # Not even Redis has it; the first one's answer goes there.
         assert status_of(direct[0].rank(asks("a"), **SAID)) == ("miss", "cold")
         frozen = process_at(tmp_path / "log", addresses[1])

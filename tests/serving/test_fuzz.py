@@ -28,11 +28,11 @@ from aiohttp.http_exceptions import BadHttpMessage
 from grpc._cython.cygrpc import ExecuteBatchError
 from tritonclient.grpc import service_pb2
 
-from tests.core.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm, parse_all
 from tests.serving.servers import Asked, EagerLoader, local_server
-from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.serving.columns import request_tensors
+from tests.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm, parse_all
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.serving.columns import column_tensors
 
 NUM_REQUESTS = 20_000 if os.environ.get("KVSHARE_SOAK") == "1" else 2_000
 ROUND = 100  # broken requests between two good ones
@@ -476,7 +476,7 @@ def text_of(rng: random.Random, tree: Any) -> bytes:
 
 def tensors_of(raws: list[dict[str, Any]]) -> list[Tensor]:
     tensors = []
-    for name, values in request_tensors(raws, SCHEMA).items():
+    for name, values in column_tensors(raws, SCHEMA).items():
         is_text = values.dtype == object
         datatype = "BYTES" if is_text else {"i": "INT64", "f": "FP64"}[values.dtype.kind]
         elements = [len(one).to_bytes(4, "little") + one for one in values] if is_text else []

@@ -20,10 +20,10 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2_grpc
 
-from tests.core.worlds import PROBABILITY_TOLERANCE, ROOT, SCHEMA, draw_raw, make_dlrm, parse_all
 from tests.serving.servers import STOP_S, ServerProcess, grpc_message, running_server
-from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.ranking import RankingModel
+from tests.worlds import PROBABILITY_TOLERANCE, ROOT, SCHEMA, draw_raw, make_dlrm, parse_all
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 
 IS_SOAK = os.environ.get("KVSHARE_SOAK") == "1"
 HEALTHY_S, HOSTILE_S = (60.0, 600.0) if IS_SOAK else (2.0, 6.0)

@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.cache.servers import wait_until
-from tests.core.worlds import draw_raw
 from tests.serving.servers import Asked, EagerLoader, grpc_message, local_server
+from tests.worlds import draw_raw
 from torchrec_kvshare.config import ServerConfig
 from torchrec_kvshare.errors import ConfigError, NoRoomError, RequestError
 from torchrec_kvshare.serving.intake import LARGE_BYTES, SMALL_BYTES, Intake, gc_paused

@@ -57,7 +57,7 @@ def test_the_newest_misses_stand_first_and_old_ones_go() -> None:
 def test_tensorboard_gets_what_prometheus_gets(tmp_path: Path) -> None:
     cache = CacheMetrics()
     metrics = ServerMetrics(cache)
-    cache.count("lookups", 3, tier="device", outcome="hit")
+    cache.count("lookups", 3, tier="pages", outcome="hit")
     metrics.requests.labels("shop", "grpc", "ok").inc(5)
     metrics.request_seconds.labels("shop", "grpc").observe(0.25)
     with SummaryWriter(str(tmp_path)) as writer:

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.core.encoder_worlds import make_caches
-from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all, version_called
+from tests.encoder_worlds import make_caches
 from tests.serving.servers import EagerLoader, running_server
+from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all, version_called
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import CacheConfig, ServerConfig
-from torchrec_kvshare.data.schema import FeatureSchema, Vocabulary
-from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ArtifactError, UnavailableError, UnknownModelError
 from torchrec_kvshare.export.artifact import MANIFEST, read_artifact, write_manifest
 from torchrec_kvshare.export.exporter import export_model
-from torchrec_kvshare.features import Request, distinct_histories, parse_user, user_columns
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.features.parse import parse_user, user_columns
+from torchrec_kvshare.features.request import Request, distinct_histories
+from torchrec_kvshare.features.schema import FeatureSchema, Vocabulary
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import (
     DRAINING,

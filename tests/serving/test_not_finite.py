@@ -20,14 +20,14 @@ import tritonclient.http as http_client
 from tritonclient.utils import InferenceServerException
 
 from tests.cache.servers import wait_until
-from tests.core.nan_worlds import bad_candidates, bad_history, good_raw, poisoned_dlrm
-from tests.core.worlds import SCHEMA, parse_all
+from tests.nan_worlds import bad_candidates, bad_history, good_raw, poisoned_dlrm
 from tests.serving.servers import Asked, EagerLoader, local_server
+from tests.worlds import SCHEMA, parse_all
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import ScoreError
-from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.serving.columns import datatype_of, request_tensors
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.serving.columns import column_tensors, datatype_of
 from torchrec_kvshare.serving.logs import log_as_json
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import Models
@@ -82,7 +82,7 @@ def count_of(server: Asked, series: str) -> float:
 
 def inputs_of(kit: Any, raws: list[RawRequest]) -> list[Any]:
     inputs = []
-    for name, values in request_tensors(raws, SCHEMA).items():
+    for name, values in column_tensors(raws, SCHEMA).items():
         inputs.append(kit.InferInput(name, values.shape, datatype_of(values)))
         inputs[-1].set_data_from_numpy(values)
     return inputs
@@ -188,7 +188,7 @@ def test_a_message_of_a_sequence_gets_its_error_and_the_stream_goes_on(server: A
 
 
 def test_nan_as_a_number_of_a_tensor_is_refused(server: Asked) -> None:
-    tensors = request_tensors([good_raw("a", 2)], SCHEMA)
+    tensors = column_tensors([good_raw("a", 2)], SCHEMA)
     tensors["candidates.price.values"] = np.array([np.nan, 1.0], dtype=np.float32)
     for kit, address in ((grpc_client, server.grpc_url), (http_client, server.http_address)):
         inputs = []

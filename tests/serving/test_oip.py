@@ -16,10 +16,10 @@ from tritonclient.grpc import service_pb2
 from tritonclient.grpc._utils import _get_inference_request
 
 import torchrec_kvshare
-from tests.core.worlds import SCHEMA, draw_raw, draw_raws, ragged_users
+from tests.worlds import SCHEMA, draw_raw, draw_raws, ragged_users
 from torchrec_kvshare.errors import RequestError
-from torchrec_kvshare.features import decode_request
-from torchrec_kvshare.serving.columns import column_specs, datatype_of, request_tensors
+from torchrec_kvshare.features.decode import decode_request
+from torchrec_kvshare.serving.columns import column_specs, column_tensors, datatype_of
 from torchrec_kvshare.serving.oip import (
     decode_infer,
     decode_infer_json,
@@ -51,7 +51,7 @@ OUTPUTS: Tensors = {
     "scores.lengths": np.array([3, 0, 1]),
     "cache.status": np.array([b"hit", b"miss", "é".encode()], dtype=object),
     "cache.reason": np.array([b"", b"cold", b""], dtype=object),
-    "cache.tier": np.array([b"device", b"none", b"none"], dtype=object),
+    "cache.tier": np.array([b"pages", b"none", b"none"], dtype=object),
     "cache.cached_events": np.array([2, 0, 0]),
     "cache.computed_events": np.array([1, 2, 4]),
     "cache.staleness_s": np.array([0.1 + 0.2, 0.0, 0.0]),
@@ -101,7 +101,7 @@ def http_request(tensors: Tensors, binary: bool) -> tuple[Head, bytes]:
 
 @given(users=ragged_users)
 def test_requests_arrive_on_every_face_as_they_were_sent(users: list[tuple[int, int, int]]) -> None:
-    tensors = request_tensors(draw_raws(users), SCHEMA)
+    tensors = column_tensors(draw_raws(users), SCHEMA)
     assert_same_tensors(decode_infer(grpc_request(tensors)), tensors)
     assert_same_tensors(decode_infer(typed_request(tensors)), tensors)
     for binary in (True, False):
@@ -379,7 +379,7 @@ def test_numbers_beyond_fp32_are_infinite() -> None:
 
 # --- anything
 
-GOOD = request_tensors([draw_raw(5, 3, seed=2)], SCHEMA)
+GOOD = column_tensors([draw_raw(5, 3, seed=2)], SCHEMA)
 GOOD_BYTES = grpc_request(GOOD).SerializeToString()
 TYPED_BYTES = typed_request(GOOD).SerializeToString()
 edits = st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=4)

@@ -16,8 +16,8 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.core.worlds import PROBABILITY_TOLERANCE, draw_raw
 from tests.serving.servers import ServerProcess, running_server
+from tests.worlds import PROBABILITY_TOLERANCE, draw_raw
 
 Raw = dict[str, Any]
 

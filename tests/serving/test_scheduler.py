@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.encoder_worlds import make_caches
-from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
+from tests.encoder_worlds import make_caches
+from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.cache.store import KVStore
-from torchrec_kvshare.engine import Answer, Engine, Unscored
 from torchrec_kvshare.errors import OverloadError
-from torchrec_kvshare.features import Request
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
 from torchrec_kvshare.serving.scheduler import (
     Job,
     Part,

@@ -21,11 +21,11 @@ import tritonclient.grpc as grpc_client
 from tritonclient.utils import InferenceServerException
 
 from tests.cache.servers import make_certificates
-from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
 from tests.serving.servers import Asked, EagerLoader, local_server, running_server
-from torchrec_kvshare.engine import Engine
+from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 
 RawRequest = dict[str, Any]
 UNCACHED = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, None)

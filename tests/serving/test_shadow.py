@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.core.encoder_worlds import make_caches
-from tests.core.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
+from tests.encoder_worlds import make_caches
+from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.cache.store import KVStore
-from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.shadow import ShadowParity
 
 

@@ -28,10 +28,10 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.cache.servers import RedisServer
-from tests.core.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm, parse_all
 from tests.serving.servers import STOP_S, ServerProcess, grpc_message, running_server
-from torchrec_kvshare.engine import Engine
-from torchrec_kvshare.ranking import RankingModel
+from tests.worlds import PROBABILITY_TOLERANCE, SCHEMA, draw_raw, make_dlrm, parse_all
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 
 IS_SOAK = os.environ.get("KVSHARE_SOAK") == "1"
 DURATION_S = 600.0 if IS_SOAK else 15.0
@@ -186,7 +186,7 @@ def test_minutes_of_everything_at_once_change_no_score_and_lose_nothing(
     assert not lost, (report, sorted(lost)[:5])
     # The run was what its name says.
     assert min(seen.done.values()) > 0, report
-    assert all(state["hits_by_tier"].get(tier) for tier in ("device", "host", "remote")), report
+    assert all(state["hits_by_tier"].get(tier) for tier in ("pages", "host", "remote")), report
     assert state["parity"]["checks"] > 0, report
     assert not state["parity"]["alarm"], report
     if IS_SOAK:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from tests.core.worlds import make_dlrm
 from tests.data.logs import Event, all_events, log_of
-from torchrec_kvshare.data.batches import assemble, single
+from tests.worlds import make_dlrm
 from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, build_dataset
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.features.bags import single
+from torchrec_kvshare.features.batches import assemble
+from torchrec_kvshare.features.schema import (
     ITEM,
     REQUEST_TIME,
     UNKNOWN_ROW,
@@ -20,7 +21,7 @@ from torchrec_kvshare.data.schema import (
     candidate_key,
 )
 from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
-from torchrec_kvshare.ranking import dlrm_with_history
+from torchrec_kvshare.model.ranking import dlrm_with_history
 from torchrec_kvshare.training import evaluate
 from torchrec_kvshare.training.evaluate import (
     Scorer,

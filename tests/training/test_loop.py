@@ -19,12 +19,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.core.worlds import fresh_process
 from tests.training.worlds import BUDGET, DATA, MODEL, tiny_config
+from tests.worlds import fresh_process
 from torchrec_kvshare.config import Columns, InteractionsData, TrainConfig
 from torchrec_kvshare.data.dataset import TEST
-from torchrec_kvshare.data.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.errors import ConfigError, DataError, TrainingError
+from torchrec_kvshare.features.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.training import loop
 from torchrec_kvshare.training.evaluate import evaluate_catalogue, evaluate_sampled, model_scorer
 from torchrec_kvshare.training.loop import CHECKPOINT, load_weights, non_finite

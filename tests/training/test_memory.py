@@ -2,7 +2,7 @@
 
 import json
 
-from tests.core.worlds import fresh_process
+from tests.worlds import fresh_process
 
 # Epochs of many batches, hardly two of which have as many events, and what malloc has given out
 # after each batch.

@@ -18,9 +18,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchrec_kvshare.cache.private import check_secret, make_private
 from torchrec_kvshare.cache.tiers import Fences, Found
 from torchrec_kvshare.errors import ConfigError, MissingExtraError, TierError
-from torchrec_kvshare.private import check_secret, make_private
 
 if TYPE_CHECKING:
     from rocksdict import Options, Rdict, WriteBatch

@@ -16,10 +16,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchrec_kvshare.cache.reasons import COLD, EDITED, HIT, SHRUNK, SLID
-from torchrec_kvshare.data.schema import TIME, FeatureSchema
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.features import Events
-from torchrec_kvshare.ranking import RankingModel, split_tables
+from torchrec_kvshare.features.request import Events
+from torchrec_kvshare.features.schema import TIME, FeatureSchema
+from torchrec_kvshare.model.ranking import RankingModel, split_tables
 
 DIGEST_BYTES = 16
 VERSION_DIGITS = 16  # of each digest: what answers call a model
@@ -171,7 +171,7 @@ class PrefixDigests:
 
     Example:
         >>> import torch
-        >>> from torchrec_kvshare.data.schema import FeatureSchema, History, Vocabulary, Window
+        >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Vocabulary, Window
         >>> histories = (History("history", Window(8, 4)),)
         >>> schema = FeatureSchema({}, (), False, (), (), histories)
         >>> times = torch.arange(5)

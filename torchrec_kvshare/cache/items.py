@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_kvshare.data.schema import ITEM, NUM_RESERVED_ROWS, FeatureSchema, candidate_key
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.features.schema import ITEM, NUM_RESERVED_ROWS, FeatureSchema, candidate_key
 
 MAX_BAG = 8  # ids of one attribute; an item with more of them is not kept
 NO_ID = -1

@@ -7,8 +7,8 @@ who may write to what is signed.
 import hashlib
 from collections.abc import Iterable
 
+from torchrec_kvshare.cache.private import read_secret
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.private import read_secret
 
 DIGEST_BYTES = 32
 

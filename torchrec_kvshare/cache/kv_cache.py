@@ -25,7 +25,7 @@ from torchrec_kvshare.cache.policies import LruPolicy, Policy
 from torchrec_kvshare.cache.reasons import COLD, EVICTED, EXPIRED, HIT
 from torchrec_kvshare.errors import ConfigError
 
-DEVICE = "device"
+PAGES = "pages"
 # Whose K/V a history may use.
 USER = "user"
 CONTENT = "content"
@@ -100,7 +100,7 @@ class Lookup(NamedTuple):
     reason: str
     num_matched: int
     at: float
-    tier: str = DEVICE
+    tier: str = PAGES
 
     @property
     def age_s(self) -> float:
@@ -131,9 +131,9 @@ class KVCache:
         ConfigError: if the policy and pinned users were promised more than the pool has.
 
     Example:
-        >>> from torchrec_kvshare.data.schema import FeatureSchema, History, Window
+        >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Window
         >>> from torchrec_kvshare.cache.identity import Identity
-        >>> from torchrec_kvshare.features import Events
+        >>> from torchrec_kvshare.features.parse import Events
         >>> schema = FeatureSchema({}, (), False, (), (), (History("history", Window(8, 4)),))
         >>> identity = Identity("model", "tables", "", "history", 4)
         >>> three = PrefixDigests(Events({"time": torch.arange(3)}, {}, 0), schema, identity)
@@ -193,9 +193,9 @@ class KVCache:
                     self._policy.touch(entry.user_id)
                 entry.used_at = now
                 entry.num_holders += 1
-        self.metrics.count("lookups", tier=DEVICE, outcome=reason)
+        self.metrics.count("lookups", tier=PAGES, outcome=reason)
         seconds = time.perf_counter() - start
-        self.metrics.observe("seconds", seconds, tier=DEVICE, operation="lookup")
+        self.metrics.observe("seconds", seconds, tier=PAGES, operation="lookup")
         return Lookup(entry, reason, num_matched, now)
 
     def put(
@@ -239,7 +239,7 @@ class KVCache:
                 if self._place(new, kv, base, num_kept):
                     return new
                 remember(self._evicted_users, user_id, 0.0)
-        self.metrics.count("not_kept", tier=DEVICE)
+        self.metrics.count("not_kept", tier=PAGES)
         return None
 
     def knows(self, user_id: str) -> bool:
@@ -423,8 +423,8 @@ class KVCache:
         """Let an entry leave, to the next tier if there is one."""
         self._take_out(entry, still_read=True)
         remember(self._evicted_users, entry.user_id, 0.0)
-        self.metrics.count("evictions", tier=DEVICE)
-        self.metrics.observe("evicted_age_seconds", self.clock() - entry.encoded_at, tier=DEVICE)
+        self.metrics.count("evictions", tier=PAGES)
+        self.metrics.observe("evicted_age_seconds", self.clock() - entry.encoded_at, tier=PAGES)
         if self._on_evict is not None:
             kv = self.pool.read(entry.pages, entry.num_rows)
             if self.pool.num_free < num_wanted:

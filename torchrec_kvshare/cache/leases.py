@@ -18,12 +18,12 @@ from torch.autograd.profiler import record_function
 from torchrec_kvshare.cache.codecs import is_finite
 from torchrec_kvshare.cache.decision import decide
 from torchrec_kvshare.cache.identity import PrefixDigests
-from torchrec_kvshare.cache.kv_cache import DEVICE, Entry, Lookup
+from torchrec_kvshare.cache.kv_cache import PAGES, Entry, Lookup
 from torchrec_kvshare.cache.reasons import BYPASS, HIT, NOT_ADMITTED, NOT_FINITE, TOO_SHORT
 from torchrec_kvshare.cache.stack import Want
 from torchrec_kvshare.cache.store import KVStore
-from torchrec_kvshare.labels import LOOKUP
-from torchrec_kvshare.ranking import RankingFunctions
+from torchrec_kvshare.model.ranking import RankingFunctions
+from torchrec_kvshare.model.stages import LOOKUP
 
 NO_TIER = "none"
 
@@ -156,8 +156,8 @@ class Lease:
             if one.num_events and (one.kept_events or one.lookup.reason == HIT)
         ]
         # The tier below the device, where any of it was there.
-        below = (lookup.tier for lookup in used if lookup.tier != DEVICE)
-        tier = next(below, DEVICE if used else NO_TIER)
+        below = (lookup.tier for lookup in used if lookup.tier != PAGES)
+        tier = next(below, PAGES if used else NO_TIER)
         return CacheUse(*decision, tier, max((lookup.age_s for lookup in used), default=0.0))
 
     def look_up(self) -> None:

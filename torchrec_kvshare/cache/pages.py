@@ -6,12 +6,24 @@ Pages of one history are taken side by side where there is room, so that attenti
 place.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from torchrec_kvshare.errors import ConfigError, ShapeError
 
 FREE, TAKEN = 1, 0
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """What a page of one history's K/V is made of, and how many rows its window has at most."""
+
+    num_planes: int
+    num_heads: int
+    head_dim: int
+    max_rows: int
 
 
 class PagePool:

@@ -72,7 +72,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Limits:
+class TierLimits:
     """What waiting and failing may cost.
 
     Attributes:
@@ -88,7 +88,7 @@ class Limits:
     pause_s: float = 1.0
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = TierLimits()
 
 
 class Want(NamedTuple):
@@ -143,7 +143,7 @@ class TierStack:
         levels: Sequence[Level],
         ttl_s: float,
         key: bytes | None = None,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: TierLimits = DEFAULT_LIMITS,
         clock: Callable[[], float] | None = None,
         metrics: CacheMetrics | None = None,
     ) -> None:

@@ -10,15 +10,15 @@ from collections.abc import Collection, Hashable, Sequence
 
 from torch import Tensor
 
-from torchrec_kvshare.cache.flights import Flights
 from torchrec_kvshare.cache.identity import Content, PrefixDigests
-from torchrec_kvshare.cache.kv_cache import CONTENT, DEVICE, Entry, KVCache, Lookup
+from torchrec_kvshare.cache.kv_cache import CONTENT, PAGES, Entry, KVCache, Lookup
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import COLD, EVICTED, EXPIRED, TIER_ERROR
+from torchrec_kvshare.cache.single_flight import Flights
 from torchrec_kvshare.cache.stack import TierStack, Want
-from torchrec_kvshare.data.ids import canonical_id
-from torchrec_kvshare.data.schema import RawId
 from torchrec_kvshare.errors import ShapeError
+from torchrec_kvshare.features.ids import canonical_id
+from torchrec_kvshare.features.schema import RawId
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class KVStore:
         >>> from torchrec_kvshare.cache.pages import PagePool
         >>> store = KVStore([KVCache(PagePool(4096, 4, 2, 2, 8))])
         >>> store.forget("7")
-        {'device': 0}
+        {'pages': 0}
     """
 
     def __init__(
@@ -161,12 +161,12 @@ class KVStore:
         # The device last: what is brought up meanwhile goes too.
         below = {} if self.stack is None else self.stack.forget(user)
         dropped = sum(cache.forget(user) for cache in self.caches)
-        self.metrics.count("forgotten_bytes", dropped, tier=DEVICE)
-        return {DEVICE: dropped} | below
+        self.metrics.count("forgotten_bytes", dropped, tier=PAGES)
+        return {PAGES: dropped} | below
 
     def clear(self, model_version: str) -> dict[str, int | None]:
         """Drop the K/V of one model version from every tier; bytes as in ``forget``."""
-        dropped = {DEVICE: sum(cache.clear(model_version) for cache in self.caches)}
+        dropped = {PAGES: sum(cache.clear(model_version) for cache in self.caches)}
         return dropped | ({} if self.stack is None else self.stack.clear(model_version))
 
     def close(self) -> None:

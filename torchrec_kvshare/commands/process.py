@@ -13,7 +13,7 @@ megabytes: the next one then waits for the system to clear each page of them aga
 import ctypes
 import os
 
-from torchrec_kvshare.machine import granted_cores
+from torchrec_kvshare.commands.machine import granted_cores
 
 WAIT_POLICY, SPIN_COUNT = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 ASLEEP = "PASSIVE"

@@ -17,10 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.data.batches import squash
-from torchrec_kvshare.data.ids import sorted_ids
 from torchrec_kvshare.data.interactions import InteractionLog
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.data.tables import IdColumn
+from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.features.dense import squash
+from torchrec_kvshare.features.ids import sorted_ids
+from torchrec_kvshare.features.schema import (
     ACTION,
     ITEM,
     USER,
@@ -30,8 +32,6 @@ from torchrec_kvshare.data.schema import (
     context_key,
     item_key,
 )
-from torchrec_kvshare.data.tables import IdColumn
-from torchrec_kvshare.errors import ConfigError, DataError
 
 TRAIN, VALID, TEST = 0, 1, 2
 VALID_SHARE = TEST_SHARE = 0.1  # of a user's events

@@ -19,9 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.files import FileFormat
-from torchrec_kvshare.data.ids import canonical_id, is_long_id
-from torchrec_kvshare.data.limits import MAX_FLOAT
-from torchrec_kvshare.data.schema import check_columns
 from torchrec_kvshare.data.tables import (
     EXAMPLE_CHARACTERS,
     EXAMPLES_PER_REASON,
@@ -33,6 +30,9 @@ from torchrec_kvshare.data.tables import (
 )
 from torchrec_kvshare.data.times import TimeFormat, finite_number, iso_of, read_times
 from torchrec_kvshare.errors import ConfigError, DataError, ShapeError
+from torchrec_kvshare.features.ids import canonical_id, is_long_id
+from torchrec_kvshare.features.limits import MAX_FLOAT
+from torchrec_kvshare.features.schema import check_columns
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.files import HEAD_BYTES, PARQUET, check_header, check_kind, open_bytes
-from torchrec_kvshare.data.ids import canonical_id
 from torchrec_kvshare.errors import DataError, MissingExtraError
+from torchrec_kvshare.features.ids import canonical_id
 
 ALLOWED = "numbers, booleans, text, UTF-8 bytes, dates and times; for attributes lists of these"
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrec_kvshare.data.dataset import TEST, Dataset
-from torchrec_kvshare.data.schema import ACTION, ITEM, TIME, USER
 from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.features.schema import ACTION, ITEM, TIME, USER
 
 
 class TargetedRequest(NamedTuple):

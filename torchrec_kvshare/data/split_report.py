@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, Ints
-from torchrec_kvshare.data.schema import ACTION, ITEM, UNKNOWN_ROW, USER
+from torchrec_kvshare.features.schema import ACTION, ITEM, UNKNOWN_ROW, USER
 
 NAME_BY_SPLIT = {TRAIN: "training", VALID: "validation", TEST: "test"}
 LARGE_SHARE = 0.5  # of a split's events, or of the log's, at one moment: worth a warning

@@ -21,9 +21,9 @@ from torchrec_kvshare.data.files import (
     open_text,
     text_rows,
 )
-from torchrec_kvshare.data.ids import canonical_id
 from torchrec_kvshare.data.parquet import read_parquet
 from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.features.ids import canonical_id
 
 CHUNK_ROWS = 65_536  # rows held as Python lists at once, some 30 MB of a wide file
 EXAMPLES_PER_REASON = 2

@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from torchrec_kvshare.data.batches import Bags, assemble, clock_features, single
 from torchrec_kvshare.data.dataset import Dataset, Ints, ranges
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.errors import DataError
+from torchrec_kvshare.features.bags import Bags, single
+from torchrec_kvshare.features.batches import assemble
+from torchrec_kvshare.features.dense import clock_features
+from torchrec_kvshare.features.schema import (
     ACTION,
     CANDIDATE_TIME,
     ITEM,
@@ -31,7 +34,6 @@ from torchrec_kvshare.data.schema import (
     history_key,
     visible_key,
 )
-from torchrec_kvshare.errors import DataError
 
 MAX_TARGETS_PER_WINDOW = (
     256  # more share their prefill with a copy of it, so that batches stay even

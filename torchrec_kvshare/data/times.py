@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.data.ids import canonical_id, is_integer_id
-from torchrec_kvshare.data.limits import MAX_TIME
 from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.features.ids import canonical_id, is_integer_id
+from torchrec_kvshare.features.limits import MAX_TIME
 
 AUTO = "auto"
 PER_SECOND_BY_UNIT = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}

@@ -18,8 +18,9 @@ from typing import Any
 
 from torchrec_kvshare.cache.identity import ModelVersion
 from torchrec_kvshare.cache.keys import keyed_digest
-from torchrec_kvshare.data.schema import FeatureSchema
+from torchrec_kvshare.cache.pages import TowerSizes
 from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.features.schema import FeatureSchema
 
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
@@ -27,16 +28,6 @@ SIGNATURE = "manifest.mac"  # keyed digest of the manifest's bytes, as hexadecim
 PURPOSE = b"kvshare-artifact"
 FORMAT = 5
 CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than the memory
-
-
-@dataclass(frozen=True)
-class TowerSizes:
-    """What a page of one history's K/V is made of, and how many rows its window has at most."""
-
-    num_planes: int
-    num_heads: int
-    head_dim: int
-    max_rows: int
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,13 @@ import fbgemm_gpu
 import torch
 
 import torchrec_kvshare
-from torchrec_kvshare.audit import EXACT, Audit, audit_model
 from torchrec_kvshare.cache.identity import version_of
-from torchrec_kvshare.data.schema import ITEM, TIME, USER, FeatureSchema
-from torchrec_kvshare.engine import Engine
+from torchrec_kvshare.cache.pages import TowerSizes
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export.artifact import (
     MANIFEST,
     SCHEMA,
     Manifest,
-    TowerSizes,
     artifact_folder,
     copy_signed,
     file_sha256,
@@ -33,14 +30,17 @@ from torchrec_kvshare.export.artifact import (
     write_manifest,
     write_schema,
 )
-from torchrec_kvshare.export.golden import GOLDEN, check_golden, read_golden, write_golden
-from torchrec_kvshare.export.parity import LOGIT_TOLERANCE, check_parity
 from torchrec_kvshare.export.pt2 import load_pt2, pt2_files, write_pt2
-from torchrec_kvshare.export.quantised import FLOAT32, quantise_tables
 from torchrec_kvshare.export.torchscript import PROGRAM, load_torchscript, write_torchscript
 from torchrec_kvshare.export.weights import check_weights
-from torchrec_kvshare.ranking import RankingFunctions, RankingModel
-from torchrec_kvshare.tensors import input_specs
+from torchrec_kvshare.features.schema import ITEM, TIME, USER, FeatureSchema
+from torchrec_kvshare.features.tensors import input_specs
+from torchrec_kvshare.model.quantised import FLOAT32, quantise_tables
+from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.verify.audit import EXACT, Audit, audit_model
+from torchrec_kvshare.verify.golden import GOLDEN, check_golden, read_golden, write_golden
+from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE, check_parity
 
 TORCHSCRIPT, PT2 = "torchscript", "pt2"
 CHECKED_VERSIONS = ("torch", "torchrec", "fbgemm")

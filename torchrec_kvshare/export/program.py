@@ -26,8 +26,17 @@ from torchrec_kvshare.cache.reasons import (
     SLID,
     TOO_SHORT,
 )
-from torchrec_kvshare.data.limits import MAX_REQUEST_IDS
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.export.inputs import (
+    check_finite,
+    check_num_ids,
+    check_range,
+    check_scores,
+    check_times,
+    sums_by_row,
+)
+from torchrec_kvshare.export.program_cache import ProgramCache
+from torchrec_kvshare.features.limits import MAX_REQUEST_IDS
+from torchrec_kvshare.features.schema import (
     FIRST_EVENT,
     ITEM,
     MAX_INT64,
@@ -43,18 +52,9 @@ from torchrec_kvshare.data.schema import (
     history_key,
     pages_key,
 )
-from torchrec_kvshare.export.inputs import (
-    check_finite,
-    check_num_ids,
-    check_range,
-    check_scores,
-    check_times,
-    sums_by_row,
-)
-from torchrec_kvshare.export.program_cache import ProgramCache
+from torchrec_kvshare.features.tensors import DENSE, INT64, USER_KEY, input_specs
 from torchrec_kvshare.history.pages import offsets_of
-from torchrec_kvshare.ranking import RankingModel
-from torchrec_kvshare.tensors import DENSE, INT64, USER_KEY, input_specs
+from torchrec_kvshare.model.ranking import RankingModel
 
 CAPACITY_BYTES = 256 * 2**20
 TTL_S = 300.0

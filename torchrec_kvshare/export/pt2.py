@@ -22,8 +22,12 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_kvshare.data.batches import Bags, with_key
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.errors import ArtifactError, ConfigError
+from torchrec_kvshare.export.inputs import check_range
+from torchrec_kvshare.export.program import batch_of
+from torchrec_kvshare.features.bags import Bags
+from torchrec_kvshare.features.batches import with_key
+from torchrec_kvshare.features.schema import (
     ITEM,
     REQUEST_HISTORY,
     REQUEST_TIME,
@@ -37,13 +41,10 @@ from torchrec_kvshare.data.schema import (
     pages_key,
     visible_key,
 )
-from torchrec_kvshare.errors import ArtifactError, ConfigError
-from torchrec_kvshare.export.inputs import check_range
-from torchrec_kvshare.export.program import batch_of
+from torchrec_kvshare.features.tensors import DENSE, FLOAT32, INT64, input_specs
 from torchrec_kvshare.history.kinds import TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.ranking import RankingFunctions, RankingModel
-from torchrec_kvshare.tensors import DENSE, FLOAT32, INT64, input_specs
+from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
 
 GRAPHS, WEIGHTS = "graphs.json", "weights.pt"
 ENCODE, SCORE = "encode", "score"

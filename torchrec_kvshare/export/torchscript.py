@@ -16,12 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import torchrec_kvshare.attention.operators  # noqa: F401  # likewise
-from torchrec_kvshare.audit import CROSS_REQUEST, EXACT, Audit
-from torchrec_kvshare.data.schema import FeatureSchema
-from torchrec_kvshare.errors import ArtifactError
-from torchrec_kvshare.export.parity import check_program
+from torchrec_kvshare.cache.identity import UNNAMED
+from torchrec_kvshare.errors import ArtifactError, ParityError
 from torchrec_kvshare.export.program import RankingProgram
-from torchrec_kvshare.ranking import RankingFunctions, RankingModel
+from torchrec_kvshare.features.batches import collate
+from torchrec_kvshare.features.draw import draw_ragged_requests
+from torchrec_kvshare.features.schema import FeatureSchema
+from torchrec_kvshare.features.tensors import request_tensors
+from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.verify.audit import CROSS_REQUEST, EXACT, Audit
+from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
 
 PROGRAM = "model.pt"
 
@@ -123,3 +128,39 @@ def _notices_accepted() -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", "TorchScript will treat type annotations", UserWarning)
         yield
+
+
+@torch.no_grad()
+def check_program(
+    program: RankingProgram, eager: RankingModel, schema: FeatureSchema, seed: int = 0
+) -> None:
+    """Compare a program's probabilities, uncached and through its own cache, with the model's.
+
+    Args:
+        program: as a fresh load gives it; its cache is used.
+        eager: the model that was exported, in eval mode.
+        schema: its columns.
+        seed: of the requests drawn.
+
+    Raises:
+        ParityError: if an uncached score is not bit-equal, a cached one differs by more than
+            ``LOGIT_TOLERANCE``, or a logit of the model is not finite.
+    """
+    batch = collate(draw_ragged_requests(schema, seed), schema)
+    if not bool(eager(batch.dense_features, batch.sparse_features).isfinite().all()):
+        raise ParityError("the model has logits that are not finite")
+    requests = draw_ragged_requests(schema, seed)
+    answers = Engine(eager, schema, None, version=UNNAMED).rank(requests)
+    expected = torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
+    compared = [("uncached", program(request_tensors(requests, schema)), expected, 0.0)]
+    if program.may_keep:
+        # Everyone twice in one batch: the second time K/V is there. Not in a second call, at which
+        # TorchScript rewrites a program for seconds.
+        scores, _ = program.rank(request_tensors(requests * 2, schema))
+        compared.append(("cached", scores, expected.repeat(2), LOGIT_TOLERANCE))
+    for name, got, right, allowed in compared:
+        difference = float((got - right).abs().max())
+        if not difference <= allowed:
+            raise ParityError(
+                f"{name} scores of the program differ by {difference}; at most {allowed} is allowed"
+            )

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from torchrec_kvshare.audit import CROSS_REQUEST
 from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.errors import ConfigError, MissingExtraError
 from torchrec_kvshare.export.artifact import artifact_folder, read_artifact
 from torchrec_kvshare.export.torchscript import PROGRAM, write_cached_forward
-from torchrec_kvshare.tensors import FLOAT32, INT64, TensorSpec, input_specs
+from torchrec_kvshare.features.tensors import FLOAT32, INT64, TensorSpec, input_specs
+from torchrec_kvshare.verify.audit import CROSS_REQUEST
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -27,7 +27,7 @@ ARTIFACT = "artifact"
 MODEL_FILE = "model.py"
 # What Triton's Python backend looks for in a model's folder.
 MODEL_SOURCE = (
-    "from torchrec_kvshare.serving.triton_model import TritonPythonModel as TritonPythonModel\n"
+    "from torchrec_kvshare.export.triton_model import TritonPythonModel as TritonPythonModel\n"
 )
 # <name>__<index> is the convention of Triton's PyTorch backend for results in their order.
 SCORES, CACHE = "scores__0", "cache__1"

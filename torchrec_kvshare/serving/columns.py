@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.data.ids import is_integer_id
-from torchrec_kvshare.data.schema import (
+from torchrec_kvshare.errors import RequestError
+from torchrec_kvshare.features.ids import is_integer_id
+from torchrec_kvshare.features.parse import UNKNOWN_IDS, Ragged
+from torchrec_kvshare.features.schema import (
     FIRST_EVENT,
     HISTORY,
     ITEM,
@@ -27,9 +29,7 @@ from torchrec_kvshare.data.schema import (
     history_key,
     item_key,
 )
-from torchrec_kvshare.engine import Answer
-from torchrec_kvshare.errors import RequestError
-from torchrec_kvshare.features import UNKNOWN_IDS, Ragged
+from torchrec_kvshare.scoring.engine import Answer
 
 INT64, BYTES, FP32, FP64, BOOL = "INT64", "BYTES", "FP32", "FP64", "BOOL"
 DTYPE_BY_DATATYPE: dict[str, np.dtype[Any]] = {
@@ -64,7 +64,7 @@ class ColumnSpec:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Most that may come, whatever the model would read of it.
 
     Attributes:
@@ -144,7 +144,7 @@ def output_specs() -> list[ColumnSpec]:
     ]
 
 
-def request_tensors(
+def column_tensors(
     raws: Sequence[Mapping[str, Any]], schema: FeatureSchema
 ) -> dict[str, NDArray[Any]]:
     """Raw requests as the tensors that ``column_specs`` names, in its order.
@@ -161,13 +161,13 @@ def request_tensors(
         RequestError: if a text has no UTF-8, or an id is no finite number.
 
     Example:
-        >>> from torchrec_kvshare.data.schema import History, Vocabulary, Window
+        >>> from torchrec_kvshare.features.schema import History, Vocabulary, Window
         >>> vocabularies = {"user_id": Vocabulary([]), "item_id": Vocabulary([])}
         >>> histories = (History("history", Window(8, 4)),)
         >>> schema = FeatureSchema(vocabularies, (), False, (), (), histories)
         >>> raw = {"user_id": 7, "time": 50, "history": {"item_id": [3, 9], "time": [10, 40]},
         ...        "candidates": {"item_id": ["new", None]}}
-        >>> for name, tensor in request_tensors([raw], schema).items():
+        >>> for name, tensor in column_tensors([raw], schema).items():
         ...     print(name, tensor.tolist())
         user_id [7]
         time [50]
@@ -291,7 +291,7 @@ def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
     } | (told if any(ids is not None for ids in reported) else {})
 
 
-def check_limits(raw: Mapping[str, Any], limits: Limits) -> None:
+def check_limits(raw: Mapping[str, Any], limits: RequestLimits) -> None:
     """Refuse a request that is too long, before anything reads it.
 
     Args:

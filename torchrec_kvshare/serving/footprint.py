@@ -7,14 +7,14 @@ is counted with what is alive beside it when most is; the factors are the operat
 
 import logging
 
-from torchrec_kvshare.assembly import OFF, TIERED
+from torchrec_kvshare.cache.open import OFF, TIERED
+from torchrec_kvshare.commands.machine import granted_bytes
 from torchrec_kvshare.config import CacheConfig, ServerConfig
-from torchrec_kvshare.data.limits import MAX_BAG_IDS, MAX_REQUEST_IDS
-from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.artifact import Manifest
+from torchrec_kvshare.features.limits import MAX_BAG_IDS, MAX_REQUEST_IDS
+from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.history.kinds import TowerSpec
-from torchrec_kvshare.machine import granted_bytes
 from torchrec_kvshare.serving.scheduler import StepLimits
 
 logger = logging.getLogger(__name__)

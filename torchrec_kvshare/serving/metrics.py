@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from torchrec_kvshare.cache.exporters import PrometheusCollector
 from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.metrics import CacheMetrics
-from torchrec_kvshare.features import IdCount
+from torchrec_kvshare.features.request import IdCount
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -256,7 +256,7 @@ def cache_to_json(cache: CacheMetrics) -> dict[str, Any]:
         labels: Mapping[str, str] = dict(series.labels)
         if series.name == "lookups" and labels["outcome"] == "hit":
             by_tier[labels["tier"]] = int(value)
-    lookups = int(snapshot.value("lookups", tier="device"))
+    lookups = int(snapshot.value("lookups", tier="pages"))
     return {"hit_rate": snapshot.hit_rate(), "hits_by_tier": by_tier, "lookups": lookups}
 
 

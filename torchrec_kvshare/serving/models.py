@@ -15,16 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from torchrec_kvshare.assembly import MEMORY, OFF, TIERED, new_engine, new_stack
 from torchrec_kvshare.cache.clock import steady_clock
-from torchrec_kvshare.cache.kv_cache import DEVICE, remember
+from torchrec_kvshare.cache.kv_cache import PAGES, remember
 from torchrec_kvshare.cache.metrics import CacheMetrics
+from torchrec_kvshare.cache.open import MEMORY, OFF, TIERED, new_stack
 from torchrec_kvshare.cache.reasons import DRIFT
 from torchrec_kvshare.cache.stack import TierStack
 from torchrec_kvshare.cache.store import KVStore
+from torchrec_kvshare.commands.machine import resident_bytes
 from torchrec_kvshare.config import CacheConfig, ServerConfig
-from torchrec_kvshare.draw import draw_raw_request
-from torchrec_kvshare.engine import Engine
 from torchrec_kvshare.errors import (
     ArtifactError,
     KVShareError,
@@ -34,12 +33,15 @@ from torchrec_kvshare.errors import (
 )
 from torchrec_kvshare.export.artifact import MANIFEST
 from torchrec_kvshare.export.exporter import load_artifact
-from torchrec_kvshare.export.golden import check_golden
-from torchrec_kvshare.features import Request, parse_user
-from torchrec_kvshare.machine import resident_bytes
+from torchrec_kvshare.export.open import new_engine
+from torchrec_kvshare.features.draw import draw_raw_request
+from torchrec_kvshare.features.parse import parse_user
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.footprint import check_memory, step_bytes
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.scheduler import step_limits
+from torchrec_kvshare.verify.golden import check_golden
 
 logger = logging.getLogger(__name__)
 
@@ -437,10 +439,10 @@ class Models:
         stores = [served.engine.store for served in self.all() if served.engine.store is not None]
         caches = [cache for store in stores for cache in store.caches]
         show = metrics.cache.gauge
-        show("held_bytes", lambda: sum(one.held_bytes for one in caches), tier=DEVICE)
+        show("held_bytes", lambda: sum(one.held_bytes for one in caches), tier=PAGES)
         show("pinned_entries", lambda: sum(one.num_held for one in caches))
         capacity_bytes = sum(one.pool.capacity_bytes for one in caches)
-        show("capacity_bytes", lambda: capacity_bytes, tier=DEVICE)
+        show("capacity_bytes", lambda: capacity_bytes, tier=PAGES)
 
     def _stand(self, standing: Standing) -> None:
         is_refused = standing.state == REFUSED

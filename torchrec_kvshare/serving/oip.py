@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from torchrec_kvshare import __version__
-from torchrec_kvshare.data.schema import FeatureSchema
 from torchrec_kvshare.errors import RequestError
-from torchrec_kvshare.features import REPORTS, UNKNOWN_IDS
+from torchrec_kvshare.features.parse import REPORTS, UNKNOWN_IDS
+from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.serving.columns import (
     BOOL,
     BYTES,

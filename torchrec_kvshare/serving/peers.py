@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.data.schema import USER
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.features.schema import USER
 
 LOCAL = "local"  # in the query: only the replica that is asked
 FORGOTTEN = "forgotten_bytes"  # in its answer, by tier

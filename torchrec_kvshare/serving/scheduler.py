@@ -15,9 +15,9 @@ from typing import Protocol
 
 from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.engine import Answer, Encoded, Engine, Unscored
 from torchrec_kvshare.errors import OverloadError, ScoreError
-from torchrec_kvshare.features import Request
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.scoring.engine import Answer, Encoded, Engine, Unscored
 
 logger = logging.getLogger(__name__)
 

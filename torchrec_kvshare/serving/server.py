@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec_kvshare.config import ServeConfig, ServerConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.serving.connections import BoundedSite
-from torchrec_kvshare.serving.grpc_face import Gate, GrpcFace, add_face
-from torchrec_kvshare.serving.http_face import http_app
+from torchrec_kvshare.serving.grpc_server import Gate, GrpcFace, add_face
+from torchrec_kvshare.serving.http_server import http_app
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import (
     DEFAULT_NAME,

@@ -17,8 +17,6 @@ from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.reasons import HIT
 from torchrec_kvshare.config import SORT, ServerConfig
-from torchrec_kvshare.data.schema import candidate_key
-from torchrec_kvshare.engine import Answer, Unscored
 from torchrec_kvshare.errors import (
     DeadlineError,
     OverloadError,
@@ -27,16 +25,17 @@ from torchrec_kvshare.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from torchrec_kvshare.features import (
-    Request,
-    count_ids,
+from torchrec_kvshare.features.parse import (
     parse_candidates,
     parse_request,
     sort_history,
     user_columns,
 )
+from torchrec_kvshare.features.request import Request, count_ids
+from torchrec_kvshare.features.schema import candidate_key
+from torchrec_kvshare.scoring.engine import Answer, Unscored
 from torchrec_kvshare.serving import metrics as outcomes
-from torchrec_kvshare.serving.columns import Limits, check_limits
+from torchrec_kvshare.serving.columns import RequestLimits, check_limits
 from torchrec_kvshare.serving.intake import Intake
 from torchrec_kvshare.serving.metrics import LiveView, ServerMetrics, cache_to_json
 from torchrec_kvshare.serving.models import Models, Served
@@ -94,7 +93,7 @@ class Service:
         self.models = models
         self.metrics = metrics
         self.config = config
-        self.limits = Limits(
+        self.limits = RequestLimits(
             config.max_requests, config.max_candidates, config.max_events, config.max_values
         )
         self.intake = Intake(config.max_inflight_bytes, metrics.refuse)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from torchrec_kvshare.cache.reasons import BYPASS, MISS
-from torchrec_kvshare.engine import Answer, Engine, Unscored
 from torchrec_kvshare.errors import ScoreError
-from torchrec_kvshare.features import Request
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
 
 MAX_WAITING = 32  # answers that wait for an idle moment; the oldest are given up
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 
 from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, Ints
-from torchrec_kvshare.data.schema import ITEM, NUM_RESERVED_ROWS, candidate_key
 from torchrec_kvshare.data.targets import (
     batches_of,
     build_batch,
@@ -21,6 +20,7 @@ from torchrec_kvshare.data.targets import (
     windows_of,
 )
 from torchrec_kvshare.errors import TrainingError
+from torchrec_kvshare.features.schema import ITEM, NUM_RESERVED_ROWS, candidate_key
 from torchrec_kvshare.training.metrics import (
     CUTOFF,
     Values,

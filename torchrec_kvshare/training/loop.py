@@ -31,7 +31,7 @@ from torchrec_kvshare.data.targets import (
     windows_of,
 )
 from torchrec_kvshare.errors import TrainingError
-from torchrec_kvshare.ranking import takes_prefixes
+from torchrec_kvshare.model.ranking import takes_prefixes
 from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
 
 CHECKPOINT = "checkpoint.pt"

@@ -23,13 +23,13 @@ from torchrec_kvshare.config import ModelConfig, TrainConfig
 from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset, users_to_test
 from torchrec_kvshare.data.digest import DataDigest, data_digest
 from torchrec_kvshare.data.load import load_log
-from torchrec_kvshare.data.schema import FeatureSchema, History, Window
 from torchrec_kvshare.data.split_report import crowded_moments, split_sizes, unknown_shares
 from torchrec_kvshare.data.targets import MIN_CATALOGUE
 from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.features.schema import FeatureSchema, History, Window
 from torchrec_kvshare.history.kinds import KINDS, TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.ranking import dlrm_with_history, plain_dlrm, takes_prefixes
+from torchrec_kvshare.model.ranking import dlrm_with_history, plain_dlrm, takes_prefixes
 from torchrec_kvshare.training.evaluate import (
     Scorer,
     evaluate_catalogue,

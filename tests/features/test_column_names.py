@@ -1,0 +1,153 @@
+"""Columns may be called as they are in people's data, even as our own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.oracle import reference_logits
+from tests.worlds import (
+    CAUSAL_SPEC,
+    LOGIT_TOLERANCE,
+    PROBABILITY_TOLERANCE,
+    make_dlrm,
+    parse_all,
+)
+from torchrec_kvshare.config import CacheConfig
+from torchrec_kvshare.data.dataset import TRAIN, build_dataset
+from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.tables import encode
+from torchrec_kvshare.data.targets import build_batch, sample_negatives, windows_of
+from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.export.exporter import export_model, load_artifact
+from torchrec_kvshare.export.open import new_engine
+from torchrec_kvshare.features.batches import collate
+from torchrec_kvshare.features.draw import draw_raw_request
+from torchrec_kvshare.features.schema import (
+    FeatureSchema,
+    History,
+    Vocabulary,
+    Window,
+    context_key,
+    item_key,
+    table_name,
+)
+from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.serving.columns import column_tensors, raw_requests
+
+# Names of ours, names that modules and TorchScript do not take, and one that both sides have.
+CONTEXT = ("user_id", "item_id", "time", "first_event", "a.b", "Customer ID", "kind")
+ATTRIBUTES = ("user_id", "position", "pages", "first_place", "a.b", "items", "größe %", "kind")
+FLOATS = ("dense", "values", "visible_events.history", "class")
+NAMES = ("user id", "1st")  # of histories
+
+
+def odd_schema() -> FeatureSchema:
+    keys = ["user_id", "item_id", *map(context_key, CONTEXT), *map(item_key, ATTRIBUTES)]
+    # Each vocabulary of its own size: one that is taken for another has the wrong rows.
+    vocabularies = {
+        key: Vocabulary([f"{key} {place}" for place in range(3 + number)])
+        for number, key in enumerate(keys)
+    }
+    histories = tuple(History(name, Window(8, 4)) for name in NAMES)
+    return FeatureSchema(vocabularies, CONTEXT, False, ATTRIBUTES, FLOATS, histories)
+
+
+SCHEMA = odd_schema()
+RAWS = [draw_raw_request(SCHEMA, events, 3, 50 + events) for events in (0, 5, 11)]
+
+
+def test_scores_of_odd_columns_equal_the_reference() -> None:
+    """An attribute called ``user_id`` took the users' vocabulary, ``position`` the positions."""
+    model = make_dlrm(seed=3, schema=SCHEMA)
+    expected = torch.cat([reference_logits(model, SCHEMA, raw) for raw in RAWS])
+    batch = collate(parse_all(RAWS, SCHEMA), SCHEMA)
+    with torch.no_grad():
+        got = model(batch.dense_features, batch.sparse_features).squeeze(1)
+    torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=LOGIT_TOLERANCE)
+
+
+def test_an_artifact_of_odd_columns_scores_cached_as_uncached(tmp_path: Path) -> None:
+    model = make_dlrm(seed=3, schema=SCHEMA)
+    export_model(RankingModel(model).eval(), SCHEMA, tmp_path / "a")
+    artifact = load_artifact(tmp_path / "a")
+    engine = new_engine(artifact, CacheConfig(capacity_bytes=2**22))
+    raws = RAWS[1:]  # A user without events has nothing to cache.
+    requests = parse_all(raws, artifact.schema)
+    expected = torch.cat([reference_logits(model, SCHEMA, raw) for raw in raws]).sigmoid()
+    for status in ("miss", "hit"):
+        answers = engine.rank(requests)
+        assert [answer.cache.status for answer in answers] == [status] * 2
+        scores = [score for answer in answers for score in answer.scores]
+        assert scores == pytest.approx(expected.tolist(), abs=PROBABILITY_TOLERANCE)
+
+
+def test_tensors_of_odd_columns_come_back_as_they_went() -> None:
+    tensors = column_tensors(RAWS, SCHEMA)
+    back = raw_requests(tensors, SCHEMA, len(RAWS))
+    for raw, other in zip(parse_all(RAWS, SCHEMA), parse_all(back, SCHEMA), strict=True):
+        assert raw.user_row == other.user_row
+        for column in CONTEXT:
+            assert torch.equal(raw.context[column], other.context[column])
+        for column in ATTRIBUTES:
+            assert torch.equal(raw.candidate_bags[column][0], other.candidate_bags[column][0])
+        assert torch.equal(raw.dense, other.dense)
+
+
+def test_a_log_of_odd_columns_trains_on_each_column_s_own_ids() -> None:
+    num_events, num_items = 24, 4
+    log = InteractionLog(
+        users=encode(["u", "v"] * (num_events // 2)),
+        items=encode([f"item {place % num_items}" for place in range(num_events)]),
+        time=np.arange(num_events),
+        label=np.ones(num_events, np.float32),
+        action=None,
+        item_attributes={name: [(f"{name} of item",)] * num_items for name in ATTRIBUTES},
+        item_floats={name: np.ones(num_items, np.float32) for name in FLOATS},
+        user_attributes={name: [(f"{name} of user",)] * 2 for name in CONTEXT},
+        report=ReadReport(num_events, num_events, {}, []),
+    )
+    dataset = build_dataset(log, [History(name, Window(8, 4)) for name in NAMES])
+    vocabularies = dataset.schema.vocabulary_by_column
+    for name in CONTEXT:
+        assert vocabularies[context_key(name)].ids == (f"{name} of user",)
+    for name in ATTRIBUTES:
+        assert vocabularies[item_key(name)].ids == (f"{name} of item",)
+    windows = windows_of(dataset, np.flatnonzero(dataset.split == TRAIN))
+    rng = np.random.default_rng(0)
+    negatives = sample_negatives(dataset, windows.targets, 1, rng)
+    candidates = np.concatenate([dataset.item[windows.targets][:, None], negatives], axis=1)
+    batch = build_batch(dataset, windows, candidates, rng)
+    model = dlrm_with_history(dataset.schema, CAUSAL_SPEC, [9, 1])
+    logits = model(batch.dense_features, batch.sparse_features)
+    assert logits.shape == (candidates.size, 1)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["item_id", "action", "time", "first_event"])
+@pytest.mark.parametrize("kind", ["attribute", "float"])
+def test_a_column_of_an_item_is_not_called_as_an_event_s_own(name: str, kind: str) -> None:
+    attributes, floats = ((name,), ()) if kind == "attribute" else ((), (name,))
+    with pytest.raises(ConfigError, match=rf"\['{name}'\].*'item_id', 'action', 'time'"):
+        FeatureSchema({}, (), False, attributes, floats, SCHEMA.histories)
+
+
+def test_two_columns_of_an_item_do_not_have_one_name() -> None:
+    with pytest.raises(ConfigError, match="'price'"):
+        FeatureSchema({}, (), False, ("price",), ("price",), SCHEMA.histories)
+    with pytest.raises(ConfigError, match="'a'"):
+        FeatureSchema({}, ("a", "b", "a"), False, (), (), SCHEMA.histories)
+
+
+def test_a_history_is_not_called_as_a_group_of_keys() -> None:
+    for name in ("context", "candidates", "request", "targets", "user_id", ""):
+        with pytest.raises(ConfigError, match="histories"):
+            FeatureSchema({}, (), False, (), (), (History(name, Window(8, 4)),))
+
+
+def test_names_of_tables_differ_where_columns_do() -> None:
+    keys = [*map(context_key, CONTEXT), *map(item_key, ATTRIBUTES), "user_id", "item_id"]
+    names = [table_name(key) for key in keys]
+    assert len(set(names)) == len(keys)
+    assert all(f"t_{name}".isidentifier() and name.isascii() for name in names)

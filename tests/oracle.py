@@ -1,0 +1,172 @@
+"""The expected logits of a whole ranking model, from raw requests, in float64 and one by one.
+
+Rows, windows, tokens, sums and clocks are written out again here; the history is the package's
+float64 reference; only the ranking stage behind the collection is TorchRec's, in double precision.
+"""
+
+import copy
+import math
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from torchrec_kvshare.features.schema import FeatureSchema, History, table_name
+from torchrec_kvshare.history.kinds import TowerSpec
+from torchrec_kvshare.history.reference import ReferenceOptions, reference_tower
+from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
+
+
+class GivenFeatures(nn.Module):
+    """Stands in the collection's place and returns what was worked out elsewhere."""
+
+    def __init__(self, keys: list[str], rows: Tensor) -> None:
+        super().__init__()
+        self.keys = keys
+        self.rows = rows  # [N, F, E]
+
+    def forward(self, _: Any) -> KeyedTensor:
+        widths = [self.rows.size(2)] * len(self.keys)
+        return KeyedTensor(self.keys, widths, self.rows.flatten(1))
+
+
+def reference_logits(model: nn.Module, schema: FeatureSchema, raw: dict[str, Any]) -> Tensor:
+    """[N] float64: the logits of one raw request."""
+    collection = model.sparse_arch.embedding_bag_collection
+    keys = [key for config in collection.embedding_bag_configs() for key in config.feature_names]
+    rows = []
+    for place in range(len(raw["candidates"]["item_id"])):
+        feature_by_key = reference_features(collection, schema, raw, place)
+        assert set(feature_by_key) == set(keys)
+        rows.append(torch.stack([feature_by_key[key] for key in keys]))
+    ranker = copy.deepcopy(model).double()
+    ranker.sparse_arch.embedding_bag_collection = GivenFeatures(keys, torch.stack(rows))
+    dense = [reference_dense(schema, raw, place) for place in range(len(rows))]
+    # What reaches the model is float32: rounding it is part of the input, not of the computation.
+    with torch.no_grad():
+        return ranker(torch.tensor(dense, dtype=torch.float32).double(), None).squeeze(1)
+
+
+def reference_features(
+    collection: KVShareEmbeddingBagCollection,
+    schema: FeatureSchema,
+    raw: dict[str, Any],
+    place: int,
+) -> dict[str, Tensor]:
+    """[E] float64 of every pooled feature of one candidate, by key."""
+    tables = exact_tables(collection)
+    cells_by_key = {"user_id": ("user_id", [raw["user_id"]])}
+    for column in schema.context:
+        cells_by_key[f"context.{column}"] = (f"context.{column}", raw["context"][column])
+    candidates = raw["candidates"]
+    cells_by_key["candidates.item_id"] = ("item_id", [candidates["item_id"][place]])
+    for column in schema.item_attributes:
+        cells_by_key[f"candidates.{column}"] = (f"items.{column}", candidates[column][place])
+    feature_by_key = {
+        key: _rows(tables[f"bag_{table_name(of)}"], schema, of, cells)
+        for key, (of, cells) in cells_by_key.items()
+    }
+    pooled = {
+        history.name: reference_history(collection, schema, raw, place, which)
+        for which, history in enumerate(schema.histories)
+    }
+    return feature_by_key | pooled
+
+
+def exact_tables(collection: KVShareEmbeddingBagCollection) -> dict[str, Tensor]:
+    """Every embedding table in float64 by its name, wherever in the collection it is."""
+    table_by_name = {}
+    for name, weight in collection.state_dict().items():
+        *_, table, _ = name.split(".")
+        if table.startswith(("bag_", "token_")):
+            table_by_name[table] = weight.double()
+    return table_by_name
+
+
+def reference_history(
+    collection: KVShareEmbeddingBagCollection,
+    schema: FeatureSchema,
+    raw: dict[str, Any],
+    place: int,
+    which: int = 0,
+) -> Tensor:
+    """[E] float64: one of the histories as one candidate pools it."""
+    described, tower = schema.histories[which], collection.towers()[which]
+    history = raw["history"]
+    read = [
+        event
+        for event in range(len(history["time"]))
+        if not described.actions or history["action"][event] in described.actions
+    ]
+    first = 0
+    while len(read) - first > described.window.max_history:
+        first += described.window.block
+    tables = exact_tables(collection)
+    positions = tables.get(f"token_position_{table_name(described.name)}")
+    events = []
+    for position, event in enumerate(read[first:]):
+        token = torch.zeros(tower.dim, dtype=torch.float64)
+        if positions is not None:
+            token = token + positions[position]
+        for column in schema.event_columns:
+            cells = [history[column][event]]
+            token = token + _rows(tables[f"token_{column}"], schema, column, cells)
+        for column in schema.item_attributes:
+            of = f"items.{column}"
+            token = token + _rows(
+                tables[f"token_{table_name(of)}"], schema, of, history[column][event]
+            )
+        events.append(token)
+    item = raw["candidates"]["item_id"][place]
+    tokens = [_rows(tables["token_item_id"], schema, "item_id", [item])]
+    for column in schema.item_attributes:
+        of, cell = f"items.{column}", raw["candidates"][column][place]
+        tokens.append(_rows(tables[f"token_{table_name(of)}"], schema, of, cell))
+    candidate = torch.stack(tokens)
+    if tower.spec.num_tokens == 1:
+        candidate = candidate.sum(0, keepdim=True)
+    seen = torch.stack(events) if events else torch.empty(0, tower.dim)
+    times = [history["time"][event] for event in read[first:]]
+    options = reference_options(tower.spec, described)
+    parameters = tower.state_dict()
+    return reference_tower(parameters, options, seen, times, candidate, raw["time"])
+
+
+def reference_options(spec: TowerSpec, history: History) -> ReferenceOptions:
+    """What a tower is, as the reference wants to be told."""
+    return ReferenceOptions(
+        spec.kind,
+        spec.num_heads,
+        spec.window or None,
+        spec.window or history.window.max_history,
+        spec.merge,
+        spec.recent,
+        history.window.block,
+    )
+
+
+def reference_dense(schema: FeatureSchema, raw: dict[str, Any], place: int) -> list[float]:
+    """Dense features of one candidate: two clocks as points on circles, then squashed floats."""
+    moment = datetime.fromtimestamp(raw["time"], tz=timezone.utc)
+    seconds = moment.hour * 3600 + moment.minute * 60 + moment.second
+    hour = 2 * math.pi * seconds / 86_400
+    weekday = 2 * math.pi * moment.weekday() / 7
+    dense = [math.sin(hour), math.cos(hour), math.sin(weekday), math.cos(weekday)]
+    for column in schema.item_floats:
+        value = raw["candidates"][column][place]
+        dense.append(math.copysign(math.log(1 + abs(value)), value))
+    return dense
+
+
+def _rows(table: Tensor, schema: FeatureSchema, column: str, cells: list[Any]) -> Tensor:
+    """[E]: the sum of a bag's rows. Row 0 is for missing ids, row 1 for unknown ones."""
+    known = list(schema.vocabulary_by_column[column].ids)
+    total = torch.zeros(table.size(1), dtype=torch.float64)
+    for cell in cells:
+        row = 0 if cell is None else 1
+        if cell is not None and str(cell) in known:
+            row = 2 + known.index(str(cell))
+        total = total + table[row]
+    return total

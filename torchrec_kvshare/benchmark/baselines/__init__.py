@@ -1,0 +1,1 @@
+"""What the shared way is compared with."""

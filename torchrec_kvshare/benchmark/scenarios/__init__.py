@@ -1,0 +1,1 @@
+"""One file for each ``python -m pipelines.benchmark scenario=NAME``."""

@@ -1,0 +1,595 @@
+"""What a server gives with K/V kept between requests and without, its clients coming as they like.
+
+``cached`` and ``uncached`` are ``pipelines.serve`` on one artifact; ``merged`` is the same server
+around a model that encodes the history again for every candidate. Each is a process of its own,
+asked over gRPC by a client that is one too. Users come by Zipf's law, each with a whole window, so
+a cache that has room for a part of them hits as often as that law has it.
+"""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
+from math import ceil
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_kvshare.benchmark.baselines.merged import MergedEmbeddingBagCollection, share_weights
+from torchrec_kvshare.benchmark.load import (
+    CALL_TIMEOUT_S,
+    LEAST_QPS,
+    LoadResult,
+    Reply,
+    Saturation,
+    ask_each,
+    check_installed,
+    highest_qps,
+    measure_server,
+    saturated_qps,
+)
+from torchrec_kvshare.benchmark.plan import Plan, Sizes
+from torchrec_kvshare.benchmark.results import Case, Record
+from torchrec_kvshare.benchmark.scenarios.cache_trace import ZIPF_EXPONENT
+from torchrec_kvshare.benchmark.scenarios.queue_length import (
+    CHUNK_TRIAL_CANDIDATES,
+    Paths,
+    fastest_chunk_rows,
+)
+from torchrec_kvshare.benchmark.workload import draw_requests, make_dlrm, make_schema
+from torchrec_kvshare.cache.metrics import CacheMetrics
+from torchrec_kvshare.cache.open import MEMORY, OFF
+from torchrec_kvshare.cache.reasons import HIT
+from torchrec_kvshare.commands.layout import process_command
+from torchrec_kvshare.config import ServeConfig, ServerConfig
+from torchrec_kvshare.errors import ConfigError, ParityError
+from torchrec_kvshare.export.artifact import read_artifact
+from torchrec_kvshare.export.exporter import export_model
+from torchrec_kvshare.features.draw import draw_raw_request
+from torchrec_kvshare.features.schema import USER, FeatureSchema
+from torchrec_kvshare.history.kinds import CAUSAL
+from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.serving.columns import BYTES as TEXTS
+from torchrec_kvshare.serving.columns import column_tensors, datatype_of
+from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
+
+SERVING = "serving"
+CACHED, UNCACHED, MERGED = "cached", "uncached", "merged"
+MODEL = "kvshare"  # as a server names the one model of an artifact
+
+NUM_USERS = 128
+NUM_SAMPLES = 4096  # draws of who comes
+UNKNOWN_ID = 10**9
+NUM_COMPARED = 16  # users, the most frequent ones, whose scores are compared between servers
+CAPACITY_PERCENTS = (100, 25)  # of the K/V of all users, that a cache has room for at rest
+NUM_ENCODED = 16  # users whose K/V has room besides, while their requests are answered
+TTL_S = 3600.0  # longer than any run
+
+RUN_S = 8.0  # of each rate that is tried
+SATURATED_S = 5.0
+SEEDS_PER_TURN = 1000  # more than a search has runs
+IN_FLIGHT = 4
+START_S = 120.0  # until a server is ready: a busy machine loads slowly
+STOP_S = 30.0
+POLL_S = 0.05
+HTTP_TIMEOUT_S = 10.0
+
+READY = re.compile(r"^serving on http://(\S+) and grpc://(\S+)$", re.MULTILINE)
+LOG = "server.log"
+# A sigmoid is at most a fourth as steep as its logit.
+TOLERANCE = LOGIT_TOLERANCE / 4
+
+
+class Setup(NamedTuple):
+    """A way to serve.
+
+    Attributes:
+        path: its name.
+        capacity_percent: of the K/V of all users, what it keeps between requests.
+    """
+
+    path: str
+    capacity_percent: int = 0
+
+    def case(self) -> Case:
+        """It, as it stands in a record."""
+        if self.path == CACHED:
+            return {"path": self.path, "capacity_percent": self.capacity_percent}
+        return {"path": self.path}
+
+
+BASELINES = (Setup(UNCACHED), Setup(MERGED))
+
+
+class Server(NamedTuple):
+    """Where a server listens, each ``host:port``."""
+
+    http: str
+    grpc: str
+
+
+class Spent(NamedTuple):
+    """Seconds since a server started, of all its requests together."""
+
+    scoring_s: float
+    requests_s: float
+
+
+@dataclass
+class Turns:
+    """What one server gave, turn by turn.
+
+    Attributes:
+        highest: at the highest rate that met the target; None where none did.
+        saturations: when it was never without work.
+        engine_shares: of the time of requests that come one at a time, what scoring took.
+    """
+
+    highest: list[LoadResult | None] = field(default_factory=list)
+    saturations: list[Saturation] = field(default_factory=list)
+    engine_shares: list[float] = field(default_factory=list)
+
+    @property
+    def met(self) -> list[LoadResult]:
+        """Of the turns in which a rate met the target."""
+        return [result for result in self.highest if result is not None]
+
+    @property
+    def qps_at_50ms(self) -> float:
+        """Median of the highest rates, 0 for a turn without one."""
+        return median(0.0 if result is None else result.qps for result in self.highest)
+
+    @property
+    def saturated_qps(self) -> float:
+        """Median."""
+        return median(saturation.qps for saturation in self.saturations)
+
+    @property
+    def hit_rate(self) -> float:
+        """Median at the highest rates; without one, of the saturated server."""
+        return median(each.hit_rate for each in self.met or self.saturations)
+
+    def first_qps(self) -> float:
+        """Where the next search for the highest rate begins, the server being saturated before."""
+        if not self.highest:
+            return self.saturations[-1].qps / 2
+        last = self.highest[-1]
+        return LEAST_QPS if last is None else last.qps
+
+
+def measure_serving(plan: Plan, sizes: Sizes) -> list[Record]:
+    """Rates that servers keep up with, with K/V kept and without.
+
+    All servers of a case run at once, and take turns in being asked.
+
+    Args:
+        plan: ``histories``; ``long_histories``, without the merged server, as all numbers of
+            ``candidates`` beyond ``merged_max_candidates``; ``merged_chunk_rows``; ``repeats``,
+            turns of each server; ``seed``.
+        sizes: of the model, which is drawn.
+
+    Returns:
+        Medians over the turns. ``qps_at_50ms``: the highest Poisson rate whose 99th percentile is
+        within 50 ms without a failure, 0 if there is none; ``p99_ms`` at that rate, if there is
+        one; ``hit_rate``; ``saturated_qps``, with 4 requests always in flight; ``engine_share``,
+        what scoring takes of the time of requests that come one at a time; and
+        ``qps_vs_uncached``, ``saturated_vs_uncached``, ``qps_vs_merged``, ``saturated_vs_merged``
+        where the other server has such a rate.
+
+    Raises:
+        ConfigError: if a server does not start, or refuses a request.
+        MissingExtraError: if what a client needs is not installed.
+        ParityError: if scores of two servers differ.
+    """
+    check_installed()
+    histories = (*plan.histories, *plan.long_histories)
+    return [record for history in histories for record in _measure_history(history, plan, sizes)]
+
+
+def _measure_history(history: int, plan: Plan, sizes: Sizes) -> Iterator[Record]:
+    schema = make_schema(history, NUM_USERS)
+    paths = Paths(schema, make_dlrm(schema, sizes, plan.seed), sizes)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        artifact = folder / "artifact"
+        export_model(paths.model, schema, artifact)
+        # The cache of the paths has room for one user.
+        user_bytes = paths.cache.pool.capacity_bytes
+        commands = serve_commands(artifact, user_bytes, sizes.page_size)
+        merged = {}
+        if history in plan.histories:
+            trial = min(max(plan.candidates), CHUNK_TRIAL_CANDIDATES)
+            [request] = draw_requests(schema, [trial], user=0, seed=plan.seed)
+            chunk_rows = fastest_chunk_rows(paths, request, plan.merged_chunk_rows)
+            merged[Setup(MERGED)] = merged_command(artifact, sizes, plan.seed, chunk_rows)
+        for num_candidates in plan.candidates:
+            is_short = num_candidates <= plan.merged_max_candidates
+            by_user = [
+                message_of(schema, user, num_candidates, plan.seed) for user in range(NUM_USERS)
+            ]
+            turns = _measure_case(
+                commands | merged if is_short else commands, by_user, plan, folder
+            )
+            case = sizes.case(CAUSAL) | {"history": history, "candidates": num_candidates}
+            yield from _records(case | {"users": NUM_USERS}, turns)
+
+
+def _measure_case(
+    commands: Mapping[Setup, Sequence[str]], by_user: Sequence[bytes], plan: Plan, folder: Path
+) -> dict[Setup, Turns]:
+    with ExitStack() as stack:
+        server_by_setup = {
+            setup: stack.enter_context(running(command, folder))
+            for setup, command in commands.items()
+        }
+        check_parity(server_by_setup, by_user)
+        return _take_turns(server_by_setup, by_user, plan, folder)
+
+
+# --- servers
+
+
+def serve_commands(artifact: Path, user_bytes: int, page_size: int) -> dict[Setup, list[str]]:
+    """Command lines of ``pipelines.serve``, with each of the caches and without.
+
+    Args:
+        artifact: what is served.
+        user_bytes: of the K/V of one user.
+        page_size: rows per page.
+    """
+    ports = ["server.http_port=0", "server.grpc_port=0"]
+    shared = [f"artifact={artifact}", f"threads={torch.get_num_threads()}", *ports]
+    # What a server is late with is seen in its latencies; cut off, it would count as a failure.
+    shared.append(f"server.timeout_ms={CALL_TIMEOUT_S * 1e3}")
+    start = [*process_command("serve"), *shared]
+    commands = {Setup(UNCACHED): [*start, f"cache={OFF}"]}
+    for percent in CAPACITY_PERCENTS:
+        num_at_rest = ceil(NUM_USERS * percent / 100)
+        num_users = num_at_rest + NUM_ENCODED
+        commands[Setup(CACHED, percent)] = [
+            *start,
+            f"cache={MEMORY}",
+            f"cache.page_size={page_size}",
+            f"cache.capacity_bytes={num_users * user_bytes}",
+            # A bit more than the users at rest take, so that rounding leaves none of them out.
+            f"++cache.watermark={(num_at_rest + 0.01) / num_users}",
+            f"cache.ttl_s={TTL_S}",
+            f"cache.idle_ttl_s={TTL_S}",
+        ]
+    return commands
+
+
+def merged_command(artifact: Path, sizes: Sizes, seed: int, chunk_rows: int) -> list[str]:
+    """Command line of ``serve_merged`` in a process of its own.
+
+    Args:
+        artifact: of the model that ``make_dlrm`` draws of the other arguments.
+        sizes: of it.
+        seed: of it.
+        chunk_rows: rows that are computed at once.
+    """
+    arguments = {
+        "artifact": str(artifact),
+        "sizes": asdict(sizes),
+        "seed": seed,
+        "chunk_rows": chunk_rows,
+        "num_threads": torch.get_num_threads(),
+    }
+    return [sys.executable, "-m", __name__, json.dumps(arguments)]
+
+
+@contextmanager
+def running(command: Sequence[str], folder: Path) -> Iterator[Server]:
+    """Run a server, on free ports of this machine, until the block ends.
+
+    Args:
+        command: its command line; it says where it serves, as ``pipelines.serve`` does.
+        folder: for what it prints.
+
+    Yields:
+        Where it listens, once it is ready.
+
+    Raises:
+        ConfigError: if it ends before, or is not ready in time.
+    """
+    with TemporaryDirectory(dir=folder) as own:
+        log = Path(own) / LOG
+        with log.open("wb") as printed:
+            process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+        try:
+            yield _wait_for(process, log)
+        finally:
+            _stop(process)
+
+
+def _wait_for(process: "subprocess.Popen[bytes]", log: Path) -> Server:
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if ready := READY.search(log.read_text()):
+            return Server(*ready.groups())
+        time.sleep(POLL_S)
+    status = process.poll()
+    happened = f"is not ready after {START_S:g} s" if status is None else f"ended with {status}"
+    last_line = log.read_text().strip().rpartition("\n")[2]
+    raise ConfigError(f"the server {happened}; the last that it said: {last_line}")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# --- what is asked
+
+
+def message_of(schema: FeatureSchema, user: int, num_candidates: int, seed: int) -> bytes:
+    """What a user sends, ready for the wire.
+
+    Args:
+        schema: the model's columns; the history fills its window.
+        user: which of the schema's users.
+        num_candidates: candidates to score.
+        seed: same seed, same events and candidates.
+
+    Returns:
+        A ``ModelInferRequest``, serialised.
+    """
+    from tritonclient.grpc import service_pb2
+    from tritonclient.utils import serialize_byte_tensor
+
+    max_history = schema.histories[0].window.max_history
+    raw = draw_raw_request(schema, max_history, num_candidates, seed + user) | {USER: user}
+    for group in ("context", "history", "candidates"):
+        raw[group] = {column: _as_integers(cells) for column, cells in raw[group].items()}
+    message = service_pb2.ModelInferRequest(model_name=MODEL)
+    for name, tensor in column_tensors([raw], schema).items():
+        datatype = datatype_of(tensor)
+        message.inputs.add(name=name, datatype=datatype, shape=tensor.shape)
+        is_text = datatype == TEXTS
+        content = serialize_byte_tensor(tensor).item() if is_text else tensor.tobytes()
+        message.raw_input_contents.append(content)
+    encoded: bytes = message.SerializeToString()
+    return encoded
+
+
+def _as_integers(cells: Any) -> Any:
+    """Ids as most systems have them; one that was drawn unknown is beyond all others."""
+    if isinstance(cells, list):
+        return [_as_integers(cell) for cell in cells]
+    if isinstance(cells, str):
+        return int(cells) if cells.isdecimal() else UNKNOWN_ID
+    return cells
+
+
+def draw_samples(by_user: Sequence[bytes], seed: int) -> list[bytes]:
+    """Messages as often as their users come: by Zipf's law, the first user most often.
+
+    Args:
+        by_user: one message each.
+        seed: same seed, same samples.
+    """
+    weights = np.arange(1, len(by_user) + 1) ** -ZIPF_EXPONENT
+    rng = np.random.default_rng(seed)
+    users = rng.choice(len(by_user), NUM_SAMPLES, p=weights / weights.sum())
+    return [by_user[user] for user in users]
+
+
+def check_parity(server_by_setup: Mapping[Setup, Server], by_user: Sequence[bytes]) -> None:
+    """Check that all servers give the uncached scores; the caches are full afterwards.
+
+    Args:
+        server_by_setup: the servers, one of them uncached.
+        by_user: messages, the most frequent user's first.
+
+    Raises:
+        ParityError: naming the server and by how much a probability differs, or the user whose K/V
+            was not kept, so that there is nothing to compare.
+    """
+    compared = by_user[:NUM_COMPARED]
+    expected = ask_each(server_by_setup[Setup(UNCACHED)].grpc, compared)
+    for setup, server in server_by_setup.items():
+        if setup.path == CACHED:
+            ask_each(server.grpc, by_user[::-1])  # The most frequent ones last, so that they stay.
+        replies = ask_each(server.grpc, compared)
+        for user, (reply, uncached) in enumerate(zip(replies, expected, strict=True)):
+            if setup.path == CACHED and reply.status != HIT:
+                raise ParityError(f"{setup} kept no K/V of user {user}: {reply.status}")
+            difference = _worst_difference(reply, uncached)
+            if not difference <= TOLERANCE:
+                raise ParityError(
+                    f"a score of {setup} differs by {difference} from the uncached one of user "
+                    f"{user}; at most {TOLERANCE} is allowed"
+                )
+
+
+def _worst_difference(reply: Reply, expected: Reply) -> float:
+    return float(np.abs(np.subtract(reply.scores, expected.scores)).max())
+
+
+# --- turns
+
+
+def _take_turns(
+    server_by_setup: Mapping[Setup, Server], by_user: Sequence[bytes], plan: Plan, folder: Path
+) -> dict[Setup, Turns]:
+    samples = draw_samples(by_user, plan.seed)
+    turns_by_setup = {setup: Turns() for setup in server_by_setup}
+    for turn in range(plan.repeats):
+        seed = plan.seed + turn
+        for setup, server in server_by_setup.items():
+            turns = turns_by_setup[setup]
+            saturated = saturated_qps(server.grpc, samples, IN_FLIGHT, SATURATED_S, seed)
+            turns.saturations.append(saturated)
+            turns.engine_shares.append(engine_share(server, samples, seed))
+            # Others come in each run: those of the run before are the ones that a cache still has.
+            seeds = count(seed * SEEDS_PER_TURN)
+            measure_at = partial(_measure_at, server, samples, seeds, folder)
+            turns.highest.append(highest_qps(measure_at, turns.first_qps()))
+    return turns_by_setup
+
+
+def _measure_at(
+    server: Server, samples: Sequence[bytes], seeds: Iterator[int], folder: Path, qps: float
+) -> LoadResult:
+    with TemporaryDirectory(dir=folder) as logs:
+        return measure_server(server.grpc, samples, qps, RUN_S, next(seeds), Path(logs))
+
+
+def engine_share(server: Server, samples: Sequence[bytes], seed: int) -> float:
+    """Of the time that a server spends on requests one at a time, what scoring takes.
+
+    Args:
+        server: it; nobody else asks it meanwhile.
+        samples: messages.
+        seed: of what is asked.
+    """
+    before = read_spent(server)
+    saturated_qps(server.grpc, samples, 1, SATURATED_S, seed)
+    after = read_spent(server)
+    return (after.scoring_s - before.scoring_s) / (after.requests_s - before.requests_s)
+
+
+def read_spent(server: Server) -> Spent:
+    """What a server's metrics say of its time."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    url = f"http://{server.http}/metrics"
+    with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples]
+    scoring = (
+        sample.value
+        for sample in samples
+        if sample.name == "kvshare_stage_seconds_sum" and sample.labels["stage"] == "score"
+    )
+    requests = (s.value for s in samples if s.name == "kvshare_request_seconds_sum")
+    return Spent(sum(scoring), sum(requests))
+
+
+# --- records
+
+
+def _records(case: Case, turns_by_setup: Mapping[Setup, Turns]) -> Iterator[Record]:
+    for setup, turns in turns_by_setup.items():
+        figures = [
+            ("qps_at_50ms", turns.qps_at_50ms, "1/s"),
+            ("saturated_qps", turns.saturated_qps, "1/s"),
+            ("hit_rate", turns.hit_rate, "x"),
+            ("engine_share", median(turns.engine_shares), "x"),
+        ]
+        if turns.met:
+            figures.append(("p99_ms", median(result.p99_ms for result in turns.met), "ms"))
+        for baseline in BASELINES:
+            if baseline in turns_by_setup and setup.path not in (baseline.path, MERGED):
+                figures += _ratios(turns, turns_by_setup[baseline], baseline.path)
+        for metric, value, unit in figures:
+            yield Record(SERVING, case | setup.case(), metric, value, unit)
+
+
+def _ratios(turns: Turns, baseline: Turns, name: str) -> Iterator[tuple[str, float, str]]:
+    if baseline.qps_at_50ms > 0:
+        yield f"qps_vs_{name}", turns.qps_at_50ms / baseline.qps_at_50ms, "x"
+    if baseline.saturated_qps > 0:
+        yield f"saturated_vs_{name}", turns.saturated_qps / baseline.saturated_qps, "x"
+
+
+# --- the merged server, in a process of its own
+
+
+class MergedModel(RankingModel):
+    """A ranking model that encodes the history again for every candidate.
+
+    Args:
+        model: as ``RankingModel`` takes it, with one history.
+        chunk_rows: rows that are computed at once.
+    """
+
+    def __init__(self, model: nn.Module, chunk_rows: int) -> None:
+        super().__init__(model)
+        merged = MergedEmbeddingBagCollection(self.collection, chunk_rows)
+        self.merged = share_weights(model, self.collection, merged)
+
+    def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
+        """Logits [C], the history of each candidate encoded for it alone."""
+        return self.merged(dense, features).squeeze(1)
+
+
+class MergedLoader:
+    """Makes the merged engine of an artifact whose model was drawn; see ``serving.models.Loader``.
+
+    Args:
+        sizes: of the model.
+        seed: likewise.
+        chunk_rows: rows that are computed at once.
+    """
+
+    def __init__(self, sizes: Sizes, seed: int, chunk_rows: int) -> None:
+        self._sizes = sizes
+        self._seed = seed
+        self._chunk_rows = chunk_rows
+        self.metrics = CacheMetrics()
+
+    def load(self, folder: Path) -> Engine:
+        """An engine with the artifact's columns and version."""
+        manifest, schema = read_artifact(folder)
+        ranker = make_dlrm(schema, self._sizes, self._seed)
+        model = MergedModel(ranker, self._chunk_rows).eval()
+        return Engine(model, schema, None, version=manifest.version)
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+def serve_merged(
+    artifact: str, sizes: dict[str, Any], seed: int, chunk_rows: int, num_threads: int
+) -> None:
+    """Serve a drawn model that shares nothing until SIGTERM; it says where, as the others do.
+
+    Args:
+        artifact: of the same model.
+        sizes: fields of ``Sizes``.
+        seed: of the model.
+        chunk_rows: rows that are computed at once.
+        num_threads: of torch.
+    """
+    torch.set_num_threads(num_threads)
+    limits = ServerConfig(http_port=0, grpc_port=0, timeout_ms=CALL_TIMEOUT_S * 1e3)
+    loader = MergedLoader(Sizes(**sizes), seed, chunk_rows)
+    asyncio.run(_serve(ServeConfig(artifact=artifact, server=limits), loader))
+
+
+async def _serve(config: ServeConfig, loader: MergedLoader) -> None:
+    # What it needs is of the extra [server].
+    from torchrec_kvshare.serving.server import Ports, serve
+
+    def show(ports: Ports) -> None:
+        host = config.server.host
+        print(f"serving on http://{host}:{ports.http} and grpc://{host}:{ports.grpc}", flush=True)
+
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await serve(config, loader, stop, show)
+
+
+if __name__ == "__main__":
+    serve_merged(**json.loads(sys.argv[1]))

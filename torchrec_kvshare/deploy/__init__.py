@@ -1,0 +1,1 @@
+"""nginx, Redis and a local cluster round the server."""

@@ -1,0 +1,101 @@
+"""Open an engine from an artifact and a cache config, refusing what the model does not allow."""
+
+from torchrec_kvshare.cache.codecs import Codec
+from torchrec_kvshare.cache.items import ItemCache
+from torchrec_kvshare.cache.metrics import CacheMetrics
+from torchrec_kvshare.cache.open import CACHES, OFF, TIERED, codecs_of, new_stack, new_store
+from torchrec_kvshare.cache.stack import TierStack
+from torchrec_kvshare.config import CacheConfig
+from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.export.artifact import Manifest
+from torchrec_kvshare.export.exporter import PT2, Artifact
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.verify.audit import CROSS_REQUEST, EXACT
+from torchrec_kvshare.verify.deterministic import require_determinism
+
+DEFAULT_CACHE = CacheConfig()
+
+
+def new_engine(
+    artifact: Artifact,
+    cache: CacheConfig = DEFAULT_CACHE,
+    deterministic: bool = False,
+    stack: TierStack | None = None,
+    metrics: CacheMetrics | None = None,
+) -> Engine:
+    """Open an engine for a loaded artifact.
+
+    Args:
+        artifact: as ``load_artifact`` returns it.
+        cache: where K/V is kept, and for how long.
+        deterministic: require scores that are bit-equal whatever else is in the batch.
+        stack: tiers of another engine of this process, so that two models can share them; None
+            opens those that ``cache`` names.
+        metrics: where everything is counted; by default the stack's, or new ones.
+
+    Returns:
+        The engine, its pages empty.
+
+    Raises:
+        ConfigError: if the cache cannot work as configured, the model's audit allows no K/V between
+            requests, a codec is beyond its budget, or scores in this process are not deterministic.
+        MissingExtraError: if a tier's packages are not installed.
+    """
+    if cache.name not in CACHES:
+        raise ConfigError(f"cache is {cache.name!r}; one of {CACHES} is allowed")
+    manifest = artifact.manifest
+    if deterministic:
+        require_determinism(artifact.model, artifact.schema)
+    store = None
+    if cache.name != OFF:
+        _check_audit(manifest)
+        extends = manifest.audit["append"] == EXACT
+        for codec in codecs_of(cache, stack):
+            _check_codec(codec, manifest, cache, deterministic)
+        if cache.name == TIERED and stack is None:
+            stack = new_stack(cache, manifest.break_even_events, metrics)
+        if metrics is None:
+            metrics = CacheMetrics() if stack is None else stack.metrics
+        store = new_store([*manifest.towers.values()], cache, stack, extends, metrics)
+    items = None
+    if cache.items and manifest.runtime == PT2:
+        raise ConfigError(
+            f"cache.items is {cache.items}; graphs of runtime {PT2} project candidates inside"
+        )
+    if cache.items and store is not None:
+        items = ItemCache(cache.items, artifact.schema)
+    return Engine(artifact.model, artifact.schema, store, items, manifest.version)
+
+
+def _check_codec(codec: Codec, manifest: Manifest, cache: CacheConfig, deterministic: bool) -> None:
+    """Refuse a codec that was not measured on the model, or changes scores beyond its budget."""
+    if codec.is_exact:
+        return
+    if deterministic:
+        raise ConfigError(f"deterministic is true, and codec {codec.name} changes scores")
+    figures = manifest.codecs.get(codec.name)
+    if figures is None:
+        raise ConfigError(
+            f"codec {codec.name} was not measured on model {manifest.model_version}; "
+            "python -m pipelines.benchmark scenario=codec artifact=DIR data=NAME does that"
+        )
+    worst_by_budget = {
+        "max_auc_change": (abs(figures["auc_change"]), cache.max_auc_change),
+        "max_top10_loss": (1.0 - figures["top10_overlap"], cache.max_top10_loss),
+        "max_score_difference": (figures["max_score_difference"], cache.max_score_difference),
+    }
+    for budget, (measured, allowed) in worst_by_budget.items():
+        if not measured <= allowed:
+            raise ConfigError(
+                f"codec {codec.name} is beyond cache.{budget}: {measured:.1e} was measured on "
+                f"model {manifest.model_version}; {allowed:.1e} is allowed"
+            )
+
+
+def _check_audit(manifest: Manifest) -> None:
+    """Refuse to keep K/V of a model that failed its audit."""
+    if manifest.audit["scope"] != CROSS_REQUEST:
+        raise ConfigError(
+            f"K/V of model {manifest.model_version} may be used within a request only: its audit "
+            f"failed at {manifest.audit['failures']}; cache=off is allowed"
+        )

@@ -1,0 +1,1 @@
+"""Which columns there are, requests checked, rows gathered into TorchRec batches."""

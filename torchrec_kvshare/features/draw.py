@@ -1,0 +1,82 @@
+"""Requests drawn from a schema alone, so that a model can be tried where no data set is.
+
+Ids are known, unknown and missing ones; bags are ragged.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from torchrec_kvshare.features.parse import parse_request
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.features.schema import (
+    ACTION,
+    ITEM,
+    TIME,
+    USER,
+    FeatureSchema,
+    context_key,
+    item_key,
+)
+
+SHORT = 4  # events
+
+
+def draw_raw_request(
+    schema: FeatureSchema, num_events: int, num_candidates: int, seed: int
+) -> dict[str, Any]:
+    """A request of the project's format with random known, unknown and missing ids.
+
+    Args:
+        schema: the columns to fill.
+        num_events: length of the history.
+        num_candidates: candidates to score.
+        seed: same seed, same request.
+
+    Returns:
+        A raw request, as a client would send it.
+    """
+    rng = np.random.default_rng(seed)
+
+    def ids(key: str, count: int) -> list[Any]:
+        known = schema.vocabulary_by_column[key].ids
+        drawn = rng.integers(-1, len(known), count)
+        return [known[place] if place >= 0 else "never seen before" for place in drawn]
+
+    def bags(key: str, count: int) -> list[list[Any]]:
+        return [ids(key, int(length)) for length in rng.integers(0, 3, count)]
+
+    now = int(rng.integers(1_000_000_000, 1_700_000_000))
+    history = {TIME: np.sort(now - rng.integers(1, 10_000_000, num_events)).tolist()}
+    history[ITEM] = ids(ITEM, num_events)
+    if schema.has_action:
+        history[ACTION] = ids(ACTION, num_events)
+    candidates: dict[str, Any] = {ITEM: ids(ITEM, num_candidates)}
+    for column in schema.item_attributes:
+        history[column] = bags(item_key(column), num_events)
+        candidates[column] = bags(item_key(column), num_candidates)
+    for column in schema.item_floats:
+        candidates[column] = rng.normal(0, 10, num_candidates).tolist()
+    return {
+        "request_id": f"drawn-{seed}",
+        USER: ids(USER, 1)[0],
+        TIME: now,
+        "context": {column: ids(context_key(column), 1) for column in schema.context},
+        "history": history,
+        "candidates": candidates,
+    }
+
+
+def draw_ragged_raws(schema: FeatureSchema, seed: int) -> list[dict[str, Any]]:
+    """Raw requests with empty, short and cut histories and unequal candidates."""
+    longest = max(history.window.max_history for history in schema.histories)
+    sizes = [(0, 3), (1, 1), (SHORT, 5), (longest // 2, 2), (longest + 3, 7)]
+    return [
+        draw_raw_request(schema, num_events, num_candidates, seed + place)
+        for place, (num_events, num_candidates) in enumerate(sizes)
+    ]
+
+
+def draw_ragged_requests(schema: FeatureSchema, seed: int) -> list[Request]:
+    """The same requests, parsed."""
+    return [parse_request(raw, schema) for raw in draw_ragged_raws(schema, seed)]

@@ -1,0 +1,1 @@
+"""The collection, ranking models with K/V as an input, and quantised tables."""

@@ -1,0 +1,154 @@
+"""The ranking stage's own embedding bags, with users' features pooled once per user.
+
+TorchRec's EmbeddingBagCollection takes a batch of user and candidate rows as it is, and expands
+users to candidates itself. Two collections, one at the users' stride and one at the candidates',
+with one gather after the first, give the same vectors: quantised tables can do it too, which
+TorchRec's expansion cannot, and on CPU the backward of a gather is quick where that of the
+expansion goes value by value.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from torchrec_kvshare.features.schema import (
+    ITEM,
+    USER,
+    FeatureSchema,
+    candidate_key,
+    context_key,
+    item_key,
+    table_name,
+)
+
+
+def batch_of_one_stride(
+    keys: list[str], rows: list[JaggedTensor], stride: int
+) -> KeyedJaggedTensor:
+    """Keys of one stride as a batch that knows its sizes: nothing reads them from a device."""
+    by_key: dict[str, JaggedTensor] = {}
+    for place, key in enumerate(keys):
+        by_key[key] = rows[place]
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.cat([bags.values() for bags in rows]),
+        lengths=torch.cat([bags.lengths() for bags in rows]),
+        stride=stride,
+        length_per_key=[bags.values().size(0) for bags in rows],
+        jt_dict=by_key,
+    )
+
+
+class OneStride(nn.Module):
+    """Those keys of a batch that have one number of rows, as a batch of their own."""
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        jagged_by_key = features.to_dict(compute_offsets=False)
+        rows = [jagged_by_key[key] for key in self.keys]
+        return batch_of_one_stride(self.keys, rows, rows[0].lengths().size(0))
+
+
+class UserCandidateBags(EmbeddingBagCollectionInterface):
+    """An EmbeddingBagCollection over a batch of B user rows and C candidate rows.
+
+    Args:
+        user_bags: tables of the users' features.
+        candidate_bags: tables of the candidates' features.
+    """
+
+    def __init__(
+        self, user_bags: EmbeddingBagCollection, candidate_bags: EmbeddingBagCollection
+    ) -> None:
+        super().__init__()
+        self.user_bags = user_bags
+        self.candidate_bags = candidate_bags
+        self._configs: list[EmbeddingBagConfig] = (
+            user_bags.embedding_bag_configs() + candidate_bags.embedding_bag_configs()
+        )
+        self.user_keys: list[str] = feature_names(user_bags)
+        self.candidate_keys: list[str] = feature_names(candidate_bags)
+        self.user_features = OneStride(self.user_keys)
+        self.candidate_features = OneStride(self.candidate_keys)
+        self.user_key: str = self.user_keys[0]
+        self._output_keys: list[str] = self.user_keys + self.candidate_keys
+        self._output_dims: list[int] = [
+            c.embedding_dim for c in self._configs for _ in c.feature_names
+        ]
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Pool every feature for every candidate: [C, features x E], users' features first."""
+        keys, inverse_indices = features.inverse_indices()
+        candidate_user = inverse_indices[keys.index(self.user_key)]
+        # By name: a sharded collection returns its features in the order of its shards.
+        users = self.user_bags(self.user_features(features)).to_dict()
+        candidates = self.candidate_bags(self.candidate_features(features)).to_dict()
+        values: list[Tensor] = []
+        for key in self.user_keys:
+            values.append(users[key].index_select(0, candidate_user))
+        for key in self.candidate_keys:
+            values.append(candidates[key])
+        return KeyedTensor(
+            keys=self._output_keys,
+            length_per_key=self._output_dims,
+            values=torch.cat(values, dim=1),
+        )
+
+    @torch.jit.ignore
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """All tables, the users' first."""
+        return self._configs
+
+    @torch.jit.ignore
+    def is_weighted(self) -> bool:
+        """Never: features carry no weights."""
+        return False
+
+
+def feature_names(bags: EmbeddingBagCollectionInterface) -> list[str]:
+    """What a collection pools, in the order of its tables."""
+    return [key for config in bags.embedding_bag_configs() for key in config.feature_names]
+
+
+def user_candidate_bags(schema: FeatureSchema, dim: int) -> UserCandidateBags:
+    """Tables for a schema: user and context for users, item and attributes for candidates.
+
+    Args:
+        schema: which columns there are and how many rows each needs.
+        dim: width E of every table.
+
+    Returns:
+        The collection with freshly drawn weights.
+    """
+    user_keys = {USER: USER} | {context_key(c): context_key(c) for c in schema.context}
+    candidate_keys = {ITEM: candidate_key(ITEM)}
+    candidate_keys |= {item_key(c): candidate_key(c) for c in schema.item_attributes}
+    return UserCandidateBags(
+        EmbeddingBagCollection(tables=_tables(schema, user_keys, dim)),
+        EmbeddingBagCollection(tables=_tables(schema, candidate_keys, dim)),
+    )
+
+
+def _tables(
+    schema: FeatureSchema, key_by_column: dict[str, str], dim: int
+) -> list[EmbeddingBagConfig]:
+    return [
+        EmbeddingBagConfig(
+            name=f"bag_{table_name(column)}",
+            embedding_dim=dim,
+            num_embeddings=schema.num_rows(column),
+            feature_names=[key],
+            init_fn=partial(nn.init.normal_, std=dim**-0.5),
+        )
+        for column, key in key_by_column.items()
+    ]

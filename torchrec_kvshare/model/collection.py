@@ -1,0 +1,574 @@
+"""History attention as one more pooling of an ``EmbeddingBagCollection``.
+
+To everything around it the module is an EBC: ids in, one vector per candidate and feature out; the
+pooled history is the last feature. So TorchRec's ranking models take it as it is. K/V comes either
+from the history in the batch (prefill, then attend) or, through page ids in the batch, from a table
+of pages.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.features.schema import (
+    ACTION,
+    CANDIDATE_TIME,
+    ITEM,
+    REQUEST_HISTORY,
+    REQUEST_TIME,
+    TIME,
+    USER,
+    FeatureSchema,
+    candidate_key,
+    first_place_key,
+    history_key,
+    item_key,
+    pages_key,
+    position_key,
+    table_name,
+    visible_key,
+)
+from torchrec_kvshare.history.kinds import TowerSpec
+from torchrec_kvshare.history.pages import (
+    KVPages,
+    flat_pages,
+    offsets_of,
+    place_in_user,
+    users_of_rows,
+)
+from torchrec_kvshare.history.tower import HistoryTower
+from torchrec_kvshare.model.bags import batch_of_one_stride, feature_names, user_candidate_bags
+from torchrec_kvshare.model.stages import ATTEND, PREFILL
+
+START_POSITION_SCALE = 0.25  # against the other tables: what an event is matters most
+
+
+class TokenFeatures(nn.Module):
+    """The keys that tokens are made of, each as one bag of stride 1.
+
+    A sharded EmbeddingCollection expands every key of a VBE batch to candidate rows without a word;
+    with one bag per key there is nothing to expand, and row lengths are taken from the batch
+    itself. A key that the batch does not have gets an empty bag: prefill has no candidates, a
+    cached score no history.
+
+    Args:
+        keys: of all token tables.
+        histories: names; their positions are counted here, from the lengths of their items.
+    """
+
+    position_keys: list[str]
+
+    def __init__(self, keys: list[str], histories: list[str]) -> None:
+        super().__init__()
+        self.keys = keys
+        self.position_keys = [position_key(name) for name in histories]
+        self.item_keys: list[str] = [history_key(name, ITEM) for name in histories]
+        self.first_keys: list[str] = [first_place_key(name) for name in histories]
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        jagged_by_key = features.to_dict(compute_offsets=False)
+        rows: list[JaggedTensor] = []
+        for key in self.keys:
+            if key in self.position_keys:
+                history = self.position_keys.index(key)
+                values = self.positions(features, jagged_by_key, history)
+            elif key in jagged_by_key:
+                values = jagged_by_key[key].values()
+            else:
+                values = features.values()[:0]
+            lengths = features.lengths().new_full([1], values.size(0))
+            rows.append(JaggedTensor(values, lengths=lengths))
+        return batch_of_one_stride(self.keys, rows, 1)
+
+    def positions(
+        self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor], history: int
+    ) -> Tensor:
+        """Place of each event of a history from the oldest that its user's window holds: [T]."""
+        item_key, first_key = self.item_keys[history], self.first_keys[history]
+        if item_key not in jagged_by_key:
+            return features.values()[:0]
+        events = jagged_by_key[item_key]
+        offsets = offsets_of(events.lengths())
+        users = users_of_rows(offsets, events.values().size(0))
+        position = place_in_user(offsets, users)
+        if first_key in jagged_by_key:
+            position += jagged_by_key[first_key].values().index_select(0, users)
+        return position
+
+
+class CandidateTokens(nn.Module):
+    """Tokens of candidates, the same for every history: [C, M, E].
+
+    Args:
+        item_attributes: multi-valued columns of candidates.
+        num_tokens: 1 for the sum of all columns, or one for the item and one for each attribute.
+
+    Raises:
+        ConfigError: if there are neither 1 nor as many tokens as columns.
+    """
+
+    # TorchScript cannot tell the type of an empty list: a schema may have no multi-valued columns.
+    attribute_keys: list[str]
+
+    def __init__(self, item_attributes: tuple[str, ...], num_tokens: int) -> None:
+        super().__init__()
+        if num_tokens not in (1, 1 + len(item_attributes)):
+            raise ConfigError(
+                f"num_tokens is {num_tokens}; 1 is allowed, or {1 + len(item_attributes)}: the "
+                f"item and its attributes {list(item_attributes)}"
+            )
+        self.num_tokens = num_tokens
+        self.item_key: str = candidate_key(ITEM)
+        self.attribute_keys = [candidate_key(column) for column in item_attributes]
+
+    def forward(
+        self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
+    ) -> Tensor:
+        item = embedded[self.item_key].values()
+        tokens: list[Tensor] = []
+        for key in self.attribute_keys:
+            nothing = torch.zeros_like(item) if self.num_tokens > 1 else item
+            token = add_bags(nothing, embedded[key].values(), features[key].lengths())
+            if self.num_tokens > 1:
+                tokens.append(token)
+            else:
+                item = token
+        return torch.stack([item] + tokens, dim=1)
+
+
+def add_bags(rows: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Rows [R, E], each plus the sum of its bag of values; ``lengths`` [R] are the bags'."""
+    return rows.index_add(0, users_of_rows(offsets_of(lengths), values.size(0)), values)
+
+
+class CandidateUsers(NamedTuple):
+    """Whose the candidates of a batch are, and their order in which users follow each other.
+
+    Attributes:
+        order: [C] int64, the place of each candidate in the batch.
+        requests: [C] int64, the request of each, in that order.
+        users: [C] int64, the history that each looks at, likewise; never falling.
+        offsets: [B + 1] int64, in candidates.
+    """
+
+    order: Tensor
+    requests: Tensor
+    users: Tensor
+    offsets: Tensor
+
+
+class HistoryPooling(nn.Module):
+    """One history's events and K/V into one vector per candidate.
+
+    Args:
+        tower: the encoder.
+        history: name of what the tower reads.
+        event_keys: of columns with one id per event, the item's first.
+        event_bag_keys: of multi-valued columns of events.
+    """
+
+    # TorchScript sees no module globals: what the forward reads by name are constants of the class.
+    request_time: Final[str] = REQUEST_TIME
+    candidate_time: Final[str] = CANDIDATE_TIME
+    event_bag_keys: list[str]
+
+    def __init__(
+        self,
+        tower: HistoryTower,
+        history: str,
+        event_keys: list[str],
+        event_bag_keys: list[str],
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        self.event_keys: list[str] = event_keys
+        self.event_bag_keys = event_bag_keys
+        self.time_key: str = history_key(history, TIME)
+        self.pages_key: str = pages_key(history)
+        self.visible_key: str = visible_key(history)
+
+    def event_tokens(
+        self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
+    ) -> Tensor:
+        """Sum of what one event is made of: [T, E]."""
+        token = embedded[self.event_keys[0]].values()
+        for key in self.event_keys[1:]:
+            token = token + embedded[key].values()
+        for key in self.event_bag_keys:
+            token = add_bags(token, embedded[key].values(), features[key].lengths())
+        return token
+
+    def event_offsets(self, features: dict[str, JaggedTensor]) -> Tensor:
+        """Offsets [B + 1] of each history's events in the batch."""
+        return offsets_of(features[self.time_key].lengths())
+
+    def prefill(
+        self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
+    ) -> Tensor:
+        """K/V of all users' histories: [planes, R, H, D]."""
+        events = self.event_tokens(embedded, features)
+        return self.tower.prefill(events, self.event_offsets(features))
+
+    def extend(
+        self,
+        embedded: dict[str, JaggedTensor],
+        features: dict[str, JaggedTensor],
+        cached: Tensor,
+        cached_rows: Tensor,
+    ) -> Tensor:
+        """K/V of new events behind cached rows, ``cached_rows`` [B] of each user."""
+        events = self.event_tokens(embedded, features)
+        rows = flat_pages(cached, offsets_of(cached_rows))
+        return self.tower.extend(rows, events, self.event_offsets(features))
+
+    def read_pages(self, kv_pages: Tensor, features: dict[str, JaggedTensor]) -> KVPages:
+        """K/V of the batch's users in a table of pages [planes, P, S, H, D]."""
+        pages = features[self.pages_key]
+        row_offsets = self.tower.encoder.row_offsets(self.event_offsets(features))
+        return KVPages(kv_pages, pages.values(), offsets_of(pages.lengths()), row_offsets)
+
+    def forward(
+        self,
+        candidates: Tensor,
+        entered: Tensor,
+        whose: CandidateUsers,
+        kv: KVPages,
+        features: dict[str, JaggedTensor],
+    ) -> Tensor:
+        """One vector per candidate, users one after the other: [C, E]."""
+        event_offsets = self.event_offsets(features)
+        visible = event_offsets.diff().index_select(0, whose.users)
+        if self.visible_key in features:
+            time = features[self.candidate_time].values().index_select(0, whose.order)
+            whole, visible = visible, features[self.visible_key].values()
+            visible = visible.index_select(0, whose.order)
+            # Looked at on a CPU alone: elsewhere that would wait for the device.
+            is_checked = visible.is_cpu and not self.tower.encoder.takes_prefixes
+            if is_checked and not torch.equal(visible, whole):
+                raise ValueError("this encoder shows candidates whole histories, not prefixes")
+        else:
+            time = features[self.request_time].values().index_select(0, whose.requests)
+        sights = Sights(features[self.time_key].values(), time, visible)
+        return self.tower.attend(candidates, entered, whose.offsets, kv, sights, event_offsets)
+
+
+class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
+    """An EmbeddingBagCollection with one more feature for each history, pooled by attention.
+
+    Args:
+        bags: the ranking stage's own collection; TorchRec's own kind will do.
+        token_embeddings: tables of the tokens' columns; histories and candidates share the item's.
+        towers: an encoder for each history of the schema; their width is that of the pooled vector.
+        schema: which columns events and candidates have.
+
+    Raises:
+        ConfigError: if the widths of the tables differ from the towers', or a history has no tower.
+
+    Example:
+        >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Vocabulary, Window
+        >>> vocabularies = {"user_id": Vocabulary(["u"]), "item_id": Vocabulary(["a", "b"])}
+        >>> histories = (History("history", Window(8, 4)),)
+        >>> schema = FeatureSchema(vocabularies, (), False, (), (), histories)
+        >>> collection = kvshare_collection(schema, TowerSpec("causal", 16, 2, 4))
+        >>> [config.feature_names for config in collection.embedding_bag_configs()]
+        [['user_id'], ['candidates.item_id'], ['history']]
+    """
+
+    user_key: Final[str] = USER
+    request_history: Final[str] = REQUEST_HISTORY
+    prefill_label: Final[str] = PREFILL
+    attend_label: Final[str] = ATTEND
+
+    def __init__(
+        self,
+        bags: EmbeddingBagCollectionInterface,
+        token_embeddings: EmbeddingCollection,
+        towers: Mapping[str, HistoryTower],
+        schema: FeatureSchema,
+    ) -> None:
+        super().__init__()
+        names = [history.name for history in schema.histories]
+        if names != list(towers):
+            raise ConfigError(f"towers are of {list(towers)}; the schema's histories are {names}")
+        dim = towers[names[0]].dim
+        for config in [*bags.embedding_bag_configs(), *token_embeddings.embedding_configs()]:
+            if config.embedding_dim != dim:
+                raise ConfigError(
+                    f"table {config.name} is {config.embedding_dim} wide; the tower is {dim}"
+                )
+        self.bags = bags
+        self.bag_keys: list[str] = feature_names(bags)
+        self.token_embeddings = token_embeddings
+        token_keys = [k for c in token_embeddings.embedding_configs() for k in c.feature_names]
+        self.token_features = TokenFeatures(token_keys, names)
+        self.candidate_tokens = CandidateTokens(schema.item_attributes, towers[names[0]].num_tokens)
+        self.first_time_key: str = history_key(names[0], TIME)
+        self.poolings = nn.ModuleList()
+        for history in schema.histories:
+            event_keys = [history_key(history.name, column) for column in schema.event_columns]
+            event_keys += [k for k in token_keys if k == position_key(history.name)]
+            bag_keys = [history_key(history.name, column) for column in schema.item_attributes]
+            self.poolings.append(
+                HistoryPooling(towers[history.name], history.name, event_keys, bag_keys)
+            )
+        self._configs: list[EmbeddingBagConfig] = [
+            *bags.embedding_bag_configs(),
+            *[
+                EmbeddingBagConfig(
+                    name=name, embedding_dim=dim, num_embeddings=1, feature_names=[name]
+                )
+                for name in names
+            ],
+        ]
+        self._output_keys: list[str] = [key for c in self._configs for key in c.feature_names]
+        self._output_dims: list[int] = [dim] * len(self._output_keys)
+
+    @torch.jit.ignore
+    def towers(self) -> list[HistoryTower]:
+        """The encoders, in the order of the schema's histories."""
+        return [p.tower for p in self.poolings if isinstance(p, HistoryPooling)]
+
+    def forward(
+        self,
+        features: KeyedJaggedTensor,
+        kv_pages: list[Tensor] | None = None,
+        items: list[Tensor] | None = None,
+    ) -> KeyedTensor:
+        """Pool every feature for every candidate.
+
+        Args:
+            features: a VBE batch as ``data.batches.assemble`` makes it. Each candidate sees all
+                events of its user, or, with a key ``visible_key``, that many of the oldest.
+            kv_pages: for each history [planes, P, S, H, D]; with them the K/V is read through the
+                keys ``pages`` and the histories' columns, but for the times, are not needed.
+            items: for each history what ``project_candidates`` gave for these candidates; None
+                computes it.
+
+        Returns:
+            [C, features x E], the pooled histories last.
+        """
+        jagged_by_key = features.to_dict(compute_offsets=False)
+        embedded = self.token_embeddings(self.token_features(features))
+        whose = self.candidate_users(features, jagged_by_key)
+        pooled_bags = self.bags(features).to_dict()
+        # By name: a sharded collection returns its features in the order of its shards.
+        values: list[Tensor] = [pooled_bags[key] for key in self.bag_keys]
+        tokens: list[Tensor] = []
+        if items is None:
+            tokens.append(
+                self.candidate_tokens(embedded, jagged_by_key).index_select(0, whose.order)
+            )
+        for place, pooling in enumerate(self.poolings):
+            if kv_pages is not None:
+                kv = pooling.read_pages(kv_pages[place], jagged_by_key)
+            else:
+                # Labelled here, not in prefill: who calls that for its own sake has a label there.
+                with torch.autograd.profiler.record_function(self.prefill_label):
+                    planes = pooling.prefill(embedded, jagged_by_key)
+                event_offsets = pooling.event_offsets(jagged_by_key)
+                kv = flat_pages(planes, pooling.tower.encoder.row_offsets(event_offsets))
+            with torch.autograd.profiler.record_function(self.attend_label):
+                if items is None:
+                    rows, entered = pooling.tower.enter(tokens[0])
+                else:
+                    both = items[place].index_select(0, whose.order)
+                    rows, entered = both[:, :, : pooling.tower.dim], both[:, :, pooling.tower.dim :]
+                pooled = pooling(rows, entered, whose, kv, jagged_by_key)
+            values.append(torch.empty_like(pooled).index_copy(0, whose.order, pooled))
+        return KeyedTensor(
+            keys=self._output_keys,
+            length_per_key=self._output_dims,
+            values=torch.cat(values, dim=1),
+        )
+
+    def candidate_users(
+        self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor]
+    ) -> CandidateUsers:
+        """The batch's candidates ordered by the history that they look at."""
+        keys, inverse_indices = features.inverse_indices()
+        request = inverse_indices[keys.index(self.user_key)]
+        user = request
+        if self.request_history in jagged_by_key:
+            user = jagged_by_key[self.request_history].values().index_select(0, request)
+        users, order = torch.sort(user, stable=True)
+        num_histories = jagged_by_key[self.first_time_key].lengths().size(0)
+        ends = torch.arange(num_histories + 1, device=users.device)
+        offsets = torch.searchsorted(users, ends)
+        return CandidateUsers(order, request.index_select(0, order), users, offsets)
+
+    @torch.jit.export
+    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """K/V of all users' histories in the batch.
+
+        Args:
+            features: the histories' keys; others are not looked at.
+
+        Returns:
+            For each history [planes, R, H, D], users one after the other.
+        """
+        jagged_by_key = features.to_dict(compute_offsets=False)
+        embedded = self.token_embeddings(self.token_features(features))
+        return [pooling.prefill(embedded, jagged_by_key) for pooling in self.poolings]
+
+    @torch.jit.export
+    def extend(
+        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
+    ) -> list[Tensor]:
+        """K/V of new events on top of what is cached of the events before them.
+
+        Args:
+            features: the histories' keys with the new events alone, and with ``first_place``, the
+                place of the first of them in the window.
+            cached: for each history [planes, R, H, D], users one after the other: the rows of
+                ``reusable_events``.
+            cached_rows: for each history [B] int64, rows of each user.
+
+        Returns:
+            For each history [planes, new rows, H, D].
+
+        Raises:
+            ValueError: if a history is of a kind that cannot be extended.
+        """
+        jagged_by_key = features.to_dict(compute_offsets=False)
+        embedded = self.token_embeddings(self.token_features(features))
+        extended: list[Tensor] = []
+        for place, pooling in enumerate(self.poolings):
+            extended.append(
+                pooling.extend(embedded, jagged_by_key, cached[place], cached_rows[place])
+            )
+        return extended
+
+    @torch.jit.export
+    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """What candidates are before they meet a user: the same for every request.
+
+        Args:
+            features: the candidates' keys; others are not looked at.
+
+        Returns:
+            For each history [C, M, 4E or 5E]: tokens and their projections in the first layer.
+        """
+        embedded = self.token_embeddings(self.token_features(features))
+        tokens = self.candidate_tokens(embedded, features.to_dict(compute_offsets=False))
+        projected: list[Tensor] = []
+        for pooling in self.poolings:
+            rows, entered = pooling.tower.enter(tokens)
+            projected.append(torch.cat([rows, entered], dim=2))
+        return projected
+
+    @torch.jit.export
+    def num_rows(self, num_events: list[int]) -> list[int]:
+        """Rows of K/V that histories of so many events have, in the order of the histories."""
+        rows: list[int] = []
+        for place, pooling in enumerate(self.poolings):
+            rows.append(pooling.tower.encoder.num_rows(num_events[place]))
+        return rows
+
+    @torch.jit.export
+    def reusable(
+        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
+    ) -> list[tuple[int, int]]:
+        """What of cached K/V is right for histories that begin as the cached ones do.
+
+        Args:
+            num_matched: events that the cached and the other history begin with, by history.
+            cached_events: events of the cached histories.
+            num_events: events of the others.
+
+        Returns:
+            For each history its events, and the rows of K/V that they have.
+        """
+        reusable: list[tuple[int, int]] = []
+        for place, pooling in enumerate(self.poolings):
+            events = pooling.tower.encoder.reusable_events(
+                num_matched[place], cached_events[place], num_events[place]
+            )
+            reusable.append((events, pooling.tower.encoder.reusable_rows(events)))
+        return reusable
+
+    @torch.jit.ignore
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The ranking stage's tables, and one entry for each pooled history."""
+        return self._configs
+
+    @torch.jit.ignore
+    def is_weighted(self) -> bool:
+        """Never: the attention makes its own weights."""
+        return False
+
+
+def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[EmbeddingConfig]:
+    """Tables of the tokens: what events and candidates have in common they share.
+
+    All but positions start on one scale: TorchRec's own start shrinks with the number of rows, and
+    in a sum of columns the item would drown among columns of few values.
+
+    Args:
+        schema: which columns there are and how many rows each needs.
+        dim: width E of every table.
+        has_positions: whether event tokens say how far from the oldest event they are.
+    """
+    vocabulary_of_column = {column: column for column in schema.event_columns}
+    vocabulary_of_column |= {column: item_key(column) for column in schema.item_attributes}
+    tables = []
+    for column, vocabulary in vocabulary_of_column.items():
+        keys = [history_key(history.name, column) for history in schema.histories]
+        keys += [candidate_key(column)] if column != ACTION else []
+        name = table_name(vocabulary)
+        tables.append(_token_table(name, dim, schema.num_rows(vocabulary), keys, dim**-0.5))
+    if has_positions:
+        for history in schema.histories:
+            tables.append(
+                _token_table(
+                    f"position_{table_name(history.name)}",
+                    dim,
+                    history.window.max_history,
+                    [position_key(history.name)],
+                    START_POSITION_SCALE * dim**-0.5,
+                )
+            )
+    return tables
+
+
+def kvshare_collection(schema: FeatureSchema, spec: TowerSpec) -> KVShareEmbeddingBagCollection:
+    """The collection for a schema, every table as wide as its towers.
+
+    Args:
+        schema: which columns and histories there are, and how many rows each column needs.
+        spec: of the towers, one for each history.
+
+    Returns:
+        A collection with freshly drawn weights.
+    """
+    return KVShareEmbeddingBagCollection(
+        user_candidate_bags(schema, spec.dim),
+        EmbeddingCollection(tables=token_tables(schema, spec.dim, spec.has_positions)),
+        {
+            h.name: HistoryTower(spec, h.window.max_history, h.window.block)
+            for h in schema.histories
+        },
+        schema,
+    )
+
+
+def _token_table(
+    name: str, dim: int, num_rows: int, keys: list[str], std: float
+) -> EmbeddingConfig:
+    return EmbeddingConfig(
+        name=f"token_{name}",
+        embedding_dim=dim,
+        num_embeddings=num_rows,
+        feature_names=keys,
+        init_fn=partial(nn.init.normal_, std=std),
+    )

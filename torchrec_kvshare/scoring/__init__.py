@@ -1,0 +1,1 @@
+"""Where cache meets model: the engine, encoded users, files of requests."""

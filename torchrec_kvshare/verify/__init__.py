@@ -1,0 +1,1 @@
+"""Proofs that scores agree: audit, deterministic mode, parity, golden requests."""

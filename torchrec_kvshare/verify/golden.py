@@ -1,0 +1,61 @@
+"""Requests with their scores, kept in an artifact: whoever loads it can tell if it scores right.
+
+Requests are drawn from the schema alone and stand there raw, so that a host of any language checks
+its own way from JSON to scores with them.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchrec_kvshare.cache.identity import UNNAMED
+from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.features.draw import draw_ragged_raws
+from torchrec_kvshare.features.parse import parse_request
+from torchrec_kvshare.features.schema import FeatureSchema
+from torchrec_kvshare.model.ranking import RankingFunctions
+from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
+
+GOLDEN = "golden.json"
+SEED = 0
+
+
+def write_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -> str:
+    """Write drawn requests and what a model says of them; returns the file's name."""
+    engine = Engine(model, schema, None, version=UNNAMED)
+    raws = draw_ragged_raws(schema, SEED)
+    answers = engine.rank([parse_request(raw, schema) for raw in raws])
+    golden = [
+        {"request": raw, "scores": answer.scores} for raw, answer in zip(raws, answers, strict=True)
+    ]
+    (folder / GOLDEN).write_text(json.dumps(golden, allow_nan=False))
+    return GOLDEN
+
+
+def read_golden(folder: Path) -> list[Any]:
+    """What ``write_golden`` wrote."""
+    golden: list[Any] = json.loads((folder / GOLDEN).read_text())
+    return golden
+
+
+def check_golden(golden: Sequence[Any], engine: Engine, folder: Path) -> None:
+    """Refuse a loaded model that scores other than it did when it was exported.
+
+    Args:
+        golden: of ``read_golden``.
+        engine: that scores.
+        folder: of the artifact, for the error.
+
+    Raises:
+        ArtifactError: naming the request and the scores.
+    """
+    answers = engine.rank([parse_request(one["request"], engine.schema) for one in golden])
+    for one, answer in zip(golden, answers, strict=True):
+        for place, (expected, got) in enumerate(zip(one["scores"], answer.scores, strict=True)):
+            if not abs(got - expected) <= LOGIT_TOLERANCE:
+                raise ArtifactError(
+                    f"{folder} scores candidate {place} of golden request {answer.request_id} "
+                    f"{got} here; it was exported with {expected}"
+                )
