@@ -1,6 +1,6 @@
-# Every target that runs Python uses the virtual environment that `setup` makes, and makes it first.
-# The versions stand in constraints.txt. CPU by default; `make setup CUDA=1` in a fresh checkout, or
-# with another VENV, takes fbgemm's CUDA build instead.
+# Every target that runs Python first makes the virtual environment of `setup`, and runs in it.
+# constraints.txt pins the versions. CPU by default; `make setup CUDA=1`, in a fresh checkout or
+# with another VENV, installs fbgemm's CUDA build instead.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tools demo test soak lint clean
@@ -17,11 +17,11 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/setup.stamp
 
-# The stamp holds the build it was made for: the two builds of fbgemm overwrite each other's files.
+# The stamp names the build in the environment: fbgemm's two builds overwrite each other's files.
 BUILT := $(shell cat $(STAMP) 2>/dev/null)
 BUILD := $(or $(if $(CUDA),cuda),$(BUILT),cpu)
 ifneq ($(BUILD),$(or $(BUILT),$(BUILD)))
-$(error $(VENV) holds the $(BUILT) build, and the $(BUILD) build was asked for; name another VENV)
+$(error $(VENV) holds the $(BUILT) build, not the $(BUILD) build; set another VENV)
 endif
 FBGEMM_cpu := fbgemm-gpu-cpu
 FBGEMM_cuda := fbgemm-gpu
@@ -31,26 +31,26 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with pinned versions (CUDA=1, PYTHON=python3, VENV=.venv)
 
-# What the C++ operators are built of, while the package is installed.
+# Sources of the C++ operators, which are built while the package is installed.
 OPERATORS := setup.py $(wildcard torchrec_kvshare/attention/build.py torchrec_kvshare/attention/*.cpp)
 
-# torch first and torchrec without dependencies: torchrec's metadata asks for the CUDA fbgemm. The
-# package without isolation, so that its operators are built by pinned tools, and offline if changed.
+# torch first, then torchrec without dependencies: its metadata asks for the CUDA fbgemm. The package
+# without build isolation, so that pinned tools build its operators, also offline.
 $(STAMP): setup.cfg constraints.txt $(OPERATORS)
 	command -v g++ >/dev/null || $(MAKE) tools TOOLS=g++:g++ || echo "No g++: attention without C++."
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools
 	$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
 	$(INSTALL) --no-build-isolation --editable '.[parquet,plots,tiers,metrics,triton,server,load,test,lint]'
-	@echo "If pip says above that torchrec misses fbgemm-gpu: $(FBGEMM_$(BUILD)) stands in for it."
+	@echo "If pip says above that torchrec needs fbgemm-gpu: $(FBGEMM_$(BUILD)) replaces it."
 	@echo $(BUILD) > $@
 
-# Debian's packages, each behind the command or file that shows it is there.
+# Debian packages, each after the command or file that shows it is installed.
 TOOLS := g++:g++ cmake:cmake make:make openssl:openssl redis-server:redis-server \
 	/usr/include/nlohmann/json.hpp:nlohmann-json3-dev nginx:nginx chromium:chromium \
 	chromedriver:chromium-driver
 
-tools: ## what the suite needs beyond Python: a C++ compiler, cmake, a JSON header, Redis, nginx, Chromium
+tools: ## install what the suite needs beyond Python: a C++ compiler, cmake, a JSON header, Redis, nginx, Chromium
 	for tool in $(TOOLS); do \
 		command -v $${tool%:*} >/dev/null || test -e $${tool%:*} || \
 			{ apt-get update && apt-get install --yes $${tool#*:}; } || exit; \
@@ -65,7 +65,7 @@ test: $(STAMP) tools ## run the whole suite (TEST_ARGS)
 soak: $(STAMP) tools ## run the suite with its stress tests at full length (TEST_ARGS)
 	KVSHARE_SOAK=1 $(RUN) -m pytest $(TEST_ARGS)
 
-lint: $(STAMP) ## ruff's rules, ruff's format, mypy
+lint: $(STAMP) ## run ruff check, ruff format --check and mypy
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy

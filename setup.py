@@ -1,4 +1,4 @@
-"""The one thing that setup.cfg has no key for: which C++ source is built, by attention/build.py."""
+"""The C++ source to build with attention/build.py; setup.cfg has no key for it."""
 
 from setuptools import Extension, setup
 

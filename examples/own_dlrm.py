@@ -1,7 +1,7 @@
-"""Put a shared history into one's own DLRM: keep the tables, wrap the collection, score from pages.
+"""Add a shared history to your own DLRM: keep the tables, wrap the collection, score from pages.
 
-The ranking model is TorchRec's, unmodified, and so is the collection of its own tables. In the
-cache a model is called by digests of its weights, never by a word of the caller's.
+The ranking model is TorchRec's, unmodified, and so is the collection of its own tables. The cache
+identifies a model by digests of its weights, never by a name that the caller makes up.
 """
 
 import torch
@@ -38,13 +38,13 @@ own_tables = [
     EmbeddingBagConfig(
         name="users",
         embedding_dim=DIM,
-        num_embeddings=schema.num_rows("user_id"),
+        num_embeddings=schema.num_table_rows("user_id"),
         feature_names=["user_id"],
     ),
     EmbeddingBagConfig(
         name="products",
         embedding_dim=DIM,
-        num_embeddings=schema.num_rows("item_id"),
+        num_embeddings=schema.num_table_rows("item_id"),
         feature_names=["candidates.item_id"],
     ),
 ]
@@ -75,7 +75,7 @@ for engine in (uncached, cached, cached):
     answer = engine.rank([request])[0]
     print(answer.cache.status, [round(score, 4) for score in answer.scores])
 
-# Other weights in the same model are another version: K/V of the old ones is not used again.
+# Other weights in the same model are another version: K/V of the old weights is not used again.
 model.load_state_dict({name: 0.9 * weight for name, weight in model.state_dict().items()})
 renewed = cached.rank([request])[0]
 print(renewed.cache.status, renewed.cache.reason, [round(score, 4) for score in renewed.scores])

@@ -2,4 +2,4 @@
 
 from torchrec_kvshare.commands.process import share_cores
 
-share_cores()  # Before a pipeline imports torch, whose threads read it once.
+share_cores()  # Before a pipeline imports torch, which reads the setting once.

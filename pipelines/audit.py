@@ -1,4 +1,4 @@
-"""Try a trained run against the cacheability contract: ``python -m pipelines.audit run=DIR``."""
+"""Check a trained run against the cacheability contract: ``python -m pipelines.audit run=DIR``."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ AUDIT_FILE = "audit.json"
 @hydra.main(version_base="1.3", config_path="../configs", config_name="audit")
 @pipeline(AuditConfig)
 def main(config: AuditConfig) -> None:
-    """Audit the run, print how far what moved, write audit.json."""
+    """Audit the run, print how far K/V and scores moved, write audit.json."""
     model, schema = load_trained(Path(config.run))
     audit = audit_model(RankingModel(model).eval(), schema, config.seed)
     output = Path(config.output)

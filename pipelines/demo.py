@@ -1,4 +1,4 @@
-"""The main job from end to end: ``python -m pipelines.demo``, or ``make demo``."""
+"""Train, export and score end to end: ``python -m pipelines.demo``, or ``make demo``."""
 
 from pathlib import Path
 
@@ -7,11 +7,7 @@ import hydra
 from torchrec_kvshare.benchmark.comparison import compare_paths, comparison_table
 from torchrec_kvshare.cache.open import MEMORY, OFF
 from torchrec_kvshare.commands.run import pipeline, run
-from torchrec_kvshare.config import (
-    CacheConfig,
-    DemoConfig,
-    TrainConfig,
-)
+from torchrec_kvshare.config import CacheConfig, DemoConfig, TrainConfig
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.open import new_engine
@@ -19,7 +15,7 @@ from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.training.run import Metrics, load_dataset, load_trained, train_run
 
-NUM_MERGED = 10  # requests scored the merged way; it is slow
+NUM_MERGED = 10  # requests scored the merged way, which is slow
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="demo")
@@ -30,7 +26,7 @@ def main(config: DemoConfig) -> None:
     training = TrainConfig(
         output=str(output / "train"), data=config.data, budget=config.budget, seed=config.seed
     )
-    # Before the training: what cannot be asked for shows at once.
+    # Before training, so that a mistake in the request sizes shows at once.
     raws = list(
         make_requests(load_dataset(training), config.requests, config.candidates, config.seed)
     )
@@ -40,7 +36,7 @@ def main(config: DemoConfig) -> None:
     artifact = load_artifact(output / "artifact")
     requests = [parse_request(raw, artifact.schema) for raw in raws]
     uncached, cached = (new_engine(artifact, CacheConfig(name)) for name in (OFF, MEMORY))
-    figures = compare_paths(model, uncached, cached, requests, NUM_MERGED)
+    figures = compare_paths(model, uncached, cached, requests, num_merged=NUM_MERGED)
     print(f"\nTest split of {config.data.name}, every model on the same budget:\n")
     print(metrics_table(metrics))
     print(f"\n{config.requests} requests, {config.candidates} candidates each:\n")
@@ -49,7 +45,7 @@ def main(config: DemoConfig) -> None:
 
 
 def metrics_table(metrics: Metrics) -> str:
-    """Test metrics as fixed-width text, a model a line."""
+    """Return test metrics as a fixed-width text table, one line per model."""
     names = list(next(iter(metrics.values())))
     lines = [f"{'model':<12}" + "".join(f"{name:>9}" for name in names)]
     for kind, values in metrics.items():

@@ -1,4 +1,4 @@
-"""Export a trained run to serve it elsewhere: ``python -m pipelines.export run=DIR``."""
+"""Export a trained run for serving: ``python -m pipelines.export run=DIR``."""
 
 import tempfile
 from pathlib import Path
@@ -20,7 +20,7 @@ TRITON = "triton"
 @hydra.main(version_base="1.3", config_path="../configs", config_name="export")
 @pipeline(ExportConfig)
 def main(config: ExportConfig) -> None:
-    """Load the run, export it, say what parity was found."""
+    """Load the run, export it, print the parity that was measured."""
     output = Path(config.output)
     model, schema = load_trained(Path(config.run))
     ranking = RankingModel(model).eval()
@@ -32,12 +32,24 @@ def main(config: ExportConfig) -> None:
         with tempfile.TemporaryDirectory() as folder:
             artifact = Path(folder) / "artifact"
             manifest = export_model(
-                ranking, schema, artifact, TORCHSCRIPT, config.tables, provenance, key
+                ranking,
+                schema,
+                artifact,
+                runtime=TORCHSCRIPT,
+                tables=config.tables,
+                provenance=provenance,
+                key=key,
             )
             write_repository(artifact, output, config.name, config.artifact_key_file)
     else:
         manifest = export_model(
-            ranking, schema, output, config.target, config.tables, provenance, key
+            ranking,
+            schema,
+            output,
+            runtime=config.target,
+            tables=config.tables,
+            provenance=provenance,
+            key=key,
         )
     print(f"model {manifest.model_version}; greatest logit differences: {manifest.parity}")
     print(f"wrote {output}")

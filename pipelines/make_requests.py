@@ -16,8 +16,8 @@ from torchrec_kvshare.features.schema import HISTORY, History, Window
 @hydra.main(version_base="1.3", config_path="../configs", config_name="make_requests")
 @pipeline(MakeRequestsConfig)
 def main(config: MakeRequestsConfig) -> None:
-    """Read the data, write one request a line."""
-    # Requests carry whole histories; the window is the model's affair.
+    """Read the data, write one request per line."""
+    # Requests carry whole histories; the model cuts them to its window.
     dataset = build_dataset(load_log(config.data), [History(HISTORY, Window(1, 1))])
     requests = make_requests(dataset, config.count, config.candidates, config.seed)
     lines = [json.dumps(request) + "\n" for request in requests]

@@ -15,23 +15,23 @@ from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.export.open import new_engine
 from torchrec_kvshare.scoring.files import score_file
 
-REFUSED = 3  # exit status: some lines got an error in place of scores
+REFUSED = 3  # exit status: some lines got an error instead of scores
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="score")
 @pipeline(ScoreConfig)
 def main(config: ScoreConfig) -> None:
-    """Answer every line, in order."""
+    """Score every line, in order."""
     key = read_key(config.artifact_key_file, "artifact_key_file")
     artifact = load_artifact(Path(config.artifact), key)
-    engine = new_engine(artifact, config.cache, config.deterministic)
+    engine = new_engine(artifact, config.cache, deterministic=config.deterministic)
     with closing(engine):
         counts = score_file(
             engine,
             Path(config.requests),
             Path(config.output),
-            config.batch_requests,
-            config.history_order,
+            batch_requests=config.batch_requests,
+            history_order=config.history_order,
         )
     if engine.store is not None and config.tensorboard is not None:
         with SummaryWriter(config.tensorboard) as writer:

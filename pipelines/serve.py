@@ -18,7 +18,7 @@ from torchrec_kvshare.errors import MissingExtraError
 if TYPE_CHECKING:
     from torchrec_kvshare.serving.server import Ports
 
-# The event loop and the scoring thread share one interpreter lock: neither keeps it for long.
+# The event loop and the scoring thread share one interpreter lock: neither may hold it for long.
 SWITCH_S = 5e-4
 
 
@@ -33,8 +33,8 @@ def main(config: ServeConfig) -> None:
     except ImportError as error:
         raise MissingExtraError("server", "serving") from error
     sys.setswitchinterval(SWITCH_S)
-    # Two things that would hold up every request that waits: to make programs again for the shapes
-    # that come first, 1.2 s each and to no gain, and to look for garbage in what was imported.
+    # Both would delay all waiting requests: recompiling programs for the first input shapes (1.2 s
+    # each, for no gain), and garbage collection of imported modules.
     torch.jit.set_fusion_strategy([("DYNAMIC", 0)])
     gc.freeze()
     log_as_json()
@@ -46,10 +46,10 @@ def main(config: ServeConfig) -> None:
 
     key = read_key(config.artifact_key_file, "artifact_key_file")
     loader = EngineLoader(config.cache, config.server, config.deterministic, key)
-    asyncio.run(_until_told(lambda stop: serve(config, loader, stop, show)))
+    asyncio.run(_until_signalled(lambda stop: serve(config, loader, stop, show)))
 
 
-async def _until_told(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+async def _until_signalled(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

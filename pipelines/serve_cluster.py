@@ -1,4 +1,4 @@
-"""Replicas of the server, nginx in front, Redis behind: ``python -m pipelines.serve_cluster``."""
+"""Serve replicas behind nginx, with a shared Redis: ``python -m pipelines.serve_cluster``."""
 
 import shlex
 import signal
@@ -14,7 +14,7 @@ from torchrec_kvshare.errors import MissingExtraError
 @hydra.main(version_base="1.3", config_path="../configs", config_name="serve_cluster")
 @pipeline(ServeClusterConfig)
 def main(config: ServeClusterConfig) -> None:
-    """Write configs and secrets, start all, keep them running; SIGTERM and SIGINT drain."""
+    """Write configs and secrets, start all processes, restart them; SIGTERM and SIGINT drain."""
     try:
         from torchrec_kvshare.deploy.cluster import run_cluster, write_layout
         from torchrec_kvshare.serving.logs import log_as_json
@@ -24,14 +24,16 @@ def main(config: ServeClusterConfig) -> None:
     layout = write_layout(config, list(HydraConfig.get().overrides.task))
     print(f"wrote {layout.config_file}", flush=True)
     if not config.run:
-        for part in layout.parts:
-            change = "" if part.folder is None else f"cd {shlex.quote(str(part.folder))} && "
-            print(f"{part.name}: {change}{shlex.join(part.command)}")
+        for one in layout.processes:
+            change = "" if one.folder is None else f"cd {shlex.quote(str(one.folder))} && "
+            print(f"{one.name}: {change}{shlex.join(one.command)}")
         return
-    told: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: told.append(number))
-    run_cluster(layout, lambda: bool(told), lambda: print(f"serving on {layout.url}", flush=True))
+        signal.signal(number, lambda number, _: signals.append(number))
+    run_cluster(
+        layout, lambda: bool(signals), lambda: print(f"serving on {layout.url}", flush=True)
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The expected logits of a whole ranking model, from raw requests, in float64 and one by one.
 
-Rows, windows, tokens, sums and clocks are written out again here; the history is the package's
-float64 reference; only the ranking stage behind the collection is TorchRec's, in double precision.
+Rows, windows, tokens, sums and clocks are implemented a second time here; the history is the
+package's float64 reference; the ranking stage after the collection is TorchRec's, in double
+precision.
 """
 
 import copy
@@ -20,7 +21,7 @@ from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
 
 
 class GivenFeatures(nn.Module):
-    """Stands in the collection's place and returns what was worked out elsewhere."""
+    """Replaces the collection and returns features that were computed elsewhere."""
 
     def __init__(self, keys: list[str], rows: Tensor) -> None:
         super().__init__()
@@ -33,18 +34,18 @@ class GivenFeatures(nn.Module):
 
 
 def reference_logits(model: nn.Module, schema: FeatureSchema, raw: dict[str, Any]) -> Tensor:
-    """[N] float64: the logits of one raw request."""
+    """Return the logits of one raw request, [N] float64."""
     collection = model.sparse_arch.embedding_bag_collection
     keys = [key for config in collection.embedding_bag_configs() for key in config.feature_names]
     rows = []
-    for place in range(len(raw["candidates"]["item_id"])):
-        feature_by_key = reference_features(collection, schema, raw, place)
+    for index in range(len(raw["candidates"]["item_id"])):
+        feature_by_key = reference_features(collection, schema, raw, index)
         assert set(feature_by_key) == set(keys)
         rows.append(torch.stack([feature_by_key[key] for key in keys]))
     ranker = copy.deepcopy(model).double()
     ranker.sparse_arch.embedding_bag_collection = GivenFeatures(keys, torch.stack(rows))
-    dense = [reference_dense(schema, raw, place) for place in range(len(rows))]
-    # What reaches the model is float32: rounding it is part of the input, not of the computation.
+    dense = [reference_dense(schema, raw, index) for index in range(len(rows))]
+    # Dense features reach the model as float32: their rounding is part of the input.
     with torch.no_grad():
         return ranker(torch.tensor(dense, dtype=torch.float32).double(), None).squeeze(1)
 
@@ -53,30 +54,30 @@ def reference_features(
     collection: KVShareEmbeddingBagCollection,
     schema: FeatureSchema,
     raw: dict[str, Any],
-    place: int,
+    index: int,
 ) -> dict[str, Tensor]:
-    """[E] float64 of every pooled feature of one candidate, by key."""
+    """Return every pooled feature of one candidate, [E] float64, by key."""
     tables = exact_tables(collection)
     cells_by_key = {"user_id": ("user_id", [raw["user_id"]])}
     for column in schema.context:
         cells_by_key[f"context.{column}"] = (f"context.{column}", raw["context"][column])
     candidates = raw["candidates"]
-    cells_by_key["candidates.item_id"] = ("item_id", [candidates["item_id"][place]])
+    cells_by_key["candidates.item_id"] = ("item_id", [candidates["item_id"][index]])
     for column in schema.item_attributes:
-        cells_by_key[f"candidates.{column}"] = (f"items.{column}", candidates[column][place])
+        cells_by_key[f"candidates.{column}"] = (f"items.{column}", candidates[column][index])
     feature_by_key = {
         key: _rows(tables[f"bag_{table_name(of)}"], schema, of, cells)
         for key, (of, cells) in cells_by_key.items()
     }
     pooled = {
-        history.name: reference_history(collection, schema, raw, place, which)
-        for which, history in enumerate(schema.histories)
+        history.name: reference_history(collection, schema, raw, index, history_index=history_index)
+        for history_index, history in enumerate(schema.histories)
     }
     return feature_by_key | pooled
 
 
 def exact_tables(collection: KVShareEmbeddingBagCollection) -> dict[str, Tensor]:
-    """Every embedding table in float64 by its name, wherever in the collection it is."""
+    """Return every embedding table of the collection in float64, by name."""
     table_by_name = {}
     for name, weight in collection.state_dict().items():
         *_, table, _ = name.split(".")
@@ -89,11 +90,11 @@ def reference_history(
     collection: KVShareEmbeddingBagCollection,
     schema: FeatureSchema,
     raw: dict[str, Any],
-    place: int,
-    which: int = 0,
+    index: int,
+    history_index: int = 0,
 ) -> Tensor:
-    """[E] float64: one of the histories as one candidate pools it."""
-    described, tower = schema.histories[which], collection.towers()[which]
+    """Return one history as one candidate pools it, [E] float64."""
+    described, tower = schema.histories[history_index], collection.towers()[history_index]
     history = raw["history"]
     read = [
         event
@@ -119,10 +120,10 @@ def reference_history(
                 tables[f"token_{table_name(of)}"], schema, of, history[column][event]
             )
         events.append(token)
-    item = raw["candidates"]["item_id"][place]
+    item = raw["candidates"]["item_id"][index]
     tokens = [_rows(tables["token_item_id"], schema, "item_id", [item])]
     for column in schema.item_attributes:
-        of, cell = f"items.{column}", raw["candidates"][column][place]
+        of, cell = f"items.{column}", raw["candidates"][column][index]
         tokens.append(_rows(tables[f"token_{table_name(of)}"], schema, of, cell))
     candidate = torch.stack(tokens)
     if tower.spec.num_tokens == 1:
@@ -135,33 +136,33 @@ def reference_history(
 
 
 def reference_options(spec: TowerSpec, history: History) -> ReferenceOptions:
-    """What a tower is, as the reference wants to be told."""
+    """Return the options of a tower for the reference."""
     return ReferenceOptions(
         spec.kind,
         spec.num_heads,
-        spec.window or None,
-        spec.window or history.window.max_history,
-        spec.merge,
-        spec.recent,
-        history.window.block,
+        sliding=spec.window or None,
+        max_history=spec.window or history.window.max_history,
+        merge=spec.merge,
+        recent=spec.recent,
+        block=history.window.block,
     )
 
 
-def reference_dense(schema: FeatureSchema, raw: dict[str, Any], place: int) -> list[float]:
-    """Dense features of one candidate: two clocks as points on circles, then squashed floats."""
+def reference_dense(schema: FeatureSchema, raw: dict[str, Any], index: int) -> list[float]:
+    """Return a candidate's dense features: two clocks on unit circles, then squashed floats."""
     moment = datetime.fromtimestamp(raw["time"], tz=timezone.utc)
     seconds = moment.hour * 3600 + moment.minute * 60 + moment.second
     hour = 2 * math.pi * seconds / 86_400
     weekday = 2 * math.pi * moment.weekday() / 7
     dense = [math.sin(hour), math.cos(hour), math.sin(weekday), math.cos(weekday)]
     for column in schema.item_floats:
-        value = raw["candidates"][column][place]
+        value = raw["candidates"][column][index]
         dense.append(math.copysign(math.log(1 + abs(value)), value))
     return dense
 
 
 def _rows(table: Tensor, schema: FeatureSchema, column: str, cells: list[Any]) -> Tensor:
-    """[E]: the sum of a bag's rows. Row 0 is for missing ids, row 1 for unknown ones."""
+    """Return the sum of a bag's rows, [E]. Row 0 is for missing ids, row 1 for unknown ids."""
     known = list(schema.vocabulary_by_column[column].ids)
     total = torch.zeros(table.size(1), dtype=torch.float64)
     for cell in cells:

@@ -1,7 +1,7 @@
 """Every example in a docstring of the package is run.
 
-Walked here and not by pytest's --doctest-modules, so that tests/conftest.py has imported torchrec
-before the first module of the package is imported.
+Modules are walked here and not by pytest's --doctest-modules, so that tests/conftest.py imports
+torchrec before the first module of the package is imported.
 """
 
 import doctest
@@ -32,7 +32,7 @@ def test_examples_of_the_module_print_what_they_say(name: str) -> None:
 
 
 def test_every_file_of_the_package_is_walked() -> None:
-    """A folder without ``__init__.py`` would drop out of the walk, and of the wheel, silently."""
+    """A folder without ``__init__.py`` would be missing from the walk, and from the wheel."""
     files = {
         ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
         for path in ROOT.rglob("*.py")

@@ -1,4 +1,4 @@
-"""Data goes one way, and a file imports only what stands before it on that way."""
+"""Data goes one way: a file imports only from rooms before its own."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.worlds import fresh_process
 
 PACKAGE = torchrec_kvshare.__name__
 FOLDER = Path(torchrec_kvshare.__path__[0])
-# Files and folders of the package; each imports only from itself and from those before it.
+# Files and folders of the package; each imports only from itself and from earlier ones.
 ROOMS = (
     *("errors", "config", "commands", "__main__", "features", "data", "attention", "history"),
     *("model", "cache", "scoring", "verify", "training", "export", "serving", "deploy"),
@@ -19,14 +19,14 @@ ROOMS = (
 
 
 def modules_imported_by(path: Path) -> list[str]:
-    """Dotted names, from the package's own on, of every import in a file, wherever it stands."""
+    """Return the names of every import from the package in a file, without the package's name."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            # Either may be a module: the package that is named, or what is taken from it.
+            # Both the named package and the imported name may be a module.
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     return [name.removeprefix(f"{PACKAGE}.") for name in names if name.startswith(f"{PACKAGE}.")]
 
@@ -40,7 +40,7 @@ def room_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(FOLDER)))
-def test_a_file_imports_only_what_stands_before_it(path: Path) -> None:
+def test_a_file_imports_only_from_earlier_rooms(path: Path) -> None:
     room = room_of(path)
     assert room in ROOMS
     allowed = {*ROOMS[: ROOMS.index(room) + 1], "__version__"}

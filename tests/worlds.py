@@ -1,6 +1,6 @@
-"""A world small enough to read, whose sizes are all different, so that a swapped axis fails.
+"""A small world whose sizes are all different, so that a swapped axis fails.
 
-The tolerances of the core's tests stand here too, in one table.
+The tolerances of the core's tests are here too, in one table.
 """
 
 import os
@@ -50,23 +50,23 @@ PAGE_BYTES = NUM_PLANES * PAGE_SIZE * NUM_HEADS * HEAD_DIM * 4
 
 CAUSAL_SPEC = TowerSpec(CAUSAL, DIM, NUM_LAYERS, NUM_HEADS, dropout=0.1)
 
-# Greatest absolute errors allowed, each with the worst found, on a CPU with AVX512 and torch 2.13.
+# Largest absolute errors allowed, each with the worst found, on a CPU with AVX512 and torch 2.13.
 # Attention against the float64 reference: worst of 2000 draws 1.2e-6 and 2.2e-15.
 ATTENTION_TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-13}
 # Logits against the float64 reference; worst of 800 batches 1.0e-6.
 LOGIT_TOLERANCE = 2e-5
-# Two float32 paths to the same logits or K/V, which differ in how rows are batched: worst of 2000
-# draws 2.1e-6 between training and serving, 1.1e-6 between one batch and another.
+# Two float32 paths to the same logits or K/V that batch rows differently: worst of 2000 draws
+# 2.1e-6 between training and serving, 1.1e-6 between one batch and another.
 PATH_TOLERANCE = 5e-6
 # Probabilities with the cache and without: a sigmoid is at most a quarter as steep as its logit.
 PROBABILITY_TOLERANCE = 2e-6
 
 SCHEMA = FeatureSchema(
     {
-        "user_id": Vocabulary([f"user {place}" for place in range(5)]),
-        "item_id": Vocabulary([str(place) for place in range(100, 111)]),
+        "user_id": Vocabulary([f"user {number}" for number in range(5)]),
+        "item_id": Vocabulary([str(number) for number in range(100, 111)]),
         "action": Vocabulary(["view", "buy", "rate"]),
-        "items.genres": Vocabulary([f"genre {place}" for place in range(7)]),
+        "items.genres": Vocabulary([f"genre {number}" for number in range(7)]),
         "context.country": Vocabulary(["AT", "BR", "GB", "ZA"]),
     },
     context=("country",),
@@ -76,7 +76,7 @@ SCHEMA = FeatureSchema(
     histories=(History(HISTORY, Window(MAX_HISTORY, BLOCK)),),
 )
 
-# A user of a batch: events (more than the window holds, sometimes), candidates, seed.
+# A user of a batch: events (sometimes more than the window holds), candidates, seed.
 ragged_users = st.lists(
     st.tuples(
         st.sampled_from([0, 1]) | st.integers(0, MAX_HISTORY + 2 * BLOCK),
@@ -89,12 +89,12 @@ ragged_users = st.lists(
 
 
 def examples(share: float) -> settings:
-    """A share of the examples that the loaded hypothesis profile asks for."""
+    """Return settings with a share of the examples of the loaded hypothesis profile."""
     return settings(max_examples=max(1, int(settings().max_examples * share)))
 
 
 def random_weights(model: nn.Module, seed: int) -> None:
-    """Weights large enough that leaving any of them out shows in the scores."""
+    """Set weights large enough that leaving any of them out shows in the scores."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ def random_weights(model: nn.Module, seed: int) -> None:
 
 
 def make_dlrm(seed: int, schema: FeatureSchema = SCHEMA, spec: TowerSpec = CAUSAL_SPEC) -> DLRM:
-    """A DLRM with history in eval mode."""
+    """Make a DLRM with history in eval mode."""
     model = dlrm_with_history(schema, spec, [9, 1])
     random_weights(model, seed)
     return model.eval()
@@ -113,15 +113,15 @@ def make_dlrm(seed: int, schema: FeatureSchema = SCHEMA, spec: TowerSpec = CAUSA
 def draw_raw(
     num_events: int, num_candidates: int, seed: int, schema: FeatureSchema = SCHEMA
 ) -> dict[str, Any]:
-    """A drawn request, some of whose cells are missing and whose events may be of one time."""
+    """Draw a request with some missing cells and some events at equal times."""
     raw = draw_raw_request(schema, num_events, num_candidates, seed)
     rng = np.random.default_rng([seed, 1])
     history = raw["history"]
     for column in schema.event_columns:
         history[column] = [None if rng.random() < 0.1 else cell for cell in history[column]]
-    for place in range(1, num_events):
+    for event in range(1, num_events):
         if rng.random() < 0.2:
-            history[TIME][place] = history[TIME][place - 1]
+            history[TIME][event] = history[TIME][event - 1]
     if num_events:
         history[TIME][-1] = raw[TIME] - int(rng.integers(1, 4))
     if num_candidates and rng.random() < 0.2:
@@ -130,24 +130,24 @@ def draw_raw(
 
 
 def draw_raws(users: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """One raw request for each drawn user."""
+    """Draw one raw request for each user."""
     return [draw_raw(*sizes) for sizes in users]
 
 
 def oldest_first(raw: dict[str, Any]) -> dict[str, Any]:
-    """The request with the times of its events never decreasing, and its own behind them."""
+    """Return the request with event times that never decrease, and its own time after them."""
     times = np.maximum.accumulate(np.array(raw["history"][TIME], dtype=np.int64)).tolist()
     later = {TIME: max([raw[TIME], *(time + 1 for time in times[-1:])])}
     return raw | later | {"history": raw["history"] | {TIME: times}}
 
 
 def parse_all(raws: list[dict[str, Any]], schema: FeatureSchema = SCHEMA) -> list[Request]:
-    """The requests as the model gets them."""
+    """Parse the raw requests."""
     return [parse_request(raw, schema) for raw in raws]
 
 
 def take_candidates(batch: Batch, chosen: Tensor) -> Batch:
-    """The batch with only the chosen candidates, in the order chosen; users stay as they are."""
+    """Return the batch with only the chosen candidates, in this order, and the same users."""
     features = batch.sparse_features
     keys, inverse = features.inverse_indices()
     bags_by_key = {}
@@ -155,7 +155,7 @@ def take_candidates(batch: Batch, chosen: Tensor) -> Batch:
         bags_by_key[key] = Bags(jagged.values(), jagged.lengths())
         if has_candidate_rows(key):
             rows = jagged.to_dense()
-            picked = [rows[place] for place in chosen.tolist()]
+            picked = [rows[candidate] for candidate in chosen.tolist()]
             bags_by_key[key] = Bags(
                 torch.cat([*picked, jagged.values()[:0]]), jagged.lengths()[chosen]
             )
@@ -166,7 +166,7 @@ def take_candidates(batch: Batch, chosen: Tensor) -> Batch:
 
 
 def see_prefixes(batch: Batch, visible: list[int], times: list[int]) -> Batch:
-    """The batch as training has it: each candidate at its own time, seeing so many events."""
+    """Return the batch as in training: each candidate with its own time and visible events."""
     features = batch.sparse_features
     keys, inverse = features.inverse_indices()
     bags_by_key = {
@@ -179,13 +179,13 @@ def see_prefixes(batch: Batch, visible: list[int], times: list[int]) -> Batch:
 
 
 def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
-    """Of two engines, one of them mostly without a cache."""
+    """Compare the answers of two engines, usually one with and one without a cache."""
     for answer, other in zip(answers, expected, strict=True):
         assert answer.scores == pytest.approx(other.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
 
 
 def fresh_process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Python running ``program`` from the repository's root, its output readable as text."""
+    """Start Python on ``program`` in the repository's root, with its output piped as text."""
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", program, *arguments],
         cwd=ROOT,
@@ -197,6 +197,6 @@ def fresh_process(program: str, *arguments: str, **environment: str) -> subproce
 
 
 def version_called(name: str) -> ModelVersion:
-    """The version of a model that is called ``<model>-<tables>``, for tests that choose it."""
+    """Return the version of a model named ``<model>-<tables>``, for tests that choose it."""
     model, _, tables = name.partition("-")
     return ModelVersion(text_digest(model), text_digest(tables))

@@ -1,4 +1,4 @@
-"""``python -m torchrec_kvshare NAME`` is ``kvshare NAME``, where no script is on the path."""
+"""Make ``python -m torchrec_kvshare NAME`` the same as ``kvshare NAME``."""
 
 from torchrec_kvshare.commands.run import kvshare
 

@@ -1,8 +1,7 @@
 """Schemas of ``configs/``: one dataclass per pipeline, and one per kind of data.
 
-A composed config is merged into its schema, so a key that no schema has is an error that names it,
-and a value of the wrong type is too. Behind ``checked`` there are plain dataclasses: no DictConfig
-travels on.
+``checked`` merges a composed config into its schema, so that an unknown key or a value of the wrong
+type is an error that names the key. It returns plain dataclasses; no DictConfig goes further.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -19,9 +18,9 @@ from torchrec_kvshare.errors import ConfigError
 
 Schema = TypeVar("Schema")
 
-TINY = 1e-12  # the least of what must be above 0
+TINY = 1e-12  # least value of a number that must be above 0
 
-# The least value that can work, wherever a config has a number, or a list of them, by this name.
+# Least allowed value of a number, or of each number in a list, by key, in every config.
 LEAST_BY_KEY = {
     **dict.fromkeys(("threads", "dim", "num_layers", "num_heads", "batch_targets", "negatives"), 1),
     **dict.fromkeys(("max_users", "eval_users", "max_history", "block", "merge", "top_mlp"), 1),
@@ -48,7 +47,7 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("replicas", "redis_bytes", "replica_port"), 1),
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
 }
-# And the greatest; where there is none, all but infinity can work.
+# Greatest allowed value by key; for other keys every finite value is allowed.
 MOST_BY_KEY = {
     "dropout": 0.99,
     "threads": 1024,
@@ -58,38 +57,38 @@ MOST_BY_KEY = {
     **dict.fromkeys(("http_port", "grpc_port", "replica_port"), 65_535),
 }
 
-# Names of files, folders and hosts: an empty one is a variable of a shell that was not set.
+# Files, folders and hosts that must not be empty: an empty value is an unset shell variable.
 NOT_EMPTY = (
     *("output", "run", "artifact", "requests", "models", "root", "path", "tensorboard", "folder"),
     *("url", "key_file", "password_file", "token_file", "tls_ca_file", "tls_cert_file"),
     *("tls_key_file", "tls_client_ca_file", "artifact_key_file", "host"),
 )
 REFUSE, SORT = "refuse", "sort"
-# Words that are allowed, wherever a config has a key by this name.
+# Allowed words by key, in every config.
 WORDS_BY_KEY = {"history_order": (REFUSE, SORT)}
 
 
 @dataclass
 class SyntheticData:
-    """The seeded world: no files."""
+    """A synthetic log drawn from a seed; needs no files."""
 
     name: str = "synthetic"
     num_users: int = 600
-    events_per_user: int = 160  # mean
-    num_items: int = 1000
-    num_categories: int = 40
-    seed: int = 0
+    events_per_user: int = 160  # mean length of a history
+    num_items: int = 1000  # 6 or more, and at least num_categories
+    num_categories: int = 40  # of items
+    seed: int = 0  # same seed, same log
 
 
 @dataclass
 class Format:
-    """How a log's file is written."""
+    """Format of a log's file."""
 
-    delimiter: str | None = None  # one character, or \\t; None: told by the file's ending
-    quoting: str | None = None  # double|none; None: none where tabs are between the fields
+    delimiter: str | None = None  # one character, or \\t; None: a comma in .csv, a tab in .tsv
+    quoting: str | None = None  # double|none; None: none if the delimiter is a tab, else double
     encoding: str = "utf-8"
-    header: list[str] = field(default_factory=list)  # the columns' names; []: in the first row
-    missing: list[str] = field(  # texts that mean no value
+    header: list[str] = field(default_factory=list)  # column names; []: they are in the first row
+    missing: list[str] = field(  # texts that mean a missing value
         default_factory=lambda: ["NULL", "null", r"\N", "nan", "NaN", "None", "<NA>"]
     )
 
@@ -99,33 +98,33 @@ class OnlineRetailData:
     """UCI Online Retail or II: ``online_retail.csv(.gz)``, ``online_retail_II.csv(.gz)``."""
 
     name: str = "online_retail"
-    root: str = MISSING
+    root: str = MISSING  # folder of the file
     format: Format = field(default_factory=Format)
 
 
 @dataclass
 class MovieLensData:
-    """MovieLens in the layout of ``root``: latest-small, 1M, 20M or 25M."""
+    """MovieLens: latest-small, 1M, 20M or 25M, recognised by the files in ``root``."""
 
     name: str = "movielens"
-    root: str = MISSING
-    positive_rating: float = 4.0
+    root: str = MISSING  # folder of the files
+    positive_rating: float = 4.0  # stars; lowest rating that is a positive
 
 
 @dataclass
 class Columns:
-    """Names in an interaction log's file."""
+    """Column names in an interaction log's file."""
 
     user: str = "user_id"
     item: str = "item_id"
-    time: str = "time"
-    time_unit: str = "auto"  # of numbers: auto|s|ms|us|ns
-    time_format: str | None = None  # of strptime
-    action: str | None = None
-    item_attributes: list[str] = field(default_factory=list)
-    item_floats: list[str] = field(default_factory=list)
-    user_attributes: list[str] = field(default_factory=list)
-    list_separator: str = "|"
+    time: str = "time"  # ISO 8601, or numbers
+    time_unit: str = "auto"  # of times that are numbers: auto|s|ms|us|ns
+    time_format: str | None = None  # of times that are text, as for strptime
+    action: str | None = None  # what the user did, an id; None: the log has no actions
+    item_attributes: list[str] = field(default_factory=list)  # ids
+    item_floats: list[str] = field(default_factory=list)  # numbers
+    user_attributes: list[str] = field(default_factory=list)  # ids
+    list_separator: str = "|"  # between the ids of one attribute
 
 
 @dataclass
@@ -133,10 +132,10 @@ class InteractionsData:
     """Any interaction log: CSV, TSV or Parquet at ``path``."""
 
     name: str = "interactions"
-    path: str = MISSING
+    path: str = MISSING  # file, may be .gz
     format: Format = field(default_factory=Format)
     columns: Columns = field(default_factory=Columns)
-    label: str | None = None  # such as "rating>=8"; without it every row is positive
+    label: str | None = None  # rule for positives, such as "rating>=8"; None: every row is one
 
 
 DATA_SCHEMAS = {
@@ -151,19 +150,19 @@ class ModelConfig:
     """Sizes of the DLRM and of its history towers."""
 
     history: str = "causal"  # kind of encoder, or none: the plain DLRM
-    dim: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    dropout: float = 0.1
-    top_mlp: list[int] = field(default_factory=lambda: [64, 1])  # widths; the last is the logit's
-    max_history: int = 256  # events read, or seen by each layer where the window is sliding
-    block: int = 64  # events between two places where a window may start
+    dim: int = 64  # width of tables and towers
+    num_layers: int = 2  # of each tower
+    num_heads: int = 4  # of attention; must divide dim
+    dropout: float = 0.1  # share of activations, in towers
+    top_mlp: list[int] = field(default_factory=lambda: [64, 1])  # layer widths; the last must be 1
+    max_history: int = 256  # events read; with sliding windows, events each layer sees
+    block: int = 64  # events; a window starts at a multiple of it
     window: str = "anchored"  # or sliding
-    candidate_tokens: int = 1  # or 1 + number of item attributes: each a token of its own
+    candidate_tokens: int = 1  # or 1 + number of item attributes: one token each
     merge: int = 8  # longer: events in a group
-    recent: int = 128  # longer: newest events whose groups go on to deeper layers
+    recent: int = 128  # longer: newest events, whose groups go on to deeper layers
     num_globals: int = 4  # longer: learned rows that see the whole history
-    # Actions of each history's events; none named: all events.
+    # Histories by name, each with the actions of its events; []: events of all actions.
     histories: dict[str, list[str]] = field(default_factory=lambda: {"history": []})
 
 
@@ -172,9 +171,9 @@ class Budget:
     """How long training may take."""
 
     name: str = "demo"
-    epochs: int = 3
-    max_users: int | None = None  # train on that many users only
-    eval_users: int | None = None  # rank the catalogue for that many users only
+    epochs: int = 3  # passes over the training split
+    max_users: int | None = None  # users to train and test on; None: all
+    eval_users: int | None = None  # users to rank the catalogue for; None: all
     baselines: bool = True  # also train history=none and count popularity
 
 
@@ -182,18 +181,18 @@ class Budget:
 class TrainConfig:
     """``python -m pipelines.train``."""
 
-    output: str = MISSING
-    data: Any = MISSING
+    output: str = MISSING  # the run's folder
+    data: Any = MISSING  # one of DATA_SCHEMAS
     model: ModelConfig = field(default_factory=ModelConfig)
     budget: Budget = field(default_factory=Budget)
-    seed: int = 0
-    threads: int | None = None  # None: as many as the cores granted
-    learning_rate: float = 3e-3  # of the dense parts
-    table_learning_rate: float = 5e-3
-    weight_decay: float = 1e-5  # of the dense parts
-    batch_targets: int = 256  # targets, each with its negatives
-    negatives: int = 7  # sampled for every target
-    checkpoint_seconds: float = 60.0
+    seed: int = 0  # of weights, negatives and the order of users
+    threads: int | None = None  # None: one per granted core
+    learning_rate: float = 3e-3  # of dense parameters
+    table_learning_rate: float = 5e-3  # of embedding tables
+    weight_decay: float = 1e-5  # of dense parameters
+    batch_targets: int = 256  # targets per batch, each with its negatives
+    negatives: int = 7  # sampled per target
+    checkpoint_seconds: float = 60.0  # seconds between two checkpoints
 
 
 @dataclass
@@ -201,14 +200,14 @@ class ExportConfig:
     """``python -m pipelines.export``."""
 
     run: str = MISSING  # output of pipelines.train
-    output: str = MISSING
+    output: str = MISSING  # the artifact's folder, or the Triton repository
     target: str = "torchscript"  # torchscript|pt2|triton
-    tables: str = "float32"  # float32|float16|int8|int4
-    deterministic: bool = False  # each row of a linear layer computed as if it were alone
+    tables: str = "float32"  # type of embedding tables: float32|float16|int8|int4
+    deterministic: bool = False  # linear layers compute each row independently
     name: str = "kvshare"  # of the models in a Triton repository
     licence: str = ""  # of the model, for the manifest
-    artifact_key_file: str | None = None  # a secret that signs the manifest
-    threads: int | None = None
+    artifact_key_file: str | None = None  # secret that signs the manifest, at most 64 bytes
+    threads: int | None = None  # None: one per granted core
 
 
 @dataclass
@@ -216,73 +215,73 @@ class AuditConfig:
     """``python -m pipelines.audit``."""
 
     run: str = MISSING  # output of pipelines.train
-    output: str = MISSING
-    seed: int = 0
-    threads: int | None = None
+    output: str = MISSING  # folder for audit.json
+    seed: int = 0  # of the drawn requests
+    threads: int | None = None  # None: one per granted core
 
 
 @dataclass
 class HostConfig:
-    """The tier in this process's memory: it takes what leaves the device."""
+    """The tier in this process's memory: it takes K/V that is evicted from the pages."""
 
-    capacity_bytes: int = 0  # 0: no such tier
-    codec: str = "float32"
-    min_events: int | None = None  # None: as the artifact's manifest has measured it, or 0
+    capacity_bytes: int = 0  # 0: no host tier
+    codec: str = "float32"  # float32|bfloat16|float16|int8|fp8_e4m3
+    min_events: int | None = None  # of a history worth a look-up; None: the manifest's, or 0
 
 
 @dataclass
 class DiskConfig:
-    """The tier on a local disk: it gets what is encoded, and survives a restart."""
+    """The tier on a local disk: newly encoded K/V is written to it, and it survives a restart."""
 
-    folder: str | None = None  # None: no such tier
+    folder: str | None = None  # None: no disk tier
     capacity_bytes: int = 4 * 2**30
-    codec: str = "float32"
-    min_events: int | None = None
+    codec: str = "float32"  # as host.codec
+    min_events: int | None = None  # as host.min_events
     deadline_ms: float = 50.0  # of a look-up
 
 
 @dataclass
 class RemoteConfig:
-    """The tier in Redis or Valkey, shared by processes: it gets what is encoded."""
+    """The tier in Redis or Valkey, shared by processes: newly encoded K/V is written to it."""
 
-    url: str | None = None  # redis://host:port, rediss:// with TLS; None: no such tier
-    cluster: bool = False
-    username: str | None = None
-    password_file: str | None = None
-    tls_ca_file: str | None = None
-    tls_cert_file: str | None = None
-    tls_key_file: str | None = None
-    codec: str = "float32"
-    min_events: int | None = None
-    deadline_ms: float = 50.0
+    url: str | None = None  # redis://host:port, rediss:// with TLS; None: no remote tier
+    cluster: bool = False  # whether the server is a Redis cluster
+    username: str | None = None  # of an ACL user
+    password_file: str | None = None  # file with the password
+    tls_ca_file: str | None = None  # CA that signed the server's certificate
+    tls_cert_file: str | None = None  # this client's certificate
+    tls_key_file: str | None = None  # and its private key
+    codec: str = "float32"  # as host.codec
+    min_events: int | None = None  # as host.min_events
+    deadline_ms: float = 50.0  # of a look-up
 
 
 @dataclass
 class CacheConfig:
     """Where K/V is kept between requests, and for how long."""
 
-    name: str = "memory"  # or tiered: the tiers below too; or off
-    capacity_bytes: int = 256 * 2**20  # on the device; histories share them by the size of theirs
-    watermark: float = 0.9  # share of them that K/V at rest may take
-    page_size: int = 32  # rows of K/V
-    policy: str = "lru"  # or tiny_lfu
-    share: str = "user"  # or content: K/V of equal histories is shared between users
-    ttl_s: float = 300.0  # after so long K/V is encoded anew
-    idle_ttl_s: float = 300.0  # or after so long without use
-    pinned_bytes: int = 0  # of the capacity, for pinned users
-    min_events: int = 0  # requests with fewer are not kept
+    name: str = "memory"  # or tiered: with the tiers below; or off
+    capacity_bytes: int = 256 * 2**20  # of K/V on the device, divided by the size of each history
+    watermark: float = 0.9  # share of the capacity for K/V that no request is using
+    page_size: int = 32  # rows of K/V per page
+    policy: str = "lru"  # of eviction; or tiny_lfu
+    share: str = "user"  # or content: users with equal histories share K/V
+    ttl_s: float = 300.0  # seconds; older K/V is encoded anew
+    idle_ttl_s: float = 300.0  # seconds; K/V unused for longer is encoded anew
+    pinned_bytes: int = 0  # part of the capacity for pinned users
+    min_events: int = 0  # K/V of requests with fewer events is not kept
     context: list[str] = field(default_factory=list)  # context columns that history rows read
-    items: int = 0  # projected candidates kept; 0: none
-    wait_ms: float = 1000.0  # for another request that encodes the same history
-    second_touch: bool = False  # disk and remote get a user's K/V from its second time on
-    key_file: str | None = None  # secret that signs what is written to disk and remote
-    queue_length: int = 64  # writes that wait, for each tier
-    queue_bytes: int = 32 * 2**20
-    max_failures: int = 3  # in a row, until a tier is left alone
-    pause_ms: float = 1000.0  # until it is tried again
-    max_auc_change: float = 5e-4  # of a codec, as scenario=codec measured it
-    max_top10_loss: float = 0.01  # share of the exact top 10 that is not in the codec's
-    max_score_difference: float = 0.05  # of a probability
+    items: int = 0  # projected candidates to keep; 0: none
+    wait_ms: float = 1000.0  # longest wait for another request that encodes the same history
+    second_touch: bool = False  # write K/V to disk and remote only from a user's second request on
+    key_file: str | None = None  # secret that signs K/V written to disk and remote
+    queue_length: int = 64  # waiting writes, per tier
+    queue_bytes: int = 32 * 2**20  # K/V in waiting writes, per tier
+    max_failures: int = 3  # failures in a row before a tier is skipped
+    pause_ms: float = 1000.0  # before a skipped tier is tried again
+    max_auc_change: float = 5e-4  # allowed AUC change by a codec, as scenario=codec measured it
+    max_top10_loss: float = 0.01  # allowed share of the exact top 10 that a codec loses
+    max_score_difference: float = 0.05  # allowed change of a probability by a codec
     host: HostConfig = field(default_factory=HostConfig)
     disk: DiskConfig = field(default_factory=DiskConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
@@ -292,143 +291,114 @@ class CacheConfig:
 class ScoreConfig:
     """``python -m pipelines.score``."""
 
-    artifact: str = MISSING
-    artifact_key_file: str | None = None  # a secret that it must be signed with
-    requests: str = MISSING
-    output: str = MISSING
+    artifact: str = MISSING  # output of pipelines.export
+    artifact_key_file: str | None = None  # secret the artifact must be signed with
+    requests: str = MISSING  # file with one JSON object a line
+    output: str = MISSING  # file for the answers
     cache: CacheConfig = field(default_factory=CacheConfig)
-    batch_requests: int = 8  # scored together
-    history_order: str = REFUSE  # a history that is not oldest first, or sort it
-    deterministic: bool = False  # scores bit-equal whatever else is scored, or no start
-    tensorboard: str | None = None  # folder for what the cache counted
-    threads: int | None = None
+    batch_requests: int = 8  # requests scored together
+    history_order: str = REFUSE  # histories that are not oldest first; or sort: sort and count them
+    deterministic: bool = False  # refuse a model whose scores depend on what else is scored
+    tensorboard: str | None = None  # folder for the cache's metrics
+    threads: int | None = None  # None: one per granted core
 
 
 @dataclass
 class ServerConfig:
-    """Where the server listens, whom it answers, and what it may be asked."""
+    """Where the server listens, which clients it serves, and its limits."""
 
     host: str = "127.0.0.1"
-    http_port: int = 8000  # 0: any that is free
-    grpc_port: int = 8001
-    tls_cert_file: str | None = None  # with the key: TLS on both ports
-    tls_key_file: str | None = None
-    tls_client_ca_file: str | None = None  # clients need a certificate that it signed
-    token_file: str | None = None  # a secret that callers say as a bearer token
+    http_port: int = 8000  # 0: any free port
+    grpc_port: int = 8001  # 0: any free port
+    tls_cert_file: str | None = None  # with tls_key_file: TLS on both ports
+    tls_key_file: str | None = None  # private key of the certificate
+    tls_client_ca_file: str | None = None  # clients need a certificate signed by this CA
+    token_file: str | None = None  # secret that clients send as a bearer token
     peers: list[str] = field(default_factory=list)  # host:port of all replicas, to forget users
-    max_connections: int = 512  # of each face; more are closed
-    max_calls: int = 256  # over gRPC, that are read or answered at once; more are refused
-    max_request_bytes: int = 16 * 2**20
-    max_json_values: int = 2**19  # of a JSON message; while they are read nobody is answered
-    max_inflight_bytes: int = 64 * 2**20  # of all messages that are read or answered
-    header_timeout_s: float = 10.0  # from a connection or a request's first byte to its headers
-    body_timeout_s: float = 30.0  # for a message to come, and for an answer to be read
-    idle_timeout_s: float = 90.0  # of a connection, or a gRPC stream, without a message
+    max_connections: int = 512  # over HTTP, and as many over gRPC; more are closed
+    max_calls: int = 256  # gRPC calls read or answered at once; more are refused
+    max_request_bytes: int = 16 * 2**20  # of one message
+    max_json_values: int = 2**19  # values in a JSON message; parsing blocks all other answers
+    max_inflight_bytes: int = 64 * 2**20  # of all messages being read or answered
+    header_timeout_s: float = 10.0  # for a connection's or request's headers to arrive
+    body_timeout_s: float = 30.0  # for a message to arrive, and for a client to read an answer
+    idle_timeout_s: float = 90.0  # of a connection or gRPC stream without a message
     max_requests: int = 64  # in one message
     max_candidates: int = 10_000  # of a request
     max_events: int = 20_000  # of a request's history, before it is cut to the window
     max_values: int = 200_000  # ids in one multi-valued column
-    history_order: str = REFUSE  # a history that is not oldest first, or sort it
-    timeout_ms: float = 1000.0  # of a request that says none, and the most that one may say
-    batch_requests: int = 16  # scored in one step
-    batch_candidates: int = 2048  # in one step; a request gets half of it at most
-    batch_events: int = 8192  # encoded in one step, if more than one request needs it
-    max_wait_ms: float = 0.0  # for a step to fill; while one is scored the next fills anyhow
-    queue_requests: int = 256  # that wait; more are refused
-    max_streams: int = 64  # open at once; more are refused
-    stream_depth: int = 4  # groups of a stream that wait; the client is not read on then
-    stream_timeout_s: float = 30.0
-    poll_s: float = 1.0  # between two looks at a watched folder of models
-    hot_users: int = 64  # a new version starts with the K/V of those that ask most
-    memory_bytes: int | None = None  # of the process; None: as the machine or its cgroup grants
-    hot_bytes: int = 32 * 2**20  # for the last requests of those users, of each model
-    shadow_share: float = 0.001  # of cached answers that are scored again without the cache
-    shadow_limit: float = 1e-4  # of a probability; beyond it the cache is left alone
-    drain_s: float = 30.0  # for requests that were accepted before the server stops
-    log_requests: bool = True  # a JSON line for each
-    tensorboard: str | None = None  # folder for what is counted
+    history_order: str = REFUSE  # histories that are not oldest first; or sort: sort and count them
+    timeout_ms: float = 1000.0  # default and maximum request timeout
+    batch_requests: int = 16  # requests scored in one batch
+    batch_candidates: int = 2048  # candidates in one batch; at most half of them of one request
+    batch_events: int = 8192  # events encoded in one batch of several requests
+    max_wait_ms: float = 0.0  # longest wait for a batch to fill; batches also fill while one runs
+    queue_requests: int = 256  # waiting requests; more are refused
+    max_streams: int = 64  # open streams; more are refused
+    stream_depth: int = 4  # waiting groups of a stream, before the server stops reading it
+    stream_timeout_s: float = 30.0  # of a whole stream, or of a sequence over gRPC
+    poll_s: float = 1.0  # seconds between two looks at a watched folder of models
+    hot_users: int = 64  # most frequent users, whose K/V a new version starts with
+    memory_bytes: int | None = None  # of the process; None: the machine's or cgroup's limit
+    hot_bytes: int = 32 * 2**20  # per model, for the last requests of hot users
+    shadow_share: float = 0.001  # of cached answers, scored again without the cache
+    shadow_limit: float = 1e-4  # largest change of a probability; beyond it a model has no cache
+    drain_s: float = 30.0  # seconds to finish accepted requests before the server stops
+    log_requests: bool = True  # log one JSON line per request
+    tensorboard: str | None = None  # folder for the server's metrics
 
 
 @dataclass
 class ServeConfig:
     """``python -m pipelines.serve``."""
 
-    artifact: str | None = None  # of pipelines.export, served as model kvshare
-    models: str | None = None  # or a watched folder: <name>/<version>/ are artifacts
-    artifact_key_file: str | None = None  # a secret that artifacts must be signed with
+    artifact: str | None = None  # output of pipelines.export, served as model kvshare
+    models: str | None = None  # or a watched folder with artifacts <name>/<version>/
+    artifact_key_file: str | None = None  # secret that artifacts must be signed with
     cache: CacheConfig = field(default_factory=CacheConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
-    deterministic: bool = False
-    threads: int | None = None
+    deterministic: bool = False  # refuse a model whose scores depend on what else is scored
+    threads: int | None = None  # None: one per granted core
 
 
 @dataclass
 class ServeClusterConfig(ServeConfig):
-    """``python -m pipelines.serve_cluster``: what a replica takes, and how many there are.
+    """``python -m pipelines.serve_cluster``: a replica's config, and how many replicas there are.
 
-    ``server.host``, ``server.http_port``, ``server.grpc_port`` and ``server.tls_*`` are nginx's, to
-    which clients come; replicas speak plain text on ports of this machine alone.
+    ``server.host``, ``server.http_port``, ``server.grpc_port`` and ``server.tls_*`` are nginx's;
+    clients connect to it. Replicas listen without TLS on ports of this machine only.
     """
 
-    output: str = MISSING  # configs, secrets and logs
-    replicas: int = 3
-    replica_port: int | None = None  # of the first; theirs follow one another. None: free ones
-    redis_bytes: int = 2**30  # of the Redis that is started if cache.remote.url is null
-    access_log: bool = False  # of nginx, a JSON line for each request
-    run: bool = True  # false: write these and say what would run
+    output: str = MISSING  # folder for configs, secrets and logs
+    replicas: int = 3  # servers behind nginx
+    replica_port: int | None = None  # first of two ports per replica; None: free ports
+    redis_bytes: int = 2**30  # memory of the Redis that is started if cache.remote.url is None
+    access_log: bool = False  # nginx logs one JSON line per request
+    run: bool = True  # False: write the files and print the commands only
 
 
 @dataclass
 class MakeRequestsConfig:
     """``python -m pipelines.make_requests``."""
 
-    output: str = MISSING
-    data: Any = MISSING
-    count: int = 200
-    candidates: int = 100
-    seed: int = 0
+    output: str = MISSING  # file for the requests
+    data: Any = MISSING  # one of DATA_SCHEMAS
+    count: int = 200  # requests
+    candidates: int = 100  # per request
+    seed: int = 0  # of users and candidates
 
 
 @dataclass
 class DemoConfig:
     """``python -m pipelines.demo``: train, export, score cached and uncached, compare."""
 
-    output: str = MISSING
-    data: Any = MISSING
+    output: str = MISSING  # folder for the run and the artifact
+    data: Any = MISSING  # one of DATA_SCHEMAS
     budget: Budget = field(default_factory=Budget)
-    requests: int = 200
-    candidates: int = 500
-    seed: int = 0
-    threads: int | None = None
-
-
-@dataclass
-class BenchmarkConfig:
-    """``python -m pipelines.benchmark``."""
-
-    output: str = MISSING
-    scenario: str = "queue_length"  # a name in configs/scenario
-    histories: list[int] = field(default_factory=lambda: [256, 1000])  # events, all paths
-    long_histories: list[int] = field(default_factory=lambda: [4096])  # events, shared paths only
-    candidates: list[int] = field(default_factory=lambda: [1, 5, 10, 50, 100, 256, 500, 1000])
-    merged_max_candidates: int = 1000  # beyond them the uncached baseline is not measured
-    merged_chunk_rows: list[int] = field(
-        default_factory=lambda: [2048, 8192, 32768]
-    )  # fastest taken
-    dim: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
-    encoders: list[str] = field(default_factory=lambda: ["causal"])
-    num_tokens: int = 1  # of one candidate
-    page_size: int = 32  # rows of K/V
-    artifact: str | None = None  # of pipelines.export, where a scenario measures a trained model
-    artifact_key_file: str | None = None  # a secret that it must be signed with
-    run: str | None = None  # of pipelines.train, likewise
-    data: Any = MISSING  # what its requests are made of
-    requests: int = 500  # how many
-    repeats: int = 5
-    seed: int = 0
-    threads: int | None = None
+    requests: int = 200  # scored cached and uncached
+    candidates: int = 500  # per request
+    seed: int = 0  # of training and requests
+    threads: int | None = None  # None: one per granted core
 
 
 @dataclass
@@ -448,18 +418,18 @@ class ProfileConfig:
     threads: int | None = None
 
 
-# Pipelines whose output is a file; of the others it is a folder.
+# Pipelines whose output is a file; the others write a folder.
 FILE_OUTPUTS = (ScoreConfig, MakeRequestsConfig)
 
 
 def literal_overrides(arguments: list[str]) -> list[str]:
-    """Quote what Hydra's grammar cannot read: a shell has taken the quotes off already.
+    """Quote values that Hydra's grammar cannot parse, because the shell has removed the quotes.
 
     Args:
-        arguments: of the command line.
+        arguments: the command line's arguments.
 
     Returns:
-        The same arguments, an unreadable ``key=value`` as ``key='value'``.
+        The same arguments, with ``key='value'`` for each ``key=value`` that cannot be parsed.
 
     Example:
         >>> literal_overrides(["data.label=rating>=4", "threads=1", "--help"])
@@ -480,10 +450,10 @@ def _literal(argument: str) -> str:
 
 
 def checked(config: DictConfig, schema: type[Schema]) -> Schema:
-    """A composed config as its dataclass.
+    """Convert a composed config to its dataclass and check its values.
 
     Args:
-        config: as Hydra composed it.
+        config: the config as Hydra composed it.
         schema: the dataclass it must fit.
 
     Returns:
@@ -504,22 +474,22 @@ def checked(config: DictConfig, schema: type[Schema]) -> Schema:
             merged.data = data
         filled = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(_told(error, prefix)) from error
+        raise ConfigError(_message_of(error, prefix)) from error
     assert isinstance(filled, schema)
     _check_values(filled, "")
     return filled
 
 
-def _told(error: OmegaConfBaseException, prefix: str) -> str:
-    """OmegaConf's message in one line, the key first."""
+def _message_of(error: OmegaConfBaseException, prefix: str) -> str:
+    """Return OmegaConf's message in one line, the key first."""
     key = f"{prefix}{error.full_key}".rstrip(".") or "the config"
     if isinstance(error, MissingMandatoryValue):
-        return f"{key} is missing; say {key}=…"
+        return f"{key} is missing; set {key}=…"
     if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
         names = [one.name for one in fields(error.object_type)]
         near = get_close_matches(str(error.key), names, 1)
-        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        return f"{key} is no key of this config; {known}"
+        known = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(names)}"
+        return f"{key} is not a key of this config; {known}"
     return f"{key}: {str(error).splitlines()[0]}"
 
 
@@ -529,7 +499,7 @@ def _check_values(config: Any, prefix: str) -> None:
         if is_dataclass(value):
             _check_values(value, f"{name}.")
         elif key in NOT_EMPTY and isinstance(value, str) and not value.strip():
-            raise ConfigError(f"{name} is empty; say {name}=…, or leave it out")
+            raise ConfigError(f"{name} is empty; set {name}=…, or leave it out")
         elif key in WORDS_BY_KEY and value not in WORDS_BY_KEY[key]:
             raise ConfigError(f"{name} is {value!r}; one of {WORDS_BY_KEY[key]} is allowed")
         for number in value if isinstance(value, list) else [value]:

@@ -1,27 +1,27 @@
-"""What can go wrong, drawn as a tree; beside each leaf, whose fault it is.
+"""What can go wrong, drawn as a tree; beside each error, whose fault it is.
 
 KVShareError
-├── ConfigError (ValueError)         the config's author: a value or a combination that cannot work
-├── DataError (ValueError)           the data set: a file, a column or a row that cannot be read
+├── ConfigError (ValueError)         the user of a command: a value or combination that cannot work
+├── DataError (ValueError)           the data set: a file, a column or a row that cannot be used
 ├── TrainingError (ArithmeticError)  the training's settings: numbers that are no longer finite
-├── RequestError (ValueError)        the caller of the scorer: one request that cannot be scored
-├── ShapeError (ValueError)          the caller of a function: tensors that do not fit each other
-├── ArtifactError (RuntimeError)     the exporter: an artifact that is broken or does not fit
-├── RecordError (ValueError)         a store's writer: K/V that is broken, forged or not ours
-├── TierError (OSError)              a store behind the cache: it is dead, slow or full
-├── ScoreError (ArithmeticError)     the model: scores of a request that are no finite numbers
+├── RequestError (ValueError)        the caller of the scorer: a request that cannot be scored
+├── ShapeError (ValueError)          the caller of a function: tensors or columns that do not match
+├── ArtifactError (RuntimeError)     the artifact: broken, incomplete, or not for this use
+├── RecordError (ValueError)         the writer of K/V: bytes torn, forged or of another user
+├── TierError (OSError)              a store behind the cache: dead, slow or full
+├── ScoreError (ArithmeticError)     the model: scores of a request that are not finite
 ├── ParityError (AssertionError)     us: two paths that must agree do not
-├── OverloadError (RuntimeError)     the load: more is waiting than the server's limits allow
-│   └── NoRoomError                  the load: messages hold more bytes than the server's limit
-├── DeadlineError (TimeoutError)     the caller's patience: its deadline has passed
+├── OverloadError (RuntimeError)     the load: more requests or streams than the server's limits
+│   └── NoRoomError                  the load: messages with more bytes than the server's limit
+├── DeadlineError (TimeoutError)     the client: its deadline passed, or it sent or read too slowly
 ├── UnknownModelError (LookupError)  the caller of the server: a model that is not served
-├── UnavailableError (RuntimeError)  the server: it has not started yet, or is about to stop
+├── UnavailableError (RuntimeError)  the server: not ready, stopping, or a part of it is unreachable
 └── MissingExtraError (ImportError)  the installation: a component whose extra is not installed
 """
 
 
 class KVShareError(Exception):
-    """Root of everything this package raises on purpose."""
+    """Root of every error that this package raises on purpose."""
 
 
 class ConfigError(KVShareError, ValueError):
@@ -29,11 +29,11 @@ class ConfigError(KVShareError, ValueError):
 
 
 class DataError(KVShareError, ValueError):
-    """A data set that cannot be read as it was described."""
+    """A data set that cannot be read as described, or has nothing to train or test on."""
 
 
 class TrainingError(KVShareError, ArithmeticError):
-    """A loss, a weight or a score that is no finite number: the training diverged."""
+    """A loss, a weight or a score that is not finite: the training diverged."""
 
 
 class RequestError(KVShareError, ValueError):
@@ -41,7 +41,7 @@ class RequestError(KVShareError, ValueError):
 
 
 class ShapeError(KVShareError, ValueError):
-    """Tensors whose shapes do not fit each other."""
+    """Tensors whose shapes, or columns whose lengths, do not fit each other."""
 
 
 class ArtifactError(KVShareError, RuntimeError):
@@ -49,11 +49,11 @@ class ArtifactError(KVShareError, RuntimeError):
 
 
 class RecordError(KVShareError, ValueError):
-    """Bytes from a store that are not the K/V they should be: torn, forged or of another."""
+    """Bytes that are not the K/V asked for, or K/V that a codec cannot write."""
 
 
 class TierError(KVShareError, OSError):
-    """A store behind a tier of the cache that does not do what it was asked."""
+    """An operation that the store behind a cache tier did not complete."""
 
 
 class ScoreError(KVShareError, ArithmeticError):
@@ -65,15 +65,15 @@ class ParityError(KVShareError, AssertionError):
 
 
 class OverloadError(KVShareError, RuntimeError):
-    """More is waiting than the server's limits allow; the caller may try again."""
+    """More requests or streams than the server's limits allow; the caller may try again."""
 
 
 class NoRoomError(OverloadError):
-    """More bytes of messages are read or answered than the server's limit allows."""
+    """More bytes of messages in flight than the server's limit allows."""
 
 
 class DeadlineError(KVShareError, TimeoutError):
-    """The deadline of a request has passed before it was answered."""
+    """A deadline passed before a request was read, scored or answered."""
 
 
 class UnknownModelError(KVShareError, LookupError):
@@ -81,7 +81,7 @@ class UnknownModelError(KVShareError, LookupError):
 
 
 class UnavailableError(KVShareError, RuntimeError):
-    """A server that has not started yet, or is about to stop; another may answer."""
+    """A server, or a part of it, that cannot answer now: starting, stopping or unreachable."""
 
 
 class MissingExtraError(KVShareError, ImportError):

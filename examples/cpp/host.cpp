@@ -21,17 +21,17 @@ namespace {
 namespace fs = std::filesystem;
 using Features = c10::Dict<std::string, at::Tensor>;
 
-// Jagged operators, then those that quantised tables call. Each brings what it needs from its own
-// folder, so that their order does not matter.
+// Jagged operators, then those of quantised tables. Each library loads its dependencies from its
+// own folder, so the order does not matter.
 const char* const kOperators[] = {
     FBGEMM_FOLDER "/fbgemm_gpu_py.so",
     FBGEMM_FOLDER "/fbgemm_gpu_tbe_common.so",
     FBGEMM_FOLDER "/fbgemm_gpu_tbe_cache.so",
     FBGEMM_FOLDER "/fbgemm_gpu_tbe_inference.so",
 };
-// Scores here against those that the exporter saw, perhaps on another processor.
+// Between scores here and those of the exporter, perhaps on another processor.
 constexpr double kGoldenTolerance = 2e-5;
-// A TorchScript program watches its first call and compiles in the second, which takes seconds.
+// TorchScript profiles the first call and compiles in the second, which takes seconds.
 constexpr int kWarmUpRounds = 3;
 
 void load_operators(const std::string& library) {
@@ -40,7 +40,7 @@ void load_operators(const std::string& library) {
   }
 }
 
-// The package has a library of its attention operators for each kind of CPU, built for one torch.
+// The package has a library of its attention operators for each CPU capability and one torch.
 std::string attention_library() {
   std::string capability = at::get_cpu_capability();
   std::transform(capability.begin(), capability.end(), capability.begin(),
@@ -48,8 +48,8 @@ std::string attention_library() {
   return KVSHARE_FOLDER "/attention/_native_" + capability + "-torch" TORCH_VERSION ".so";
 }
 
-// What torch says without its traces of two languages: an exception raised in the program stands in
-// the last line, one of torch's own in the first.
+// Torch's message without the stack traces of C++ and Python: an exception raised in the program is
+// in the last line, one of torch's own in the first.
 std::string reason_of(const std::exception& error) {
   std::istringstream lines(error.what());
   std::string line, reason;
@@ -60,9 +60,9 @@ std::string reason_of(const std::exception& error) {
   return reason;
 }
 
-// What goes wrong while a file of the artifact is used is said with the file's name.
+// Puts the file's name into the error of whatever uses a file of the artifact.
 template <typename Use>
-auto of_file(const fs::path& path, Use use) {
+auto with_file(const fs::path& path, Use use) {
   try {
     return use();
   } catch (const std::exception& error) {
@@ -71,15 +71,15 @@ auto of_file(const fs::path& path, Use use) {
 }
 
 Json read_json_file(const fs::path& path) {
-  return of_file(path, [&] {
+  return with_file(path, [&] {
     std::ifstream file(path, std::ios::binary);
-    // A folder can be opened, too.
+    // A folder opens without an error, too.
     if (!file || !fs::is_regular_file(path)) throw ArtifactError("there is no such file to read");
     return read_json({std::istreambuf_iterator<char>(file), {}});
   });
 }
 
-// As answers have it.
+// The model version as answers have it.
 std::string version_of(const Json& manifest) {
   const auto start_of = [&](const char* digest) {
     return manifest.at(digest).get<std::string>().substr(0, 16);
@@ -101,17 +101,17 @@ std::vector<double> values_of(const at::Tensor& probabilities) {
   return {first, first + values.numel()};
 }
 
-// As Python shows it in a message.
+// A request's id as Python shows it in a message.
 std::string shown_id(const std::string& request_id) {
   if (request_id == "null") return "None";
   return request_id[0] == '"' ? Json::parse(request_id).get<std::string>() : request_id;
 }
 
-// A program refuses such scores itself; a host gives none on, whatever the program.
+// A program refuses scores that are not finite itself; the host relies on no program for that.
 void check_scores(const std::vector<double>& scores, const Request& request) {
-  for (std::size_t place = 0; place < scores.size(); ++place) {
-    if (std::isfinite(scores[place])) continue;
-    throw ScoreError("the model gave no finite score for candidate " + std::to_string(place) +
+  for (std::size_t candidate = 0; candidate < scores.size(); ++candidate) {
+    if (std::isfinite(scores[candidate])) continue;
+    throw ScoreError("the model gave no finite score for candidate " + std::to_string(candidate) +
                      " of request " + shown_id(request.request_id));
   }
 }
@@ -122,15 +122,15 @@ std::vector<std::string> names_of(const c10::IValue& names) {
   return found;
 }
 
-// Empty if the scores are those that the artifact was written with.
+// How the scores differ from the golden ones; empty if they are equal within the tolerance.
 std::string difference(const std::vector<double>& scores, const std::vector<double>& golden) {
   if (scores.size() != golden.size()) {
     return std::to_string(scores.size()) + " scores, not " + std::to_string(golden.size());
   }
-  for (std::size_t place = 0; place < scores.size(); ++place) {
-    if (!(std::abs(scores[place] - golden[place]) <= kGoldenTolerance)) {
-      return "candidate " + std::to_string(place) + " has the score " +
-             std::to_string(scores[place]) + ", not " + std::to_string(golden[place]);
+  for (std::size_t candidate = 0; candidate < scores.size(); ++candidate) {
+    if (!(std::abs(scores[candidate] - golden[candidate]) <= kGoldenTolerance)) {
+      return "candidate " + std::to_string(candidate) + " has the score " +
+             std::to_string(scores[candidate]) + ", not " + std::to_string(golden[candidate]);
     }
   }
   return "";
@@ -138,7 +138,7 @@ std::string difference(const std::vector<double>& scores, const std::vector<doub
 
 }  // namespace
 
-// The program and the words that its cache answers by number.
+// The program, and the names of the statuses and reasons that its cache answers as numbers.
 struct Host::Program {
   torch::jit::Module module;
   std::vector<std::string> statuses, reasons;
@@ -162,7 +162,7 @@ struct Host::Program {
     module.run_method("forget", request.columns.at("user_key").front());
   }
 
-  // What the program raises is the request's own error: its inputs passed their checks.
+  // An exception of the program is an error of this request: the inputs passed their checks.
   Scored rank(const Features& features, const Request& request, bool is_cached) {
     try {
       return is_cached ? rank_cached(features) : rank_uncached(features, request);
@@ -196,13 +196,13 @@ Host::Host(const fs::path& artifact, const std::optional<CacheLimits>& limits)
   const Json manifest = read_json_file(artifact / "manifest.json");
   const Json golden = read_json_file(artifact / "golden.json");
   const Json schema = read_json_file(artifact / "schema.json");
-  of_file(artifact / "schema.json", [&] { schema_ = Schema::from_json(schema); });
-  of_file(artifact / "manifest.json", [&] { model_version_ = version_of(manifest); });
-  of_file(artifact / "model.pt", [&] {
+  with_file(artifact / "schema.json", [&] { schema_ = Schema::from_json(schema); });
+  with_file(artifact / "manifest.json", [&] { model_version_ = version_of(manifest); });
+  with_file(artifact / "model.pt", [&] {
     program_ = std::make_unique<Program>(artifact / "model.pt", model_version_);
     if (is_cached_) program_->configure(*limits);
   });
-  of_file(artifact / "golden.json", [&] { check_golden(golden); });
+  with_file(artifact / "golden.json", [&] { check_golden(golden); });
 }
 
 Host::~Host() = default;
@@ -226,7 +226,7 @@ void Host::check_golden(const Json& golden) {
       const std::string differs = difference(rank(request).scores, expected);
       if (!differs.empty()) throw ArtifactError("the program does not agree: " + differs);
     }
-    // Nobody's request shall find the K/V of a golden one.
+    // No client's request may find the K/V of a golden request.
     if (is_cached_) program_->forget(request);
   }
 }

@@ -1,4 +1,4 @@
-// An exported program behind plain types: it is loaded, checked and asked one request at a time.
+// Load and check an exported program, and score one request at a time; no torch types.
 
 #pragma once
 
@@ -12,12 +12,12 @@
 #include <string>
 #include <vector>
 
-// The artifact cannot be served: a file of it is missing, broken or another artifact's.
+// The artifact cannot be served: one of its files is missing, broken or of another artifact.
 struct ArtifactError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A request has no scores: the model gave some that are not finite. The message names candidates.
+// The model gave scores that are not finite. The message names the candidates.
 struct ScoreError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -27,7 +27,7 @@ struct CacheLimits {
   double ttl_s = 300;
 };
 
-// What the program's cache did for one answer; as CacheUse of torchrec_kvshare/scoring/engine.py.
+// What the program's cache did for one answer, as CacheUse in Python.
 struct CacheUse {
   std::string status, reason;
   int64_t cached_events, computed_events;
@@ -36,13 +36,13 @@ struct CacheUse {
 struct Scored {
   std::vector<double> scores;
   CacheUse cache;
-  double model_ms = 0;  // in the program's call alone
+  double model_ms = 0;  // of the program's call only
 };
 
 class Host {
  public:
-  // Loads the artifact and warms it up with its golden requests, whose scores it must give. Without
-  // limits nothing is cached. Throws ArtifactError.
+  // Loads the artifact and warms it up with its golden requests, which must get their golden
+  // scores. Without limits nothing is cached. Throws ArtifactError.
   Host(const std::filesystem::path& artifact, const std::optional<CacheLimits>& limits);
   ~Host();
 

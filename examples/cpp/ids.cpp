@@ -10,7 +10,7 @@
 
 namespace {
 
-// What Python's str.strip takes for space.
+// The whitespace that Python's str.strip removes.
 constexpr std::string_view kSpaces[] = {
     "\t", "\n", "\v", "\f", "\r", "\x1c", "\x1d", "\x1e", "\x1f", " ",
     "\xc2\x85", "\xc2\xa0", "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81", "\xe2\x80\x82",
@@ -22,7 +22,7 @@ bool is_digit(char c) { return '0' <= c && c <= '9'; }
 
 bool is_visible_ascii(char c) { return ' ' < c && c < '\x7f'; }
 
-// Bytes of the space that a text starts with, 0 if it starts with none; likewise of its end.
+// Bytes of the whitespace character at the start of a text, 0 for none; below, at its end.
 std::size_t space_at_start(std::string_view text) {
   for (const std::string_view space : kSpaces) {
     if (text.substr(0, space.size()) == space) return space.size();
@@ -40,29 +40,29 @@ std::size_t space_at_end(std::string_view text) {
 }
 
 std::string_view stripped(std::string_view text) {
-  // A history has thousands of ids, and hardly one of them has space around it.
+  // A shortcut: a history has thousands of ids, and hardly any has whitespace around it.
   if (!text.empty() && is_visible_ascii(text.front()) && is_visible_ascii(text.back())) return text;
   while (const std::size_t size = space_at_start(text)) text.remove_prefix(size);
   while (const std::size_t size = space_at_end(text)) text.remove_suffix(size);
   return text;
 }
 
-// The digits of "17850.0" and "-0", which are whole numbers; empty for others.
+// The digits of a whole number written as "17850.0" or "-0"; empty for other texts.
 std::string digits_of(std::string_view text) {
   if (text == "-0") return "0";
   const std::size_t sign = text.substr(0, 1) == "-" ? 1 : 0;
   const std::size_t point = text.find('.');
   if (point == std::string_view::npos || point <= sign || point + 1 == text.size()) return "";
   if (text.find_first_not_of('0', point + 1) != std::string_view::npos) return "";
-  for (std::size_t place = sign; place < point; ++place) {
-    if (!is_digit(text[place])) return "";
+  for (std::size_t index = sign; index < point; ++index) {
+    if (!is_digit(text[index])) return "";
   }
   if (text[sign] == '0' && point != sign + 1) return "";
   return text[sign] == '0' ? "0" : std::string(text.substr(0, point));
 }
 
-// Whether a text is as Python prints floats from 1e16 on: a digit, maybe more behind a point, an
-// exponent of two or three digits.
+// Whether a text has the form in which Python prints floats from 1e16 on: a digit, optional digits
+// after a point, an exponent of two or three digits.
 bool is_large_float(std::string_view text) {
   if (text.substr(0, 1) == "-") text.remove_prefix(1);
   if (text.empty() || !is_digit(text[0]) || text[0] == '0') return false;
@@ -79,11 +79,11 @@ bool is_large_float(std::string_view text) {
 std::string spelt(double number) {
   if (std::isinf(number)) return number < 0 ? "-inf" : "inf";
   if (number == 0) return "0";
-  char text[400];  // The greatest double has 309 digits.
+  char text[400];  // the largest double has 309 digits
   if (number == std::floor(number)) {
     return {text, static_cast<std::size_t>(std::snprintf(text, sizeof text, "%.0f", number))};
   }
-  // As Python prints them: the fewest digits that tell it from others.
+  // As Python prints it: the shortest digits that read back as the same number.
   const bool is_small = std::abs(number) < 1e-4;
   const auto form = is_small ? std::chars_format::scientific : std::chars_format::fixed;
   return {text, std::to_chars(text, text + sizeof text, number, form).ptr};

@@ -1,4 +1,4 @@
-// How an id is spelt; torchrec_kvshare/features/ids.py is the meaning.
+// The canonical form of an id; torchrec_kvshare/features/ids.py defines it.
 
 #pragma once
 
@@ -6,9 +6,8 @@
 
 #include <string>
 
-// Of a text, a number or a boolean. Empty where there is no id: of a blank text, and of anything
-// else.
+// Of a string, a number or a boolean. Empty for a blank string and for anything else.
 std::string canonical_id(const Json& value);
 
-// Of a text, UTF-8.
+// Of a UTF-8 string.
 std::string canonical_id(const std::string& text);

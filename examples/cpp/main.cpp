@@ -1,4 +1,4 @@
-// Answers a file of requests: one JSON object a line in, one a line out, in order.
+// Answers a file of requests: one JSON object per line in, one per line out, in order.
 
 #include "host.h"
 
@@ -17,7 +17,7 @@ using OrderedJson = nlohmann::ordered_json;
 
 constexpr int kFailed = 1;
 constexpr int kMisused = 2;
-constexpr int kRefused = 3;  // Some lines got an error in place of scores.
+constexpr int kRefused = 3;  // some lines got an error in place of scores
 
 constexpr char kUsage[] =
     "usage: kvshare_host ARTIFACT REQUESTS.jsonl ANSWERS.jsonl\n"
@@ -80,7 +80,7 @@ Arguments parse_arguments(int argc, char** argv) {
   return found;
 }
 
-// A file that appears when it is whole.
+// A file that appears under its name once it is complete.
 class WholeFile {
  public:
   explicit WholeFile(const fs::path& path)
@@ -91,7 +91,7 @@ class WholeFile {
   WholeFile(const WholeFile&) = delete;
   WholeFile& operator=(const WholeFile&) = delete;
   ~WholeFile() {
-    std::error_code ignored;  // Nothing is there once it was published.
+    std::error_code ignored;  // After publish there is no file to remove.
     fs::remove(beside_, ignored);
   }
 
@@ -132,7 +132,7 @@ std::string answer_line(const Request& request, const Scored& scored, const std:
   return "{\"request_id\":" + request.request_id + "," + rest.dump().substr(1);
 }
 
-// The project's one error format.
+// A refusal in the project's error format.
 std::string refusal_line(const std::string& request_id, const std::string& type,
                          const std::string& message) {
   return "{\"request_id\":" + request_id + ",\"error\":{\"type\":\"" + type +
@@ -155,7 +155,7 @@ struct Counts {
     }
   }
 
-  // Columns that have unknown ids, with their number and share.
+  // Columns with unknown ids, and their number and share.
   std::string unknown_text() const {
     std::string text;
     for (const auto& [column, count] : ids) {
@@ -170,7 +170,7 @@ struct Counts {
   }
 };
 
-// Blank lines are no requests. Times are of the scored lines; a refused one has none.
+// Skips blank lines. A refused line has null in place of its time.
 Counts answer_lines(Host& host, std::istream& lines, std::ostream& answers, Json& times) {
   Counts counts;
   for (std::string line; std::getline(lines, line);) {

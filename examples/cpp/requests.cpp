@@ -9,15 +9,15 @@
 
 namespace {
 
-constexpr int64_t kMissingRow = 0;  // The event or candidate has no value in this column.
+constexpr int64_t kMissingRow = 0;  // no value in this column
 constexpr int64_t kUnknownRow = 1;  // a value never seen in training
 constexpr int64_t kNumReservedRows = 2;
 
-constexpr double kMaxTime = 4102444800;  // 2100-01-01; later ones are milliseconds
+constexpr double kMaxTime = 4102444800;  // 2100-01-01; later numbers are milliseconds
 constexpr double kMaxNumber = 1e30;
 constexpr std::size_t kMaxCandidates = 100'000;
 constexpr int64_t kMaxFirstEvent = int64_t{1} << 62;
-constexpr std::size_t kMaxIdCharacters = 256;  // of an id as it is compared
+constexpr std::size_t kMaxIdCharacters = 256;  // of a canonical id
 constexpr std::size_t kMaxRequestId = 200;     // characters
 constexpr std::size_t kMaxShown = 200;  // bytes of a value or of a list of names in a message
 
@@ -33,7 +33,7 @@ using Names = std::vector<std::string>;
 using Columns = std::map<std::string, const Json*>;  // arrays of one length by name
 using Cells = std::vector<const Json*>;              // some rows of a column
 
-// Ids of some rows one after the other, and how many each row has.
+// Ids of several rows, one after the other, and the length of each row.
 struct Bags {
   std::vector<int64_t> values, lengths;
 };
@@ -42,7 +42,7 @@ std::string cut(const std::string& text) {
   return text.size() <= kMaxShown ? text : text.substr(0, kMaxShown) + "...";
 }
 
-// A value as a message may hold it: short, whatever its size and depth.
+// A value for a message: short, whatever its size and depth.
 std::string shown(const Json& value) {
   if (value.is_array()) return "a list of " + std::to_string(value.size());
   if (value.is_object()) return "an object of " + std::to_string(value.size());
@@ -78,7 +78,7 @@ const Json& need_group(const Json& raw, const std::string& name, const Names& co
   return group;
 }
 
-// The wanted columns of a group, each a list, all of one length.
+// The needed columns of a group: lists of one length.
 Columns need_columns(const Json& raw, const std::string& name, const Names& columns) {
   const Json& group = need_group(raw, name, columns);
   Columns found;
@@ -100,7 +100,7 @@ Columns need_columns(const Json& raw, const std::string& name, const Names& colu
   return found;
 }
 
-// Characters of a text in UTF-8: all of its bytes but those that continue one.
+// Characters of a UTF-8 text: all its bytes except continuation bytes.
 std::size_t num_characters(const std::string& text) {
   std::size_t count = 0;
   for (const char byte : text) count += (static_cast<unsigned char>(byte) & 0xc0) != 0x80;
@@ -146,14 +146,14 @@ int64_t time_of(const Json& value, const std::string& column) {
   return static_cast<int64_t>(time);
 }
 
-// FNV-1a of 64 bits: the program compares events as well, so equal keys cost reuse and no scores.
+// 64-bit FNV-1a. The program also compares events: users with equal keys lose reuse, not scores.
 int64_t user_key(const std::string& id) {
   uint64_t hash = 14695981039346656037u;
   for (const char c : id) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
   return static_cast<int64_t>(hash);
 }
 
-// Of a request's id the text, or the digits; empty where it is neither.
+// The text or the digits of a request's id; empty for other values.
 std::string request_id_text(const Json& value) {
   if (value.is_string()) return value.get<std::string>();
   return value.is_number_integer() ? value.dump() : long_integer(value);
@@ -171,7 +171,7 @@ std::vector<int64_t> rows_of(const Cells& cells, const Vocabulary& vocabulary,
   return rows;
 }
 
-// Rows of multi-valued cells; a single id stands for a list of one, null for none.
+// Rows of multi-valued cells; a single id is a list of one, null an empty list.
 Bags bags_of(const Cells& cells, const Vocabulary& vocabulary, const std::string& column) {
   Bags bags;
   for (const Json* cell : cells) {
@@ -186,13 +186,13 @@ Bags bags_of(const Cells& cells, const Vocabulary& vocabulary, const std::string
   return bags;
 }
 
-// Values that are all of one request.
+// One bag with all values, those of one request.
 Bags of_one_request(std::vector<int64_t> values) {
   const auto length = static_cast<int64_t>(values.size());
   return {std::move(values), {length}};
 }
 
-// Ids of one column among those of a request.
+// Adds the ids of one column to the request's counts.
 void count(Request& request, const std::string& column, const std::vector<int64_t>& rows) {
   IdCount& ids = request.ids[column];
   for (const int64_t row : rows) {
@@ -206,7 +206,7 @@ void put(Request& request, const std::string& key, Bags bags) {
   request.columns[key + ".lengths"] = std::move(bags.lengths);
 }
 
-// Ids, which have another name in the request than among the model's inputs.
+// Adds ids; their column in the request has another name than their key among the model's inputs.
 void put_ids(Request& request, const std::string& key, const std::string& column, Bags bags) {
   count(request, column, bags.values);
   put(request, key, std::move(bags));
@@ -223,34 +223,33 @@ Cells all_of(const Json& column) {
 struct Events {
   Columns columns;
   std::vector<int64_t> times;
-  int64_t first_event;  // place of the first of them among all of the user's
+  int64_t first_event;  // index of the first of them among all of the user's
 };
 
-// Times of all events, which are those that training may have seen: oldest first, and before the
-// request.
+// Times of all events, checked as in training: oldest first, and before the request.
 std::vector<int64_t> times_of(const Json& column, int64_t request_time) {
   const std::string name = "history." + kTime;
-  const auto event = [&](std::size_t place, int64_t time) {
-    return name + "[" + std::to_string(place) + "] is " + std::to_string(time);
+  const auto event = [&](std::size_t index, int64_t time) {
+    return name + "[" + std::to_string(index) + "] is " + std::to_string(time);
   };
   std::vector<int64_t> times;
   times.reserve(column.size());
   for (const Json& cell : column) times.push_back(time_of(cell, name));
-  for (std::size_t place = 0; place < times.size(); ++place) {
-    if (times[place] >= request_time) {
-      throw RequestError(event(place, times[place]) + ", not before the request's time " +
+  for (std::size_t index = 0; index < times.size(); ++index) {
+    if (times[index] >= request_time) {
+      throw RequestError(event(index, times[index]) + ", not before the request's time " +
                          std::to_string(request_time));
     }
-    if (place > 0 && times[place] < times[place - 1]) {
-      throw RequestError(event(place, times[place]) + ", before " + name + "[" +
-                         std::to_string(place - 1) + "] = " + std::to_string(times[place - 1]) +
+    if (index > 0 && times[index] < times[index - 1]) {
+      throw RequestError(event(index, times[index]) + ", before " + name + "[" +
+                         std::to_string(index - 1) + "] = " + std::to_string(times[index - 1]) +
                          ": events are given oldest first");
     }
   }
   return times;
 }
 
-// Of a request that does not say, 0.
+// Index of the request's first event; 0 if the request does not say.
 int64_t first_event_of(const Json& group, const Schema& schema) {
   const auto given = group.find(kFirstEvent);
   if (given == group.end() || given->is_null()) return 0;
@@ -267,8 +266,8 @@ int64_t first_event_of(const Json& group, const Schema& schema) {
   }
   if (*given > 0 && !of_actions.empty()) {
     throw RequestError(name + "; the model's histories [" + of_actions +
-                       "] are of some actions only, and cannot know how many of theirs came "
-                       "before: send all events");
+                       "] keep some actions only, so how many of their events came before is "
+                       "unknown: send all events");
   }
   return given->get<int64_t>();
 }
@@ -287,29 +286,29 @@ bool reports_unknown_ids(const Json& raw) {
   return !given->empty();
 }
 
-// Where a history's events stand among those given.
-std::vector<std::size_t> places_of(const History& history, const Events& events) {
-  std::vector<std::size_t> places;
-  for (std::size_t place = 0; place < events.times.size(); ++place) {
+// Indices of a history's events among those given.
+std::vector<std::size_t> indices_of(const History& history, const Events& events) {
+  std::vector<std::size_t> indices;
+  for (std::size_t index = 0; index < events.times.size(); ++index) {
     if (!history.actions.empty()) {
-      const Json& action = (*events.columns.at(kAction))[place];
+      const Json& action = (*events.columns.at(kAction))[index];
       if (action.is_null() || !history.actions.count(id_of(action, "history." + kAction))) continue;
     }
-    places.push_back(place);
+    indices.push_back(index);
   }
-  return places;
+  return indices;
 }
 
 // One history of a request, cut to the window.
 void put_history(Request& request, const History& history, const Events& events,
                  const Schema& schema) {
-  std::vector<std::size_t> places = places_of(history, events);
+  std::vector<std::size_t> indices = indices_of(history, events);
   const int64_t first_event =
-      history.window.start_among(events.first_event, static_cast<int64_t>(places.size()));
-  places.erase(places.begin(), places.begin() + (first_event - events.first_event));
+      history.window.start_among(events.first_event, static_cast<int64_t>(indices.size()));
+  indices.erase(indices.begin(), indices.begin() + (first_event - events.first_event));
   const auto cells = [&](const std::string& column) {
     Cells read;
-    for (const std::size_t place : places) read.push_back(&(*events.columns.at(column))[place]);
+    for (const std::size_t index : indices) read.push_back(&(*events.columns.at(column))[index]);
     return read;
   };
   for (const std::string& column : schema.event_columns) {
@@ -319,7 +318,7 @@ void put_history(Request& request, const History& history, const Events& events,
             of_one_request(rows_of(cells(column), vocabulary, name)));
   }
   std::vector<int64_t> times;
-  for (const std::size_t place : places) times.push_back(events.times[place]);
+  for (const std::size_t index : indices) times.push_back(events.times[index]);
   request.num_events += static_cast<int64_t>(times.size());
   put(request, history.name + "." + kTime, of_one_request(std::move(times)));
   for (const std::string& column : schema.item_attributes) {
@@ -350,20 +349,20 @@ std::vector<float> clock_features(int64_t time) {
           static_cast<float>(std::sin(weekday)), static_cast<float>(std::cos(weekday))};
 }
 
-// Signed logarithm, so that prices and counts of any scale reach the dense arch near one.
+// Signed logarithm: it brings prices and counts of any scale near one for the dense arch.
 float squash(double value) {
   const int sign = (value > 0) - (value < 0);
   return static_cast<float>(sign * std::log1p(std::abs(value)));
 }
 
-// Candidates one after the other: the clock of the request, then the floats of the item.
+// By candidate: the clock features of the request, then the floats of the item.
 std::vector<float> dense_of(const Columns& candidates, const Schema& schema, int64_t time) {
   const std::vector<float> clock = clock_features(time);
   std::vector<float> dense;
-  for (std::size_t place = 0; place < candidates.at(kItem)->size(); ++place) {
+  for (std::size_t row = 0; row < candidates.at(kItem)->size(); ++row) {
     dense.insert(dense.end(), clock.begin(), clock.end());
     for (const std::string& column : schema.item_floats) {
-      const Json& value = (*candidates.at(column))[place];
+      const Json& value = (*candidates.at(column))[row];
       dense.push_back(squash(number_of(value, "candidates." + column)));
     }
   }
@@ -384,14 +383,14 @@ int64_t Vocabulary::row(const std::string& id) const {
 
 int64_t Window::start(int64_t num_events) const {
   if (num_events <= max_history) return 0;
-  // The surplus over max_history, rounded up to whole blocks.
+  // The excess over max_history, rounded up to whole blocks.
   return (num_events - max_history + block - 1) / block * block;
 }
 
 int64_t Window::start_among(int64_t first_event, int64_t num_given) const {
   const int64_t end = first_event + num_given;
   if (start(end) >= first_event) return start(end);
-  // The first block that is there whole: the window stays where it is while more events come.
+  // The first complete block: the window stays there while events are appended.
   const int64_t boundary = (first_event + block - 1) / block * block;
   return boundary < end ? boundary : first_event;
 }

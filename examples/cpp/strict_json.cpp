@@ -7,11 +7,11 @@
 
 namespace {
 
-// As torchrec_kvshare/features/decode.py has them.
+// The limits of torchrec_kvshare/features/decode.py.
 constexpr std::size_t kMaxDepth = 16;
 constexpr std::size_t kMaxKeys = 4096;
 
-// Builds the value that the parser walks through.
+// Builds the value from the parser's events.
 class Builder : public nlohmann::json_sax<Json> {
  public:
   Json root;
@@ -21,7 +21,8 @@ class Builder : public nlohmann::json_sax<Json> {
   bool number_integer(number_integer_t value) override { return add(value); }
   bool number_unsigned(number_unsigned_t value) override { return add(value); }
   bool number_float(number_float_t value, const string_t& text) override {
-    // Integers beyond 64 bits come as floats. JSON text has no binary values of its own.
+    // The parser gives integers beyond 64 bits as floats. JSON has no binary values, so a binary
+    // value can hold their digits.
     if (text.find_first_of(".eE") != std::string::npos) return add(value);
     return add(Json::binary({text.begin(), text.end()}));
   }
@@ -33,9 +34,9 @@ class Builder : public nlohmann::json_sax<Json> {
     if (open_.back()->size() == kMaxKeys) {
       throw JsonError("an object has more than " + std::to_string(kMaxKeys) + " keys");
     }
-    const auto [place, is_new] = open_.back()->emplace(name, nullptr);
-    if (!is_new) throw JsonError("the key '" + name + "' stands twice in one object");
-    of_key_ = &*place;
+    const auto [entry, is_new] = open_.back()->emplace(name, nullptr);
+    if (!is_new) throw JsonError("the key '" + name + "' appears twice in one object");
+    of_key_ = &*entry;
     return true;
   }
   bool end_object() override { return close(); }
@@ -47,7 +48,7 @@ class Builder : public nlohmann::json_sax<Json> {
   }
 
  private:
-  // Objects and arrays that are not closed yet. None of them moves while one inside it is open.
+  // Objects and arrays that are still open. None of them moves while one inside it is open.
   std::vector<Json*> open_;
   Json* of_key_ = nullptr;
 
@@ -76,7 +77,7 @@ class Builder : public nlohmann::json_sax<Json> {
 }  // namespace
 
 Json read_json(const std::string& text) {
-  // The library takes a zero byte for the end.
+  // The library takes a zero byte for the end of the text.
   if (text.find('\0') != std::string::npos) throw JsonError("the text has a zero byte");
   Builder builder;
   Json::sax_parse(text, &builder);

@@ -1,6 +1,5 @@
-// JSON as Python's reader has it, without what readers let pass in silence: a key that stands twice
-// in one object is an error, and an integer of any length keeps its digits. Deep nesting and objects
-// of very many keys are refused.
+// Reads JSON as Python's reader of requests does: a duplicate key in an object is an error, and an
+// integer of any length keeps its digits. Deep nesting and objects with too many keys are refused.
 
 #pragma once
 
@@ -18,8 +17,8 @@ struct JsonError : std::runtime_error {
 // Throws JsonError.
 Json read_json(const std::string& text);
 
-// Digits of an integer beyond 64 bits, which is no number to the JSON library; empty for others.
+// Digits of an integer beyond 64 bits, which the JSON library has no type for; empty for others.
 std::string long_integer(const Json& value);
 
-// A text on one line, in ASCII, whatever its bytes.
+// A JSON string on one line, in ASCII, for any bytes.
 std::string json_string(const std::string& text);

@@ -1,8 +1,9 @@
-"""What the attention operators are tried on: drawn users, every layout, empty, huge and wrong.
+"""Arguments for tests of the attention operators: drawn, in any layout, empty, huge and invalid.
 
-Arguments are named as those of the operators. Imports torch and the reference alone, so that a
-process under a sanitizer can run all of it on a library of its own. Tensors end where their memory
-ends: one number too many is outside. Rows of a page that nobody's are NaN: reading one shows.
+Arguments have the operators' names. The file imports only torch and the reference, so that a
+process under a sanitizer can run all of it on its own library. Tensors end where their memory ends,
+so that a read of one number too many is out of bounds. Unused rows of a page are NaN, so that
+reading one shows.
 """
 
 import random
@@ -36,9 +37,9 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     HISTORY: reference_history_attention,
     CANDIDATES: reference_candidate_attention,
 }
-# Greatest error allowed, as a share of ``error_scale``. Worst of 1,000 draws of each operator with
-# up to 9 rows a user, and of 200 with up to 150, on a CPU with AVX512 and torch 2.13: against the
-# reference, or the plain body in float64, 4.5e-7 (SiLU, which adds up what softmax averages) and
+# Largest error allowed, relative to ``error_scale``. Worst of 1,000 draws of each operator with up
+# to 9 rows a user, and of 200 with up to 150, on a CPU with AVX512 and torch 2.13: against the
+# reference, or the plain backend in float64, 4.5e-7 (SiLU, which sums what softmax averages) and
 # 2.3e-16; gradients of float32 against those of float64 9.3e-6 (a table, over 60,000 scores).
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-15}
 GRADIENT_TOLERANCE = 4e-5
@@ -58,7 +59,7 @@ def normal(pick: random.Random, *shape: int) -> Tensor:
 def draw_pages(
     pick: random.Random, num_rows: Sequence[int], num_heads: int, head_dim: int
 ) -> Arguments:
-    """Keys, values, page ids and both offsets of users' rows; some users read another's pages."""
+    """Draw keys, values, page ids and offsets; some users read another user's pages."""
     page_size = pick.choice([1, 2, 3, 7, 64])
     needed = [-(-rows // page_size) + pick.choice([0, 0, 1]) for rows in num_rows]
     spare = pick.randint(0, 2)
@@ -86,23 +87,23 @@ def draw_pages(
     }
 
 
-def draw_length(pick: random.Random, most: int) -> int:
-    """A number of rows, often none, often round the end of a block or a task."""
-    borders = [0, 1, most, *(n for n in (7, 8, 9, 63, 64, 65, 127, 128, 129) if n <= most)]
-    return pick.choice(borders) if pick.random() < 0.5 else pick.randint(0, most)
+def draw_length(pick: random.Random, max_rows: int) -> int:
+    """Draw a number of rows, often 0, often near the end of a block or a task."""
+    edges = [0, 1, max_rows, *(n for n in (7, 8, 9, 63, 64, 65, 127, 128, 129) if n <= max_rows)]
+    return pick.choice(edges) if pick.random() < 0.5 else pick.randint(0, max_rows)
 
 
-def draw_window(pick: random.Random, most: int) -> int:
-    return pick.choice([0, 0, 1, 2, most, 63, 64, 65, pick.randint(1, most + 1)])
+def draw_window(pick: random.Random, max_rows: int) -> int:
+    return pick.choice([0, 0, 1, 2, max_rows, 63, 64, 65, pick.randint(1, max_rows + 1)])
 
 
 def draw_sharpness(pick: random.Random) -> float:
-    """What queries are multiplied by: at 1e4 one row weighs all."""
+    """Draw a factor for queries: at 1e4 one row gets all the weight."""
     return pick.choice([1.0, 1.0, 1.0, 30.0, 1e4])
 
 
 def draw_history(pick: random.Random, most_rows: int, most_users: int = 4) -> Arguments:
-    """Users with cached rows, new ones, and queries of the last of these."""
+    """Draw users with cached rows, new rows, and queries of the last new rows."""
     num_heads, head_dim = pick.randint(1, 3), pick.choice(HEAD_DIMS)
     num_users = pick.randint(0, most_users)
     num_cached = [draw_length(pick, most_rows) for _ in range(num_users)]
@@ -127,7 +128,7 @@ def draw_history(pick: random.Random, most_rows: int, most_users: int = 4) -> Ar
 
 
 def draw_elapsed(pick: random.Random) -> int:
-    """Seconds at the border of a bucket, or between."""
+    """Draw seconds at the edge of a bucket, or anywhere."""
     width = 2 ** pick.randint(0, 40)
     return pick.choice([-width, -1, 0, 1, width - 1, width, width + 1, pick.randint(0, 10**9)])
 
@@ -135,7 +136,7 @@ def draw_elapsed(pick: random.Random) -> int:
 def draw_candidates(
     pick: random.Random, most_rows: int, most_candidates: int, most_users: int = 4
 ) -> Arguments:
-    """Users with histories, and candidates that look at them at any time and see any prefix."""
+    """Draw users with histories, and candidates at any time that see any prefix."""
     num_heads, head_dim, num_tokens = pick.randint(1, 3), pick.choice(HEAD_DIMS), pick.randint(1, 3)
     num_users = pick.randint(0, most_users)
     num_rows = [draw_length(pick, most_rows) for _ in range(num_users)]
@@ -173,7 +174,7 @@ def draw_arguments(operator: str, pick: random.Random, most_rows: int) -> Argume
 
 
 def example(operator: str) -> Arguments:
-    """Three users, the last with nothing, the second with two blocks of rows and a part."""
+    """Return arguments of three users: the last has no rows, the second two blocks and a part."""
     pick = random.Random(7)
     num_heads, head_dim, num_tokens = 3, 20, 2
     pages = draw_pages(pick, [5, 135, 0], num_heads, head_dim)
@@ -210,11 +211,11 @@ def example(operator: str) -> Arguments:
     }
 
 
-# Calls, and what they must give.
+# Calls and expected results.
 
 
 def with_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    """The same numbers in another floating-point type."""
+    """Return the same arguments in another floating-point dtype."""
     return {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
@@ -226,20 +227,20 @@ def call(operator: str, arguments: Arguments) -> Tensor:
 
 
 def gradients(operator: str, arguments: Arguments, out_gradient: Tensor) -> list[Tensor]:
-    """Of everything that has gradients."""
+    """Return the gradients of all arguments in ``TRAINED``."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in TRAINED[operator]}
     out = call(operator, arguments | leaves)
     return [*torch.autograd.grad(out, [*leaves.values()], out_gradient.to(out))]
 
 
 def longest(arguments: Arguments, *names: str) -> float:
-    """The greatest norm of a head."""
+    """Return the largest norm of a head."""
     found = [arguments[name].nan_to_num() for name in names if name in arguments]
     return max((float(one.norm(dim=-1).max()) for one in found if one.numel() > 0), default=0.0)
 
 
 def error_scale(arguments: Arguments) -> float:
-    """What errors are shares of: a score is rounded at its size, and weights carry it to values."""
+    """Return the scale of errors: scores round relative to their size, and weights scale values."""
     score = longest(arguments, "queries") * longest(arguments, "keys", "cached_keys", "own_keys")
     score *= max(1, arguments["queries"].size(-1)) ** -0.5
     if "time_bias" in arguments:
@@ -248,7 +249,7 @@ def error_scale(arguments: Arguments) -> float:
 
 
 def error_share(got: Tensor, expected: Tensor, scale: float) -> float:
-    """The greatest error as a share of a scale, and of the greatest result where that is more."""
+    """Return the largest error relative to a scale, or to the largest result if that is larger."""
     if got.numel() == 0:
         return 0.0
     error = float((got.double() - expected).abs().max())
@@ -256,7 +257,7 @@ def error_share(got: Tensor, expected: Tensor, scale: float) -> float:
 
 
 def gradient_share(name: str, got: Tensor, expected: Tensor, arguments: Arguments) -> float:
-    """The same of an argument's gradient; that of a key is made of queries."""
+    """Return ``error_share`` of an argument's gradient; a key's gradient scales with queries."""
     is_key = name in ("keys", "own_keys")
     factor = max(1.0, longest(arguments, "queries")) if is_key else 1.0
     return error_share(got, expected, factor * error_scale(arguments))
@@ -273,13 +274,13 @@ def assert_equals_reference(operator: str, arguments: Arguments) -> None:
 
 
 def with_step(rows: Tensor, dimension: int) -> Tensor:
-    """The same numbers, each a step of two from the next along a dimension."""
+    """Return the same numbers with stride doubled along a dimension."""
     apart = rows.repeat_interleave(2, dimension).contiguous()
     return apart[(slice(None),) * dimension + (slice(1, None, 2),)]
 
 
 def moved(rows: Tensor, dimension: int) -> Tensor:
-    """The same numbers, laid out with a dimension before the others."""
+    """Return the same numbers, with a dimension outermost in memory."""
     return rows.movedim(dimension, 0).contiguous().movedim(0, dimension)
 
 
@@ -299,7 +300,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def laid_out(arguments: Arguments, layout: str, names: Sequence[str] | None = None) -> Arguments:
-    """The arguments with tensors, all or those named, in another layout; the numbers stay."""
+    """Return the arguments with all or the named tensors in another layout."""
     return arguments | {
         name: LAYOUTS[layout](value)
         for name, value in arguments.items()
@@ -319,7 +320,7 @@ def sliced(arguments: Arguments, names: Sequence[str], *cut: Any) -> Arguments:
 
 
 def empty_arguments(operator: str) -> dict[str, Arguments]:
-    """Arguments of which something is missing, by what is missing."""
+    """Return arguments with something missing, by what is missing."""
     whole, zeros, first = example(operator), torch.zeros(4, dtype=torch.int64), torch.tensor([0])
     none = first[:0]
     if operator == HISTORY:
@@ -370,14 +371,14 @@ def empty_arguments(operator: str) -> dict[str, Arguments]:
     }
 
 
-# What must be refused, and how it is named.
+# Invalid arguments, and patterns of their error messages.
 
 Refused = list[tuple[Arguments, str]]
 FIRST, LAST = -(2**63), 2**63 - 1
 
 
 def refused_offsets(name: str, right: Tensor, num_rows: int | None) -> Refused:
-    """Changes of offsets [4] that end at a number of rows, if they must."""
+    """Return invalid offsets in place of ``right`` [4]; ``num_rows`` limits their end, if given."""
     end = int(right[-1])
     refused: Refused = [
         ({name: right.int()}, f"{name} is int32; it takes int64"),
@@ -397,7 +398,7 @@ def refused_offsets(name: str, right: Tensor, num_rows: int | None) -> Refused:
 
 
 def refused_rows(whole: Arguments, name: str, other_name: str | None) -> Refused:
-    """Changes of a tensor of rows; they must be alike to another's, or have the queries' heads."""
+    """Return invalid rows: of another shape than ``other_name``'s, or with other heads."""
     rows = whole[name]
     shape = [*rows.shape]
     other = rf"{other_name or 'queries'} is \["
@@ -420,7 +421,7 @@ def refused_pages(whole: Arguments, keys: str, row_offsets: str) -> Refused:
     count = len(ids)
     values = keys.replace("keys", "values")
     no_rows = {name: whole[name][:, :0] for name in (keys, values)}
-    few = f"page_offsets gives user 0 0 pages of {page_size} rows; its rows are 5"
+    too_few = f"page_offsets gives user 0 0 pages of {page_size} rows; its rows are 5"
     return [
         ({"page_ids": ids.int()}, "page_ids is int32; it takes int64"),
         ({"page_ids": ids.unsqueeze(1)}, r"page_ids is \[.*\]; it takes 1 dimensions"),
@@ -428,7 +429,7 @@ def refused_pages(whole: Arguments, keys: str, row_offsets: str) -> Refused:
         ({"page_ids": ids.new_full((count,), num_pages)}, f"page_ids has {num_pages}; there are"),
         ({"page_ids": ids.new_full((count,), -1)}, f"page_ids has -1; there are {num_pages} pag"),
         ({"page_ids": ids.new_full((count,), LAST)}, f"page_ids has {LAST}; there are"),
-        ({"page_offsets": torch.tensor([0, 0, count, count])}, few),
+        ({"page_offsets": torch.tensor([0, 0, count, count])}, too_few),
         (no_rows, "page_offsets gives user 0 .* pages of 0 rows; its rows are 5"),
         *refused_offsets("page_offsets", page_offsets, None),
         *refused_offsets(row_offsets, whole[row_offsets], None),
@@ -436,7 +437,7 @@ def refused_pages(whole: Arguments, keys: str, row_offsets: str) -> Refused:
 
 
 def refused_arguments(operator: str) -> Refused:
-    """Arguments that break one rule each, and a pattern of the error."""
+    """Return arguments that break one rule each, and a pattern of the error."""
     whole = example(operator)
     queries = whole["queries"]
     changes: Refused = [
@@ -469,13 +470,13 @@ def refused_arguments(operator: str) -> Refused:
             *refused_rows(whole, "values", "keys"),
             *refused_offsets("candidate_offsets", whole["candidate_offsets"], 9),
             *refused_pages(whole, "keys", "row_offsets"),
-            *refused_sights(whole),
+            *refused_visibility(whole),
         ]
     return [(whole | change, message) for change, message in changes]
 
 
-def refused_sights(whole: Arguments) -> Refused:
-    """Of candidates: times, what they see, and biases."""
+def refused_visibility(whole: Arguments) -> Refused:
+    """Return invalid times, visible rows and biases of candidates."""
     refused: Refused = [({"time_bias": whole["time_bias"][:0]}, "time_bias has no buckets")]
     for name, count in (("row_times", 140), ("candidate_times", 9), ("visible_rows", 9)):
         numbers = whole[name]
@@ -498,10 +499,10 @@ def refused_sights(whole: Arguments) -> Refused:
 
 
 def huge_arguments(operator: str) -> Refused:
-    """Arguments that no memory holds once they are packed, and a pattern of the error."""
+    """Return arguments that do not fit in memory once packed, and a pattern of the error."""
 
     def many(num_rows: int, head_dim: int, num_queries: int = 1) -> Arguments:
-        """One query over so many rows, which are one number in memory."""
+        """Return queries over ``num_rows`` rows that share one number in memory."""
         whole = example(operator)
         one = torch.zeros(1, 1, 1)
         table = one.expand(num_rows, 1, head_dim).unsqueeze(0)
@@ -513,14 +514,14 @@ def huge_arguments(operator: str) -> Refused:
             cached = {"cached_keys": table, "cached_values": table, "cached_offsets": numbers}
             return whole | rows | cached | pages | {"query_offsets": ends, "key_offsets": ends}
         own = dict.fromkeys(("queries", "own_keys", "own_values"), query.unsqueeze(1))
-        sights = {
+        visibility = {
             "row_times": torch.tensor([0]).expand(num_rows),
             "candidate_times": torch.zeros(num_queries, dtype=torch.int64),
             "visible_rows": numbers[1:].expand(num_queries),
         }
         tables = {"time_bias": one[0], "place_bias": one[0]}
         rows = {"keys": table, "values": table, "row_offsets": numbers, "candidate_offsets": ends}
-        return whole | own | rows | sights | tables | pages
+        return whole | own | rows | visibility | tables | pages
 
     too_many = "it takes at most 1099511627776 numbers"
     table = "cached_keys" if operator == HISTORY else "keys"
@@ -533,11 +534,11 @@ def huge_arguments(operator: str) -> Refused:
     ]
 
 
-# All of it, in a process that a sanitizer watches.
+# All of it, for a process under a sanitizer.
 
 
 def run_all(first_seed: int, num_draws: int) -> None:
-    """Every operator and its backward on all of the above."""
+    """Run every operator and its backward on all of the above."""
 
     def both_ways(operator: str, arguments: Arguments) -> None:
         gradients(operator, arguments, torch.ones_like(arguments["queries"]))
@@ -553,7 +554,7 @@ def run_all(first_seed: int, num_draws: int) -> None:
         for arguments in empty_arguments(operator).values():
             both_ways(operator, arguments)
         for arguments, message in (*refused_arguments(operator), *huge_arguments(operator)):
-            # Without the Python part of the package there is no body for other types.
+            # Without the package's Python code there is no backend for other dtypes.
             if arguments["queries"].dtype == torch.float32:
                 with pytest.raises((ValueError, RuntimeError), match=message):
                     call(operator, arguments)

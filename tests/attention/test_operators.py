@@ -1,7 +1,7 @@
-"""The attention operators against ``attention/reference.py``, and what else they promise.
+"""The attention operators against ``attention/reference.py``, and their other promises.
 
-What they are given stands in attention_cases.py. The C++ body computes float32, the plain one
-float64. Memory safety is in test_operators_memory.py.
+Their arguments are in cases.py. The C++ backend computes float32, the plain one float64. Memory
+safety is in test_operators_memory.py.
 """
 
 import itertools
@@ -55,7 +55,7 @@ from torchrec_kvshare.attention.plain import doubling_bucket
 
 by_operator = pytest.mark.parametrize("operator", OPERATORS)
 by_scoring = pytest.mark.parametrize("scoring", SCORINGS)
-# What has one row for each of the rows that offsets count.
+# Arguments with one row for each row that offsets count.
 ROWS = {
     HISTORY: ("queries", "keys", "values"),
     CANDIDATES: ("queries", "own_keys", "own_values"),
@@ -65,7 +65,7 @@ drawn = st.integers(0, 2**32 - 1).map(random.Random)
 
 
 def test_the_library_computes_here() -> None:
-    """Otherwise this file compares the plain body with itself."""
+    """Otherwise this file compares the plain backend with itself."""
     assert register_operators()
 
 
@@ -94,7 +94,7 @@ def test_many_blocks_of_rows_equal_the_reference(
 @by_operator
 @examples(0.3)
 @given(drawn)
-def test_the_library_computes_what_the_plain_body_does_over_many_blocks_and_tasks(
+def test_the_library_equals_the_plain_backend_over_many_blocks_and_tasks(
     operator: str, pick: random.Random
 ) -> None:
     arguments = draw_arguments(operator, pick, 150)
@@ -127,7 +127,7 @@ def without_cache(rows: list[Tensor], ends: Tensor) -> list[Tensor]:
 @by_dtype
 @pytest.mark.parametrize("num_buckets", [1, 2, 5, 64, 70])
 def test_time_falls_into_buckets_of_doubling_width(dtype: torch.dtype, num_buckets: int) -> None:
-    """Of more than 64 buckets the ends overflowed, and a second fell into any of them."""
+    """With more than 64 buckets the bucket ends overflowed, and a second fell into any bucket."""
     elapsed = [-(2**40), -1, 0, *(2**k + step for k in range(62) for step in (-1, 0))]
     row = torch.ones(1, 1, 1, dtype=dtype)
     own = torch.zeros(len(elapsed), 1, 1, 1, dtype=dtype)
@@ -179,7 +179,7 @@ def test_a_candidate_that_sees_no_row_attends_to_its_own_tokens(dtype: torch.dty
 
 @by_dtype
 def test_a_bias_of_a_thousand_overflows_nothing(dtype: torch.dtype) -> None:
-    """Next to such a bias a candidate's own tokens weigh zero: their shares of it were NaN."""
+    """Next to such a bias a candidate's own tokens weigh zero; their weights were NaN."""
     arguments = with_dtype(example(CANDIDATES), dtype)
     arguments["time_bias"] = arguments["time_bias"] + 1000.0
     assert_equals_reference(CANDIDATES, arguments)
@@ -191,7 +191,7 @@ def test_a_bias_of_a_thousand_overflows_nothing(dtype: torch.dtype) -> None:
 @by_operator
 @by_scoring
 def test_gradients_are_right(operator: str, scoring: str) -> None:
-    """Of float64, against differences; two of the users read the same pages."""
+    """In float64, against finite differences; both users read the same pages."""
     arguments = with_dtype(shared_pages(operator) | {"scoring": scoring}, torch.float64)
     trained = TRAINED[operator]
 
@@ -203,7 +203,7 @@ def test_gradients_are_right(operator: str, scoring: str) -> None:
 
 
 def shared_pages(operator: str) -> Arguments:
-    """Two users, pages 2 and 0 of two rows: the first reads three rows of them, the second four."""
+    """Return two users on pages 2 and 0 of two rows: the first reads 3 rows, the second 4."""
     pick = random.Random(5)
     table = [normal(pick, 3, 2, 2, 3) for _ in range(2)]
     pages = [torch.tensor([2, 0, 2, 0]), offsets([2, 2]), offsets([3, 4])]
@@ -222,10 +222,10 @@ def shared_pages(operator: str) -> Arguments:
 @pytest.mark.parametrize("most_rows", [9, 150])
 @examples(0.3)
 @given(drawn)
-def test_the_librarys_gradients_are_the_plain_bodys(
+def test_the_librarys_gradients_equal_the_plain_backends(
     operator: str, most_rows: int, pick: random.Random
 ) -> None:
-    """Of everything that has gradients; rows that two users read get both users'."""
+    """Rows that two users read get the sum of both users' gradients."""
     arguments = draw_arguments(operator, pick, most_rows)
     out_gradient = normal(pick, *arguments["queries"].shape)
     exact = with_dtype(arguments, torch.float64)
@@ -249,9 +249,9 @@ def test_a_row_that_two_users_read_gets_both_gradients(dtype: torch.dtype, scori
         gradients(CANDIDATES, only_user(whole, user), out_gradient[rows])
         for user, rows in enumerate((slice(0, 1), slice(1, 3)))
     ]
-    for place, name in enumerate(TRAINED[CANDIDATES]):
+    for index, name in enumerate(TRAINED[CANDIDATES]):
         if name in ("keys", "values", "time_bias", "place_bias"):
-            torch.testing.assert_close(together[place], alone[0][place] + alone[1][place])
+            torch.testing.assert_close(together[index], alone[0][index] + alone[1][index])
 
 
 @by_operator
@@ -264,8 +264,8 @@ def test_a_row_that_no_query_sees_gets_no_gradient_at_all(
     if operator == CANDIDATES:
         changed["visible_rows"] = torch.tensor([3, 0, 2, 3, 9, 9, 70, 1, 9])
     found = gradients(operator, arguments | changed, torch.ones_like(arguments["queries"]))
-    place = TRAINED[operator].index("values")
-    keys, values = found[place - 1], found[place]
+    index = TRAINED[operator].index("values")
+    keys, values = found[index - 1], found[index]
     assert torch.isfinite(keys).all()
     is_seen = values.abs().amax((-1, -2)) > 0.0
     assert torch.equal(is_seen | (keys.abs().amax((-1, -2)) == 0.0), torch.ones_like(is_seen))
@@ -284,11 +284,11 @@ def test_cached_rows_and_log_sums_have_no_gradients(operator: str) -> None:
     assert leaves["queries"].grad is not None
 
 
-# Bits: a row's result depends on that row and on what it sees alone.
+# Bits: a row's result depends only on that row and the rows that it sees.
 
 
 def only_user(arguments: Arguments, user: int) -> Arguments:
-    """The arguments of one user, whose rows lie in the same pages."""
+    """Return the arguments of one user, over the same pages."""
     kept: Arguments = {}
 
     def cut(name: str, of: str) -> None:
@@ -313,7 +313,7 @@ def only_user(arguments: Arguments, user: int) -> Arguments:
 
 
 def chosen_candidates(arguments: Arguments, chosen: list[int]) -> Arguments:
-    """Candidates of the only user, in an order."""
+    """Return chosen candidates of the only user, in this order."""
     names = ("queries", "own_keys", "own_values", "candidate_times", "visible_rows")
     return arguments | {
         **{name: arguments[name][chosen] for name in names},
@@ -348,9 +348,9 @@ def test_a_candidate_has_the_same_bits_alone_and_among_others_in_any_order(
     order = list(range(num_candidates))
     pick.shuffle(order)
     assert torch.equal(call(CANDIDATES, chosen_candidates(arguments, order)), expected[order])
-    for place in {0, num_candidates // 2, num_candidates - 1}:
-        alone = call(CANDIDATES, chosen_candidates(arguments, [place]))
-        assert torch.equal(alone, expected[[place]])
+    for index in {0, num_candidates // 2, num_candidates - 1}:
+        alone = call(CANDIDATES, chosen_candidates(arguments, [index]))
+        assert torch.equal(alone, expected[[index]])
 
 
 @by_operator
@@ -377,7 +377,7 @@ def test_the_number_of_threads_changes_no_bit(operator: str) -> None:
 def test_new_rows_have_the_same_bits_over_cached_ones_as_in_a_whole_history(
     head_dim: int, window: int, scoring: str
 ) -> None:
-    rows = [normal(random.Random(place), 150, 2, head_dim) for place in range(3)]
+    rows = [normal(random.Random(index), 150, 2, head_dim) for index in range(3)]
     ends, options = offsets([150]), (window, 1, scoring)
     attend: Any = torch.ops.torchrec_kvshare.history_attention
     expected, _ = attend(*without_cache(rows, ends), *options)
@@ -397,7 +397,7 @@ def test_new_rows_have_the_same_bits_over_cached_ones_as_in_a_whole_history(
 def test_any_layout_of_any_argument_gives_the_same_bits(operator: str, layout: str) -> None:
     """Own keys that had to be copied were read after the copy was freed: scores were garbage.
 
-    And a head whose numbers lay apart was refused.
+    And a head that was not contiguous was refused.
     """
     whole = example(operator)
     out_gradient = torch.ones_like(whole["queries"])
@@ -412,7 +412,7 @@ def test_any_layout_of_any_argument_gives_the_same_bits(operator: str, layout: s
 
 @by_operator
 def test_an_expanded_gradient_is_read_as_it_is(operator: str) -> None:
-    """What ``sum`` passes back is one number of stride zero."""
+    """The gradient of ``sum`` is one number with stride zero."""
     arguments = example(operator)
     one = torch.ones(()).expand_as(arguments["queries"])
     for got, expected in zip(
@@ -423,7 +423,7 @@ def test_an_expanded_gradient_is_read_as_it_is(operator: str) -> None:
         assert torch.equal(got, expected)
 
 
-# What is not finite stays so, and where it is.
+# Values that are not finite show, and only where they are seen.
 
 NAN_BITS = [0x7FC00000, 0x7FC00001, 0x7FC001FF, 0x7F800001]
 
@@ -434,10 +434,10 @@ NAN_BITS = [0x7FC00000, 0x7FC00001, 0x7FC001FF, 0x7F800001]
 def test_a_row_that_is_no_number_spoils_its_head_for_candidates_that_see_it(
     name: str, bits: int, scoring: str
 ) -> None:
-    """A comparison with NaN is false: a clamp written the other way round hid such an event.
+    """A comparison with NaN is false, and a clamp with swapped operands hid such an event.
 
-    And of a NaN whose lowest bits are not zero the exponential was a finite number. A candidate
-    that does not see the row got NaN too: it weighed zero, and zero times NaN is NaN.
+    And the exponential of a NaN with nonzero lowest bits was finite. A candidate that does not see
+    the row got NaN too: the row weighed zero, and zero times NaN is NaN.
     """
     for dtype in TOLERANCE:
         arguments = with_dtype(example(CANDIDATES) | {"scoring": scoring}, dtype)
@@ -445,9 +445,9 @@ def test_a_row_that_is_no_number_spoils_its_head_for_candidates_that_see_it(
         pages, ids = arguments[name], arguments["page_ids"]
         first_page = int(arguments["page_offsets"][1])
         page_size = pages.size(1)
-        page, place = int(ids[first_page + 64 // page_size]), 64 % page_size
+        page, slot = int(ids[first_page + 64 // page_size]), 64 % page_size
         spoilt = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-        pages[page, place, 1, 3] = spoilt.to(dtype)
+        pages[page, slot, 1, 3] = spoilt.to(dtype)
         got = call(CANDIDATES, arguments)
         sees = torch.tensor([4, 6, 8])  # see 135, 70 and 135 rows; row 64 is the 65th
         others = torch.tensor([0, 1, 2, 3, 5, 7])
@@ -457,7 +457,7 @@ def test_a_row_that_is_no_number_spoils_its_head_for_candidates_that_see_it(
 
 
 def is_spoilt(rows: Tensor) -> Tensor:
-    """Whether each row has a number that is not finite."""
+    """Return for each row whether it has a number that is not finite."""
     return ~torch.isfinite(rows).all(-1)
 
 
@@ -468,18 +468,18 @@ def is_spoilt(rows: Tensor) -> Tensor:
 def test_a_candidate_that_is_no_number_spoils_itself_alone(
     bad: float, name: str, scoring: str, dtype: torch.dtype
 ) -> None:
-    """With one such candidate in a tile, others did not rescale: they got finite garbage."""
+    """One such candidate in a tile kept others from being rescaled: they got finite garbage."""
     arguments = with_dtype(example(CANDIDATES) | {"scoring": scoring}, dtype)
     arguments["queries"] = 30.0 * arguments["queries"]
     arguments["visible_rows"] = torch.tensor([5, 5, 5, 5, 135, 135, 135, 135, 135])
     before = call(CANDIDATES, arguments)
-    for place in range(4, 9):
+    for index in range(4, 9):
         changed = arguments[name].clone()
-        changed[place, 1] = bad
+        changed[index, 1] = bad
         got = call(CANDIDATES, arguments | {name: changed})
-        others = [one for one in range(9) if one != place]
+        others = [one for one in range(9) if one != index]
         assert torch.equal(got[others], before[others])
-        assert is_spoilt(got[place, 1]).all()
+        assert is_spoilt(got[index, 1]).all()
 
 
 @by_dtype
@@ -489,8 +489,8 @@ def test_a_candidate_that_is_no_number_spoils_itself_alone(
 def test_a_row_that_is_no_number_leaves_the_rows_that_do_not_see_it(
     name: str, window: int, scoring: str, dtype: torch.dtype
 ) -> None:
-    """Earlier rows of its tile were garbage: they did not rescale, or read it times zero."""
-    rows = [20.0 * normal(random.Random(place), 75, 2, 5).to(dtype) for place in range(3)]
+    """Earlier rows of its tile were garbage: they were not rescaled, or added it times zero."""
+    rows = [20.0 * normal(random.Random(index), 75, 2, 5).to(dtype) for index in range(3)]
     attend: Any = torch.ops.torchrec_kvshare.history_attention
     ends = offsets([75])
     before, _ = attend(*without_cache(rows, ends), window, 0, scoring)
@@ -520,7 +520,7 @@ def test_a_bias_that_is_no_number_spoils_what_has_it(dtype: torch.dtype, scoring
 
 @by_scoring
 def test_scores_of_minus_infinity_alone_show_no_hidden_row(scoring: str) -> None:
-    """A hidden row's score was -1e30, which is more: the result was finite, and of hidden rows."""
+    """A hidden row's score was -1e30, which is larger: hidden rows gave a finite result."""
     for dtype in TOLERANCE:
         queries = torch.full((2, 1, 1), 1.0, dtype=dtype)
         keys = torch.full((2, 1, 1), -torch.inf, dtype=dtype)
@@ -587,7 +587,7 @@ def assert_rows_behind_are_not_read(
 @by_operator
 @by_dtype
 def test_what_does_not_fit_is_refused_by_its_name(operator: str, dtype: torch.dtype) -> None:
-    """Without offsets the process ended; the plain body read other users' pages."""
+    """Without offsets the process crashed; the plain backend read other users' pages."""
     for arguments, message in refused_arguments(operator):
         chosen, expected = arguments, message
         if dtype == torch.float64:
@@ -694,10 +694,10 @@ def test_without_the_library_the_log_says_why_and_results_are_the_same(
         if is_broken
         else f"{name} is needed; \\['_native_other-torch1.0.so'\\] were built when"
     )
-    assert len(re.findall(rf"WARNING attention: in PyTorch's own operators: .*{reason}", said)) == 1
+    assert len(re.findall(rf"WARNING attention: backend is plain PyTorch: .*{reason}", said)) == 1
 
 
-# The functions in front of the operators.
+# The Python functions that call the operators.
 
 
 def test_flat_rows_are_pages_of_one_row() -> None:
@@ -714,13 +714,13 @@ def test_flat_rows_are_pages_of_one_row() -> None:
     assert_equals_reference(HISTORY, named)
 
 
-# The plain body where offsets are not read back, as on a GPU: blocks of queries over everything.
+# The plain backend in blocks of queries over all rows, as on a GPU, where offsets are not read.
 
 
 @contextmanager
 def in_blocks(num_queries: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain, "_turns", lambda *sizes: plain._blocks(sizes[-1]))
+        patch.setattr(plain, "_chunk_slices", lambda *sizes: plain._blocks(sizes[-1]))
         patch.setattr(plain, "QUERIES_AT_ONCE", num_queries)
         yield
 
@@ -793,7 +793,7 @@ def test_rows_bmm_is_bmm_and_each_row_is_as_if_alone(
     scale = left.double().abs().bmm(right.double().abs())
     assert ((got.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
     for group in range(num_groups):
-        # Where a group lies in memory decides nothing either.
+        # A group's position in memory does not matter either.
         few = slice(group, group + 2)
         assert torch.equal(rows_bmm(left[few, ::2].clone(), right[few]), got[few, ::2])
 

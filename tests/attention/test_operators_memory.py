@@ -1,8 +1,8 @@
-"""The C++ operators read and write what they were given and nothing else.
+"""The C++ operators read and write their arguments and nothing else.
 
-What they are given stands in attention_cases.py. It is tried twice: against the reference in
-test_operators.py, and in a process under AddressSanitizer and UndefinedBehaviorSanitizer on a
-library compiled for them.
+Their arguments are in cases.py. They are run twice: against the reference in test_operators.py, and
+here in a process under AddressSanitizer and UndefinedBehaviorSanitizer on a library compiled for
+these.
 """
 
 import os
@@ -22,7 +22,7 @@ from torchrec_kvshare.attention.library import register_operators
 
 @pytest.fixture
 def _a_tebibyte_at_most() -> Iterator[None]:
-    """Some machines grant any memory that is asked for and end processes later."""
+    """Limit memory: some machines grant any allocation and kill the process later."""
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = 2**40 if hard == resource.RLIM_INFINITY else min(2**40, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -33,7 +33,7 @@ def _a_tebibyte_at_most() -> Iterator[None]:
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.usefixtures("_a_tebibyte_at_most")
 def test_more_than_memory_holds_is_an_error(operator: str) -> None:
-    """A list of blocks grew until the process was killed; 64 times a width was zero bytes."""
+    """A list of blocks grew until the process was killed; 64 times a width was 0 bytes."""
     assert register_operators()
     for arguments, message in huge_arguments(operator):
         with pytest.raises((ValueError, RuntimeError), match=message):
@@ -42,7 +42,7 @@ def test_more_than_memory_holds_is_an_error(operator: str) -> None:
 
 # All of it again under sanitizers.
 
-# Draws for each operator, and the CPUs that it is compiled for.
+# Draws for each operator, and the CPU capabilities it is compiled for.
 IS_SOAK = os.environ.get("KVSHARE_SOAK") == "1"
 NUM_DRAWS = 300 if IS_SOAK else 20
 CAPABILITIES = (
@@ -70,7 +70,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     source = ROOT / "torchrec_kvshare" / "attention" / "operators.cpp"
     flags = ("-std=c++20", "-fPIC", "-fopenmp", *FLAGS_BY_CAPABILITY.get(request.param, ()))
     compiling = (*flags, *SANITIZERS, "-c", source, f"-I{torch_folder}/include", "-o", compiled)
-    # Linked without OpenMP: a second runtime beside torch's own would fight it for the cores.
+    # Linked without OpenMP: a second runtime would compete with torch's own for the cores.
     libraries = (f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10")
     linking = ("-shared", *SANITIZERS, compiled, *libraries, "-o", library)
     for arguments in (compiling, linking):
@@ -79,7 +79,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def run_sanitized(library: Path, statement: str) -> tuple[int, str]:
-    """Exit status and standard error of a statement in a process that the sanitizers watch."""
+    """Run a statement in a process under the sanitizers; return exit status and standard error."""
     runtimes = [
         subprocess.run(
             [COMPILER, f"-print-file-name={name}"], check=True, capture_output=True, text=True
@@ -90,7 +90,7 @@ def run_sanitized(library: Path, statement: str) -> tuple[int, str]:
         PROGRAM,
         *(str(library), statement),
         LD_PRELOAD=" ".join(runtimes),
-        # Python itself keeps memory until it ends; what is too large fails as without a sanitizer.
+        # Python itself leaks at exit; allocations that are too large fail as without a sanitizer.
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
     )
     _, errors = process.communicate()
@@ -120,7 +120,7 @@ def test_the_sanitizers_find_nothing_in_rows_of_a_linear_layer(sanitized: Path) 
 
 
 def test_the_sanitizers_would_find_a_read_outside(sanitized: Path) -> None:
-    """Otherwise the test above holds nothing."""
+    """Otherwise the tests above prove nothing."""
     keys_freed = (
         "arguments = attention_cases.example('candidate_attention')\n"
         "arguments['keys'].untyped_storage().resize_(64)\n"

@@ -1,4 +1,4 @@
-"""Traces are what their data says, and replaying them counts what a cache would do with them."""
+"""Traces follow their data, and a replay counts what a cache would do with them."""
 
 import json
 from collections import Counter
@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 
 from pipelines.benchmark import main
 from tests.data.logs import USERS, Event, drawn_events, in_order, log_of
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
 from torchrec_kvshare.benchmark.run import measure
 from torchrec_kvshare.benchmark.scenarios import cache_trace as trace_benchmark
 from torchrec_kvshare.benchmark.scenarios.cache_trace import (
+    CacheTraceOptions,
     Replay,
     Setting,
     Trace,
@@ -32,11 +32,20 @@ from torchrec_kvshare.features.schema import HISTORY, ITEM, TIME, History, Windo
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE = 12, 2, 3, 8
 ROW_BYTES = 2 * NUM_LAYERS * DIM * 4
-SIZES = Sizes(DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE)
 MAX_HISTORY, BLOCK = 20, 5
 NUM_REQUESTS, NUM_CANDIDATES = 90, 7
 SEED = 3
-PLAN = Plan([MAX_HISTORY], [], [NUM_CANDIDATES], 1, [64], ["causal"], 5, SEED, requests=30)
+OPTIONS = CacheTraceOptions(
+    data=SyntheticData(num_users=15, events_per_user=30, num_items=40, num_categories=5),
+    requests=30,
+    histories=[MAX_HISTORY],
+    candidates=[NUM_CANDIDATES],
+    dim=DIM,
+    num_layers=NUM_LAYERS,
+    num_heads=NUM_HEADS,
+    page_size=PAGE_SIZE,
+    seed=SEED,
+)
 LIBRARIES = ("library_lru", "library_tiny_lfu")
 RATES = ("hit_rate", "event_hit_rate", "hits_cross_request", "hits_cross_user")
 
@@ -78,7 +87,7 @@ Key = tuple[str, str, int, str, int]
 
 
 def by_case(records: Sequence[Json]) -> dict[Key, dict[str, float]]:
-    """Figures of each path, data, capacity, sharing and time to live; of hit rates alone."""
+    """Return the hit rates by path, data, capacity, sharing and time to live."""
     found: dict[Key, dict[str, float]] = {}
     for record in records:
         case = record["case"]
@@ -91,7 +100,7 @@ def by_case(records: Sequence[Json]) -> dict[Key, dict[str, float]]:
 
 
 def trace_of(visits: Sequence[tuple[str, int, int]]) -> Trace:
-    """Requests of a user, at a second, with so many events; histories begin alike for all users."""
+    """Return requests: user, second and number of events; all histories begin alike."""
     zipf = zipf_trace(MAX_HISTORY, 1, NUM_CANDIDATES, SEED)
     [window] = [history.window for history in zipf.schema.histories]
     requests = []
@@ -165,7 +174,7 @@ def test_hits_and_misses_are_all_requests(measured: Measured) -> None:
             assert ttl_s or "miss_expired" not in misses
 
 
-def test_nobody_is_evicted_from_a_cache_for_all(measured: Measured) -> None:
+def test_nothing_is_evicted_from_a_cache_with_room_for_all(measured: Measured) -> None:
     found = by_case(measured.records)
     for data in ("synthetic", "zipf"):
         lru, tiny_lfu = (found[policy, data, 100, "user", 0] for policy in ("lru", "tiny_lfu"))
@@ -221,7 +230,7 @@ def test_curves_are_drawn(measured: Measured) -> None:
 
 
 def test_a_short_life_is_counted_by_hand() -> None:
-    """Pages of 8 rows: everybody has two at the longest, and the cache holds half of four."""
+    """Pages of 8 rows: each of two users has two at most, and the cache holds half of the four."""
     visits = [("a", 0, 8), ("a", 1, 8), ("a", 2, 9), ("b", 3, 16), ("a", 4, 9), ("a", 5, 9)]
     assert figures_of(visits, Setting(50)) == {
         "hit_rate": 2 / 6,
@@ -286,8 +295,8 @@ def test_an_engine_that_finds_something_else_is_found_out(monkeypatch: pytest.Mo
         return found | {"event_hit_rate": found["event_hit_rate"] + 1e-6}
 
     monkeypatch.setattr(Replay, "figures", wrong)
-    with pytest.raises(ParityError, match=r"an engine on data zipf found \{'hit_rate': "):
-        measure("cache_trace", PLAN, SIZES)
+    with pytest.raises(ParityError, match=r"an engine on data synthetic found \{'hit_rate': "):
+        measure("cache_trace", OPTIONS)
 
 
 # --- traces
@@ -308,7 +317,7 @@ def test_histories_of_the_zipf_trace_grow_every_few_visits() -> None:
         events = request.events_by_history[HISTORY]
         assert events.num_events <= MAX_HISTORY
         assert events.first_event % BLOCK == 0
-        # Items of the whole history's places, of which the window shows the last.
+        # Items by their index in the whole history, of which the window has the last.
         items = torch.full((events.first_event + events.num_events,), -1)
         items[events.first_event :] = events.columns[ITEM]
         visits_by_user.setdefault(request.user_id, []).append(items)
@@ -327,12 +336,14 @@ def test_histories_of_the_zipf_trace_grow_every_few_visits() -> None:
 def test_a_log_is_replayed_over_strictly_earlier_events(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Against every request spelled out in the project's format."""
+    """The expected requests are written in the project's format and parsed."""
     events = drawn_events([30, 25, 4], seed)
     log = log_of(events)
     monkeypatch.setattr(trace_benchmark, "load_log", lambda data: log)
     history = History(HISTORY, Window(MAX_HISTORY, BLOCK))
-    trace = log_trace(SyntheticData(), history, 1000, NUM_CANDIDATES, SEED)
+    trace = log_trace(
+        SyntheticData(), history, num_requests=1000, num_candidates=NUM_CANDIDATES, seed=SEED
+    )
     by_time = sorted(in_order(events), key=lambda event: event.time)
     wanted = []
     for event in by_time[-15:]:  # a fourth of 59, rounded up
@@ -354,7 +365,7 @@ def test_a_log_is_replayed_over_strictly_earlier_events(
 
 
 def raw_of(events: list[Event], user: str, at: int) -> Json:
-    """A raw request without candidates."""
+    """Return a raw request without candidates."""
     log = log_of(events)
     items = [log.items.ids[code] for code in log.items.codes]
     genres = [list(log.item_attributes["genres"][code]) for code in log.items.codes]
@@ -373,8 +384,12 @@ def test_a_trace_is_as_long_as_asked_and_contiguous(monkeypatch: pytest.MonkeyPa
     log = log_of(drawn_events([40, 40, 40], 0))
     monkeypatch.setattr(trace_benchmark, "load_log", lambda data: log)
     history = History(HISTORY, Window(MAX_HISTORY, BLOCK))
-    whole = log_trace(SyntheticData(), history, 1000, NUM_CANDIDATES, SEED)
-    first = log_trace(SyntheticData(), history, 11, NUM_CANDIDATES, SEED)
+    whole = log_trace(
+        SyntheticData(), history, num_requests=1000, num_candidates=NUM_CANDIDATES, seed=SEED
+    )
+    first = log_trace(
+        SyntheticData(), history, num_requests=11, num_candidates=NUM_CANDIDATES, seed=SEED
+    )
     assert len(whole.requests) == 30
     assert [r.time for r in first.requests] == [r.time for r in whole.requests[:11]]
 
@@ -382,11 +397,10 @@ def test_a_trace_is_as_long_as_asked_and_contiguous(monkeypatch: pytest.MonkeyPa
 def test_data_without_a_second_visit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     log = log_of([Event(user, "100", place) for place, user in enumerate(USERS)])
     monkeypatch.setattr(trace_benchmark, "load_log", lambda data: log)
-    with pytest.raises(DataError, match="no event of the last fourth of data synthetic has one"):
-        measure("cache_trace", replace(PLAN, data=SyntheticData()), SIZES)
+    with pytest.raises(DataError, match="no event of the last fourth of data synthetic has an"):
+        measure("cache_trace", OPTIONS)
 
 
-@pytest.mark.parametrize("change", [{"requests": 0}, {"histories": []}])
-def test_nothing_to_replay_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"requests is .* and histories .*; scenario"):
-        measure("cache_trace", replace(PLAN, **change), SIZES)
+def test_without_a_window_nothing_is_replayed() -> None:
+    with pytest.raises(ConfigError, match=r"histories is \[\]; its first number is the window"):
+        measure("cache_trace", replace(OPTIONS, histories=[]))

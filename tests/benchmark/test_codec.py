@@ -1,4 +1,4 @@
-"""What a codec does to scores: measures by hand, the scenario, and the engine that asks for it."""
+"""What a codec does to scores: the scenario, and the engine that asks for its figures."""
 
 import json
 import shutil
@@ -12,16 +12,10 @@ import torch
 from tests.data.logs import ITEMS, Event, log_of
 from tests.pipelines.commands import run_pipeline
 from tests.worlds import PROBABILITY_TOLERANCE, random_weights
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
+from torchrec_kvshare.benchmark import effects
 from torchrec_kvshare.benchmark.results import Record
 from torchrec_kvshare.benchmark.run import measure
-from torchrec_kvshare.benchmark.scenarios import codec as codec_benchmark
-from torchrec_kvshare.benchmark.scenarios.codec import (
-    Effect,
-    codec_figures,
-    request_auc,
-    top_overlap,
-)
+from torchrec_kvshare.benchmark.scenarios.codec import CodecOptions
 from torchrec_kvshare.cache.codecs import CODECS
 from torchrec_kvshare.cache.record import KVRecord
 from torchrec_kvshare.config import CacheConfig, HostConfig, SyntheticData
@@ -37,19 +31,19 @@ from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.features.schema import HISTORY, History, Window
 from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
 from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.verify import codecs
 
 DATA = SyntheticData(num_users=30, events_per_user=70, num_items=90, num_categories=6)
 MAX_HISTORY, BLOCK = 32, 8  # events
 NUM_REQUESTS, NUM_CANDIDATES, SEED = 60, 40, 5
 PAGE_SIZE = 4
-SIZES = Sizes(1, 1, 1, PAGE_SIZE)  # The model's own sizes count.
 LOSSY = [name for name in CODECS if name != "float32"]
 Figures = dict[str, dict[str, float]]
 METRICS = ["auc_change", "top10_overlap", "max_score_difference", "bytes_ratio"]
 
 
 def export(dataset: Dataset, destination: Path) -> Path:
-    """An artifact of a model that was never trained, its histories so loud that int8 is heard."""
+    """Export an untrained model with weights so large that K/V in int8 changes its scores."""
     model = dlrm_with_history(dataset.schema, TowerSpec(CAUSAL, 12, 2, 3), [9, 1])
     random_weights(model, seed=8)
     with torch.no_grad():
@@ -68,15 +62,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def artifact(exported: Path, tmp_path: Path) -> Path:
-    """A copy that nothing was measured on."""
+    """A copy without measured figures."""
     return Path(shutil.copytree(exported, tmp_path / "artifact"))
 
 
-def plan_of(artifact: Path | None, **change: Any) -> Plan:
-    plan = Plan(
-        [], [], [NUM_CANDIDATES], 1, [1], [], 5, SEED, artifact, data=DATA, requests=NUM_REQUESTS
+def options_of(artifact: Path, **change: Any) -> CodecOptions:
+    options = CodecOptions(
+        artifact=str(artifact),
+        data=DATA,
+        requests=NUM_REQUESTS,
+        candidates=[NUM_CANDIDATES],
+        page_size=PAGE_SIZE,
+        seed=SEED,
     )
-    return replace(plan, **change)
+    return replace(options, **change)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def measured(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(measured: Path) -> list[Record]:
-    return measure("codec", plan_of(measured), SIZES)
+    return measure("codec", options_of(measured))
 
 
 @pytest.fixture(scope="module")
@@ -101,60 +100,6 @@ def figures_by_codec(records: list[Record]) -> Figures:
     for record in records:
         found.setdefault(str(record.case["codec"]), {})[record.metric] = record.value
     return found
-
-
-# --- the measures, by hand
-
-
-@pytest.mark.parametrize(
-    ("scores", "target", "expected"),
-    [
-        ([0.9, 0.1], 0, 1.0),
-        ([0.9, 0.1], 1, 0.0),
-        ([0.5, 0.5], 1, 0.5),
-        # Below 0.4 stands one of four, beside it two, above it one.
-        ([0.4, 0.7, 0.4, 0.4, 0.1], 2, (1 + 2 / 2) / 4),
-        ([0.2, 0.2, 0.2], 0, 0.5),
-    ],
-)
-def test_auc_of_a_request_is_the_share_below_its_target(
-    scores: list[float], target: int, expected: float
-) -> None:
-    assert request_auc(scores, target) == expected
-
-
-@pytest.mark.parametrize(
-    ("scores", "exact", "top", "expected"),
-    [
-        ([4.0, 3.0, 2.0, 1.0], [40.0, 30.0, 20.0, 10.0], 2, 1.0),
-        ([3.0, 4.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], 2, 1.0),  # The order among the best is free.
-        ([4.0, 2.0, 3.0, 1.0], [4.0, 3.0, 2.0, 1.0], 2, 0.5),
-        ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], 2, 0.0),
-        ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], 10, 1.0),  # Fewer than ten: all are best.
-        ([1.0, 1.0, 1.0], [7.0, 7.0, 7.0], 1, 1.0),  # Of equal ones the first, on both sides.
-        ([1.0, 1.0, 1.0], [6.0, 7.0, 7.0], 1, 0.0),
-    ],
-)
-def test_overlap_is_the_share_of_the_exact_best_that_is_kept(
-    scores: list[float], exact: list[float], top: int, expected: float
-) -> None:
-    assert top_overlap(scores, exact, top) == expected
-
-
-def test_figures_are_means_and_the_worst_and_a_ratio_of_sums() -> None:
-    exact = [Effect(0.5, 1.0, 0.0, 1000), Effect(0.75, 1.0, 0.0, 3000)]
-    effects = [Effect(0.25, 0.5, 0.125, 500), Effect(0.75, 1.0, 0.25, 700)]
-    assert codec_figures(effects, exact) == {
-        "auc_change": -0.125,
-        "top10_overlap": 0.75,
-        "max_score_difference": 0.25,
-        "bytes_ratio": 0.3,  # Not the mean of 0.5 and 0.233.
-    }
-
-
-def test_a_codec_against_itself_changes_nothing() -> None:
-    effects = [Effect(1 / number, 1.0, 0.0, number) for number in range(1, 9)]
-    assert list(codec_figures(effects, effects).values()) == [0.0, 1.0, 0.0, 1.0]
 
 
 # --- the scenario
@@ -176,8 +121,8 @@ def test_every_lossy_codec_has_every_figure(records: list[Record], figures: Figu
             "requests": NUM_REQUESTS,
         }
     assert 0 < figures["float32"]["auc"] < 1
-    # Beside the numbers stand a header and, for int8, scales: four bytes for two channels of a
-    # history of at most 32 events.
+    # Besides the numbers there are a header and, for int8, scales: four bytes for two channels of
+    # a history of at most 32 events.
     assert 0.5 < figures["float16"]["bytes_ratio"] < 0.56
     assert 0.25 + 2 / 32 < figures["int8"]["bytes_ratio"] < 0.36
     # Steps of 2**-11 and 2**-8 of a number, of 2**-8 and 2**-5 of the greatest of its block.
@@ -186,7 +131,7 @@ def test_every_lossy_codec_has_every_figure(records: list[Record], figures: Figu
 
 
 def test_figures_are_those_of_the_codec_alone(measured: Path, figures: Figures) -> None:
-    """Counted anew in torch, over K/V that was never a record."""
+    """Computed again in torch, over K/V that was never in a record."""
     artifact = load_artifact(measured)
     dataset = build_dataset(load_log(DATA), artifact.schema.histories)
     engine = new_engine(artifact, CacheConfig(name="off"))
@@ -216,7 +161,7 @@ def test_figures_are_those_of_the_codec_alone(measured: Path, figures: Figures) 
     assert figures["int8"]["max_score_difference"] == pytest.approx(
         worst, abs=PROBABILITY_TOLERANCE
     )
-    # Otherwise the two means would hold of anything.
+    # Otherwise the two comparisons above would prove nothing.
     assert auc["lossy"] != auc["exact"]
     assert overlap < 1
 
@@ -239,8 +184,8 @@ def test_the_manifest_gets_what_the_records_say_and_still_loads(
 def test_the_pipeline_measures_the_same_again(
     artifact: Path, records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Over what another seed has left in the manifest."""
-    other = measure("codec", plan_of(artifact, seed=SEED + 1, requests=3), SIZES)
+    """The manifest has figures of another seed before."""
+    other = measure("codec", options_of(artifact, seed=SEED + 1, requests=3))
     assert figures_by_codec(other)["int8"] != figures_by_codec(records)["int8"]
     assert {one["requests"] for one in read_artifact(artifact)[0].codecs.values()} == {3}
     run_pipeline(
@@ -294,7 +239,7 @@ def test_an_engine_takes_a_codec_within_its_budget_only(
     assert store.stack is not None
     store.stack.close()
     for budget, measured_change in enough.items():
-        with pytest.raises(ConfigError, match=f"codec {codec} is beyond cache.{budget}: "):
+        with pytest.raises(ConfigError, match=f"codec {codec} exceeds cache.{budget}: "):
             new_engine(artifact, tiered(codec, **enough | {budget: measured_change - 1e-9}))
 
 
@@ -304,33 +249,30 @@ def test_an_engine_takes_a_codec_within_its_budget_only(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"artifact": None}, "artifact or data is null; .*artifact=DIR, an output of pipelines"),
-        ({"data": None}, "artifact or data is null; .*data=NAME"),
-        ({"candidates": [5, 9]}, r"candidates is \[5, 9\]; scenario=codec takes one number"),
-        ({"candidates": [1]}, r"candidates is \[1\]; scenario=codec takes one number, at least 2"),
+        ({"candidates": [5, 9]}, r"candidates is \[5, 9\]; it must be one number, at least 2"),
+        ({"candidates": [1]}, r"candidates is \[1\]; it must be one number, at least 2"),
         ({"candidates": [500]}, "candidates is 500; the catalogue has 90 items"),
-        ({"requests": 0}, "requests is 0; it must be at least 1"),
     ],
 )
-def test_a_plan_that_cannot_work_is_refused(
+def test_options_that_cannot_work_are_refused(
     exported: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        measure("codec", replace(plan_of(exported), **change), SIZES)
+        measure("codec", options_of(exported, **change))
     assert read_artifact(exported)[0].codecs == {}
 
 
 def test_a_folder_that_is_no_artifact_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"is no artifact: it has no manifest\.json"):
-        measure("codec", plan_of(tmp_path), SIZES)
+        measure("codec", options_of(tmp_path))
 
 
 def test_another_data_set_than_the_models_is_refused(exported: Path) -> None:
-    """Without ``data=`` it is the synthetic world, which says nothing of a shop's model."""
+    """Without ``data=`` it is the synthetic data, which says nothing about a shop's model."""
     other = replace(DATA, num_items=40)
     message = "data synthetic has 40 of the 90 items that the model knows; at least half"
     with pytest.raises(ConfigError, match=message):
-        measure("codec", plan_of(exported, data=other, candidates=[20]), SIZES)
+        measure("codec", options_of(exported, data=other, candidates=[20]))
     assert read_artifact(exported)[0].codecs == {}
 
 
@@ -338,7 +280,7 @@ def test_another_data_set_than_the_models_is_refused(exported: Path) -> None:
 
 
 def one_users(user: str, *actions: str) -> list[Event]:
-    """Twenty events whose actions take turns."""
+    """Return twenty events whose actions alternate."""
     return [
         Event(user, ITEMS[time % len(ITEMS)], time, actions[time % len(actions)])
         for time in range(20)
@@ -357,17 +299,16 @@ def test_what_has_no_events_is_neither_scored_nor_weighed(
     sparse: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = [*one_users("u", "view"), *one_users("vv", "buy"), *one_users("www", "buy", "rate")]
-    monkeypatch.setattr(codec_benchmark, "load_log", lambda _: log_of(events))
+    monkeypatch.setattr(effects, "load_log", lambda _: log_of(events))
     packed: list[tuple[str, int]] = []
-    pack = codec_benchmark.pack
+    pack = codecs.pack
 
     def watched(record: KVRecord, *arguments: Any, **named: Any) -> bytes:
         packed.append((record.content.identity.tower, record.content.num_events))
         return pack(record, *arguments, **named)
 
-    monkeypatch.setattr(codec_benchmark, "pack", watched)
-    plan = plan_of(sparse, requests=12, candidates=[len(ITEMS)])
-    records = measure("codec", plan, SIZES)
+    monkeypatch.setattr(codecs, "pack", watched)
+    records = measure("codec", options_of(sparse, requests=12, candidates=[len(ITEMS)]))
     artifact = load_artifact(sparse)
     dataset = build_dataset(log_of(events), artifact.schema.histories)
     users = [raw["user_id"] for raw, _ in make_targeted_requests(dataset, 12, len(ITEMS), SEED)]
@@ -385,9 +326,9 @@ def test_requests_that_all_lack_events_are_refused(
 ) -> None:
     # One event of a user is in no test split.
     events = [*one_users("u", "view"), Event("vv", "100", 1, "buy"), Event("www", "101", 1, "rate")]
-    monkeypatch.setattr(codec_benchmark, "load_log", lambda _: log_of(events))
+    monkeypatch.setattr(effects, "load_log", lambda _: log_of(events))
     before = read_artifact(sparse)
-    plan = plan_of(sparse, requests=6, candidates=[5])
+    options = options_of(sparse, requests=6, candidates=[5])
     with pytest.raises(DataError, match="none of 6 requests of data synthetic has an event"):
-        measure("codec", plan, SIZES)
+        measure("codec", options)
     assert read_artifact(sparse)[0] == before[0]

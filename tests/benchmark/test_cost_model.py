@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.benchmark import cost_model
 from torchrec_kvshare.benchmark.cost_model import (
     Cost,
@@ -72,7 +72,7 @@ def tower_of(spec: TowerSpec) -> HistoryTower:
 
 
 def flop_of(call: Callable[[], Tensor], operators: tuple[object, ...] = ()) -> int:
-    """Of all operators that torch can count, or of those named."""
+    """Count the operations of all operators that torch can count, or of the named ones."""
     with FlopCounterMode(display=False) as counter:
         call()
     counts = counter.get_flop_counts().get("Global", {})
@@ -88,21 +88,21 @@ def attend_of(tower: HistoryTower, num_events: int) -> Callable[[], Tensor]:
     )
     candidates = torch.randn(NUM_CANDIDATES, tower.num_tokens, DIM)
     now = torch.full([NUM_CANDIDATES], num_events)
-    sights = Sights(torch.arange(num_events), now, now)
+    visibility = Visibility(torch.arange(num_events), now, now)
 
     def attend() -> Tensor:
-        return tower.attend(*tower.enter(candidates), candidate_ends, kv, sights, ends)
+        return tower.attend(*tower.enter(candidates), candidate_ends, kv, visibility, ends)
 
     return attend
 
 
 def weights_of(*modules: nn.Module) -> int:
-    """Elements of matrices."""
+    """Count the elements of all matrices."""
     return sum(p.numel() for module in modules for p in module.parameters() if p.dim() == 2)
 
 
 def pairs_of_prefill(spec: TowerSpec, num_events: int) -> int:
-    """Queries and the keys they see, counted one by one."""
+    """Count pairs of a query and a key it sees, one by one."""
     deep = range(spec.num_layers - 1)
     if spec.kind == TARGET_ONLY:
         return 0
@@ -129,22 +129,22 @@ def pairs_of_prefill(spec: TowerSpec, num_events: int) -> int:
 
 
 def flop_of_padding(tower: HistoryTower, num_events: int) -> int:
-    """Of rows that longer computes because the host knows only how many there are at most."""
+    """Count operations on rows that ``longer`` pads, as the host knows only their maximum."""
     spec, encoder = tower.spec, tower.encoder
     if not isinstance(encoder, LongerEncoder):
         return 0
     events = -num_events % MERGE
-    groups = encoder.most_groups(num_events, 1) - encoder.num_groups(num_events)
-    recent = encoder.most_recent(1) - rows_seen(tower, num_events)[-1]
+    groups = encoder.max_groups(num_events, 1) - encoder.num_groups(num_events)
+    recent = encoder.max_recent_rows(1) - rows_seen(tower, num_events)[-1]
     of_recent = 24 * recent * (spec.num_layers - 1) if spec.num_layers > 1 else 0
     return DIM * DIM * (26 * (events + MERGE * groups) + 6 * groups + of_recent)
 
 
 def rows_seen(tower: HistoryTower, num_events: int) -> list[int]:
-    """Rows of the history that a candidate sees at each layer."""
+    """Return the rows of the history that a candidate sees at each layer."""
     spec, encoder = tower.spec, tower.encoder
     if isinstance(encoder, LongerEncoder):
-        num_rows = encoder.num_rows(num_events)
+        num_rows = encoder.num_kv_rows(num_events)
         recent = num_rows - encoder.first_recent(num_events)
         return [num_rows] + [recent] * (spec.num_layers - 1)
     return [min(num_events, spec.window or num_events)] * spec.num_layers
@@ -158,7 +158,7 @@ def test_attend_is_what_torch_counts_and_the_candidates_own_tokens(spec: TowerSp
     for num_events in NUM_EVENTS:
         projected = flop_of(attend_of(tower, num_events))
         seen = rows_seen(tower, num_events)
-        # Torch does not see into the operator; the head is no layer.
+        # torch does not count inside the operator; the head is not a layer.
         attended = 4 * DIM * rows * sum(s + spec.num_tokens for s in seen)
         head = 2 * DIM * DIM * NUM_CANDIDATES
         cost = attend_cost(spec, num_events, NUM_CANDIDATES)
@@ -197,8 +197,8 @@ def test_bytes_are_those_of_tokens_weights_and_kv(spec: TowerSpec) -> None:
     assert len(layers) == spec.num_layers
     for num_events in NUM_EVENTS:
         planes = tower.prefill(torch.randn(num_events, DIM), torch.tensor([0, num_events]))
-        [kv] = split_users(planes, [encoder.num_rows(num_events)])
-        # Of the last layer nothing but its projections is needed, and but for longer no queries.
+        [kv] = split_users(planes, [encoder.num_kv_rows(num_events)])
+        # The last layer needs its projections only, and queries only for longer.
         last = {LONGER: 3, TARGET_ONLY: 0}.get(spec.kind, 2) * DIM * DIM
         weights = weights_of(*layers[:-1]) + last
         if spec.kind == LONGER:
@@ -207,7 +207,7 @@ def test_bytes_are_those_of_tokens_weights_and_kv(spec: TowerSpec) -> None:
             weights = 0
         moved = prefill_cost(spec, num_events).bytes_moved
         assert moved == 4 * (num_events * DIM + kv.numel() + weights)
-        # Candidates read the rows they see, and become as many.
+        # Candidates read the rows they see; as many rows go in as come out.
         seen = rows_seen(tower, num_events)
         read = num_events * DIM if spec.kind == TARGET_ONLY else 2 * DIM * sum(seen)
         rows = NUM_CANDIDATES * spec.num_tokens

@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
 from torchrec_kvshare.benchmark.scenarios import faults as faults_benchmark
-from torchrec_kvshare.benchmark.scenarios.faults import measure_faults
+from torchrec_kvshare.benchmark.scenarios.faults import FaultsOptions, measure_faults
 from torchrec_kvshare.errors import ConfigError, ParityError
 from torchrec_kvshare.scoring.engine import Answer, Engine
 
-PLAN = Plan([9], [], [4], 1, [8], ["causal"], repeats=5, seed=0)
-SIZES = Sizes(dim=8, num_layers=1, num_heads=2, page_size=4)
+OPTIONS = FaultsOptions(
+    histories=[9], candidates=[4], dim=8, num_layers=1, num_heads=2, page_size=4
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_state_of_the_store_is_measured() -> None:
-    records = measure_faults(PLAN, SIZES)
+    records = measure_faults(OPTIONS)
     value_by_state = {
         (record.case["path"], record.metric): record.value
         for record in records
@@ -49,10 +49,10 @@ def test_a_wrong_score_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Engine, "rank", wrong)
     with pytest.raises(ParityError, match=r"differs by 0\.00"):
-        measure_faults(PLAN, SIZES)
+        measure_faults(OPTIONS)
 
 
 def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(ConfigError, match="needs redis-server on PATH"):
-        measure_faults(PLAN, SIZES)
+        measure_faults(OPTIONS)

@@ -1,4 +1,4 @@
-"""The load client against servers whose times are known: what it measures is what they did."""
+"""The load client against servers with known times: it measures what they did."""
 
 import re
 import struct
@@ -41,7 +41,7 @@ NUM_WORKERS = 32
 
 
 class Sleeper(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Sleeps for every answer, on ``num_lanes`` at once; a request's id is what becomes of it."""
+    """Sleeps for every answer, ``num_lanes`` at once; a request's id is its outcome."""
 
     def __init__(self, sleep_s: float, num_lanes: int) -> None:
         self.sleep_s = sleep_s
@@ -66,7 +66,7 @@ class Sleeper(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 @contextmanager
 def serving(sleep_s: float, num_lanes: int = NUM_WORKERS) -> Iterator[tuple[str, Sleeper]]:
-    """A server on a free port, and what runs in it."""
+    """Run a server on a free port; yield its address and its servicer."""
     sleeper = Sleeper(sleep_s, num_lanes)
     server = grpc.server(ThreadPoolExecutor(NUM_WORKERS))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(sleeper, server)
@@ -87,21 +87,25 @@ def messages(*ids: str) -> list[bytes]:
 
 def test_latency_is_the_time_that_the_server_takes(tmp_path: Path) -> None:
     with serving(sleep_s=0.02) as (address, sleeper):
-        result = measure_server(address, messages(HIT), 60.0, 1.5, 3, tmp_path)
+        result = measure_server(
+            address, messages(HIT), qps=60.0, duration_s=1.5, seed=3, log_folder=tmp_path
+        )
     assert result.qps == 60.0
     assert result.num_failed == 0
     assert result.num_answered == sleeper.num_asked
     # Poisson: 90 are expected, and five standard deviations are 47.
     assert 43 <= result.num_answered <= 137
-    # Never less than the sleep; what lies above is the machine, which may be busy.
+    # Never less than the sleep; the rest is the machine, which may be busy.
     assert 20.0 <= result.p50_ms <= 60.0
     assert result.p50_ms <= result.p90_ms <= result.p99_ms
 
 
-def test_queries_are_drawn_from_all_messages_as_often_as_they_stand_there(tmp_path: Path) -> None:
+def test_queries_are_drawn_from_all_messages_as_often_as_they_are_listed(tmp_path: Path) -> None:
     with serving(sleep_s=0.0) as (address, _):
         asked = messages(HIT, HIT, MISS, HIT)
-        result = measure_server(address, asked, 200.0, 2.0, 4, tmp_path)
+        result = measure_server(
+            address, asked, qps=200.0, duration_s=2.0, seed=4, log_folder=tmp_path
+        )
     # Of 400 queries; five standard deviations are 0.11.
     assert result.hit_rate == pytest.approx(0.75, abs=0.11)
 
@@ -109,7 +113,9 @@ def test_queries_are_drawn_from_all_messages_as_often_as_they_stand_there(tmp_pa
 def test_failed_queries_are_counted_and_end(tmp_path: Path) -> None:
     with serving(sleep_s=0.0) as (address, sleeper):
         asked = messages(HIT, FULL, MISS, LATE)
-        result = measure_server(address, asked, 100.0, 1.0, 5, tmp_path)
+        result = measure_server(
+            address, asked, qps=100.0, duration_s=1.0, seed=5, log_folder=tmp_path
+        )
     assert result.num_answered + result.num_failed == sleeper.num_asked
     assert 0 < result.num_failed < sleeper.num_asked
     assert 0.2 < result.hit_rate < 0.8
@@ -119,7 +125,9 @@ def test_failed_queries_are_counted_and_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sleep_s", [0.001, 0.07])
 def test_the_figures_and_the_verdict_are_those_of_loadgen(sleep_s: float, tmp_path: Path) -> None:
     with serving(sleep_s) as (address, _):
-        result = measure_server(address, messages(HIT), 250.0, 2.5, 6, tmp_path)
+        result = measure_server(
+            address, messages(HIT), qps=250.0, duration_s=2.5, seed=6, log_folder=tmp_path
+        )
     summary = (tmp_path / "mlperf_log_summary.txt").read_text()
     verdict = re.search(r"Result is : (\w+)", summary)
     p99_ns = re.search(r"99\.00 percentile latency \(ns\) +: (\d+)", summary)
@@ -133,7 +141,7 @@ def test_the_figures_and_the_verdict_are_those_of_loadgen(sleep_s: float, tmp_pa
     )
     assert num_queries == result.num_answered
     assert result.meets_target == (num_late <= 0.01 * num_queries)
-    # 459 queries in time rule chance out; here are over 500.
+    # 459 queries without a late one rule out chance; here are over 500.
     if num_late == 0:
         assert result.is_valid
     if result.is_valid:
@@ -144,7 +152,9 @@ def test_the_figures_and_the_verdict_are_those_of_loadgen(sleep_s: float, tmp_pa
 def test_the_same_seed_asks_the_same_number_of_times(tmp_path: Path) -> None:
     with serving(sleep_s=0.0) as (address, _):
         counts = [
-            measure_server(address, messages(HIT), 90.0, 0.5, seed, tmp_path).num_answered
+            measure_server(
+                address, messages(HIT), qps=90.0, duration_s=0.5, seed=seed, log_folder=tmp_path
+            ).num_answered
             for seed in (7, 7, 8)
         ]
     assert counts[0] == counts[1]
@@ -156,13 +166,15 @@ def test_a_message_that_cannot_be_scored_is_an_error_and_not_a_low_rate(tmp_path
         serving(sleep_s=0.0) as (address, _),
         pytest.raises(ConfigError, match=r"under load: .*\d+ .* INVALID_ARGUMENT: as it was asked"),
     ):
-        measure_server(address, messages(HIT, WRONG), 50.0, 0.5, 1, tmp_path)
+        measure_server(
+            address, messages(HIT, WRONG), qps=50.0, duration_s=0.5, seed=1, log_folder=tmp_path
+        )
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(sleep_s=0.0) as (address, _):
         pass
-    with pytest.raises(ConfigError, match=f"{address} cannot be put under load: .*no answer"):
+    with pytest.raises(ConfigError, match=f"{address} cannot be put under load: .*no connection"):
         ask_each(address, messages(HIT))
 
 
@@ -179,7 +191,14 @@ def test_the_highest_rate_of_a_server_that_answers_one_at_a_time(tmp_path: Path)
     with serving(sleep_s=0.005, num_lanes=1) as (address, _):
 
         def measure_at(qps: float) -> LoadResult:
-            return measure_server(address, messages(HIT), qps, 1.0, 2, tmp_path / f"{qps:.3f}")
+            return measure_server(
+                address,
+                messages(HIT),
+                qps=qps,
+                duration_s=1.0,
+                seed=2,
+                log_folder=tmp_path / f"{qps:.3f}",
+            )
 
         highest = highest_qps(measure_at, first_qps=100.0)
     assert highest is not None
@@ -189,12 +208,21 @@ def test_the_highest_rate_of_a_server_that_answers_one_at_a_time(tmp_path: Path)
 
 
 def line(capacity_qps: float, asked: list[float]) -> Any:
-    """A server that meets the target up to a rate, and counts what it is asked."""
+    """Return a server that meets the target up to a rate, and notes the rates it is asked."""
 
     def measure_at(qps: float) -> LoadResult:
         asked.append(qps)
         p99_ms = TARGET_MS if qps <= capacity_qps else TARGET_MS + 0.1
-        return LoadResult(qps, 1.0, 2.0, p99_ms, 10, 0, 0.5, False)
+        return LoadResult(
+            qps=qps,
+            p50_ms=1.0,
+            p90_ms=2.0,
+            p99_ms=p99_ms,
+            num_answered=10,
+            num_failed=0,
+            hit_rate=0.5,
+            is_valid=False,
+        )
 
     return measure_at
 
@@ -234,7 +262,16 @@ def test_there_is_a_rate_that_is_high_enough() -> None:
 
 
 def test_failures_do_not_meet_the_target() -> None:
-    result = LoadResult(5.0, 1.0, 2.0, 3.0, 99, 0, 1.0, True)
+    result = LoadResult(
+        qps=5.0,
+        p50_ms=1.0,
+        p90_ms=2.0,
+        p99_ms=3.0,
+        num_answered=99,
+        num_failed=0,
+        hit_rate=1.0,
+        is_valid=True,
+    )
     assert result.meets_target
     assert not result._replace(num_failed=1).meets_target
     assert not result._replace(p99_ms=float("nan")).meets_target
@@ -245,7 +282,9 @@ def test_failures_do_not_meet_the_target() -> None:
 
 def test_a_closed_loop_gives_what_its_lanes_give() -> None:
     with serving(sleep_s=0.02, num_lanes=2) as (address, sleeper):
-        saturation = saturated_qps(address, messages(HIT, MISS), 4, 1.0, 0)
+        saturation = saturated_qps(
+            address, messages(HIT, MISS), in_flight=4, duration_s=1.0, seed=0
+        )
     # Two lanes of 20 ms are 100 a second at most; the last answers come after the end.
     assert 40.0 <= saturation.qps <= 100.0
     assert saturation.num_failed == 0
@@ -255,7 +294,9 @@ def test_a_closed_loop_gives_what_its_lanes_give() -> None:
 
 def test_a_closed_loop_counts_failures() -> None:
     with serving(sleep_s=0.001) as (address, sleeper):
-        saturation = saturated_qps(address, messages(HIT, FULL), 2, 0.3, 1)
+        saturation = saturated_qps(
+            address, messages(HIT, FULL), in_flight=2, duration_s=0.3, seed=1
+        )
     assert 0 < saturation.num_failed < sleeper.num_asked
     assert saturation.hit_rate == 1.0
 

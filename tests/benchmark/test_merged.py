@@ -1,14 +1,14 @@
-"""The uncached baseline computes the same scores, or its time would say nothing."""
+"""The uncached baseline computes the same scores; otherwise its time would mean nothing."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.benchmark.baselines.merged import pool_without_sharing
-from torchrec_kvshare.benchmark.plan import MERGE, Sizes
-from torchrec_kvshare.benchmark.scenarios.queue_length import Paths
-from torchrec_kvshare.benchmark.workload import fill_zeros, make_dlrm, make_schema
+from torchrec_kvshare.benchmark.options import MERGE, ModelSizes
+from torchrec_kvshare.benchmark.paths import Paths
+from torchrec_kvshare.benchmark.workload import make_dlrm, make_schema
 from torchrec_kvshare.features.batches import collate
 from torchrec_kvshare.features.draw import draw_ragged_requests, draw_raw_request
 from torchrec_kvshare.features.parse import parse_request
@@ -17,7 +17,6 @@ from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
 from torchrec_kvshare.history.pages import flat_pages
 from torchrec_kvshare.history.reference import ReferenceOptions, reference_tower
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.model.ranking import dlrm_with_history
 from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
 
 HISTORY = 14  # events
@@ -29,8 +28,8 @@ VECTOR_TOLERANCE = 1.5e-6
 
 @pytest.fixture(scope="module")
 def paths() -> Paths:
-    sizes = Sizes(DIM, NUM_LAYERS, NUM_HEADS, page_size=5)
-    return Paths(SCHEMA, make_dlrm(SCHEMA, sizes, seed=2), sizes)
+    sizes = ModelSizes(dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS)
+    return Paths(SCHEMA, make_dlrm(SCHEMA, sizes, seed=2), page_size=5)
 
 
 def merged_logits(paths: Paths, requests: list[Request], chunk_rows: int) -> Tensor:
@@ -100,18 +99,16 @@ def test_merged_vectors_equal_the_reference(num_layers: int, num_events: int) ->
 
 
 def paths_of(encoder: str, num_tokens: int, longest: int) -> Paths:
-    """A model of any kind, none of its weights at zero."""
-    sizes = Sizes(DIM, NUM_LAYERS, NUM_HEADS, page_size=5, num_tokens=num_tokens)
+    """Return a model of any kind with no weights at zero."""
+    sizes = ModelSizes(dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, num_tokens=num_tokens)
     schema = make_schema(longest, num_users=5, block=MERGE)
-    torch.manual_seed(4)
-    ranker = fill_zeros(dlrm_with_history(schema, sizes.spec(encoder, longest), [DIM, 1]))
-    return Paths(schema, ranker, sizes)
+    return Paths(schema, make_dlrm(schema, sizes, seed=4, encoder=encoder), page_size=5)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])
 @pytest.mark.parametrize("encoder", KINDS)
 def test_merged_scores_equal_shared_ones_for_every_kind(encoder: str, num_tokens: int) -> None:
-    """``longer`` has an open group and groups that go no deeper in some of these histories."""
+    """Some of these histories of ``longer`` have an open group, or groups that stop early."""
     paths = paths_of(encoder, num_tokens, longest=48)
     for seed, num_events in enumerate((1, 7, 33, 48)):
         raw = draw_raw_request(paths.schema, num_events, 6, seed)
@@ -120,7 +117,7 @@ def test_merged_scores_equal_shared_ones_for_every_kind(encoder: str, num_tokens
         for chunk_rows in (1, 3 * num_events):
             merged = merged_logits(paths, requests, chunk_rows)
             assert largest_difference(merged, shared) <= LOGIT_TOLERANCE
-        # The history counts, or the two would agree whatever it is read as.
+        # The history changes the scores; otherwise the two would agree without reading it.
         without = parse_request(raw | {"history": {c: [] for c in raw["history"]}}, paths.schema)
         assert largest_difference(shared, shared_logits(paths, [without])) > 1e-4
 
@@ -134,8 +131,8 @@ def test_merged_vectors_of_two_tokens_equal_shared_ones(encoder: str) -> None:
     elapsed = torch.randint(0, 10_000, (38,)).sort(descending=True).values
     ends = torch.tensor([0, 38])
     kv = flat_pages(tower.prefill(events, ends), tower.encoder.row_offsets(ends))
-    sights = Sights(-elapsed, torch.zeros(5).long(), torch.full([5], 38))
-    shared = tower.attend(*tower.enter(candidates), torch.tensor([0, 5]), kv, sights, ends)
+    visibility = Visibility(-elapsed, torch.zeros(5).long(), torch.full([5], 38))
+    shared = tower.attend(*tower.enter(candidates), torch.tensor([0, 5]), kv, visibility, ends)
     for chunk_rows in (1, 80, 1000):
         merged = pool_without_sharing(tower, events, elapsed, candidates, chunk_rows)
         assert largest_difference(merged, shared) <= VECTOR_TOLERANCE

@@ -1,4 +1,4 @@
-"""Figures that are no numbers: told as such, never lost and never NaN in JSON."""
+"""Figures that are not finite: reported as such, never lost and never NaN in JSON."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def refuse_constant(name: str) -> NoReturn:
 
 def test_results_have_null_for_a_figure_that_is_no_number(tmp_path: Path) -> None:
     figures = [1.5, math.nan, math.inf]
-    records = [Record("memory", {"path": "p"}, "p99_ms", value, "ms") for value in figures]
+    records = [Record("memory", {"path": "p"}, "p99_ms", value, unit="ms") for value in figures]
     text = write_results(tmp_path, records, "command", seed=0).read_text()
     written = json.loads(text, parse_constant=refuse_constant)["records"]
     assert [record["value"] for record in written] == [1.5, None, None]

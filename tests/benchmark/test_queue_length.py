@@ -1,4 +1,4 @@
-"""The benchmark pipeline from end to end, at sizes that take a moment."""
+"""``queue_length`` and ``memory`` from end to end, at small sizes."""
 
 import builtins
 import json
@@ -14,18 +14,17 @@ from hydra.errors import HydraException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.benchmark import main
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
+from torchrec_kvshare.benchmark.paths import assert_parity
 from torchrec_kvshare.benchmark.plots import write_plots
 from torchrec_kvshare.benchmark.results import Case, Record, figures_table
 from torchrec_kvshare.benchmark.run import measure
-from torchrec_kvshare.benchmark.scenarios.queue_length import assert_parity
-from torchrec_kvshare.errors import ConfigError, MissingExtraError, ParityError
+from torchrec_kvshare.benchmark.scenarios.memory import MemoryOptions
+from torchrec_kvshare.benchmark.scenarios.queue_length import QueueLengthOptions
+from torchrec_kvshare.errors import MissingExtraError, ParityError
 
 HISTORIES, LONG_HISTORY = [7, 16], 33  # events
 CANDIDATES = [1, 3, 10]
 DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE = 12, 2, 3, 8
-PLAN = Plan(HISTORIES, [LONG_HISTORY], CANDIDATES, 3, [64], ["causal"], repeats=5, seed=0)
-SIZES = Sizes(DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE)
 UNIT_BY_METRIC = {
     "latency_ms": "ms",
     "requests_per_s": "1/s",
@@ -78,7 +77,7 @@ def read(folder: Path) -> Any:
 
 
 def values(records: list[dict[str, Any]], metric: str) -> dict[tuple[str, int, int], float]:
-    """Figures by path, history and candidates (0 for a figure of all of them)."""
+    """Return figures by path, history and candidates (0 for a figure of all queues)."""
     return {
         (r["case"]["path"], r["case"]["history"], r["case"].get("candidates", 0)): r["value"]
         for r in records
@@ -107,7 +106,7 @@ def test_results_follow_the_one_format(run: Callable[[str], Path], scenario: str
         assert case["tokens"] == 1
 
 
-def test_every_path_is_measured_where_the_plan_says(run: Callable[[str], Path]) -> None:
+def test_every_path_is_measured_where_the_options_say(run: Callable[[str], Path]) -> None:
     latencies = values(read(run("queue_length"))["records"], "latency_ms")
     shared = {
         (path, history, queue)
@@ -170,7 +169,7 @@ def test_peaks_of_all_paths_are_counted(run: Callable[[str], Path]) -> None:
     peaks = values(read(run("memory"))["records"], "peak_bytes")
     assert {path for path, _, _ in peaks} == PATHS
     for history in HISTORIES:
-        # The history's K/V alone is made once per request; all of it again for each candidate.
+        # request_shared makes the K/V of the history; a hit does not.
         kv_bytes = history * NUM_LAYERS * 2 * DIM * 4
         assert peaks["request_shared", history, 1] >= kv_bytes
         assert peaks["cross_request_hit", history, 1] < peaks["request_shared", history, 1]
@@ -178,11 +177,21 @@ def test_peaks_of_all_paths_are_counted(run: Callable[[str], Path]) -> None:
 
 
 def test_peaks_do_not_vary_from_run_to_run(run: Callable[[str], Path]) -> None:
-    again = [r for r in measure("memory", PLAN, SIZES) if r.metric == "peak_bytes"]
+    options = MemoryOptions(
+        histories=HISTORIES,
+        long_histories=[LONG_HISTORY],
+        candidates=CANDIDATES,
+        merged_max_candidates=3,
+        merged_chunk_rows=[64],
+        dim=DIM,
+        num_heads=NUM_HEADS,
+        page_size=PAGE_SIZE,
+    )
+    again = [r for r in measure("memory", options) if r.metric == "peak_bytes"]
     peaks = values(read(run("memory"))["records"], "peak_bytes")
     for record in again:
         path, history = str(record.case["path"]), int(record.case["history"])
-        if path != "uncached_merged":  # Its chunk is the fastest, which does vary.
+        if path != "uncached_merged":  # Its fastest chunk varies.
             assert record.value == peaks[path, history, int(record.case["candidates"])]
 
 
@@ -207,7 +216,7 @@ def test_tensorboard_has_every_figure(run: Callable[[str], Path], scenario: str)
         assert points[case.get("candidates", 0)] == pytest.approx(record["value"], rel=1e-6)
 
 
-def test_an_unknown_scenario_is_named_with_those_there_are() -> None:
+def test_an_unknown_scenario_is_named_with_the_known_ones() -> None:
     with (
         initialize_config_dir(str(CONFIGS), version_base="1.3"),
         pytest.raises(HydraException, match=r"Could not find 'scenario/speed'[\s\S]*queue_length"),
@@ -215,29 +224,17 @@ def test_an_unknown_scenario_is_named_with_those_there_are() -> None:
         compose("benchmark", ["scenario=speed"])
 
 
-def test_an_unknown_scenario_in_a_call_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"'speed'; one of \['append', .*, 'training'\]"):
-        measure("speed", PLAN, SIZES)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"repeats": 4}, "repeats is 4"),
-        ({"candidates": [0, 5]}, r"candidates is \[0, 5\]"),
-        ({"candidates": []}, "must not be empty"),
-        ({"merged_chunk_rows": []}, "must not be empty"),
-        ({"histories": [-1]}, r"histories is \[-1\]"),
-        ({"encoders": ["causal", "lstm"]}, r"encoders has \['lstm'\]; \('causal', "),
-    ],
-)
-def test_a_plan_that_cannot_work_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Plan(**(vars(PLAN) | change))
-
-
 def test_one_number_of_candidates_has_no_fusion_cost_ratio() -> None:
-    records = measure("queue_length", Plan([5], [], [2], 2, [64], ["causal"], 5, 0), SIZES)
+    options = QueueLengthOptions(
+        histories=[5],
+        long_histories=[],
+        candidates=[2],
+        merged_chunk_rows=[64],
+        dim=DIM,
+        num_heads=NUM_HEADS,
+        page_size=PAGE_SIZE,
+    )
+    records = measure("queue_length", options)
     assert "fusion_cost_ratio" not in {record.metric for record in records}
 
 
@@ -261,17 +258,17 @@ def test_without_matplotlib_the_extra_is_named(
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(MissingExtraError, match=r"drawing plots needs the extra \[plots\]"):
-        write_plots(tmp_path, [])
+        write_plots(tmp_path, [], {})
 
 
 def test_the_table_has_a_dash_where_nothing_was_measured() -> None:
     case: Case = {"encoder": "hstu", "history": 8}
     records = [
-        Record("s", case | {"path": "a", "candidates": 1}, "latency_ms", 0.1236, "ms"),
-        Record("s", case | {"path": "b", "candidates": 2}, "latency_ms", 12345.6, "ms"),
-        Record("s", case | {"path": "b", "candidates": 2}, "speedup", 1.5, "x"),
-        Record("s", case | {"path": "b"}, "slope", -0.25, "x"),
-        Record("s", {"path": "peak"}, "slope", 2.0, "x"),
+        Record("s", case | {"path": "a", "candidates": 1}, "latency_ms", 0.1236, unit="ms"),
+        Record("s", case | {"path": "b", "candidates": 2}, "latency_ms", 12345.6, unit="ms"),
+        Record("s", case | {"path": "b", "candidates": 2}, "speedup", 1.5, unit="x"),
+        Record("s", case | {"path": "b"}, "slope", -0.25, unit="x"),
+        Record("s", {"path": "peak"}, "slope", 2.0, unit="x"),
     ]
     assert [line.split() for line in figures_table(records).splitlines()] == [
         ["encoder", "history", "candidates", "path", "latency_ms", "speedup", "slope"],
@@ -284,7 +281,7 @@ def test_the_table_has_a_dash_where_nothing_was_measured() -> None:
 
 def test_the_table_has_a_line_for_every_encoder_and_its_columns_are_flush() -> None:
     records = [
-        Record("s", {"path": "a", "encoder": encoder, "history": 100}, "latency_ms", 1.0, "ms")
+        Record("s", {"path": "a", "encoder": encoder, "history": 100}, "latency_ms", 1.0, unit="ms")
         for encoder in ("causal", "longer")
     ]
     lines = figures_table(records).splitlines()

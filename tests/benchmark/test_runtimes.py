@@ -1,4 +1,4 @@
-"""The scenario compares runtimes that agree, and says so when one does not."""
+"""The scenario compares runtimes that agree, and refuses one that does not."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 from torch import Tensor
 
 from tests.pipelines.commands import run_pipeline
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
 from torchrec_kvshare.benchmark.run import measure
-from torchrec_kvshare.errors import ParityError
+from torchrec_kvshare.benchmark.scenarios.runtimes import RuntimesOptions
+from torchrec_kvshare.errors import ConfigError, ParityError
 from torchrec_kvshare.export.exporter import RUNTIMES, TORCHSCRIPT
 from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.model.ranking import RankingFunctions
@@ -23,7 +23,7 @@ RUNTIMES_COMPARED = ("eager", "eager, deterministic", TORCHSCRIPT)
 
 @pytest.fixture(autouse=True)
 def torchscript_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another runtime would add here is minutes of compiling; the comparison is the same."""
+    """Another runtime would take minutes to compile; the comparison is the same."""
     for runtime in set(RUNTIMES) - {TORCHSCRIPT}:
         monkeypatch.delitem(RUNTIMES, runtime)
 
@@ -49,7 +49,7 @@ def test_every_runtime_is_compared_with_eager(tmp_path: Path) -> None:
 
 
 class OffByALittle:
-    """A runtime whose K/V is not quite the model's."""
+    """A runtime whose K/V differs a little from the model's."""
 
     def __init__(self, model: RankingFunctions) -> None:
         self.model = model
@@ -68,6 +68,13 @@ def test_a_runtime_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
         return OffByALittle(right.load(folder, schema, encoder))
 
     monkeypatch.setitem(RUNTIMES, TORCHSCRIPT, right._replace(load=load))
-    plan = Plan([32], [], [2], 1, [8], ["longer"], repeats=5, seed=0)
+    options = RuntimesOptions(
+        histories=[32], candidates=[2], encoders=["longer"], dim=8, num_layers=1, num_heads=2
+    )
     with pytest.raises(ParityError, match="prefill of torchscript differs by"):
-        measure("runtimes", plan, Sizes(8, 1, 2, 4))
+        measure("runtimes", options)
+
+
+def test_no_history_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"histories is \[\]; at least one is needed"):
+        measure("runtimes", RuntimesOptions(histories=[]))

@@ -1,8 +1,10 @@
-"""The scenarios beside queue length and memory, at sizes that take a moment."""
+"""The registry of scenarios, and those that draw a model and time it, at small sizes."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +20,10 @@ from pipelines.benchmark import main
 from torchrec_kvshare.benchmark import timing
 from torchrec_kvshare.benchmark.baselines import attention_forms
 from torchrec_kvshare.benchmark.cost_model import Rates, attend_cost, prefill_cost
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
-from torchrec_kvshare.benchmark.run import MEASURE_BY_SCENARIO, measure
+from torchrec_kvshare.benchmark.options import ModelSizes, Options
+from torchrec_kvshare.benchmark.paths import Paths
+from torchrec_kvshare.benchmark.results import Record
+from torchrec_kvshare.benchmark.run import SCENARIO_BY_NAME, measure
 from torchrec_kvshare.benchmark.scenarios import (
     attention,
     catalogue,
@@ -27,10 +31,9 @@ from torchrec_kvshare.benchmark.scenarios import (
     throughput_drop,
     training,
 )
-from torchrec_kvshare.benchmark.scenarios.queue_length import Paths
 from torchrec_kvshare.benchmark.workload import draw_requests, fill_zeros
-from torchrec_kvshare.config import BenchmarkConfig, checked
-from torchrec_kvshare.errors import ParityError
+from torchrec_kvshare.config import checked
+from torchrec_kvshare.errors import ConfigError, ParityError
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.history.kinds import BIDIRECTIONAL, KINDS
 from torchrec_kvshare.model.bags import user_candidate_bags
@@ -38,14 +41,35 @@ from torchrec_kvshare.model.collection import kvshare_collection
 from torchrec_kvshare.model.ranking import RankingModel
 
 compiled = throughput_drop.compiled
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+DOCS = [
+    ROOT / "README.md",
+    # design.md adds a scenario that does not exist.
+    *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem != "design"),
+]
+# The name of a scenario, and what is set for it.
+COMMAND = re.compile(r"(?:`|pipelines\.benchmark\s+)scenario=(\w+)((?:\s+'?[\w.]+=[^\s`)]+)*)")
 DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE = 12, 2, 3, 8
 HISTORY, LONG_HISTORY = 16, 40  # events
 CANDIDATES = [2, 5]
 SEED = 3
-SIZES = Sizes(DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE)
+SIZES = ModelSizes(dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS)
+# Values for scenarios that have the key.
+SMALL = {
+    "histories": [HISTORY],
+    "long_histories": [LONG_HISTORY],
+    "candidates": CANDIDATES,
+    "merged_max_candidates": 2,
+    "merged_chunk_rows": [64],
+    "dim": DIM,
+    "num_heads": NUM_HEADS,
+    "page_size": PAGE_SIZE,
+    "seed": SEED,
+}
+NEEDED = {"codec": ["artifact=a"], "tables": ["run=a"]}
 RAGGED_USERS = ((5, 4), (16, 1), (30, 7))
-# Of each turn; a scenario takes a quarter of a second for every path otherwise.
+# Of each turn; by default a scenario takes a quarter of a second for every path.
 ROUND_MS = 0.01
 RATES = Rates(flop_per_s=7e9, exponentials_per_s=3e8, bytes_per_s=5e9)
 PREFIX_KINDS = ["causal", "target_only", "hstu"]
@@ -55,7 +79,7 @@ OTHER_WAYS = ("kv_repeated", "one_sequence_mask", "flex_attention")
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Short turns and small constants; what is compiled is so in one test of its own."""
+    """Short turns and small constants; a test of its own compiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "ROUND_MS", ROUND_MS)
         patch.setattr(attention, "RAGGED_USERS", RAGGED_USERS)
@@ -72,9 +96,16 @@ def small() -> Iterator[None]:
         yield
 
 
-def plan_of(**change: Any) -> Plan:
-    plan = Plan([HISTORY], [LONG_HISTORY], CANDIDATES, 2, [64], ["causal"], 5, SEED)
-    return Plan(**(vars(plan) | change))
+def small_values(scenario: str) -> dict[str, Any]:
+    keys = {one.name for one in fields(SCENARIO_BY_NAME[scenario].options)}
+    return {key: value for key, value in SMALL.items() if key in keys}
+
+
+def measured_with(scenario: str, **change: Any) -> list[Record]:
+    """Measure a small causal model."""
+    causal = {} if scenario == "throughput_drop" else {"encoders": ["causal"]}
+    values = small_values(scenario) | causal | change
+    return measure(scenario, SCENARIO_BY_NAME[scenario].options(**values))
 
 
 class Measured(NamedTuple):
@@ -85,40 +116,31 @@ class Measured(NamedTuple):
     printed: str
 
 
-OVERRIDES = {
-    "attention": [f"encoders={[*KINDS]}".replace("'", ""), f"long_histories=[{LONG_HISTORY}]"],
-    "throughput_drop": [],
-    "training": [f"encoders={PREFIX_KINDS}".replace("'", ""), f"histories=[{LONG_HISTORY}]"],
-    "catalogue": [f"histories=[{HISTORY}]"],
-    "items": [f"encoders={[*KINDS]}".replace("'", ""), "num_tokens=2"],
-    "append": [f"encoders={[*KINDS]}".replace("'", ""), f"histories=[{LONG_HISTORY}]"],
+VALUES_BY_SCENARIO: dict[str, dict[str, Any]] = {
+    "attention": {"encoders": [*KINDS]},
+    "throughput_drop": {},
+    "training": {"encoders": PREFIX_KINDS, "histories": [LONG_HISTORY]},
+    "catalogue": {},
+    "items": {"encoders": [*KINDS], "num_tokens": 2},
+    "append": {"encoders": [*KINDS], "histories": [LONG_HISTORY]},
 }
 Run = Callable[[str], Measured]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, small: None) -> Run:
-    """What a scenario gives, measured once."""
+    """The results of a scenario, measured once."""
     measured_by_scenario: dict[str, Measured] = {}
 
     def measured(scenario: str) -> Measured:
         if scenario not in measured_by_scenario:
             folder = tmp_path_factory.mktemp(scenario) / "results"
-            overrides = [
-                f"output={folder}",
-                f"histories=[{HISTORY}]",
-                f"candidates={CANDIDATES}",
-                "merged_max_candidates=2",
-                f"dim={DIM}",
-                f"num_heads={NUM_HEADS}",
-                f"page_size={PAGE_SIZE}",
-                f"seed={SEED}",
-                *OVERRIDES[scenario],
-            ]
+            values = small_values(scenario) | VALUES_BY_SCENARIO[scenario]
+            overrides = [f"{key}={value}".replace("'", "") for key, value in values.items()]
             with pytest.MonkeyPatch.context() as patch:
                 printed: list[str] = []
                 patch.setattr("builtins.print", printed.append)
-                main(composed(scenario, *overrides))
+                main(composed(scenario, f"output={folder}", *overrides))
             records = json.loads((folder / "results.json").read_text())["records"]
             measured_by_scenario[scenario] = Measured(records, folder, "\n".join(printed))
         return measured_by_scenario[scenario]
@@ -150,10 +172,10 @@ def units(records: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def skewed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A path that is wrong in one number."""
+    """Return a path that is wrong in one number."""
 
-    def wrong(*arguments: Any) -> Tensor:
-        result = call(*arguments).clone()
+    def wrong(*arguments: Any, **named: Any) -> Tensor:
+        result = call(*arguments, **named).clone()
         result.view(-1)[-1] += 1e-3
         return result
 
@@ -163,34 +185,59 @@ def skewed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # --- configs
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "scenario").iterdir()))
-def test_every_scenario_has_a_config_that_a_plan_can_be_made_of(name: str) -> None:
-    config = checked(composed(name, "output=nowhere"), BenchmarkConfig)
-    assert config.scenario == name
-    assert name in MEASURE_BY_SCENARIO
-    plan = Plan(
-        config.histories,
-        config.long_histories,
-        config.candidates,
-        config.merged_max_candidates,
-        config.merged_chunk_rows,
-        config.encoders,
-        config.repeats,
-        config.seed,
-    )
-    sizes = Sizes(config.dim, config.num_layers, config.num_heads, config.page_size)
-    for encoder in plan.encoders:
-        assert sizes.spec(encoder, max(plan.histories)).kind == encoder
+@pytest.mark.parametrize("name", SCENARIO_BY_NAME)
+def test_the_config_of_a_scenario_has_the_options_and_their_defaults(name: str) -> None:
+    """A key that a scenario did not read was accepted and ignored."""
+    schema = SCENARIO_BY_NAME[name].options
+    composed_config = composed(name, "output=nowhere", *NEEDED.get(name, []))
+    assert set(composed_config) == {one.name for one in fields(schema)}
+    options: Any = checked(composed_config, schema)
+    assert options.scenario == name
+    given = {"output", "scenario", "data", "artifact", "run"} & set(composed_config)
+    assert options == schema(**{key: getattr(options, key) for key in given})
 
 
 def test_every_scenario_has_a_config() -> None:
-    assert {path.stem for path in (CONFIGS / "scenario").iterdir()} == set(MEASURE_BY_SCENARIO)
+    assert {path.stem for path in (CONFIGS / "scenario").iterdir()} == set(SCENARIO_BY_NAME)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_commands_in_the_docs_take_keys_of_their_scenario(path: Path) -> None:
+    for name, given in COMMAND.findall(path.read_text()):
+        schema = SCENARIO_BY_NAME[name].options
+        keys = {pair.strip("'").partition("=")[0].partition(".")[0] for pair in given.split()}
+        assert keys <= {one.name for one in fields(schema)}, (name, given)
+
+
+def test_no_scenario_imports_another() -> None:
+    folder = Path(attention.__file__).parent
+    for path in folder.glob("*.py"):
+        assert "benchmark.scenarios" not in path.read_text(), path
+
+
+def test_an_unknown_scenario_in_a_call_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'speed'; one of \['append', .*, 'training'\]"):
+        measure("speed", Options())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"repeats": 4}, "repeats is 4; a median needs at least"),
+        ({"candidates": []}, r"candidates is \[\]; at least one number is needed"),
+        ({"merged_chunk_rows": []}, r"merged_chunk_rows is \[\]; at least one"),
+        ({"encoders": ["causal", "lstm"]}, r"encoders has \['lstm'\]; \('causal', "),
+    ],
+)
+def test_options_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attention.AttentionOptions(**change)
 
 
 # --- what all have in common
 
 
-@pytest.mark.parametrize("scenario", list(OVERRIDES))
+@pytest.mark.parametrize("scenario", list(VALUES_BY_SCENARIO))
 def test_records_have_sizes_and_are_all_printed_and_on_tensorboard(run: Run, scenario: str) -> None:
     records, folder, printed = run(scenario)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -284,7 +331,7 @@ def test_ragged_time_is_over_that_of_its_users_alone(monkeypatch: pytest.MonkeyP
         return {path: 3.0 if path == "ragged" else 2.0 for path in calls}
 
     monkeypatch.setattr(attention, "interleaved_medians", medians)
-    records = measure("attention", plan_of(histories=[], long_histories=[]), SIZES)
+    records = measured_with("attention", histories=[], long_histories=[])
     by_metric = {record.metric: record for record in records if record.case["path"] == "ragged"}
     assert by_metric["latency_ms"].value == 3.0
     assert by_metric["time_over_alone"].value == 3.0 / 6.0
@@ -292,8 +339,7 @@ def test_ragged_time_is_over_that_of_its_users_alone(monkeypatch: pytest.MonkeyP
 
 
 def test_other_ways_are_left_out_with_more_than_one_token() -> None:
-    sizes = Sizes(DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE, num_tokens=3)
-    records = measure("attention", plan_of(long_histories=[], candidates=[2]), sizes)
+    records = measured_with("attention", long_histories=[], candidates=[2], num_tokens=3)
     paths = {record.case["path"] for record in records}
     assert paths == {"gemm_peak", "prefill", "attend", "shared", "ragged"}
 
@@ -311,7 +357,7 @@ def test_a_way_that_computes_something_else_is_not_timed(
 ) -> None:
     monkeypatch.setattr(module, name, skewed(getattr(module, name)))
     with pytest.raises(ParityError, match=rf"{path} differs by 0\.00.* from shared"):
-        measure("attention", plan_of(candidates=[2]), SIZES)
+        measured_with("attention", candidates=[2])
 
 
 @pytest.mark.parametrize(
@@ -328,7 +374,7 @@ def test_a_mask_without_the_time_bias_is_found_out(
 
     monkeypatch.setattr(attention, maker, unbiased)
     with pytest.raises(ParityError, match=f"{path} differs by"):
-        measure("attention", plan_of(candidates=[2]), SIZES)
+        measured_with("attention", candidates=[2])
 
 
 def test_a_ragged_batch_whose_users_are_mixed_up_is_found_out(
@@ -342,20 +388,20 @@ def test_a_ragged_batch_whose_users_are_mixed_up_is_found_out(
 
     monkeypatch.setattr(attention, "attend", turned)
     with pytest.raises(ParityError, match="ragged differs by"):
-        measure("attention", plan_of(histories=[], long_histories=[]), SIZES)
+        measured_with("attention", histories=[], long_histories=[])
 
 
 def test_no_number_is_no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     repeat_kv = attention_forms.repeat_kv
     monkeypatch.setattr(attention, "repeat_kv", lambda *a: repeat_kv(*a) * torch.nan)
     with pytest.raises(ParityError, match="kv_repeated differs by nan"):
-        measure("attention", plan_of(), SIZES)
+        measured_with("attention")
 
 
 @torch.no_grad()
 def flex_and_shared(num_layers: int, history: int) -> tuple[Tensor, Tensor]:
-    """Vectors of one user by FlexAttention and by shared attention."""
-    spec = Sizes(DIM, num_layers, NUM_HEADS, PAGE_SIZE).spec("causal")
+    """Return the vectors of one user by FlexAttention and by shared attention."""
+    spec = ModelSizes(dim=DIM, num_layers=num_layers, num_heads=NUM_HEADS).spec("causal")
     tower = attention.make_tower(spec, history, SEED)
     tokens = attention.draw_tokens(spec, [history], [5], SEED)
     flex = attention_forms.compiled_flex(tower, tokens.elapsed[0], 5)
@@ -365,7 +411,7 @@ def flex_and_shared(num_layers: int, history: int) -> tuple[Tensor, Tensor]:
 
 
 def test_flex_attention_gives_the_vectors_of_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Compiled it takes many seconds for each layer: here its masks are tried.
+    # Compiling takes many seconds per layer; here only the masks are tested.
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **given: compiled(f, **given) if given else f)
     with warnings.catch_warnings():
@@ -375,7 +421,7 @@ def test_flex_attention_gives_the_vectors_of_shared(monkeypatch: pytest.MonkeyPa
 
 
 def test_flex_attention_compiles_at_one_size_after_another() -> None:
-    """The second size was compiled for sizes that vary, and inductor's C++ for it did not build."""
+    """The second size was compiled with dynamic sizes, and inductor's C++ did not build."""
     for history in (HISTORY, LONG_HISTORY):
         vectors, shared = flex_and_shared(1, history)
         torch.testing.assert_close(vectors, shared, rtol=0, atol=attention.TOLERANCE)
@@ -421,7 +467,7 @@ def test_throughput_drop_is_against_both_models_without_the_history(run: Run) ->
             for (encoder, path, history, queue), drop in lost.items():
                 plain = latencies[encoder, baseline, history, queue]
                 with_history = latencies[encoder, path, history, queue]
-                # As many requests a second as 1 / latency.
+                # Throughput is 1 / latency.
                 assert drop == pytest.approx(100 * (1 / plain - 1 / with_history) / (1 / plain))
 
 
@@ -434,7 +480,7 @@ def test_a_compiled_baseline_scores_as_the_eager_one() -> None:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(throughput_drop, "compiled", compiled)
-        graph = throughput_drop.compiled_baseline(model, Paths(schema, ranker, SIZES), schema)
+        graph = throughput_drop.compiled_baseline(model, Paths(schema, ranker, PAGE_SIZE), schema)
     for request in draw_requests(schema, [1, 7], user=0, seed=SEED):
         pooled = throughput_drop.with_pooled_history(request)
         expected = throughput_drop.score_plain(model, pooled, schema)
@@ -447,7 +493,7 @@ def test_a_compiled_baseline_scores_as_the_eager_one() -> None:
 def test_a_hit_that_scores_otherwise_has_no_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Paths, "cross_request_hit", skewed(Paths.cross_request_hit))
     with pytest.raises(ParityError, match=r"cross_request_hit logits differ by 0\.00"):
-        measure("throughput_drop", plan_of(), SIZES)
+        measured_with("throughput_drop")
 
 
 def test_mlperf_has_26_sparse_and_13_dense_features() -> None:
@@ -499,8 +545,8 @@ def test_targets_per_second_count_only_what_was_trained(monkeypatch: pytest.Monk
         return {"whole_windows": 8.0, "row_per_candidate": 20.0}
 
     monkeypatch.setattr(training, "interleaved_medians", medians)
-    # Of 40 events in a window every second is trained one row per candidate.
-    records = measure("training", plan_of(histories=[40]), SIZES)
+    # Every second of the window's 40 events is trained one row per candidate.
+    records = measured_with("training", histories=[40])
     assert [(record.case["path"], record.metric, record.value) for record in records] == [
         ("whole_windows", "targets_per_s", 5000.0),
         ("row_per_candidate", "targets_per_s", 1000.0),
@@ -518,13 +564,13 @@ def test_a_row_with_another_history_is_found_out(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(training, "parse_request", mistaken)
     message = r"row_per_candidate logits differ by .* from whole_windows"
     with pytest.raises(ParityError, match=message):
-        measure("training", plan_of(), SIZES)
+        measured_with("training")
 
 
 def test_both_ways_to_train_give_every_weight_the_same_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With every target sampled the two losses are one."""
+    """With every target sampled the two losses are equal."""
     gradients: list[dict[str, Tensor]] = []
 
     def medians(calls: dict[str, partial[None]], _: int) -> dict[str, float]:
@@ -535,7 +581,7 @@ def test_both_ways_to_train_give_every_weight_the_same_gradient(
         return dict.fromkeys(calls, 1.0)
 
     monkeypatch.setattr(training, "interleaved_medians", medians)
-    measure("training", plan_of(histories=[9]), SIZES)
+    measured_with("training", histories=[9])
     whole, rows = gradients
     assert set(whole) == set(rows)
     assert any(name.endswith("time_bias") for name in whole)
@@ -574,9 +620,9 @@ def test_items_are_kept_when_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> 
             caches.append(self)
 
     monkeypatch.setattr(items, "ItemCache", Watched)
-    measure("items", plan_of(candidates=[5]), SIZES)
+    measured_with("items", candidates=[5])
     [cache] = caches
-    # Unknown items are never kept; drawn are known ones, all but one in 10,000.
+    # Unknown items are never kept; one in 10,000 of the drawn items is unknown.
     assert cache.num_misses == 5
     assert cache.num_hits >= 5 * 5
 
@@ -588,7 +634,7 @@ def test_an_item_cache_that_gives_other_rows_is_found_out(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(items, "ItemCache", Wrong)
     with pytest.raises(ParityError, match=r"with_items scores differ by .* from without_items"):
-        measure("items", plan_of(), SIZES)
+        measured_with("items")
 
 
 # --- append
@@ -618,5 +664,5 @@ def test_an_extension_that_is_no_prefill_is_found_out(monkeypatch: pytest.Monkey
         return [kv + 1e-4 for kv in extend(*arguments)]
 
     monkeypatch.setattr(RankingModel, "extend", wrong)
-    with pytest.raises(ParityError, match="K/V of causal extended differs by"):
-        measure("append", plan_of(histories=[LONG_HISTORY]), SIZES)
+    with pytest.raises(ParityError, match="extended K/V of causal differs by"):
+        measured_with("append", histories=[LONG_HISTORY])

@@ -1,4 +1,4 @@
-"""The serving scenario: what it asks, what it compares, and what it makes of what it measured."""
+"""The serving scenario: its requests, its parity check, and its figures."""
 
 import sys
 import threading
@@ -13,9 +13,8 @@ import pytest
 import torch
 from tritonclient.grpc import service_pb2
 
-from torchrec_kvshare.benchmark import load, plan
+from torchrec_kvshare.benchmark import load, options
 from torchrec_kvshare.benchmark.load import LEAST_QPS, LoadResult, Reply, Saturation
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
 from torchrec_kvshare.benchmark.scenarios import serving as serving_benchmark
 from torchrec_kvshare.benchmark.scenarios.serving import (
     CACHED,
@@ -23,6 +22,7 @@ from torchrec_kvshare.benchmark.scenarios.serving import (
     TOLERANCE,
     UNCACHED,
     Server,
+    ServingOptions,
     Setup,
     Turns,
     check_parity,
@@ -38,8 +38,16 @@ from torchrec_kvshare.errors import ConfigError, MissingExtraError, ParityError
 from torchrec_kvshare.serving.oip import decode_infer
 
 HISTORY, NUM_CANDIDATES, NUM_USERS = 9, 4, 7
-PLAN = Plan([HISTORY], [], [NUM_CANDIDATES], 1, [8], ["causal"], repeats=5, seed=0)
-SIZES = Sizes(dim=8, num_layers=1, num_heads=2, page_size=4)
+SMALL = {
+    "histories": [HISTORY],
+    "long_histories": [],
+    "candidates": [NUM_CANDIDATES],
+    "merged_chunk_rows": [8],
+    "dim": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "page_size": 4,
+}
 NOWHERE = Server("127.0.0.1:1", "127.0.0.1:1")
 READY = "serving on http://127.0.0.1:81 and grpc://127.0.0.1:82"
 
@@ -100,7 +108,7 @@ def test_a_cache_has_room_at_rest_for_its_share_of_the_users(tmp_path: Path) -> 
 
 
 def printing(*lines: str, then: str = "time.sleep(60)") -> list[str]:
-    """A command that prints, and goes on or ends."""
+    """Return a command that prints, and goes on or ends."""
     prints = "".join(f"print({line!r}, flush=True); " for line in lines)
     return [sys.executable, "-c", f"import time; {prints}{then}"]
 
@@ -113,9 +121,7 @@ def test_a_server_is_ready_when_it_says_where_it_serves(tmp_path: Path) -> None:
 
 def test_a_server_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
     with (
-        pytest.raises(
-            ConfigError, match="server ended with 3; the last that it said: no such model"
-        ),
+        pytest.raises(ConfigError, match="server ended with 3; its last line: no such model"),
         running(printing("loading", "no such model", then="exit(3)"), tmp_path),
     ):
         pass
@@ -126,7 +132,7 @@ def test_a_server_that_is_never_ready_is_ended(
 ) -> None:
     monkeypatch.setattr(serving_benchmark, "START_S", 0.5)
     with (
-        pytest.raises(ConfigError, match=r"not ready after 0\.5 s; the last that it said: loading"),
+        pytest.raises(ConfigError, match=r"not ready after 0\.5 s; its last line: loading"),
         running(printing("loading"), tmp_path),
     ):
         pass
@@ -147,7 +153,7 @@ def test_a_server_that_does_not_stop_is_killed(
 
 
 def servers_that_answer(monkeypatch: pytest.MonkeyPatch, **reply_by_path: Reply) -> Any:
-    """Servers by the way to serve, each with one answer to everything."""
+    """Return servers by setup, each with one answer to all requests."""
     server_by_setup = {
         Setup(path, 100 * (path == CACHED)): Server("", path) for path in reply_by_path
     }
@@ -197,7 +203,7 @@ def test_a_cache_that_keeps_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def metrics_page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server whose metrics grow from one scrape to the next; nobody asks it for scores."""
+    """A server whose metrics grow from one scrape to the next, without any requests."""
     scrapes = count()
 
     class Page(BaseHTTPRequestHandler):
@@ -208,7 +214,7 @@ def metrics_page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                 text += f'kvshare_stage_seconds_bucket{{stage="{stage}",le="+Inf"}} 9\n'
                 text += f'kvshare_stage_seconds_sum{{stage="{stage}"}} {seconds}\n'
             text += "# TYPE kvshare_request_seconds histogram\n"
-            text += f'kvshare_request_seconds_sum{{face="grpc"}} {40.0 + 8.0 * scrape}\n'
+            text += f'kvshare_request_seconds_sum{{server="grpc"}} {40.0 + 8.0 * scrape}\n'
             self.send_response(200)
             self.end_headers()
             self.wfile.write(text.encode())
@@ -216,7 +222,7 @@ def metrics_page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         def log_message(self, *_: Any) -> None:
             """Tests print nothing."""
 
-    monkeypatch.setattr(serving_benchmark, "saturated_qps", lambda *_: None)
+    monkeypatch.setattr(serving_benchmark, "saturated_qps", lambda *_, **__: None)
     with HTTPServer(("127.0.0.1", 0), Page) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -230,7 +236,16 @@ def test_the_engine_share_is_that_of_what_was_asked_meanwhile(metrics_page: Serv
 
 
 def result(qps: float, p99_ms: float = 40.0, hit_rate: float = 1.0) -> LoadResult:
-    return LoadResult(qps, 1.0, 2.0, p99_ms, 9, 0, hit_rate, True)
+    return LoadResult(
+        qps=qps,
+        p50_ms=1.0,
+        p90_ms=2.0,
+        p99_ms=p99_ms,
+        num_answered=9,
+        num_failed=0,
+        hit_rate=hit_rate,
+        is_valid=True,
+    )
 
 
 def turns_of(highest: list[LoadResult | None], *saturated: float) -> Turns:
@@ -294,20 +309,19 @@ def test_without_loadgen_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
     monkeypatch.setattr(serving_benchmark, "export_model", None)
     with pytest.raises(MissingExtraError, match=r"\[load\]"):
-        measure_serving(PLAN, SIZES)
+        measure_serving(ServingOptions(**SMALL))
 
 
 # --- the whole
 
 
 def test_real_servers_are_compared_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "MIN_REPEATS", 1)
+    monkeypatch.setattr(options, "MIN_REPEATS", 1)
     monkeypatch.setattr(serving_benchmark, "CAPACITY_PERCENTS", (100,))
     monkeypatch.setattr(serving_benchmark, "SATURATED_S", 0.2)
     monkeypatch.setattr(serving_benchmark, "RUN_S", 0.3)
     monkeypatch.setattr(load, "MOST_QPS", load.LEAST_QPS)  # one rate is tried
-    few = Plan([HISTORY], [], [NUM_CANDIDATES], NUM_CANDIDATES, [8], ["causal"], repeats=1, seed=0)
-    records = measure_serving(few, SIZES)
+    records = measure_serving(ServingOptions(**SMALL, repeats=1))
     value_by_figure = {(record.case["path"], record.metric): record.value for record in records}
     assert len(value_by_figure) == len(records)
     for path in (CACHED, UNCACHED, MERGED):

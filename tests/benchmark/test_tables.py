@@ -10,9 +10,9 @@ import torch
 
 from tests.pipelines.commands import TINY, WORLD, run_pipeline
 from tests.worlds import version_called
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
 from torchrec_kvshare.benchmark.results import Record
 from torchrec_kvshare.benchmark.run import measure
+from torchrec_kvshare.benchmark.scenarios.tables import TablesOptions
 from torchrec_kvshare.config import SyntheticData
 from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.load import load_log
@@ -26,7 +26,6 @@ from torchrec_kvshare.training.run import load_trained
 
 DATA = SyntheticData(num_users=40, events_per_user=40, num_items=60, num_categories=6)
 NUM_REQUESTS, NUM_CANDIDATES, SEED = 30, 50, 5
-SIZES = Sizes(1, 1, 1, 1)  # The model's own sizes count.
 QUANTISED = TABLE_DTYPES[1:]
 METRICS = ["auc_change", "top10_overlap", "max_score_difference", "bytes_ratio"]
 Figures = dict[str, dict[str, float]]
@@ -40,15 +39,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def plan_of(run: Path) -> Plan:
-    return Plan(
-        [], [], [NUM_CANDIDATES], 1, [1], [], 5, SEED, data=DATA, requests=NUM_REQUESTS, run=run
+def options_of(run: Path, **change: Any) -> TablesOptions:
+    options = TablesOptions(
+        run=str(run), data=DATA, requests=NUM_REQUESTS, candidates=[NUM_CANDIDATES], seed=SEED
     )
+    return replace(options, **change)
 
 
 @pytest.fixture(scope="module")
 def records(run: Path) -> list[Record]:
-    return measure("tables", plan_of(run), SIZES)
+    return measure("tables", options_of(run))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_int8_tables_keep_the_auc_and_fewer_bits_keep_less(figures: Figures) -> 
 
 
 def test_figures_are_those_of_the_tables_alone(run: Path, figures: Figures) -> None:
-    """Counted anew in torch."""
+    """Computed again in torch."""
     ranker, schema = load_trained(run)
     model = RankingModel(ranker).eval()
     dataset = build_dataset(load_log(DATA), schema.histories)
@@ -121,7 +121,7 @@ def test_figures_are_those_of_the_tables_alone(run: Path, figures: Figures) -> N
     overlap = float((best["float32"] * best["int4"]).sum(1).mean()) / 10
     assert int4["top10_overlap"] == pytest.approx(overlap, abs=1e-12)
     assert int4["max_score_difference"] == float((scores["int4"] - scores["float32"]).abs().max())
-    # Otherwise the means would hold of anything.
+    # Otherwise the comparisons above would prove nothing.
     assert int4["auc_change"] != 0
     assert overlap < 1
 
@@ -156,22 +156,19 @@ def test_the_pipeline_measures_the_same_again(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"run": None}, "run or data is null; .*run=DIR, an output of pipelines.train"),
-        ({"data": None}, "run or data is null; .*data=NAME"),
-        ({"candidates": [5, 9]}, r"candidates is \[5, 9\]; scenario=tables takes one number"),
-        ({"candidates": [1]}, r"candidates is \[1\]; scenario=tables takes one number, at least 2"),
+        ({"candidates": [5, 9]}, r"candidates is \[5, 9\]; it must be one number, at least 2"),
+        ({"candidates": [1]}, r"candidates is \[1\]; it must be one number, at least 2"),
         ({"candidates": [500]}, "candidates is 500; the catalogue has 60 items"),
-        ({"requests": 0}, "requests is 0; it must be at least 1"),
         ({"data": replace(DATA, num_items=20)}, "data synthetic has 20 of the 60 items that the"),
     ],
 )
-def test_a_plan_that_cannot_work_is_refused(
+def test_options_that_cannot_work_are_refused(
     run: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        measure("tables", replace(plan_of(run), **change), SIZES)
+        measure("tables", options_of(run, **change))
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no finished run: it has no metrics\.json"):
-        measure("tables", plan_of(tmp_path), SIZES)
+        measure("tables", options_of(tmp_path))

@@ -1,4 +1,4 @@
-"""Tiers give back what was put, figures say what they are of, and an artifact gets its own."""
+"""Tiers return what was put, records name their case, and an artifact gets its break-even."""
 
 import logging
 import shutil
@@ -13,15 +13,11 @@ from redis import Redis
 
 from tests.worlds import SCHEMA, make_dlrm
 from torchrec_kvshare.benchmark import timing
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
 from torchrec_kvshare.benchmark.results import Record
 from torchrec_kvshare.benchmark.run import measure
 from torchrec_kvshare.benchmark.scenarios import tiers as tiers_benchmark
-from torchrec_kvshare.benchmark.scenarios.tiers import (
-    break_even_events,
-    is_within_error,
-)
-from torchrec_kvshare.cache.codecs import CODECS, get_codec
+from torchrec_kvshare.benchmark.scenarios.tiers import TiersOptions
+from torchrec_kvshare.cache.break_even import break_even_events
 from torchrec_kvshare.cache.record import KVRecord
 from torchrec_kvshare.cache.tiers import Found, HostTier
 from torchrec_kvshare.config import CacheConfig, DiskConfig, HostConfig
@@ -35,13 +31,11 @@ from torchrec_kvshare.model.ranking import RankingModel
 
 DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE = 12, 2, 3, 8
 ROW_BYTES = 2 * NUM_LAYERS * DIM * 4
-SIZES = Sizes(DIM, NUM_LAYERS, NUM_HEADS, PAGE_SIZE)
 HISTORY, LONG_HISTORY = 40, 72  # events
 SEED = 3
-PLAN = Plan([HISTORY], [LONG_HISTORY], [1], 1, [64], ["causal"], 5, SEED)
 LENGTHS = {16, 32, HISTORY, 64, LONG_HISTORY}
 WINDOW, SHORT = 14, 7  # events of the artifact's window, and of a history that it holds
-# The remote tier needs a server; without it the others are measured all the same.
+# The remote tier needs a server; the others are measured without it too.
 HAS_REDIS = shutil.which("redis-server") is not None
 SHELVES = {
     (tier, codec)
@@ -54,7 +48,7 @@ Calls = Mapping[str, Callable[[], object]]
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Short turns: nothing here looks at times."""
+    """Short turns: no test here checks times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "ROUND_MS", 0.01)
         yield
@@ -67,7 +61,7 @@ def no_redis(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def records(small: None) -> list[Record]:
-    return measure("tiers", PLAN, SIZES)
+    return measure("tiers", options_of(HISTORY, long_histories=[LONG_HISTORY]))
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +73,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def artifact(exported: Path, tmp_path: Path) -> Path:
-    """A copy, for what is measured is written into it."""
+    """A copy, as figures are written into it."""
     return Path(shutil.copytree(exported, tmp_path / "artifact"))
+
+
+def options_of(*histories: int, **more: Any) -> TiersOptions:
+    return TiersOptions(
+        histories=[*histories],
+        dim=DIM,
+        num_layers=NUM_LAYERS,
+        num_heads=NUM_HEADS,
+        page_size=PAGE_SIZE,
+        seed=SEED,
+        **{"long_histories": []} | more,
+    )
 
 
 def values(records: list[Record], metric: str) -> dict[tuple[Any, Any, Any], float]:
@@ -145,21 +151,20 @@ def test_a_packet_has_the_bytes_of_its_rows_and_a_header(records: list[Record]) 
 
 
 def test_every_kind_of_encoder_is_measured(no_redis: None) -> None:
-    plan = Plan([16], [], [1], 1, [64], KINDS, 5, SEED)
-    records = measure("tiers", plan, SIZES)
+    records = measure("tiers", options_of(16, encoders=[*KINDS]))
     found = {record.case["encoder"] for record in records if record.metric == "fetch_to_prefill"}
     assert found == set(KINDS)
 
 
 def test_without_a_server_the_log_says_so(no_redis: None, caplog: pytest.LogCaptureFixture) -> None:
-    records = measure("tiers", Plan([5], [], [1], 1, [64], ["causal"], 5, SEED), SIZES)
+    records = measure("tiers", options_of(5))
     assert {record.case.get("tier") for record in records} == {None, "host", "disk"}
     assert "redis-server is not on PATH: the remote tier is not measured" in caplog.text
 
 
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(ConfigError, match="histories and long_histories are empty"):
-        measure("tiers", Plan([], [], [1], 1, [64], ["causal"], 5, SEED), SIZES)
+        measure("tiers", options_of())
 
 
 # --- what makes a figure worth nothing
@@ -175,7 +180,7 @@ def test_kv_that_is_not_what_was_put_is_found_out(
         record = unpack(*arguments, **options)
         if arguments[3].name == codec:
             last = record.kv.view(-1)[-1]
-            # Of float32 the least change that there is; of int8 more than half a step.
+            # The smallest change of a float32; for int8 more than half a step.
             last.copy_(torch.nextafter(last, last + 1) if codec == "float32" else last + 0.1)
         return record
 
@@ -183,72 +188,16 @@ def test_kv_that_is_not_what_was_put_is_found_out(
     with pytest.raises(
         ParityError, match=f"K/V of 16 events from host_{codec} is not what was put"
     ):
-        measure("tiers", PLAN, SIZES)
+        measure("tiers", options_of(HISTORY, long_histories=[LONG_HISTORY]))
 
 
 def test_kv_that_a_tier_lost_is_named(monkeypatch: pytest.MonkeyPatch, no_redis: None) -> None:
     monkeypatch.setattr(HostTier, "get", lambda tier, keys: [Found(None, ()) for _ in keys])
     with pytest.raises(TierError, match="tier host lost K/V of 16 events"):
-        measure("tiers", PLAN, SIZES)
-
-
-@pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
-@pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 200])
-@pytest.mark.parametrize("head_dim", [1, 4, 5])
-def test_what_a_codec_reads_is_within_its_error_and_no_further(
-    name: str, num_rows: int, head_dim: int
-) -> None:
-    generator = torch.Generator().manual_seed(num_rows)
-    kv = torch.randn(2, num_rows, 3, head_dim, generator=generator)
-    kv *= torch.logspace(-2, 2, head_dim)
-    codec = CODECS[name]
-    read = codec.decode(codec.encode(kv))
-    assert is_within_error(codec, kv, read)
-    spoiled = read.clone()
-    place = (1, num_rows - 1, 2, head_dim - 1)
-    spoiled[place] += 3 * codec.relative_error * kv.abs().max() + 1e-6
-    assert not is_within_error(codec, kv, spoiled)
-    spoiled[place] = torch.nan
-    assert not is_within_error(codec, kv, spoiled)
-
-
-def test_the_error_allowed_is_that_of_the_own_block() -> None:
-    """Of the greatest number of all K/V it would be a hundred times as much here."""
-    kv = torch.ones(1, 128, 1, 4)
-    kv[:, :, :, 2:] = 100.0
-    read = kv.clone()
-    read[0, 5, 0, 1] += 0.1
-    assert not is_within_error(get_codec("int8"), kv, read)
-    read = kv.clone()
-    read[0, 5, 0, 3] += 0.1
-    assert is_within_error(get_codec("int8"), kv, read)
-
-
-def test_float32_is_compared_bit_by_bit() -> None:
-    kv = torch.tensor([0.0, torch.nan]).view(1, 1, 1, 2)
-    codec = get_codec("float32")
-    assert is_within_error(codec, kv, kv.clone())
-    assert not is_within_error(codec, kv, torch.tensor([-0.0, torch.nan]).view(1, 1, 1, 2))
+        measure("tiers", options_of(HISTORY, long_histories=[LONG_HISTORY]))
 
 
 # --- break-even
-
-
-@pytest.mark.parametrize(
-    ("ratios", "least"),
-    [
-        ({16: 0.5, 32: 0.4}, 16),
-        ({32: 0.4, 16: 1.5}, 32),
-        ({16: 0.5, 32: 1.0, 64: 0.9}, 64),
-        ({16: 0.5, 32: 0.4, 64: 1.0}, 65),
-        ({16: 0.5, 32: float("nan"), 64: 0.2}, 64),
-        ({14: 2.0}, 15),
-    ],
-)
-def test_break_even_is_where_all_longer_ones_are_cheaper(
-    ratios: dict[int, float], least: int
-) -> None:
-    assert break_even_events(ratios) == least
 
 
 def fake_medians(calls: Calls, repeats: int) -> dict[str, float]:
@@ -265,8 +214,7 @@ def test_an_engine_reads_the_break_even_of_its_artifact(
 ) -> None:
     monkeypatch.setattr(tiers_benchmark, "interleaved_medians", fake_medians)
     add_measured(artifact, break_even_events={"disk": 99, "remote": 77})
-    plan = Plan([SHORT], [], [1], 1, [64], ["causal"], 5, SEED, artifact=artifact)
-    records = measure("tiers", plan, SIZES)
+    records = measure("tiers", options_of(SHORT, artifact=str(artifact)))
     assert values(records, "break_even_events") == {
         ("host", "float32", None): WINDOW + 1,
         ("disk", "float32", None): WINDOW,
@@ -274,7 +222,7 @@ def test_an_engine_reads_the_break_even_of_its_artifact(
         ("disk", "int8", None): SHORT,
     }
     manifest, _ = read_artifact(artifact)
-    # The remote tier was not measured: what is known of it stays.
+    # The remote tier was not measured, so its figure stays.
     assert manifest.break_even_events == {"host": WINDOW + 1, "disk": WINDOW, "remote": 77}
     host, disk = HostConfig(capacity_bytes=10_000), DiskConfig(folder=str(tmp_path / "disk"))
     cache = CacheConfig(name="tiered", capacity_bytes=100_000, host=host, disk=disk)
@@ -290,8 +238,15 @@ def test_of_an_artifact_its_own_sizes_are_measured_up_to_its_window(
     no_redis: None, artifact: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    plan = Plan([SHORT, HISTORY], [LONG_HISTORY], [1], 1, [64], ["hstu"], 5, SEED, artifact)
-    records = measure("tiers", plan, Sizes(64, 1, 1, PAGE_SIZE))
+    options = TiersOptions(
+        histories=[SHORT, HISTORY],
+        long_histories=[LONG_HISTORY],
+        artifact=str(artifact),
+        encoders=["hstu"],
+        dim=64,
+        page_size=PAGE_SIZE,
+    )
+    records = measure("tiers", options)
     for record in records:
         case = record.case
         assert (case["encoder"], case["dim"], case["heads"], case["layers"]) == ("causal", 12, 3, 2)

@@ -18,8 +18,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 USERS, ROUNDS = 3, 2
 
 
-class LabelledEvent(NamedTuple):
-    """What stage_latencies reads of an event; times in microseconds."""
+class StageEvent(NamedTuple):
+    """The attributes of an event that stage_latencies reads; times in microseconds."""
 
     name: str
     time_range: Interval
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("engine", "prefills", "other_labels"),
+    ("engine", "prefills", "other_names"),
     [
         # Only the cold round misses. Without a cache every request is encoded, inside its scoring.
         ("cached", USERS, [LOOKUP, EXPAND, SCORE, ATTEND]),
@@ -44,18 +44,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_traces_hold_every_stage_as_often_as_it_took_place(
-    folder: Path, engine: str, prefills: int, other_labels: list[str]
+    folder: Path, engine: str, prefills: int, other_names: list[str]
 ) -> None:
     trace = json.loads((folder / f"{engine}.trace.json").read_text())
     names = Counter(event["name"] for event in trace["traceEvents"])
     num_requests = USERS * (1 + ROUNDS)
-    labels = {name: count for name, count in names.items() if name.startswith("kvshare/")}
-    assert labels == {
+    ours = {name: count for name, count in names.items() if name.startswith("kvshare/")}
+    assert ours == {
         COLD: 1,
         WARM: 1,
         REQUEST: num_requests,
         PREFILL: prefills,
-        **dict.fromkeys(other_labels, num_requests),
+        **dict.fromkeys(other_names, num_requests),
     }
 
 
@@ -86,7 +86,7 @@ def test_tensorboard_has_a_histogram_and_a_median_of_each_stage(
     assert written.histogram_value.num == USERS * ROUNDS
 
 
-def test_stages_are_read_by_label_and_nesting() -> None:
+def test_stages_are_read_by_name_and_nesting() -> None:
     """One cold miss and one warm hit of a cached engine, times in microseconds."""
     spans = [
         (COLD, 0, 10_000),
@@ -102,7 +102,7 @@ def test_stages_are_read_by_label_and_nesting() -> None:
         (SCORE, 12_000, 13_500),
         (ATTEND, 12_000, 13_000),
     ]
-    events = [LabelledEvent(name, Interval(start, end)) for name, start, end in spans]
+    events = [StageEvent(name, Interval(start, end)) for name, start, end in spans]
     assert stage_latencies(events) == {  # type: ignore[arg-type]
         "cold": {
             "lookup": [0.1],
@@ -131,6 +131,6 @@ def test_prefill_inside_scoring_is_no_part_of_rank() -> None:
         (PREFILL, 1_000, 6_000),
         (ATTEND, 6_000, 8_000),
     ]
-    events = [LabelledEvent(name, Interval(start, end)) for name, start, end in spans]
+    events = [StageEvent(name, Interval(start, end)) for name, start, end in spans]
     stages = stage_latencies(events)["warm"]  # type: ignore[arg-type]
     assert (stages["prefill"], stages["attend"], stages["rank"]) == ([5.0], [2.0], [1.0])

@@ -1,7 +1,7 @@
-"""Real Redis servers for tests: alone, with TLS and passwords, or six of them as a cluster.
+"""Real Redis servers for tests: single, with TLS and passwords, or a cluster of six.
 
-All listen on 127.0.0.1 only, on ports that were free, keep nothing on disk but their logs, and end
-with the ``with`` block that started them.
+All listen on 127.0.0.1 only, on free ports, write nothing to disk but their logs, and end with the
+``with`` block that started them.
 """
 
 import itertools
@@ -21,8 +21,8 @@ import pytest
 from redis import Redis
 
 START_S = 15.0  # a busy machine is slow to start six of them
-BUS = 10_000  # a cluster's servers talk to each other on the port that is so much higher
-FIRST_PORT, WORKER_PORTS, MOST_WORKERS = 10_000, 750, 8  # all below those that systems give out
+BUS = 10_000  # offset of the port on which a cluster's servers talk to each other
+FIRST_PORT, WORKER_PORTS, MOST_WORKERS = 10_000, 750, 8  # all below the ephemeral ports
 NODE_TIMEOUT_MS = 2000
 READY = "Ready to accept connections"
 
@@ -41,8 +41,8 @@ class RedisServer:
     Args:
         folder: for its log and a cluster's state.
         arguments: more of redis-server's options.
-        certificates: speak TLS alone, and ask clients for a certificate too.
-        password: what clients say first.
+        certificates: accept TLS only, and require client certificates.
+        password: of clients.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RedisServer:
         return f"redis{'s' if self.certificates else ''}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Run it, empty, on its port; returns when it takes commands."""
+        """Start it, empty, on its port; return when it accepts commands."""
         assert self._process is None
         log = self.folder / "redis.log"
         log.write_text("")
@@ -87,14 +87,14 @@ class RedisServer:
             raise
 
     def stop(self) -> None:
-        """Kill it, if it runs: nothing in it is worth a farewell."""
+        """Kill it, if it runs."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def pause(self) -> None:
-        """Let it take connections and answer nothing."""
+        """Freeze it: it accepts connections and answers nothing."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
@@ -104,7 +104,7 @@ class RedisServer:
 
     @contextmanager
     def client(self) -> Iterator["Redis"]:
-        """A client that sees what is really in the server."""
+        """A plain client, to see what is in the server."""
         options: dict[str, Any] = {"password": self.password}
         if self.certificates is not None:
             ca, cert, key = map(str, self.certificates)
@@ -136,7 +136,7 @@ def redis_cluster(folder: Path) -> Iterator[list[RedisServer]]:
                     *("--cluster-enabled", "yes"),
                     *("--cluster-node-timeout", str(NODE_TIMEOUT_MS)),
                     *("--repl-diskless-sync-delay", "0"),
-                    # A replica is not shown before its first ping, after 10 s.
+                    # CLUSTER SLOTS lists a replica after its first ping, by default after 10 s.
                     *("--repl-ping-replica-period", "1"),
                 )
             )
@@ -151,7 +151,7 @@ def redis_cluster(folder: Path) -> Iterator[list[RedisServer]]:
 
 
 def _is_in_sync(server: RedisServer) -> bool:
-    """Whether it knows of a replica of every slot, and has its primary's data if it is one."""
+    """Return whether it lists a replica of every slot and, if it is a replica, is in sync."""
     with server.client() as client:
         replication = client.info("replication")
         ranges: Any = client.execute_command("CLUSTER SLOTS")
@@ -177,9 +177,9 @@ def _openssl(*arguments: str | Path) -> None:
 
 
 def _ports() -> Iterator[int]:
-    """One after the other, none of them another worker's, and none that the system gives out.
+    """Yield ports in sequence, different for each worker and below the ephemeral ports.
 
-    A port that was drawn and is not yet listened on would be drawn again by somebody, some day.
+    Ports drawn at random could be drawn twice before a server listens on them.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     first, size = FIRST_PORT + int(worker) % MOST_WORKERS * WORKER_PORTS, WORKER_PORTS
@@ -191,13 +191,13 @@ _PORTS = _ports()
 
 
 def free_port() -> int:
-    """A port that is free now, and so is the one on which a cluster's server hears the others."""
+    """Return a port that is free now and whose cluster bus port is free too."""
     return next(port for port in _PORTS if _is_free(port) and _is_free(port + BUS))
 
 
 @contextmanager
 def closed_port() -> Iterator[int]:
-    """A port that refuses connections, and that nobody else can take meanwhile."""
+    """A port that refuses connections and that no other process can bind meanwhile."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
@@ -213,9 +213,9 @@ def _is_free(port: int) -> bool:
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float) -> None:
-    """Ask every few milliseconds, and fail the test if it does not come true in time."""
+    """Poll a condition; fail the test if it does not become true in time."""
     deadline = time.monotonic() + timeout_s
     while not is_so():
         if time.monotonic() > deadline:
-            pytest.fail(f"it did not come true in {timeout_s} s")
+            pytest.fail(f"the condition did not become true in {timeout_s} s")
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What a codec writes reads back within the error it states, in the bytes it states."""
+"""Codecs decode within their stated error, and blocks are as small as stated."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.worlds import examples
 from torchrec_kvshare.cache.codecs import CHANNELS, CODECS, ROW_BLOCK, Codec, get_codec
 from torchrec_kvshare.errors import ConfigError, RecordError, ShapeError
 
-NUM_PLANES, NUM_HEADS, HEAD_DIM = 2, 3, 5  # The last block of channels is a part of one.
+NUM_PLANES, NUM_HEADS, HEAD_DIM = 2, 3, 5  # The last block of channels is incomplete.
 CASTS = [CODECS[name] for name in ("float32", "bfloat16", "float16")]
 SCALED = [CODECS[name] for name in ("int8", "fp8_e4m3")]
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -19,7 +19,7 @@ every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=lambda codec
 scaled_codecs = pytest.mark.parametrize("codec", SCALED, ids=lambda codec: codec.name)
 
 seeds = st.integers(0, 2**32 - 1)
-# Rows round the ends of blocks.
+# Row counts around block boundaries.
 row_counts = st.sampled_from([1, 7, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1, 2 * ROW_BLOCK + 9])
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -65,7 +65,7 @@ def test_decoded_kv_is_within_the_stated_error(codec: Codec, num_rows: int, seed
 def test_any_number_is_within_the_stated_error_or_refused(
     codec: Codec, numbers: list[float], head_dim: int
 ) -> None:
-    """Numbers below the least normal one too, and those near the greatest."""
+    """Subnormal numbers too, and those near the largest."""
     kv = torch.tensor(numbers * head_dim).view(1, len(numbers), 1, head_dim)
     try:
         assert_within_stated_error(codec, kv)
@@ -91,7 +91,7 @@ def test_the_stated_error_is_reached(name: str, numbers: list[float]) -> None:
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=6))
 def test_float32_keeps_every_bit(bits: list[int]) -> None:
-    bits += [0x7F7FFFFF, 1, -0x7FFFFFFF, -0x80000000]  # the greatest, the least ones, -0.
+    bits += [0x7F7FFFFF, 1, -0x7FFFFFFF, -0x80000000]  # the largest, the smallest, -0.
     numbers = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     kv = numbers[numbers.isfinite()].view(1, -1, 1, 1)
     assert same_bits(through(get_codec("float32"), kv), kv)
@@ -99,13 +99,13 @@ def test_float32_keeps_every_bit(bits: list[int]) -> None:
 
 @every_codec
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [(0, 0, 0, 0), (1, 66, 2, 4)])
+@pytest.mark.parametrize("index", [(0, 0, 0, 0), (1, 66, 2, 4)])
 def test_what_is_not_finite_is_refused(
-    codec: Codec, number: float, place: tuple[int, int, int, int]
+    codec: Codec, number: float, index: tuple[int, int, int, int]
 ) -> None:
-    """Float32 wrote it: K/V that is NaN was read from a tier by whoever came next."""
+    """The float32 codec wrote NaN, and the next request read it from the tier."""
     kv = draw_kv(67, 1)
-    kv[place] = number
+    kv[index] = number
     with pytest.raises(ValueError, match=rf"size (nan|inf); {codec.name} writes finite"):
         codec.encode(kv)
 
@@ -129,7 +129,7 @@ def test_what_was_decoded_is_written_as_it_was(codec: Codec, num_rows: int, seed
     first = codec.encode(draw_kv(num_rows, seed))
     again = codec.encode(codec.decode(first))
     for name, tensor in first.items():
-        if name == "scales":  # A scale is a quotient and may move by its last bit; codes may not.
+        if name == "scales":  # A scale is a quotient, so its last bit may change; codes may not.
             torch.testing.assert_close(again[name], tensor, rtol=2**-22, atol=0.0)
         else:
             assert torch.equal(again[name].float(), tensor.float())
@@ -157,14 +157,6 @@ def test_an_empty_history_stays_empty(codec: Codec) -> None:
     kv = torch.empty(NUM_PLANES, 0, NUM_HEADS, HEAD_DIM)
     assert sum(tensor.nbytes for tensor in codec.encode(kv).values()) == 0
     assert through(codec, kv).shape == kv.shape
-
-
-@every_codec
-@pytest.mark.parametrize("head_dim", [HEAD_DIM, 16])
-def test_rows_are_of_the_stated_bytes(codec: Codec, head_dim: int) -> None:
-    kv = draw_kv(2 * ROW_BLOCK, 4, head_dim)
-    num_bytes = sum(tensor.nbytes for tensor in codec.encode(kv).values())
-    assert num_bytes == 2 * ROW_BLOCK * codec.bytes_per_row(NUM_PLANES, NUM_HEADS, head_dim)
 
 
 @scaled_codecs

@@ -1,4 +1,4 @@
-"""What the disk tier does when it is full, killed, torn, corrupted or without a disk."""
+"""The disk tier when it is full, killed, torn, corrupted or without a disk."""
 
 import logging
 import os
@@ -67,7 +67,7 @@ def files(folder: Path, pattern: str) -> list[Path]:
 
 
 class Watch:
-    """The most bytes that a folder has held, by length and by blocks of the file system."""
+    """Records a folder's peak size, by file length and by file-system blocks."""
 
     def __init__(self, folder: Path) -> None:
         self.most_bytes = self.most_block_bytes = 0
@@ -100,7 +100,7 @@ class Watch:
 
 @pytest.mark.parametrize("largest_bytes", [5 * MIB, MIB // 2, 4096])
 def test_files_never_take_more_than_the_budget(tmp_path: Path, largest_bytes: int) -> None:
-    """Also while it is filled three times over, is killed or closed, and opened again."""
+    """Also while it is filled three times, closed and reopened."""
     written_bytes, number = 0, 0
     with Watch(tmp_path) as watch:
         for _ in range(3):
@@ -141,7 +141,7 @@ def test_a_budget_that_is_too_small_is_refused(tmp_path: Path, capacity_bytes: i
 
 
 def test_many_forgotten_users_fit_beside_the_values(tmp_path: Path) -> None:
-    """Fences are counted when the log is kept small, and expired ones leave the disk too."""
+    """Fences count toward the size of the log, and expired ones are deleted from the disk too."""
     clock = Clock()
     with disk_tier(tmp_path, clock=clock) as tier:
         with Watch(tmp_path) as watch:
@@ -196,7 +196,7 @@ for user in range(10**6):
 
 
 def test_what_was_put_is_there_after_the_process_was_killed(tmp_path: Path) -> None:
-    """Killed twice, the second time soon after the first: the log is replayed and written anew."""
+    """Killed twice, the second time soon after the first: the log is replayed and rewritten."""
     for num_put in (95, 15):
         with fresh_process(WRITER, str(tmp_path)) as writer:
             assert writer.stdout is not None
@@ -220,7 +220,7 @@ def copy_as_if_killed(folder: Path, copy: Path) -> Iterator[list[bytes]]:
     yield values
 
 
-def test_of_a_torn_log_all_before_the_tear_is_kept(tmp_path: Path) -> None:
+def test_everything_before_the_tear_of_a_torn_log_is_kept(tmp_path: Path) -> None:
     with copy_as_if_killed(tmp_path / "whole", tmp_path / "torn") as values:
         [log] = [log for log in files(tmp_path / "torn", "*.log") if log.stat().st_size]
         os.truncate(log, log.stat().st_size - 1000)
@@ -257,7 +257,7 @@ def halve(file: Path) -> None:
         ("*.log", flip),
     ],
 )
-def test_a_broken_database_is_made_anew_with_a_warning(
+def test_a_broken_database_is_recreated_with_a_warning(
     tmp_path: Path,
     pattern: str,
     break_it: Callable[[Path], None],
@@ -269,7 +269,7 @@ def test_a_broken_database_is_made_anew_with_a_warning(
             if file.stat().st_size:
                 break_it(file)
         with caplog.at_level(logging.WARNING), disk_tier(tmp_path / "broken") as tier:
-            assert "is made anew" in caplog.text
+            assert "is recreated" in caplog.text
             assert kept(tier, range(10)) == [None] * 10
             assert fill(tier, range(3), 1000) == kept(tier, range(3))
         assert (tmp_path / "broken" / "not ours").read_text() == "kept"
@@ -288,7 +288,7 @@ def test_files_that_hold_no_data_may_be_lost(
 
 
 def corrupt(folder: Path, text: bytes) -> None:
-    """Change a byte of what is on disk, where it has this text."""
+    """Flip the first byte of a text in the files on disk."""
     for file in files(folder, "*.sst"):
         content = file.read_bytes()
         if text in content:
@@ -317,7 +317,7 @@ def test_a_corrupt_value_is_an_error_until_it_is_put_again(tmp_path: Path) -> No
 def test_a_user_can_be_forgotten_in_a_database_that_cannot_be_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Which scopes the user had is not known any more, so everything goes."""
+    """The user's scopes are not known any more, so everything is dropped."""
     with disk_tier(tmp_path) as tier:
         fill(tier, range(5), 5000)
     corrupt(tmp_path, f"~{digest(0)}".encode())
@@ -326,8 +326,8 @@ def test_a_user_can_be_forgotten_in_a_database_that_cannot_be_read(
         with pytest.raises(TierError, match="Corruption") as caught:
             tier.forget(digest(3), at)
         assert tier.forget(digest(3), at) == 0
-        assert caught.value  # It holds nothing that keeps the database open.
-        assert "is made anew" in caplog.text
+        assert caught.value  # Its traceback must not keep the database open.
+        assert "is recreated" in caplog.text
         assert kept(tier, range(5)) == [None] * 5
         assert not tier.put(digest(3), SCOPE, b"late", at)
     with disk_tier(tmp_path) as tier:
@@ -337,14 +337,14 @@ def test_a_user_can_be_forgotten_in_a_database_that_cannot_be_read(
 def test_fences_that_cannot_be_read_are_as_bad_as_a_broken_database(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who was forgotten is not known any more, so nobody's values may be left."""
+    """The forgotten users are not known any more, so no value may be left."""
     with disk_tier(tmp_path) as tier:
         fill(tier, range(5), 5000)
         forgotten = random.randbytes(16).hex()
         tier.forget(forgotten, time.time())
     corrupt(tmp_path, forgotten.encode())
     with disk_tier(tmp_path) as tier:
-        assert "is made anew" in caplog.text
+        assert "is recreated" in caplog.text
         assert kept(tier, range(5)) == [None] * 5
         assert fill(tier, range(3), 1000) == kept(tier, range(3))
 
@@ -364,7 +364,7 @@ def test_a_folder_that_was_deleted_is_made_again(tmp_path: Path) -> None:
         assert files(tmp_path / "kv", "*.sst")
 
 
-# A disk that takes no more.
+# A full disk.
 
 
 @contextmanager
@@ -392,7 +392,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def limited_files(_: Path) -> Iterator[None]:
-    """No file of this process grows beyond 3 MiB."""
+    """No file of this process may exceed 3 MiB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 * MIB, hard))
     try:
@@ -450,7 +450,7 @@ def test_a_tier_that_starts_on_a_full_disk_works_when_there_is_room(
         tier.close()
 
 
-# Mistakes.
+# Errors.
 
 
 def test_two_tiers_cannot_use_one_folder(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def modes_in(folder: Path) -> set[int]:
 
 
 def test_what_is_kept_can_be_read_by_this_user_alone(tmp_path: Path) -> None:
-    """Under umask 002 the folder had mode 0775: all could read K/V, and the group bring K/V in."""
+    """Under umask 002 the folder had mode 0775: all could read K/V, the group could forge it."""
     before = os.umask(0o002)
     try:
         with disk_tier(tmp_path / "a" / "kv") as tier:
@@ -491,7 +491,7 @@ def test_what_is_kept_can_be_read_by_this_user_alone(tmp_path: Path) -> None:
         os.umask(before)
 
 
-def test_a_database_that_is_made_anew_is_this_user_s_alone_too(tmp_path: Path) -> None:
+def test_a_recreated_database_is_this_user_s_alone_too(tmp_path: Path) -> None:
     with disk_tier(tmp_path) as tier:
         fill(tier, range(3), 1000)
     for file in files(tmp_path, "CURRENT"):
@@ -502,15 +502,15 @@ def test_a_database_that_is_made_anew_is_this_user_s_alone_too(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("place", "mode"),
+    ("index", "mode"),
     [("", 0o720), ("", 0o702), (DATABASE, 0o720), (DATABASE, 0o740), (DATABASE, 0o701)],
 )
 def test_a_folder_that_is_open_to_other_users_is_refused(
-    tmp_path: Path, place: str, mode: int
+    tmp_path: Path, index: str, mode: int
 ) -> None:
     with disk_tier(tmp_path / "kv") as tier:
         values = fill(tier, range(3), 1000)
-    path = tmp_path / "kv" / place
+    path = tmp_path / "kv" / index
     path.chmod(mode)
     with pytest.raises(ConfigError, match=f"^{path} has mode {mode:04o}; the disk tier is kept in"):
         DiskTier(tmp_path / "kv", 64 * MIB, TTL_S)
@@ -527,15 +527,15 @@ def test_a_folder_that_others_can_look_into_holds_what_they_cannot(tmp_path: Pat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-@pytest.mark.parametrize("place", ["", DATABASE])
-def test_a_folder_of_another_user_is_refused(tmp_path: Path, place: str) -> None:
-    path = tmp_path / "kv" / place
+@pytest.mark.parametrize("index", ["", DATABASE])
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, index: str) -> None:
+    path = tmp_path / "kv" / index
     path.mkdir(parents=True, mode=0o700)
     (tmp_path / "kv").chmod(0o700)
     os.chown(path, 12345, 12345)
     with pytest.raises(ConfigError, match=f"^{path} belongs to user 12345"):
         DiskTier(tmp_path / "kv", 64 * MIB, TTL_S)
-    assert [*path.iterdir()] == [] or place == ""
+    assert [*path.iterdir()] == [] or index == ""
 
 
 def test_a_closed_tier_is_an_error_and_may_be_closed_again(tmp_path: Path) -> None:

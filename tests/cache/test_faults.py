@@ -1,6 +1,6 @@
-"""Whatever happens to a store, every request is answered with the scores that it has without one.
+"""Whatever happens to a store, every request gets the scores that it has without a store.
 
-Sixteen clients ask at once while real servers are killed, frozen, emptied and lied to.
+Sixteen clients send requests while real servers are killed, frozen, emptied and corrupted.
 """
 
 import random
@@ -43,10 +43,10 @@ from torchrec_kvshare.scoring.engine import Answer, Engine
 
 NUM_CLIENTS = 16
 NUM_USERS = 24
-NUM_PAGES = 9  # on the device: of three users, so that most K/V comes from below
+NUM_PAGES = 9  # for three users, so that most K/V comes from lower tiers
 DEADLINE_S = 0.25  # of a look-up, on a machine with two cores and sixteen clients
 TTL_S = 300.0
-PATIENCE_S = 30.0  # until a tier that is well again is used again
+PATIENCE_S = 30.0  # until a recovered tier is used again
 VERSION = f"{'5e' * 8}-{'0f' * 8}"
 
 REQUESTS = parse_all(
@@ -68,7 +68,7 @@ def expected(model: RankingModel) -> list[Answer]:
 
 
 class Load:
-    """Clients that ask at random until the block ends; what they were answered is checked."""
+    """Clients that send random requests until the block ends, and check their answers."""
 
     def __init__(self, engine: Engine, expected: list[Answer]) -> None:
         self.engine = engine
@@ -86,7 +86,7 @@ class Load:
             )
 
     def sees_again(self, tier: str) -> bool:
-        """Whether K/V of a tier is used, from now on."""
+        """Wait until K/V of a tier is used from now on."""
         before = self.saw(tier)
         wait_until(lambda: self.saw(tier) > before, PATIENCE_S)
         return True
@@ -119,14 +119,20 @@ def load_on(engine: Engine, expected: list[Answer]) -> Iterator[Load]:
         assert min(client.result() for client in clients) > 0
     engine.close()
     [cache] = engine.store.caches if engine.store else []
-    assert all(entry.num_holders == 0 for entry in cache._entry_by_user.values())
+    assert all(entry.num_leases == 0 for entry in cache._entry_by_user.values())
 
 
 def engine_on(model: RankingModel, tier: Tier, key: bytes | None = None) -> Engine:
     level = Level(tier, get_codec("float32"), min_events=1, deadline_s=DEADLINE_S)
     stack = TierStack([level], TTL_S, key, TierLimits(max_failures=2, pause_s=0.3))
-    pool = PagePool(NUM_PAGES * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
-    cache = KVCache(pool, on_evict=stack.take, metrics=stack.metrics)
+    pool = PagePool(
+        NUM_PAGES * PAGE_BYTES,
+        PAGE_SIZE,
+        num_planes=NUM_PLANES,
+        num_heads=NUM_HEADS,
+        head_dim=HEAD_DIM,
+    )
+    cache = KVCache(pool, on_evict=stack.demote, metrics=stack.metrics)
     return Engine(model, SCHEMA, KVStore([cache], stack), version=version_called(VERSION))
 
 
@@ -159,7 +165,7 @@ def test_a_server_that_is_killed_or_frozen_costs_nobody_an_answer(
         with load_on(engine, expected) as load:
             assert load.sees_again("remote")
             harm(server)
-            kinds = {kind, "error"}  # A frozen server's answer comes late, or its socket gives up.
+            kinds = {kind, "error"}  # A frozen server exceeds the deadline or the socket's timeout.
             wait_until(lambda: sum(failures(engine, one) for one in kinds) > 2, PATIENCE_S)
             wait_until(lambda: failures(engine, "breaker_open") > 20, PATIENCE_S)
             heal(server)
@@ -190,13 +196,13 @@ def test_a_cluster_that_loses_a_primary_goes_on(
             servers[0].stop()
             wait_until(lambda: failures(engine, "error") + failures(engine, "deadline") > 0, 30.0)
             assert load.sees_again("remote")
-            # Its slots are a replica's, in time. Not all its users are waited for: with so little
-            # room on the device most K/V is not kept, and what is not kept is not written either.
+            # In time a replica takes over its slots. The test does not wait for all its users: with
+            # so few pages most K/V is not kept, and K/V that is not kept is not written either.
             wait_until(lambda: any(is_found(engine, user) for user in users), PATIENCE_S)
 
 
 def users_of(server: RedisServer) -> list[str]:
-    """Those whose K/V a cluster's server holds."""
+    """Users whose K/V is on one server of a cluster."""
     with server.client() as client:
         ranges: Any = client.execute_command("CLUSTER SLOTS")
         [(first, last)] = [
@@ -210,7 +216,7 @@ def users_of(server: RedisServer) -> list[str]:
 
 
 def is_found(engine: Engine, user: str) -> bool:
-    """Whether the tier has something of a user."""
+    """Whether the tier has K/V of a user."""
     assert engine.store is not None
     assert engine.store.stack is not None
     [level] = engine.store.stack.levels
@@ -234,10 +240,10 @@ def test_values_that_are_cut_or_changed_in_the_server_are_refused(
             while time.monotonic() < stop or failures(engine, "corrupt") < 5:
                 for name in client.scan_iter("kvshare:*"):
                     if client.type(name) == b"string" and (value := client.get(name)):
-                        place = rng.randrange(len(value))
-                        changed = bytes([value[place] ^ (1 << rng.randrange(8))])
+                        index = rng.randrange(len(value))
+                        changed = bytes([value[index] ^ (1 << rng.randrange(8))])
                         forged = rng.choice(
-                            [value[:place], value[:place] + changed + value[place + 1 :], b""]
+                            [value[:index], value[:index] + changed + value[index + 1 :], b""]
                         )
                         client.set(name, forged, px=60_000)
             assert load.sees_again("remote")

@@ -1,4 +1,4 @@
-"""A store may hang, fail or lie: who asks it waits no longer than agreed and gets a reason."""
+"""A tier may hang or fail: a look-up takes at most its deadline and returns a reason."""
 
 import logging
 import math
@@ -11,24 +11,31 @@ from itertools import count
 import pytest
 
 from tests.worlds import fresh_process
-from torchrec_kvshare.cache.guard import CLOSED, OPEN, READERS, TRIAL, Breaker, GuardedTier
+from torchrec_kvshare.cache.guard import (
+    CLOSED,
+    HALF_OPEN,
+    OPEN,
+    READERS,
+    CircuitBreaker,
+    GuardedTier,
+)
 from torchrec_kvshare.cache.metrics import CacheMetrics
-from torchrec_kvshare.cache.single_flight import Flights
+from torchrec_kvshare.cache.single_flight import SingleFlight
 from torchrec_kvshare.cache.tiers import Found
 from torchrec_kvshare.cache.write_behind import Write, WriteQueue
 from torchrec_kvshare.errors import TierError
 
 MAX_FAILURES, PAUSE_S = 3, 7.0
 DEADLINE_S = 0.05
-# What a thread may take to wake up on a machine that runs the rest of the suite beside it.
+# A thread may take this long to wake up on a machine that is busy with the rest of the suite.
 MARGIN_S = 2.0
-PATIENCE_S = 20.0  # for what must come to an end, and does at once where it is right
+PATIENCE_S = 20.0  # timeout of what ends at once if the code is right
 
 KEYS = [("7e", "m-t.none"), ("8f", "m-t.none")]
 
 
 class Clock:
-    """Seconds that a test lets pass."""
+    """A clock that a test moves."""
 
     now = 1000.0
 
@@ -36,23 +43,23 @@ class Clock:
         return self.now
 
 
-def opened_breaker(clock: Clock) -> Breaker:
-    breaker = Breaker(MAX_FAILURES, PAUSE_S, clock)
+def opened_breaker(clock: Clock) -> CircuitBreaker:
+    breaker = CircuitBreaker(MAX_FAILURES, PAUSE_S, clock)
     for _ in range(MAX_FAILURES):
-        assert breaker.admits()
-        breaker.failed()
+        assert breaker.allows_call()
+        breaker.record_failure()
     return breaker
 
 
 def in_threads(num_threads: int, run: Callable[[int], None]) -> None:
-    """Run in so many threads that begin at the same moment, and wait for them."""
+    """Run in several threads that start at the same moment, and wait for them."""
     barrier = threading.Barrier(num_threads)
 
-    def begin(place: int) -> None:
+    def begin(index: int) -> None:
         barrier.wait(PATIENCE_S)
-        run(place)
+        run(index)
 
-    threads = [threading.Thread(target=begin, args=(place,)) for place in range(num_threads)]
+    threads = [threading.Thread(target=begin, args=(index,)) for index in range(num_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -60,37 +67,37 @@ def in_threads(num_threads: int, run: Callable[[int], None]) -> None:
         assert not thread.is_alive()
 
 
-# The breaker.
+# Circuit breaker.
 
 
 @pytest.mark.parametrize("max_failures", [1, 3])
-def test_a_breaker_opens_after_so_many_failures_in_a_row(max_failures: int) -> None:
-    breaker = Breaker(max_failures, PAUSE_S, Clock())
+def test_a_breaker_opens_after_max_failures_in_a_row(max_failures: int) -> None:
+    breaker = CircuitBreaker(max_failures, PAUSE_S, Clock())
     for _ in range(max_failures):
-        assert (breaker.state, breaker.admits()) == (CLOSED, True)
-        breaker.failed()
-    assert (breaker.state, breaker.admits()) == (OPEN, False)
+        assert (breaker.state, breaker.allows_call()) == (CLOSED, True)
+        breaker.record_failure()
+    assert (breaker.state, breaker.allows_call()) == (OPEN, False)
 
 
 def test_a_success_between_failures_begins_the_count_anew() -> None:
-    breaker = Breaker(MAX_FAILURES, PAUSE_S, Clock())
+    breaker = CircuitBreaker(MAX_FAILURES, PAUSE_S, Clock())
     for _ in range(4):
-        breaker.failed()
-        breaker.failed()
-        breaker.succeeded()
-    assert breaker.admits()
+        breaker.record_failure()
+        breaker.record_failure()
+        breaker.record_success()
+    assert breaker.allows_call()
 
 
-def test_an_open_breaker_lets_one_call_try_after_its_pause() -> None:
+def test_an_open_breaker_allows_one_trial_call_after_its_pause() -> None:
     clock = Clock()
     breaker = opened_breaker(clock)
     clock.now += PAUSE_S - 0.001
-    assert not breaker.admits()
+    assert not breaker.allows_call()
     clock.now += 0.001
-    assert [breaker.admits() for _ in range(3)] == [True, False, False]
-    assert breaker.state == TRIAL
+    assert [breaker.allows_call() for _ in range(3)] == [True, False, False]
+    assert breaker.state == HALF_OPEN
     clock.now += 10 * PAUSE_S
-    assert not breaker.admits()  # Whoever tries has not said yet how it went.
+    assert not breaker.allows_call()  # The trial call has not ended yet.
 
 
 def test_a_trial_that_fails_opens_the_breaker_for_a_whole_pause() -> None:
@@ -98,22 +105,22 @@ def test_a_trial_that_fails_opens_the_breaker_for_a_whole_pause() -> None:
     breaker = opened_breaker(clock)
     for _ in range(3):
         clock.now += PAUSE_S
-        assert breaker.admits()
+        assert breaker.allows_call()
         clock.now += 1.0
-        breaker.failed()
+        breaker.record_failure()
         clock.now += PAUSE_S - 0.001
-        assert (breaker.state, breaker.admits()) == (OPEN, False)
+        assert (breaker.state, breaker.allows_call()) == (OPEN, False)
 
 
 def test_a_trial_that_succeeds_closes_the_breaker_until_as_many_fail_again() -> None:
     clock = Clock()
     breaker = opened_breaker(clock)
     clock.now += PAUSE_S
-    assert breaker.admits()
-    breaker.succeeded()
+    assert breaker.allows_call()
+    breaker.record_success()
     for _ in range(MAX_FAILURES):
-        assert (breaker.state, breaker.admits()) == (CLOSED, True)
-        breaker.failed()
+        assert (breaker.state, breaker.allows_call()) == (CLOSED, True)
+        breaker.record_failure()
     assert breaker.state == OPEN
 
 
@@ -124,13 +131,13 @@ def test_of_many_threads_exactly_one_gets_the_trial() -> None:
         clock.now += PAUSE_S
         admitted: list[int] = []
 
-        def ask(place: int, admitted: list[int] = admitted) -> None:
-            if breaker.admits():
-                admitted.append(place)
+        def ask(index: int, admitted: list[int] = admitted) -> None:
+            if breaker.allows_call():
+                admitted.append(index)
 
         in_threads(16, ask)
         assert len(admitted) == 1
-        breaker.failed()
+        breaker.record_failure()
 
 
 # A guarded tier.
@@ -177,17 +184,17 @@ class ScriptedTier:
 
 
 class World:
-    """A scripted tier behind its guard, and what was counted."""
+    """A scripted tier behind its guard, and its metrics."""
 
     def __init__(self, deadline_s: float | None, max_failures: int = MAX_FAILURES) -> None:
         self.tier = ScriptedTier()
         self.clock = Clock()
         self.metrics = CacheMetrics()
-        self.breaker = Breaker(max_failures, PAUSE_S, self.clock)
+        self.breaker = CircuitBreaker(max_failures, PAUSE_S, self.clock)
         self.guard = GuardedTier(self.tier, deadline_s, self.breaker, self.metrics)
 
     def failures(self) -> dict[str, int]:
-        """How many failures of each kind there were."""
+        """Number of failures by kind."""
         snapshot = self.metrics.snapshot()
         kinds = ("deadline", "error", "breaker_open", "corrupt")
         counts = {
@@ -196,7 +203,7 @@ class World:
         return {kind: count for kind, count in counts.items() if count}
 
     def timed(self) -> dict[str, int]:
-        """How many calls of each operation were timed."""
+        """Number of timed calls by operation."""
         return {
             dict(series.labels)["operation"]: histogram.count
             for series, histogram in self.metrics.snapshot().histograms.items()
@@ -259,7 +266,7 @@ def test_a_slow_look_up_costs_its_deadline_and_not_more(hanging: Hanging) -> Non
 
 
 def test_look_ups_behind_those_that_hang_cost_no_more_either(hanging: Hanging) -> None:
-    """All readers hang, so later look-ups do not even begin."""
+    """All reader threads hang, so later look-ups do not start."""
     for _ in range(READERS):
         hanging.world.guard.get(KEYS)
     start = time.monotonic()
@@ -292,8 +299,8 @@ def test_whatever_a_tier_raises_is_an_answer(world: World, error: Exception) -> 
 
 
 def test_a_store_that_gives_up_by_itself_is_an_answer_too(world: World) -> None:
-    """Python has one TimeoutError for both: what a memory tier raised was taken for the end of a
-    look-up in another thread, of which there was none, and the request failed."""
+    """A TimeoutError of a memory tier was taken for a missed deadline of a reader thread, but such
+    a tier has no reader thread, and the request failed."""
     world.tier.answer = fail_with(TimeoutError("the socket was silent"))
     assert world.guard.get(KEYS) in ("deadline", "tier_error")
     assert world.guard.put("7e", "m-t.none", b"1", 200.0) == "error"
@@ -337,7 +344,7 @@ def test_a_write_says_whether_it_was_kept(world: World) -> None:
     assert world.breaker.state == CLOSED
 
 
-def test_removing_tells_the_bytes_or_that_nobody_knows(world: World) -> None:
+def test_removing_returns_the_bytes_or_none_after_a_failure(world: World) -> None:
     assert world.guard.remove(lambda tier: tier.forget("7e", 1.0)) == 17
     assert world.guard.remove(lambda tier: tier.clear("m-t")) == 19
     world.tier.answer = fail_with(TierError("down"))
@@ -345,7 +352,7 @@ def test_removing_tells_the_bytes_or_that_nobody_knows(world: World) -> None:
     assert world.failures() == {"error": 1}
 
 
-def test_a_user_is_forgotten_even_by_a_tier_that_is_left_alone(world: World) -> None:
+def test_a_user_is_forgotten_even_by_a_tier_with_an_open_breaker(world: World) -> None:
     world.tier.answer = fail_with(TierError("down"))
     for _ in range(MAX_FAILURES):
         world.guard.get(KEYS)
@@ -361,7 +368,7 @@ def test_an_outage_is_logged_when_it_begins_and_not_for_each_call(
         for _ in range(MAX_FAILURES + 5):
             world.guard.get(KEYS)
     [record] = caplog.records
-    assert "tier disk fails and is left alone" in record.getMessage()
+    assert "tier disk is paused, its circuit breaker is open" in record.getMessage()
     assert "the disk is gone" in record.getMessage()
 
 
@@ -382,7 +389,7 @@ def test_a_closed_tier_answers_as_one_that_fails() -> None:
 
 HANG_AND_LEAVE = """
 import threading, time
-from torchrec_kvshare.cache.guard import Breaker, GuardedTier
+from torchrec_kvshare.cache.guard import CircuitBreaker, GuardedTier
 from torchrec_kvshare.cache.metrics import CacheMetrics
 
 class Hanging:
@@ -392,15 +399,15 @@ class Hanging:
     def close(self):
         pass
 
-guard = GuardedTier(Hanging(), 0.05, Breaker(3, 1.0, time.monotonic), CacheMetrics())
+guard = GuardedTier(Hanging(), 0.05, CircuitBreaker(3, 1.0, time.monotonic), CacheMetrics())
 print(guard.get([("7e", "m-t.none")]))
 guard.close()
 """
 
 
 def test_a_process_ends_though_a_look_up_hangs() -> None:
-    """The threads of a ThreadPoolExecutor are joined when Python ends: one look-up that hung kept
-    the process from ending, closed or not."""
+    """Python joins the threads of a ThreadPoolExecutor at exit: one look-up that hung kept the
+    process from ending, even after close."""
     process = fresh_process(HANG_AND_LEAVE)
     try:
         output, _ = process.communicate(timeout=PATIENCE_S / 2)
@@ -410,13 +417,13 @@ def test_a_process_ends_though_a_look_up_hangs() -> None:
     assert (output, process.returncode) == ("deadline\n", 0)
 
 
-# Writes behind.
+# Write-behind.
 
 MAX_LENGTH, MAX_BYTES = 4, 100
 
 
 class Gate:
-    """A write that says that it runs, and then waits until it may end."""
+    """A write that signals its start and then waits until the test lets it end."""
 
     def __init__(self) -> None:
         self.begun = threading.Event()
@@ -437,7 +444,7 @@ def queue() -> Iterator[WriteQueue]:
 
 @pytest.fixture
 def gate(queue: WriteQueue) -> Iterator[Gate]:
-    """A write of the queue that runs until the test is over; those behind it wait."""
+    """A write that runs until the end of the test, so that later writes stay queued."""
     made = Gate()
     assert queue.offer(Write(made.run, 1))
     assert made.begun.wait(PATIENCE_S)
@@ -495,7 +502,9 @@ def test_draining_waits_for_the_write_that_runs_too(queue: WriteQueue, gate: Gat
 
 
 def test_an_idle_queue_is_drained_at_once(queue: WriteQueue) -> None:
-    assert queue.drain(0.0) or queue.drain(PATIENCE_S)  # The thread may be about to begin to wait.
+    assert queue.drain(0.0) or queue.drain(
+        PATIENCE_S
+    )  # The thread may not have started waiting yet.
     assert queue.drain(0.0)
 
 
@@ -542,7 +551,7 @@ def test_threads_that_offer_lose_no_write_that_was_taken(queue: WriteQueue) -> N
     assert sorted(made) == sorted(taken)
 
 
-# What a tier holds.
+# Bytes of a tier.
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -552,12 +561,12 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_what_a_store_behind_a_deadline_holds_is_told_without_asking_it(
+def test_the_bytes_of_a_tier_with_a_deadline_are_read_without_waiting_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A silent Redis held up whoever read the gauge, the server's event loop, for a timeout."""
-    monkeypatch.setattr("torchrec_kvshare.cache.guard.HELD_S", 0.02)
-    monkeypatch.setattr("torchrec_kvshare.cache.guard.MAX_HELD_AGE_S", 0.5)
+    """A silent Redis blocked the reader of the gauge, the server's event loop, for a timeout."""
+    monkeypatch.setattr("torchrec_kvshare.cache.guard.SIZE_POLL_S", 0.02)
+    monkeypatch.setattr("torchrec_kvshare.cache.guard.MAX_SIZE_AGE_S", 0.5)
     world, is_over, asks = World(DEADLINE_S), threading.Event(), count()
 
     def held() -> int:
@@ -572,7 +581,7 @@ def test_what_a_store_behind_a_deadline_holds_is_told_without_asking_it(
     until(lambda: world.guard.held_bytes() == 4000.0)
     world.tier.held = hangs
     start = time.monotonic()
-    until(lambda: math.isnan(world.guard.held_bytes()))  # What it held long ago is not told.
+    until(lambda: math.isnan(world.guard.held_bytes()))  # An old value is not returned.
     assert time.monotonic() - start < MARGIN_S
     is_over.set()
     until(lambda: world.guard.held_bytes() == 5000.0)
@@ -587,59 +596,59 @@ def test_what_a_store_behind_a_deadline_holds_is_told_without_asking_it(
     assert next(asks) == num_asks + 1  # The thread has ended.
 
 
-def test_what_memory_holds_is_told_as_it_is() -> None:
+def test_the_bytes_of_a_memory_tier_are_exact() -> None:
     world = World(None)
     for held_bytes in (7, 11):
         world.tier.held = partial(int, held_bytes)
         assert world.guard.held_bytes() == held_bytes
 
 
-# Flights.
+# Single-flight.
 
 
-def test_who_comes_first_leads_and_the_others_do_not() -> None:
-    flights = Flights()
-    assert flights.lead(["a", "b", "a"]) == {"a", "b"}
-    assert flights.lead(["b", "c"]) == {"c"}
-    flights.land({"a", "b"})
-    assert flights.lead(["a", "b", "c"]) == {"a", "b"}
+def test_the_first_caller_leads_and_the_others_do_not() -> None:
+    single_flight = SingleFlight()
+    assert single_flight.lead(["a", "b", "a"]) == {"a", "b"}
+    assert single_flight.lead(["b", "c"]) == {"c"}
+    single_flight.finish({"a", "b"})
+    assert single_flight.lead(["a", "b", "c"]) == {"a", "b"}
 
 
 def test_waiting_ends_when_the_work_does() -> None:
-    flights = Flights()
-    flights.lead(["a", "b"])
+    single_flight = SingleFlight()
+    single_flight.lead(["a", "b"])
     waited: list[bool] = []
-    waiting = threading.Thread(target=lambda: waited.append(flights.wait("a", PATIENCE_S)))
+    waiting = threading.Thread(target=lambda: waited.append(single_flight.wait("a", PATIENCE_S)))
     waiting.start()
-    flights.land(["a"])
+    single_flight.finish(["a"])
     waiting.join(PATIENCE_S)
     assert waited == [True]
-    assert not flights.wait("b", 0.01)
+    assert not single_flight.wait("b", 0.01)
 
 
-def test_nobody_waits_for_what_nobody_works_on() -> None:
-    flights = Flights()
-    assert flights.wait("a", 0.0)
-    flights.lead(["a"])
-    flights.land(["a"])
-    assert flights.wait("a", 0.0)
+def test_a_key_without_a_leader_is_not_waited_for() -> None:
+    single_flight = SingleFlight()
+    assert single_flight.wait("a", 0.0)
+    single_flight.lead(["a"])
+    single_flight.finish(["a"])
+    assert single_flight.wait("a", 0.0)
 
 
-def test_every_landing_is_counted_so_that_a_look_up_before_it_is_known_to_be_old() -> None:
-    flights = Flights()
+def test_every_finish_is_counted_so_that_an_older_look_up_is_known_to_be_old() -> None:
+    single_flight = SingleFlight()
     for number in range(3):
-        assert flights.num_landed == number
-        flights.land(flights.lead([number]))
-    assert flights.num_landed == 3
+        assert single_flight.num_finished == number
+        single_flight.finish(single_flight.lead([number]))
+    assert single_flight.num_finished == 3
 
 
 def test_of_many_threads_exactly_one_leads() -> None:
-    flights = Flights()
+    single_flight = SingleFlight()
     for _ in range(20):
         leads: list[set[object]] = []
-        in_threads(16, lambda _, leads=leads: leads.append(flights.lead(["a"])))
+        in_threads(16, lambda _, leads=leads: leads.append(single_flight.lead(["a"])))
         assert sorted(map(len, leads)) == [0] * 15 + [1]
-        flights.land(["a"])
+        single_flight.finish(["a"])
 
 
 def test_a_write_that_fails_does_not_keep_others_from_being_made() -> None:

@@ -37,11 +37,11 @@ from torchrec_kvshare.scoring.engine import Engine
 
 HAMMER_SECONDS = 60.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.5
 NUM_THREADS = 32
-# Thirty-two requests are under way when time is up, and one core may serve them all.
+# Thirty-two requests run when time is up, and one core may have to finish them all.
 PATIENCE_S = 60.0
 
 VERSION = "5e" * 8 + "-" + "0f" * 8
-USERS = tuple(f"user {place}" for place in range(9))
+USERS = tuple(f"user {index}" for index in range(9))
 HOST_BYTES, NUM_PAGES = 9000, 19
 TTL_S = 600.0
 WAIT_S = 0.2
@@ -61,15 +61,15 @@ def model() -> RankingModel:
 
 @pytest.fixture(scope="module")
 def asked_by_user(model: RankingModel) -> dict[str, list[Asked]]:
-    """Of each user histories that are the same, grown, edited, shortened and of another user."""
+    """For each user its history: repeated, grown, edited, shortened, and another user's."""
     uncached = Engine(model, SCHEMA, None, version=version_called(VERSION))
     shared = draw_raw(13, 0, 99)["history"]
     asked = {}
-    for place, user in enumerate(USERS):
-        raw = draw_raw(14, 1 + place % 3, place) | {"user_id": user}
+    for index, user in enumerate(USERS):
+        raw = draw_raw(14, 1 + index % 3, index) | {"user_id": user}
         histories: list[dict[str, list[Any]]] = [
             {column: cells[:num_events] for column, cells in raw["history"].items()}
-            for num_events in (3 + place % 4, 8 + place % 3, 14)
+            for num_events in (3 + index % 4, 8 + index % 3, 14)
         ]
         histories.append(histories[1] | {"item_id": ["110", *histories[1]["item_id"][1:]]})
         histories.append(shared)
@@ -80,7 +80,7 @@ def asked_by_user(model: RankingModel) -> dict[str, list[Asked]]:
 
 
 class Hammered(NamedTuple):
-    """What the threads share."""
+    """The objects that the threads share."""
 
     engine: Engine
     cache: KVCache
@@ -89,7 +89,7 @@ class Hammered(NamedTuple):
     stack: TierStack
 
 
-# Without pages to spare what is encoded competes with what is on its way to the host.
+# Without spare pages, new K/V competes with K/V on its way to the host tier.
 @pytest.fixture(
     params=[(LRU, USER, True, NUM_PAGES), (TINY_LFU, CONTENT, False, NUM_PAGES - 5)],
     ids=["lru", "tiny_lfu"],
@@ -99,23 +99,29 @@ def hammered(request: pytest.FixtureRequest, model: RankingModel) -> Iterator[Ha
     host = HostTier(LruPolicy(HOST_BYTES), TTL_S)
     level = Level(host, get_codec("float32"), takes_evicted=takes_evicted, deadline_s=5.0)
     stack = TierStack([level], TTL_S, limits=TierLimits(queue_length=5))
-    pool = PagePool(NUM_PAGES * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+    pool = PagePool(
+        NUM_PAGES * PAGE_BYTES,
+        PAGE_SIZE,
+        num_planes=NUM_PLANES,
+        num_heads=NUM_HEADS,
+        head_dim=HEAD_DIM,
+    )
     pool.kv_pages.fill_(torch.nan)
     cache = KVCache(
         pool,
         Rules(TTL_S, share=share, pinned_bytes=3 * PAGE_BYTES),
         new_policy(policy, (num_at_rest - 3) * PAGE_BYTES),
-        on_evict=stack.take,
+        on_evict=stack.demote,
         metrics=stack.metrics,
     )
     store = KVStore([cache], stack, min_events=4, wait_s=WAIT_S)
     store.pin([USERS[0]])
     yield Hammered(
-        Engine(model, SCHEMA, store, version=version_called(VERSION)),
-        cache,
-        num_at_rest,
-        host,
-        stack,
+        engine=Engine(model, SCHEMA, store, version=version_called(VERSION)),
+        cache=cache,
+        num_at_rest=num_at_rest,
+        host=host,
+        stack=stack,
     )
     stack.close()
 
@@ -127,7 +133,7 @@ def hammer(
     until: float,
     faults: list[str],
 ) -> int:
-    """Rank, prefetch and forget at random until the time is up; returns the batches ranked."""
+    """Rank, prefetch and forget at random until the time is up; return the batches ranked."""
     rng = random.Random(seed)
     num_ranked = 0
     while time.monotonic() < until and not faults:
@@ -140,7 +146,7 @@ def hammer(
             engine.prefetch(requests)
         for one, answer in zip(asked, engine.rank(requests), strict=True):
             errors = [abs(a - b) for a, b in zip(answer.scores, one.scores, strict=True)]
-            # Not the other way round: NaN is a fault too.
+            # Not ``max > tolerance``: NaN is a fault too.
             if not max(errors) <= PROBABILITY_TOLERANCE:
                 faults.append(f"{answer} is {max(errors):.1e} from {one.scores}")
         num_ranked += 1
@@ -157,7 +163,7 @@ def test_threads_that_hammer_one_engine_get_the_scores_of_one(
 
     def run(seed: int) -> None:
         try:
-            num_ranked.append(hammer(engine, asked_by_user, seed, until, faults))
+            num_ranked.append(hammer(engine, asked_by_user, seed, until=until, faults=faults))
         except BaseException as error:
             faults.append(repr(error))
 
@@ -191,12 +197,12 @@ def test_threads_that_hammer_one_engine_get_the_scores_of_one(
 
 
 def assert_at_rest(hammered: Hammered) -> None:
-    """Nobody holds anything, no page is lost, and the budgets hold."""
+    """Check that there are no leases, no lost pages, and no exceeded budget."""
     engine, cache, num_at_rest, host, _ = hammered
     assert engine.store is not None
-    assert engine.store.flights._landed_by_key == {}
+    assert engine.store.single_flight._finished_by_key == {}
     kept = cache._entry_by_user
-    assert all(entry.num_holders == 0 and not entry.dropped for entry in kept.values())
+    assert all(entry.num_leases == 0 and not entry.dropped for entry in kept.values())
     held = [page for entry in kept.values() for page in entry.pages]
     assert len(set(held)) == len(held) == NUM_PAGES - cache.pool.num_free
     assert len(held) <= num_at_rest

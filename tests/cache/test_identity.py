@@ -1,4 +1,4 @@
-"""What changes the K/V changes its identity; what does not, does not."""
+"""Whatever changes K/V changes its identity, and nothing else does."""
 
 import copy
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from torchrec_kvshare.features.schema import HISTORY
 RawRequest = dict[str, Any]
 
 BLOCK = 3  # events
-IDENTITY = Identity("model", "tables", NO_CONTEXT, HISTORY, BLOCK)
+IDENTITY = Identity("model", "tables", NO_CONTEXT, tower=HISTORY, block=BLOCK)
 
 
 def digests_of(raw: RawRequest) -> PrefixDigests:
@@ -30,7 +30,7 @@ def digest_of(raw: RawRequest) -> bytes:
 
 
 def events(**columns: list[Any]) -> RawRequest:
-    """A request with a history of two known events, but for the columns given."""
+    """A request with a history of two known events, except for the given columns."""
     history = {
         "item_id": [101, 104],
         "action": ["view", "buy"],
@@ -78,8 +78,8 @@ histories = st.lists(
     st.tuples(
         st.none() | st.integers(99, 112),
         st.sampled_from([None, "view", "buy", "rate", "new"]),
-        st.lists(st.sampled_from([f"genre {place}" for place in range(8)]), max_size=3),
-        st.integers(0, 9),  # Small times, so that they could be taken for rows of a table.
+        st.lists(st.sampled_from([f"genre {index}" for index in range(8)]), max_size=3),
+        st.integers(0, 9),  # Small times, which could be mistaken for table rows.
     ),
     max_size=5,
 ).map(lambda drawn: sorted(drawn, key=lambda event: event[-1]))
@@ -87,7 +87,7 @@ histories = st.lists(
 
 def history_of(drawn: list[tuple[Any, ...]]) -> RawRequest:
     names = ("item_id", "action", "genres", "time")
-    return events(**{name: [event[place] for event in drawn] for place, name in enumerate(names)})
+    return events(**{name: [event[index] for event in drawn] for index, name in enumerate(names)})
 
 
 @given(histories, histories)
@@ -106,8 +106,8 @@ def test_histories_have_one_digest_if_and_only_if_the_model_reads_the_same(
 
 
 def test_two_events_are_not_taken_for_one_with_many_genres() -> None:
-    """The digest did not hold the number of events: two events without genres and with tiny times
-    were the bytes of one event with those times for genres, and its K/V would have been used."""
+    """The digest did not cover the number of events: two events without genres and with tiny times
+    had the same bytes as one event with those times as genres, so its K/V would have been used."""
     genres = SCHEMA.vocabulary_by_column["items.genres"].row
     items = SCHEMA.vocabulary_by_column["item_id"].row
     actions = SCHEMA.vocabulary_by_column["action"].row

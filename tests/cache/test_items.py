@@ -1,4 +1,4 @@
-"""Projected candidates kept between requests change no score, and are told apart by their bags."""
+"""Cached projections change no score, and items with different attributes are told apart."""
 
 import os
 import sys
@@ -51,7 +51,7 @@ def model_of(name: str = CAUSAL, num_tokens: int = NUM_TOKENS) -> RankingModel:
 
 
 def candidates_of(*items: tuple[str | None, list[str], list[str]]) -> RawRequest:
-    """A request for items of so many genres and brands, given one by one."""
+    """A request for items with the given genres and brands."""
     [raw] = raws_of(world_of(CAUSAL), [(3, len(items), 1)])
     columns = [list(column) for column in zip(*items, strict=True)]
     raw["candidates"] |= dict(zip(("item_id", "genres", "brands"), columns, strict=True))
@@ -68,7 +68,7 @@ THIRD = ("102", ["genre 4", "genre 1"], [])
 
 
 class Counting:
-    """A model's projection that counts the candidates it was asked for, batch by batch."""
+    """A model's projection that counts the candidates of each call."""
 
     def __init__(self, model: RankingModel) -> None:
         self.model = model
@@ -82,7 +82,7 @@ class Counting:
 
 
 def project(cache: ItemCache, *raws: RawRequest) -> tuple[list[Tensor], list[int]]:
-    """What the cache gives for some requests, and how many candidates were computed for it."""
+    """Return the cache's projections for some requests, and how many candidates were computed."""
     counting = Counting(model_of())
     return cache.project(features_of(*raws), counting), counting.asked
 
@@ -141,7 +141,7 @@ def test_an_item_whose_attributes_changed_is_projected_again(
     got, asked = project(cache, raw)
     assert asked == [1]
     assert_projected(got, raw)
-    got, asked = project(cache, raw)  # The new one has taken the place of the old one.
+    got, asked = project(cache, raw)  # The new one has replaced the old one.
     assert asked == []
     assert_projected(got, raw)
     assert project(cache, candidates_of(PLAIN))[1] == [1]
@@ -173,14 +173,14 @@ def test_unknown_and_missing_items_are_never_kept(item: str | None) -> None:
 def test_items_of_long_bags_are_never_kept() -> None:
     cache = ItemCache(5, SCHEMA)
     longest = ("100", ["genre 1"] * MAX_BAG, ["brand 2"])
-    too_long = ("101", [], [f"brand {place % 6}" for place in range(MAX_BAG + 1)])
+    too_long = ("101", [], [f"brand {index % 6}" for index in range(MAX_BAG + 1)])
     raw = candidates_of(longest, too_long)
     project(cache, raw)
     for _ in range(2):
         got, asked = project(cache, raw)
         assert asked == [1]
         assert_projected(got, raw)
-    # Nor is one taken for what is kept under the same item and the same first ids.
+    # Nor is it taken for a cached item with the same first ids.
     grown = candidates_of(("100", ["genre 1"] * (MAX_BAG + 3), ["brand 2"]))
     got, asked = project(cache, grown)
     assert asked == [1]
@@ -219,11 +219,11 @@ def test_the_oldest_items_leave_a_full_ring() -> None:
 
 def test_a_batch_larger_than_the_ring_is_scored_and_kept_in_part() -> None:
     cache = ItemCache(3, SCHEMA)
-    raw = candidates_of(*((str(100 + place), [f"genre {place}"], []) for place in range(7)))
+    raw = candidates_of(*((str(100 + index), [f"genre {index}"], []) for index in range(7)))
     for _ in range(4):
         got, asked = project(cache, raw)
         assert_projected(got, raw)
-    # What stays is at most what the ring holds.
+    # At most the ring's capacity is kept.
     assert asked[0] >= 4
 
 
@@ -255,7 +255,7 @@ def test_whatever_came_before_items_are_what_the_model_makes_of_them(
 
 
 def make_engine(name: str, capacity_items: int, num_tokens: int = NUM_TOKENS) -> Engine:
-    """An engine that keeps so many items; 0 for none."""
+    """An engine that caches so many items; 0 for none."""
     model, schema = model_of(name, num_tokens), world_of(name, num_tokens).schema
     items = ItemCache(capacity_items, schema) if capacity_items else None
     return Engine(model, schema, KVStore(make_caches(model, [30])), items)
@@ -313,20 +313,20 @@ def test_without_kv_between_requests_no_items_are_kept() -> None:
 
 
 def hammer(deed: Callable[[int, int], None]) -> list[int]:
-    """Do a deed in three threads for a while; returns how often each of them did."""
+    """Run an action in three threads for a while; return how often each ran it."""
     stop = time.monotonic() + HAMMER_SECONDS
     num_done = [0, 0, 0]
     faults: list[BaseException] = []
 
-    def work(place: int) -> None:
+    def work(index: int) -> None:
         try:
             while time.monotonic() < stop:
-                deed(place, num_done[place])
-                num_done[place] += 1
+                deed(index, num_done[index])
+                num_done[index] += 1
         except BaseException as fault:
             faults.append(fault)
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(3)]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     for thread in threads:
@@ -340,11 +340,11 @@ def hammer(deed: Callable[[int, int], None]) -> list[int]:
 
 def test_threads_that_share_items_get_the_scores_of_one() -> None:
     engine, without = make_engine(CAUSAL, 4), make_engine(CAUSAL, 0)
-    batches = [raws_of(world_of(CAUSAL), [(6, 5, place), (3, 2, place + 7)]) for place in range(4)]
+    batches = [raws_of(world_of(CAUSAL), [(6, 5, index), (3, 2, index + 7)]) for index in range(4)]
     expected = [rank(without, raws) for raws in batches]
 
-    def score(place: int, turn: int) -> None:
-        chosen = (place + turn) % 4
+    def score(index: int, turn: int) -> None:
+        chosen = (index + turn) % 4
         assert_same_scores(rank(engine, batches[chosen]), expected[chosen])
 
     num_ranked = hammer(score)
@@ -353,15 +353,15 @@ def test_threads_that_share_items_get_the_scores_of_one() -> None:
 
 
 def test_every_candidate_is_counted_once_whatever_other_threads_do() -> None:
-    """Hits and misses were added up outside the lock: of 7754 candidates 40 were lost."""
+    """Hits and misses were counted outside the lock: of 7754 candidates 40 were lost."""
     cache = ItemCache(2, SCHEMA)
     batches = [
         features_of(candidates_of(*items))
         for items in ([PLAIN, OTHER], [OTHER, THIRD], [THIRD, PLAIN])
     ]
 
-    def look_up(place: int, turn: int) -> None:
-        cache.project(batches[(place + turn) % 3], no_projection)
+    def look_up(index: int, turn: int) -> None:
+        cache.project(batches[(index + turn) % 3], no_projection)
 
     assert sum(counts_of(cache)) == 0
     num_done = hammer(look_up)

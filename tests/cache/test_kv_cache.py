@@ -1,4 +1,4 @@
-"""What the cache finds, why it does not, and what it may never do to K/V in use."""
+"""What the ``pages`` tier finds, why it does not, and that leased K/V never changes."""
 
 import math
 import os
@@ -27,42 +27,48 @@ from torchrec_kvshare.features.schema import HISTORY, ITEM, TIME, FeatureSchema,
 
 HAMMER_SECONDS = 20.0 if os.environ.get("KVSHARE_SOAK") == "1" else 1.0
 
-BARE = FeatureSchema({}, (), False, (), (), (History(HISTORY, Window(100, 5)),))
+BARE = FeatureSchema({}, histories=(History(HISTORY, Window(100, 5)),))
 
 
-IDENTITY = Identity("model", "tables", NO_CONTEXT, HISTORY, PAGE_SIZE)
-EDITS = 10**6  # from here on events stand where others stood
+IDENTITY = Identity("model", "tables", NO_CONTEXT, tower=HISTORY, block=PAGE_SIZE)
+EDITS = 10**6  # numbers from here on are edits of earlier events
 
 
 def make_cache(num_pages: int) -> KVCache:
-    pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+    pool = PagePool(
+        num_pages * PAGE_BYTES,
+        PAGE_SIZE,
+        num_planes=NUM_PLANES,
+        num_heads=NUM_HEADS,
+        head_dim=HEAD_DIM,
+    )
     return KVCache(pool)
 
 
 def history_of(events: Sequence[int], first_event: int = 0) -> PrefixDigests:
-    """A history of events by number, which is their time too where that keeps their order."""
+    """A history of events by number; the number is also the time, unless the order forbids it."""
     times = [*accumulate((event % EDITS for event in events), max)]
     columns = {ITEM: torch.tensor(events), TIME: torch.tensor(times)}
     return PrefixDigests(Events(columns, {}, first_event), BARE, IDENTITY)
 
 
 def events_of(name: str, num_pages: int) -> list[int]:
-    """Events of so many pages that no history of another name has."""
-    return [1000 * ord(name) + place for place in range(num_pages * PAGE_SIZE)]
+    """Events for so many pages; histories of another name have none of them."""
+    return [1000 * ord(name) + index for index in range(num_pages * PAGE_SIZE)]
 
 
 def kv_of(events: Sequence[int]) -> Tensor:
-    """K/V that tells which events it is of."""
+    """K/V whose values are the numbers of its events."""
     return torch.tensor(events).float()[:, None, None].expand(NUM_PLANES, -1, NUM_HEADS, HEAD_DIM)
 
 
-def holds(cache: KVCache, entry: Entry, events: Sequence[int]) -> bool:
+def has_kv_of(cache: KVCache, entry: Entry, events: Sequence[int]) -> bool:
     kv = cache.pool.kv_pages[:, entry.pages].flatten(1, 2)[:, : entry.num_events]
     return torch.equal(kv, kv_of(events))
 
 
 def look_up(cache: KVCache, user_id: str, events: Sequence[int]) -> tuple[str, int]:
-    """Reason and matched events; nothing stays pinned."""
+    """Return reason and matched events, and release the lease."""
     found = cache.lookup(user_id, history_of(events))
     assert (found.entry is None) == (found.num_matched == 0)
     if found.entry is not None:
@@ -82,7 +88,7 @@ def put_and_release(cache: KVCache, user_id: str, name: str, num_pages: int) -> 
 
 
 def state_of(cache: KVCache) -> tuple[list[str], int]:
-    """Users kept, the least recently used first, and free pages."""
+    """Return the cached users, least recently used first, and the number of free pages."""
     assert isinstance(cache._policy, LruPolicy)
     return list(cache._policy._bytes_by_key), cache.pool.num_free
 
@@ -102,7 +108,7 @@ def test_the_same_history_hits_and_is_intact() -> None:
     assert (lookup.reason, lookup.num_matched) == ("hit", 10)
     assert lookup.entry is not None
     assert lookup.entry.num_events == 10
-    assert holds(cache, lookup.entry, events_of("a", 2))
+    assert has_kv_of(cache, lookup.entry, events_of("a", 2))
 
 
 NUM_KEPT = 17  # events: three pages and a part
@@ -112,10 +118,10 @@ NUM_KEPT = 17  # events: three pages and a part
     ("events", "reason", "num_matched"),
     [
         (range(NUM_KEPT), "hit", NUM_KEPT),
-        # New events behind all of the old ones were never seen.
+        # New events after all the old ones were never encoded.
         (range(NUM_KEPT + 1), "cold", NUM_KEPT),
         (range(40), "cold", NUM_KEPT),
-        # An edit is found to within a block; what stands before it is of use.
+        # An edit invalidates its block and those after it; earlier blocks are used.
         ([*range(16), EDITS + 16], "edited", 15),
         ([*range(16), EDITS + 16, 17, 18], "edited", 15),
         ([*range(9), EDITS + 9, *range(10, 30)], "edited", 5),
@@ -125,7 +131,7 @@ NUM_KEPT = 17  # events: three pages and a part
         (range(NUM_KEPT - 1), "shrunk", 15),
         (range(10), "shrunk", 10),
         (range(4), "shrunk", 0),
-        # The oldest left: of a client that sends the last events and does not say which.
+        # The oldest events left: a client sends its last events without first_event.
         (range(1, NUM_KEPT), "slid", 0),
         (range(1, NUM_KEPT + 1), "slid", 0),
         (range(12, 40), "slid", 0),
@@ -154,7 +160,7 @@ def test_a_window_that_starts_elsewhere_has_slid() -> None:
 
 
 class Clock:
-    """Seconds that a test lets pass."""
+    """A clock that a test moves."""
 
     now = 1000.0
 
@@ -194,7 +200,7 @@ def test_kv_that_nobody_uses_expires_sooner() -> None:
 
 @pytest.mark.parametrize("is_read", [False, True])
 def test_growing_makes_kv_no_younger(is_read: bool) -> None:
-    """It is as old as its oldest rows, grown where it lies or copied."""
+    """It is as old as its oldest rows, whether it grows in place or is copied."""
     cache, clock = aged_cache(60.0, math.inf)
     put_and_release(cache, "7", "a", 1)
     clock.now += 50.0
@@ -216,7 +222,7 @@ def test_who_reads_kv_that_expires_reads_on() -> None:
     clock.now += 61.0
     assert look_up(cache, "7", events_of("a", 2)) == ("expired", 0)
     assert reader is not None
-    assert holds(cache, reader, events_of("a", 2))
+    assert has_kv_of(cache, reader, events_of("a", 2))
     cache.release(reader)
     assert cache.pool.num_free == 8
 
@@ -247,10 +253,12 @@ def test_the_history_of_one_user_is_not_that_of_another() -> None:
 
 
 def grow(cache: KVCache, user_id: str, events: Sequence[int]) -> Entry | None:
-    """As the engine does: keep what both begin with, put the rest behind it."""
+    """Extend as the engine does: keep the common prefix, put the rest after it."""
     history = history_of(events)
     entry, _, num_kept = cache.lookup(user_id, history)[:3]
-    grown = cache.put(user_id, history.content, kv_of(events)[:, num_kept:], entry, num_kept)
+    grown = cache.put(
+        user_id, history.content, kv_of(events)[:, num_kept:], base=entry, num_kept=num_kept
+    )
     if entry is not None:
         cache.release(entry)
     return grown
@@ -266,7 +274,7 @@ def test_a_history_grows_where_it_lies(num_events: int) -> None:
     grown = grow(cache, "7", range(num_events + 1))
     assert grown is not None
     assert grown.pages[: len(pages)] == pages
-    assert holds(cache, grown, range(num_events + 1))
+    assert has_kv_of(cache, grown, range(num_events + 1))
     cache.release(grown)
     assert look_up(cache, "7", [*range(num_events + 1)])[0] == "hit"
     assert cache.pool.num_free == 8 - len(grown.pages)
@@ -280,7 +288,7 @@ def test_a_growing_history_stays_in_one_piece_where_there_is_room() -> None:
         assert grown is not None
         cache.release(grown)
     assert grown.pages == list(range(2, 9))
-    assert holds(cache, grown, range(32))
+    assert has_kv_of(cache, grown, range(32))
 
 
 def test_an_edited_history_keeps_what_stands_before_the_edit() -> None:
@@ -289,7 +297,7 @@ def test_an_edited_history_keeps_what_stands_before_the_edit() -> None:
     edited = [*events_of("a", 2), *events_of("z", 1)]
     grown = grow(cache, "7", edited)
     assert grown is not None
-    assert holds(cache, grown, edited)
+    assert has_kv_of(cache, grown, edited)
     assert cache.pool.num_free == 2
 
 
@@ -315,15 +323,15 @@ def test_a_history_that_someone_reads_is_copied_before_it_grows() -> None:
     edited = [*events_of("a", 1), *events_of("z", 2)]
     grown = grow(cache, "7", edited)
     assert grown is not None
-    assert holds(cache, reader, events_of("a", 2))
-    assert holds(cache, grown, edited)
+    assert has_kv_of(cache, reader, events_of("a", 2))
+    assert has_kv_of(cache, grown, edited)
     assert cache.pool.num_free == 1
     cache.release(reader)
     assert cache.pool.num_free == 3
 
 
 def test_two_ways_to_grow_one_history_do_not_meet() -> None:
-    """Both found the same entry; the second finds that it is the first one's by now."""
+    """Both look up the same entry; the first extends it in place, the second must copy it."""
     cache = make_cache(9)
     put_and_release(cache, "7", "a", 1)
     ways = [[*events_of("a", 1), *events_of(name, 1)] for name in "xy"]
@@ -332,13 +340,17 @@ def test_two_ways_to_grow_one_history_do_not_meet() -> None:
     for events, base in zip(ways, bases, strict=True):
         grown.append(
             cache.put(
-                "7", history_of(events).content, kv_of(events)[:, PAGE_SIZE:], base, PAGE_SIZE
+                "7",
+                history_of(events).content,
+                kv_of(events)[:, PAGE_SIZE:],
+                base=base,
+                num_kept=PAGE_SIZE,
             )
         )
         cache.release(base)
     for events, entry in zip(ways, grown, strict=True):
         assert entry is not None
-        assert holds(cache, entry, events)
+        assert has_kv_of(cache, entry, events)
         cache.release(entry)
     assert look_up(cache, "7", ways[1])[0] == "hit"
     assert cache.pool.num_free == 7
@@ -347,10 +359,10 @@ def test_two_ways_to_grow_one_history_do_not_meet() -> None:
 def test_a_history_that_has_no_room_to_grow_stays_as_it_was() -> None:
     cache = make_cache(4)
     put_and_release(cache, "7", "a", 2)
-    pinned = put(cache, "8", "b", 1)
+    leased = put(cache, "8", "b", 1)
     assert grow(cache, "7", [*events_of("a", 2), *range(11)]) is None
     assert look_up(cache, "7", events_of("a", 2)) == ("hit", 10)
-    assert pinned is not None
+    assert leased is not None
     assert cache.pool.num_free == 1
 
 
@@ -364,7 +376,7 @@ def test_a_growing_history_evicts_others_and_not_itself() -> None:
 
 
 class Refusing(LruPolicy):
-    """Admits every user once, and nothing of it afterwards."""
+    """Admits every user once and then never again."""
 
     def put(self, key: str, num_bytes: int) -> list[str]:
         if key in self._bytes_by_key:
@@ -373,8 +385,8 @@ class Refusing(LruPolicy):
         return super().put(key, num_bytes)
 
 
-def test_what_a_refused_history_was_to_grow_on_stays_with_who_holds_it() -> None:
-    """Its pages were given away while its reader still had to read them."""
+def test_the_base_of_a_history_that_is_not_admitted_stays_leased() -> None:
+    """Its pages were freed while its reader still had to read them."""
     pool = make_cache(4).pool
     cache = KVCache(pool, policy=Refusing(pool.capacity_bytes))
     put_and_release(cache, "7", "a", 2)
@@ -382,13 +394,16 @@ def test_what_a_refused_history_was_to_grow_on_stays_with_who_holds_it() -> None
     base = cache.lookup("7", history_of(events_of("a", 2))).entry
     assert base is not None
     longer = [*events_of("a", 2), *range(5)]
-    assert cache.put("7", history_of(longer).content, kv_of(longer)[:, 10:], base, 10) is None
-    assert holds(cache, base, events_of("a", 2))
+    assert (
+        cache.put("7", history_of(longer).content, kv_of(longer)[:, 10:], base=base, num_kept=10)
+        is None
+    )
+    assert has_kv_of(cache, base, events_of("a", 2))
     cache.release(base)
     assert pool.num_free == 2
 
 
-# Eviction, pins, counts.
+# Eviction, leases, counts.
 
 
 def test_an_evicted_user_is_told_from_a_cold_one_until_it_is_put_again() -> None:
@@ -423,44 +438,44 @@ def test_a_replaced_history_gives_its_pages_back() -> None:
     assert cache.held_bytes == 4 * PAGE_BYTES
 
 
-def test_pins_outlive_replacement() -> None:
+def test_leases_outlive_replacement() -> None:
     cache = make_cache(5)
     old = put(cache, "7", "a", 2)
     new = put(cache, "7", "b", 3)
     assert old is not None
     assert new is not None
-    assert holds(cache, old, events_of("a", 2))
+    assert has_kv_of(cache, old, events_of("a", 2))
     assert cache.pool.num_free == 0
     cache.release(old)
     assert cache.pool.num_free == 2
-    assert holds(cache, new, events_of("b", 3))
+    assert has_kv_of(cache, new, events_of("b", 3))
 
 
-def test_pins_outlive_being_forgotten() -> None:
+def test_leases_outlive_being_forgotten() -> None:
     cache = make_cache(3)
     entry = put(cache, "7", "a", 2)
     assert entry is not None
     assert cache.forget("7") == 2 * PAGE_BYTES
     assert look_up(cache, "7", events_of("a", 2))[0] == "cold"
     assert put(cache, "8", "b", 2) is None
-    assert holds(cache, entry, events_of("a", 2))
+    assert has_kv_of(cache, entry, events_of("a", 2))
     cache.release(entry)
     assert cache.pool.num_free == 3
 
 
-def test_a_pinned_user_is_not_evicted() -> None:
+def test_a_leased_entry_is_not_evicted() -> None:
     cache = make_cache(4)
-    pinned = put(cache, "a", "a", 2)
+    leased = put(cache, "a", "a", 2)
     put_and_release(cache, "b", "b", 2)
     put_and_release(cache, "c", "c", 2)
     assert state_of(cache) == (["a", "c"], 0)
-    assert pinned is not None
-    assert holds(cache, pinned, events_of("a", 2))
+    assert leased is not None
+    assert has_kv_of(cache, leased, events_of("a", 2))
 
 
 def test_a_put_that_does_not_fit_changes_nothing() -> None:
     cache = make_cache(5)
-    pinned = put(cache, "a", "a", 2)
+    leased = put(cache, "a", "a", 2)
     put_and_release(cache, "b", "b", 1)
     put_and_release(cache, "c", "c", 2)
     before = state_of(cache)
@@ -470,8 +485,8 @@ def test_a_put_that_does_not_fit_changes_nothing() -> None:
     assert state_of(cache) == before
     assert counted(cache, "evictions") == 0
     assert counted(cache, "not_kept") == 3
-    assert pinned is not None
-    assert holds(cache, pinned, events_of("a", 2))
+    assert leased is not None
+    assert has_kv_of(cache, leased, events_of("a", 2))
     assert look_up(cache, "b", events_of("b", 1))[0] == "hit"
 
 
@@ -487,7 +502,7 @@ def test_forgetting_a_user_leaves_nothing_of_it() -> None:
     cache = make_cache(3)
     put_and_release(cache, "a", "a", 2)
     put_and_release(cache, "b", "b", 3)
-    assert cache.forget("a") == 0  # evicted already; now not even that is known
+    assert cache.forget("a") == 0  # already evicted; now that is forgotten too
     assert look_up(cache, "a", events_of("a", 2))[0] == "cold"
     assert cache.forget("b") == 3 * PAGE_BYTES
     assert look_up(cache, "b", events_of("b", 3))[0] == "cold"
@@ -504,7 +519,7 @@ def test_evictions_are_remembered_of_so_many_users_only(monkeypatch: pytest.Monk
 
 
 def test_who_was_evicted_or_forgotten_is_remembered_in_few_bytes() -> None:
-    """Their ids were kept whole, as long as a message may be."""
+    """Whole ids were kept, which may be as long as a message."""
     cache = make_cache(1)
     tracemalloc.start()
     try:
@@ -519,11 +534,11 @@ def test_who_was_evicted_or_forgotten_is_remembered_in_few_bytes() -> None:
 
 
 def test_histories_without_events_are_bounded_in_number_too() -> None:
-    """What takes no page never left: every user with an empty history was kept for good."""
+    """Entries without pages were never evicted: every user with an empty history was kept."""
     cache = make_cache(3)
     for number in range(50):
         put_and_release(cache, str(number), "a", 0)
-    assert [number for number in range(50) if cache.knows(str(number))] == [47, 48, 49]
+    assert [number for number in range(50) if cache.contains(str(number))] == [47, 48, 49]
 
 
 def test_every_lookup_is_counted_under_its_reason() -> None:
@@ -539,7 +554,7 @@ def test_every_lookup_is_counted_under_its_reason() -> None:
     assert counted(cache, "lookups") == 7
 
 
-# A user comes with one of three histories, maybe grown; a request in flight ends; one is forgotten.
+# A user asks with one of three histories, maybe grown; a request ends; a user is forgotten.
 steps = st.lists(
     st.tuples(st.just("come"), st.integers(0, 3), st.integers(0, 2), st.integers(0, 12))
     | st.tuples(st.just("end"), st.integers(0, 100), st.just(0), st.just(0))
@@ -549,13 +564,13 @@ steps = st.lists(
 
 
 def version_of(user: int, version: int, num_events: int) -> list[int]:
-    """Histories of a user that begin alike for 0, 6 or 12 events."""
-    start = [100 * user + place for place in range(6 * version)]
-    return [*start, *(1000 * (1 + version) + 100 * user + place for place in range(num_events + 1))]
+    """Histories of a user with a common prefix of 0, 6 or 12 events."""
+    start = [100 * user + index for index in range(6 * version)]
+    return [*start, *(1000 * (1 + version) + 100 * user + index for index in range(num_events + 1))]
 
 
 @given(st.integers(1, 9), steps)
-def test_random_traffic_keeps_pinned_kv_intact_and_loses_no_page(
+def test_random_traffic_keeps_leased_kv_intact_and_loses_no_page(
     num_pages: int, traffic: list[tuple[str, int, int, int]]
 ) -> None:
     cache = make_cache(num_pages)
@@ -576,8 +591,8 @@ def test_random_traffic_keeps_pinned_kv_intact_and_loses_no_page(
         alive = {id(entry): entry for entry in [*kept, *(one for one, _ in in_flight)]}
         held = [page for entry in alive.values() for page in entry.pages]
         assert len(set(held)) == len(held) == num_pages - cache.pool.num_free
-        assert all(holds(cache, entry, events) for entry, events in in_flight)
-        assert all(holds(cache, entry, events_by_entry[id(entry)]) for entry in kept)
+        assert all(has_kv_of(cache, entry, events) for entry, events in in_flight)
+        assert all(has_kv_of(cache, entry, events_by_entry[id(entry)]) for entry in kept)
     for entry, _ in in_flight:
         cache.release(entry)
     for number in range(4):
@@ -591,21 +606,21 @@ def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
     wrong: list[str] = []
     rounds = [0] * 4
 
-    def hammer(place: int) -> None:
-        rng = random.Random(place)
+    def hammer(index: int) -> None:
+        rng = random.Random(index)
         while time.monotonic() < stop and not wrong:
             user, version = rng.randrange(6), rng.randrange(3)
             events = version_of(user, version, rng.randrange(9))
             entry = grow(cache, str(user), events)
             if entry is not None:
-                if not holds(cache, entry, events):
+                if not has_kv_of(cache, entry, events):
                     wrong.append(f"user {user}, version {version}")
                 cache.release(entry)
             if rng.random() < 0.05:
                 cache.forget(str(user))
-            rounds[place] += 1
+            rounds[index] += 1
 
-    threads = [threading.Thread(target=hammer, args=(place,)) for place in range(4)]
+    threads = [threading.Thread(target=hammer, args=(index,)) for index in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -613,12 +628,12 @@ def test_threads_that_hammer_one_cache_read_only_what_they_asked_for() -> None:
     assert wrong == []
     assert min(rounds) > 10
     kept = cache._entry_by_user.values()
-    assert all(entry.num_holders == 0 and not entry.dropped for entry in kept)
+    assert all(entry.num_leases == 0 and not entry.dropped for entry in kept)
     assert sum(len(entry.pages) for entry in kept) == 20 - cache.pool.num_free
 
 
 def test_kv_of_another_model_is_refused_before_anything_changed() -> None:
-    """It was found out while copying, when victims were evicted and pages taken already."""
+    """It failed while copying, when other entries were already evicted and pages allocated."""
     cache = make_cache(3)
     put_and_release(cache, "7", "a", 2)
     held = cache.held_bytes

@@ -1,4 +1,4 @@
-"""What the cache counts is what happened, also for TensorBoard and for Prometheus."""
+"""Cache metrics count what happened, also as exported to TensorBoard and Prometheus."""
 
 import math
 import sys
@@ -135,7 +135,7 @@ def test_the_last_registration_of_a_gauge_counts() -> None:
 
 
 def test_a_gauge_may_wait_for_someone_who_counts() -> None:
-    """An owner counts under its own lock, and its gauge takes that lock: neither waits for ever."""
+    """An owner counts under its own lock, and its gauge takes that lock: no deadlock."""
     metrics = CacheMetrics()
 
     def read() -> float:
@@ -202,7 +202,7 @@ def test_a_block_is_timed_also_if_it_raises(monkeypatch: pytest.MonkeyPatch) -> 
     assert (histogram.count, histogram.sum) == (2, 0.75)
 
 
-# What is not declared.
+# Undeclared metrics.
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
 
 
 def scraped(metrics: CacheMetrics, is_open: bool) -> dict[str, Metric]:
-    """Families by name, as a scraper that reads one or the other format gets them."""
+    """Families by name, as a scraper of either format gets them."""
     registry = CollectorRegistry(auto_describe=True)
     registry.register(PrometheusCollector(metrics))
     if is_open:

@@ -1,4 +1,4 @@
-"""Pages are never lost or held twice, and give back what was written."""
+"""Pages are never lost or allocated twice, and return what was written."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from torchrec_kvshare.errors import ConfigError
 
 
 def make_pool(capacity_bytes: int) -> PagePool:
-    return PagePool(capacity_bytes, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+    return PagePool(
+        capacity_bytes, PAGE_SIZE, num_planes=NUM_PLANES, num_heads=NUM_HEADS, head_dim=HEAD_DIM
+    )
 
 
 def draw_kv(num_rows: int, seed: int) -> Tensor:
@@ -21,12 +23,12 @@ def draw_kv(num_rows: int, seed: int) -> Tensor:
 
 
 def read_back(pool: PagePool, pages: list[int], num_rows: int) -> Tensor:
-    """What lies in the pages, read page by page."""
+    """Read the pages one by one."""
     parts = [pool.kv_pages[:, page] for page in pages]
     return torch.cat([*parts, torch.empty(NUM_PLANES, 0, NUM_HEADS, HEAD_DIM)], dim=1)[:, :num_rows]
 
 
-# A history comes with so many rows, or one of those held goes.
+# A history with so many rows arrives, or one of the kept histories leaves.
 steps = st.lists(
     st.tuples(st.just("come"), st.integers(0, 4 * PAGE_SIZE))
     | st.tuples(st.just("go"), st.integers(0, 100)),
@@ -35,7 +37,7 @@ steps = st.lists(
 
 
 @given(st.integers(PAGE_BYTES, 12 * PAGE_BYTES), steps)
-def test_random_lives_of_users_lose_no_page_and_hold_none_twice(
+def test_random_lives_of_users_lose_no_page_and_share_none(
     capacity_bytes: int, lives: list[tuple[str, int]]
 ) -> None:
     pool = make_pool(capacity_bytes)
@@ -110,4 +112,4 @@ def test_a_budget_below_one_page_is_refused() -> None:
 
 def test_a_page_of_no_rows_is_refused() -> None:
     with pytest.raises(ConfigError, match="page_size is 0"):
-        PagePool(4096, 0, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+        PagePool(4096, 0, num_planes=NUM_PLANES, num_heads=NUM_HEADS, head_dim=HEAD_DIM)

@@ -1,4 +1,4 @@
-"""Who leaves a full tier, and that what stays never weighs more than the tier may hold."""
+"""Which keys a policy evicts, and that the others never exceed its capacity."""
 
 import gc
 import sys
@@ -20,7 +20,7 @@ both = pytest.mark.parametrize("name", NAMES)
 
 
 def held_by(policy: Policy) -> dict[str, int]:
-    """Sizes of the keys ``a`` to ``h`` as the policy has them; asking counts as a look-up."""
+    """Return the sizes of the keys ``a`` to ``h`` in the policy; this counts as a look-up."""
     if isinstance(policy, LruPolicy):
         return dict(policy._bytes_by_key)
     assert isinstance(policy, TinyLfuPolicy)
@@ -82,7 +82,7 @@ def test_look_ups_of_an_absent_key_get_it_in() -> None:
 
 
 def test_a_policy_without_an_owner_is_freed() -> None:
-    """moka cannot be searched for cycles: a listener that held the policy kept both for ever."""
+    """moka does not support cycle collection: a listener with the policy kept both for ever."""
     policy = TinyLfuPolicy(10)
     policy.put("a", 1)
     freed = weakref.ref(policy)
@@ -92,7 +92,7 @@ def test_a_policy_without_an_owner_is_freed() -> None:
 
 
 def test_a_put_for_which_very_many_leave_is_done_when_it_returns() -> None:
-    """moka stops evicting after 100 ms: the tier held half as much again as its capacity."""
+    """moka stops evicting after 100 ms: the tier grew to 1.5 times its capacity."""
     policy = TinyLfuPolicy(200_000)
     for number in range(200_000):
         policy._cache.set(str(number), 1)
@@ -104,7 +104,7 @@ def test_a_put_for_which_very_many_leave_is_done_when_it_returns() -> None:
 
 def test_a_tier_of_a_tebibyte_is_used_and_not_exceeded() -> None:
     policy = TinyLfuPolicy(TEBIBYTE)
-    entry_bytes = (5 << 30) + 1  # above what moka counts in 32 bits
+    entry_bytes = (5 << 30) + 1  # more than 32 bits
     for number in range(300):
         policy.touch(str(number))
         policy.put(str(number), entry_bytes)
@@ -175,7 +175,7 @@ others = st.tuples(st.sampled_from(["touch", "remove"]), keys, st.just(0))
 @given(
     lives=st.lists(puts | others, max_size=80),
     capacity=st.integers(1, 100),
-    # Tiers whose sizes moka cannot count in bytes, too.
+    # Capacities too that moka cannot count in bytes.
     scale=st.sampled_from([1, (1 << 31) + 1, 1 << 34]),
     rest=st.integers(0, 5),
 )
@@ -203,16 +203,15 @@ def test_what_did_not_leave_is_there_and_fits(
     assert held_by(policy) == held
 
 
-# What the policies are worth.
+# Hit rates.
 
 NUM_KEYS = 2000
-NUM_RUNS = (
-    5  # moka's sketch is hashed anew each time: one run's hit rate is within 0.6 % of another
-)
+# moka's sketch has a new random hash in each run: hit rates of two runs differ by at most 0.6 %.
+NUM_RUNS = 5
 
 
 def zipf_trace() -> tuple[list[str], dict[str, int]]:
-    """Keys looked up by Zipf's law with exponent 1.1, and sizes that do not go with it."""
+    """Keys looked up by Zipf's law with exponent 1.1, and sizes independent of it."""
     draws = np.random.default_rng(7)
     weights = np.arange(1, NUM_KEYS + 1) ** -1.1
     trace = draws.choice(NUM_KEYS, 20_000, p=weights / weights.sum())
@@ -255,13 +254,13 @@ def test_on_a_zipf_trace_tiny_lfu_beats_lru_and_both_hit_as_often_as_the_library
         case = (name, trace, bytes_by_key, capacity)
         rates[name] = np.mean([hit_rate(*case) for _ in range(NUM_RUNS)])
         library = np.mean([hit_rate_of_moka(*case) for _ in range(NUM_RUNS)])
-        # moka evicts behind time when it is not asked to: 0.5 % more hits, over its budget.
+        # Without run_pending_tasks moka evicts late: 0.5 % more hits, over its budget.
         assert abs(rates[name] - library) < 0.01
     # .757 to .761 against .706 over six seeds.
     assert rates["tiny_lfu"] > rates["lru"] + 0.03
 
 
-# What cannot work.
+# Errors.
 
 
 def test_an_unknown_policy_is_refused_with_those_there_are() -> None:

@@ -1,4 +1,4 @@
-"""Secrets in files; folders are held by the tests of what is kept in them."""
+"""Secrets in files; the users of private folders test those."""
 
 import os
 import stat
@@ -41,7 +41,7 @@ def test_a_secret_that_others_can_read_or_write_is_refused(tmp_path: Path, mode:
 
 
 def test_a_secret_that_is_written_replaces_what_others_had_prepared(tmp_path: Path) -> None:
-    """A link there leads nowhere, and a file that is open to others does not become secret."""
+    """A prepared link is not followed, and a file that others can access is not reused."""
     theirs = tmp_path / "theirs"
     theirs.write_text("")
     (tmp_path / "key").symlink_to(theirs)

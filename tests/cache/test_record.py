@@ -1,4 +1,4 @@
-"""What a store gives back is the K/V that was put there, or an error that says why it is not."""
+"""A packet from a store is the K/V that was written, or an error that says why not."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ from torchrec_kvshare.cache.record import (
 )
 from torchrec_kvshare.errors import ConfigError, RecordError
 
-USER, KEY = "user 7: ü/\ud800", b"a secret of some bytes"  # JSON may hold half of a character.
-IDENTITY = Identity("5e" * 32, "0f" * 32, "c1" * 16, "clicks", 3)
+USER, KEY = "user 7: ü/\ud800", b"a secret of some bytes"  # JSON may have a lone surrogate.
+IDENTITY = Identity("5e" * 32, "0f" * 32, "c1" * 16, tower="clicks", block=3)
 FLOAT32, INT8 = get_codec("float32"), get_codec("int8")
 FIXED_BYTES, CRC_BYTES, MAC_BYTES = 10, 4, 32
 
@@ -37,18 +37,22 @@ every_key = pytest.mark.parametrize("key", [None, KEY], ids=["no key", "key"])
 
 
 def make_record(num_rows: int = 7, identity: Identity = IDENTITY) -> KVRecord:
-    digests = tuple(bytes([place]) * 16 for place in range(7 // identity.block))
+    digests = tuple(bytes([index]) * 16 for index in range(7 // identity.block))
     generator = torch.Generator().manual_seed(num_rows)
     kv = torch.randn(2, num_rows, 3, 5, generator=generator)
     return KVRecord(
-        Content(identity, digests, b"\xaa" * 16, 11, 1_600_000_000, 7), 1_700_000_000.25, kv
+        Content(
+            identity, digests, b"\xaa" * 16, first_event=11, first_time=1_600_000_000, num_events=7
+        ),
+        1_700_000_000.25,
+        kv,
     )
 
 
 def repack(
     packet: bytes, header: Any, payload: bytes | None = None, key: bytes | None = None
 ) -> bytes:
-    """The packet with another header or payload, and the trailer that belongs to it."""
+    """The packet with another header or payload, and a valid trailer."""
     trailer_bytes = MAC_BYTES if packet[5] else CRC_BYTES
     (header_length,) = struct.unpack("<I", packet[6:FIXED_BYTES])
     if payload is None:
@@ -72,7 +76,7 @@ def header_of(packet: bytes) -> dict[str, Any]:
 
 
 def read(packet: bytes | memoryview, codec: Codec = INT8, key: bytes | None = None) -> KVRecord:
-    return unpack(packet, USER, IDENTITY, codec, key)
+    return unpack(packet, USER, IDENTITY, codec=codec, key=key)
 
 
 def packets_and_scopes() -> list[str]:
@@ -107,9 +111,13 @@ def test_a_record_comes_back_as_its_codec_writes_it(
 
 def test_a_history_without_events_and_context_comes_back() -> None:
     identity = IDENTITY._replace(context=NO_CONTEXT, tower="", block=64)
-    record = KVRecord(Content(identity, (), b"", 0, 0, 0), 0.0, torch.empty(2, 0, 3, 5))
+    record = KVRecord(
+        Content(identity, (), b"", first_event=0, first_time=0, num_events=0),
+        0.0,
+        torch.empty(2, 0, 3, 5),
+    )
     packet = pack(record, "", FLOAT32, None)
-    assert_same(unpack(packet, "", identity, FLOAT32, None), record)
+    assert_same(unpack(packet, "", identity, codec=FLOAT32, key=None), record)
 
 
 @every_key
@@ -131,7 +139,7 @@ def test_a_packet_is_laid_out_as_documented(key: bytes | None) -> None:
         "tensors": [["kv", "torch.float32", [2, 7, 3, 5]]],
     }
     assert record.kv.numpy().astype("<f4").tobytes() in packet
-    # The tests' own trailer is the package's.
+    # The tests' own trailer equals the package's.
     assert_same(read(repack(packet, header, key=key), FLOAT32, key), record)
 
 
@@ -158,7 +166,7 @@ def test_what_was_read_shares_no_memory_with_the_packet(codec: Codec) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_packet_of_what_is_not_finite_is_refused(number: float) -> None:
-    """Another writer may have made it: its K/V was scored with."""
+    """Another writer may have made it; its K/V was used for scoring."""
     packet = pack(make_record(), USER, FLOAT32, None)
     (header_length,) = struct.unpack("<I", packet[6:FIXED_BYTES])
     payload = bytearray(packet[FIXED_BYTES + header_length : -CRC_BYTES])
@@ -196,15 +204,15 @@ def test_a_packet_cut_at_any_byte_is_refused(codec: Codec, key: bytes | None) ->
 @every_key
 def test_a_packet_with_any_byte_changed_is_refused(key: bytes | None) -> None:
     packet = pack(make_record(), USER, INT8, key)
-    for place in range(len(packet)):
+    for index in range(len(packet)):
         for flip in (0x01, 0x80, 0xFF):
             changed = bytearray(packet)
-            changed[place] ^= flip
+            changed[index] ^= flip
             with pytest.raises(RecordError, match="packet"):
                 read(bytes(changed), key=key)
 
 
-# Where in the packet, as a share of it; how many bytes go; what comes in their place.
+# Position in the packet as a share of it; number of bytes removed; bytes inserted.
 edits = st.lists(
     st.tuples(st.floats(0.0, 1.0), st.integers(0, 40), st.binary(max_size=40)),
     min_size=1,
@@ -220,8 +228,8 @@ def test_edited_bytes_are_refused_or_are_the_record(
     packet = pack(make_record(), USER, INT8, key)
     edited = packet
     for share, num_gone, come in edits:
-        place = int(share * len(edited))
-        edited = edited[:place] + come + edited[place + num_gone :]
+        index = int(share * len(edited))
+        edited = edited[:index] + come + edited[index + num_gone :]
     if edited == packet:
         assert_same(read(edited, key=key), read(packet, key=key))
         return
@@ -239,7 +247,7 @@ def test_any_bytes_are_refused(key: bytes | None, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "byte", "message"),
+    ("index", "byte", "message"),
     [
         (0, ord("X"), r"b'XVSH' version 2; b'KVSH' version 2 is read"),
         (4, 1, r"b'KVSH' version 1; b'KVSH' version 2 is read"),
@@ -248,9 +256,9 @@ def test_any_bytes_are_refused(key: bytes | None, data: bytes) -> None:
         (40, 0, "trailer does not fit its bytes: cut, changed or forged"),
     ],
 )
-def test_what_is_wrong_with_the_bytes_is_named(place: int, byte: int, message: str) -> None:
+def test_what_is_wrong_with_the_bytes_is_named(index: int, byte: int, message: str) -> None:
     packet = bytearray(pack(make_record(), USER, INT8, None))
-    packet[place] = byte
+    packet[index] = byte
     with pytest.raises(RecordError, match=message):
         read(bytes(packet))
 
@@ -278,22 +286,22 @@ def test_a_packet_of_another_key_is_refused() -> None:
 
 @pytest.mark.parametrize("key", [b"", b"k" * 65], ids=["empty", "long"])
 def test_an_empty_or_long_key_is_refused(key: bytes) -> None:
-    """With an empty key BLAKE2b has no key: anyone could have signed."""
+    """With an empty key BLAKE2b is unkeyed: anyone could sign."""
     with pytest.raises(ConfigError, match=f"the key is {len(key)} bytes; 1 to 64 are allowed"):
         pack(make_record(), USER, INT8, key)
     with pytest.raises(ConfigError, match=f"the key is {len(key)} bytes"):
         read(pack(make_record(), USER, INT8, KEY), key=key)
 
 
-def test_without_a_key_who_writes_to_the_store_can_forge() -> None:
-    """Said in the module's docstring; here so that nobody believes otherwise."""
+def test_without_a_key_a_writer_to_the_store_can_forge() -> None:
+    """The module's docstring says so; this test makes it explicit."""
     packet = pack(make_record(), USER, FLOAT32, None)
     zeros = bytes(make_record().kv.nbytes)
     assert (read(repack(packet, header_of(packet), zeros), FLOAT32).kv == 0.0).all()
 
 
 @pytest.mark.parametrize("forgers_key", [None, b"another secret"])
-def test_with_a_key_who_writes_to_the_store_cannot_forge(forgers_key: bytes | None) -> None:
+def test_with_a_key_a_writer_to_the_store_cannot_forge(forgers_key: bytes | None) -> None:
     packet = pack(make_record(), USER, FLOAT32, KEY)
     zeros = bytes(make_record().kv.nbytes)
     forged = repack(packet, header_of(packet), zeros, forgers_key)
@@ -324,7 +332,7 @@ def test_another_users_record_is_refused(key: bytes | None) -> None:
     ],
 )
 def test_a_record_of_another_identity_is_refused(key: bytes | None, field: str, value: Any) -> None:
-    """Also where only digits differ that a scope leaves out."""
+    """Also if only digits differ that are not in the scope."""
     other = IDENTITY._replace(**{field: value})
     packet = pack(make_record(identity=other), USER, INT8, key)
     with pytest.raises(RecordError, match=f"{field} of the record is {value!r}; "):
@@ -476,7 +484,7 @@ def test_two_identities_have_two_scopes(one: Identity, other: Identity) -> None:
 
 
 def test_a_scope_keeps_sixteen_digits_of_a_digest() -> None:
-    identity = Identity("a" * 64, "b" * 64, "c" * 32, "likes", 8)
+    identity = Identity("a" * 64, "b" * 64, "c" * 32, tower="likes", block=8)
     assert shortened(identity) == ("a" * 16, "b" * 16, "c" * 16, "likes", 8)
     assert shortened(shortened(identity)) == shortened(identity)
     assert shortened(identity._replace(context=NO_CONTEXT)).context == NO_CONTEXT

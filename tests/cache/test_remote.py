@@ -1,4 +1,4 @@
-"""What the remote tier does when its servers are dead, slow, empty, full, locked or others."""
+"""The remote tier with servers that are dead, slow, empty, full, locked or not Redis."""
 
 import socket
 import sys
@@ -29,7 +29,7 @@ from torchrec_kvshare.errors import ConfigError, MissingExtraError, TierError
 
 TTL_S = 600.0
 TIMEOUT_S = 0.5
-# What a busy machine adds to a call that ends by its timeout; below another one.
+# A busy machine adds this to a call that times out; less than another timeout.
 SLACK_S = 0.4
 USER = "7e" * 16
 KEYS = f"kvshare:{{{USER}}}:"
@@ -53,14 +53,14 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisSer
 
 @pytest.fixture
 def server(shared_server: RedisServer) -> RedisServer:
-    """A server that is empty and runs; tests that harm it start their own."""
+    """An empty, running server; tests that stop or freeze a server start their own."""
     with shared_server.client() as client:
         client.flushall()
     return shared_server
 
 
 def works(tier: RemoteTier, user: str = USER) -> bool:
-    """Whether a value is kept and found; what is kept besides stays."""
+    """Return whether a value can be written and read; other values are not touched."""
     value = str(time.time()).encode()
     try:
         tier.put(user, SCOPE_B, value, time.time())
@@ -82,7 +82,7 @@ def uses(tier: RemoteTier) -> list[Callable[[], object]]:
 # Keys.
 
 
-def test_all_keys_of_a_user_lie_in_one_slot_and_leave_by_themselves(server: RedisServer) -> None:
+def test_all_keys_of_a_user_are_in_one_slot_and_expire_by_themselves(server: RedisServer) -> None:
     with remote_tier(server.url) as tier, server.client() as client:
         encoded_at = time.time() - 400.0
         tier.put(USER, SCOPE_A, b"older", encoded_at)
@@ -91,7 +91,7 @@ def test_all_keys_of_a_user_lie_in_one_slot_and_leave_by_themselves(server: Redi
         tier.put(USER, SCOPE_B, b"newer", time.time() - 100.0)
         tier.put(USER, SCOPE_A, b"older", encoded_at)
         assert 198_000 < client.pttl(f"{KEYS}{SCOPE_A}") <= 200_000
-        # As long as the youngest value that it names.
+        # As long as the youngest value in it.
         assert 498_000 < client.pttl(f"{KEYS}scopes") <= 500_000
         names = {f"{KEYS}{name}".encode() for name in (SCOPE_A, SCOPE_B, "scopes")}
         assert set(client.keys()) == names
@@ -111,7 +111,7 @@ def test_a_clock_that_runs_ahead_gives_no_longer_life(server: RedisServer) -> No
 def test_a_forgotten_user_stays_so_whatever_the_machines_clocks_say(
     server: RedisServer, writer_s: float, forgetter_s: float
 ) -> None:
-    """K/V of a machine whose clock ran ahead of the forgetting one's was taken after that."""
+    """K/V of a machine with a clock ahead of the forgetting machine's was accepted later."""
     with remote_tier(server.url) as writer, remote_tier(server.url) as forgetter:
         writer._clock = lambda: time.time() + writer_s
         forgetter._clock = lambda: time.time() + forgetter_s
@@ -125,19 +125,19 @@ def test_a_forgotten_user_stays_so_whatever_the_machines_clocks_say(
 
 
 def test_a_write_that_hangs_on_its_way_is_no_younger_for_it(tmp_path: Path) -> None:
-    """The server's time at which it comes says nothing of when its K/V was encoded."""
+    """The server's time at its arrival does not say when its K/V was encoded."""
     with RedisServer(tmp_path) as server, remote_tier(server.url, timeout_s=20.0) as tier:
         encoded_at = tier._clock()
-        by_server = tier._by_server
+        on_server_clock = tier._on_server_clock
 
         def hang(client: Any, at: float) -> tuple[float, float]:
-            times = by_server(client, at)
-            tier._by_server = by_server  # type: ignore[method-assign]
+            times = on_server_clock(client, at)
+            tier._on_server_clock = on_server_clock  # type: ignore[method-assign]
             tier.forget(USER, tier._clock())
             time.sleep(0.2)
             return times
 
-        tier._by_server = hang  # type: ignore[method-assign]
+        tier._on_server_clock = hang  # type: ignore[method-assign]
         assert not tier.put(USER, SCOPE_A, b"late", encoded_at)
 
 
@@ -158,8 +158,8 @@ def test_scopes_whose_values_are_gone_do_not_pile_up(server: RedisServer) -> Non
         assert client.smembers(f"{KEYS}scopes") == {SCOPE_A.encode()}
 
 
-def test_a_value_whose_set_was_evicted_is_not_given(server: RedisServer) -> None:
-    """Forgetting the user would not find it, so nobody else does either."""
+def test_a_value_whose_set_was_evicted_is_not_returned(server: RedisServer) -> None:
+    """``forget`` would not find it, so ``get`` does not return it."""
     with remote_tier(server.url) as tier, server.client() as client:
         tier.put(USER, SCOPE_A, b"value", time.time())
         client.delete(f"{KEYS}scopes")
@@ -220,7 +220,7 @@ def test_a_server_that_was_killed_is_empty_and_used_when_it_is_back(tmp_path: Pa
 
 
 def test_a_server_that_does_not_answer_costs_one_timeout(tmp_path: Path) -> None:
-    """Over an old connection and over a new one; and no answer comes to the wrong question."""
+    """Over an old and a new connection; and no answer is taken for that of another call."""
     with RedisServer(tmp_path) as server, remote_tier(server.url) as tier:
         tier.put(USER, SCOPE_A, b"value", time.time())
         server.pause()
@@ -236,7 +236,7 @@ def test_a_server_that_does_not_answer_costs_one_timeout(tmp_path: Path) -> None
 
 
 def test_a_server_that_is_not_there_costs_one_timeout() -> None:
-    """Packets to 192.0.2.0/24, kept for documents, are lost or refused."""
+    """Packets to 192.0.2.0/24, reserved for documentation, are lost or refused."""
     with remote_tier("redis://192.0.2.1") as tier:
         start = time.monotonic()
         with pytest.raises(TierError) as caught:
@@ -247,7 +247,7 @@ def test_a_server_that_is_not_there_costs_one_timeout() -> None:
 
 @contextmanager
 def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names under ``slow.test`` mean 127.0.0.1, which nobody hears before the block's end."""
+    """Names under ``slow.test`` resolve to 127.0.0.1, but only at the end of the block."""
     asked: list[str] = []
     is_over = threading.Event()
     real = socket.getaddrinfo
@@ -269,7 +269,7 @@ def hanging_resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_a_resolver_that_hangs_costs_one_timeout_and_one_thread(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Looking up a name had no deadline: a resolver that took 2 s took them of every call."""
+    """DNS look-ups had no deadline: a resolver that took 2 s delayed every call by 2 s."""
     with remote_tier(f"redis://a.slow.test:{server.port}") as tier:
         with hanging_resolver(monkeypatch) as asked:
             for use in uses(tier):
@@ -277,9 +277,9 @@ def test_a_resolver_that_hangs_costs_one_timeout_and_one_thread(
                 with pytest.raises(TierError, match=r"a\.slow\.test has no address after 0\.5 s"):
                     use()
                 assert TIMEOUT_S * 0.9 <= time.monotonic() - start <= TIMEOUT_S + SLACK_S
-            assert asked == ["a.slow.test"]  # All have waited for the same answer.
+            assert asked == ["a.slow.test"]  # All waited for the same look-up.
         wait_until(lambda: works(tier), 20.0)
-        # An address that is known is used where the resolver hangs again.
+        # If the resolver hangs again, the known address is used.
         for client in tier._primaries():
             client.connection_pool.disconnect()
         with hanging_resolver(monkeypatch):
@@ -289,7 +289,7 @@ def test_a_resolver_that_hangs_costs_one_timeout_and_one_thread(
 def test_every_address_of_a_name_is_tried(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for ``localhost``, whose first address is often IPv6's, where nobody listens."""
+    """Such as ``localhost``, whose first address is often IPv6, where no server listens."""
     real = socket.getaddrinfo
 
     def look_up(host: str, *arguments: Any, **options: Any) -> Any:
@@ -308,7 +308,7 @@ def put_much(tier: RemoteTier) -> None:
 
 
 def test_a_server_that_is_full_is_an_error_and_nothing_is_half_written(tmp_path: Path) -> None:
-    """A user can be forgotten there all the same, also one of whom nothing is kept."""
+    """``forget`` works there all the same, also for a user without values."""
     with (
         RedisServer(tmp_path) as server,
         remote_tier(server.url, timeout_s=5.0) as tier,
@@ -393,7 +393,7 @@ def test_a_password_is_sent_and_never_shown(tmp_path: Path) -> None:
 
 
 def complaint(url: str, **options: Any) -> str:
-    """What a tier says is wrong with a server; empty if it works."""
+    """Return the error of a tier's check; empty if it works."""
     with remote_tier(url, timeout_s=2.0, **options) as tier:
         try:
             tier.check()
@@ -405,15 +405,16 @@ def complaint(url: str, **options: Any) -> str:
 def test_a_password_that_is_missing_wrong_or_too_much_is_told_by_its_setting(
     server: RedisServer, tmp_path: Path
 ) -> None:
-    """What a write of some K/V said was 'Broken pipe': Redis hangs up on large commands of who has
-    not said a password."""
+    """A write of K/V failed with 'Broken pipe': Redis closes the connection on a large command of a
+    client that has not authenticated."""
     with RedisServer(tmp_path, password="s3cret") as locked:
         assert complaint(locked.url, password="s3cret") == ""
         assert complaint(locked.url) == (
             f"remote tier at 127.0.0.1:{locked.port}: it asks for a password: "
             "cache.remote.password_file: Authentication required."
         )
-        assert "what cache.remote.password_file holds" in complaint(locked.url, password="wr0ng")
+        wrong = complaint(locked.url, password="wr0ng")
+        assert "it refuses cache.remote.username or the password in" in wrong
         assert "cache.remote.username" in complaint(locked.url, username="me", password="s3cret")
         with remote_tier(locked.url, timeout_s=2.0) as tier, pytest.raises(TierError) as broken:
             tier.put(USER, SCOPE_A, b"x" * 2_000_000, time.time())
@@ -447,7 +448,7 @@ def test_one_side_that_speaks_tls_alone_is_told(
         assert complaint(secured.url, **files) == ""
         plain = secured.url.replace("rediss", "redis")
         assert "speaks TLS (rediss:// in cache.remote.url)" in complaint(plain)
-        assert "cache.remote.tls_ca_file does not vouch" in complaint(secured.url)
+        assert "not signed by cache.remote.tls_ca_file" in complaint(secured.url)
         assert "it asks for a certificate" in complaint(secured.url, tls_ca_file=ca)
     assert "it may speak no TLS" in complaint(server.url.replace("redis", "rediss"), **files)
 
@@ -460,22 +461,23 @@ def test_what_is_no_redis_or_another_one_is_told(server: RedisServer, tmp_path: 
         told = complaint(f"redis://127.0.0.1:{port}")
         is_done.set()
         greeting.join()
-    assert "is no Redis" in told
+    # Which of two hints it gives depends on whether the greeting comes before the first command.
+    assert "is not Redis" in told
     with closed_port() as port:
         assert "Connection refused" in complaint(f"redis://127.0.0.1:{port}")
-    assert "no database of the number" in complaint(f"{server.url}/99")
+    assert "no database with the number" in complaint(f"{server.url}/99")
     assert "cache.remote.cluster=false" in complaint(server.url, cluster=True)
     with RedisServer(tmp_path / "full", "--maxmemory", "1") as full:
         assert "it is full" in complaint(full.url)
     address = "127.0.0.1", str(server.port)
     with RedisServer(tmp_path / "replica", "--replicaof", " ".join(address)) as replica:
-        assert "it is a replica" in complaint(replica.url)
+        assert "it is a read-only replica" in complaint(replica.url)
 
 
 def greet(listener: socket.socket, is_done: threading.Event) -> None:
-    """Say what an SSH server says, to a client that tries again too."""
+    """Answer as an SSH server does, also to a client that retries."""
     listener.settimeout(0.05)
-    connections = []  # Open until the end: to close one with bytes unread is to reset it.
+    connections = []  # Open until the end: closing one with unread bytes would reset it.
     while not is_done.is_set():
         with suppress(OSError):
             connections.append(listener.accept()[0])
@@ -512,13 +514,13 @@ def test_opening_a_tier_logs_what_is_wrong_in_one_line(
         new_stack(replace(config, remote=remote), {}).close()
         assert caplog.records == []
         with server.client() as client:
-            wait_until(lambda: client.dbsize() == 0, 10.0)  # The probe leaves by itself.
+            wait_until(lambda: client.dbsize() == 0, 10.0)  # The probe expires.
 
 
 def test_a_remote_tier_without_a_key_for_its_packets_is_said_once(
     server: RedisServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By default whoever can write to Redis can bring K/V in, and nothing said so."""
+    """By default anyone who can write to Redis can forge K/V, and nothing said so."""
     config = CacheConfig(name="tiered", remote=RemoteConfig(url=server.url, deadline_ms=2000))
     new_stack(config, {}).close()
     [logged] = [record.getMessage() for record in caplog.records]
@@ -641,10 +643,10 @@ def test_without_redis_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch
         RemoteTier("redis://host", TTL_S, TIMEOUT_S)
 
 
-# A cluster. One for all of its tests, which end with it healthy.
+# A cluster, one for all of these tests; each leaves it healthy.
 
 USERS = [f"{number:032x}" for number in range(40)]  # in all three servers' slots
-FAILOVER_S = 20.0  # 2 s until a server is taken for dead, about 1 for its replica's election
+FAILOVER_S = 20.0  # 2 s until a server counts as dead, about 1 s for the election of its replica
 
 
 @pytest.fixture(scope="module")
@@ -686,7 +688,7 @@ def test_a_cluster_is_used_as_one_server(cluster: list[RedisServer]) -> None:
         for server in primaries:
             with server.client() as client:
                 assert client.dbsize() > 0
-        assert tier.held_bytes() > 3_000_000  # of three servers; an empty one takes 1.5 MB
+        assert tier.held_bytes() > 3_000_000  # of three servers; an empty one uses 1.5 MB
         assert tier.forget(USERS[3], time.time()) == 32
         assert not tier.put(USERS[3], SCOPE_A, b"late", time.time() - 1.0)
         assert tier.clear("m-t") == 39 * 32
@@ -710,7 +712,7 @@ def test_a_silent_server_of_a_cluster_costs_few_timeouts(cluster: list[RedisServ
         put_all(tier)
         [silent, *_] = servers_by_role(cluster, "master")
         silent.pause()
-        # For less than the others take to call it dead.
+        # For less time than the others need to call it dead.
         start = time.monotonic()
         with pytest.raises(TierError):
             has_all(tier)
@@ -721,7 +723,7 @@ def test_a_silent_server_of_a_cluster_costs_few_timeouts(cluster: list[RedisServ
 
 
 def test_a_cluster_heals_when_a_primary_is_killed(cluster: list[RedisServer]) -> None:
-    """It is the one that the url names; the tier knows the others."""
+    """It is the server in the url; the tier knows the others."""
     [killed, *_] = servers_by_role(cluster, "master")
     with remote_tier(killed.url, cluster=True) as tier:
         put_all(tier)

@@ -1,4 +1,4 @@
-"""What the tiers below the device find, write, drop and forget, whatever one of them does."""
+"""What the tiers below the pages find, write, drop and forget, whatever one of them does."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ from torchrec_kvshare.cache.kv_cache import Entry, KVCache, Lookup
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LruPolicy
 from torchrec_kvshare.cache.record import KVRecord, pack, scope_of
-from torchrec_kvshare.cache.stack import Fetched, Level, TierLimits, TierStack, Want
+from torchrec_kvshare.cache.stack import Fetched, Level, MissingKV, TierLimits, TierStack
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import Found, HostTier
 from torchrec_kvshare.errors import ConfigError, TierError
@@ -34,16 +34,16 @@ from torchrec_kvshare.features.schema import HISTORY, ITEM, TIME, FeatureSchema,
 MODEL, TABLES, CONTEXT = "5e" * 8, "0f" * 8, "c1" * 8
 VERSION, OTHER_VERSION = f"{MODEL}-{TABLES}", f"{MODEL}-{'1f' * 8}"
 IDENTITY = identity_of(VERSION, NO_CONTEXT, HISTORY, PAGE_SIZE)
-EDITS = 10**6  # from here on events stand where others stood
-BARE = FeatureSchema({}, (), False, (), (), (History(HISTORY, Window(100, 5)),))
+EDITS = 10**6  # numbers from here on are edits of earlier events
+BARE = FeatureSchema({}, histories=(History(HISTORY, Window(100, 5)),))
 FLOAT32, INT8 = get_codec("float32"), get_codec("int8")
 TTL_S = 600.0
-PATIENCE_S = 20.0  # for what must come to an end, and does at once where it is right
-MARGIN_S = 2.0  # what a thread may take to wake up on a busy machine
+PATIENCE_S = 20.0  # timeout of what ends at once if the code is right
+MARGIN_S = 2.0  # a thread may take this long to wake up on a busy machine
 
 
 class Clock:
-    """Seconds that a test lets pass."""
+    """A clock that a test moves."""
 
     now = 1000.0
 
@@ -52,7 +52,7 @@ class Clock:
 
 
 class Gate:
-    """What runs into it says so, and waits until the test opens it."""
+    """A call signals that it was reached, and waits until the test opens the gate."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -72,7 +72,7 @@ def fail() -> None:
 
 
 class DictTier:
-    """Values in a dictionary, and what a test lets happen before it is asked."""
+    """A tier in a dictionary, with hooks for tests."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -127,7 +127,7 @@ class DictTier:
 
 
 class World:
-    """A stack, a device above it, and the clock of both."""
+    """A stack, the pages above it, and their common clock."""
 
     def __init__(
         self,
@@ -138,37 +138,45 @@ class World:
         limits: TierLimits | None = None,
     ) -> None:
         self.clock = Clock()
-        self.stack = TierStack(levels, TTL_S, key, limits or TierLimits(), self.clock)
-        pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+        self.stack = TierStack(levels, TTL_S, key, limits=limits or TierLimits(), clock=self.clock)
+        pool = PagePool(
+            num_pages * PAGE_BYTES,
+            PAGE_SIZE,
+            num_planes=NUM_PLANES,
+            num_heads=NUM_HEADS,
+            head_dim=HEAD_DIM,
+        )
         at_rest = LruPolicy((num_pages_at_rest or num_pages) * PAGE_BYTES)
         self.cache = KVCache(
             pool,
             policy=at_rest,
             clock=self.clock,
-            on_evict=self.stack.take,
+            on_evict=self.stack.demote,
             metrics=self.stack.metrics,
         )
         self.store = KVStore([self.cache], self.stack)
 
     def put(self, user: str, history: PrefixDigests, kv: Tensor | None = None) -> None:
-        """Keep a history as the engine does, behind what of it there is, and publish it."""
+        """Keep and publish a history as the engine does: extend its cached prefix."""
         lookup = self.cache.lookup(user, history)
         num_kept = 0 if kv is not None else lookup.num_matched
         rows = kv_of(history) if kv is None else kv
-        entry = self.store.put(0, user, history.content, rows[:, num_kept:], lookup, num_kept)
-        for held in (entry, lookup.entry):
-            if held is not None:
-                self.cache.release(held)
+        entry = self.store.put(
+            0, user, history.content, rows[:, num_kept:], lookup=lookup, num_kept=num_kept
+        )
+        for leased in (entry, lookup.entry):
+            if leased is not None:
+                self.cache.release(leased)
 
     def write(self, user: str, *histories: PrefixDigests) -> None:
-        """Publish histories, and nothing of them stays on the device."""
+        """Publish histories, then clear the pages."""
         for history in histories:
             self.put(user, history)
             self.drain()
             self.cache.clear(history.identity.model_version)
 
     def fetch(self, user: str, history: PrefixDigests, num_matched: int = 0) -> Fetched:
-        [fetched] = self.stack.fetch([want_of(user, history, num_matched)])
+        [fetched] = self.stack.fetch([missing_of(user, history, num_matched)])
         return fetched
 
     def drain(self) -> None:
@@ -204,24 +212,24 @@ def gate() -> Iterator[Gate]:
 
 
 def history_of(events: Sequence[int], identity: Identity = IDENTITY) -> PrefixDigests:
-    """A history of events by number, which is their time too where that keeps their order."""
+    """A history of events by number; the number is also the time, unless the order forbids it."""
     times = [*accumulate((event % EDITS for event in events), max)]
     columns = {ITEM: torch.tensor(events), TIME: torch.tensor(times)}
     return PrefixDigests(Events(columns, {}, 0), BARE, identity)
 
 
 def first(num_events: int, identity: Identity = IDENTITY) -> PrefixDigests:
-    """A history of so many events; the longer begin as the shorter do."""
+    """A history of so many events; a shorter one is a prefix of a longer one."""
     return history_of(range(num_events), identity)
 
 
-def want_of(user: str, history: PrefixDigests, num_matched: int = 0) -> Want:
-    """What an engine asks for whose encoder has a row for each event."""
-    return Want(user, history, num_matched, int)
+def missing_of(user: str, history: PrefixDigests, num_matched: int = 0) -> MissingKV:
+    """What an engine asks for if its encoder has one row per event."""
+    return MissingKV(user, history, num_matched, int)
 
 
 def kv_of(history: PrefixDigests) -> Tensor:
-    """K/V that tells which events it is of."""
+    """K/V whose values are the numbers of its events."""
     times = torch.arange(history.num_events) + history._parts[0][0, 0]
     return times.float()[:, None, None].expand(NUM_PLANES, -1, NUM_HEADS, HEAD_DIM)
 
@@ -270,7 +278,7 @@ def test_of_two_tiers_with_the_same_the_nearer_is_read(new_world: NewWorld) -> N
 
 
 @pytest.mark.parametrize(("num_events", "num_matched"), [(15, 11), (20, 13)])
-def test_what_the_device_has_as_much_of_is_not_brought_up(
+def test_kv_no_longer_than_that_in_pages_is_not_promoted(
     new_world: NewWorld, num_events: int, num_matched: int
 ) -> None:
     near = DictTier("near")
@@ -308,14 +316,14 @@ def test_many_histories_are_one_round_trip_and_those_found_go_no_further(
     new_world(near).write("7", first(11))
     new_world(far).write("8", first(12))
     world = new_world(near, far)
-    wants = [want_of("7", first(11)), want_of("8", first(12)), want_of("9", first(13))]
-    fetched = world.stack.fetch(wants)
+    missing = [missing_of("7", first(11)), missing_of("8", first(12)), missing_of("9", first(13))]
+    fetched = world.stack.fetch(missing)
     assert [one.tier for one in fetched] == ["near", "far", "none"]
     assert near.asked == [[key_of("7"), key_of("8"), key_of("9")]]
     assert far.asked == [[key_of("8"), key_of("9")]]
 
 
-def test_no_wants_ask_nobody(new_world: NewWorld) -> None:
+def test_without_missing_kv_no_tier_is_asked(new_world: NewWorld) -> None:
     near = DictTier("near")
     world = new_world(near)
     assert world.stack.fetch([]) == []
@@ -458,7 +466,7 @@ def test_kv_that_grew_is_as_old_as_its_oldest_part(new_world: NewWorld) -> None:
     assert world.fetch("7", first(16)).reason == "expired"
 
 
-def test_a_tier_that_is_down_is_a_miss_and_is_left_alone_for_a_while(new_world: NewWorld) -> None:
+def test_a_tier_that_is_down_is_a_miss_and_is_paused_for_a_while(new_world: NewWorld) -> None:
     near = DictTier("near")
     world = new_world(near, limits=TierLimits(max_failures=2, pause_s=7.0))
     world.write("7", first(11))
@@ -525,7 +533,7 @@ def test_a_tier_that_fails_does_not_take_away_what_a_nearer_one_had(new_world: N
 def test_a_tier_with_another_history_does_not_change_why_more_is_missing(
     new_world: NewWorld,
 ) -> None:
-    """What the nearer tier had was used, and the answer gave the reason of the farther one's."""
+    """The nearer tier's K/V was used, but the answer had the farther tier's reason."""
     near, far = DictTier("near"), DictTier("far")
     new_world(near).write("7", first(11))
     new_world(far).write("7", history_of([EDITS, *range(1, 13)]))
@@ -611,7 +619,7 @@ def test_kv_that_came_from_a_tier_is_not_written_there_again(new_world: NewWorld
     world = new_world(near)
     world.write("7", first(11))
     cold = world.cache.lookup("7", first(11))
-    [lookup] = world.store.fetch([(0, want_of("7", first(11)))], [cold])
+    [lookup] = world.store.fetch([(0, missing_of("7", first(11)))], [cold])
     assert lookup.entry is not None
     assert (lookup.reason, lookup.tier) == ("hit", "near")
     world.stack.publish(world.cache, lookup.entry)
@@ -620,12 +628,12 @@ def test_kv_that_came_from_a_tier_is_not_written_there_again(new_world: NewWorld
     assert near.num_puts == 1
 
 
-def test_kv_that_came_from_a_tier_is_no_younger_on_the_device(new_world: NewWorld) -> None:
+def test_kv_that_came_from_a_tier_is_no_younger_in_pages(new_world: NewWorld) -> None:
     world = new_world(DictTier("near"))
     world.write("7", first(11))
     cold = world.cache.lookup("7", first(11))
     world.clock.now += 100.0
-    [lookup] = world.store.fetch([(0, want_of("7", first(11)))], [cold])
+    [lookup] = world.store.fetch([(0, missing_of("7", first(11)))], [cold])
     assert lookup.entry is not None
     assert (lookup.entry.encoded_at, lookup.entry.used_at) == (1000.0, 1100.0)
     world.store.release(0, lookup.entry)
@@ -657,12 +665,12 @@ def test_users_who_came_are_remembered_up_to_a_number(
 
 
 def test_kv_that_waits_to_be_written_is_not_overwritten(new_world: NewWorld, gate: Gate) -> None:
-    """It lies in pages; they are free when it is written, though its user has other K/V by then."""
+    """Its pages are freed only after the write, even if its user has other K/V by then."""
     near = DictTier("near")
     near.before_put = gate
     world = new_world(near, num_pages=4)
     world.put("6", first(5))
-    assert gate.reached.wait(PATIENCE_S)  # Its K/V is encoded already, its pages are free to go.
+    assert gate.reached.wait(PATIENCE_S)  # Its K/V is packed already, so its pages may be freed.
     world.cache.forget("6")
     histories = {"7": first(8), "8": history_of(range(50, 58))}
     for user, history in histories.items():
@@ -725,7 +733,7 @@ def test_evicted_kv_is_not_overwritten_while_it_waits(new_world: NewWorld, gate:
         assert torch.equal(fetched.record.kv, kv_by_user[user])
 
 
-def test_the_host_gets_what_leaves_the_device_and_the_others_what_is_encoded(
+def test_the_host_gets_evicted_kv_and_the_others_newly_encoded_kv(
     new_world: NewWorld,
 ) -> None:
     near, far = DictTier("near"), DictTier("far")
@@ -854,7 +862,7 @@ def test_a_forgotten_user_is_gone_from_every_tier_and_nobody_else_is(new_world: 
 
 
 class GatedHost(HostTier):
-    """The host tier, whose writes run into a gate."""
+    """A host tier whose writes wait at a gate."""
 
     gate = Gate()
 
@@ -895,7 +903,7 @@ def test_an_encoding_under_way_does_not_bring_a_forgotten_user_back(new_world: N
     world.store.forget("7")
     world.clock.now += 1.0
     kv = kv_of(first(11))
-    assert world.store.put(0, "7", first(11).content, kv, lookup, 0) is None
+    assert world.store.put(0, "7", first(11).content, kv, lookup=lookup, num_kept=0) is None
     world.drain()
     assert (world.cache.held_bytes, near.num_puts) == (0, 0)
     world.put("7", first(11))
@@ -915,7 +923,7 @@ def test_kv_that_was_there_does_not_bring_a_forgotten_user_back_by_growing(
     world.clock.now += 1.0
     world.store.forget("7")
     rows = kv_of(first(16))[:, 11:]
-    assert world.store.put(0, "7", first(16).content, rows, lookup, 11) is None
+    assert world.store.put(0, "7", first(16).content, rows, lookup=lookup, num_kept=11) is None
     world.cache.release(lookup.entry)
     world.drain()
     assert (world.cache.held_bytes, near.held_bytes()) == (0, 0)
@@ -935,12 +943,12 @@ def test_kv_that_a_tier_gave_out_does_not_bring_a_forgotten_user_back(
 
     near.after_get = forget
     cold = Lookup(None, "cold", 0, world.clock.now)
-    assert world.store.fetch([(0, want_of("7", first(11)))], [cold]) == [cold]
+    assert world.store.fetch([(0, missing_of("7", first(11)))], [cold]) == [cold]
     assert (world.cache.held_bytes, near.held_bytes()) == (0, 0)
 
 
 def date_ahead(tier: DictTier, world: World, user: str, by_s: float) -> None:
-    """Let another machine, whose clock runs ahead, have encoded what a tier holds."""
+    """Store K/V as a machine writes it whose clock is ahead."""
     key = key_of(user)
     history = first(11)
     record = KVRecord(history.content, world.clock.now + by_s, kv_of(history).contiguous())
@@ -950,7 +958,7 @@ def date_ahead(tier: DictTier, world: World, user: str, by_s: float) -> None:
 def test_kv_of_a_clock_that_runs_ahead_does_not_bring_a_forgotten_user_back(
     new_world: NewWorld,
 ) -> None:
-    """Fetched while its user was forgotten it was dated later than that, and kept."""
+    """Fetched while its user was forgotten, it had a later time than ``forget``, and was kept."""
     near = DictTier("near")
     world = new_world(near)
     date_ahead(near, world, "7", by_s=30.0)
@@ -961,36 +969,38 @@ def test_kv_of_a_clock_that_runs_ahead_does_not_bring_a_forgotten_user_back(
 
     near.after_get = forget
     cold = world.cache.lookup("7", first(11))
-    assert world.store.fetch([(0, want_of("7", first(11)))], [cold]) == [cold]
+    assert world.store.fetch([(0, missing_of("7", first(11)))], [cold]) == [cold]
     assert (world.cache.held_bytes, near.held_bytes()) == (0, 0)
 
 
-def test_kv_that_is_brought_up_while_its_user_is_forgotten_goes_too(new_world: NewWorld) -> None:
-    """The device and the host forgot first, and then got from the far tier what ran ahead."""
+def test_kv_promoted_while_its_user_is_forgotten_is_dropped_too(
+    new_world: NewWorld,
+) -> None:
+    """Pages and host forgot first, and then got K/V of a clock that is ahead from the far tier."""
     far, host = DictTier("far"), host_tier()
     world = new_world(
         Level(host, FLOAT32, takes_evicted=True), far, num_pages=6, num_pages_at_rest=3
     )
     date_ahead(far, world, "7", by_s=30.0)
 
-    def bring_up() -> None:
+    def promote() -> None:
         far.before_forget = do_nothing
         world.clock.now += 1.0
         cold = world.cache.lookup("7", first(11))
-        [lookup] = world.store.fetch([(0, want_of("7", first(11)))], [cold])
+        [lookup] = world.store.fetch([(0, missing_of("7", first(11)))], [cold])
         assert lookup.entry is not None
         world.store.release(0, lookup.entry)
-        world.put("8", first(11))  # The other leaves for the host.
+        world.put("8", first(11))  # The other entry is demoted to the host.
         world.drain()
         world.clock.now += 1.0
 
-    far.before_forget = bring_up
+    far.before_forget = promote
     world.store.forget("7")
     world.drain()
     for stored in (far.value_by_key, host._value_by_scope_by_user):
         assert text_digest("7") not in str(stored)
     assert world.fetch("7", first(11)).record is None
-    assert not world.cache.knows("7")
+    assert not world.cache.contains("7")
 
 
 def test_kv_of_a_clock_that_runs_ahead_gets_no_older_than_others(new_world: NewWorld) -> None:
@@ -1002,14 +1012,14 @@ def test_kv_of_a_clock_that_runs_ahead_gets_no_older_than_others(new_world: NewW
     assert fetched.record.encoded_at == world.clock.now
 
 
-@pytest.mark.parametrize("is_left_alone", [False, True])
-def test_forgetting_names_a_tier_that_is_down(new_world: NewWorld, is_left_alone: bool) -> None:
+@pytest.mark.parametrize("is_open", [False, True], ids=["closed", "open breaker"])
+def test_forgetting_names_a_tier_that_is_down(new_world: NewWorld, is_open: bool) -> None:
     near, far = DictTier("near"), DictTier("far")
     world = new_world(near, far, limits=TierLimits(max_failures=1))
     world.write("7", first(11))
     value_bytes = far.held_bytes()
     near.before_get = near.before_forget = fail
-    if is_left_alone:
+    if is_open:
         world.fetch("7", first(11))
     assert world.store.forget("7") == {"pages": 0, "near": None, "far": value_bytes}
     assert world.counted("forgotten_bytes", tier="near") == 0
@@ -1076,7 +1086,7 @@ def test_with_a_key_only_what_was_signed_with_it_is_read(
 
 @pytest.mark.parametrize("num_bytes", [0, 65])
 def test_a_key_that_cannot_sign_is_refused_before_anything_is_written(num_bytes: int) -> None:
-    """The thread that writes died of it, and so did the request that read a signed record."""
+    """It ended the write thread, and the request that read a signed record failed."""
     with pytest.raises(ConfigError, match=f"the key is {num_bytes} bytes; 1 to 64 are allowed"):
         TierStack([Level(DictTier("near"), FLOAT32)], TTL_S, key=b"k" * num_bytes).close()
 
@@ -1111,16 +1121,16 @@ def test_threads_read_only_what_their_users_wrote(new_world: NewWorld) -> None:
     world.drain()
     assert wrong == []
     assert len(num_found) > 20
-    held: list[Entry] = [*world.cache._entry_by_user.values()]
-    assert all(entry.num_holders == 0 for entry in held)
-    assert sum(len(entry.pages) for entry in held) == 16 - world.cache.pool.num_free
+    kept: list[Entry] = [*world.cache._entry_by_user.values()]
+    assert all(entry.num_leases == 0 for entry in kept)
+    assert sum(len(entry.pages) for entry in kept) == 16 - world.cache.pool.num_free
 
 
 @pytest.mark.parametrize("num_rows", [0, 10, 12, 22])
 def test_kv_with_other_rows_than_its_events_have_is_refused(
     new_world: NewWorld, num_rows: int
 ) -> None:
-    """Its checksum is right; its last events were scored with what lay in the page behind them."""
+    """Its checksum is right; its last events were scored with other rows of the page."""
     near, far = DictTier("near"), DictTier("far")
     world = new_world(near, far)
     world.write("7", first(11))
@@ -1137,7 +1147,7 @@ def test_kv_with_other_rows_than_its_events_have_is_refused(
 
 
 def test_kv_of_another_shape_that_somebody_wrote_is_refused(new_world: NewWorld) -> None:
-    """Its checksum is right, and so is all that it says; it failed the request."""
+    """Its checksum and header are right; the request failed."""
     world = new_world(DictTier("near"))
     history = first(11)
     record = KVRecord(history.content, 1000.0, torch.ones(NUM_PLANES, 11, NUM_HEADS, HEAD_DIM + 1))
@@ -1147,5 +1157,5 @@ def test_kv_of_another_shape_that_somebody_wrote_is_refused(new_world: NewWorld)
     scope = scope_of(history.identity, codec.name)
     level.tier.put(user, scope, pack(record, user, codec, None), 1000.0)
     cold = world.cache.lookup("7", history)
-    [lookup] = world.store.fetch([(0, want_of("7", history))], [cold])
+    [lookup] = world.store.fetch([(0, missing_of("7", history))], [cold])
     assert (lookup.entry, lookup.reason) == (None, "tier_error")

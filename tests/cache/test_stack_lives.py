@@ -1,8 +1,8 @@
 """Whatever users, operators and time do to a stack of tiers, scores are those without a cache.
 
-Steps are drawn by hypothesis: 20 lives of 30 steps by default. With KVSHARE_SOAK=1 it draws 2500
-lives of 50 steps, of which about one in eight is cut off, and the test counts that 100,000 were
-taken. One core takes more than an hour for them.
+Hypothesis draws the steps: 20 lives of 30 steps by default. With KVSHARE_SOAK=1 it draws 2500 lives
+of 50 steps, of which about one in eight is cut off, and the test asserts that at least 100,000
+steps ran. That takes one core more than an hour.
 """
 
 import copy
@@ -68,9 +68,9 @@ HOST_BYTES = 9000  # two or three histories
 DISK_BYTES = 64 * 2**20
 DISK_KEY = b"a secret of some bytes"
 PATIENCE_S = 20.0
-# Probabilities over K/V that was int8 on the disk, some of it several times, as histories grow: the
-# worst of 35,000 steps 1.6e-3, on a CPU with AVX512 and torch 2.13. Of 300 edits two in five moved
-# one by more; the others, the least by 9e-5, are for lives with float32 on the disk to find.
+# Probabilities over K/V that was int8 on disk, some of it several times, as histories grow: the
+# worst of 35,000 steps 1.6e-3, on a CPU with AVX512 and torch 2.13. Two in five of 300 edits moved
+# a probability by more; only lives with float32 on disk detect the others (the smallest: 9e-5).
 TOLERANCE_BY_CODEC = {"float32": PROBABILITY_TOLERANCE, "int8": 4e-3}
 
 users = st.sampled_from(USERS)
@@ -89,12 +89,12 @@ def uncached_engine(version: str) -> Engine:
 
 @lru_cache
 def drawn(num_events: int, num_candidates: int, seed: int) -> RawRequest:
-    """Read and never changed."""
+    """A shared request: do not change it."""
     return draw_raw(num_events, num_candidates, seed)
 
 
 class Clock:
-    """Seconds that a step lets pass."""
+    """A clock that a step moves."""
 
     now = 1000.0
 
@@ -103,7 +103,7 @@ class Clock:
 
 
 class Lives(RuleBasedStateMachine):
-    """Four users and a crowd, two models over one host and one disk."""
+    """Four users and a crowd of others; two models over one host tier and one disk tier."""
 
     num_steps: ClassVar[int] = 0
 
@@ -133,8 +133,8 @@ class Lives(RuleBasedStateMachine):
         self.clock = Clock()
         self.folder = Path(tempfile.mkdtemp())
         self.history_by_user = {
-            user: copy.deepcopy(drawn(8 + 3 * place, 0, place)["history"])
-            for place, user in enumerate(USERS)
+            user: copy.deepcopy(drawn(8 + 3 * index, 0, index)["history"])
+            for index, user in enumerate(USERS)
         }
         self.version = VERSIONS[0]
         self.start()
@@ -152,12 +152,12 @@ class Lives(RuleBasedStateMachine):
                 self.history_by_user[user][column] += cells
         self.come(chosen, seed)
 
-    @rule(user=users, place=st.integers(1, 20), seed=seeds)
-    def edit_and_come(self, user: str, place: int, seed: int) -> None:
-        """Counted from the newest event, so that most edits fall into the window."""
+    @rule(user=users, index=st.integers(1, 20), seed=seeds)
+    def edit_and_come(self, user: str, index: int, seed: int) -> None:
+        """Edit an event, counted from the newest, so that most edits are in the window."""
         items = self.history_by_user[user]["item_id"]
-        if place <= len(items):
-            items[-place] = "110" if items[-place] != "110" else "109"
+        if index <= len(items):
+            items[-index] = "110" if items[-index] != "110" else "109"
         self.come([user], seed)
 
     @rule(user=users, num_events=st.integers(1, 9), seed=seeds)
@@ -177,7 +177,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(user=users, seed=seeds)
     def come_as_another(self, user: str, seed: int) -> None:
-        """With a history that other users may have too."""
+        """Take a history that other users may have too."""
         history = drawn(MAX_HISTORY, 0, seed % 3)["history"]
         num_events = 6 + seed % 9
         self.history_by_user[user] = {
@@ -195,9 +195,9 @@ class Lives(RuleBasedStateMachine):
     def crowd_in(self, first: int, num_strangers: int) -> None:
         raws = []
         for number in range(first, first + num_strangers):
-            place = number % len(STRANGERS)
-            history = drawn(8 + place, 0, 100 + place)["history"]
-            raw = drawn(0, 1, place) | {"user_id": STRANGERS[place], "history": history}
+            index = number % len(STRANGERS)
+            history = drawn(8 + index, 0, 100 + index)["history"]
+            raw = drawn(0, 1, index) | {"user_id": STRANGERS[index], "history": history}
             raws.append(oldest_first(raw))
         self.rank_raws(raws)
 
@@ -251,7 +251,7 @@ class Lives(RuleBasedStateMachine):
             assert self.scopes_of(user) == kept
         assert self.caches[VERSIONS.index(version)]._entry_by_user == {}
 
-    # What always holds.
+    # Invariants.
 
     @precondition(lambda self: hasattr(self, "stack"))
     @invariant()
@@ -266,7 +266,7 @@ class Lives(RuleBasedStateMachine):
 
     @precondition(lambda self: hasattr(self, "stack"))
     @invariant()
-    def no_page_is_lost_and_nothing_is_held(self) -> None:
+    def no_page_is_lost_and_nothing_is_leased(self) -> None:
         if self.waits_for_writes:
             assert self.stack.drain(PATIENCE_S)
             self.check_idle()
@@ -278,10 +278,10 @@ class Lives(RuleBasedStateMachine):
             finally:
                 shutil.rmtree(self.folder)
 
-    # How that is done and checked.
+    # Set-up and checks.
 
     def start(self) -> None:
-        """A new process over the folder of the one before."""
+        """Start as a new process does, with the folder of the previous one."""
         self.host = HostTier(LruPolicy(HOST_BYTES), TTL_S, self.clock)
         self.disk = DiskTier(self.folder, DISK_BYTES, TTL_S, self.clock)
         levels = [
@@ -299,15 +299,21 @@ class Lives(RuleBasedStateMachine):
         self.engine_by_version = {version: self.new_engine(version) for version in VERSIONS}
 
     def new_engine(self, version: str) -> Engine:
-        pool = PagePool(self.num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+        pool = PagePool(
+            self.num_pages * PAGE_BYTES,
+            PAGE_SIZE,
+            num_planes=NUM_PLANES,
+            num_heads=NUM_HEADS,
+            head_dim=HEAD_DIM,
+        )
         pool.kv_pages.fill_(torch.nan)
         cache = KVCache(
             pool,
             Rules(TTL_S, share=self.share),
-            new_policy(self.policy, self.num_at_rest * PAGE_BYTES),
-            self.clock,
-            self.stack.take,
-            self.stack.metrics,
+            policy=new_policy(self.policy, self.num_at_rest * PAGE_BYTES),
+            clock=self.clock,
+            on_evict=self.stack.demote,
+            metrics=self.stack.metrics,
         )
         self.caches.append(cache)
         return Engine(
@@ -317,7 +323,7 @@ class Lives(RuleBasedStateMachine):
     def stop(self) -> None:
         assert self.stack.drain(PATIENCE_S)
         self.check_idle()
-        # No tier failed, so none of what was found may have been corrupt.
+        # No tier failed, so no value was corrupt.
         assert self.stack.metrics.snapshot().value("tier_failures") == 0
         self.stack.close()
 
@@ -326,7 +332,7 @@ class Lives(RuleBasedStateMachine):
         return self.engine_by_version[self.version]
 
     def raw_of(self, user: str, seed: int) -> RawRequest:
-        """What a user asks now; candidates and time are drawn."""
+        """The user's request; candidates and time are drawn."""
         asked = {"user_id": user, "history": self.history_by_user[user]}
         return oldest_first(drawn(0, seed % 3, seed) | asked)
 
@@ -355,12 +361,12 @@ class Lives(RuleBasedStateMachine):
     def check_idle(self) -> None:
         for cache in self.caches:
             kept = cache._entry_by_user.values()
-            assert all(entry.num_holders == 0 for entry in kept)
+            assert all(entry.num_leases == 0 for entry in kept)
             held = [page for entry in kept for page in entry.pages]
             assert len(set(held)) == len(held) == cache.pool.num_pages - cache.pool.num_free
 
     def scopes_of(self, user: str) -> list[tuple[str, str]]:
-        """What the tiers keep of a user, by the tier's name."""
+        """The scopes of a user in each tier, with the tier's name."""
         digest = text_digest(user)
         return [
             (tier.name, scope)

@@ -34,7 +34,7 @@ from torchrec_kvshare.cache.identity import text_digest
 from torchrec_kvshare.cache.kv_cache import FOREVER, KVCache, Rules
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LRU, TINY_LFU, LruPolicy, new_policy
-from torchrec_kvshare.cache.single_flight import Flights
+from torchrec_kvshare.cache.single_flight import SingleFlight
 from torchrec_kvshare.cache.stack import Level, TierStack
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import Found, HostTier, Tier
@@ -50,7 +50,7 @@ OTHER_MODEL = "77" * 8 + "-" + "0f" * 8
 FLOAT32, INT8 = get_codec("float32"), get_codec("int8")
 TTL_S = 600.0
 DISK_BYTES = 64 * 2**20
-PATIENCE_S = 20.0  # for what must come to an end, and does at once where it is right
+PATIENCE_S = 20.0  # timeout of what ends at once if the code is right
 MARGIN_S = 4.0  # what a busy machine may add to a request
 
 
@@ -59,7 +59,7 @@ def do_nothing() -> None:
 
 
 class Watched:
-    """A model that counts how often it encodes, and lets a test step in before it does."""
+    """A model that counts its encodings and calls a test's hook before each."""
 
     def __init__(self, model: RankingModel) -> None:
         self.model = model
@@ -88,8 +88,8 @@ class Watched:
     ) -> list[tuple[int, int]]:
         return self.model.reusable(num_matched, cached_events, num_events)
 
-    def num_rows(self, num_events: list[int]) -> list[int]:
-        return self.model.num_rows(num_events)
+    def num_kv_rows(self, num_events: list[int]) -> list[int]:
+        return self.model.num_kv_rows(num_events)
 
     def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
         return self.model.project_candidates(features)
@@ -140,7 +140,7 @@ def new_stack() -> Iterator[NewStack]:
 
 @pytest.fixture(params=[LRU, TINY_LFU])
 def new_engine(request: pytest.FixtureRequest) -> NewEngine:
-    """Makes engines; what was never written to their pages is NaN."""
+    """Makes engines whose unwritten pages are NaN."""
 
     def new(
         model: Watched | RankingModel,
@@ -151,14 +151,20 @@ def new_engine(request: pytest.FixtureRequest) -> NewEngine:
         rules: Rules = FOREVER,
         **options: Any,
     ) -> Engine:
-        pool = PagePool(num_pages * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+        pool = PagePool(
+            num_pages * PAGE_BYTES,
+            PAGE_SIZE,
+            num_planes=NUM_PLANES,
+            num_heads=NUM_HEADS,
+            head_dim=HEAD_DIM,
+        )
         pool.kv_pages.fill_(torch.nan)
         capacity_bytes = (at_rest or num_pages) * PAGE_BYTES - rules.pinned_bytes
         cache = KVCache(
             pool,
             rules,
             new_policy(request.param, capacity_bytes),
-            on_evict=None if stack is None else stack.take,
+            on_evict=None if stack is None else stack.demote,
             metrics=None if stack is None else stack.metrics,
         )
         return Engine(
@@ -189,11 +195,11 @@ def cut(raw: RawRequest, num_events: int) -> RawRequest:
     return raw | {"history": {name: cells[:num_events] for name, cells in raw["history"].items()}}
 
 
-def edited(raw: RawRequest, place: int) -> RawRequest:
+def edited(raw: RawRequest, index: int) -> RawRequest:
     """The same request, the item of one event replaced."""
     changed = copy.deepcopy(raw)
     items = changed["history"]["item_id"]
-    items[place] = "110" if items[place] != "110" else "109"
+    items[index] = "110" if items[index] != "110" else "109"
     return changed
 
 
@@ -206,7 +212,7 @@ def rank(engine: Engine, *raws: RawRequest) -> list[Answer]:
 
 
 def rank_and_drain(engine: Engine, *raws: RawRequest) -> list[Answer]:
-    """What is to be written is written then."""
+    """Rank, then wait until all queued K/V is written."""
     answers = rank(engine, *raws)
     assert engine.store is not None
     assert engine.store.stack is not None
@@ -215,7 +221,7 @@ def rank_and_drain(engine: Engine, *raws: RawRequest) -> list[Answer]:
 
 
 def uses(answers: Sequence[Answer]) -> list[tuple[str, str, int, int, str]]:
-    return [astuple(answer.cache)[:-1] for answer in answers]  # all but how old it is
+    return [astuple(answer.cache)[:-1] for answer in answers]  # all but staleness_s
 
 
 def scores(answers: Sequence[Answer]) -> list[list[float]]:
@@ -234,13 +240,13 @@ def assert_as_uncached(engine: Engine, answers: list[Answer], *raws: RawRequest)
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nobody holds anything, and every page is free or an entry's."""
+    """Check that there are no leases, and that every page is free or in use."""
     assert engine.store is not None
-    # A write that waits holds what it is of.
+    # A queued write leases its entry.
     assert engine.store.stack is None or engine.store.stack.drain(5.0)
     for cache in engine.store.caches:
         kept = cache._entry_by_user.values()
-        assert all(entry.num_holders == 0 for entry in kept)
+        assert all(entry.num_leases == 0 for entry in kept)
         held = sum(len(entry.pages) for entry in kept)
         assert held == cache.pool.num_pages - cache.pool.num_free
 
@@ -271,7 +277,7 @@ def test_after_a_restart_histories_hit_from_the_tier_with_equal_scores(
 
 
 @pytest.mark.parametrize(
-    ("num_events", "place", "expected"),
+    ("num_events", "index", "expected"),
     [
         (14, None, ("partial", "cold", 11, 3)),
         (11, 10, ("partial", "edited", 10, 1)),
@@ -285,13 +291,13 @@ def test_after_a_restart_what_a_history_still_begins_with_is_used(
     new_stack: NewStack,
     model: Watched,
     num_events: int,
-    place: int | None,
+    index: int | None,
     expected: tuple[str, str, int, int],
 ) -> None:
     stack = new_stack(Level(host_tier(), FLOAT32))
     raw = raw_of("a", 14, 3, 1)
     rank_and_drain(new_engine(model, stack), cut(raw, 11))
-    changed = cut(raw, num_events) if place is None else edited(cut(raw, num_events), place)
+    changed = cut(raw, num_events) if index is None else edited(cut(raw, num_events), index)
     restarted = new_engine(model, stack)
     answers = rank_and_drain(restarted, changed)
     assert uses(answers) == [(*expected, "host" if expected[2] else "none")]
@@ -347,8 +353,14 @@ def test_histories_of_two_kinds_of_events_come_back_together(
         for tower in model.collection.towers():
             num_planes, num_heads, head_dim = tower.kv_shape
             page_bytes = num_planes * PAGE_SIZE * num_heads * head_dim * 4
-            pool = PagePool(14 * page_bytes, PAGE_SIZE, num_planes, num_heads, head_dim)
-            caches.append(KVCache(pool, on_evict=stack.take, metrics=stack.metrics))
+            pool = PagePool(
+                14 * page_bytes,
+                PAGE_SIZE,
+                num_planes=num_planes,
+                num_heads=num_heads,
+                head_dim=head_dim,
+            )
+            caches.append(KVCache(pool, on_evict=stack.demote, metrics=stack.metrics))
         return Engine(model, TWO_HISTORIES, KVStore(caches, stack), version=version_called(VERSION))
 
     raws = [draw_buyer("a", 23, 3, 4), draw_buyer("b", 21, 2, 5)]
@@ -388,7 +400,7 @@ def test_what_leaves_the_device_is_never_encoded_again(
     assert_idle(engine)
 
 
-# What K/V is of.
+# Identity.
 
 
 @pytest.mark.parametrize(("version", "reason"), [(OTHER_MODEL, "model"), (OTHER_TABLES, "tables")])
@@ -457,7 +469,7 @@ def test_kv_is_kept_apart_by_the_context_that_history_rows_read(
     answers = rank_and_drain(restarted, austrian)
     assert uses(answers) == [("miss", "context", 0, 11, "none")]
     assert_as_uncached(restarted, answers, austrian)
-    # The device has one of them; the tier has both.
+    # Pages have one of them; the tier has both.
     for other in (british, austrian, british):
         assert uses(rank_and_drain(restarted, other)) == [("hit", "", 11, 0, "host")]
 
@@ -482,7 +494,7 @@ def test_context_that_history_rows_do_not_read_does_not_matter(
     assert_as_uncached(engine, answers, from_country(raw, "AT"))
 
 
-# One user's K/V for another.
+# Shared content.
 
 BY_CONTENT = Rules(share="content")
 
@@ -520,14 +532,14 @@ def test_otherwise_they_do_not(new_engine: NewEngine, model: Watched) -> None:
     assert counted(engine, "hits_by_scope", scope="cross_user") == 0
 
 
-@pytest.mark.parametrize(("place", "num_shared"), [(0, 0), (4, 0), (5, 5), (10, 10)])
+@pytest.mark.parametrize(("index", "num_shared"), [(0, 0), (4, 0), (5, 5), (10, 10)])
 def test_users_share_no_more_than_what_both_histories_begin_with(
-    new_engine: NewEngine, model: Watched, place: int, num_shared: int
+    new_engine: NewEngine, model: Watched, index: int, num_shared: int
 ) -> None:
     engine = new_engine(model, rules=BY_CONTENT)
     raw = raw_of("a", 11, 3, 1)
     rank(engine, raw)
-    other = edited(as_user(raw, "b"), place)
+    other = edited(as_user(raw, "b"), index)
     answers = rank(engine, other)
     [(_, _, cached, computed, _)] = uses(answers)
     assert (cached, computed) == (num_shared, 11 - num_shared)
@@ -562,8 +574,8 @@ def test_users_of_different_contexts_share_nothing(new_engine: NewEngine, model:
 def test_a_user_of_another_context_takes_nothing_away_from_those_who_share(
     new_engine: NewEngine, model: Watched
 ) -> None:
-    """Who has the K/V of a content was known by the content alone: the last user who had it, in
-    whatever context, hid the others from each other."""
+    """Owners of shared content were stored by content without context: the last owner, whatever its
+    context, hid the others."""
     engine = new_engine(model, rules=BY_CONTENT, context=["country"])
     raw = raw_of("a", 11, 3, 1)
     rank(engine, from_country(raw, "GB"))
@@ -583,8 +595,8 @@ def test_the_kv_of_a_forgotten_user_is_nobodys(new_engine: NewEngine, model: Wat
 def test_a_forgotten_user_that_shares_again_is_kept_again_and_grows(
     new_engine: NewEngine, model: Watched
 ) -> None:
-    """What it extends is another's K/V, encoded before it was forgotten: its own was refused as
-    long as the other's lived, and encoded anew for every request."""
+    """It extends K/V of another user that was encoded before this user was forgotten: as long as
+    that K/V was cached, its own was refused and encoded again for every request."""
     engine = new_engine(model, rules=BY_CONTENT)
     raw = raw_of("a", 14, 3, 1)
     rank(engine, cut(raw, 6))
@@ -594,14 +606,14 @@ def test_a_forgotten_user_that_shares_again_is_kept_again_and_grows(
         assert_as_uncached(engine, rank(engine, other), other)
         assert uses(rank(engine, other)) == [("hit", "", num_events, 0, "pages")]
     engine.forget("b")
-    assert uses(rank(engine, other))[0][2] == 6  # Of its own there is nothing.
+    assert uses(rank(engine, other))[0][2] == 6  # It has no K/V of its own.
 
 
 # Several requests at once.
 
 
-class WatchedFlights(Flights):
-    """Flights that say when somebody waits, and let a test step in before somebody leads."""
+class WatchedSingleFlight(SingleFlight):
+    """Signals a wait, and calls a test's hook before a caller may lead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -618,7 +630,7 @@ class WatchedFlights(Flights):
 
 
 class InBackground:
-    """A request in a thread of its own, with its answers or what it raised."""
+    """A request in a thread of its own, with its answers or its error."""
 
     def __init__(self, engine: Engine, *raws: RawRequest) -> None:
         self._engine, self._raws = engine, raws
@@ -638,11 +650,11 @@ class InBackground:
         assert not self._thread.is_alive()
 
 
-def watched_flights(engine: Engine) -> WatchedFlights:
+def watched_single_flight(engine: Engine) -> WatchedSingleFlight:
     assert engine.store is not None
-    flights = WatchedFlights()
-    engine.store.flights = flights
-    return flights
+    single_flight = WatchedSingleFlight()
+    engine.store.single_flight = single_flight
+    return single_flight
 
 
 def test_threads_that_want_the_same_cold_user_encode_it_once(
@@ -670,14 +682,16 @@ def test_threads_that_want_the_same_cold_user_encode_it_once(
     assert_idle(engine)
 
 
-def test_who_comes_second_waits_for_who_encodes(new_engine: NewEngine, model: Watched) -> None:
+def test_a_second_request_waits_for_the_one_that_encodes(
+    new_engine: NewEngine, model: Watched
+) -> None:
     engine = new_engine(model, wait_s=PATIENCE_S)
-    flights = watched_flights(engine)
+    single_flight = watched_single_flight(engine)
     leading = threading.Event()
 
     def lead() -> None:
         leading.set()
-        assert flights.waited_for.wait(PATIENCE_S)
+        assert single_flight.waited_for.wait(PATIENCE_S)
 
     model.before_encoding = lead
     raw = raw_of("a", 11, 3, 1)
@@ -697,14 +711,14 @@ def test_what_was_encoded_since_it_was_looked_up_is_not_encoded_again(
     new_engine: NewEngine, model: Watched
 ) -> None:
     engine = new_engine(model)
-    flights = watched_flights(engine)
+    single_flight = watched_single_flight(engine)
     raw, mate = raw_of("a", 11, 3, 1), raw_of("b", 9, 2, 2)
 
     def let_another_pass() -> None:
-        flights.before_leading = do_nothing
+        single_flight.before_leading = do_nothing
         InBackground(engine, raw).join()
 
-    flights.before_leading = let_another_pass
+    single_flight.before_leading = let_another_pass
     answers = rank(engine, raw, mate)
     assert uses(answers) == [("hit", "", 11, 0, "pages"), ("miss", "cold", 0, 9, "none")]
     assert_as_uncached(engine, answers, raw, mate)
@@ -712,16 +726,16 @@ def test_what_was_encoded_since_it_was_looked_up_is_not_encoded_again(
     assert_idle(engine)
 
 
-def test_who_waits_for_a_request_that_fails_encodes_itself(
+def test_a_request_encodes_itself_if_the_one_it_waits_for_fails(
     new_engine: NewEngine, model: Watched
 ) -> None:
     engine = new_engine(model, wait_s=PATIENCE_S)
-    flights = watched_flights(engine)
+    single_flight = watched_single_flight(engine)
     leading = threading.Event()
 
     def lead_and_fail() -> None:
         leading.set()
-        assert flights.waited_for.wait(PATIENCE_S)
+        assert single_flight.waited_for.wait(PATIENCE_S)
         model.before_encoding = do_nothing
         raise RuntimeError("not enough memory")
 
@@ -738,9 +752,7 @@ def test_who_waits_for_a_request_that_fails_encodes_itself(
     assert_idle(engine)
 
 
-def test_nobody_waits_longer_for_another_request_than_agreed(
-    new_engine: NewEngine, model: Watched
-) -> None:
+def test_a_request_waits_at_most_wait_s_for_another(new_engine: NewEngine, model: Watched) -> None:
     engine = new_engine(model, wait_s=0.05)
     leading, end = threading.Event(), threading.Event()
 
@@ -769,12 +781,12 @@ def test_users_who_share_content_wait_for_each_other_too(
     new_engine: NewEngine, model: Watched
 ) -> None:
     engine = new_engine(model, rules=BY_CONTENT, wait_s=PATIENCE_S)
-    flights = watched_flights(engine)
+    single_flight = watched_single_flight(engine)
     leading = threading.Event()
 
     def lead() -> None:
         leading.set()
-        assert flights.waited_for.wait(PATIENCE_S)
+        assert single_flight.waited_for.wait(PATIENCE_S)
 
     model.before_encoding = lead
     raw = raw_of("a", 11, 3, 1)
@@ -791,7 +803,7 @@ def test_users_who_share_content_wait_for_each_other_too(
 def test_two_requests_that_lead_what_the_other_waits_for_both_end(
     new_engine: NewEngine, model: Watched
 ) -> None:
-    """Each encodes what it leads before it waits."""
+    """Each encodes the keys that it leads before it waits for the others."""
     engine = new_engine(model, wait_s=PATIENCE_S)
     raws = [raw_of("a", 11, 3, 1), raw_of("b", 9, 2, 2), raw_of("c", 14, 1, 3)]
     for _ in range(5):
@@ -825,7 +837,9 @@ def test_pinned_users_outlive_a_crowd(new_engine: NewEngine, model: Watched) -> 
 
 
 def test_a_user_who_is_no_longer_pinned_is_evicted_as_all_are(model: Watched) -> None:
-    pool = PagePool(6 * PAGE_BYTES, PAGE_SIZE, NUM_PLANES, NUM_HEADS, HEAD_DIM)
+    pool = PagePool(
+        6 * PAGE_BYTES, PAGE_SIZE, num_planes=NUM_PLANES, num_heads=NUM_HEADS, head_dim=HEAD_DIM
+    )
     cache = KVCache(pool, Rules(pinned_bytes=3 * PAGE_BYTES))
     engine = Engine(model, SCHEMA, KVStore([cache]), version=version_called(VERSION))
     assert engine.store is not None
@@ -876,14 +890,14 @@ def test_a_user_that_the_pool_cannot_hold_is_encoded_once_for_its_request(
 def test_a_history_that_grows_beyond_its_room_is_scored_over_its_own_kv(
     new_engine: NewEngine, model: Watched
 ) -> None:
-    """Its pages were given back before it was known that there were too few, and the K/V of whoever
-    lies in page 0 was read in their place: wrong scores."""
+    """Its pages were freed before it was known that there are too few, and the K/V in page 0, of
+    another user, was read instead: wrong scores."""
     engine = new_engine(model, num_pages=4)
     grows, stays, twice = raw_of("b", 9, 3, 1), raw_of("c", 5, 1, 2), raw_of("a", 4, 1, 3)
     rank(engine, stays)
     rank(engine, cut(grows, 5))
     rank(engine, stays)
-    # The first of the two histories of one user keeps its page until the batch is scored.
+    # The first of the two histories of one user leases its page until the batch is scored.
     raws = [twice, edited(twice, 3), grows]
     assert_as_uncached(engine, rank(engine, *raws), *raws)
     assert_idle(engine)
@@ -897,7 +911,7 @@ def test_crowded_batches_score_as_without_a_cache(
     engine = new_engine(model, stack, num_pages=num_pages)
     for seed in range(6):
         raws = [raw_of(user, 14, 1, ord(user)) for user in "abcd"]
-        raws = [cut(raw, (5 * place + 3 * seed) % 15) for place, raw in enumerate(raws)]
+        raws = [cut(raw, (5 * index + 3 * seed) % 15) for index, raw in enumerate(raws)]
         raws.append(edited(cut(raws[0], 14), -1) if raws[0]["history"]["time"] else raws[0])
         answers = rank_and_drain(engine, *raws)
         assert_as_uncached(engine, answers, *raws)
@@ -942,7 +956,7 @@ def test_prefetching_nobody_or_without_a_cache_does_nothing(model: Watched) -> N
 
 
 class FaultyHost(HostTier):
-    """The host tier, with a fault of a test between it and who asks."""
+    """A host tier whose answers a test can make faulty."""
 
     fault: Callable[[list[Found]], list[Found]]
 

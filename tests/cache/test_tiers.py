@@ -1,4 +1,4 @@
-"""What every tier promises, whatever stands behind it, and what the host tier does besides."""
+"""What every tier promises, and what the host tier does besides."""
 
 import math
 import random
@@ -23,7 +23,7 @@ from torchrec_kvshare.errors import ConfigError
 
 TTL_S = 600.0
 CAPACITY_BYTES = 64 * 2**20
-# A store with a clock of its own refuses more, by what it takes to ask for its time.
+# A store with its own clock refuses more: the time that it takes to ask for its time.
 FENCE_MARGIN_S = 0.5
 MODEL_A, MODEL_B = "aa11-bb22", "aa11-cc33"
 SCOPE_A, SCOPE_B = f"{MODEL_A}.none.clicks%3A%20a%2Fb.8.int8", f"{MODEL_B}.none.history.8.raw"
@@ -35,7 +35,7 @@ _numbers = count()
 def tier(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Tier]:
-    """One for all tests of its kind: what they keep are users of their own."""
+    """One server for all tests of its kind, which use different users."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "host":
         yield HostTier(LruPolicy(CAPACITY_BYTES), TTL_S)
@@ -178,7 +178,7 @@ def test_clearing_drops_one_version_alone(tier: Tier) -> None:
     tier.put(user, f"{model}.none.history.8.int8", b"123", now())
     tier.put(user, f"{model}.none.history.8.raw", b"4567", now())
     tier.put(other, f"{model}.none.history.8.raw", b"89", now())
-    # Versions that only begin alike, and the same text further on.
+    # Versions with a common prefix, and the same text later in the scope.
     kept = sorted([f"{model}3.none.history.8.raw", f"x.{model}.none.history.8.raw"])
     for scope in kept:
         tier.put(user, scope, b"kept", now())
@@ -206,7 +206,7 @@ def test_what_is_held_is_counted(tier: Tier) -> None:
 
 
 def test_a_value_on_its_way_never_survives_that_its_user_is_forgotten(tier: Tier) -> None:
-    """Whatever the order of put and forget, nothing that was encoded before is left."""
+    """Whatever the order of put and forget, no K/V encoded before ``forget`` is left."""
     users = [new_user() for _ in range(50)]
     encoded_at = now()
     start = threading.Barrier(2)
@@ -254,7 +254,7 @@ CLEARS = st.tuples(st.just("clear"), st.sampled_from(["m-s", "m-t", "n-t"]))
 
 @given(steps=st.lists(st.one_of(PUTS, FORGETS, CLEARS), max_size=12))
 def test_a_tier_equals_a_dictionary(tier: Tier, steps: list[tuple[Any, ...]]) -> None:
-    """The meaning of all its methods, in the fewest words."""
+    """A model of all methods, as simple as possible."""
     example = f"{next(_numbers):08x}"
     start = float(int(now()))
     kept: dict[tuple[str, str], bytes] = {}
@@ -287,7 +287,7 @@ def test_a_tier_equals_a_dictionary(tier: Tier, steps: list[tuple[Any, ...]]) ->
         assert found[-1] == Found(None, tuple(sorted(scopes)))
 
 
-# What is the same for all, and takes no store to say.
+# What is the same for all and needs no store.
 
 
 @pytest.mark.parametrize("ttl_s", [0.0, -1.0, math.inf, math.nan])
@@ -315,7 +315,7 @@ print([name for name in ("rocksdict", "redis", "moka_py") if name in sys.modules
 
 
 class Clock:
-    """Seconds that a test lets pass."""
+    """A clock that a test moves."""
 
     now = 1000.0
 
@@ -329,7 +329,7 @@ def test_fences_are_dropped_when_they_do_not_matter_any_more() -> None:
     assert fences.put("7", 1000.0) == 1000.0
     clock.now += 30.0
     fences.put("8", 1030.0)
-    assert fences.put("7", 1010.0) == 1010.0  # behind 8 now, though it ends before
+    assert fences.put("7", 1010.0) == 1010.0  # after 8 now, though it expires earlier
     assert fences.put("7", 1005.0) == 1010.0
     clock.now = 1071.0
     assert fences.pop_expired() == []
@@ -342,7 +342,7 @@ def test_fences_are_dropped_when_they_do_not_matter_any_more() -> None:
 
 
 class Left:
-    """What an ``on_evict`` was given."""
+    """The calls of an ``on_evict``."""
 
     def __init__(self) -> None:
         self.values: list[tuple[str, str, bytes]] = []
@@ -373,7 +373,7 @@ def test_what_is_not_admitted_is_handed_on_and_nothing_else_leaves() -> None:
     assert tier.put("8", "m-t.a", b"12345678901", 1000.0)
     assert left.values == [("8", "m-t.a", b"12345678901")]
     assert tier.held_bytes() == 4
-    # What it was to replace is another value, and not true any more.
+    # The value that it should replace is outdated, so it is gone too.
     assert tier.put("7", "m-t.a", b"12345678901", 1000.0)
     assert (left.values[1:], tier.held_bytes()) == ([("7", "m-t.a", b"12345678901")], 0)
     assert tier.get([("7", "m-t.a")]) == [Found(None, ())]

@@ -1,4 +1,4 @@
-"""What the machine grants a process, read from files as Linux writes them."""
+"""Cores and memory that a process may use, read from files as Linux writes them."""
 
 import os
 from pathlib import Path
@@ -19,8 +19,8 @@ def written(root: Path, text_by_path: dict[str, str]) -> Path:
     return root
 
 
-def v1(root: Path, place: str, top: str, group: str, quota: str, limit: str) -> Path:
-    """A process at a place of cgroups v1 whose mounts begin at ``top``, limits in one group."""
+def v1(root: Path, path: str, *, top: str, group: str, quota: str, limit: str) -> Path:
+    """Write a cgroups v1 process at ``path``, with mounts from ``top`` and limits in one group."""
     mounts = "".join(
         f"3{n} 23 0:2{n} {top} /sys/fs/cgroup/{name} rw,relatime - cgroup cgroup rw,{controllers}\n"
         for n, (name, controllers) in enumerate([("cpu", "cpu,cpuacct"), ("memory", "memory")])
@@ -28,7 +28,7 @@ def v1(root: Path, place: str, top: str, group: str, quota: str, limit: str) -> 
     return written(
         root,
         {
-            "proc/self/cgroup": f"4:memory:{place}\n2:cpu,cpuacct:{place}\n0::/\n",
+            "proc/self/cgroup": f"4:memory:{path}\n2:cpu,cpuacct:{path}\n0::/\n",
             "proc/self/mountinfo": f"23 1 8:1 / / rw - ext4 /dev/vda rw\n{mounts}",
             f"sys/fs/cgroup/cpu/{group}/cpu.cfs_quota_us": f"{quota}\n",
             f"sys/fs/cgroup/cpu/{group}/cpu.cfs_period_us": "100000\n",
@@ -41,22 +41,25 @@ def v1(root: Path, place: str, top: str, group: str, quota: str, limit: str) -> 
 def test_a_quota_of_cgroups_v1_is_rounded_down_to_cores(
     tmp_path: Path, quota: str, cores: int
 ) -> None:
-    root = v1(tmp_path, "/pod/box", "/", "pod/box", quota, str(2**63 - 4096))
+    limit = str(2**63 - 4096)
+    root = v1(tmp_path, "/pod/box", top="/", group="pod/box", quota=quota, limit=limit)
     assert granted_cores(root) == cores
 
 
-def test_a_container_finds_its_own_group_at_the_top_of_what_it_sees(tmp_path: Path) -> None:
-    root = v1(tmp_path, "/docker/12ab", "/docker/12ab", "", "100000", str(2**30))
+def test_a_container_whose_own_group_is_the_root_finds_its_limits(tmp_path: Path) -> None:
+    path, limit = "/docker/12ab", str(2**30)
+    root = v1(tmp_path, path, top=path, group="", quota="100000", limit=limit)
     assert (granted_cores(root), granted_bytes(root)) == (1, 2**30)
 
 
-def test_a_limit_of_a_group_above_holds_too(tmp_path: Path) -> None:
-    root = v1(tmp_path, "/pod/box", "/", "pod", "100000", str(2**29))
+def test_a_limit_of_a_parent_group_holds_too(tmp_path: Path) -> None:
+    limit = str(2**29)
+    root = v1(tmp_path, "/pod/box", top="/", group="pod", quota="100000", limit=limit)
     assert (granted_cores(root), granted_bytes(root)) == (1, 2**29)
 
 
 @pytest.mark.parametrize("group", ["", "pod/", "pod/box/"])
-def test_limits_of_cgroups_v2_are_read_in_every_group_above(tmp_path: Path, group: str) -> None:
+def test_limits_of_cgroups_v2_are_read_in_every_parent_group(tmp_path: Path, group: str) -> None:
     root = written(
         tmp_path,
         {
@@ -69,7 +72,7 @@ def test_limits_of_cgroups_v2_are_read_in_every_group_above(tmp_path: Path, grou
     assert (granted_cores(root), granted_bytes(root)) == (1, 2**28)
 
 
-def test_without_a_limit_all_that_there_is_is_granted(tmp_path: Path) -> None:
+def test_without_a_limit_the_whole_machine_is_granted(tmp_path: Path) -> None:
     root = written(
         tmp_path,
         {

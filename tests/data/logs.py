@@ -1,4 +1,4 @@
-"""Logs written down event by event; an id alone tells what attributes it has."""
+"""Logs built event by event; an id alone determines its attributes."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
 from torchrec_kvshare.data.tables import encode
 from torchrec_kvshare.features.schema import HISTORY, History, Window
 
-ITEMS = tuple(str(place) for place in range(100, 112))
+ITEMS = tuple(str(number) for number in range(100, 112))
 ACTIONS = ("view", "buy", "rate")
 COUNTRIES = ("AT", "BR", "GB")
 USERS = ("u", "vv", "www")
@@ -32,8 +32,8 @@ def all_events(max_history: int, block: int) -> list[History]:
 
 
 def genres_of(item: str) -> tuple[str, ...]:
-    """Of an item: none, one or two."""
-    return tuple(f"g{(int(item) + place) % 5}" for place in range(int(item) % 3))
+    """None, one or two genres."""
+    return tuple(f"g{(int(item) + index) % 5}" for index in range(int(item) % 3))
 
 
 def price_of(item: str) -> float:
@@ -45,36 +45,36 @@ def countries_of(user: str) -> tuple[str, ...]:
 
 
 def log_of(events: list[Event]) -> InteractionLog:
-    """The log of some events, in their order."""
+    """A log of events, in their order."""
     users, items = encode(e.user for e in events), encode(e.item for e in events)
     return InteractionLog(
-        users,
-        items,
-        np.array([event.time for event in events], np.int64),
-        np.array([event.label for event in events], np.float32),
-        encode(event.action for event in events),
-        {"genres": [genres_of(item) for item in items.ids]},
-        {"price": np.array([price_of(item) for item in items.ids], np.float32)},
-        {"country": [countries_of(user) for user in users.ids]},
-        ReadReport(len(events), len(events), {}, []),
+        users=users,
+        items=items,
+        time=np.array([event.time for event in events], np.int64),
+        label=np.array([event.label for event in events], np.float32),
+        action=encode(event.action for event in events),
+        item_attributes={"genres": [genres_of(item) for item in items.ids]},
+        item_floats={"price": np.array([price_of(item) for item in items.ids], np.float32)},
+        user_attributes={"country": [countries_of(user) for user in users.ids]},
+        report=ReadReport(len(events), len(events), {}, []),
     )
 
 
 def in_order(events: list[Event]) -> list[Event]:
-    """As a data set has them: by user, then time, item, action and label."""
+    """Events in the order of a data set: by user, then time, item, action and label."""
     return sorted(events, key=lambda e: (e.user, e.time, int(e.item), e.action, e.label))
 
 
 def one_user(times: list[int], items: list[str] | None = None) -> InteractionLog:
-    """A log of one user, whose items follow each other if none are given."""
-    items = items or [ITEMS[place % len(ITEMS)] for place in range(len(times))]
+    """A log of one user; without ``items``, its items cycle through ``ITEMS``."""
+    items = items or [ITEMS[index % len(ITEMS)] for index in range(len(times))]
     return log_of([Event("u", item, time) for item, time in zip(items, times, strict=True)])
 
 
 def drawn_events(counts: list[int], seed: int) -> list[Event]:
-    """So many events of each user, shuffled, at few times: many are equal."""
+    """``counts`` events of each user, shuffled, with few distinct times."""
     rng = np.random.default_rng(seed)
-    users = rng.permutation(np.repeat([USERS[place] for place in range(len(counts))], counts))
+    users = rng.permutation(np.repeat(USERS[: len(counts)], counts))
     return [
         Event(
             user,
@@ -87,7 +87,7 @@ def drawn_events(counts: list[int], seed: int) -> list[Event]:
     ]
 
 
-# A few events that shrink to what matters, and histories longer than any window of the tests.
+# A few events, which shrink well, or histories longer than any window of the tests.
 event_lists = st.lists(
     st.builds(
         Event,

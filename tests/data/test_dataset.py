@@ -1,4 +1,4 @@
-"""Order, splits and vocabularies of a data set, each against its meaning in plain loops."""
+"""Order, splits and vocabularies of a data set, against plain loops."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,8 +30,8 @@ from torchrec_kvshare.data.dataset import (
     Dataset,
     JaggedRows,
     build_dataset,
+    keep_users,
     ranges,
-    users_to_test,
 )
 from torchrec_kvshare.data.digest import data_digest
 from torchrec_kvshare.data.tables import IdColumn
@@ -70,10 +70,10 @@ def events_of(dataset: Dataset) -> list[Event]:
 
 
 def sets_by_user(dataset: Dataset) -> Iterator[list[list[int]]]:
-    """Of every user, the places of the events of each time, oldest first."""
+    """For every user, the event indices of each time, oldest first."""
     for first, last in zip(dataset.user_offsets[:-1], dataset.user_offsets[1:], strict=True):
-        places = range(first, last)
-        yield [list(equal) for _, equal in groupby(places, key=lambda place: dataset.time[place])]
+        indices = range(first, last)
+        yield [list(equal) for _, equal in groupby(indices, key=lambda index: dataset.time[index])]
 
 
 def split_counts(times: list[int]) -> list[int]:
@@ -88,7 +88,7 @@ def test_events_stand_by_user_then_time_then_item_action_and_label(events: list[
 
 @given(event_lists, st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_does_not_matter(events: list[Event], chance: Random) -> None:
-    """Rows in another order gave other vocabularies: a run went on with the rows of other ids."""
+    """Reordered rows gave another vocabulary: a resumed run took rows of other ids."""
     dataset = dataset_of(events)
     shuffled = list(events)
     chance.shuffle(shuffled)
@@ -121,7 +121,7 @@ def test_ids_are_numbered_by_their_own_order() -> None:
 
 
 def other_data(events: list[Event]) -> list[str]:
-    """What the digest says of other events than those of ``WORLD``."""
+    """How the digest of these events differs from that of ``WORLD``."""
     return data_digest(dataset_of(WORLD)).changes(data_digest(dataset_of(events)))
 
 
@@ -161,7 +161,7 @@ def test_other_attributes_are_other_data() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_float_that_is_not_finite_is_refused_by_its_item(value: float) -> None:
-    """It went through to the dense features: every loss of a batch that held it was NaN."""
+    """It reached the dense features: every loss of its batch was NaN."""
     log = log_of(WORLD)
     prices = log.item_floats["price"].copy()
     prices[2] = value
@@ -193,14 +193,14 @@ def test_strictly_earlier_events_are_counted(events: list[Event]) -> None:
 def test_equal_times_go_to_one_split(events: list[Event]) -> None:
     dataset = dataset_of(events)
     for sets in sets_by_user(dataset):
-        assert all(len(set(dataset.split[places])) == 1 for places in sets)
+        assert all(len(set(dataset.split[indices])) == 1 for indices in sets)
 
 
 @given(event_lists)
 def test_no_event_of_a_user_stands_after_one_of_a_later_split(events: list[Event]) -> None:
     dataset = dataset_of(events)
     for sets in sets_by_user(dataset):
-        parts = [int(dataset.split[place]) for places in sets for place in places]
+        parts = [int(dataset.split[index]) for indices in sets for index in indices]
         assert parts == sorted(parts)
 
 
@@ -208,7 +208,7 @@ def test_no_event_of_a_user_stands_after_one_of_a_later_split(events: list[Event
 def test_three_sets_make_three_splits_and_fewer_are_for_training(events: list[Event]) -> None:
     dataset = dataset_of(events)
     for sets in sets_by_user(dataset):
-        parts = {int(dataset.split[place]) for places in sets for place in places}
+        parts = {int(dataset.split[index]) for indices in sets for index in indices}
         assert parts == ({TRAIN, VALID, TEST} if len(sets) >= 3 else {TRAIN})
 
 
@@ -287,7 +287,7 @@ def test_attributes_and_floats_stand_by_code(events: list[Event]) -> None:
 
 
 def test_the_users_of_events_are_counted_out_once() -> None:
-    """An array of all events was made anew at every batch."""
+    """An array of all events was built again for every batch."""
     dataset = dataset_of(WORLD)
     assert dataset.event_user is dataset.event_user
     assert dataset.event_user.tolist() == [0] * 5 + [1] * 5
@@ -295,7 +295,7 @@ def test_the_users_of_events_are_counted_out_once() -> None:
 
 def test_a_log_of_ids_alone_has_no_further_columns() -> None:
     log = log_of([Event("u", "100", 1), Event("u", "101", 2)])
-    bare = type(log)(log.users, log.items, log.time, log.label, None, {}, {}, {}, log.report)
+    bare = replace(log, action=None, item_attributes={}, item_floats={}, user_attributes={})
     dataset = build_dataset(bare, HISTORIES)
     schema = dataset.schema
     assert (schema.context, schema.has_action, schema.item_attributes) == ((), False, ())
@@ -304,9 +304,9 @@ def test_a_log_of_ids_alone_has_no_further_columns() -> None:
 
 
 def test_ids_without_events_are_left_out() -> None:
-    """``users_to_test`` leaves ids in the log whose events are all gone."""
+    """``keep_users`` leaves ids without events in the log."""
     events = [Event("u", "100", 1), *[Event("vv", str(101 + time), time) for time in range(4)]]
-    log = users_to_test(log_of(events), 1)
+    log = keep_users(log_of(events), 1)
     assert log.users.ids == ["u", "vv"]
     dataset = build_dataset(log, HISTORIES)
     assert dataset.log.users.ids == ["vv"]
@@ -325,7 +325,7 @@ def test_a_few_users_are_those_with_all_splits_whatever_the_order_of_rows(
     ranked = sorted(times_by_user, key=lambda user: (len(times_by_user[user]) < 3, user))
     shuffled = list(events)
     chance.shuffle(shuffled)
-    dataset = build_dataset(users_to_test(log_of(shuffled), max_users), HISTORIES)
+    dataset = build_dataset(keep_users(log_of(shuffled), max_users), HISTORIES)
     assert dataset.log.users.ids == sorted(ranked[:max_users])
     kept = [event for event in events if event.user in ranked[:max_users]]
     assert events_of(dataset) == events_of(dataset_of(kept))
@@ -334,7 +334,7 @@ def test_a_few_users_are_those_with_all_splits_whatever_the_order_of_rows(
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5))))
 def test_ranges_are_those_of_python(pairs: list[tuple[int, int]]) -> None:
     firsts, lengths = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
-    expected = [place for first, length in pairs for place in range(first, first + length)]
+    expected = [number for first, length in pairs for number in range(first, first + length)]
     assert ranges(firsts, lengths).tolist() == expected
 
 

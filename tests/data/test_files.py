@@ -1,4 +1,4 @@
-"""Files as people have them: delimiters, quotes, encodings, headers, and files of another kind."""
+"""Real-world files: delimiters, quotes, encodings, headers, and files of another kind."""
 
 import csv
 import gzip
@@ -86,7 +86,7 @@ def test_a_header_with_a_name_twice_is_refused() -> None:
 def test_what_only_text_has_is_refused_for_parquet(
     tmp_path: Path, given: dict[str, object]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"which text files have; .*log\.parquet is Parquet"):
+    with pytest.raises(ConfigError, match=r"which only text files have; .*log\.parquet is Parquet"):
         read(tmp_path / "log.parquet", b"", FileFormat(**given))
 
 
@@ -120,7 +120,7 @@ def test_a_quote_in_a_tsv_is_text(tmp_path: Path) -> None:
 def test_a_stray_quote_is_an_error_with_its_line(
     tmp_path: Path, rows: list[str], line: int
 ) -> None:
-    """The rows up to the next quote were read as one field, and counted as nothing."""
+    """The rows up to the next quote were read as one field and not counted."""
     path = tmp_path / "log.csv"
     path.write_text("\n".join(["user,item,time,title", *rows, ""]))
     with pytest.raises(DataError, match=rf"log\.csv, line {line}: .*data\.format\.quoting=none"):
@@ -180,7 +180,7 @@ def test_whatever_a_writer_quotes_is_read(
 
 @pytest.mark.parametrize("name", ["log.csv", "log.csv.gz"])
 def test_bytes_of_another_encoding_are_refused_by_line(tmp_path: Path, name: str) -> None:
-    """José and Josè of a latin-1 file both became Jos? and were one user, counted nowhere."""
+    """José and Josè of a latin-1 file both became Jos?, silently one user."""
     content = "user,item,time\nann,i,1\nJosé,i,2\nJosè,i,3\n".encode("latin-1")
     content = gzip.compress(content, mtime=0) if name.endswith(".gz") else content
     expected = rf"{name}, line 3: byte 0xe9 is not utf-8; data\.format\.encoding says"
@@ -224,7 +224,7 @@ def test_an_unknown_encoding_is_refused(encoding: str) -> None:
 
 @pytest.mark.parametrize("missing", ["", " ", "NULL", "null", r"\N", "nan", "NaN", "None", "<NA>"])
 def test_texts_that_mean_missing_are_no_ids(tmp_path: Path, missing: str) -> None:
-    """A user called NULL had all events of unknown users, more than anyone else."""
+    """A user NULL got the events of all unknown users."""
     log = read(tmp_path / "log.csv", f"user,item,time\nu,i,1\n{missing},i,2\nu, {missing},3\n")
     assert log.report.dropped == {"no user": 1, "no item": 1}
 
@@ -241,7 +241,13 @@ def test_missing_values_are_missing_in_every_column(tmp_path: Path) -> None:
     rows = ["u,i,1,NULL,NULL,NULL,5", r"u,i,2,b,2.5,\N,5", "u,j,nan,c,1,AT,5", "u,k,4,d,1,AT,None"]
     path.write_text("\n".join(["user,item,time,tag,price,land,stars", *rows]))
     columns = ColumnMapping(
-        "user", "item", "time", None, "stars>1", ("tag",), ("price",), ("land",)
+        user="user",
+        item="item",
+        time="time",
+        label="stars>1",
+        item_attributes=("tag",),
+        item_floats=("price",),
+        user_attributes=("land",),
     )
     log = read_interactions(path, columns)
     assert log.report.dropped == {"bad time": 1, "bad label": 1}
@@ -255,7 +261,7 @@ def test_missing_values_are_missing_in_every_column(tmp_path: Path) -> None:
 
 
 def packed(kind: str) -> bytes:
-    """A log inside something else."""
+    """A log inside an archive."""
     content, buffer = "\n".join(LINES).encode(), io.BytesIO()
     if kind == "zip":
         with zipfile.ZipFile(buffer, "w") as archive:
@@ -276,7 +282,10 @@ def packed(kind: str) -> bytes:
         (gzip.compress(b"user,item,time\n", mtime=0), "a gzip file"),
         (b"PAR1\x15\x04\x15", "a Parquet file"),
         ("user,item,time\nu,i,1".encode("utf-16"), r"UTF-16 text \(data.format.encoding=utf-16 "),
-        ("user,item,time\nu,i,1".encode("utf-16-le"), "no text, or UTF-16 without its mark"),
+        (
+            "user,item,time\nu,i,1".encode("utf-16-le"),
+            "not text, or UTF-16 without a byte order",
+        ),
         (b"SQLite format 3\0", "an SQLite database"),
     ],
 )
@@ -298,5 +307,5 @@ def test_a_zip_archive_under_any_ending_is_named(tmp_path: Path, name: str) -> N
 
 
 def test_text_that_is_not_gzipped_is_named_without_its_bytes(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"it is text; expected is a gzip file$"):
+    with pytest.raises(DataError, match=r"it is text; expected a gzip file$"):
         read(tmp_path / "log.csv.gz", "user,item,time\n")

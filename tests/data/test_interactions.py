@@ -1,4 +1,4 @@
-"""The reader of interaction logs: what is kept, what is dropped, and that both are said."""
+"""The reader of interaction logs: what it keeps, what it drops, and that it reports both."""
 
 import csv
 import gzip
@@ -68,7 +68,7 @@ def decoded(column: IdColumn) -> list[str]:
 
 
 def time_of(folder: Path, text: str) -> int | None:
-    """The time of a row among a good one, None where it is dropped."""
+    """The time of a row beside a good one, None if it is dropped."""
     log = read(folder, f'user,item,time\nu,i,0\nu,i,"{text}"\n')
     if log.report.rows_kept == 1:
         assert log.report.dropped == {"bad time": 1}
@@ -108,7 +108,15 @@ def test_every_format_gives_the_same_log(tmp_path: Path, name: str) -> None:
     content = plain.read_bytes()
     path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
 
-    columns = ColumnMapping("user", "item", "time", "rating", "rating>=4", ("tags",), ("rating",))
+    columns = ColumnMapping(
+        user="user",
+        item="item",
+        time="time",
+        action="rating",
+        label="rating>=4",
+        item_attributes=("tags",),
+        item_floats=("rating",),
+    )
     quoted = None if ".parquet" in name else FileFormat(quoting="double")
     log = read_interactions(path, columns, quoted)
 
@@ -155,7 +163,7 @@ def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_log_equals_a_row_by_row_reading(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]]
 ) -> None:
-    # Good rows at the end keep the log from being one whose times are mostly none.
+    # Good rows at the end keep the log from being refused for mostly bad times.
     rows = [*rows, *[("u", "i", str(second)) for second in range(2 * len(rows) + 1)]]
     path = tmp_path_factory.getbasetemp() / "rows.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -164,7 +172,7 @@ def test_log_equals_a_row_by_row_reading(
     log = read_interactions(path, COLUMNS)
 
     kept = [
-        (canonical_id(user), canonical_id(item), math.floor(float(time)))
+        (canonical_id(user), canonical_id(item), math.floor(float(time.strip())))
         for user, item, time in rows
         if user.strip() and item.strip() and is_plain_time(time)
     ]
@@ -175,9 +183,10 @@ def test_log_equals_a_row_by_row_reading(
 
 
 def is_plain_time(text: str) -> bool:
-    # Six characters are too few for ISO 8601: a time is a number here.
+    # Six characters are too few for ISO 8601: a time is a number here. The reader strips a text as
+    # str.strip does, which takes more characters for space than float does, such as "\x1f".
     try:
-        return 0 <= float(text) <= MAX_TIME and "_" not in text
+        return 0 <= float(text.strip()) <= MAX_TIME and "_" not in text
     except ValueError:
         return False
 
@@ -285,7 +294,7 @@ def test_label_rule_compares_text(tmp_path: Path, rule: str, expected: list[floa
 def test_a_label_rule_that_fits_nothing_is_refused_with_the_values_of_its_column(
     tmp_path: Path, rule: str, values: list[str]
 ) -> None:
-    """`event==Buy` on a log that has `buy` trained on zeros alone, with an NE of 4e11."""
+    """`event==Buy` on a log with `buy` trained on zeros only, with an NE of 4e11."""
     expected = rf"label rule '{rule}' makes no row of .*log\.csv positive; the most frequent"
     with pytest.raises(DataError, match=expected) as error:
         read_label(tmp_path, rule, values)
@@ -353,7 +362,7 @@ def test_action_is_coded_and_a_row_without_one_is_dropped(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("step", [1, -1])
 def test_an_attribute_is_what_most_rows_say_in_whatever_order(tmp_path: Path, step: int) -> None:
-    """The first value in the file counted: the same rows in another order were other data."""
+    """The first value in the file was taken: reordered rows were other data."""
     columns = ColumnMapping(
         "user", "item", "time", item_attributes=("tags",), user_attributes=("city",)
     )
@@ -411,7 +420,7 @@ def test_a_float_column_without_any_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_floats_that_are_no_numbers_are_counted_and_named(tmp_path: Path) -> None:
-    """`$3.50` was taken for no price at all, and counted nowhere."""
+    """`$3.50` was taken for a missing price and not counted."""
     columns = ColumnMapping("user", "item", "time", item_floats=("price",))
     prices = ["$3.50", '"1,250.00"', "2.5", "4.5", "", "NULL", "1_000", "inf"]
     rows = "".join(f"u,i,{time},{price}\n" for time, price in enumerate(prices))
@@ -443,9 +452,9 @@ def test_a_float_is_limited_in_a_log_as_in_a_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["item_id", "action", "time", "first_event"])
 @pytest.mark.parametrize("field", ["item_attributes", "item_floats"])
 def test_an_item_column_called_like_a_column_of_requests_is_refused(name: str, field: str) -> None:
-    """Such an attribute took the vocabulary of our own column, or died deep inside."""
+    """Such an attribute took the vocabulary of our own column, or failed deep inside."""
     expected = (
-        rf"are called \['{name}'\]; in a request \['item_id', 'action', 'time', 'first_event'"
+        rf"are named \['{name}'\]; requests reserve \['item_id', 'action', 'time', 'first_event'"
     )
     with pytest.raises(ConfigError, match=expected):
         ColumnMapping("user", "item", "time", **{field: ("kind", name)})
@@ -460,18 +469,25 @@ def test_attributes_of_one_name_are_refused(
     attributes: tuple[str, ...], floats: tuple[str, ...], of_users: tuple[str, ...]
 ) -> None:
     with pytest.raises(ConfigError, match=r"are \['size', 'size'\]; 'size' is there twice"):
-        ColumnMapping("user", "item", "time", None, None, attributes, floats, of_users)
+        ColumnMapping(
+            user="user",
+            item="item",
+            time="time",
+            item_attributes=attributes,
+            item_floats=floats,
+            user_attributes=of_users,
+        )
 
 
 @pytest.mark.parametrize(
-    "name", ["user_id", "item_id", "time", "position", "first_place", "pages", "a.b", "Customer ID"]
+    "name", ["user_id", "item_id", "time", "position", "first_index", "pages", "a.b", "Customer ID"]
 )
 def test_a_user_attribute_may_have_any_name(tmp_path: Path, name: str) -> None:
     columns = ColumnMapping("u", "i", "t", user_attributes=(name,))
     assert read(tmp_path, f"u,i,t,{name}\nx,y,1,z\n", columns).user_attributes == {name: [("z",)]}
 
 
-@pytest.mark.parametrize("name", ["user_id", "position", "first_place", "pages", "a.b", "my tag"])
+@pytest.mark.parametrize("name", ["user_id", "position", "first_index", "pages", "a.b", "my tag"])
 def test_an_item_attribute_may_have_any_other_name(tmp_path: Path, name: str) -> None:
     columns = ColumnMapping("u", "i", "t", item_attributes=(name,), user_attributes=(name,))
     log = read(tmp_path, f"u,i,t,{name}\nx,y,1,z\n", columns)
@@ -493,7 +509,7 @@ def test_every_reason_is_counted_and_named_with_its_line(tmp_path: Path) -> None
         "u,i,1\n"
         "u,i,1,5,view,more\n"
     )
-    columns = ColumnMapping("user", "item", "time", "act", "rating>=4")
+    columns = ColumnMapping("user", "item", "time", action="act", label="rating>=4")
     path = written(tmp_path, text)
     report = read_interactions(path, columns).report
     reasons = ["no user", "no item", "bad time", "bad label", "no action"]
@@ -512,7 +528,7 @@ def test_every_reason_is_counted_and_named_with_its_line(tmp_path: Path) -> None
 
 
 def test_a_row_with_an_id_too_long_is_dropped_and_counted(tmp_path: Path) -> None:
-    """A log took ids of any length, of which a request may hold none."""
+    """A log took ids of any length, which requests refuse."""
     longest, longer = "x" * 256, "x" * 257
     text = "user,item,time,act,tags,city\n" + "".join(
         ",".join(row) + "\n"
@@ -642,7 +658,7 @@ def test_a_log_without_a_usable_row_is_refused(tmp_path: Path, rows: str) -> Non
 
 
 def test_a_quote_that_never_closes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 3: a quote opens that is never closed"):
+    with pytest.raises(DataError, match="line 3: a quote is never closed"):
         read(tmp_path, 'user,item,time\nu,i,1\n"u,i,1\nu,i,2\n')
 
 

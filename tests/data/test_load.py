@@ -1,4 +1,4 @@
-"""What the command line says of a file reaches its reader."""
+"""Command-line options of a file reach its reader."""
 
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def test_a_header_that_is_no_list_is_refused(tmp_path: Path, header: str) -> Non
         ("data.format.encoding=utf-9", "data.format.encoding is 'utf-9'"),
         ("data.columns.time_unit=days", "data.columns.time_unit is 'days'"),
         ("data.columns.time_format='%Q'", "data.columns.time_format '%Q'"),
-        ("data.columns.item_attributes=[action]", r"item are called \['action'\]"),
+        ("data.columns.item_attributes=[action]", r"item columns are named \['action'\]"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_file_is_read(

@@ -1,4 +1,4 @@
-"""Requests of a data set: the one request format, nothing of the future, reproducible."""
+"""Requests of a data set have the one request format, no future events, and are reproducible."""
 
 import json
 from typing import Any
@@ -81,12 +81,12 @@ def test_history_is_all_that_is_strictly_earlier(
         assert history["genres"] == [list(genres_of(event.item)) for event in past]
         assert history["time"] == [event.time for event in past]
         longest = max(longest, len(past))
-    # Uncut: the window is the model's affair.
+    # Uncut: the model cuts the window.
     assert longest > 8
 
 
 def test_an_action_that_training_never_met_is_given_as_it_is() -> None:
-    """It went out as null, which the model reads as missing; training reads it as unknown."""
+    """It became null, which the model reads as missing; training reads it as unknown."""
     events = [Event("u", "100", time, "view") for time in range(20)]
     events[18] = events[18]._replace(action="new")
     dataset = build_dataset(log_of(events), all_events(32, 8))
@@ -99,7 +99,7 @@ def test_the_item_of_the_event_is_among_distinct_candidates(
     requests: list[dict[str, Any]], events: list[Event], dataset: Dataset
 ) -> None:
     catalogue = {int(dataset.log.items.ids[code]) for code in dataset.known_items}
-    places = set()
+    indices = set()
     for request in requests:
         shown = request["candidates"]["item_id"]
         now = {
@@ -110,8 +110,8 @@ def test_the_item_of_the_event_is_among_distinct_candidates(
         assert now & set(shown)
         assert len(set(shown)) == NUM_CANDIDATES
         assert set(shown) - now <= catalogue
-        places |= {shown.index(item) for item in now & set(shown)}
-    assert len(places) > 2  # A scorer that prefers a place learns nothing.
+        indices |= {shown.index(item) for item in now & set(shown)}
+    assert len(indices) > 2  # The index does not give the target away.
 
 
 def test_a_target_is_what_the_user_took_at_that_time(

@@ -1,4 +1,4 @@
-"""Parquet's own types: each is read as what it means, or refused by its name."""
+"""Parquet's own types are read by their meaning, or refused by name."""
 
 import gzip
 import math

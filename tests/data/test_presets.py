@@ -1,4 +1,4 @@
-"""The presets, on small files in the publishers' formats and on the real ones where they are."""
+"""The presets, on small files in the publishers' formats, and on the real ones if present."""
 
 import gzip
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def write_movielens_1m(root: Path) -> Path:
 
 
 class Case(NamedTuple):
-    """A data set and what is known of it."""
+    """A data set and its published counts."""
 
     root: Callable[[Path], Path]
     counts: tuple[int, ...]
@@ -185,7 +185,7 @@ DAY_AFTER_12 = "536374,85123A,HOLDER,1,{},2.95,12583.0,France\n"
 def test_online_retail_tells_day_and_month_by_the_whole_column(
     tmp_path: Path, dates: str, day_13: str
 ) -> None:
-    """The dates of spreadsheet copies, `12/1/2010 8:26`, were a bad time in every row."""
+    """Dates of spreadsheet copies, `12/1/2010 8:26`, were bad times in every row."""
     content = rewritten(RETAIL_HEADER, dates) + DAY_AFTER_12.format(day_13)
     (tmp_path / "online_retail.csv").write_text(content)
     log = read_online_retail(tmp_path)

@@ -1,4 +1,4 @@
-"""The synthetic world: reproducible, of the promised make, and only long histories tell tastes."""
+"""The synthetic world is reproducible, as documented, and only long histories show tastes."""
 
 import hashlib
 import subprocess
@@ -48,9 +48,9 @@ def hit_rate(log: InteractionLog, num_recent: int | None) -> float:
     hits = []
     for rows in events_by_user(log):
         own = categories[rows].tolist()
-        for place in range(128, len(own), 5):
-            recent = own[:place] if num_recent is None else own[place - num_recent : place]
-            hits.append(own[place] in [category for category, _ in Counter(recent).most_common(4)])
+        for index in range(128, len(own), 5):
+            recent = own[:index] if num_recent is None else own[index - num_recent : index]
+            hits.append(own[index] in [category for category, _ in Counter(recent).most_common(4)])
     return float(np.mean(hits))
 
 
@@ -96,9 +96,9 @@ def test_an_event_shares_its_category_with_recent_history_far_above_chance(
     categories = category_of_events(world)
     chance = np.mean((np.bincount(categories) / len(categories)) ** 2) * len(np.unique(categories))
     shares = [
-        np.mean(own[place - 64 : place] == own[place])
+        np.mean(own[index - 64 : index] == own[index])
         for own in (categories[rows] for rows in events_by_user(world))
-        for place in range(64, len(own), 5)
+        for index in range(64, len(own), 5)
     ]
     assert np.mean(shares) > 1.5 * chance
 
@@ -166,9 +166,9 @@ def test_buys_lean_to_tastes(world: InteractionLog) -> None:
     is_usual = np.zeros(len(categories), np.bool_)
     for rows in events_by_user(world):
         own = categories[rows]
-        for place in range(64, len(own)):
-            usual = np.mean(own[place - 64 : place] == own[place]) > 0.1
-            is_usual[rows[place]] = usual
+        for index in range(64, len(own)):
+            usual = np.mean(own[index - 64 : index] == own[index]) > 0.1
+            is_usual[rows[index]] = usual
     assert is_buy[is_usual].mean() > is_buy[~is_usual].mean() + 0.05
 
 

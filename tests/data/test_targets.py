@@ -91,7 +91,7 @@ def candidates_of(dataset: Dataset, targets: Ints) -> Ints:
 
 
 def whole_batch(dataset: Dataset) -> tuple[Windows, Ints, Batch]:
-    """Every event of the data set a target, in one batch."""
+    """One batch in which every event of the data set is a target."""
     windows = windows_of(dataset, all_targets(dataset))
     candidates = candidates_of(dataset, windows.targets)
     return windows, candidates, build_batch(dataset, windows, candidates, None)
@@ -108,7 +108,7 @@ def user_of_candidate(batch: Batch, key: str = USER) -> list[int]:
 
 
 def raw_request(target: Event, events: Events, candidates: list[str]) -> dict[str, Any]:
-    """The request that would have come at the time of a target, with the whole history."""
+    """The raw request at the time of a target, with its whole history."""
     past = [e for e in in_order(events) if e.user == target.user and e.time < target.time]
     return {
         USER: target.user,
@@ -150,10 +150,10 @@ def test_a_target_sees_its_strictly_earlier_events_cut_to_the_window(events: Eve
     )
     actions = rows_of(batch, history_key(HISTORY, ACTION))
     visible = batch.sparse_features[visible_key(HISTORY)].values().tolist()
-    for place, user in enumerate(user_of_candidate(batch)):
-        target = ordered[windows.targets[place // NUM_CANDIDATES]]
+    for index, user in enumerate(user_of_candidate(batch)):
+        target = ordered[windows.targets[index // NUM_CANDIDATES]]
         seen = seen_by(target, events)
-        oldest = slice(0, visible[place])
+        oldest = slice(0, visible[index])
         assert histories[user][oldest] == vocabularies[ITEM].rows(e.item for e in seen)
         assert actions[user][oldest] == vocabularies[ACTION].rows(e.action for e in seen)
         assert times[user][oldest] == [event.time for event in seen]
@@ -195,9 +195,9 @@ def test_the_window_of_a_target_is_the_one_its_request_would_get(events: Events,
     raw_target = in_order(events)[target]
     request = parse_request(raw_request(raw_target, events, [raw_target.item]), dataset.schema)
     read = request.events_by_history[HISTORY].columns
-    place = windows.targets.tolist().index(target) * NUM_CANDIDATES
-    user = user_of_candidate(batch)[place]
-    visible = batch.sparse_features[visible_key(HISTORY)].values()[place]
+    index = windows.targets.tolist().index(target) * NUM_CANDIDATES
+    user = user_of_candidate(batch)[index]
+    visible = batch.sparse_features[visible_key(HISTORY)].values()[index]
     for column in (ITEM, ACTION):
         row = rows_of(batch, history_key(HISTORY, column))[user][:visible]
         assert row == read[column].tolist()
@@ -236,7 +236,7 @@ def test_every_value_of_a_batch_is_that_of_the_log(events: Events) -> None:
     windows, candidates, batch = whole_batch(dataset)
     vocabularies = dataset.schema.vocabulary_by_column
     ordered = in_order(events)
-    targets = [ordered[place] for place in windows.targets]
+    targets = [ordered[index] for index in windows.targets]
     shown = [dataset.log.items.ids[code] for code in candidates.ravel()]
     assert shown[::NUM_CANDIDATES] == [target.item for target in targets]
     assert rows_of(batch, candidate_key(ITEM)) == [[row] for row in vocabularies[ITEM].rows(shown)]
@@ -261,11 +261,11 @@ def test_attributes_stand_on_their_own_event(events: Events) -> None:
     windows, _, batch = whole_batch(dataset)
     ordered, vocabulary = in_order(events), dataset.schema.vocabulary_by_column["items.genres"]
     read = [
-        ordered[place]
+        ordered[index]
         for first, length in zip(
             windows.first_event[HISTORY], windows.num_events[HISTORY], strict=True
         )
-        for place in range(first, first + length)
+        for index in range(first, first + length)
     ]
     assert rows_of(batch, history_key(HISTORY, "genres")) == [
         vocabulary.rows(genres_of(event.item)) for event in read
@@ -295,11 +295,11 @@ def test_a_target_has_the_logits_of_its_catalogue_batch(ragged: tuple[Events, Da
     _, dataset = ragged
     windows, candidates, batch = whole_batch(dataset)
     together = logits(batch, dataset).view(-1, NUM_CANDIDATES)
-    for place, target in enumerate(windows.targets):
+    for index, target in enumerate(windows.targets):
         window = windows_of(dataset, np.array([target]))
-        alone = build_catalogue_batch(dataset, window, candidates[place : place + 1])
+        alone = build_catalogue_batch(dataset, window, candidates[index : index + 1])
         assert alone.sparse_features[REQUEST_TIME].values().tolist() == [dataset.time[target]]
-        difference = (logits(alone, dataset) - together[place]).abs().max()
+        difference = (logits(alone, dataset) - together[index]).abs().max()
         assert difference <= LOGIT_TOLERANCE
 
 
@@ -310,10 +310,10 @@ def test_a_catalogue_batch_ranks_many_windows_at_once(ragged: tuple[Events, Data
     windows = windows_of(dataset, last_of_users)
     batch = build_catalogue_batch(dataset, windows, candidates)
     together = logits(batch, dataset).view(candidates.shape)
-    for place in range(3):
-        chosen = np.array([place])
+    for index in range(3):
+        chosen = np.array([index])
         alone = build_catalogue_batch(dataset, windows.take(chosen), candidates[chosen])
-        assert (logits(alone, dataset) - together[place]).abs().max() <= LOGIT_TOLERANCE
+        assert (logits(alone, dataset) - together[index]).abs().max() <= LOGIT_TOLERANCE
 
 
 def test_a_target_has_the_logits_of_its_request(ragged: tuple[Events, Dataset]) -> None:
@@ -322,11 +322,11 @@ def test_a_target_has_the_logits_of_its_request(ragged: tuple[Events, Dataset]) 
     windows, candidates, batch = whole_batch(dataset)
     trained = logits(batch, dataset).view(-1, NUM_CANDIDATES)
     ordered, ids = in_order(events), dataset.log.items.ids
-    for place, target in enumerate(windows.targets):
-        shown = [ids[code] for code in candidates[place]]
+    for index, target in enumerate(windows.targets):
+        shown = [ids[code] for code in candidates[index]]
         request = parse_request(raw_request(ordered[target], events, shown), dataset.schema)
         served = logits(collate([request], dataset.schema), dataset)
-        assert (served - trained[place]).abs().max() <= LOGIT_TOLERANCE
+        assert (served - trained[index]).abs().max() <= LOGIT_TOLERANCE
 
 
 # --- chance
@@ -411,4 +411,4 @@ def test_windows_are_taken_with_their_targets(events: Events, seed: int) -> None
     assert taken.user.tolist() == windows.user[chosen].tolist()
     assert taken.first_event[HISTORY].tolist() == windows.first_event[HISTORY][chosen].tolist()
     assert taken.num_events[HISTORY].tolist() == windows.num_events[HISTORY][chosen].tolist()
-    assert taken.targets.tolist() == [target for place in chosen for target in parts[place]]
+    assert taken.targets.tolist() == [target for index in chosen for target in parts[index]]

@@ -1,4 +1,4 @@
-"""Times as logs write them: read as what they are, or refused with what they look like."""
+"""Times of logs are read correctly, or refused with what they look like."""
 
 import math
 from datetime import datetime, timedelta, timezone
@@ -132,7 +132,7 @@ def test_an_unknown_unit_is_refused(unit: str) -> None:
 def test_dates_in_digits_are_refused_with_their_format(
     texts: tuple[str, ...], pattern: str
 ) -> None:
-    """20101201 was read as a time of August 1970."""
+    """20101201 was read as a time in August 1970."""
     message = refused(*texts)
     assert f"looks like dates in digits, such as {texts[0].removesuffix('.0')}" in message
     assert f"set data.columns.time_format='{pattern}'" in message
@@ -161,13 +161,13 @@ def test_seconds_of_august_1970_are_no_dates_in_digits() -> None:
 def test_day_numbers_are_refused_with_what_they_look_like(
     texts: tuple[str, ...], meanings: tuple[str, ...]
 ) -> None:
-    """Day numbers and spreadsheet dates were read as times of the first day of 1970."""
+    """Day numbers and spreadsheet dates were read as times on 1970-01-01."""
     message = refused(*texts)
     assert all(meaning in message for meaning in meanings)
     assert "write it as ISO 8601, or set data.columns.time_unit=s" in message
 
 
-def test_places_in_an_order_are_seconds() -> None:
+def test_positions_in_an_order_are_seconds() -> None:
     assert seconds("1", "2", "3") == [1, 2, 3]
     assert seconds("14944", "14945", written=TimeFormat("s")) == [14_944, 14_945]
 
@@ -195,7 +195,7 @@ def test_places_in_an_order_are_seconds() -> None:
         " 2019-10-01 08:26:00 UTC ",
     ],
 )
-def test_iso_times_are_read_in_their_usual_dresses(text: str) -> None:
+def test_iso_times_are_read_in_their_usual_spellings(text: str) -> None:
     """`2019-10-01 00:00:00 UTC`, as REES46 writes it, was a bad time in every row."""
     assert seconds(text) == [1_569_918_360]
     assert times(text).form == "ISO 8601"
@@ -215,7 +215,7 @@ def test_what_is_not_iso_is_no_time(text: str) -> None:
     st.integers(-23 * 60, 23 * 60),
     st.sampled_from(["%Y-%m-%dT%H:%M:%S%z", "%Y%m%dT%H%M%S%z", "%Y-%m-%d %H:%M:%S.%f %z"]),
 )
-def test_iso_dresses_agree_with_datetime(naive: datetime, minutes: int, pattern: str) -> None:
+def test_iso_spellings_agree_with_datetime(naive: datetime, minutes: int, pattern: str) -> None:
     time = naive.replace(tzinfo=timezone(timedelta(minutes=minutes)))
     assert seconds(time.strftime(pattern)) == [math.floor(time.timestamp())]
 
@@ -248,7 +248,7 @@ def test_a_time_format_is_followed(pattern: str, text: str) -> None:
 def test_what_a_time_format_does_not_fit_is_no_time() -> None:
     written = TimeFormat(pattern="%d/%m/%Y")
     assert seconds("31/12/2010", "12/31/2010", "31/12/2010", written=written)[1] is None
-    assert "3 of 3 different values" in refused("1/1/1969", "1/1/2101", "x", written=written)
+    assert "3 of 3 distinct values" in refused("1/1/1969", "1/1/2101", "x", written=written)
 
 
 def test_iso_times_under_a_time_format_are_refused_with_both_named() -> None:
@@ -263,7 +263,7 @@ def test_a_time_format_that_python_cannot_read_is_refused(pattern: str) -> None:
 
 
 def test_a_unit_and_a_format_together_are_refused() -> None:
-    with pytest.raises(ConfigError, match="time_unit is 'ms' and time_format '%Y'; one of them"):
+    with pytest.raises(ConfigError, match="time_unit is 'ms' and time_format '%Y'; only one"):
         TimeFormat("ms", "%Y")
 
 
@@ -286,7 +286,7 @@ def test_times_of_another_form_are_refused_with_the_formats_that_fit(
 ) -> None:
     """`12/1/2010 8:26` and `01-12-2010 08:26` were bad times in every row, without a hint."""
     message = refused(*texts)
-    assert f"different values are no times, such as '{texts[0]}'" in message
+    assert f"distinct values are not times, such as '{texts[0]}'" in message
     assert advice in message
     assert "allowed: Unix s, ms, us or ns of 1970 to 2100" in message
     assert ("more than one format fits" in message) == (" or '" in message)
@@ -301,7 +301,7 @@ def test_a_few_texts_that_are_no_times_are_dropped_only() -> None:
 
 def test_most_texts_without_a_time_are_refused_with_one_of_them() -> None:
     message = refused("1700000000", "soon", "later", "")
-    assert message.startswith("column 'ts' of log.csv: 2 of 3 different values are no times")
+    assert message.startswith("column 'ts' of log.csv: 2 of 3 distinct values are not times")
     assert "such as 'soon'; allowed:" in message
 
 

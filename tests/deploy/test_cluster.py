@@ -1,4 +1,4 @@
-"""Replicas, nginx and Redis as one server: what dies costs time, what is stopped finishes first."""
+"""Replicas, nginx and Redis as one server: a death costs time, and a stop drains requests first."""
 
 import json
 import os
@@ -40,7 +40,7 @@ from torchrec_kvshare.config import (
     checked,
 )
 from torchrec_kvshare.deploy import cluster as library
-from torchrec_kvshare.deploy.cluster import Layout, Part, run_cluster, write_layout
+from torchrec_kvshare.deploy.cluster import Layout, ProcessSpec, run_cluster, write_layout
 from torchrec_kvshare.deploy.nginx import Address, Tls, nginx_config, token_config
 from torchrec_kvshare.errors import ConfigError, UnavailableError
 from torchrec_kvshare.export.exporter import load_artifact
@@ -53,31 +53,31 @@ STARTED = re.compile(r"(\S+) runs as process (\d+)")
 NUM_REPLICAS = 3
 START_S, STOP_S = 180.0, 90.0  # a busy machine
 HTTP, GRPC = "http", "grpc"
-# A user each, whose K/V some replica holds.
+# One request for each user.
 RAWS = [draw_raw(8 + seed % 5, 3 + seed % 4, seed) for seed in range(12)]
-for _place, _raw in enumerate(RAWS):
-    _raw["user_id"] = f"visitor {_place}"
+for _index, _raw in enumerate(RAWS):
+    _raw["user_id"] = f"visitor {_index}"
 
 
 class Answer(NamedTuple):
-    """What a client got: scores, or why there are none."""
+    """What a client got: scores, or an error."""
 
-    face: str
-    place: int  # in RAWS
+    protocol: str
+    index: int  # in RAWS
     at: float
     scores: list[float]
     error: str
-    was_cut: bool  # no answer began: the connection was refused, or closed before
+    was_cut: bool  # no answer began: the connection was refused, or closed before that
 
 
 class Running:
-    """``pipelines.serve_cluster`` in a process of its own."""
+    """A process that runs ``pipelines.serve_cluster``."""
 
     def __init__(self, artifact: Path, output: Path) -> None:
         self.output = output
         overrides = [f"replicas={NUM_REPLICAS}", "access_log=true", "threads=1"]
         overrides += ["server.http_port=0", "server.grpc_port=0", "server.timeout_ms=60000"]
-        # Here an answer tells whether K/V was there at all; how fast, others measure.
+        # These tests check that K/V is found, not how fast.
         overrides += ["cache.remote.deadline_ms=5000"]
         self.process = subprocess.Popen(
             [
@@ -110,12 +110,12 @@ class Running:
         return [json.loads(line)["message"] for line in self.lines if line.startswith("{")]
 
     def process_of(self, name: str) -> int:
-        """The last that was started by that name."""
+        """Id of the last process that was started under that name."""
         started = filter(None, map(STARTED.match, self.messages))
         return [int(one[2]) for one in started if one[1] == name][-1]
 
     def access(self) -> list[dict[str, str]]:
-        """nginx's log of requests for scores."""
+        """Lines of nginx's log that are requests for scores."""
         lines = (self.output / "nginx" / "access.log").read_text().splitlines()
         logged = [json.loads(line) for line in lines]
         return [one for one in logged if one["path"].endswith(("/v1/rank", "/ModelInfer"))]
@@ -130,11 +130,11 @@ class Running:
             stream.close()
 
 
-def rank(running: Running, place: int) -> dict[str, Any]:
-    """Over HTTP, on a connection of its own."""
+def rank(running: Running, index: int) -> dict[str, Any]:
+    """Answer over HTTP, on a connection of its own."""
     with closing(HTTPConnection(running.http, timeout=STOP_S)) as connection:
-        headers = {"X-User-Id": RAWS[place]["user_id"]}
-        connection.request("POST", "/v1/rank", json.dumps(RAWS[place]).encode(), headers)
+        headers = {"X-User-Id": RAWS[index]["user_id"]}
+        connection.request("POST", "/v1/rank", json.dumps(RAWS[index]).encode(), headers)
         with connection.getresponse() as response:
             answer = json.loads(response.read())
             assert response.status == 200, answer
@@ -142,64 +142,66 @@ def rank(running: Running, place: int) -> dict[str, Any]:
             return answer
 
 
-def ask_http(running: Running, place: int) -> Answer:
+def ask_http(running: Running, index: int) -> Answer:
     scores, error, was_cut = [], "", False
     try:
-        scores = rank(running, place)["scores"]
+        scores = rank(running, index)["scores"]
     except (OSError, HTTPException) as cut:
         error, was_cut = repr(cut), True
     except AssertionError as refused:
         error = str(refused)
-    return Answer(HTTP, place, time.monotonic(), scores, error, was_cut)
+    at = time.monotonic()
+    return Answer(HTTP, index, at=at, scores=scores, error=error, was_cut=was_cut)
 
 
-def ask_grpc(client: InferenceServerClient, place: int) -> Answer:
+def ask_grpc(client: InferenceServerClient, index: int) -> Answer:
     scores, error, was_cut = [], "", False
     inputs = []
-    for name, tensor in column_tensors([RAWS[place]], SCHEMA).items():
+    for name, tensor in column_tensors([RAWS[index]], SCHEMA).items():
         inputs.append(InferInput(name, list(tensor.shape), datatype_of(tensor)))
         inputs[-1].set_data_from_numpy(tensor)
-    headers = {"x-user-id": RAWS[place]["user_id"]}
+    headers = {"x-user-id": RAWS[index]["user_id"]}
     try:
         answer = client.infer("kvshare", inputs, headers=headers, client_timeout=STOP_S)
         scores = answer.as_numpy("scores").tolist()
     except InferenceServerException as refused:
         error = str(refused)
-        # nginx's own answers have a status of HTTP; a connection that is gone has none.
+        # nginx's own answers have an HTTP status; a lost connection has none.
         was_cut = "UNAVAILABLE" in error and "http2 header" not in error
-    return Answer(GRPC, place, time.monotonic(), scores, error, was_cut)
+    at = time.monotonic()
+    return Answer(GRPC, index, at=at, scores=scores, error=error, was_cut=was_cut)
 
 
 class Load:
-    """Clients that ask one request after the other, two over each face, until told to stop."""
+    """Clients that send one request after the other, two per protocol, until they are stopped."""
 
     def __init__(self, running: Running) -> None:
         self.answers: list[Answer] = []
-        self._is_told = threading.Event()
+        self._is_stopped = threading.Event()
         work = [(self._over_http, running, first) for first in (0, 6)]
         work += [(self._over_grpc, running, first) for first in (3, 9)]
-        self._threads = [threading.Thread(target=body, args=rest) for body, *rest in work]
+        self._threads = [threading.Thread(target=target, args=rest) for target, *rest in work]
         for thread in self._threads:
             thread.start()
 
     def _over_http(self, running: Running, first: int) -> None:
-        self._ask(lambda place: ask_http(running, place), first)
+        self._ask(lambda index: ask_http(running, index), first)
 
     def _over_grpc(self, running: Running, first: int) -> None:
-        # A connection for each client: by default those of one process share one.
+        # A connection for each client: by default all clients of a process share one.
         own = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
         with closing(InferenceServerClient(running.grpc, channel_args=own)) as client:
-            self._ask(lambda place: ask_grpc(client, place), first)
+            self._ask(lambda index: ask_grpc(client, index), first)
 
-    def _ask(self, ask: Callable[[int], Answer], place: int) -> None:
-        while not self._is_told.is_set():
-            place = place % (len(RAWS) - 1) + 1  # The first user is nobody's but the story's.
-            self.answers.append(ask(place))
-            # A test's two cores have a replica to start besides.
+    def _ask(self, ask: Callable[[int], Answer], index: int) -> None:
+        while not self._is_stopped.is_set():
+            index = index % (len(RAWS) - 1) + 1  # The first user is reserved for the story.
+            self.answers.append(ask(index))
+            # Leave the test's two cores time to start a replica.
             time.sleep(0.1)
 
     def close(self) -> None:
-        self._is_told.set()
+        self._is_stopped.set()
         for thread in self._threads:
             thread.join(STOP_S)
 
@@ -213,19 +215,19 @@ class Story(NamedTuple):
     homes: tuple[dict[str, Any], ...]  # answers to one user: at home, after the kill
     moved: list[dict[str, str]]
     returned: list[dict[str, str]]
-    last_load: list[Answer]  # while all were told to end
+    last_load: list[Answer]  # while all processes were stopped
     last_access: list[dict[str, str]]
     status: int
-    left: list[str]
+    left: list[str]  # logs of processes that still run
     fronts: tuple[str, str]
     health: dict[str, int]  # status by path
     found: "Found"
 
 
 class Found(NamedTuple):
-    """What another user of the machine could see of a cluster that runs."""
+    """What another user of the machine could see of a running cluster."""
 
-    to_strangers: bytes  # what Redis said to who has no password
+    to_strangers: bytes  # what Redis answers without the password
     packets: list[bytes]
     password: bytes
     key: bytes
@@ -262,9 +264,19 @@ def tell(running: Running) -> Story:
         running.process.terminate()
         status = running.process.wait(STOP_S)
     return Story(
-        *(load.answers, killed_at, running.messages, (at_home, elsewhere), moved, returned),
-        *(last_load.answers, running.access()[num_before:], status, running_in(running.output)),
-        *((running.http, running.grpc), health, found),
+        load=load.answers,
+        killed_at=killed_at,
+        messages=running.messages,
+        homes=(at_home, elsewhere),
+        moved=moved,
+        returned=returned,
+        last_load=last_load.answers,
+        last_access=running.access()[num_before:],
+        status=status,
+        left=running_in(running.output),
+        fronts=(running.http, running.grpc),
+        health=health,
+        found=found,
     )
 
 
@@ -273,7 +285,7 @@ def look_into(running: Running) -> Found:
         (running.output / name).read_bytes() for name in ("redis_password", "packet_key")
     )
     command = Path(f"/proc/{running.process_of('redis')}/cmdline").read_bytes().split(b"\0")
-    port = int(command[0].rpartition(b":")[2])  # Redis calls itself by where it listens.
+    port = int(command[0].rpartition(b":")[2])  # Redis puts its address into its command line.
     with socket.create_connection(("127.0.0.1", port), STOP_S) as connection:
         connection.sendall(b"KEYS *\r\n")
         to_strangers = connection.recv(100)
@@ -283,10 +295,13 @@ def look_into(running: Running) -> Found:
     master = running.process_of("nginx")
     children = Path(f"/proc/{master}/task/{master}/children").read_text().split()
     return Found(
-        *(to_strangers, packets, password, key),
-        b"".join(file.read_bytes() for file in process_files("cmdline")),
-        b"".join(file.read_bytes() for file in running.output.rglob("*.log")),
-        [user_of(process) for process in (master, *children)],
+        to_strangers=to_strangers,
+        packets=packets,
+        password=password,
+        key=key,
+        command_lines=b"".join(file.read_bytes() for file in process_files("cmdline")),
+        logs=b"".join(file.read_bytes() for file in running.output.rglob("*.log")),
+        nginx_users=[user_of(process) for process in (master, *children)],
     )
 
 
@@ -298,7 +313,7 @@ def process_files(name: str) -> Iterator[Path]:
 
 
 def user_of(process: int | str) -> set[str]:
-    """Its user ids: real, effective, saved, of files."""
+    """User ids of a process: real, effective, saved and of files."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     (line,) = (one for one in lines if one.startswith("Uid:"))
     return set(line.split()[1:])
@@ -314,10 +329,10 @@ def status_of(running: Running, path: str) -> int:
 def replica_at(running: Running, address: str) -> str:
     """The name of the replica that listens there."""
     port = address.rpartition(":")[2]
-    for place in range(NUM_REPLICAS):
-        with open(f"/proc/{running.process_of(f'replica-{place}')}/cmdline") as command:
+    for index in range(NUM_REPLICAS):
+        with open(f"/proc/{running.process_of(f'replica-{index}')}/cmdline") as command:
             if f"server.http_port={port}" in command.read():
-                return f"replica-{place}"
+                return f"replica-{index}"
     raise AssertionError(address)
 
 
@@ -338,11 +353,11 @@ def expected(artifact: Path) -> list[list[float]]:
 def assert_right(answers: Sequence[Answer], expected: list[list[float]]) -> None:
     for answer in answers:
         assert answer.scores == pytest.approx(
-            expected[answer.place], rel=0, abs=PROBABILITY_TOLERANCE
+            expected[answer.index], rel=0, abs=PROBABILITY_TOLERANCE
         ), answer
 
 
-# ---------------------------------------------------------------------------- the whole of them
+# --------------------------------------------------------------------------- the whole cluster
 
 
 def test_every_request_is_answered_right_while_a_replica_dies_and_comes_back(
@@ -350,8 +365,8 @@ def test_every_request_is_answered_right_while_a_replica_dies_and_comes_back(
 ) -> None:
     assert [answer for answer in story.load if answer.error] == []
     assert_right(story.load, expected)
-    for face in (HTTP, GRPC):
-        assert sum(one.face == face and one.at > story.killed_at for one in story.load) > 10
+    for protocol in (HTTP, GRPC):
+        assert sum(one.protocol == protocol and one.at > story.killed_at for one in story.load) > 10
 
 
 def test_who_died_is_said_and_is_started_again(story: Story) -> None:
@@ -383,7 +398,7 @@ def test_what_was_accepted_is_answered_when_all_are_told_to_end(
 ) -> None:
     answered = [answer for answer in story.last_load if not answer.error]
     assert_right(answered, expected)
-    # What else came was never taken: its connection was refused, or closed while it had nothing.
+    # The others were never accepted: their connection was refused or closed before an answer.
     assert [answer for answer in story.last_load if answer.error and not answer.was_cut] == []
     assert {one["status"] for one in story.last_access} == {"200"}
     assert len(story.last_access) == len(answered)
@@ -396,7 +411,7 @@ def test_all_end_well_and_leave_nothing_running(story: Story) -> None:
     ended = [message for message in story.messages if " ended (" in message]
     assert ended[0] == "nginx ended (0)"
     assert sorted(ended[1:]) == sorted(
-        ["redis ended (0)", *(f"replica-{place} ended (0)" for place in range(NUM_REPLICAS))]
+        ["redis ended (0)", *(f"replica-{index} ended (0)" for index in range(NUM_REPLICAS))]
     )
     for address in story.fronts:
         host, port = address.split(":")
@@ -424,14 +439,14 @@ def test_no_secret_stands_on_a_command_line_or_in_a_log(story: Story) -> None:
 
 
 def test_nginx_works_as_no_root(story: Story) -> None:
-    """All of its workers were root's where it was started by root."""
+    """If root started it, all of its workers were root."""
     master, *workers = story.found.nginx_users
     assert master == {str(os.geteuid())}
     assert workers
     assert {"0"} not in workers
 
 
-# ------------------------------------------------------------------------ who is started, and how
+# ---------------------------------------------------------------------------- the processes
 
 
 def cluster_config(output: Path, **fields: Any) -> ServeClusterConfig:
@@ -440,15 +455,15 @@ def cluster_config(output: Path, **fields: Any) -> ServeClusterConfig:
     )
 
 
-def layout_of(output: Path, *overrides: str, **fields: Any) -> dict[str, Part]:
-    """Parts by name; nothing runs."""
+def layout_of(output: Path, *overrides: str, **fields: Any) -> dict[str, ProcessSpec]:
+    """Processes by name; none is started."""
     layout = write_layout(cluster_config(output, **fields), overrides)
-    return {part.name: part for part in layout.parts}
+    return {spec.name: spec for spec in layout.processes}
 
 
-def replica_config(part: Part) -> ServeConfig:
-    """What a replica makes of its command line."""
-    python, m, module, pipeline, *overrides = part.command
+def replica_config(spec: ProcessSpec) -> ServeConfig:
+    """The config that a replica composes from its command line."""
+    python, m, module, pipeline, *overrides = spec.command
     assert (python, m, module, pipeline) == (sys.executable, "-m", "torchrec_kvshare", "serve")
     return checked(composed("serve", *overrides), ServeConfig)
 
@@ -462,11 +477,11 @@ def without_programs(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
 
 def test_a_replica_takes_what_the_command_line_says_of_it(tmp_path: Path) -> None:
     overrides = ("replicas=2", "artifact=a", "cache=tiered", "server.queue_requests=7")
-    parts = layout_of(
+    specs = layout_of(
         tmp_path / "a, b", *overrides, "output=x", "cache.remote.codec=int8", replicas=2, threads=5
     )
-    assert list(parts) == ["redis", "replica-0", "replica-1", "nginx"]
-    configs = [replica_config(parts[f"replica-{place}"]) for place in range(2)]
+    assert list(specs) == ["redis", "replica-0", "replica-1", "nginx"]
+    configs = [replica_config(specs[f"replica-{index}"]) for index in range(2)]
     ports = {port for one in configs for port in (one.server.http_port, one.server.grpc_port)}
     assert len(ports) == 4
     peers = [f"127.0.0.1:{one.server.http_port}" for one in configs]
@@ -478,17 +493,17 @@ def test_a_replica_takes_what_the_command_line_says_of_it(tmp_path: Path) -> Non
         assert config.cache.name == "tiered"
         assert config.cache.remote.codec == "int8"
     assert {one.cache.remote.url for one in configs} == {
-        f"redis://127.0.0.1:{parts['redis'].command[5]}"
+        f"redis://127.0.0.1:{specs['redis'].command[5]}"
     }
 
 
 def test_redis_gets_a_password_and_packets_a_key_that_no_command_line_shows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever could reach the port of this machine could read K/V and bring K/V in."""
+    """Every user of the machine could read and write K/V through the port."""
     caplog.set_level("INFO")
-    parts = layout_of(tmp_path)
-    cache = replica_config(parts["replica-0"]).cache
+    specs = layout_of(tmp_path)
+    cache = replica_config(specs["replica-0"]).cache
     assert cache.remote.password_file is not None
     assert cache.key_file is not None
     password, key = (
@@ -496,14 +511,14 @@ def test_redis_gets_a_password_and_packets_a_key_that_no_command_line_shows(
     )
     assert (len(password), len(key)) == (64, 64)
     assert password != key
-    config_file = parts["redis"].command[1]
+    config_file = specs["redis"].command[1]
     assert Path(config_file).read_text() == f"requirepass {password}\n"
     for file in (cache.remote.password_file, cache.key_file, config_file):
         assert stat.S_IMODE(os.stat(file).st_mode) == 0o600
-    told = " ".join(word for part in parts.values() for word in part.command) + caplog.text
+    told = " ".join(word for spec in specs.values() for word in spec.command) + caplog.text
     assert password not in told
     assert key not in told
-    # K/V on disk stays readable for the next run in this folder.
+    # The key stays: the next run in this folder can read K/V on disk.
     layout_of(tmp_path)
     assert Path(cache.key_file).read_text() == key
 
@@ -511,8 +526,8 @@ def test_redis_gets_a_password_and_packets_a_key_that_no_command_line_shows(
 def test_a_key_of_the_config_is_used_in_place_of_an_own_one(tmp_path: Path) -> None:
     overrides = ("cache=tiered", "cache.key_file=mine")
     cache = CacheConfig("tiered", key_file="mine")
-    parts = layout_of(tmp_path, *overrides, cache=cache)
-    assert replica_config(parts["replica-0"]).cache.key_file == "mine"
+    specs = layout_of(tmp_path, *overrides, cache=cache)
+    assert replica_config(specs["replica-0"]).cache.key_file == "mine"
     assert not (tmp_path / "packet_key").exists()
 
 
@@ -542,11 +557,11 @@ def test_nginx_asks_for_the_token_of_the_replicas(tmp_path: Path) -> None:
 def test_what_two_processes_cannot_share_is_one_for_each(tmp_path: Path) -> None:
     cache = CacheConfig("tiered", disk=DiskConfig(folder=str(tmp_path / "kv, it's")))
     server = ServerConfig(tensorboard=str(tmp_path / "board"))
-    parts = layout_of(tmp_path, cache=cache, server=server, replicas=2)
-    for place in range(2):
-        config = replica_config(parts[f"replica-{place}"])
-        assert config.cache.disk.folder == str(tmp_path / "kv, it's" / f"replica-{place}")
-        assert config.server.tensorboard == str(tmp_path / "board" / f"replica-{place}")
+    specs = layout_of(tmp_path, cache=cache, server=server, replicas=2)
+    for index in range(2):
+        config = replica_config(specs[f"replica-{index}"])
+        assert config.cache.disk.folder == str(tmp_path / "kv, it's" / f"replica-{index}")
+        assert config.server.tensorboard == str(tmp_path / "board" / f"replica-{index}")
         # The machine's cores are divided.
         assert config.threads == max(1, granted_cores() // 2)
 
@@ -555,7 +570,7 @@ def test_tls_ends_before_the_replicas(tmp_path: Path) -> None:
     server = ServerConfig(tls_cert_file="cert", tls_key_file="key", tls_client_ca_file="ca")
     layout = write_layout(cluster_config(tmp_path, server=server), ["server.tls_cert_file=cert"])
     assert layout.url == "https://127.0.0.1:8000 and grpcs://127.0.0.1:8001"
-    config = replica_config(layout.parts[1])
+    config = replica_config(layout.processes[1])
     assert config.server.tls_cert_file is None
     text = (tmp_path / "nginx" / "nginx.conf").read_text()
     assert f'ssl_certificate_key "{Path("key").resolve()}";' in text
@@ -567,18 +582,18 @@ def test_limits_of_a_request_are_nginx_s_too(tmp_path: Path) -> None:
     layout = write_layout(cluster_config(tmp_path, server=server), [])
     text = (tmp_path / "nginx" / "nginx.conf").read_text()
     assert "client_max_body_size 12345;" in text
-    # As many as three replicas have room for: queues, batches and streams.
+    # Three replicas have room for their queues, batches and streams.
     assert f"limit_conn all {3 * (256 + 16 + 64)};" in text
     assert f"limit_conn clients {3 * (256 + 16 + 64) // 2};" in text
-    # 4 s of the request's own, and then the replica hangs.
+    # A replica that takes 2 s longer than the request's 4 s hangs.
     assert "proxy_read_timeout 6000ms;" in text
     assert "worker_shutdown_timeout 7000ms;" in text
     assert layout.drain_s == 7
 
 
 def test_ports_of_replicas_can_be_named(tmp_path: Path) -> None:
-    parts = layout_of(tmp_path, replica_port=9100, replicas=3)
-    servers = [replica_config(parts[f"replica-{place}"]).server for place in range(3)]
+    specs = layout_of(tmp_path, replica_port=9100, replicas=3)
+    servers = [replica_config(specs[f"replica-{index}"]).server for index in range(3)]
     ports = [(server.http_port, server.grpc_port) for server in servers]
     assert ports == [(9100, 9101), (9102, 9103), (9104, 9105)]
     with pytest.raises(ConfigError, match="replica_port is 65530; 4 replicas take two ports"):
@@ -594,11 +609,11 @@ def test_half_a_certificate_is_refused(tmp_path: Path, files: dict[str, str]) ->
 
 def test_a_redis_that_is_there_is_used(tmp_path: Path) -> None:
     remote = RemoteConfig(url="redis://elsewhere:6379")
-    parts = layout_of(tmp_path, cache=CacheConfig("tiered", remote=remote))
-    assert "redis" not in parts
-    cache = replica_config(parts["replica-0"]).cache
+    specs = layout_of(tmp_path, cache=CacheConfig("tiered", remote=remote))
+    assert "redis" not in specs
+    cache = replica_config(specs["replica-0"]).cache
     assert cache.remote.url == "redis://elsewhere:6379"
-    # Who else uses it would not have a key or a password of ours.
+    # Other users of that Redis would not have our key or password.
     assert (cache.key_file, cache.remote.password_file) == (None, None)
     assert files_in(tmp_path) == ["nginx/nginx.conf"]
 
@@ -607,8 +622,8 @@ def test_without_redis_server_the_replicas_share_nothing_and_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     without_programs(monkeypatch, "redis-server")
-    parts = layout_of(tmp_path)
-    assert replica_config(parts["replica-0"]).cache.remote.url is None
+    specs = layout_of(tmp_path)
+    assert replica_config(specs["replica-0"]).cache.remote.url is None
     assert "redis-server is not on PATH: the replicas run without a remote tier" in caplog.text
 
 
@@ -617,9 +632,9 @@ def test_a_cache_without_a_remote_tier_gets_no_redis(
     tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    parts = layout_of(tmp_path, f"cache={cache}", cache=CacheConfig(cache))
-    assert "redis" not in parts
-    assert replica_config(parts["replica-0"]).cache.name == cache
+    specs = layout_of(tmp_path, f"cache={cache}", cache=CacheConfig(cache))
+    assert "redis" not in specs
+    assert replica_config(specs["replica-0"]).cache.name == cache
     assert f"cache={cache}: the replicas share no K/V" in caplog.text
 
 
@@ -733,11 +748,11 @@ def test_no_pod_may_do_more_than_it_needs() -> None:
         }
         assert set(container["resources"]["requests"]) == {"cpu", "memory"}
         assert "memory" in container["resources"]["limits"]
-        # Whatever is mounted is there.
+        # Every mount has a volume.
         assert {mount["name"] for mount in container["volumeMounts"]} == {
             volume["name"] for volume in pod["volumes"]
         }
-        # Nothing but a volume for it can be written to, and each of these has an end.
+        # Only volumes can be written to, and each of these has a size limit.
         for volume in pod["volumes"]:
             assert volume.get("emptyDir", {"sizeLimit": ""}).keys() >= {"sizeLimit"}
 
@@ -748,7 +763,7 @@ def referenced(kind: str) -> Iterator[Manifest]:
 
 
 def keys_by_secret() -> dict[str, set[str]]:
-    """What the README's commands make, whose lines are read as kubectl would read them."""
+    """Keys of the secrets that the README's commands create, by the secret's name."""
     found = {}
     for line in (MANIFESTS / "README.md").read_text().splitlines():
         if line.startswith("kubectl create secret "):
@@ -792,7 +807,7 @@ def test_files_that_a_pod_is_told_of_are_those_that_are_mounted() -> None:
 
 
 def test_a_pod_is_reached_by_those_alone_that_need_it() -> None:
-    """Replicas took what any pod of the cluster asked of them."""
+    """Replicas answered any pod of the cluster."""
     policies = [one for one in manifests() if one["kind"] == "NetworkPolicy"]
     apps = {one["spec"]["podSelector"]["matchLabels"]["app"]: one["spec"] for one in policies}
     assert set(apps) == {
@@ -842,14 +857,14 @@ def test_kubernetes_own_schemas_know_every_field() -> None:
 
 
 def test_valkey_and_the_remote_tier_of_the_pods_speak_tls_with_that_user(tmp_path: Path) -> None:
-    """With a real server, whose options are the manifest's; only its files lie elsewhere."""
+    """A real server with the manifest's options; only the paths of its files differ."""
     readme = (MANIFESTS / "README.md").read_text()
     acl = re.findall(r"^user .*$", readme, re.MULTILINE)
     (tmp_path / "users.acl").write_text("\n".join(acl).replace("PASSWORD", "s3cret") + "\n")
     (tmp_path / "password").write_text("s3cret\n")
     files = make_certificates(tmp_path)
     port = free_port()
-    place_by_path = {
+    local_by_path = {
         "/secrets/tls/tls.crt": str(files.cert),
         "/secrets/tls/tls.key": str(files.key),
         "/secrets/valkey/users.acl": str(tmp_path / "users.acl"),
@@ -858,11 +873,11 @@ def test_valkey_and_the_remote_tier_of_the_pods_speak_tls_with_that_user(tmp_pat
     args = container_of("StatefulSet", "kvshare-valkey")["args"]
     command = [
         "redis-server",
-        *(place_by_path.get(arg, arg) for arg in args),
+        *(local_by_path.get(arg, arg) for arg in args),
         "--bind",
         "127.0.0.1",
     ]
-    assert set(place_by_path) <= set(args)
+    assert set(local_by_path) <= set(args)
     remote = served_config().cache.remote
     tier = RemoteTier(
         str(remote.url).replace("kvshare-valkey:6379", f"127.0.0.1:{port}"),
@@ -893,22 +908,22 @@ def listens(port: int) -> bool:
 
 
 def test_nginx_reads_the_config_of_the_pods(tmp_path: Path) -> None:
-    """A real one; only names and files are others."""
+    """A real nginx reads it; only names and files differ."""
     files = make_certificates(tmp_path)
     (tmp_path / "token.conf").write_text(token_config(b"s3cret"))
     text = manifest("ConfigMap", "kvshare-nginx")["data"]["nginx.conf"]
     text = re.sub(r"server kvshare-\d:", "server 127.0.0.1:", text)
-    for path, place in (
+    for path, local in (
         ("/secrets/tls/tls.crt", files.cert),
         ("/secrets/tls/tls.key", files.key),
         ("/secrets/token/token.conf", tmp_path / "token.conf"),
     ):
         assert path in text
-        text = text.replace(path, str(place))
+        text = text.replace(path, str(local))
     (tmp_path / "nginx.conf").write_text(text)
     args = container_of("Deployment", "kvshare-nginx")["args"]
-    place_by_path = {"/run/kvshare": str(tmp_path), "/etc/kvshare/nginx.conf": "nginx.conf"}
-    command = ["nginx", *(place_by_path.get(arg, arg) for arg in args), "-t"]
+    local_by_path = {"/run/kvshare": str(tmp_path), "/etc/kvshare/nginx.conf": "nginx.conf"}
+    command = ["nginx", *(local_by_path.get(arg, arg) for arg in args), "-t"]
     checked = subprocess.run(command, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
 
@@ -940,7 +955,7 @@ def test_settings_of_the_pods_are_the_server_s() -> None:
     valkey = manifest("Service", "kvshare-valkey")
     (port,) = valkey["spec"]["ports"]
     assert cache.remote.url == f"rediss://kvshare-valkey:{port['port']}"
-    # The user whom the README's ACL has.
+    # The README's ACL has this user.
     assert f"user {cache.remote.username} on" in (MANIFESTS / "README.md").read_text()
 
 
@@ -960,7 +975,7 @@ def test_a_pod_has_time_to_drain() -> None:
 def test_nginx_has_the_config_that_is_written_for_the_pods() -> None:
     replicas = manifest("StatefulSet", "kvshare")["spec"]["replicas"]
     server = served_config().server
-    names = [f"kvshare-{place}" for place in range(replicas)]
+    names = [f"kvshare-{index}" for index in range(replicas)]
     for name in names:
         selector = manifest("Service", name)["spec"]["selector"]
         assert selector == {"statefulset.kubernetes.io/pod-name": name}
@@ -970,7 +985,7 @@ def test_nginx_has_the_config_that_is_written_for_the_pods() -> None:
         Address("0.0.0.0", ports["https"], ports["grpcs"]),
         [Address(name, server.http_port, server.grpc_port) for name in names],
         library.limits_of(server, replicas),
-        Tls("/secrets/tls/tls.crt", "/secrets/tls/tls.key"),
+        tls=Tls("/secrets/tls/tls.crt", "/secrets/tls/tls.key"),
         token_file="/secrets/token/token.conf",
     )
     text = text.replace("error_log nginx.log", "error_log stderr")
@@ -986,11 +1001,11 @@ def test_probes_ask_what_the_server_answers(story: Story) -> None:
     assert set(story.health.values()) == {200}
 
 
-# -------------------------------------------------------------------- small processes in its place
+# ------------------------------------------------------------------ supervision, with small scripts
 
 
-def part_of(folder: Path, name: str, script: str, is_ready: Callable[[], bool]) -> Part:
-    return Part(name, ["sh", "-c", script], is_ready, folder / f"{name}.log")
+def scripted(folder: Path, name: str, script: str, is_ready: Callable[[], bool]) -> ProcessSpec:
+    return ProcessSpec(name, ["sh", "-c", script], is_ready, folder / f"{name}.log")
 
 
 def always() -> bool:
@@ -998,16 +1013,16 @@ def always() -> bool:
 
 
 def run_for(layout: Layout, is_over: Callable[[], bool]) -> None:
-    """Until it is over, or the test's patience is."""
+    """Run a cluster until it is over, at most for START_S."""
     deadline = time.monotonic() + START_S
     run_cluster(layout, lambda: is_over() or time.monotonic() > deadline, lambda: None)
     assert time.monotonic() < deadline
 
 
 def test_who_ends_before_it_was_ready_ends_all_with_its_last_words(tmp_path: Path) -> None:
-    ended = part_of(tmp_path, "replica-0", "echo no such artifact; exit 3", lambda: False)
-    other = part_of(tmp_path, "replica-1", f"exec sleep {START_S}", always)
-    nginx = part_of(tmp_path, "nginx", "exit 1", always)
+    ended = scripted(tmp_path, "replica-0", "echo no such artifact; exit 3", lambda: False)
+    other = scripted(tmp_path, "replica-1", f"exec sleep {START_S}", always)
+    nginx = scripted(tmp_path, "nginx", "exit 1", always)
     words = "replica-0 ended with 3 before it was ready"
     with pytest.raises(UnavailableError, match=words) as error:
         run_cluster(Layout([ended, other, nginx], "", 1.0, tmp_path), lambda: False, pytest.fail)
@@ -1022,8 +1037,8 @@ def test_who_dies_again_and_again_is_started_ever_more_slowly(
     caplog.set_level("INFO")
     monkeypatch.setattr(library, "FIRST_PAUSE_S", 0.1)
     monkeypatch.setattr(library, "LONGEST_PAUSE_S", 0.3)
-    dying = part_of(tmp_path, "replica-0", "echo x; sleep 0.2; exit 3", always)
-    nginx = part_of(tmp_path, "nginx", "exec sleep 60", always)
+    dying = scripted(tmp_path, "replica-0", "echo x; sleep 0.2; exit 3", always)
+    nginx = scripted(tmp_path, "nginx", "exec sleep 60", always)
     text = dying.log_file
     run_for(
         Layout([dying, nginx], "", 1.0, tmp_path),
@@ -1038,8 +1053,8 @@ def test_nginx_is_told_first_and_the_others_when_it_has_ended(tmp_path: Path) ->
     wait = "echo {0} starts >>{1}; while true; do sleep 0.05; done"
     on_quit = "trap 'sleep 0.5; echo nginx ends >>{1}; exit 0' QUIT; " + wait
     on_term = "trap 'echo replica ends >>{1}; exit 0' TERM; " + wait
-    nginx = part_of(tmp_path, "nginx", on_quit.format("nginx", said), always)
-    replica = part_of(tmp_path, "replica-0", on_term.format("replica", said), always)
+    nginx = scripted(tmp_path, "nginx", on_quit.format("nginx", said), always)
+    replica = scripted(tmp_path, "replica-0", on_term.format("replica", said), always)
     run_for(
         Layout([replica, nginx], "", 5.0, tmp_path),
         lambda: said.exists() and said.read_text().count("starts") == 2,
@@ -1054,8 +1069,8 @@ def test_who_does_not_end_is_killed_with_what_it_started(
 ) -> None:
     monkeypatch.setattr(library, "KILL_S", 0.2)
     deaf = "trap '' TERM; sleep 60 & echo up; while true; do wait; done"
-    replica = part_of(tmp_path, "replica-0", deaf, always)
-    nginx = part_of(tmp_path, "nginx", "exec sleep 60", always)
+    replica = scripted(tmp_path, "replica-0", deaf, always)
+    nginx = scripted(tmp_path, "nginx", "exec sleep 60", always)
     log = replica.log_file
     run_for(
         Layout([replica, nginx], "", 0.1, tmp_path), lambda: log.exists() and log.read_text() != ""
@@ -1065,7 +1080,7 @@ def test_who_does_not_end_is_killed_with_what_it_started(
 
 
 def running_in(folder: Path) -> list[str]:
-    """Processes that write to a log there."""
+    """Logs in the folder that a process still writes to."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

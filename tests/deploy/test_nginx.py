@@ -1,6 +1,6 @@
 """nginx with the configuration that is written for it, in front of small real servers.
 
-The servers are processes of this file, so that they can be killed: they say who answered.
+Each server is a process that runs this file, so that it can be killed; its answers name it.
 """
 
 import asyncio
@@ -44,14 +44,14 @@ ROOT = Path(__file__).parents[2]
 HERE = "127.0.0.1"
 START_S = 20.0
 NUM_REPLICAS = 3
-USERS = [f"user {place}" for place in range(24)]
-# A hung replica costs its users the timeout; here nobody wants to wait for it.
+USERS = [f"user {index}" for index in range(24)]
+# A hung replica costs its users the timeout: it is short, so that the tests are.
 LIMITS = NginxLimits(body_bytes=200_000, timeout_s=1.5, drain_s=5.0)
 ME, DIE, STATUS, WAIT = "x-replica", "x-die", "x-status", "x-wait"
-ANYONE = "anyone"  # who reads it, dies
-TOKEN = b"s3cret.of $both +faces"
+ANYONE = "anyone"  # every replica that reads it dies
+TOKEN = b"s3cret.of $both +servers"
 
-# ---------------------------------------------------------------- a replica that says who it is
+# ------------------------------------------------------------- a replica whose answers name it
 
 
 class _Replica(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -80,7 +80,7 @@ class _Replica(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
         await self._think(dict(context.invocation_metadata()))
-        # In one piece with the answer: what has begun cannot be asked of another.
+        # Trailing, in one piece with the answer: nginx cannot retry an answer that has begun.
         context.set_trailing_metadata(((ME, self._me),))
         return service_pb2.ServerLiveResponse(live=True)
 
@@ -103,7 +103,7 @@ class _Replica(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
 
 async def _serve(me: str, http_port: int, grpc_port: int) -> None:
-    """Until SIGTERM; then it takes nothing more, and answers what it has."""
+    """Serve until SIGTERM; then accept nothing more, and answer the open requests."""
     replica = _Replica(me)
     app = web.Application(client_max_size=2**30)
     app.router.add_route("*", "/{path:.*}", replica.answer)
@@ -125,7 +125,7 @@ async def _serve(me: str, http_port: int, grpc_port: int) -> None:
 
 
 def _stop_listening(port: int) -> None:
-    """Refuse connections; those that are open stay."""
+    """Refuse new connections; open ones stay."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as opened:
             is_listener = opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -133,7 +133,7 @@ def _stop_listening(port: int) -> None:
                 opened.shutdown(socket.SHUT_RDWR)
 
 
-# ------------------------------------------------------------------------------ who runs them
+# -------------------------------------------------------------------------------- the cluster
 
 
 class Cluster:
@@ -148,18 +148,25 @@ class Cluster:
     ) -> None:
         self.front = Address(HERE, free_port(), free_port())
         self.addresses = [Address(HERE, free_port(), free_port()) for _ in range(NUM_REPLICAS)]
-        self.names = [f"replica {place}" for place in range(NUM_REPLICAS)]
+        self.names = [f"replica {index}" for index in range(NUM_REPLICAS)]
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.folder = folder
         token_file = None if token is None else "token.conf"
-        text = nginx_config(self.front, self.addresses, limits, tls, "access.log", token_file)
+        text = nginx_config(
+            self.front,
+            self.addresses,
+            limits,
+            tls=tls,
+            access_log="access.log",
+            token_file=token_file,
+        )
         (folder / "nginx.conf").write_text(text)
         if token is not None:
             write_secret(folder / "token.conf", token_config(token).encode())
         self.nginx: subprocess.Popen[bytes] | None = None
 
     def start(self, *names: str) -> None:
-        """Replicas, from a process of their own each; those that run already stay."""
+        """Start replicas, each in its own process; those that run already stay."""
         new = [name for name in names if name not in self.processes]
         for name in new:
             address = self.addresses[self.names.index(name)]
@@ -214,7 +221,7 @@ class Cluster:
 
 
 def run_nginx(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":
-    folder.chmod(0o711)  # The one above it is closed to nginx's workers.
+    folder.chmod(0o711)  # The folder above it is closed to nginx's workers.
     command = [*nginx_command(), *arguments]
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
 
@@ -229,7 +236,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(running: Cluster) -> Iterator[Cluster]:
-    """All replicas run, and nginx knows it."""
+    """A cluster whose replicas all run, and to all of which nginx sends requests."""
     yield running
     running.start(*running.names)
     wait_until(lambda: len(Counter(homes(running).values())) == NUM_REPLICAS, START_S)
@@ -259,7 +266,7 @@ def ask(
 
 
 def homes(cluster: Cluster) -> dict[str, str]:
-    """Who answers each user; fails the test if somebody is not answered."""
+    """The replica that answers each user; every request must be answered."""
     answers = {user: ask(cluster, user) for user in USERS}
     assert {answer.status for answer in answers.values()} == {200}
     return {user: answer.body["replica"] for user, answer in answers.items()}
@@ -278,7 +285,7 @@ class Grpc:
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
 
     def ask(self, user: str | None = None, told: Mapping[str, str] | None = None) -> str:
-        """Who has answered."""
+        """Return the replica that answered."""
         named = list((told or {}).items())
         if user is not None:
             named.append(("x-user-id", user))
@@ -288,7 +295,7 @@ class Grpc:
         return str(dict(call.trailing_metadata())[ME])
 
     def send(self, num_bytes: int, user: str) -> tuple[str, int]:
-        """Who has answered a call of that size, and how many bytes came there."""
+        """Return the replica that answered a call of that size, and the bytes that it got."""
         request = service_pb2.ModelInferRequest(raw_input_contents=[b"x" * num_bytes])
         named = [("x-user-id", user)]
         answer, call = self.stub.ModelInfer.with_call(request, metadata=named, timeout=START_S)
@@ -333,19 +340,24 @@ def test_nginx_accepts_every_variant(
     token: bytes | None,
     host: str,
 ) -> None:
-    replicas = [Address(host, 9000 + 2 * place, 9001 + 2 * place) for place in range(num_replicas)]
+    replicas = [Address(host, 9000 + 2 * index, 9001 + 2 * index) for index in range(num_replicas)]
     known = (certificates.cert, certificates.key, certificates.ca)[:files]
     tls = Tls(*map(str, known)) if known else None
     token_file = None if token is None else "token.conf"
     text = nginx_config(
-        Address(host, 8000, 8001), replicas, NginxLimits(), tls, access_log, token_file
+        Address(host, 8000, 8001),
+        replicas,
+        NginxLimits(),
+        tls=tls,
+        access_log=access_log,
+        token_file=token_file,
     )
     (tmp_path / "nginx.conf").write_text(text)
     if token is not None:
         write_secret(tmp_path / "token.conf", token_config(token).encode())
     checked = run_nginx(tmp_path, "-t")
     assert checked.wait(timeout=START_S) == 0, (tmp_path / "nginx.log").read_text()
-    # A warning would be one of every start.
+    # A warning would come with every start.
     assert "warn" not in (tmp_path / "nginx.log").read_text()
     assert text.count("max_fails=1") == 2 * num_replicas
 
@@ -359,11 +371,22 @@ def test_no_replica_is_refused() -> None:
 def test_a_path_that_nginx_would_read_as_more_is_refused(path: str) -> None:
     front, replicas = Address(HERE, 8000, 8001), [Address(HERE, 9000, 9001)]
     with pytest.raises(ConfigError, match="the path"):
-        nginx_config(front, replicas, NginxLimits(), Tls("/cert", path))
+        nginx_config(front, replicas, NginxLimits(), tls=Tls("/cert", path))
     with pytest.raises(ConfigError, match="the path"):
-        nginx_config(front, replicas, NginxLimits(), None, path)
+        nginx_config(front, replicas, NginxLimits(), access_log=path)
     with pytest.raises(ConfigError, match="the path"):
         nginx_config(front, replicas, NginxLimits(), token_file=path)
+
+
+def test_a_percent_sign_in_a_path_stays() -> None:
+    """Values could have been read as placeholders of the template."""
+    front, replicas = Address(HERE, 8000, 8001), [Address(HERE, 9000, 9001)]
+    tls = Tls("/cert%%", "/%d/key")
+    text = nginx_config(front, replicas, NginxLimits(), tls=tls, token_file="/100%")
+    assert 'ssl_certificate "/cert%%";' in text
+    assert 'ssl_certificate_key "/%d/key";' in text
+    assert 'include "/100%";' in text
+    assert text.count("%") == 2 * 3 + 1
 
 
 def test_a_token_that_is_too_long_for_nginx_is_refused() -> None:
@@ -371,7 +394,7 @@ def test_a_token_that_is_too_long_for_nginx_is_refused() -> None:
         token_config(b"x" * 901)
 
 
-# ------------------------------------------------------------------------------ whose user it is
+# ------------------------------------------------------------------------ which replica a user has
 
 
 def test_a_user_stays_with_one_replica_and_all_have_users(cluster: Cluster) -> None:
@@ -394,9 +417,11 @@ def test_requests_that_name_no_user_are_spread(cluster: Cluster, calls: Grpc) ->
     assert min([*over_http.values(), *over_grpc.values()]) >= 4
 
 
-@pytest.mark.parametrize("face", ["http", "grpc"])
-def test_a_dead_replica_moves_its_own_users_alone(cluster: Cluster, calls: Grpc, face: str) -> None:
-    ask_all = calls.homes if face == "grpc" else lambda: homes(cluster)
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_dead_replica_moves_its_own_users_alone(
+    cluster: Cluster, calls: Grpc, protocol: str
+) -> None:
+    ask_all = calls.homes if protocol == "grpc" else lambda: homes(cluster)
     before = ask_all()
     dead = cluster.names[1]
     cluster.stop(dead)
@@ -429,15 +454,15 @@ def test_a_call_whose_replica_dies_over_it_is_answered_by_another(
     cluster.stop(home)
 
 
-@pytest.mark.parametrize("face", ["http", "grpc"])
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_request_that_kills_whoever_reads_it_visits_two_replicas(
-    cluster: Cluster, calls: Grpc, face: str
+    cluster: Cluster, calls: Grpc, protocol: str
 ) -> None:
-    """It killed all three; and nginx counts no try that fails over a connection that was kept."""
-    for user in USERS:  # whatever is kept is kept now
+    """It killed all three: nginx counts no try that fails over a kept-alive connection."""
+    for user in USERS:  # Connections that nginx keeps alive are open now.
         ask(cluster, user)
     poison = {DIE: ANYONE}
-    if face == "http":
+    if protocol == "http":
         answer = ask(cluster, USERS[0], told=poison)
         assert (answer.status, answer.body["error"]["type"]) == (503, "UnavailableError")
     else:
@@ -448,13 +473,13 @@ def test_a_request_that_kills_whoever_reads_it_visits_two_replicas(
     for name in died:
         cluster.stop(name)
     assert len(died) == 2
-    # Others are answered by the one that is left.
+    # The replica that is left answers the others.
     [left] = cluster.processes
     wait_until(lambda: ask(cluster, USERS[0]).body.get("replica") == left, START_S)
 
 
 def dies(process: "subprocess.Popen[str]") -> bool:
-    """Whether it has died, or does within the time that a kill takes."""
+    """Whether it was killed, now or within a second."""
     try:
         return process.wait(timeout=1.0) == -signal.SIGKILL
     except subprocess.TimeoutExpired:
@@ -467,7 +492,7 @@ def test_a_replica_that_hangs_costs_its_users_the_timeout(cluster: Cluster, call
     process.send_signal(signal.SIGSTOP)
     try:
         assert ask(cluster, user).body["replica"] != home
-        # Still within the pause, in which it is not even tried.
+        # During the pause nginx does not try it.
         others = {calls.ask(other) for other in USERS}
         assert home not in others
     finally:
@@ -477,12 +502,12 @@ def test_a_replica_that_hangs_costs_its_users_the_timeout(cluster: Cluster, call
 def test_a_call_of_which_a_hung_replica_took_a_part_goes_whole_to_the_next(
     cluster: Cluster, calls: Grpc
 ) -> None:
-    """With grpc_next_upstream the next one got the rest of it, and all replicas seemed to fail."""
+    """With grpc_next_upstream the next replica got the rest of the call, and all seemed to fail."""
     user, home = next(iter(calls.homes().items()))
     process = cluster.processes[home]
     process.send_signal(signal.SIGSTOP)
     try:
-        # It takes no more than the 64 KiB that the protocol lets it before it must answer.
+        # The stopped replica takes the 64 KiB of the protocol's window and no more.
         name, num_bytes = calls.send(150_000, user)
         assert (name == home, num_bytes) == (False, 150_000)
     finally:
@@ -543,8 +568,8 @@ def test_lines_and_events_pass_while_both_sides_still_speak(cluster: Cluster) ->
         connection.putheader("Transfer-Encoding", "chunked")
         connection.endheaders()
         response = None
-        for place in range(3):
-            line = f'{{"group": {place}}}\n'.encode()
+        for group in range(3):
+            line = f'{{"group": {group}}}\n'.encode()
             connection.send(b"%x\r\n%s\r\n" % (len(line), line))
             response = response or connection.getresponse()
             assert response.getheader("Content-Type") == "text/event-stream"
@@ -556,14 +581,14 @@ def test_lines_and_events_pass_while_both_sides_still_speak(cluster: Cluster) ->
         assert response.read() == b"event: end\ndata: {}\n\n"
 
 
-@pytest.mark.parametrize("face", ["http", "grpc"])
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_stream_whose_replica_is_gone_goes_to_another(
-    cluster: Cluster, calls: Grpc, face: str
+    cluster: Cluster, calls: Grpc, protocol: str
 ) -> None:
-    before = calls.homes() if face == "grpc" else homes(cluster)
+    before = calls.homes() if protocol == "grpc" else homes(cluster)
     user, home = next(iter(before.items()))
     cluster.stop(home)
-    if face == "http":
+    if protocol == "http":
         with closing(HTTPConnection(HERE, cluster.front.http_port, timeout=START_S)) as connection:
             connection.request("POST", "/v1/rank?stream=1", b"{}\n", {"X-User-Id": user})
             with connection.getresponse() as response:
@@ -587,9 +612,9 @@ def test_a_stream_cannot_be_asked_for_by_its_inner_name(cluster: Cluster) -> Non
 def test_messages_of_grpc_pass_while_both_sides_still_speak(calls: Grpc) -> None:
     requests: SimpleQueue[Any] = SimpleQueue()
     answers = calls.stub.ModelStreamInfer(iter(requests.get, None), timeout=START_S)
-    for place in range(3):
-        requests.put(service_pb2.ModelInferRequest(id=f"group {place}"))
-        assert next(answers).infer_response.id == f"group {place}"
+    for group in range(3):
+        requests.put(service_pb2.ModelInferRequest(id=f"group {group}"))
+        assert next(answers).infer_response.id == f"group {group}"
     requests.put(None)
     assert list(answers) == []
 
@@ -605,7 +630,9 @@ def test_what_one_replica_tells_of_itself_is_not_told_by_all(cluster: Cluster, p
     assert answer.headers["Server"] == "nginx"  # And not which version.
 
 
-def test_too_large_a_request_is_said_in_the_face_s_own_words(cluster: Cluster, calls: Grpc) -> None:
+def test_too_large_a_request_is_an_error_in_the_protocol_s_own_form(
+    cluster: Cluster, calls: Grpc
+) -> None:
     answer = ask(cluster, body=b"x" * (LIMITS.body_bytes + 1))
     assert answer.status == 413
     message = f"server.max_request_bytes is {LIMITS.body_bytes}"
@@ -617,7 +644,7 @@ def test_too_large_a_request_is_said_in_the_face_s_own_words(cluster: Cluster, c
     assert error.value.details() == message
 
 
-def test_without_any_replica_both_faces_say_unavailable(tmp_path: Path) -> None:
+def test_without_any_replica_both_protocols_say_unavailable(tmp_path: Path) -> None:
     with closing(Cluster(tmp_path)) as cluster, ExitStack() as stack:
         cluster.start_nginx()
         answer = ask(cluster, USERS[0])
@@ -633,7 +660,7 @@ def test_the_log_says_who_was_asked_and_never_who_asked(cluster: Cluster) -> Non
     user, home = next(iter(homes(cluster).items()))
     num_before = len(cluster.logged())
     ask(cluster, user, told={STATUS: f"{home} 503"})
-    # nginx writes it behind the answer.
+    # nginx writes the log after the answer.
     wait_until(lambda: len(cluster.logged()) > num_before, START_S)
     line = cluster.logged()[-1]
     assert (line["status"], line["replica_status"]) == ("200", "503, 200")
@@ -642,7 +669,7 @@ def test_the_log_says_who_was_asked_and_never_who_asked(cluster: Cluster) -> Non
     assert not any(user in value for value in line.values())
 
 
-def test_tls_ends_at_nginx_on_both_faces(tmp_path: Path, certificates: Certificates) -> None:
+def test_tls_ends_at_nginx_for_both_protocols(tmp_path: Path, certificates: Certificates) -> None:
     with closing(Cluster(tmp_path, tls_of(certificates))) as cluster, ExitStack() as stack:
         cluster.start(*cluster.names[:2])
         cluster.start_nginx()
@@ -677,12 +704,12 @@ def test_nginx_that_is_told_to_quit_answers_what_it_has(tmp_path: Path) -> None:
         assert cluster.nginx.wait(timeout=START_S) == 0
 
 
-# ------------------------------------------------------------------- what a client cannot take
+# -------------------------------------------------------------------------- limits of a client
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Callers need a token; bodies may be large."""
+    """A cluster whose callers need a token, and may send large bodies."""
     limits = LIMITS._replace(body_bytes=64 * 2**20, timeout_s=START_S)
     folder = tmp_path_factory.mktemp("guarded")
     with closing(Cluster(folder, limits=limits, token=TOKEN)) as cluster:
@@ -700,7 +727,7 @@ def files_of_bodies(cluster: Cluster) -> list[Path]:
 
 
 def open_bodies(cluster: Cluster) -> int:
-    """Bodies that nginx's workers have in files; they are deleted as soon as they are opened."""
+    """Bodies that nginx's workers have in files; nginx unlinks a file as soon as it opens it."""
     num_open = 0
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
@@ -710,14 +737,14 @@ def open_bodies(cluster: Cluster) -> int:
 
 @pytest.mark.parametrize("said", WRONG)
 def test_without_the_token_no_byte_of_a_body_is_stored(guarded: Cluster, said: str) -> None:
-    """nginx stored uploads, and the replica asked for the token after that."""
+    """nginx stored uploads before the replica asked for the token."""
     with closing(HTTPConnection(HERE, guarded.front.http_port, timeout=START_S)) as connection:
         connection.putrequest("POST", "/v1/rank")
         connection.putheader("Content-Length", str(32 * 2**20))
         if said:
             connection.putheader("Authorization", said)
         connection.endheaders()
-        # It is answered before its body, and what is sent nevertheless leads nowhere.
+        # nginx answers before the body, and drops what is sent nevertheless.
         with connection.getresponse() as response:
             assert response.status == 401
             assert response.headers["WWW-Authenticate"] == "Bearer"
@@ -760,7 +787,7 @@ def test_health_needs_no_token_and_stores_nothing(guarded: Cluster) -> None:
     answer = ask(guarded, path="/v2/health/live", body=b"x" * 100)
     assert answer.status == 413
     assert answer.body["error"]["message"] == "a question about health has no body"
-    # What leads out of there is no question about health.
+    # A path that leads out of there is no health check.
     assert ask(guarded, path="/v2/health/../../v1/rank").status == 401
 
 
@@ -799,7 +826,7 @@ def test_the_token_stands_in_no_file_that_others_can_read_and_in_no_log(guarded:
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four requests in flight, three of them from one address."""
+    """A cluster that takes four requests in flight, three of them from one address."""
     limits = LIMITS._replace(timeout_s=START_S, requests=4, client_requests=3)
     with closing(Cluster(tmp_path_factory.mktemp("narrow"), limits=limits)) as cluster:
         cluster.start(*cluster.names[:2])
@@ -808,9 +835,9 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def open_request(cluster: Cluster, source: str) -> tuple[socket.socket, str]:
-    """A request from an address of this machine without its body, and what is said to its header.
+    """Send a request's header from an address of this machine; return what nginx answers to it.
 
-    That is 100 once it is in flight.
+    nginx answers 100 once the request is in flight.
     """
     address = (HERE, cluster.front.http_port)
     connection = socket.create_connection(address, START_S, source_address=(source, 0))
@@ -821,7 +848,7 @@ def open_request(cluster: Cluster, source: str) -> tuple[socket.socket, str]:
 
 @contextmanager
 def in_flight(cluster: Cluster, num: int, source: str) -> Iterator[None]:
-    """So many of an address, once nginx has done with the requests before."""
+    """Hold this many requests of an address open, once nginx has finished the earlier ones."""
     with ExitStack() as stack:
 
         def is_opened() -> bool:
@@ -845,14 +872,14 @@ def status_from(cluster: Cluster, source: str) -> int:
 
 
 def await_answer(cluster: Cluster, source: str) -> None:
-    """Once nginx has done with the requests before, which is after their answers."""
+    """Wait for a request to succeed: nginx finishes earlier ones only after their answers."""
     wait_until(lambda: status_from(cluster, source) == 200, START_S)
 
 
 def test_one_address_has_its_share_of_requests_in_flight_and_others_go_on(narrow: Cluster) -> None:
     with in_flight(narrow, 3, "127.0.0.2"):
         connection, said = open_request(narrow, "127.0.0.2")
-        with closing(connection):  # It is not even asked for its body.
+        with closing(connection):  # nginx does not ask for its body.
             head, _, body = said.partition("\r\n\r\n")
         assert head.startswith("HTTP/1.1 429 ")
         told = json.loads(body)["error"]
@@ -866,7 +893,7 @@ def test_one_address_has_its_share_of_requests_in_flight_and_others_go_on(narrow
 def test_all_together_have_no_more_requests_in_flight_than_are_allowed(narrow: Cluster) -> None:
     with in_flight(narrow, 2, "127.0.0.2"), in_flight(narrow, 2, "127.0.0.3"):
         assert status_from(narrow, "127.0.0.4") == 429
-        # Whether we are well is still told.
+        # Health checks are still answered.
         assert ask(narrow, path="/v2/health/live", body=b"").status == 200
         with closing(Grpc(narrow)) as calls:
             with pytest.raises(grpc.RpcError) as error:
@@ -887,7 +914,7 @@ def test_connections_that_say_nothing_keep_nobody_out(narrow: Cluster) -> None:
 
 
 def test_a_message_of_the_largest_size_that_a_replica_takes_passes(cluster: Cluster) -> None:
-    """gRPC writes five bytes before it, with which it was too large for nginx."""
+    """With gRPC's prefix of five bytes it was too large for nginx."""
     with closing(Grpc(cluster)) as calls:
         head = service_pb2.ModelInferRequest(raw_input_contents=[b"x" * 100_000]).ByteSize()
         num_bytes = LIMITS.body_bytes - (head - 100_000)
@@ -905,7 +932,7 @@ def test_root_s_nginx_works_as_the_first_user_that_there_is(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(pwd, "getpwnam", users.__getitem__)
     if not names:
-        with pytest.raises(ConfigError, match="there is none of the users"):
+        with pytest.raises(ConfigError, match="none of the users"):
             nginx_command()
         return
     assert nginx_command()[-2] == "-g"
@@ -921,7 +948,7 @@ def test_an_ordinary_user_s_nginx_stays_that_user_s(monkeypatch: pytest.MonkeyPa
 def test_workers_of_root_s_nginx_are_not_root_and_cannot_write_to_its_folder(
     guarded: Cluster,
 ) -> None:
-    """They were root's; and a worker that could write there could have root write elsewhere."""
+    """They were root; and a worker that can write there could make root write elsewhere."""
     assert guarded.nginx is not None
     pid = guarded.nginx.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -930,12 +957,12 @@ def test_workers_of_root_s_nginx_are_not_root_and_cannot_write_to_its_folder(
     wait_until(lambda: all("0" not in ids_of(child) for child in children), START_S)
     folder = guarded.folder.stat()
     assert (folder.st_uid, folder.st_mode & 0o022) == (0, 0)
-    # What is above may be closed to them: a body was stored in test_with_the_token.
+    # The folder above may be closed to them: a body was stored in test_with_the_token.
     assert guarded.folder.parent.stat().st_mode & 0o077 == 0
 
 
 def ids_of(process: str) -> set[str]:
-    """Of its user and its groups, in whatever sense."""
+    """All ids of its user and its groups: real, effective, saved and of files."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     found = [line.split()[1:] for line in lines if line.startswith(("Uid:", "Gid:", "Groups:"))]
     return {one for ids in found for one in ids}

@@ -1,4 +1,4 @@
-"""An artifact scores as the model does, is whole or not there, and says so when it is neither."""
+"""An artifact scores as the model does, is complete or absent, and is refused if it is broken."""
 
 import copy
 import json
@@ -52,7 +52,7 @@ from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE, check_parity, score_
 
 FILES = ["golden.json", "manifest.json", "model.pt", "schema.json"]
 VOUCHED = [name for name in FILES if name != "manifest.json"]
-# Sizes that the export never saw: one request, many candidates, more users than it drew.
+# Sizes that the export did not see: one request, many candidates, more users than it drew.
 BATCHES = [
     [(9, 1, 31)],
     [(0, 2, 32)],
@@ -149,7 +149,7 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
         ),
         *("codecs", "break_even_events"),
     }
-    assert (written["format"], written["encoder"]) == (5, asdict(CAUSAL_SPEC))
+    assert (written["format"], written["encoder"]) == (6, asdict(CAUSAL_SPEC))
     assert (written["runtime"], written["tables"]) == ("torchscript", "float32")
     sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}
@@ -198,9 +198,11 @@ def test_another_weight_is_another_version(artifact: Path, tmp_path: Path) -> No
 def test_a_program_that_extends_wrongly_is_found_out(model: RankingModel) -> None:
     wrong = copy.copy(model)
     wrong.extend = lambda *arguments: [kv + 0.1 for kv in model.extend(*arguments)]
-    assert "extended_uncached" not in check_parity(wrong, model, SCHEMA, False, 0.0)
+    assert "extended_uncached" not in check_parity(
+        wrong, model, SCHEMA, extends=False, tolerance=0.0
+    )
     with pytest.raises(ParityError, match="extended_uncached logits differ by"):
-        check_parity(wrong, model, SCHEMA, True, 0.0)
+        check_parity(wrong, model, SCHEMA, extends=True, tolerance=0.0)
 
 
 def test_one_process_exports_models_of_several_depths(artifact: Path, tmp_path: Path) -> None:
@@ -365,7 +367,7 @@ def test_tables_in_fewer_bits_are_other_tables_of_the_same_model(
 
 
 class Differing(nn.Module):
-    """A head that says another thing once it is a program."""
+    """A head that returns other logits in TorchScript than in eager mode."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -407,8 +409,8 @@ def test_a_program_that_differs_from_its_model_leaves_nothing_behind(tmp_path: P
 def test_a_weight_that_is_not_finite_is_named_and_leaves_nothing_behind(
     tmp_path: Path, name: str, place: Any, value: float
 ) -> None:
-    """A row of NaN in a table that no drawn request reads was exported, and its user had none of
-    its scores."""
+    """A row of NaN in a table that no drawn request read was exported, and its user got no
+    scores."""
     model = RankingModel(make_dlrm(seed=8)).eval()
     weight = next(one for full, one in model.state_dict().items() if full.endswith(name))
     weight[place] = value
@@ -442,7 +444,7 @@ def test_a_weight_that_is_not_finite_is_named_and_leaves_nothing_behind(
 def test_a_number_too_great_for_fewer_bits_is_named_and_leaves_nothing_behind(
     tmp_path: Path, tables: str, value: float, message: str
 ) -> None:
-    """float16 ends at 65504: a table of finite numbers became one of infinite ones."""
+    """float16 overflows at 65504: a table of finite numbers became infinite."""
     model = RankingModel(make_dlrm(seed=8)).eval()
     with torch.no_grad():
         model.collection.token_embeddings.embeddings["token_items_genres"].weight[5, 7] = value
@@ -452,7 +454,7 @@ def test_a_number_too_great_for_fewer_bits_is_named_and_leaves_nothing_behind(
 
 
 def test_a_model_whose_logits_overflow_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Of an infinite logit the score is 1, which looks like one."""
+    """The score of an infinite logit is 1, which looks valid."""
     model = RankingModel(make_dlrm(seed=8)).eval()
     with torch.no_grad():
         for parameter in model.ranker.over_arch.parameters():
@@ -469,16 +471,16 @@ def test_logits_that_are_nan_differ(model: RankingModel) -> None:
     wrong = copy.copy(model)
     wrong.score = lambda *tensors: model.score(*tensors) * math.nan
     with pytest.raises(ParityError, match="cached_uncached logits differ by nan"):
-        check_parity(wrong, model, SCHEMA, False, LOGIT_TOLERANCE)
+        check_parity(wrong, model, SCHEMA, extends=False, tolerance=LOGIT_TOLERANCE)
     with pytest.raises(ParityError, match="exported_eager logits differ by nan"):
-        check_parity(model, says_nan, SCHEMA, False, LOGIT_TOLERANCE)
+        check_parity(model, says_nan, SCHEMA, extends=False, tolerance=LOGIT_TOLERANCE)
 
 
 @pytest.mark.parametrize("field", ["codecs", "break_even_events"])
 def test_a_figure_that_is_not_finite_is_not_added(broken: Path, field: str) -> None:
-    """It was written as NaN, which is no JSON, and no other reader could read the manifest."""
+    """It was written as NaN, which is not JSON: other readers could not read the manifest."""
     before = (broken / "manifest.json").read_bytes()
-    with pytest.raises(ArtifactError, match="a figure of the manifest is not finite"):
+    with pytest.raises(ArtifactError, match="a number in the manifest is not finite"):
         add_measured(broken, **{field: {"fp8": {"score_difference": math.nan}}})
     assert (broken / "manifest.json").read_bytes() == before
     assert sorted(path.name for path in broken.iterdir()) == FILES
@@ -529,7 +531,7 @@ with artifact_folder(Path(sys.argv[1])) as folder:
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "artifact").exists()
-    # What is left has a name of its own and is not in the way of the next export.
+    # The leftover folder has another name and does not block the next export.
     with artifact_folder(tmp_path / "artifact") as folder:
         (folder / "model.pt").write_text("a program")
     assert os.listdir(tmp_path / "artifact") == ["model.pt"]
@@ -542,14 +544,14 @@ def test_an_artifact_may_be_read_by_other_users(artifact: Path) -> None:
 def test_a_model_of_items_and_times_alone_exports_too(tmp_path: Path) -> None:
     """Without multi-valued columns, as on Online Retail, scripting met an empty list and failed."""
     vocabularies = {name: SCHEMA.vocabulary_by_column[name] for name in ("user_id", "item_id")}
-    bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
+    bare = FeatureSchema(vocabularies, histories=SCHEMA.histories)
     export_model(RankingModel(make_dlrm(seed=5, schema=bare)).eval(), bare, tmp_path / "a")
     assert load_artifact(tmp_path / "a").schema.item_attributes == ()
 
 
 def test_an_artifact_of_compiled_graphs_is_served_by_the_same_engine(tmp_path: Path) -> None:
     vocabularies = {name: SCHEMA.vocabulary_by_column[name] for name in ("user_id", "item_id")}
-    bare = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
+    bare = FeatureSchema(vocabularies, histories=SCHEMA.histories)
     model = RankingModel(make_dlrm(seed=5, schema=bare)).eval()
     key = b"a secret"
     manifest = export_model(model, bare, tmp_path / "a", runtime="pt2", key=key)
@@ -564,5 +566,5 @@ def test_an_artifact_of_compiled_graphs_is_served_by_the_same_engine(tmp_path: P
             assert answer.scores == pytest.approx(scores, abs=PROBABILITY_TOLERANCE, rel=0.0)
     with pytest.raises(ConfigError, match=r"cache\.items is 10; graphs of runtime pt2"):
         new_engine(artifact, CacheConfig(items=10))
-    with pytest.raises(ConfigError, match="is of runtime pt2; Triton needs torchscript"):
+    with pytest.raises(ConfigError, match="has runtime pt2; Triton needs torchscript"):
         write_repository(tmp_path / "a", tmp_path / "repository")

@@ -1,4 +1,4 @@
-"""Graphs say what the eager model says, before any compiler has seen them."""
+"""Graphs compute what the eager model computes, before they are compiled."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -55,14 +55,14 @@ from torchrec_kvshare.features.batches import (
     collate_candidates,
     collate_history,
     collate_tails,
-    user_of_candidates,
+    with_pages,
 )
 from torchrec_kvshare.features.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.history.kinds import BIDIRECTIONAL, CAUSAL, HSTU, KINDS, TowerSpec
 from torchrec_kvshare.history.pages import split_users
 from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
 from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history
-from torchrec_kvshare.scoring.engine import Engine, expand
+from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.verify.parity import score_through_pages
 
 # Empty histories, one event, whole and cut windows; the longest has the fewest candidates.
@@ -136,7 +136,7 @@ def test_any_batch_says_what_the_eager_model_says(
 @pytest.mark.parametrize("name", EXTENDED_NAMES)
 @torch.no_grad()
 def test_new_events_extend_what_is_cached_as_eager_does(name: str) -> None:
-    """One user has nothing cached, one nothing new, and one neither."""
+    """One user has no cached events, one no new events, and one has neither."""
     schema = world_of(name).schema
     got, eager = both(name)
     requests = parse_all(
@@ -150,7 +150,7 @@ def test_new_events_extend_what_is_cached_as_eager_does(name: str) -> None:
         for request, events, number in zip(requests, whole, kept, strict=True)
     ]
     kv = eager.prefill(collate_history(heads, schema).sparse_features)[0]
-    all_rows = [eager.num_rows([number])[0] for number in kept]
+    all_rows = [eager.num_kv_rows([number])[0] for number in kept]
     parts = zip(split_users(kv, all_rows), rows, strict=True)
     cached = torch.cat([part[:, :number] for part, number in parts], dim=1)
     tails = [
@@ -187,7 +187,7 @@ def test_two_histories_are_read_each_by_its_tower(kind: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_engine_serves_graphs_from_pages_nobody_wrote_whole(name: str) -> None:
-    """What was never written in the pages is NaN, and must not be read."""
+    """Rows of pages that were never written are NaN, and must not be read."""
     world = world_of(name)
     got, eager = both(name)
     engine = Engine(got, world.schema, KVStore(make_caches(eager, [40])), version=UNNAMED)
@@ -239,13 +239,13 @@ def with_value(batch: Batch, key: str, value: int) -> KeyedJaggedTensor:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("user_id", -1, "user_id holds -1 at place 1; from 0 to 6 is allowed"),
-        ("user_id", 7, "user_id holds 7 at place 1; from 0 to 6 is allowed"),
+        ("user_id", -1, "user_id holds -1 at index 1; from 0 to 6 is allowed"),
+        ("user_id", 7, "user_id holds 7 at index 1; from 0 to 6 is allowed"),
         ("context.country", -1, r"context\.country holds -1"),
-        ("history.item_id", -1, r"history\.item_id holds -1 at place 1; from 0 to 12"),
-        ("history.item_id", 13, r"history\.item_id holds 13 at place 1; from 0 to 12"),
+        ("history.item_id", -1, r"history\.item_id holds -1 at index 1; from 0 to 12"),
+        ("history.item_id", 13, r"history\.item_id holds 13 at index 1; from 0 to 12"),
         ("history.genres", -1, r"history\.genres holds -1"),
-        ("history.action", 5, r"history\.action holds 5 at place 1; from 0 to 4"),
+        ("history.action", 5, r"history\.action holds 5 at index 1; from 0 to 4"),
         ("candidates.item_id", -1, r"candidates\.item_id holds -1"),
         ("candidates.genres", 9, r"candidates\.genres holds 9"),
         ("request.time", -1, r"request\.time holds -1"),
@@ -283,7 +283,7 @@ def test_what_a_graph_would_take_for_another_thing_is_refused_by_name(
 def test_rows_are_counted_as_by_the_model(name: str) -> None:
     got, eager = both(name)
     for num_events in range(25):
-        assert got.num_rows([num_events]) == eager.num_rows([num_events])
+        assert got.num_kv_rows([num_events]) == eager.num_kv_rows([num_events])
         for cached in range(num_events + 1):
             numbers = ([cached // 2], [cached], [num_events])
             assert got.reusable(*numbers) == eager.reusable(*numbers)
@@ -367,9 +367,9 @@ def test_more_candidates_copy_no_history(kind: str) -> None:
     peaks = []
     for request in requests:
         batch = collate_candidates([request], schema)
-        features = expand(batch.sparse_features, HISTORY, [[0]], user_of_candidates([request]))
+        features = with_pages(batch.sparse_features, schema, [[[0]]])
         table = [kv[0].unsqueeze(1)]
         score = partial(got.score, batch.dense_features, features, table)
         peaks.append(peak_allocated_bytes(score))
-    # K and V of two layers. A candidate needs scores of each head, which are an eighth of that.
+    # K and V of two layers. The attention scores that a candidate needs are an eighth of that.
     assert peaks[1] - peaks[0] < more * kv[0].nbytes / 2

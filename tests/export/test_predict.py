@@ -1,4 +1,4 @@
-"""The module and the factory for torchrec.inference's hosts, through all of upstream's steps."""
+"""The module and the factory for hosts of torchrec.inference, through all of TorchRec's steps."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -107,9 +107,9 @@ def test_a_row_that_no_table_has_is_refused_by_name(model: RankingModel, dtype: 
     traced = factory.run_weights_independent_tranformations(factory.create_predict_module())
     module = factory.run_weights_dependent_transformations(traced)
     batch = tensors_of(draw_raws(USERS))
-    for row in (-1, SCHEMA.num_rows("item_id")):
+    for row in (-1, SCHEMA.num_table_rows("item_id")):
         batch["candidates.item_id.values"][3] = row
-        with pytest.raises(torch.jit.Error, match=rf"item_id\.values holds {row} at place 3; from"):
+        with pytest.raises(torch.jit.Error, match=rf"item_id\.values holds {row} at index 3; from"):
             module(batch)
 
 
@@ -132,7 +132,7 @@ def test_calls_may_run_side_by_side(model: RankingModel) -> None:
     assert all(torch.equal(*pair) for pair in zip(found, expected * 4, strict=True))
 
 
-# --- upstream's steps
+# --- TorchRec's steps
 
 FRESH_PROGRAM = """
 import json, sys
@@ -174,11 +174,11 @@ def test_tables_that_cannot_be_made_are_refused(model: RankingModel) -> None:
         KVSharePredictFactory(model, SCHEMA, VERSION, "int3").create_predict_module()
 
 
-# --- what a host is told
+# --- metadata for a host
 
 
 def test_inputs_of_several_requests_join_as_the_metadata_says(model: RankingModel) -> None:
-    """One behind the other, whatever their rows: nothing in them counts from a batch's start."""
+    """A host concatenates inputs: no value in them is an offset into the batch."""
     factory = KVSharePredictFactory(model, SCHEMA, VERSION)
     module = factory.create_predict_module()
     raws = draw_raws(USERS)
@@ -192,7 +192,7 @@ def test_inputs_of_several_requests_join_as_the_metadata_says(model: RankingMode
     assert set(joined) == {spec.name for spec in input_specs(SCHEMA)}
     expected = scores_of(module, raws)
     assert torch.equal(module(joined)["scores"], expected)
-    # And the result is cut by candidates.
+    # The host splits the result by candidate counts.
     counts = [len(raw["candidates"]["item_id"]) for raw in raws]
     for raw, of_request in zip(raws, expected.split(counts), strict=True):
         torch.testing.assert_close(
@@ -218,5 +218,5 @@ def test_what_a_host_is_told_is_json(model: RankingModel) -> None:
         "dtype": "int64",
         "shape": [-1],
         "least": 0,
-        "most": SCHEMA.num_rows("item_id") - 1,
+        "most": SCHEMA.num_table_rows("item_id") - 1,
     }

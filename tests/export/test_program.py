@@ -54,7 +54,7 @@ TTL_S = 1000.0
 
 
 class Use(NamedTuple):
-    """What a program says of its cache for one request."""
+    """A program's use of its cache for one request."""
 
     status: str
     reason: str
@@ -99,15 +99,15 @@ def assert_right(scores: Tensor, expected: Tensor) -> None:
 
 
 def user(name: str, num_events: int, seed: int = 1, num_candidates: int = 3) -> Raw:
-    """A request of a user; the same seed gives the same events, however many."""
+    """A request of a user; a shorter history of the same seed is a prefix of a longer one."""
     whole = draw_raw(3 * PAGE_SIZE + 20, num_candidates, seed, LONG)
     return cut(whole, 0, num_events) | {"user_id": name}
 
 
-def edited(raw: Raw, place: int) -> Raw:
+def edited(raw: Raw, event: int) -> Raw:
     """The request with another item at one event."""
     items = list(raw["history"]["item_id"])
-    items[place] = "100" if items[place] != "100" else "101"
+    items[event] = "100" if items[event] != "100" else "101"
     return raw | {"history": raw["history"] | {"item_id": items}}
 
 
@@ -174,10 +174,10 @@ def test_an_anchor_that_moves_is_a_miss() -> None:
 
 
 def test_events_that_left_at_the_front_are_told_from_edited_ones() -> None:
-    """A client that sends its last events, and does not say which they are, was told ``edited``."""
+    """The reason was ``edited`` if a client sent only its last events, without ``first_event``."""
     program = new_program()
     whole = user("a", 60)
-    whole["history"]["time"] = [1000 * place for place in range(60)]
+    whole["history"]["time"] = [1000 * event for event in range(60)]
     assert rank(program, [cut(whole, 5, 45)])[1] == [Use("miss", "cold", 0, 40)]
     assert rank(program, [cut(whole, 6, 46)])[1] == [Use("miss", "slid", 0, 40)]
     other = edited(cut(whole, 6, 46), 0)
@@ -338,7 +338,7 @@ def test_the_hosts_tensors_are_its_own_again_after_a_call() -> None:
 
 
 def test_a_cache_too_small_for_a_page_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"capacity_bytes is 9; a page has {LONG_PAGE_BYTES}"):
+    with pytest.raises(ValueError, match=f"capacity_bytes is 9; one page takes {LONG_PAGE_BYTES}"):
         new_program().configure(9, TTL_S)
 
 
@@ -363,12 +363,12 @@ def test_whatever_comes_the_cached_scores_are_the_uncached(
     program = new_program(num_pages=num_pages)
     raws: list[Raw] = []
     now = 0
-    for name, num_events, place, seconds, joins in drawn:
+    for name, num_events, edited_event, seconds, joins in drawn:
         now += seconds
         raw = user(name, num_events, seed=ord(name))
         raw |= {"time": raw["time"] + now}
-        if place is not None and place < num_events:
-            raw = edited(raw, place)
+        if edited_event is not None and edited_event < num_events:
+            raw = edited(raw, edited_event)
         raws = [*raws, raw] if joins else [raw]
         scores, uses = rank(program, raws)
         assert_right(scores, uncached(raws))
@@ -388,7 +388,7 @@ def test_a_host_may_keep_k_v_itself(name: str) -> None:
     [(events, rows)] = program.reusable([8], [8], [11])
     kept = [half[0][:, :rows]]
     new = program.extend(tensors_of([cut(whole, events, 11)], world.schema), kept, [[events]])
-    assert rows + new[0].size(1) == program.num_rows([11])[0]
+    assert rows + new[0].size(1) == program.num_kv_rows([11])[0]
     kv = [torch.cat([kept[0], new[0]], dim=1)]
     scores = program.score(tensors_of([whole], world.schema), kv)
     assert_right(scores, uncached([whole], model, world.schema))
@@ -399,7 +399,7 @@ def without_last(tensor: Tensor) -> Tensor:
 
 
 def negative(tensor: Tensor) -> Tensor:
-    # The sum stays what it was.
+    # The sum does not change.
     return torch.cat([tensor[:1] + tensor[1] + 1, torch.tensor([-1]), tensor[2:]])
 
 
@@ -451,11 +451,11 @@ def test_a_bag_or_a_request_with_too_many_ids_is_refused(name: str) -> None:
     lengths = features[f"{name}.lengths"]
     last = torch.zeros_like(lengths)
     last[-1] = 1
-    # As many ids as all others have, and so many more in the last bag, which is b's.
+    # The last bag, which is b's, gets 10 001 ids; the others keep theirs.
     longer = torch.full([10_001 - int(lengths[-1])], 2)
     features[f"{name}.lengths"] = lengths + last * longer.numel()
     features[f"{name}.values"] = torch.cat([features[f"{name}.values"], longer])
-    with pytest.raises(ValueError, match=rf"{name}.lengths holds 10001 at place .*; from 0 to 100"):
+    with pytest.raises(ValueError, match=rf"{name}.lengths holds 10001 at index .*; from 0 to 100"):
         program.rank(features)
     program.max_request_ids = 10_000
     features[f"{name}.lengths"] -= last
@@ -467,7 +467,7 @@ def test_a_bag_or_a_request_with_too_many_ids_is_refused(name: str) -> None:
 def test_more_events_than_the_window_holds_are_refused() -> None:
     wide = replace(SCHEMA, histories=(History(HISTORY, Window(4 * PAGE_SIZE, 8)),))
     features = tensors_of([user("a", 100)], wide)
-    with pytest.raises(ValueError, match=r"item_id\.lengths holds 100 at place 0; from 0 to 96"):
+    with pytest.raises(ValueError, match=r"item_id\.lengths holds 100 at index 0; from 0 to 96"):
         new_program()(features)
 
 
@@ -487,7 +487,7 @@ def any_program(request: pytest.FixtureRequest) -> RankingProgram:
 
 
 def call(program: RankingProgram, method: str, features: dict[str, Tensor]) -> object:
-    """One of a program's methods, with what it takes beside the tensors of two requests."""
+    """A method of a program, and its arguments after the tensors of two requests."""
     nothing = torch.empty(4, 0, NUM_HEADS, HEAD_DIM)
     if method == "extend":
         return program.extend(features, [nothing], [[0, 0]])
@@ -513,17 +513,17 @@ def test_a_row_that_no_table_has_is_refused_by_name(any_program: RankingProgram,
     for row in (-1, most + 1, 2**63 - 1, -(2**63)):
         rows = good[name].clone()
         rows[1] = row
-        message = re.escape(f"{name} holds {row} at place 1; from 0 to {most} is allowed")
+        message = re.escape(f"{name} holds {row} at index 1; from 0 to {most} is allowed")
         assert_all_refuse(any_program, good | {name: rows}, message)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("time", -1, r"time holds -1 at place 1; from 0 to 4102444800 is allowed"),
-        ("time", 4_102_444_801, r"time holds 4102444801 at place 1"),
-        ("history.time.values", -5, r"history\.time\.values holds -5 at place 1; from 0 to"),
-        ("history.first_event", -1, r"history\.first_event holds -1 at place 1; from 0 to"),
+        ("time", -1, r"time holds -1 at index 1; from 0 to 4102444800 is allowed"),
+        ("time", 4_102_444_801, r"time holds 4102444801 at index 1"),
+        ("history.time.values", -5, r"history\.time\.values holds -5 at index 1; from 0 to"),
+        ("history.first_event", -1, r"history\.first_event holds -1 at index 1; from 0 to"),
     ],
 )
 def test_a_number_outside_the_manifests_range_is_refused_by_name(
@@ -535,7 +535,7 @@ def test_a_number_outside_the_manifests_range_is_refused_by_name(
 
 
 def test_events_that_are_not_oldest_first_are_refused(any_program: RankingProgram) -> None:
-    """A history in reverse was scored without a word."""
+    """A history in reverse was scored without an error."""
     features = tensors_of([user("a", 9), user("b", 20, 2)])
     times = features["history.time.values"]
     times[:9] = 1800  # of another request
@@ -550,7 +550,7 @@ def test_events_that_are_not_oldest_first_are_refused(any_program: RankingProgra
 def test_an_event_that_is_not_before_its_request_is_refused(
     any_program: RankingProgram, seconds: int
 ) -> None:
-    """Training sees strictly earlier events only; a program scored any."""
+    """Training sees strictly earlier events only; a program scored later ones too."""
     features = tensors_of([user("a", 9), user("b", 20, 2)])
     request_time = int(features["time"][1])
     features["history.time.values"][28] = request_time + seconds
@@ -570,7 +570,7 @@ def test_the_time_of_one_user_may_be_before_that_of_the_one_before() -> None:
 
 
 def moved_to(raw: Raw, time: int) -> Raw:
-    """The request at another time, its events as long before it as they were."""
+    """The request at another time, with its events the same time before it."""
     seconds = time - raw["time"]
     times = [one + seconds for one in raw["history"]["time"]]
     return raw | {"time": time, "history": raw["history"] | {"time": times}}
@@ -579,12 +579,12 @@ def moved_to(raw: Raw, time: int) -> Raw:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("user_id", Tensor.float, "user_id holds no int64"),
-        ("user_key", Tensor.int, "user_key holds no int64"),
-        ("history.item_id.values", Tensor.double, r"history\.item_id\.values holds no int64"),
-        ("candidates.item_id.lengths", Tensor.int, r"item_id\.lengths holds no int64"),
+        ("user_id", Tensor.float, "user_id does not hold int64"),
+        ("user_key", Tensor.int, "user_key does not hold int64"),
+        ("history.item_id.values", Tensor.double, r"history\.item_id\.values does not hold int64"),
+        ("candidates.item_id.lengths", Tensor.int, r"item_id\.lengths does not hold int64"),
         ("time", lambda t: t.unsqueeze(1), "time has 2 dimensions; it must have 1"),
-        ("candidates.dense", Tensor.double, r"candidates\.dense holds no float32"),
+        ("candidates.dense", Tensor.double, r"candidates\.dense does not hold float32"),
         ("candidates.dense", lambda t: t[:, :3], r"dense is \[6, 3\]; it must be \[C, 5\]"),
         ("candidates.dense", lambda t: t[0], r"candidates\.dense is \[5\]"),
         ("candidates.dense", lambda t: t * torch.nan, r"dense: 30 of 30 numbers are not finite"),
@@ -623,7 +623,7 @@ def broken_model(value: float) -> RankingModel:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_scores_that_are_not_finite_are_refused(value: float) -> None:
-    """A NaN was given to the host as a score, and of an infinite logit the score was 0 or 1."""
+    """The host got NaN as a score, and 0 or 1 for an infinite logit."""
     program = new_program(broken_model(value))
     features = tensors_of([user("a", 9), user("b", 20, 2)])
     for method in ("forward", "rank"):
@@ -658,7 +658,7 @@ print(json.dumps(found_in(Path(sys.argv[1]), sys.argv[2])))
 
 
 def found_in(folder: Path, kind: str) -> list[Any]:
-    """What a loaded program says of a user's life, of a batch, and uncached."""
+    """Outputs of a loaded program: for one user's requests in turn, for a batch, and uncached."""
     return life_of(load_program(folder / "model.pt"), world_of(kind).schema)
 
 

@@ -1,4 +1,4 @@
-"""Compiled graphs say what the eager model says, at sizes nobody exported, in a process of torch's.
+"""Compiled graphs compute what the eager model does, at sizes not exported, with torch alone.
 
 Compiling takes most of a minute for each kind, so one test does all that needs its graphs.
 """
@@ -44,19 +44,19 @@ from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
 from torchrec_kvshare.verify.deterministic import compute_rows_alone, require_determinism
 from torchrec_kvshare.verify.parity import score_extended, score_through_pages
 
-# Items and times alone, so that graphs are small.
+# Only items and times, so that graphs are small.
 BARE = replace(SCHEMA, context=(), has_action=False, item_attributes=(), item_floats=())
 SEEN, BOUGHT = History("seen", SLIDING_WINDOW), History("bought", SLIDING_WINDOW, ("buy",))
 
 
 class World(NamedTuple):
-    """What a compiled model reads, and what its towers are."""
+    """The schema and the tower spec of a compiled model."""
 
     schema: FeatureSchema
     spec: TowerSpec
 
 
-# Between them they have everything a model can have; test_graphs.py has it for every kind.
+# Together they cover all features of a model; test_graphs.py covers them for every kind.
 WORLD_BY_KIND = {
     CAUSAL: World(SCHEMA, TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2)),
     BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 2, 2)),
@@ -131,7 +131,7 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 
 def recording(graphs: dict[str, Graph], asked: list[tuple[str, Inputs]]) -> dict[str, Graph]:
-    """The same graphs, which write down what they are asked."""
+    """The same graphs, and a record of their inputs."""
 
     def record(name: str) -> Graph:
         def call(inputs: Inputs) -> list[Tensor]:
@@ -144,7 +144,7 @@ def recording(graphs: dict[str, Graph], asked: list[tuple[str, Inputs]]) -> dict
 
 
 def answer_elsewhere(folder: Path, asked: list[tuple[str, Inputs]]) -> tuple[Any, Iterator[Any]]:
-    """What a process of torch alone says of itself, and what its graphs answer."""
+    """State of a process that has only torch, and outputs of its graphs."""
     torch.save(asked, folder / "asked")
     files = [str(library_path()), str(folder), str(folder / "asked"), str(folder / "answered")]
     output, errors = fresh_process(FOREIGN_PROGRAM, *files).communicate()
@@ -191,12 +191,12 @@ def test_compiled_graphs_say_what_the_model_says(kind: str, tmp_path: Path) -> N
     for name in names:
         sources = sources_of(tmp_path / f"{name}.pt2")
         assert "omp parallel" in sources
-        assert "num_threads(" not in sources  # Not the number of whoever compiled it.
+        assert "num_threads(" not in sources  # not the exporter's number of threads
 
 
 @pytest.mark.parametrize("max_history", [1, 2, 5, 7, 99, 100, 200])
 def test_the_examples_of_an_export_have_nothing_in_common(max_history: int) -> None:
-    """With two histories for an example, a graph was one for two and read past the end for one."""
+    """Exported with two histories, a graph assumed two and read past the end of one."""
     window = replace(SLIDING_WINDOW, max_history=max_history, block=1)
     schema = replace(SCHEMA, histories=(History("history", window),))
     model = RankingModel(make_dlrm(8, schema, WORLD_BY_KIND[CAUSAL].spec)).eval()
@@ -208,7 +208,7 @@ def test_the_examples_of_an_export_have_nothing_in_common(max_history: int) -> N
 
 def test_a_graph_for_another_cpu_is_refused(tmp_path: Path) -> None:
     (tmp_path / GRAPHS).write_text(json.dumps({"cpu": "AVX1024", "graphs": {}}))
-    with pytest.raises(ArtifactError, match="was compiled for a CPU with AVX1024; this has"):
+    with pytest.raises(ArtifactError, match="was compiled for a CPU with AVX1024; this one has"):
         load_pt2(tmp_path, BARE, asdict(WORLD_BY_KIND[CAUSAL].spec))
 
 
@@ -243,8 +243,8 @@ def test_inputs_are_described_for_hosts_of_any_language() -> None:
         "history.action.lengths": histories,
         "history.genres.values": ids("history.genres"),
         "history.genres.lengths": events,
-        "request.first_place.history.values": histories,
-        "request.first_place.history.lengths": histories,
+        "request.first_index.history.values": histories,
+        "request.first_index.history.lengths": histories,
         "history.kv": ("float32", (4, "history.cached", *kv_sizes)),
         "history.rows": histories,
     }

@@ -1,4 +1,4 @@
-"""An artifact is code: with a key, nothing of it is loaded that was not signed with that."""
+"""An artifact is code: with a key, only what was signed with that key is loaded."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def signed(exported: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever would run an artifact's code fails the test."""
+    """Fail the test if an artifact's code is loaded."""
 
     def fail(*_: Any, **__: Any) -> None:
         pytest.fail("the program was loaded")
@@ -89,10 +89,10 @@ def test_an_artifact_without_a_signature_is_refused(signed: Path) -> None:
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_an_artifact_of_another_key_is_refused(signed: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"manifest\.mac does not fit manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"manifest\.mac does not match manifest\.json"):
         load_artifact(signed, OTHER_KEY)
     write_manifest(signed, read_artifact(signed)[0], OTHER_KEY)
-    with pytest.raises(ArtifactError, match=r"manifest\.mac does not fit manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"manifest\.mac does not match manifest\.json"):
         load_artifact(signed, KEY)
 
 
@@ -100,17 +100,17 @@ def test_an_artifact_of_another_key_is_refused(signed: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\0", "é".encode(), b"00" * 32, b"00" * 2**20])
 def test_a_signature_that_is_none_is_refused(signed: Path, content: bytes) -> None:
     (signed / SIGNATURE).write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"manifest\.mac does not fit manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"manifest\.mac does not match manifest\.json"):
         load_artifact(signed, KEY)
 
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_a_manifest_that_was_changed_is_refused_before_it_is_read(signed: Path) -> None:
     rewrite(signed, provenance={"licence": "any"})
-    with pytest.raises(ArtifactError, match=r"manifest\.mac does not fit manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"manifest\.mac does not match manifest\.json"):
         load_artifact(signed, KEY)
     (signed / MANIFEST).write_text("[" * 10**6)
-    with pytest.raises(ArtifactError, match=r"manifest\.mac does not fit manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"manifest\.mac does not match manifest\.json"):
         load_artifact(signed, KEY)
 
 
@@ -130,7 +130,7 @@ def test_a_file_that_was_changed_is_named_where_it_lies(signed: Path, name: str)
 def test_what_is_changed_after_it_was_checked_is_not_what_is_loaded(
     signed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files were checked and then read again, so that whoever was quick could change them."""
+    """Files were checked and then read again, so they could be changed in between."""
     expected = scores_of(load_artifact(signed, KEY))
     check_versions: Callable[..., None] = exporter._check_versions
 
@@ -147,7 +147,7 @@ def test_measured_figures_are_signed_again(signed: Path) -> None:
     before = (signed / MANIFEST).read_bytes()
     with pytest.raises(ArtifactError, match="is signed: artifact_key_file is needed to add to it"):
         add_measured(signed, break_even_events={"disk": 9})
-    with pytest.raises(ArtifactError, match=r"manifest\.mac does not fit"):
+    with pytest.raises(ArtifactError, match=r"manifest\.mac does not match"):
         add_measured(signed, OTHER_KEY, break_even_events={"disk": 9})
     assert (signed / MANIFEST).read_bytes() == before
     add_measured(signed, KEY, break_even_events={"disk": 9})
@@ -155,10 +155,10 @@ def test_measured_figures_are_signed_again(signed: Path) -> None:
 
 
 def test_a_key_of_one_purpose_signs_nothing_of_another(signed: Path) -> None:
-    """Whoever could have a packet signed would else have signed an artifact."""
+    """Otherwise a signed packet could serve as a signed artifact."""
     manifest = (signed / MANIFEST).read_bytes()
     (signed / SIGNATURE).write_text(keyed_digest([manifest], KEY).hex())
-    with pytest.raises(ArtifactError, match=r"manifest\.mac does not fit"):
+    with pytest.raises(ArtifactError, match=r"manifest\.mac does not match"):
         load_artifact(signed, KEY)
 
 
@@ -178,7 +178,7 @@ def test_a_key_that_signs_nothing_is_refused(tmp_path: Path, content: bytes, mes
 @pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "in/side", "", ".", "..", "in/"])
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(signed: Path, name: str) -> None:
-    """What it named was read and digested, wherever it stood."""
+    """A file that it named was read and digested, in any folder."""
     (signed / "in").mkdir()
     for path in (signed / ".." / "outside", signed / "in" / "side"):
         path.write_text("something")
@@ -189,7 +189,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(signed: Path, name: s
 
 
 def with_graphs(folder: Path, graphs: Any) -> None:
-    """Make an artifact one of compiled graphs, as far as what it says of itself."""
+    """Make an artifact's manifest and graphs.json those of compiled graphs."""
     cpu = torch.backends.cpu.get_cpu_capability()
     (folder / GRAPHS).write_text(json.dumps({"cpu": cpu, "graphs": graphs}))
     digests = read_artifact(folder)[0].sha256_by_file
@@ -201,11 +201,11 @@ def with_graphs(folder: Path, graphs: Any) -> None:
 @pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize("name", ["score.pt2", "../outside.pt2", "/outside.pt2", ".."])
 def test_a_graph_that_the_manifest_does_not_name_is_refused(signed: Path, name: str) -> None:
-    """Only graphs.json itself was vouched for: any file that it named was loaded, and run."""
+    """Only graphs.json itself had a digest: any file that it named was loaded and run."""
     for path in (signed / "score.pt2", signed / ".." / "outside.pt2"):
         path.write_text("a library")
     with_graphs(signed, {"score": {"file": name, "inputs": []}})
-    with pytest.raises(ArtifactError, match=rf"manifest\.json does not vouch for {name}"):
+    with pytest.raises(ArtifactError, match=rf"manifest\.json has no digest of {name}"):
         load_artifact(signed)
 
 

@@ -49,7 +49,7 @@ def repository(artifact: Path) -> Path:
 
 
 def config_of(folder: Path) -> model_config_pb2.ModelConfig:
-    """A config as Triton reads it: with its own message."""
+    """Parse a config as Triton does, with its own message."""
     return text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
 
 
@@ -101,12 +101,12 @@ def test_the_programs_forward_refuses_what_its_manifest_does_not_allow(repositor
     program = load_program(repository / "shop" / "1" / "model.pt")
     features = request_tensors(parse_all(RAWS), SCHEMA)
     features["candidates.item_id.values"][2] = -1
-    with pytest.raises(torch.jit.Error, match=r"candidates\.item_id\.values holds -1 at place 2"):
+    with pytest.raises(torch.jit.Error, match=r"candidates\.item_id\.values holds -1 at index 2"):
         program(features)
 
 
 class StandInTensor(NamedTuple):
-    """Triton's tensor, as far as a model sees it."""
+    """The part of Triton's tensor that a model uses."""
 
     name: str
     values: np.ndarray
@@ -116,14 +116,14 @@ class StandInTensor(NamedTuple):
 
 
 class StandInResponse(NamedTuple):
-    """Triton's response, likewise."""
+    """The part of Triton's response that a model uses."""
 
     output_tensors: list[StandInTensor]
 
 
 @pytest.fixture
 def python_model(repository: Path, monkeypatch: pytest.MonkeyPatch) -> TritonPythonModel:
-    """The model of the Python backend, with a stand-in for the module that Triton brings."""
+    """The model of the Python backend, with a stand-in for the module that Triton provides."""
     utils: Any = ModuleType("triton_python_backend_utils")
     utils.Tensor = StandInTensor
     utils.InferenceResponse = StandInResponse
@@ -181,7 +181,7 @@ def test_an_engine_whose_config_names_a_key_loads_no_artifact_without_its_signat
     assert {name: one.string_value for name, one in parameters.items()} == {
         "artifact_key_file": str(key)
     }
-    # As Triton gives it to a model, which writes its own messages as JSON.
+    # Triton gives a model its config message as JSON.
     told = json.dumps({"parameters": {"artifact_key_file": {"string_value": str(key)}}})
     args = {"model_repository": str(folder), "model_version": "1", "model_config": told}
     TritonPythonModel().initialize(args)

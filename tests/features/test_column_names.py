@@ -1,5 +1,6 @@
-"""Columns may be called as they are in people's data, even as our own."""
+"""Columns may have any name, also names that the package uses itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +37,29 @@ from torchrec_kvshare.features.schema import (
 from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history
 from torchrec_kvshare.serving.columns import column_tensors, raw_requests
 
-# Names of ours, names that modules and TorchScript do not take, and one that both sides have.
+# Names of our own, names that modules and TorchScript refuse, and one on both sides.
 CONTEXT = ("user_id", "item_id", "time", "first_event", "a.b", "Customer ID", "kind")
-ATTRIBUTES = ("user_id", "position", "pages", "first_place", "a.b", "items", "größe %", "kind")
+ATTRIBUTES = ("user_id", "position", "pages", "first_index", "a.b", "items", "größe %", "kind")
 FLOATS = ("dense", "values", "visible_events.history", "class")
 NAMES = ("user id", "1st")  # of histories
 
 
 def odd_schema() -> FeatureSchema:
     keys = ["user_id", "item_id", *map(context_key, CONTEXT), *map(item_key, ATTRIBUTES)]
-    # Each vocabulary of its own size: one that is taken for another has the wrong rows.
+    # Vocabularies differ in size, so that a mix-up gives wrong rows.
     vocabularies = {
-        key: Vocabulary([f"{key} {place}" for place in range(3 + number)])
+        key: Vocabulary([f"{key} {index}" for index in range(3 + number)])
         for number, key in enumerate(keys)
     }
     histories = tuple(History(name, Window(8, 4)) for name in NAMES)
-    return FeatureSchema(vocabularies, CONTEXT, False, ATTRIBUTES, FLOATS, histories)
+    return FeatureSchema(
+        vocabulary_by_column=vocabularies,
+        context=CONTEXT,
+        has_action=False,
+        item_attributes=ATTRIBUTES,
+        item_floats=FLOATS,
+        histories=histories,
+    )
 
 
 SCHEMA = odd_schema()
@@ -59,7 +67,7 @@ RAWS = [draw_raw_request(SCHEMA, events, 3, 50 + events) for events in (0, 5, 11
 
 
 def test_scores_of_odd_columns_equal_the_reference() -> None:
-    """An attribute called ``user_id`` took the users' vocabulary, ``position`` the positions."""
+    """An attribute named ``user_id`` took the users' vocabulary, ``position`` the positions."""
     model = make_dlrm(seed=3, schema=SCHEMA)
     expected = torch.cat([reference_logits(model, SCHEMA, raw) for raw in RAWS])
     batch = collate(parse_all(RAWS, SCHEMA), SCHEMA)
@@ -99,7 +107,7 @@ def test_a_log_of_odd_columns_trains_on_each_column_s_own_ids() -> None:
     num_events, num_items = 24, 4
     log = InteractionLog(
         users=encode(["u", "v"] * (num_events // 2)),
-        items=encode([f"item {place % num_items}" for place in range(num_events)]),
+        items=encode([f"item {index % num_items}" for index in range(num_events)]),
         time=np.arange(num_events),
         label=np.ones(num_events, np.float32),
         action=None,
@@ -127,23 +135,23 @@ def test_a_log_of_odd_columns_trains_on_each_column_s_own_ids() -> None:
 
 @pytest.mark.parametrize("name", ["item_id", "action", "time", "first_event"])
 @pytest.mark.parametrize("kind", ["attribute", "float"])
-def test_a_column_of_an_item_is_not_called_as_an_event_s_own(name: str, kind: str) -> None:
+def test_an_item_column_has_no_reserved_name_of_events(name: str, kind: str) -> None:
     attributes, floats = ((name,), ()) if kind == "attribute" else ((), (name,))
     with pytest.raises(ConfigError, match=rf"\['{name}'\].*'item_id', 'action', 'time'"):
-        FeatureSchema({}, (), False, attributes, floats, SCHEMA.histories)
+        replace(SCHEMA, item_attributes=attributes, item_floats=floats)
 
 
-def test_two_columns_of_an_item_do_not_have_one_name() -> None:
+def test_two_columns_do_not_have_one_name() -> None:
     with pytest.raises(ConfigError, match="'price'"):
-        FeatureSchema({}, (), False, ("price",), ("price",), SCHEMA.histories)
+        replace(SCHEMA, item_attributes=("price",), item_floats=("price",))
     with pytest.raises(ConfigError, match="'a'"):
-        FeatureSchema({}, ("a", "b", "a"), False, (), (), SCHEMA.histories)
+        replace(SCHEMA, context=("a", "b", "a"))
 
 
-def test_a_history_is_not_called_as_a_group_of_keys() -> None:
+def test_a_history_has_no_name_of_a_group_of_keys() -> None:
     for name in ("context", "candidates", "request", "targets", "user_id", ""):
         with pytest.raises(ConfigError, match="histories"):
-            FeatureSchema({}, (), False, (), (), (History(name, Window(8, 4)),))
+            replace(SCHEMA, histories=(History(name, Window(8, 4)),))
 
 
 def test_names_of_tables_differ_where_columns_do() -> None:

@@ -1,4 +1,4 @@
-"""One spelling for an id, wherever it comes from."""
+"""An id has one canonical spelling, wherever it comes from."""
 
 import pytest
 from hypothesis import given
@@ -48,24 +48,24 @@ def test_a_canonical_id_is_its_own_canonical_id(text: str) -> None:
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
-def test_a_number_and_what_is_printed_of_it_are_one_id(number: float) -> None:
+def test_a_number_and_its_printed_text_are_one_id(number: float) -> None:
     assert canonical_id(number) == canonical_id(repr(number))
 
 
 @given(st.integers(-(2**53), 2**53))
-def test_every_dress_of_an_integer_has_its_row(number: int) -> None:
+def test_every_spelling_of_an_integer_has_its_row(number: int) -> None:
     vocabulary = Vocabulary([str(number), "other"])
-    dresses = [number, float(number), str(number), f"{number}.0", f" {number}", f"{number} "]
-    assert vocabulary.rows(dresses) == [2] * 6
+    spellings = [number, float(number), str(number), f"{number}.0", f" {number}", f"{number} "]
+    assert vocabulary.rows(spellings) == [2] * 6
 
 
-def test_a_boolean_is_not_the_integer_that_it_is_to_python() -> None:
+def test_a_boolean_is_not_the_integer_that_python_takes_it_for() -> None:
     assert Vocabulary(["1", "0"]).rows([True, False]) == [UNKNOWN_ROW] * 2
     assert Vocabulary(["true", "false"]).rows([True, False, "True", "false"]) == [2, 3, 2, 3]
     assert Vocabulary(["true"]).rows([1]) == [UNKNOWN_ROW]
 
 
-def test_integers_of_a_vocabulary_are_told_by_their_digits() -> None:
+def test_integers_of_a_vocabulary_are_recognised_by_their_digits() -> None:
     assert is_integer_id("-7")
     assert not is_integer_id("٣")
     assert not is_integer_id("9" * 5000)

@@ -1,4 +1,4 @@
-"""Outside input either becomes a request or is refused by name; nothing else ever happens."""
+"""Outside input either becomes a request or is refused with the column's name."""
 
 import copy
 import gc
@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from tests.worlds import BLOCK, MAX_HISTORY, SCHEMA, draw_raw, examples
 from torchrec_kvshare.errors import RequestError
-from torchrec_kvshare.features import parse as features
+from torchrec_kvshare.features import decode
+from torchrec_kvshare.features.batches import RequestBatch
 from torchrec_kvshare.features.decode import MAX_DEPTH, MAX_KEYS, decode_json, decode_request
 from torchrec_kvshare.features.limits import (
     MAX_BAG_IDS,
@@ -41,7 +42,6 @@ from torchrec_kvshare.features.request import (
     Events,
     Request,
     count_ids,
-    distinct_histories,
     unknown_ids,
 )
 from torchrec_kvshare.features.schema import HISTORY, FeatureSchema, History, Vocabulary, Window
@@ -65,18 +65,18 @@ def events_of(request: Request) -> Events:
 
 
 def changed(path: str, value: Any) -> RawRequest:
-    """A good request but for one place, such as ``history.time.1``."""
+    """A good request with one value replaced, such as ``history.time.1``."""
     raw = good()
     *groups, last = path.split(".")
-    place: Any = raw
+    parent: Any = raw
     for group in groups:
-        place = place[group]
-    if isinstance(place, list):
-        place[int(last)] = value
+        parent = parent[group]
+    if isinstance(parent, list):
+        parent[int(last)] = value
     elif value is DELETED:
-        del place[last]
+        del parent[last]
     else:
-        place[last] = value
+        parent[last] = value
     return raw
 
 
@@ -98,8 +98,8 @@ def changed(path: str, value: Any) -> RawRequest:
         ('"text"', "a request is a JSON object; got str"),
         ("NaN", "a request is a JSON object; got float"),
         ("7", "a request is a JSON object; got int"),
-        ('{"user_id": 1, "user_id": 2}', "the key 'user_id' stands twice"),
-        ('{"history": {"time": [], "item_id": [], "time": []}}', "the key 'time' stands twice"),
+        ('{"user_id": 1, "user_id": 2}', "the key 'user_id' appears twice"),
+        ('{"history": {"time": [], "item_id": [], "time": []}}', "the key 'time' appears twice"),
     ],
 )
 def test_a_line_that_is_no_request_is_refused(line: str | bytes, message: str) -> None:
@@ -111,7 +111,7 @@ BAD_IDS = ["", " ", "\t\n", [], {}, ["a"], math.nan, math.inf, -math.inf]
 BAD_TIMES = [-1, -0.5, MAX_TIME + 1, 1_700_000_000_000, True, "1700000000", None, [], {}, 10**400]
 BAD_TIMES += [math.nan, math.inf, -math.inf, 1e300]
 BAD_FLOATS = [True, "3.5", None, [], {}, [1.0], math.nan, math.inf, -math.inf, 10**400, -(10**31)]
-BAD_PLACES = [-1, 1.0, True, "3", [], {}, math.nan, 2**62 + 1]
+BAD_FIRST_EVENTS = [-1, 1.0, True, "3", [], {}, math.nan, 2**62 + 1]
 BAD_REPORTS = ["unknown_ids", ["scores"], [1], [["unknown_ids"]], {}, True, 0]
 BAD_GROUPS = [None, [], "text", 7, True, [{}]]
 BAD_COLUMNS = [None, {}, "text", 7, True]
@@ -121,7 +121,7 @@ BAD_BAGS = ["", math.nan, {}, [[]], [{}], [" "], [-math.inf], ["genre 1", ""], [
 EVENT_COLUMNS = ("item_id", "action", "genres", "time")
 CANDIDATE_COLUMNS = ("item_id", "genres", "price")
 
-# Where, what may not stand there, and what the message names.
+# The path, the values refused there, and the name in the message.
 BREAKAGES: list[tuple[str, list[Any], str]] = [
     ("user_id", [*BAD_IDS, None, DELETED], "user_id"),
     ("time", [*BAD_TIMES, DELETED], "time"),
@@ -136,7 +136,7 @@ BREAKAGES: list[tuple[str, list[Any], str]] = [
     ("history.action.2", BAD_IDS, "history.action"),
     ("history.time.0", BAD_TIMES, "history.time"),
     ("history.genres.0", BAD_BAGS, "history.genres"),
-    ("history.first_event", BAD_PLACES, "history.first_event"),
+    ("history.first_event", BAD_FIRST_EVENTS, "history.first_event"),
     ("report", BAD_REPORTS, "report"),
     ("candidates", [*BAD_GROUPS, DELETED], "candidates"),
     *[
@@ -212,7 +212,7 @@ def test_a_request_has_so_many_ids_in_its_bags_and_no_more() -> None:
 
 
 def test_an_integer_too_long_to_print_is_refused() -> None:
-    """Its digits could not be put into the message, and that was a ValueError of Python's own."""
+    """Python raised a ValueError when the message printed its digits."""
     for path in ("user_id", "time", "history.time.0", "candidates.price.1", "candidates.item_id.0"):
         with pytest.raises(RequestError, match=path.removesuffix(".0").removesuffix(".1")):
             parse_request(changed(path, -(10**5000)), SCHEMA)
@@ -228,12 +228,12 @@ def test_nesting_of_any_depth_is_refused(path: str, opening: str, closing: str) 
 
 
 def test_values_are_counted_before_a_reader_makes_objects_of_them() -> None:
-    text = '[[1, 2], {"a": "b, [c"}, {}]'  # Seven and two in a text, which are counted too.
-    assert decode_json(text, most_values=9) == decode_json(text) == json.loads(text)
+    text = '[[1, 2], {"a": "b, [c"}, {}]'  # Seven, and two in a string, which count too.
+    assert decode_json(text, max_values=9) == decode_json(text) == json.loads(text)
     with pytest.raises(RequestError, match="the JSON holds 9 values; at most 8 are allowed"):
-        decode_json(text, most_values=8)
+        decode_json(text, max_values=8)
     with pytest.raises(RequestError, match="at most 8 are allowed"):
-        decode_request(text.encode(), most_values=8)
+        decode_request(text.encode(), max_values=8)
 
 
 def nested(depth: int, innermost: str = "") -> str:
@@ -242,7 +242,7 @@ def nested(depth: int, innermost: str = "") -> str:
 
 
 def test_nesting_is_bounded_and_brackets_in_texts_are_none() -> None:
-    """A text was refused only where Python's reader ran out of stack, about 1,000 deep."""
+    """Deep nesting was refused only when Python's reader ran out of stack, at about 1,000."""
     for innermost in ('"[[[[[[",', '"\\\\",', '"\\"[{",', '"[\\\\\\"[",', '"{}[",', '"é[",'):
         assert decode_json(nested(MAX_DEPTH, innermost))
         with pytest.raises(RequestError, match="nested deeper than 16 levels"):
@@ -253,16 +253,16 @@ def test_nesting_is_bounded_and_brackets_in_texts_are_none() -> None:
         parse_line(line.replace('"HERE"', nested(MAX_DEPTH)))
 
 
-def test_depth_is_told_across_the_chunks_that_are_searched(
+def test_depth_is_counted_across_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for num_bytes in range(1, 12):
-        monkeypatch.setattr(features, "DEPTH_CHUNK", num_bytes)
+        monkeypatch.setattr(decode, "DEPTH_CHUNK", num_bytes)
         test_nesting_is_bounded_and_brackets_in_texts_are_none()
 
 
 def test_an_object_has_so_many_keys_and_no_more() -> None:
-    """Nothing bounded them, and each had to be compared with all."""
+    """The number of keys was unbounded, and each was compared with all others."""
     names = {str(number): 0 for number in range(MAX_KEYS)}
     assert_safe(parse_request(decode_request(json.dumps(good() | {"more": names})), SCHEMA))
     line = json.dumps(good() | {"more": names | {"one more": 0}})
@@ -271,9 +271,9 @@ def test_an_object_has_so_many_keys_and_no_more() -> None:
 
 
 def least_seconds(run: Callable[[], object]) -> float:
-    """Of the processor, the least of a few runs."""
+    """The least processor time of a few runs."""
     seconds = []
-    gc.disable()  # It walks through all that the process has, now and then.
+    gc.disable()  # A collection walks through all objects of the process.
     try:
         for _ in range(7):
             start = time.process_time()
@@ -306,11 +306,11 @@ HOSTILE_LINES: dict[str, Callable[[int], str]] = {
 }
 
 
-def test_a_key_that_stands_twice_is_found_in_linear_time() -> None:
-    """Every key was counted among all: 8,000 of them held the server up for 0.75 seconds."""
+def test_a_key_that_appears_twice_is_found_in_linear_time() -> None:
+    """Each key was searched for among all others: 8,000 keys blocked the server for 0.75 s."""
     small, large = key_twice(MAX_KEYS // 4), key_twice(MAX_KEYS)
     for line in (small, large):
-        with pytest.raises(RequestError, match="stands twice in one object"):
+        with pytest.raises(RequestError, match="appears twice in one object"):
             parse_line(line)
     assert least_seconds(lambda: refuse(large)) < 8 * least_seconds(lambda: refuse(small))
 
@@ -321,7 +321,7 @@ def test_four_times_the_text_takes_four_times_as_long(kind: str) -> None:
     assert least_seconds(lambda: refuse(large)) < 8 * least_seconds(lambda: refuse(small)) + 1e-3
 
 
-ID_PLACES = {
+NAME_BY_ID_PATH = {
     "user_id": "user_id",
     "context.country": "context.country",
     "history.item_id.1": "history.item_id",
@@ -332,9 +332,9 @@ ID_PLACES = {
 }
 
 
-@pytest.mark.parametrize("path", ID_PLACES)
+@pytest.mark.parametrize("path", NAME_BY_ID_PATH)
 def test_an_id_has_so_many_characters_and_no_more(path: str) -> None:
-    """An id could be as long as the message, and lived on in caches and logs."""
+    """An id could be as long as the message, and stayed in caches and logs."""
     longest = [" " + "é" * MAX_ID_CHARACTERS + " ", 10**255, -(10**254), "7." + "0" * 300]
     for value in longest:
         assert_safe(parse_request(changed(path, value), SCHEMA))
@@ -347,13 +347,13 @@ def test_an_id_has_so_many_characters_and_no_more(path: str) -> None:
         ("1e+300", 301),
         ("7" * 300 + ".0", 300),
     ):
-        named = f"^{re.escape(ID_PLACES[path])} has {length} characters; at most 256 are allowed$"
-        with pytest.raises(RequestError, match=named):
+        message = f"{NAME_BY_ID_PATH[path]} has {length} characters; at most 256 are allowed"
+        with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
             parse_request(changed(path, value), SCHEMA)
 
 
 def test_a_request_id_has_so_many_characters_and_no_more() -> None:
-    """It stood in the log, in the state and in the answer, however long it was."""
+    """A request id of any length went into the log, the state and the answer."""
     for value in ("é" * MAX_REQUEST_ID, 10 ** (MAX_REQUEST_ID - 1)):
         assert parse_request(good() | {"request_id": value}, SCHEMA).request_id == value
         assert request_id_of({"request_id": value}) == value
@@ -374,12 +374,12 @@ def test_what_a_user_needs_is_kept_and_nothing_else() -> None:
     assert set(kept["context"]) == {"country"}
     assert set(kept["history"]) == {"item_id", "action", "genres", "time", "first_event"}
     ours, theirs = parse_user(kept, SCHEMA), parse_user(raw, SCHEMA)
-    assert distinct_histories([ours, theirs])[0] == [0]
+    assert RequestBatch([ours, theirs]).users == [ours]
     assert ours.context["country"].tolist() == theirs.context["country"].tolist()
 
 
 def test_a_message_stays_short_whatever_came() -> None:
-    """The whole value stood in the message, however large it was."""
+    """A value of any size was put into the message whole."""
     names = {str(number): 0 for number in range(10_000)}
     text = "b" * 100_000
     lines = [json.dumps(changed("time", value)) for value in (names, list(names), text)]
@@ -424,7 +424,7 @@ def parse_or_refuse(line: str | bytes) -> Request | None:
 
 
 def assert_safe(request: Request) -> None:
-    """Nothing behind ``features.py`` checks again: so rows exist and numbers are finite."""
+    """No code after ``parse_request`` checks again, so rows exist and numbers are finite."""
     assert list(request.events_by_history) == [HISTORY]
     events = events_of(request)
     rows_by_column = {
@@ -436,7 +436,7 @@ def assert_safe(request: Request) -> None:
     }
     for column, rows in rows_by_column.items():
         for row in torch.cat(rows).tolist():
-            assert 0 <= row < SCHEMA.num_rows(column)
+            assert 0 <= row < SCHEMA.num_table_rows(column)
     assert 0 <= request.num_events <= SCHEMA.histories[0].window.max_history
     assert all(0 <= time <= MAX_TIME for time in [*events.columns["time"].tolist(), request.time])
     assert events.bags["genres"].lengths.numel() == request.num_events
@@ -568,12 +568,13 @@ def test_every_column_takes_every_spelling(spelt: str) -> None:
 
 
 def test_equal_ids_are_one_history_and_one_user() -> None:
-    """A user whose ids came as floats had other events than the same user with integers."""
+    """Ids given as floats and as integers made different histories of the same user."""
     spelt = [copy.deepcopy(good()) | {"user_id": user} for user in (7, "7.0")]
     for raw, items in zip(spelt, ([101, 102, 103], ["101.0", " 102", 103.0]), strict=True):
         raw["history"]["item_id"] = items
     requests = [parse_request(raw, SCHEMA) for raw in spelt]
-    assert distinct_histories(requests) == ([0], [0, 0])
+    batch = RequestBatch(requests)
+    assert (batch.users, batch.user_of_request) == (requests[:1], [0, 0])
 
 
 def test_arrays_of_any_type_are_read_as_their_lists_are() -> None:
@@ -614,7 +615,7 @@ def test_columns_that_the_model_does_not_read_are_ignored() -> None:
 
 
 def test_a_schema_without_context_needs_no_context() -> None:
-    schema = FeatureSchema(SCHEMA.vocabulary_by_column, (), False, (), (), SCHEMA.histories)
+    schema = FeatureSchema(SCHEMA.vocabulary_by_column, histories=SCHEMA.histories)
     request = parse_request(
         {
             "user_id": 7,
@@ -658,7 +659,7 @@ def with_times(*times: float, now: float = 1_700_000_000) -> RawRequest:
 def test_a_history_out_of_order_or_from_the_future_is_refused(
     times: tuple[float, ...], now: float, message: str
 ) -> None:
-    """It was scored without a word; training sees strictly earlier events, oldest first."""
+    """It was scored silently; training sees strictly earlier events, oldest first."""
     raw = with_times(*times, now=now)
     as_array = copy.deepcopy(raw)
     as_array["history"]["time"] = np.array([int(time) for time in times])
@@ -697,7 +698,7 @@ def test_candidates_come_after_their_users_events() -> None:
     del raw["time"]
     user = parse_user(raw, SCHEMA)
     assert parse_candidates(candidates | {"time": 21}, user, SCHEMA).time == 21
-    with pytest.raises(RequestError, match="there is no 'time' of the candidates"):
+    with pytest.raises(RequestError, match="the candidates have no 'time', and neither"):
         parse_candidates(candidates, user, SCHEMA)
 
 
@@ -712,7 +713,7 @@ def test_the_newest_event_bounds_the_time_whatever_the_model_reads() -> None:
         parse_candidates({"candidates": raw["candidates"], "time": 12}, user, schema)
 
 
-# --- a history that is sorted
+# --- sorted histories
 
 
 def test_a_history_is_sorted_with_all_its_columns() -> None:
@@ -723,13 +724,13 @@ def test_a_history_is_sorted_with_all_its_columns() -> None:
     history = sorted_raw["history"]
     assert history["time"] == [10, 20, 30, 30]
     assert history["item_id"] == ["101", "103", "100", "102"]
-    assert history["genres"] == [raw["history"]["genres"][place] for place in (1, 3, 0, 2)]
+    assert history["genres"] == [raw["history"]["genres"][index] for index in (1, 3, 0, 2)]
     assert {name: history[name] for name in ("ignored", "other", "first_event")} == {
         "ignored": "any",
         "other": [1, 2],
         "first_event": 5,
     }
-    assert raw["history"]["time"] == [30, 10, 30, 20]  # What came is as it came.
+    assert raw["history"]["time"] == [30, 10, 30, 20]  # The input is unchanged.
     assert sort_history(sorted_raw) is sorted_raw
 
 
@@ -804,11 +805,11 @@ def test_an_answer_tells_unknown_ids_if_its_request_asks(ranking_model: RankingM
     assert told.to_json()["unknown_ids"] == unknown_ids(asked)
 
 
-# --- histories that are cut by the client
+# --- histories cut by the client
 
 
 def events_from(first_event: int, num_given: int, schema: FeatureSchema = SCHEMA) -> Events:
-    """What is read where the client sends the last events of a user and says where they start."""
+    """The events read when a client sends a user's last events and says where they start."""
     raw = draw_raw(60, 1, 8, schema)
     last = first_event + num_given
     history = {name: cells[first_event:last] for name, cells in raw["history"].items()}
@@ -821,7 +822,7 @@ def events_from(first_event: int, num_given: int, schema: FeatureSchema = SCHEMA
 def test_a_client_that_sends_enough_reads_what_one_that_sends_all_reads(
     num_events: int, data: st.DataObject
 ) -> None:
-    """The window was cut from what came, so that every new event moved all of it."""
+    """The window was cut from the events given, so that every new event moved it."""
     num_given = data.draw(st.integers(min(MAX_HISTORY, num_events), num_events))
     part, whole = events_from(num_events - num_given, num_given), events_from(0, num_events)
     assert part.first_event == whole.first_event
@@ -835,27 +836,27 @@ def test_a_client_that_sends_too_few_has_a_window_that_stays_for_a_block(
     events = events_from(first_event, num_given)
     end = first_event + num_given
     assert events.first_event + events.num_events == end
-    boundaries = [place for place in range(first_event, end) if place % BLOCK == 0]
+    boundaries = [index for index in range(first_event, end) if index % BLOCK == 0]
     start_of_all = SCHEMA.histories[0].window.start(end)
     expected = start_of_all if start_of_all >= first_event else [*boundaries, first_event][0]
     assert events.first_event == expected
 
 
-def test_a_history_of_actions_takes_no_place_of_its_first_event() -> None:
+def test_a_history_of_some_actions_refuses_a_first_event() -> None:
     schema = replace(SCHEMA, histories=(History("buys", Window(4, 2), ("buy",)),))
     raw = good()
     raw["history"]["first_event"] = 0
     parse_request(raw, schema)
     raw["history"]["first_event"] = 1
     with pytest.raises(
-        RequestError, match=r"first_event is 1; the model's histories \['buys'\] are"
+        RequestError, match=r"first_event is 1; the model's histories \['buys'\] keep"
     ):
         parse_request(raw, schema)
 
 
 @pytest.mark.parametrize("actions", [["2.0", " 2", 2, 2.0, "view"], np.array([2, 2, 2, 2, 1])])
 def test_events_of_an_action_are_found_however_it_is_spelt(actions: Any) -> None:
-    """``2.0`` was no event of action ``2``, although the log has them as one."""
+    """``2.0`` was not taken for action ``2``, although a log makes them one."""
     histories = (History("rated", Window(8, 4), ("2",)),)
     schema = replace(schema_of_ids(["1", "2", "view"]), histories=histories)
     raw = with_times(1, 2, 3, 4, 5)
@@ -902,6 +903,6 @@ def test_a_schema_survives_json() -> None:
 
 def test_rows_of_a_vocabulary_begin_after_those_reserved() -> None:
     vocabulary = Vocabulary(["a", "7"])
-    assert vocabulary.num_rows == 4
+    assert vocabulary.num_table_rows == 4
     assert [vocabulary.row(raw) for raw in ("a", "7", 7, "b", None)] == [2, 3, 3, 1, 0]
     assert vocabulary.rows(["a", "7", 7, "b", None]) == [2, 3, 3, 1, 0]

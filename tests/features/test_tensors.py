@@ -1,4 +1,4 @@
-"""Requests as plain tensors are what the specifications say, row for row."""
+"""Tensors of requests match their specifications, row for row."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_tensors_are_those_that_the_specifications_name(schema: FeatureSchema) -
 
 def test_bounds_are_those_of_tables_and_windows() -> None:
     most = {spec.name: spec.most for spec in input_specs(SCHEMA)}
-    assert most["history.item_id.values"] == SCHEMA.num_rows("item_id") - 1
+    assert most["history.item_id.values"] == SCHEMA.num_table_rows("item_id") - 1
     assert most["history.time.lengths"] == MAX_HISTORY
     assert most["candidates.item_id.lengths"] == 100_000
     assert most["candidates.genres.lengths"] == most["context.country.lengths"] == 10_000

@@ -1,4 +1,4 @@
-"""Every kind of history encoder: against the reference, extended, trained, scripted and refused."""
+"""Every kind of history encoder: equal to the reference, extended, trained, scripted; bad sizes."""
 
 import copy
 from collections.abc import Iterator
@@ -41,17 +41,18 @@ from tests.worlds import (
     see_prefixes,
     take_candidates,
 )
-from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.torchscript import script_model
 from torchrec_kvshare.features.bags import single
-from torchrec_kvshare.features.batches import collate, collate_history, user_of_candidates, with_key
+from torchrec_kvshare.features.batches import RequestBatch, collate, collate_history, with_key
 from torchrec_kvshare.features.request import Request
-from torchrec_kvshare.features.schema import HISTORY, Window, first_place_key
+from torchrec_kvshare.features.schema import HISTORY, Window, first_index_key
 from torchrec_kvshare.history.kinds import (
     BIDIRECTIONAL,
     CAUSAL,
     HSTU,
+    KIND_BY_NAME,
     LONGER,
     TARGET_ONLY,
 )
@@ -74,7 +75,7 @@ seeds = st.integers(0, 2**32 - 1)
 ROW_TOLERANCE = {torch.float32: 2e-5, torch.float64: EXACT_TOLERANCE}
 # Gradients of weights are sums over all rows, so they are measured against their own size.
 GRADIENT_TOLERANCE = 1e-10
-# An empty history, one event, one too many for some windows, and too many for all.
+# An empty history, one event, one more than some windows hold, and more than all hold.
 EDGES = [(0, 2, 1), (1, 1, 2), (15, 2, 3), (28, 3, 4)]
 
 
@@ -150,13 +151,13 @@ def test_users_without_candidates_get_no_scores_and_change_none(name: str) -> No
 @torch.no_grad()
 def test_no_candidates_give_no_vectors(name: str) -> None:
     tower = make_tower(name, torch.float32)
-    nobody = torch.empty(0, NUM_TOKENS, WIDTH)
+    no_candidates = torch.empty(0, NUM_TOKENS, WIDTH)
     for num_events in (0, 11):
         kv = prefill_alone(tower, draw_rows(2, torch.float32, num_events, WIDTH))
-        assert attend_whole(tower, nobody, kv, num_events).shape == (0, WIDTH)
+        assert attend_whole(tower, no_candidates, kv, num_events).shape == (0, WIDTH)
     asked = Asked([3, 0], [0, 0], [], [])
     events = draw_rows(2, torch.float32, 3, WIDTH)
-    assert TrainingPath(tower)(events, nobody, asked).shape == (0, WIDTH)
+    assert TrainingPath(tower)(events, no_candidates, asked).shape == (0, WIDTH)
 
 
 # The tokens of a candidate.
@@ -195,18 +196,18 @@ def test_another_brand_changes_what_its_candidate_pools_and_no_other(name: str) 
 
 
 def grow(tower: HistoryTower, cached: Tensor, num_cached: int, events: Tensor) -> Tensor:
-    """K/V of events of which the first were encoded before: reuse what stays, add the rest."""
+    """Return K/V of events: reuse what is valid of the cached K/V, extend it by the rest."""
     num_kept = tower.encoder.reusable_events(num_cached, num_cached, len(events))
     rows = tower.encoder.reusable_rows(num_kept)
     kept = flat_pages(cached[:, :rows], one_user(rows))
     planes = tower.extend(kept, events[num_kept:], one_user(len(events) - num_kept))
-    [new] = split_users(planes, [tower.encoder.num_rows(len(events)) - rows])
+    [new] = split_users(planes, [tower.encoder.num_kv_rows(len(events)) - rows])
     return torch.cat([cached[:, :rows], new], dim=1)
 
 
 def prefill_alone(tower: HistoryTower, events: Tensor) -> Tensor:
     planes = tower.prefill(events, one_user(len(events)))
-    return split_users(planes, [tower.encoder.num_rows(len(events))])[0]
+    return split_users(planes, [tower.encoder.num_kv_rows(len(events))])[0]
 
 
 @by_dtype
@@ -250,8 +251,8 @@ def test_users_are_extended_together_as_alone_wherever_their_rows_lie(
     tower = make_tower(name, torch.float64)
     encoder = tower.encoder
     cached, new_events, expected = [], [], []
-    for place, (num_cached, num_new) in enumerate(users):
-        events = draw_rows(seed + place, torch.float64, num_cached + num_new, WIDTH)
+    for index, (num_cached, num_new) in enumerate(users):
+        events = draw_rows(seed + index, torch.float64, num_cached + num_new, WIDTH)
         num_kept = encoder.reusable_events(num_cached, num_cached, len(events))
         rows = encoder.reusable_rows(num_kept)
         cached.append(prefill_alone(tower, events[:num_cached])[:, :rows])
@@ -264,15 +265,15 @@ def test_users_are_extended_together_as_alone_wherever_their_rows_lie(
 
 
 def pages_with_gaps(parts: list[Tensor], page_size: int = 3) -> KVPages:
-    """Users' rows in pages that lie in another order, with NaN where there is no row."""
+    """Return users' rows in shuffled pages, with NaN where there is no row."""
     planes, _, heads, width = parts[0].shape
     counts = [-(-part.size(1) // page_size) for part in parts]
     page_ids = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(1))
     table = parts[0].new_full((planes, len(page_ids), page_size, heads, width), torch.nan)
     page_ids = page_ids[: sum(counts)]
     for part, ids in zip(parts, page_ids.split(counts), strict=True):
-        for place in range(part.size(1)):
-            table[:, ids[place // page_size], place % page_size] = part[:, place]
+        for row in range(part.size(1)):
+            table[:, ids[row // page_size], row % page_size] = part[:, row]
     lengths = torch.tensor([part.size(1) for part in parts])
     return KVPages(table, page_ids, offsets_of(torch.tensor(counts)), offsets_of(lengths))
 
@@ -287,7 +288,7 @@ def test_what_is_cached_is_read_and_not_encoded_again(name: str) -> None:
     rows = tower.encoder.reusable_rows(tower.encoder.reusable_events(8, 8, 11))
     assert rows > 0
     assert (moved[:, :rows] > 0.9).all()
-    if tower.spec.kind == TARGET_ONLY:  # Its events do not see each other.
+    if not KIND_BY_NAME[tower.spec.kind].mixes_events:
         assert (moved[:, rows:] == 0.0).all()
     else:
         assert moved[2:, rows:].amax() > 1e-3
@@ -299,7 +300,7 @@ def test_what_is_cached_is_read_and_not_encoded_again(name: str) -> None:
         (2, 5, 0),  # The only group is still open.
         (7, 11, 6),
         (12, 12, 12),
-        (12, 13, 0),  # A 13th event: what goes on to deeper layers starts at event 6 now.
+        (12, 13, 0),  # With a 13th event the recent groups start at event 6.
         (13, 18, 12),
         (18, 19, 0),
         (20, 24, 18),
@@ -325,7 +326,7 @@ def test_a_model_extends_to_what_it_would_prefill(
     model = RankingModel(world.dlrm).eval()
     encoder = model.collection.towers()[0].encoder
     raws = raws_of(
-        world, [(num_events, 1, seed + place) for place, (num_events, _) in enumerate(users)]
+        world, [(num_events, 1, seed + index) for index, (num_events, _) in enumerate(users)]
     )
     cuts = [data.draw(st.integers(0, num_events)) for num_events, data in users]
     kept = [
@@ -339,19 +340,14 @@ def test_a_model_extends_to_what_it_would_prefill(
         cached.append(model.prefill(history_features(world, earlier))[0][:, :num_rows])
         whole = parse_all([raw], world.schema)
         [planes] = model.prefill(history_features(world, whole))
-        [kv] = split_users(planes, model.num_rows([raw_length(raw)]))
+        [kv] = split_users(planes, model.num_kv_rows([raw_length(raw)]))
         expected.append(kv[:, num_rows:])
     tails = [
-        cut(raw, num_kept, raw_length(raw)) | {"user_id": f"user {place}"}
-        for place, (raw, num_kept) in enumerate(zip(raws, kept, strict=True))
+        cut(raw, num_kept, raw_length(raw)) | {"user_id": f"user {index}"}
+        for index, (raw, num_kept) in enumerate(zip(raws, kept, strict=True))
     ]
     features = history_features(world, parse_all(tails, world.schema))
-    features = with_key(
-        features,
-        first_place_key(HISTORY),
-        single(torch.tensor(kept)),
-        torch.empty(0, dtype=torch.int64),
-    )
+    features = with_key(features, first_index_key(HISTORY), single(torch.tensor(kept)))
     [got] = model.extend(features, [torch.cat(cached, dim=1)], [torch.tensor(rows)])
     expected_kv = torch.cat(expected, dim=1)
     assert_close(got[:, : expected_kv.size(1)], expected_kv, PATH_TOLERANCE)
@@ -382,15 +378,15 @@ def test_a_candidate_that_may_see_some_events_pools_as_over_a_history_of_these(
 ) -> None:
     world = world_of(name)
     [raw] = raws_of(world, [(num_events, num_candidates, seed)])
-    places = range(num_candidates)
-    visible = [data.draw(st.integers(0, num_events)) for _ in places]
-    times = [raw["time"] - data.draw(st.integers(-5, 5_000_000)) for _ in places]
+    indices = range(num_candidates)
+    visible = [data.draw(st.integers(0, num_events)) for _ in indices]
+    times = [raw["time"] - data.draw(st.integers(-5, 5_000_000)) for _ in indices]
     batch = see_prefixes(collate(parse_all([raw], world.schema), world.schema), visible, times)
     collection = world.dlrm.sparse_arch.embedding_bag_collection
     expected = []
-    for place, num_seen, time in zip(places, visible, times, strict=True):
+    for index, num_seen, time in zip(indices, visible, times, strict=True):
         asked = cut(raw, 0, num_seen) | {"time": time}
-        expected.append(reference_history(collection, world.schema, asked, place))
+        expected.append(reference_history(collection, world.schema, asked, index))
     got = pooled_history(world, batch.sparse_features)
     assert_close(got, torch.stack(expected), LOGIT_TOLERANCE)
 
@@ -402,7 +398,7 @@ def test_seeing_everything_at_the_time_of_the_request_is_serving(name: str, user
     world = world_of(name)
     requests = parse_all(raws_of(world, users), world.schema)
     batch = collate(requests, world.schema)
-    asked = [requests[user] for user in user_of_candidates(requests).tolist()]
+    asked = [requests[user] for user in RequestBatch(requests).request_of_candidate.tolist()]
     training = see_prefixes(
         batch, [request.num_events for request in asked], [request.time for request in asked]
     )
@@ -430,9 +426,9 @@ def test_longer_takes_candidates_at_different_moments() -> None:
     batch = collate(parse_all([raw], world.schema), world.schema)
     times = [raw["time"], raw["time"] + 10**6]
     got = pooled_history(world, see_prefixes(batch, [9, 9], times).sparse_features)
-    for place, time in enumerate(times):
+    for index, time in enumerate(times):
         expected = pooled_history(world, features_of(world, [raw | {"time": time}]))
-        assert_close(got[place], expected[place], PATH_TOLERANCE)
+        assert_close(got[index], expected[index], PATH_TOLERANCE)
     assert (got[1] - pooled_history(world, batch.sparse_features)[1]).abs().max() > 1e-4
 
 
@@ -463,7 +459,7 @@ def test_only_events_that_its_layers_see_back_to_matter_to_a_sliding_window(
     events, candidates = draw_rows(7, dtype, 15, WIDTH), draw_rows(8, dtype, 3, NUM_TOKENS, WIDTH)
     expected = attend_whole(tower, candidates, prefill_alone(tower, events), 15)
     last_start = 15 - tower.spec.events_read
-    assert last_start == {TARGET_ONLY: 11}.get(tower.spec.kind, 8)
+    assert last_start == (8 if KIND_BY_NAME[tower.spec.kind].mixes_events else 11)
     for start in range(1, last_start + 2):
         kv = prefill_alone(tower, events[start:])
         moved = (attend_whole(tower, candidates, kv, 15 - start) - expected).abs().max()
@@ -477,7 +473,14 @@ def test_only_events_that_its_layers_see_back_to_matter_to_a_sliding_window(
 
 
 class Asked(NamedTuple):
-    """Candidates of some users: events of each user, and of each candidate what it sees, when."""
+    """Candidates of several users.
+
+    Attributes:
+        lengths: events of each user.
+        counts: candidates of each user.
+        visible: events that each candidate sees.
+        times: of each candidate.
+    """
 
     lengths: list[int]
     counts: list[int]
@@ -486,7 +489,7 @@ class Asked(NamedTuple):
 
 
 def asked_of(tower: HistoryTower) -> Asked:
-    """Candidates that share a moment, that do not, and that see nothing; one user has no event."""
+    """Return candidates at equal and different times, some see no event; one user has none."""
     if tower.encoder.takes_prefixes:
         visible, times = [0, 3, 3, 7, 0, 5, 4], [650, 250, 250, 640, 30, 480, 900]
     else:
@@ -495,7 +498,7 @@ def asked_of(tower: HistoryTower) -> Asked:
 
 
 class TrainingPath(nn.Module):
-    """A tower's training forward as one function of tensors; event i is at 100 i seconds."""
+    """A tower's training forward as one function of tensors; event i has time 100 i."""
 
     def __init__(self, tower: HistoryTower) -> None:
         super().__init__()
@@ -513,7 +516,7 @@ class TrainingPath(nn.Module):
             entered,
             offsets_of(torch.tensor(asked.counts)),
             flat_pages(kv, self.tower.encoder.row_offsets(event_offsets)),
-            Sights(torch.cat(times), asked_at, visible),
+            Visibility(torch.cat(times), asked_at, visible),
             event_offsets,
         )
 
@@ -535,7 +538,7 @@ def test_gradients_of_the_training_path_are_right(name: str) -> None:
         return functional_call(path, weights, (events, candidates, asked))
 
     leaves = [*draw_leaves(asked), *path.parameters()]
-    # In fast mode, along one drawn direction of each tensor: there are some 3000 weights.
+    # Fast mode checks one drawn direction of each tensor: there are some 3000 weights.
     assert torch.autograd.gradcheck(of_leaves, leaves, fast_mode=True)
 
 
@@ -544,7 +547,7 @@ def test_every_weight_gets_a_gradient(name: str) -> None:
     tower = make_tower(name, torch.float64)
     path, asked = TrainingPath(tower), asked_of(tower)
     path(*draw_leaves(asked), asked).square().sum().backward()
-    # Rows that nothing reads: time buckets that no event falls into are some of a table.
+    # Single rows may have none: no event falls into some time buckets.
     assert [n for n, p in path.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -557,10 +560,10 @@ def test_one_prefill_for_all_candidates_learns_as_one_row_for_each(name: str) ->
     leaves = [events, candidates, *path.parameters()]
     together = torch.autograd.grad((path(events, candidates, asked) * weigh).sum(), leaves)
     loss = torch.zeros((), dtype=torch.float64)
-    for place, first, alone in one_row_each(asked):
+    for index, first, alone in one_row_each(asked):
         seen = events[first : first + alone.lengths[0]]
-        pooled = path(seen, candidates[place : place + 1], alone)
-        loss = loss + (pooled * weigh[place]).sum()
+        pooled = path(seen, candidates[index : index + 1], alone)
+        loss = loss + (pooled * weigh[index]).sum()
     each = torch.autograd.grad(loss, leaves)
     for got, expected in zip(together, each, strict=True):
         assert_close(
@@ -569,11 +572,11 @@ def test_one_prefill_for_all_candidates_learns_as_one_row_for_each(name: str) ->
 
 
 def one_row_each(asked: Asked) -> Iterator[tuple[int, int, Asked]]:
-    """Every candidate's place, its user's first event, and it alone as a user of its own."""
+    """Yield every candidate's index, its user's first event, and the candidate as its own user."""
     users = [user for user, count in enumerate(asked.counts) for _ in range(count)]
-    for place, user in enumerate(users):
-        visible, time = asked.visible[place], asked.times[place]
-        yield place, sum(asked.lengths[:user]), Asked([visible], [1], [visible], [time])
+    for index, user in enumerate(users):
+        visible, time = asked.visible[index], asked.times[index]
+        yield index, sum(asked.lengths[:user]), Asked([visible], [1], [visible], [time])
 
 
 # Cached.
@@ -595,7 +598,7 @@ def test_cached_kv_scores_as_the_reference(name: str, num_tokens: int) -> None:
 
 
 class ServingPath(nn.Module):
-    """A tower's two stages as one function of tensors, for TorchScript."""
+    """A tower's prefill and attend as one function of tensors, for TorchScript."""
 
     def __init__(self, tower: HistoryTower) -> None:
         super().__init__()
@@ -607,12 +610,14 @@ class ServingPath(nn.Module):
         event_offsets: Tensor,
         candidates: Tensor,
         candidate_offsets: Tensor,
-        sights: Sights,
+        visibility: Visibility,
     ) -> tuple[Tensor, Tensor]:
         kv = self.tower.prefill(events, event_offsets)
         rows, entered = self.tower.enter(candidates)
         pages = flat_pages(kv, self.tower.encoder.row_offsets(event_offsets))
-        pooled = self.tower.attend(rows, entered, candidate_offsets, pages, sights, event_offsets)
+        pooled = self.tower.attend(
+            rows, entered, candidate_offsets, pages, visibility, event_offsets
+        )
         return kv, pooled
 
 
@@ -627,7 +632,7 @@ def test_a_scripted_tower_is_bit_equal_to_eager(name: str) -> None:
             offsets_of(torch.tensor(lengths)),
             draw_rows(13, torch.float32, sum(counts), NUM_TOKENS, WIDTH),
             offsets_of(torch.tensor(counts)),
-            Sights(
+            Visibility(
                 torch.cat([7 * torch.arange(length) for length in lengths]),
                 torch.full([sum(counts)], 7 * max(lengths)),
                 torch.tensor(lengths).repeat_interleave(torch.tensor(counts)),
@@ -644,7 +649,7 @@ def models_of(name: str) -> tuple[RankingModel, torch.jit.ScriptModule]:
     return model, script_model(model)
 
 
-# The other kinds differ in their towers alone, which are scripted above.
+# The other kinds differ only in their towers, which are scripted above.
 @pytest.mark.parametrize("kind", [CAUSAL, LONGER])
 @torch.no_grad()
 def test_a_scripted_model_is_bit_equal_to_eager(kind: str) -> None:
@@ -657,7 +662,7 @@ def test_a_scripted_model_is_bit_equal_to_eager(kind: str) -> None:
     [projected] = scripted.project_candidates(batch.sparse_features)
     assert torch.equal(projected, eager.project_candidates(batch.sparse_features)[0])
     for num_events in (0, 1, 6, 13, 24):
-        assert scripted.num_rows([num_events]) == eager.num_rows([num_events])
+        assert scripted.num_kv_rows([num_events]) == eager.num_kv_rows([num_events])
 
 
 @pytest.mark.parametrize("kind", [CAUSAL, LONGER])

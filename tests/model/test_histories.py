@@ -1,4 +1,4 @@
-"""Several histories of one user: all events, and what was bought, each with its own tower."""
+"""Several histories of one user: all events, and buys only, each with its own tower."""
 
 import copy
 from collections.abc import Sequence
@@ -82,12 +82,12 @@ def ranking_model(kind: str = CAUSAL) -> RankingModel:
 
 def twelve_events(user: str = "user 1", num_candidates: int = 3) -> RawRequest:
     raw = draw_raw(12, num_candidates, 5) | {"user_id": user}
-    raw["history"]["action"] = ["buy" if place in BUYS else "view" for place in range(12)]
+    raw["history"]["action"] = ["buy" if index in BUYS else "view" for index in range(12)]
     return raw
 
 
 def make_engine(kind: str = CAUSAL, num_pages: Sequence[int] = (9, 7)) -> Engine:
-    """An engine over so many pages for each history."""
+    """Make an engine with ``num_pages`` for each history."""
     model = ranking_model(kind)
     return Engine(model, TWO_HISTORIES, KVStore(make_caches(model, num_pages)))
 
@@ -117,7 +117,7 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 @given(ragged_users)
 @torch.no_grad()
 def test_logits_equal_the_reference(kind: str, users: list[tuple[int, int, int]]) -> None:
-    raws = [draw_buyer(f"user {place}", *sizes) for place, sizes in enumerate(users)]
+    raws = [draw_buyer(f"user {index}", *sizes) for index, sizes in enumerate(users)]
     expected = torch.cat(
         [reference_logits(two_histories_model(kind), TWO_HISTORIES, raw) for raw in raws]
     )
@@ -130,7 +130,7 @@ def test_logits_equal_the_reference(kind: str, users: list[tuple[int, int, int]]
 
 def test_each_history_has_the_events_of_its_actions_cut_to_its_window() -> None:
     raw = draw_raw(40, 1, 6)
-    raw["history"]["action"] = ["buy" if place % 2 else "view" for place in range(40)]
+    raw["history"]["action"] = ["buy" if index % 2 else "view" for index in range(40)]
     events = parse_request(raw, TWO_HISTORIES).events_by_history
     times = raw["history"]["time"]
     assert events["seen"].columns[TIME].tolist() == times[18:]  # 40 - 24, at a block
@@ -166,7 +166,7 @@ def test_towers_are_apart_and_tables_are_shared() -> None:
 def test_a_model_of_two_histories_passes_its_audit() -> None:
     audit = audit_model(ranking_model(), TWO_HISTORIES)
     assert (audit.scope, audit.append, audit.failures) == ("cross_request", "exact", [])
-    assert {place.split("/")[0] for place in audit.moved["candidates"]} == {
+    assert {name.split("/")[0] for name in audit.moved["candidates"]} == {
         "seen",
         "bought",
         "scores",
@@ -185,7 +185,7 @@ def test_a_scripted_model_is_bit_equal_to_eager() -> None:
     assert torch.equal(scripted(*arguments), model(*arguments))
     got, expected = (one.prefill(batch.sparse_features) for one in (scripted, model))
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
-    assert scripted.num_rows([9, 4]) == [9, 4]
+    assert scripted.num_kv_rows([9, 4]) == [9, 4]
 
 
 # The engine.
@@ -264,7 +264,7 @@ def test_where_one_history_has_no_room_the_request_is_scored_all_the_same() -> N
     assert_same_scores(answers, rank(uncached_engine(), twelve_events(), draw_buyer("b", 3, 2, 1)))
     assert engine.store is not None
     for cache in engine.store.caches:
-        assert all(entry.num_holders == 0 for entry in cache._entry_by_user.values())
+        assert all(entry.num_leases == 0 for entry in cache._entry_by_user.values())
 
 
 deeds = st.sampled_from(["same", "view", "buy", "edit", "shrink", "new"])
@@ -301,12 +301,12 @@ def test_any_life_of_users_scores_as_without_a_cache(
             assert cached + computed == request.num_events
             assert (status == "hit") == (reason == "")
             assert (tier == "pages") == (cached > 0)
-            # A history that shrank to whole blocks of the cached one has nothing left to encode.
+            # A history that shrank to whole blocks of the cached one needs no encoding.
             assert status != "partial" or (cached > 0 and (computed > 0 or reason == "shrunk"))
 
 
 def live(old: RawRequest, drawn: RawRequest, deed: str) -> RawRequest:
-    """What a user asks after its deed; candidates and time are always new."""
+    """Return a user's request after a change of its history; candidates and time are new."""
     history = copy.deepcopy(old["history"])
     if deed == "new" or not history["time"]:
         history = drawn["history"]
@@ -324,7 +324,7 @@ def live(old: RawRequest, drawn: RawRequest, deed: str) -> RawRequest:
 
 
 class CountingPrefill:
-    """A model that counts the rows of K/V that it makes."""
+    """A model that counts the rows of K/V that it computes."""
 
     def __init__(self, model: RankingModel) -> None:
         self.model = model
@@ -356,13 +356,13 @@ def test_one_user_at_two_times_is_prefilled_once(kind: str, is_cached: bool) -> 
     alone = [rank(uncached_engine(kind), one)[0] for one in (raw, other, later)]
     assert_same_scores(answers, alone)
     assert np.abs(np.subtract(answers[0].scores, answers[2].scores)).max() > 1e-3
-    num_rows = counting.model.num_rows
+    num_kv_rows = counting.model.num_kv_rows
     [num_seen, num_bought] = [
         events.num_events
         for events in parse_request(other, TWO_HISTORIES).events_by_history.values()
     ]
-    expected = np.add(num_rows([12, 5]), num_rows([num_seen, num_bought])).tolist()
-    # A row for each of the two users at most is nobody's.
+    expected = np.add(num_kv_rows([12, 5]), num_kv_rows([num_seen, num_bought])).tolist()
+    # At most one row for each of the two users is padding.
     [counted] = counting.rows
     assert all(e <= c <= e + 2 for e, c in zip(expected, counted, strict=True))
 
@@ -388,7 +388,7 @@ SHORT_HISTORIES = (History("seen", Window(9, 3)), History("bought", Window(4, 2)
 
 
 def read_by(target: Event, events: list[Event], history: History) -> list[Event]:
-    """What a target may see of a history, event by event: strictly earlier, of the actions, cut."""
+    """Return the events of a history that a target may see: strictly earlier, filtered, cut."""
     read = [
         event
         for event in in_order(events)
@@ -407,8 +407,8 @@ def has_buys(events: list[Event]) -> bool:
 
 
 def whole_batch(dataset: Dataset, share_prefill: bool = True) -> tuple[Windows, Any]:
-    """Every event a target, its candidates its own item and another."""
-    windows = windows_of(dataset, np.arange(len(dataset.time)), share_prefill)
+    """Make a batch with every event as a target; its candidates are its item and another one."""
+    windows = windows_of(dataset, np.arange(len(dataset.time)), share_prefill=share_prefill)
     own = dataset.item[windows.targets]
     candidates = np.stack([own, np.roll(own, 1)], axis=1)
     return windows, build_batch(dataset, windows, candidates, None)
@@ -438,7 +438,7 @@ def test_a_target_sees_strictly_earlier_events_of_each_history(
             read = read_by(ordered[target], events, history)
             assert times[window][:num_seen].tolist() == [event.time for event in read]
             assert items[window][:num_seen].tolist() == vocabulary.rows(e.item for e in read)
-        # No event is prefilled for nobody.
+        # Every prefilled event is visible to some target.
         assert [len(row) for row in times] == [
             visible[window_of_target == window, 0].max() for window in range(len(windows.user))
         ]
@@ -461,7 +461,7 @@ def test_without_shared_prefills_a_window_holds_one_moment(events: list[Event]) 
 @pytest.mark.parametrize("share_prefill", [True, False])
 @torch.no_grad()
 def test_a_target_has_the_logits_of_its_request(share_prefill: bool) -> None:
-    """What is trained is what is served, with two histories too."""
+    """What is trained is what is served, also with two histories."""
     rng = np.random.default_rng(8)
     events = [
         Event(
@@ -479,16 +479,16 @@ def test_a_target_has_the_logits_of_its_request(share_prefill: bool) -> None:
     trained = model(batch.dense_features, batch.sparse_features).view(-1, 2)
     ordered = in_order(events)
     own = dataset.item[windows.targets]
-    for place, target in enumerate(windows.targets):
-        shown = [dataset.log.items.ids[code] for code in (own[place], np.roll(own, 1)[place])]
+    for index, target in enumerate(windows.targets):
+        shown = [dataset.log.items.ids[code] for code in (own[index], np.roll(own, 1)[index])]
         request = raw_request(ordered[target], events, shown)
         served = collate([parse_request(request, dataset.schema)], dataset.schema)
         expected = model(served.dense_features, served.sparse_features).squeeze(1)
-        assert_close(trained[place], expected, PATH_TOLERANCE)
+        assert_close(trained[index], expected, PATH_TOLERANCE)
 
 
 def raw_request(target: Event, events: list[Event], candidates: list[str]) -> RawRequest:
-    """The request that would have come at the time of a target, with the whole history."""
+    """Return the request at the time of a target, with the whole history."""
     past = [e for e in in_order(events) if e.user == target.user and e.time < target.time]
     return {
         USER: target.user,
@@ -515,13 +515,13 @@ def raw_request(target: Event, events: list[Event], candidates: list[str]) -> Ra
     ("names", "message"),
     [
         ((), r"histories are \[\]"),
-        (("seen", "seen"), r"histories are \['seen', 'seen'\]; names that differ"),
+        (("seen", "seen"), r"histories are \['seen', 'seen'\]; at least one, with distinct names"),
         (("seen", "context"), r"histories are \['seen', 'context'\]"),
         (("request",), r"histories are \['request'\]"),
         (("candidates",), r"histories are \['candidates'\]"),
         (("user_id",), r"histories are \['user_id'\]"),
         (("",), r"histories are \[''\]"),
-        (("seen.bought",), r"histories has 'seen\.bought'; a name has no dot"),
+        (("seen.bought",), r"history 'seen\.bought': no dot is allowed"),
     ],
 )
 def test_names_that_cannot_work_are_refused(names: tuple[str, ...], message: str) -> None:
@@ -530,7 +530,7 @@ def test_names_that_cannot_work_are_refused(names: tuple[str, ...], message: str
 
 
 def test_actions_need_a_column_of_actions() -> None:
-    message = r"history bought is of actions \('buy',\); events have no action"
+    message = r"history bought keeps actions \('buy',\); events have no action"
     with pytest.raises(ConfigError, match=message):
         replace(TWO_HISTORIES, has_action=False)
 
@@ -539,7 +539,7 @@ def test_an_action_that_the_log_does_not_have_is_named() -> None:
     log = one_user([1, 2, 3, 4])
     histories = [History("seen", Window(9, 3)), History("bought", Window(4, 2), ("bye", "view"))]
     with pytest.raises(
-        ConfigError, match=r"bought is of actions \['bye'\]; the log has \['view'\]"
+        ConfigError, match=r"bought keeps actions \['bye'\]; the log has \['view'\]"
     ):
         build_dataset(log, histories)
 

@@ -1,4 +1,4 @@
-"""The DLRM with history against the float64 reference, and what its history may not depend on."""
+"""The DLRM with history against the float64 reference, and what its K/V must not depend on."""
 
 import copy
 from typing import Any
@@ -26,8 +26,7 @@ from tests.worlds import (
     take_candidates,
 )
 from torchrec_kvshare.attention.plain import doubling_bucket
-from torchrec_kvshare.features.batches import collate, collate_history, user_of_candidates
-from torchrec_kvshare.features.request import distinct_histories
+from torchrec_kvshare.features.batches import RequestBatch, collate, collate_history
 from torchrec_kvshare.features.schema import HISTORY
 from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
 
@@ -107,9 +106,9 @@ def test_a_candidate_alone_scores_as_among_others(
 ) -> None:
     batch = collate(parse_all(draw_raws(users)), SCHEMA)
     together = logits_of(dlrm, batch)
-    place = users[0][2] % len(together)
-    alone = logits_of(dlrm, take_candidates(batch, torch.tensor([place])))
-    assert_close(alone, together[[place]], PATH_TOLERANCE)
+    index = users[0][2] % len(together)
+    alone = logits_of(dlrm, take_candidates(batch, torch.tensor([index])))
+    assert_close(alone, together[[index]], PATH_TOLERANCE)
 
 
 @given(ragged_users, st.integers(0, 2**32 - 1))
@@ -119,8 +118,8 @@ def test_candidates_do_not_see_each_other(
     raws = draw_raws(users)
     before = score(dlrm, raws)
     kept = {column: cells[0] for column, cells in raws[0]["candidates"].items()}
-    for place, raw in enumerate(raws):
-        raw["candidates"] = draw_raw(0, users[place][1], seed + place)["candidates"]
+    for index, raw in enumerate(raws):
+        raw["candidates"] = draw_raw(0, users[index][1], seed + index)["candidates"]
     for column, cell in kept.items():
         raws[0]["candidates"][column][0] = cell
     assert_close(score(dlrm, raws)[:1], before[:1], PATH_TOLERANCE)
@@ -131,12 +130,12 @@ def test_history_rows_see_neither_candidates_nor_the_request(
     dlrm: DLRM, users: list[tuple[int, int, int]], seed: int
 ) -> None:
     raws = draw_raws(users)
-    for place, raw in enumerate(raws):
-        raw["user_id"] = f"user {place}"  # One user's equal histories would share their rows.
+    for index, raw in enumerate(raws):
+        raw["user_id"] = f"user {index}"  # One user's equal histories would share their rows.
     before = prefill(dlrm, raws)
-    for place, raw in enumerate(raws):
+    for index, raw in enumerate(raws):
         raw |= {key: value for key, value in draw_raw(0, 6, seed).items() if key != "history"}
-        raw["user_id"] = f"user {place + 1}"
+        raw["user_id"] = f"user {index + 1}"
     raws = [oldest_first(raw) for raw in raws]
     assert torch.equal(prefill(dlrm, raws), before)
     assert torch.equal(prefill_batch(dlrm, collate(parse_all(raws), SCHEMA)), before)
@@ -156,10 +155,9 @@ def test_later_events_do_not_change_the_kv_of_earlier_ones(
 @given(ragged_users)
 def test_batchmates_do_not_matter_to_the_kv(dlrm: DLRM, users: list[tuple[int, int, int]]) -> None:
     raws = draw_raws(users)
-    requests = parse_all(raws)
-    firsts, row_of_request = distinct_histories(requests)
-    parts = prefill(dlrm, raws).split([requests[first].num_events for first in firsts], dim=1)
-    for raw, row in zip(raws, row_of_request, strict=True):
+    batch = RequestBatch(parse_all(raws))
+    parts = prefill(dlrm, raws).split([user.num_events for user in batch.users], dim=1)
+    for raw, row in zip(raws, batch.user_of_request, strict=True):
         assert_close(prefill(dlrm, [raw]), parts[row], PATH_TOLERANCE)
 
 
@@ -178,16 +176,16 @@ def test_a_candidate_that_may_see_some_events_pools_as_over_a_history_of_these(
     dlrm: DLRM, num_events: int, num_candidates: int, data: st.DataObject, seed: int
 ) -> None:
     raw = draw_raw(num_events, num_candidates, seed)
-    places = range(num_candidates)
-    visible = [data.draw(st.integers(0, num_events)) for _ in places]
-    times = [raw["time"] - data.draw(st.integers(-5, 5_000_000)) for _ in places]
+    indices = range(num_candidates)
+    visible = [data.draw(st.integers(0, num_events)) for _ in indices]
+    times = [raw["time"] - data.draw(st.integers(-5, 5_000_000)) for _ in indices]
     batch = see_prefixes(collate(parse_all([raw]), SCHEMA), visible, times)
     expected = []
-    for place, num_seen, time in zip(places, visible, times, strict=True):
+    for index, num_seen, time in zip(indices, visible, times, strict=True):
         history = {column: cells[:num_seen] for column, cells in raw["history"].items()}
         asked = raw | {"history": history, "time": time}
         collection = dlrm.sparse_arch.embedding_bag_collection
-        expected.append(reference_history(collection, SCHEMA, asked, place))
+        expected.append(reference_history(collection, SCHEMA, asked, index))
     assert_close(pooled_history(dlrm, batch), torch.stack(expected), LOGIT_TOLERANCE)
 
 
@@ -197,7 +195,7 @@ def test_seeing_everything_at_the_time_of_the_request_is_serving(
     dlrm: DLRM, users: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
     requests = parse_all(draw_raws(users))
-    asked = [requests[user] for user in user_of_candidates(requests).tolist()]
+    asked = [requests[user] for user in RequestBatch(requests).request_of_candidate.tolist()]
     batch = collate(requests, SCHEMA)
     training = see_prefixes(
         batch, [request.num_events for request in asked], [request.time for request in asked]

@@ -1,6 +1,6 @@
-"""Nothing on the way from a batch to its scores or gradients reads a tensor back from its device.
+"""Nothing between a batch and its scores or gradients reads a tensor back from its device.
 
-Fake tensors on a GPU and tensors of the device "meta" have no data: what would read one raises.
+Fake tensors on a GPU and tensors on device "meta" have no data: code that reads one raises.
 """
 
 import copy
@@ -20,7 +20,7 @@ from tests.worlds import parse_all, see_prefixes
 from torchrec_kvshare.attention import plain
 from torchrec_kvshare.features.bags import Bags
 from torchrec_kvshare.features.batches import collate, with_key
-from torchrec_kvshare.features.schema import HISTORY, USER, first_place_key, pages_key
+from torchrec_kvshare.features.schema import HISTORY, first_index_key, pages_key
 from torchrec_kvshare.model.ranking import RankingModel
 
 USERS = [(14, 3, 1), (0, 1, 2), (7, 2, 3)]
@@ -37,13 +37,12 @@ def new_model(name: str) -> RankingModel:
 
 
 def with_pages(features: KeyedJaggedTensor, key: str, ids: Tensor) -> KeyedJaggedTensor:
-    """A page of 4 rows for each user, or the place of its first event."""
-    keys, inverse = features.inverse_indices()
-    return with_key(features, key, Bags(ids, torch.ones_like(ids)), inverse[keys.index(USER)])
+    """Add a key with one id for each user: its page, or the index of its first event."""
+    return with_key(features, key, Bags(ids, torch.ones_like(ids)))
 
 
 class FakeGPU(FakeTensorMode):
-    """Tensors on a GPU that there need not be, and without data."""
+    """Fake tensors on a GPU: no GPU is needed, and there is no data."""
 
     def hold(self, tensor: Tensor) -> Tensor:
         return FakeTensor(self, tensor.to(META), CUDA)
@@ -70,7 +69,7 @@ class FakeGPU(FakeTensorMode):
 
 
 class Indexing(TorchFunctionMode):
-    """Indices as calls: a build of torch without GPUs has no brackets for their tensors."""
+    """Replaces indexing by calls: torch without CUDA cannot index fake CUDA tensors."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -80,8 +79,8 @@ class Indexing(TorchFunctionMode):
         tensor, index = args
         index = index if isinstance(index, tuple) else (index,)
         if any(isinstance(one, Tensor) for one in index):
-            places = [one if isinstance(one, Tensor) else None for one in index]
-            return torch.ops.aten.index.Tensor(tensor, places)
+            indices = [one if isinstance(one, Tensor) else None for one in index]
+            return torch.ops.aten.index.Tensor(tensor, indices)
         dim = 0
         for one in index:
             if isinstance(one, slice):
@@ -112,16 +111,16 @@ def test_scoring_reads_nothing_from_a_gpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_operators_bodies_read_nothing_either(operator: str) -> None:
-    """The rest of this file asks them for shapes alone."""
-    body, gpu, arguments = getattr(plain, f"plain_{operator}"), FakeGPU(), example(operator)
+def test_the_operators_backends_read_nothing_either(operator: str) -> None:
+    """The rest of this file runs only their shape functions."""
+    backend, gpu, arguments = getattr(plain, f"plain_{operator}"), FakeGPU(), example(operator)
     held = {n: gpu.hold(one) if isinstance(one, Tensor) else one for n, one in arguments.items()}
     with torch.no_grad(), gpu, Indexing():
-        out, _ = body(**held)
+        out, _ = backend(**held)
     assert (out.shape, out.device.type) == (arguments["queries"].shape, "cuda")
     on_meta = {n: one.to(META) if isinstance(one, Tensor) else one for n, one in arguments.items()}
     trained = [on_meta[name].requires_grad_() for name in TRAINED[operator]]
-    out, _ = body(**on_meta)
+    out, _ = backend(**on_meta)
     gradients = torch.autograd.grad(out.sum(), trained)
     assert {one.device for one in (out, *gradients)} == {META}
 
@@ -131,8 +130,8 @@ def test_the_operators_bodies_read_nothing_either(operator: str) -> None:
 def test_extending_reads_nothing_from_a_gpu(name: str) -> None:
     gpu, model, batch = FakeGPU(), new_model(name), batch_of_users(name)
     num_planes, *head_sizes = model.collection.towers()[0].kv_shape
-    first_place = first_place_key(HISTORY)
-    features = with_pages(batch.sparse_features, first_place, torch.zeros(3, dtype=torch.int64))
+    first_index = first_index_key(HISTORY)
+    features = with_pages(batch.sparse_features, first_index, torch.zeros(3, dtype=torch.int64))
     features, model = gpu.hold_batch(features), gpu.hold_model(model)
     with gpu, Indexing():
         cached = torch.empty([num_planes, 9, *head_sizes], device=CUDA)

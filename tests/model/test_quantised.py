@@ -1,4 +1,4 @@
-"""Quantised tables: the numbers they hold, the model round them, its state, and its shards."""
+"""Quantised tables: their values, the model around them, its state, and its shards."""
 
 import copy
 import warnings
@@ -58,7 +58,7 @@ from torchrec_kvshare.verify.parity import check_parity, score_extended, score_t
 QUANTISED = TABLE_DTYPES[1:]
 BITS = {"int8": 8, "int4": 4}
 USERS = [(9, 4, 1), (0, 3, 2), (14, 2, 3), (27, 5, 4), (1, 1, 5)]
-# Sizes that no table was traced or scripted with.
+# Sizes that tables were not traced or scripted with.
 BATCHES = [USERS, USERS[:1], [(0, 1, 6)], [(5, 0, 7), (3, 31, 8)], [(14, 2, 9)] * 3]
 SEED = 8
 
@@ -80,8 +80,8 @@ def quantised(model: RankingModel, dtype: str) -> RankingModel:
 
 @pytest.fixture(scope="module")
 def program(quantised: RankingModel) -> torch.jit.ScriptModule:
-    """Scripted after a run: upstream's tables keep the order of their keys in the first, and from
-    then on cannot be traced."""
+    """Script after a run: in its first run TorchRec's tables cache the order of their keys, and
+    cannot be traced afterwards."""
     logits(quantised, batch_of(USERS))
     return script_model(quantised)
 
@@ -115,7 +115,7 @@ def assert_same_bits(model: nn.Module, other: nn.Module, schema: FeatureSchema =
 
 
 def written_and_read(table: Tensor, dtype: str) -> Tensor:
-    """A table's rows as its dtype keeps them; row by row a least number and even steps from it."""
+    """Return a table's rows rounded to its dtype: row by row a minimum and equal steps from it."""
     if dtype == "float16":
         return table.half().float()
     highest = 2 ** BITS[dtype] - 1
@@ -149,7 +149,7 @@ def test_scores_are_those_of_the_numbers_that_the_tables_hold(dtype: str) -> Non
         }
     for got in by_path.values():
         torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=LOGIT_TOLERANCE)
-    # Otherwise the float tables would pass as well.
+    # Otherwise float tables would pass this test too.
     exact = torch.cat([reference_logits(dlrm, SCHEMA, raw) for raw in raws])
     assert (exact - expected).abs().max() > 4 * LOGIT_TOLERANCE
 
@@ -167,7 +167,7 @@ def test_fewer_bits_are_farther_from_float32(model: RankingModel) -> None:
 
 
 def test_an_engine_caches_k_v_and_items_of_quantised_tables(quantised: RankingModel) -> None:
-    raws = [raw | {"user_id": f"user {place}"} for place, raw in enumerate(draw_raws(USERS))]
+    raws = [raw | {"user_id": f"user {number}"} for number, raw in enumerate(draw_raws(USERS))]
     requests = parse_all(raws)
     expected = Engine(quantised, SCHEMA, store=None).rank(requests)
     store, items = KVStore(make_caches(quantised, [40])), ItemCache(50, SCHEMA)
@@ -184,7 +184,7 @@ def test_a_batch_without_candidates_has_no_scores(quantised: RankingModel) -> No
     assert logits(quantised, batch_of([(5, 0, 1), (0, 0, 2)])).shape == (0,)
 
 
-# --- the model round them
+# --- the model around them
 
 
 def test_a_program_with_groups_of_events_is_bit_equal_caches_and_extends() -> None:
@@ -244,7 +244,7 @@ def test_the_given_model_stays_as_it_is(dtype: str) -> None:
     ours, theirs = (one.collection.token_embeddings for one in (model, untouched))
     assert str(ours.embedding_configs()) == str(theirs.embedding_configs())
     assert_same_bits(model, untouched)
-    # Nor does the new one change with it.
+    # Changes of the given model do not change the new one.
     before = logits(quantised, batch_of(USERS))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -267,7 +267,7 @@ def test_no_float_table_is_left(quantised: RankingModel) -> None:
 
 def assert_refuses_unknown_rows(model: nn.Module) -> None:
     batch = batch_of([(3, 2, 1)])
-    batch.sparse_features.values()[0] = SCHEMA.num_rows("user_id")
+    batch.sparse_features.values()[0] = SCHEMA.num_table_rows("user_id")
     with pytest.raises(RuntimeError, match="idx < num_rows"):
         logits(model, batch)
     for row in (-1, -7, -(2**63)):
@@ -281,8 +281,7 @@ def assert_refuses_unknown_rows(model: nn.Module) -> None:
 def test_a_row_that_no_table_has_is_an_error(
     quantised: RankingModel, program: torch.jit.ScriptModule
 ) -> None:
-    """Upstream's tables read row 0 for it, and none for a negative one, which they take for a
-    pruned row."""
+    """fbgemm's tables read row 0 for it, and treat a negative row as a pruned one."""
     assert_refuses_unknown_rows(quantised)
     assert_refuses_unknown_rows(program)
 
@@ -295,7 +294,7 @@ def digest(model: nn.Module) -> str:
 
 
 def test_one_number_of_one_table_is_another_digest(model: RankingModel, dtype: str) -> None:
-    """Upstream keeps the bytes of tables out of the state: models of other tables had equal
+    """fbgemm keeps the bytes of tables out of the state: models with different tables had equal
     states."""
     expected = digest(quantise_tables(model, dtype))
     assert digest(quantise_tables(model, dtype)) == expected
@@ -315,7 +314,7 @@ def test_dense_weights_are_the_float_models(model: RankingModel, quantised: Rank
 def test_bytes_are_those_of_rows_and_what_is_beside_their_numbers(model: RankingModel) -> None:
     columns = ["user_id", "context.country", "item_id", "items.genres", "item_id", "action"]
     columns += ["items.genres"]
-    num_rows = sum(SCHEMA.num_rows(column) for column in columns) + MAX_HISTORY
+    num_rows = sum(SCHEMA.num_table_rows(column) for column in columns) + MAX_HISTORY
     assert table_bytes(model) == num_rows * DIM * 4
     # Two bytes of scale and two of bias; a row starts at a multiple of 16, a table at one of 128.
     row_bytes = {"float16": 32, "int8": 16, "int4": 16}
@@ -325,7 +324,7 @@ def test_bytes_are_those_of_rows_and_what_is_beside_their_numbers(model: Ranking
 
 
 def test_a_state_is_the_whole_model(dtype: str) -> None:
-    """Loaded into a model of other weights it gives the first one's scores."""
+    """Loaded into a model with other weights, it gives the scores of the first model."""
     one, other = (quantise_tables(RankingModel(make_dlrm(s)).eval(), dtype) for s in (SEED, 9))
     assert not torch.equal(logits(one, batch_of(USERS)), logits(other, batch_of(USERS)))
     other.load_state_dict(one.state_dict())
@@ -336,7 +335,7 @@ def test_a_state_is_the_whole_model(dtype: str) -> None:
 
 
 def with_own_bags(seed: int) -> RankingModel:
-    """A model whose bags are TorchRec's own, over users and candidates."""
+    """Make a model whose bags are one EmbeddingBagCollection over users and candidates."""
     dlrm = make_dlrm(seed)
     good = dlrm.sparse_arch.embedding_bag_collection
     configs = user_candidate_bags(SCHEMA, DIM).embedding_bag_configs()
@@ -358,7 +357,7 @@ def test_torchrecs_own_bags_are_refused_with_the_reason() -> None:
 
 
 def test_torchrecs_own_bags_mix_up_users_and_candidates() -> None:
-    """The reason; if this fails, upstream can do it now."""
+    """The reason for the refusal; if this fails, TorchRec supports it now."""
     features = batch_of(USERS).sparse_features
     bags = with_own_bags(SEED).collection.bags
     assert len(bags(features).values()) == 15
@@ -386,7 +385,7 @@ def test_an_unknown_dtype_is_refused(model: RankingModel) -> None:
 
 
 def test_quantised_tables_are_not_quantised_again(quantised: RankingModel) -> None:
-    with pytest.raises(ConfigError, match="has no float tables; quantised ones are not"):
+    with pytest.raises(ConfigError, match="has no float tables; quantised tables are not"):
         quantise_tables(quantised, "int4")
 
 
@@ -396,16 +395,16 @@ LARGE_COUNTRIES = replace(
     SCHEMA,
     vocabulary_by_column=SCHEMA.vocabulary_by_column
     | {
-        "context.country": Vocabulary([f"country {place}" for place in range(40)]),
-        "items.genres": Vocabulary([f"genre {place}" for place in range(50)]),
+        "context.country": Vocabulary([f"country {number}" for number in range(40)]),
+        "items.genres": Vocabulary([f"genre {number}" for number in range(50)]),
     },
 )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 7])
 def test_shards_score_as_the_whole_does(dtype: str, world_size: int) -> None:
-    """The largest table goes to the first rank, and its key came first in what was pooled: with
-    more countries than users one stood in the other's place."""
+    """The largest table goes to the first rank, and its key came first in the pooled output: with
+    more countries than users the two were swapped."""
     model = RankingModel(make_dlrm(SEED, LARGE_COUNTRIES)).eval()
     sharded, whole = shard_tables(model, dtype, world_size), quantise_tables(model, dtype)
     assert_same_bits(sharded, whole, LARGE_COUNTRIES)
@@ -422,7 +421,7 @@ def test_a_program_of_shards_is_bit_equal_caches_and_extends(
 def test_a_row_that_no_shard_has_is_an_error(
     sharded: RankingModel, sharded_program: torch.jit.ScriptModule
 ) -> None:
-    """Upstream's shards read memory of something else for it."""
+    """fbgemm's shards read unrelated memory for it."""
     assert_refuses_unknown_rows(sharded)
     assert_refuses_unknown_rows(sharded_program)
 

@@ -1,4 +1,4 @@
-"""TorchRec's ranking models take the collection unmodified and say the same from pages."""
+"""TorchRec's ranking models take the collection unmodified and score the same from pages."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,7 @@ from tests.worlds import (
 )
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.torchscript import script_model
-from torchrec_kvshare.features.batches import collate, user_of_candidates
+from torchrec_kvshare.features.batches import RequestBatch, collate
 from torchrec_kvshare.features.schema import HISTORY
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection, kvshare_collection
@@ -154,9 +154,9 @@ def test_the_scripted_dlrm_is_bit_equal_to_eager(dlrm: DLRM) -> None:
 def test_every_parameter_learns() -> None:
     model = DLRMTrain(make_dlrm(seed=5)).train()
     requests = parse_all(draw_raws(USERS))
-    asked = [requests[user] for user in user_of_candidates(requests).tolist()]
-    visible = [request.num_events - place % 3 for place, request in enumerate(asked)]
-    times = [request.time - 5 * place for place, request in enumerate(asked)]
+    asked = [requests[user] for user in RequestBatch(requests).request_of_candidate.tolist()]
+    visible = [request.num_events - index % 3 for index, request in enumerate(asked)]
+    times = [request.time - 5 * index for index, request in enumerate(asked)]
     batch = see_prefixes(collate(requests, SCHEMA), [max(0, n) for n in visible], times)
     batch.labels = torch.arange(len(asked)).remainder(2).float()
     loss, _ = model(batch)
@@ -167,7 +167,7 @@ def test_every_parameter_learns() -> None:
 
 def test_training_scores_are_serving_scores(dlrm: DLRM) -> None:
     requests = parse_all(draw_raws(USERS))
-    asked = [requests[user] for user in user_of_candidates(requests).tolist()]
+    asked = [requests[user] for user in RequestBatch(requests).request_of_candidate.tolist()]
     batch = collate(requests, SCHEMA)
     training = see_prefixes(
         batch, [request.num_events for request in asked], [request.time for request in asked]

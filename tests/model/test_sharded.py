@@ -1,10 +1,10 @@
-"""Sharded tables give the scores of whole ones, wherever their shards lie."""
+"""Sharded tables give the scores of whole tables, on any ranks."""
 
 from pathlib import Path
 
 from tests.worlds import fresh_process
 
-# Tables lie on ranks so that the order of shards is none of the configs' orders.
+# Tables are placed on ranks so that the order of shards differs from the order of all configs.
 RANK = '''
 import logging, os, sys, warnings
 warnings.simplefilter("ignore")
@@ -19,7 +19,7 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tests.worlds import SCHEMA, draw_raws, make_dlrm, parse_all, random_weights
 from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
-from torchrec_kvshare.features.parse import collate
+from torchrec_kvshare.features.batches import collate
 from torchrec_kvshare.history.kinds import TowerSpec
 
 logging.disable(logging.WARNING)
@@ -51,8 +51,8 @@ def plan_of(model):
         else:
             continue
         kinds = {
-            config.name: table_wise(rank=(1 + place) % 2, compute_kernel="fused")
-            for place, config in enumerate(tables)
+            config.name: table_wise(rank=(1 + index) % 2, compute_kernel="fused")
+            for index, config in enumerate(tables)
         }
         plan[name] = construct_module_sharding_plan(
             module, kinds, sharder, local_size=2, world_size=2, device_type="cpu"
@@ -76,12 +76,12 @@ for make in (lambda: make_dlrm(7, spec=SPEC), over_plain_bags):
     print((got - expected).abs().max().item())
 dist.destroy_process_group()
 '''
-# Rows are looked up and moved, not added up anew; two orders of one sum differ by less.
+# Sharding only moves rows; two orders of the same sum differ by less than this.
 TOLERANCE = 1e-6
 
 
 def test_scores_do_not_depend_on_where_tables_lie(tmp_path: Path) -> None:
-    """Features were labelled in the order of the configs: logits were off by 0.12 and more."""
+    """Features were named in the order of the configs: logits were off by 0.12 and more."""
     ranks = [fresh_process(RANK, str(rank), str(tmp_path)) for rank in range(2)]
     ends = [(rank.communicate(timeout=300), rank.returncode) for rank in ranks]
     for (out, err), status in ends:

@@ -1,4 +1,4 @@
-"""Pipelines as a user starts them: in a process of their own, or in ours where that will do."""
+"""Run pipelines as a user does: in a new process, or in this one if that is enough."""
 
 import importlib
 import os
@@ -29,7 +29,7 @@ TINY = (
 
 
 def composed(name: str, *overrides: str, configs: Path = CONFIGS) -> DictConfig:
-    """The config of a pipeline, unchecked."""
+    """Compose the config of a pipeline, unchecked."""
     with initialize_config_dir(str(configs), version_base="1.3"):
         return compose(name, overrides=list(overrides))
 
@@ -43,7 +43,7 @@ def run_pipeline(name: str, *overrides: str, configs: Path = CONFIGS) -> None:
 def spawn_pipeline(
     name: str, *arguments: str, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    """``python -m pipelines.NAME`` with the arguments as a shell would hand them over."""
+    """Run ``python -m pipelines.NAME`` with arguments as a shell passes them."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"pipelines.{name}", *arguments],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""One run on a tiny world, its artifact and requests for it, made once and never changed."""
+"""A run on a tiny world, its artifact and requests for it, made once and never changed."""
 
 from pathlib import Path
 

@@ -27,7 +27,7 @@ BUG, MISTAKE, REFUSED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
 
 
 class Ended(NamedTuple):
-    """What a command left behind."""
+    """Exit status and output of a command."""
 
     status: int
     stdout: str
@@ -36,7 +36,7 @@ class Ended(NamedTuple):
 
 # ----------------------------------------------------------------------- commands of the project
 
-# Runs one command line after another: torch is imported once for all of them.
+# Runs one command line after another, so that torch is imported once.
 ONE_AFTER_ANOTHER = """
 import contextlib, io, json, os, sys
 from torchrec_kvshare.commands.run import kvshare
@@ -52,25 +52,36 @@ for arguments in json.loads(sys.argv[2]):
                 status = ended.code
     print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
 """
-NOWHERE = "is where several jobs of this sweep would write"
-EMPTY = "output is empty; say output=…, or leave it out"
+NOWHERE = "is the output of several jobs of this sweep"
+EMPTY = "output is empty; set output=…, or leave it out"
 MESSAGE_BY_COMMAND = {
     # --- keys
-    "trian": "'trian' is no pipeline; did you mean train?",
-    "train model.dimm=16": "model.dimm is no key of train; did you mean model.dim?",
-    "train dim=16": "dim is no key of train; did you mean model.dim?",
-    "train hist=causal": "hist is no key of train; did you mean history?",
-    "train ~modell": "modell is no key of train; did you mean model?",
-    "make_requests zzz=1": "zzz is no key of make_requests; there are candidates, count, data, "
-    "output, seed",
-    "train cache=memory": "cache is no key of train; there are",
+    "trian": "'trian' is not a pipeline; did you mean train?",
+    "train model.dimm=16": "model.dimm is not a key of train; did you mean model.dim?",
+    "train dim=16": "dim is not a key of train; did you mean model.dim?",
+    "train hist=causal": "hist is not a key of train; did you mean history?",
+    "train ~modell": "modell is not a key of train; did you mean model?",
+    "make_requests zzz=1": "zzz is not a key of make_requests; its keys are candidates, count, "
+    "data, output, seed",
+    "train cache=memory": "cache is not a key of train; its keys are",
     "train data.root=x": "data.root is a key of data=movielens or data=online_retail; choose that,",
     "score artifact=a requests=b cache.watermark=1": "cache.watermark is a key of cache=tiered;",
-    "train ++model.dimm=16": "model.dimm is no key of this config; did you mean dim?",
-    "profile_scoring userss=(": "userss is no key of profile_scoring; did you mean users?",
+    "train ++model.dimm=16": "model.dimm is not a key of this config; did you mean dim?",
+    "profile_scoring userss=(": "userss is not a key of profile_scoring; did you mean users?",
+    # --- keys of a scenario
+    "benchmark dimm=3": "dimm is not a key of benchmark; did you mean dim?",
+    "benchmark scenario=attention page_size=8": "page_size is a key of scenario=append or",
+    "benchmark scenario=append data=movielens": "data is a key of scenario=cache_trace or scenario="
+    "codec or scenario=tables; choose that",
+    "benchmark scenario=append ++data.seed=3": "data is not a key of this config; its keys are",
+    "benchmark scenario=memory ++repeats=9": "repeats is not a key of this config; its keys are",
+    "benchmark scenario=append histories=[0]": "histories is [0]; each must be at least 1",
+    "benchmark scenario=append encoders=[lstm]": "encoders has ['lstm']; ('causal', ",
+    "benchmark scenario=codec": "artifact is missing; set artifact=…",
+    "benchmark scenario=tables": "run is missing; set run=…",
     # --- how they are written
-    "train foo": "'foo' is no key=value",
-    "train =3": "'=3' is no key=value",
+    "train foo": "'foo' is not key=value",
+    "train =3": "'=3' is not key=value",
     "train +seed=3": "Could not append to config. An item is already at 'seed'.",
     "train seed=0,1": "seed is '0,1': write seed=[0,1] for a list",
     "train --foo": "unrecognized arguments: --foo",
@@ -83,7 +94,7 @@ MESSAGE_BY_COMMAND = {
     # --- values
     "train data=nothing": "data is 'nothing'; one of ['interactions', 'movielens',",
     "benchmark scenario=speed": "scenario is 'speed'; one of ['append', 'attention',",
-    "train data=movielens": "data.root is missing; say data.root=…",
+    "train data=movielens": "data.root is missing; set data.root=…",
     "train model.dim=wide": "model.dim: Value 'wide' of type 'str' could not be converted",
     "train output=${nothing}": "output: Interpolation key 'nothing' not found",
     "train model.dim=0": "model.dim is 0; it must be at least 1",
@@ -98,17 +109,17 @@ MESSAGE_BY_COMMAND = {
     "score artifact=a requests=b output=": EMPTY,
     "serve_cluster artifact=a output=": EMPTY,
     "train output=' '": EMPTY,
-    "export run=": "run is empty; say run=…",
-    "audit run=": "run is empty; say run=…",
-    "score artifact= requests=b": "artifact is empty; say artifact=…",
-    "score artifact=a requests=": "requests is empty; say requests=…",
-    "score artifact=a requests=b tensorboard=": "tensorboard is empty; say tensorboard=…",
-    "serve artifact=": "artifact is empty; say artifact=…",
-    "serve models=": "models is empty; say models=…",
-    "serve artifact=a server.host=": "server.host is empty; say server.host=…",
-    "serve artifact=a cache=tiered cache.disk.folder=": "cache.disk.folder is empty; say",
-    "train data=movielens data.root=": "data.root is empty; say data.root=…",
-    "train data=interactions data.path=": "data.path is empty; say data.path=…",
+    "export run=": "run is empty; set run=…",
+    "audit run=": "run is empty; set run=…",
+    "score artifact= requests=b": "artifact is empty; set artifact=…",
+    "score artifact=a requests=": "requests is empty; set requests=…",
+    "score artifact=a requests=b tensorboard=": "tensorboard is empty; set tensorboard=…",
+    "serve artifact=": "artifact is empty; set artifact=…",
+    "serve models=": "models is empty; set models=…",
+    "serve artifact=a server.host=": "server.host is empty; set server.host=…",
+    "serve artifact=a cache=tiered cache.disk.folder=": "cache.disk.folder is empty; set",
+    "train data=movielens data.root=": "data.root is empty; set data.root=…",
+    "train data=interactions data.path=": "data.path is empty; set data.path=…",
     # --- where nothing can be written
     "train output=file": "output is 'file', which is a file; a folder is needed",
     "export run=a output=file/a/b": "output is 'file/a/b', but '{folder}/file' is a file",
@@ -127,7 +138,7 @@ MESSAGE_BY_COMMAND = {
     "audit run=folder output=folder": "output is 'folder', which is run too",
     "train data=movielens data.root=folder output=folder": "output is 'folder', which is data.root",
     "make_requests data=interactions data.path=file output=file": "output is 'file', which is data",
-    "benchmark artifact=folder output=folder": "output is 'folder', which is artifact too",
+    "benchmark scenario=tiers artifact=folder output=folder": "output is 'folder', which is",
     "serve_cluster artifact=folder output=folder": "output is 'folder', which is artifact too",
     # --- what is not there
     "score artifact=a requests=file output=b": "a is no artifact: it has no manifest.json",
@@ -151,7 +162,7 @@ MESSAGE_BY_COMMAND = {
 
 
 def run_all(folder: Path, commands: list[str]) -> list[Ended]:
-    """What became of command lines, ``{folder}`` in them being where they run."""
+    """Run command lines in a folder, which replaces ``{folder}`` in them."""
     argvs = [shlex.split(command.replace("{folder}", str(folder))) for command in commands]
     process = fresh_process(ONE_AFTER_ANOTHER, str(folder), json.dumps(argvs), OMP_NUM_THREADS="1")
     output, errors = process.communicate()
@@ -160,7 +171,7 @@ def run_all(folder: Path, commands: list[str]) -> list[Ended]:
 
 
 class Commands(NamedTuple):
-    """What became of several commands in one folder."""
+    """Results of several commands in one folder."""
 
     folder: Path
     ended_by_name: dict[str, Ended]
@@ -178,7 +189,7 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Commands:
 
 @pytest.mark.parametrize("command", MESSAGE_BY_COMMAND)
 def test_a_mistake_ends_in_one_line_that_says_what_to_do(mistakes: Commands, command: str) -> None:
-    """A misspelt key was four lines of Hydra's, a missing file 40 of a traceback, and status 1."""
+    """A misspelt key was four lines of Hydra's, a missing file a 40-line traceback, status 1."""
     ended = mistakes.ended_by_name[command]
     message = MESSAGE_BY_COMMAND[command].replace("{folder}", str(mistakes.folder))
     assert ended.status == MISTAKE, ended.stderr
@@ -190,7 +201,6 @@ def test_a_mistake_ends_in_one_line_that_says_what_to_do(mistakes: Commands, com
 
 def test_a_mistake_writes_nothing(mistakes: Commands) -> None:
     """``output=`` wrote into the working directory, and ``output=LOG`` over the log."""
-    # A job of a sweep that has not been refused as a whole may have failed: Hydra's own record.
     left = {path.name for path in mistakes.folder.iterdir()}
     assert left == {"file", "folder", "link"}
     assert (mistakes.folder / "file").read_text() == "user_id,item_id,time\n"
@@ -222,7 +232,7 @@ def test_jobs_of_a_sweep_write_to_files_of_their_own(sweeps: Commands) -> None:
     assert contents[0] != contents[1]
 
 
-def test_outputs_that_tell_jobs_apart_are_taken_as_they_are(sweeps: Commands) -> None:
+def test_outputs_that_differ_by_job_are_kept(sweeps: Commands) -> None:
     for name in ("by number", "one job", "two outputs"):
         assert sweeps.ended_by_name[name].status == 0
     for stem in ("own-0", "own-1", "single", "c", "d"):
@@ -245,7 +255,7 @@ def test_hydra_leaves_one_file_for_a_sweep_and_no_folders_for_its_jobs(sweeps: C
     }
 
 
-def test_flags_of_hydra_and_help_work(tmp_path: Path) -> None:
+def test_hydras_flags_and_help_work(tmp_path: Path) -> None:
     text_by_command = {
         "train --cfg job": "batch_targets: 256\n",
         "train --info defaults": "data/synthetic",
@@ -260,7 +270,7 @@ def test_flags_of_hydra_and_help_work(tmp_path: Path) -> None:
         assert text in ended.stdout
 
 
-# ---------------------------------------------------------------------- a pipeline of the test's
+# ---------------------------------------------------------------------- the test's own pipeline
 
 OWN_PIPELINE = """
 import os, signal, sys, time
@@ -283,7 +293,7 @@ def main(config: AuditConfig) -> None:
         time.sleep(60)
     if config.run == "full":
         with open("/dev/full", "w") as file:
-            file.write("more than there is room for")
+            file.write("more than fits")
     if config.run == "refused":
         sys.exit(3)
     if config.run == "environment":
@@ -314,7 +324,7 @@ def run_own(own: Path, *arguments: str, **environment: str) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def test_an_error_of_ours_is_one_line_and_the_environment_asks_for_more(own: Path) -> None:
+def test_an_error_of_ours_is_one_line_or_with_full_error_a_traceback(own: Path) -> None:
     ended = run_own(own, "run=mistake", "output=a")
     assert ended == Ended(MISTAKE, "mistake in a\n", "error: the first line and the second\n")
     ended = run_own(own, "run=mistake", "output=a", HYDRA_FULL_ERROR="1")
@@ -332,7 +342,7 @@ def test_a_bug_keeps_its_traceback(own: Path) -> None:
     assert "ZeroDivisionError" in ended.stderr
 
 
-def test_a_full_disk_is_no_bug(own: Path) -> None:
+def test_a_full_disk_is_not_a_bug(own: Path) -> None:
     ended = run_own(own, "run=full", "output=a")
     assert ended.status == MISTAKE
     assert ended.stderr == "error: [Errno 28] No space left on device\n"
@@ -345,7 +355,7 @@ def test_an_interrupted_command_is_silent(own: Path) -> None:
     assert "ok in" not in ended.stdout
 
 
-def test_nobody_reading_is_no_traceback(own: Path) -> None:
+def test_a_closed_standard_output_gives_no_traceback(own: Path) -> None:
     """``kvshare train | head -1`` ended in two tracebacks."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -362,7 +372,7 @@ def test_nobody_reading_is_no_traceback(own: Path) -> None:
     assert (done.returncode, done.stderr) == (UNREAD, "")
 
 
-def test_every_job_of_a_sweep_runs_and_says_what_went_wrong_in_it(own: Path) -> None:
+def test_every_job_of_a_sweep_runs_and_reports_its_own_error(own: Path) -> None:
     """A refused line in the first job kept the others of a sweep from starting."""
     ended = run_own(own, "-m", "run=refused,mistake,ok")
     assert ended.status == REFUSED
@@ -372,7 +382,7 @@ def test_every_job_of_a_sweep_runs_and_says_what_went_wrong_in_it(own: Path) -> 
     assert len({line.split()[-1] for line in lines}) == 3
 
 
-def test_what_a_pipeline_starts_sees_the_environment_of_the_user(own: Path) -> None:
+def test_processes_of_a_pipeline_see_the_users_environment(own: Path) -> None:
     assert run_own(own, "run=environment").stdout.endswith("HYDRA_FULL_ERROR is None\n")
     ended = run_own(own, "run=environment", HYDRA_FULL_ERROR="0")
     assert ended.stdout.endswith("HYDRA_FULL_ERROR is 0\n")
@@ -433,11 +443,9 @@ def test_help_shows_a_pipelines_values_with_their_comments_and_its_groups_alone(
 )
 def test_every_number_in_a_config_says_what_it_counts(path: Path) -> None:
     lines = path.read_text().splitlines()
-    if path.parent.name == "scenario":  # They are told in benchmark.yaml.
-        lines = []
     numbers = [line for line in lines if re.match(r"\s*\w+: \[?-?\d[\d.e_-]*(,.*|\]|\s.*|$)", line)]
-    silent = [line for line in numbers if " # " not in line and not line.endswith("127.0.0.1")]
-    assert silent == []
+    uncommented = [line for line in numbers if " # " not in line and not line.endswith("127.0.0.1")]
+    assert uncommented == []
     if path.parent != CONFIGS:
         assert comment_of(path.parent.name, path.stem)
 
@@ -455,3 +463,10 @@ def test_a_key_that_only_some_options_have_names_them() -> None:
     assert options_by_key["cache.disk.folder"] == ["cache=tiered"]
     assert options_by_key["artifact"] == []
     assert "scenario" not in options_by_key
+
+
+def test_a_group_that_only_some_options_take_is_a_group_of_the_pipeline() -> None:
+    assert groups_of("benchmark") == {"scenario": "queue_length", "data": "synthetic"}
+    options_by_key = keys_of("benchmark")
+    assert options_by_key["data"] == ["scenario=cache_trace", "scenario=codec", "scenario=tables"]
+    assert options_by_key["data.path"] == ["data=interactions"]

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 
 from tests.pipelines.commands import CONFIGS, ROOT, TINY, WORLD, run_pipeline, spawn_pipeline
 from torchrec_kvshare import config
+from torchrec_kvshare.benchmark.run import SCENARIO_BY_NAME
 from torchrec_kvshare.config import literal_overrides
 from torchrec_kvshare.errors import ConfigError
 
@@ -21,7 +22,7 @@ PIPELINES = sorted(path for path in (ROOT / "pipelines").glob("*.py") if path.st
 
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
-    """A copy of the configs, to be spoilt."""
+    """A copy of the configs to edit."""
     return Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
 
 
@@ -35,7 +36,7 @@ def refused(name: str, *overrides: str) -> str:
 def test_a_misspelt_key_on_the_command_line_ends_with_its_name(tmp_path: Path) -> None:
     ended = spawn_pipeline("train", "model.dimm=16", f"output={tmp_path / 'run'}")
     assert ended.returncode == 2
-    assert ended.stderr == "error: model.dimm is no key of train; did you mean model.dim?\n"
+    assert ended.stderr == "error: model.dimm is not a key of train; did you mean model.dim?\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -45,7 +46,7 @@ def test_a_misspelt_key_in_a_file_ends_with_its_name(configs: Path, tmp_path: Pa
     ended = spawn_pipeline("train", "--config-path", str(configs), f"output={tmp_path / 'run'}")
     assert ended.returncode == 2
     assert ended.stderr == (
-        "error: batch_target is no key of this config; did you mean batch_targets?\n"
+        "error: batch_target is not a key of this config; did you mean batch_targets?\n"
     )
     assert not (tmp_path / "run").exists()
 
@@ -84,7 +85,7 @@ def test_every_level_of_the_files_knows_its_keys(
     }[pipeline]
     with pytest.raises(ConfigError) as error:
         run_pipeline(pipeline, *given, "output=never_written", configs=configs)
-    assert str(error.value).startswith(f"{key} is no key of this config; ")
+    assert str(error.value).startswith(f"{key} is not a key of this config; ")
 
 
 @pytest.mark.parametrize(
@@ -158,12 +159,12 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
     ],
 )
 def test_a_value_that_cannot_work_is_named(override: str, message: str) -> None:
-    """With ``batch_targets=0`` a run trained on whatever came out of a division by zero."""
+    """With ``batch_targets=0`` a run trained on the result of a division by zero."""
     assert message in refused("train", *WORLD, *TINY, override)
 
 
 def numbers_of(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Path and key of every number, and of every list of numbers, of a schema."""
+    """Yield path and key of every number, and every list of numbers, of a schema."""
     for one in fields(schema):
         kinds = get_type_hints(schema)[one.name]
         inner = [kinds, *get_args(kinds)]
@@ -177,7 +178,7 @@ SCHEMAS = [
     kind
     for kind in vars(config).values()
     if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == config.__name__
-]
+] + [scenario.options for scenario in SCENARIO_BY_NAME.values()]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ SCHEMAS = [
     sorted({number for schema in SCHEMAS for number in numbers_of(schema)}),
 )
 def test_every_number_of_every_config_has_a_least_value_and_is_finite(path: str, key: str) -> None:
-    """``dropout=1.5`` and ``epochs=0`` were found out late, and NaN passed some checks."""
+    """``dropout=1.5`` and ``epochs=0`` failed late, and NaN passed some checks."""
     for value in (math.nan, -math.inf, config.LEAST_BY_KEY[key] - 1):
         with pytest.raises(ConfigError, match=f"{path} is .*; it must be at least"):
             config._check_number(path, value, value, key)
@@ -230,16 +231,16 @@ def test_tokens_are_one_or_one_for_every_column(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_value_is_named(pipeline: str, overrides: tuple[str, ...], key: str) -> None:
-    assert refused(pipeline, *overrides) == f"{key} is missing; say {key}=…"
+    assert refused(pipeline, *overrides) == f"{key} is missing; set {key}=…"
 
 
 @pytest.mark.parametrize("group", ["data", "history", "budget"])
-def test_an_unknown_choice_is_named_with_those_there_are(group: str) -> None:
+def test_an_unknown_option_is_named_with_the_known_ones(group: str) -> None:
     with pytest.raises(HydraException, match=rf"Could not find '{group}/nothing'[\s\S]*Available"):
         run_pipeline("train", f"{group}=nothing")
 
 
-def test_an_unknown_name_of_data_is_named_with_those_there_are() -> None:
+def test_an_unknown_name_of_data_is_named_with_the_known_ones() -> None:
     message = refused("train", "data.name=nothing")
     assert "data.name is 'nothing'" in message
     assert "['interactions', 'movielens', 'online_retail', 'synthetic']" in message
@@ -253,7 +254,7 @@ def test_an_unknown_name_of_data_is_named_with_those_there_are() -> None:
         ("data.label=event!=it's", r"data.label='event!=it\'s'"),
         ("output=/tmp/run (1)", "output='/tmp/run (1)'"),
         ("data.columns.user=Käufer", "data.columns.user='Käufer'"),
-        # What Hydra reads stays as it is.
+        # Values that Hydra can parse stay as they are.
         ('data.label="rating>=4"', 'data.label="rating>=4"'),
         ("model.top_mlp=[8,1]", "model.top_mlp=[8,1]"),
         ("data=movielens", "data=movielens"),
@@ -261,7 +262,7 @@ def test_an_unknown_name_of_data_is_named_with_those_there_are() -> None:
         ("--config-dir=/tmp/a>b", "--config-dir=/tmp/a>b"),
     ],
 )
-def test_what_hydra_cannot_read_is_taken_as_text(argument: str, literal: str) -> None:
+def test_a_value_that_hydra_cannot_parse_is_quoted(argument: str, literal: str) -> None:
     assert literal_overrides([argument]) == [literal]
 
 

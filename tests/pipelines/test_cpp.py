@@ -1,4 +1,4 @@
-"""The C++ host answers as Python does, to the bit, and no line brings it down."""
+"""The C++ host answers as Python does, bit by bit, and no line crashes it."""
 
 import copy
 import fcntl
@@ -48,7 +48,7 @@ from torchrec_kvshare.scoring.files import score_lines
 
 FAILED, MISUSED, REFUSED = 1, 2, 3
 RETAIL = ROOT.parent / "shared" / "data" / "uci-online-retail"
-CAPACITY_BYTES, TTL_S = 256 * 2**20, 300.0  # if nothing is said
+CAPACITY_BYTES, TTL_S = 256 * 2**20, 300.0  # the host's defaults
 TOO_SHORT = ("bypass", "too_short")
 ECHO_VERSION = "0123456789abcdef-fedcba9876543210"
 
@@ -67,7 +67,7 @@ def run_host(host: Path, *arguments: Any) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The program, compiled by the first of the test processes that needs it."""
+    """The program, compiled by the first test process that needs it."""
     own = tmp_path_factory.getbasetemp()
     folder = (own if worker_id == "master" else own.parent) / "host"
     folder.mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ Ask = Callable[..., list[Json]]
 
 @pytest.fixture
 def ask(host: Path, tmp_path: Path) -> Ask:
-    """Answers of the host to some lines."""
+    """Return a function that asks the host for answers to lines."""
 
     def answers(artifact: Path, lines: Sequence[bytes], *options: Any) -> list[Json]:
         requests, output = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
@@ -97,7 +97,7 @@ def ask(host: Path, tmp_path: Path) -> Ask:
 
 
 class Python:
-    """The same program asked from Python, one request a batch."""
+    """The same program called from Python, one request per batch."""
 
     def __init__(self, artifact: Path) -> None:
         manifest, self.schema = read_artifact(artifact)
@@ -110,7 +110,7 @@ class Python:
         return [without_age(answer) for answer in score_lines(engine, lines, batch_requests=1)]
 
     def cached(self, lines: Sequence[bytes], capacity_bytes: int, ttl_s: float) -> list[Json]:
-        """Answers through the program's own cache, which is left as it was found."""
+        """Answers through the program's own cache, which is emptied afterwards."""
         self.program.configure(capacity_bytes, ttl_s)
         requests = [parse_request(decode_request(line), self.schema) for line in lines]
         answers = [self._rank(request) for request in requests]
@@ -129,7 +129,7 @@ class Python:
 
 
 def without_age(answer: Json) -> Json:
-    """The answer as a host gives it: a program does not tell how old its K/V is."""
+    """Drop ``staleness_s`` from an answer: a host's program does not know the age of its K/V."""
     if "cache" in answer:
         cache = {name: value for name, value in answer["cache"].items() if name != "staleness_s"}
         return answer | {"cache": cache}
@@ -140,7 +140,7 @@ def without_age(answer: Json) -> Json:
 
 
 def grown(lines: Sequence[bytes]) -> list[bytes]:
-    """Every user asks with half of its history, with all of it, and with the same again."""
+    """Each request three times: with half of its history, then twice with all of it."""
     asked = []
     for line in lines:
         raw = json.loads(line)
@@ -149,7 +149,7 @@ def grown(lines: Sequence[bytes]) -> list[bytes]:
     return asked
 
 
-def told(answers: list[Json]) -> set[tuple[str, str]]:
+def statuses_of(answers: list[Json]) -> set[tuple[str, str]]:
     return {(answer["cache"]["status"], answer["cache"]["reason"]) for answer in answers}
 
 
@@ -162,15 +162,15 @@ def test_scores_and_statuses_are_pythons_to_the_bit(
         lines.append(json.dumps(first | {group: {key: [] for key in first[group]}}).encode())
     uncached = ask(artifact, lines, "--cache", "off")
     assert uncached == python.uncached(lines)
-    assert told(uncached) == {("bypass", "cache_off")}
+    assert statuses_of(uncached) == {("bypass", "cache_off")}
     lines = grown(lines)
     cached = ask(artifact, lines)
     assert cached == python.cached(lines, CAPACITY_BYTES, TTL_S)
-    assert told(cached) >= {("hit", ""), ("miss", "cold"), ("partial", "cold"), TOO_SHORT}
+    assert statuses_of(cached) >= {("hit", ""), ("miss", "cold"), ("partial", "cold"), TOO_SHORT}
     # Two layers of 16 floats a key and a value are 8 KiB a page of 32 events.
     small = ask(artifact, lines + lines, "--capacity-bytes", 4 * 8192, "--ttl-s", 0.5)
     assert small == python.cached(lines + lines, 4 * 8192, 0.5)
-    assert ("miss", "evicted") in told(small)
+    assert ("miss", "evicted") in statuses_of(small)
 
 
 def test_quantised_tables_and_own_operators_are_loaded(
@@ -202,11 +202,11 @@ def test_500_real_requests_are_scored_as_in_python(
     answers = ask(folder / "artifact", lines)
     assert answers == python.cached(lines, CAPACITY_BYTES, TTL_S)
     assert len(answers) == 500
-    assert {("hit", ""), ("miss", "cold")} <= told(answers)
+    assert {("hit", ""), ("miss", "cold")} <= statuses_of(answers)
 
 
 def schema_of(raws: list[Json]) -> FeatureSchema:
-    """Columns of Online Retail, whose vocabularies are what the requests hold."""
+    """Return Online Retail's schema, with vocabularies of the ids in the requests."""
 
     def vocabulary(ids: Iterable[Any]) -> Vocabulary:
         return Vocabulary(list(dict.fromkeys(str(one) for one in ids)))
@@ -240,7 +240,7 @@ PLAIN = FeatureSchema(
 
 
 class Echo(nn.Module):
-    """A program whose scores are the tensors that it is given, and their names."""
+    """A program whose scores are its input tensors and their names."""
 
     user_key: Final[str] = USER_KEY
 
@@ -251,7 +251,7 @@ class Echo(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         parts: list[Tensor] = []
         for name in sorted(features.keys()):
-            # Each language may number users in its own way.
+            # Each language may number users differently.
             if name != self.user_key:
                 tensor = features[name]
                 parts.append(torch.tensor([ord(letter) for letter in name]))
@@ -282,12 +282,12 @@ class Echo(nn.Module):
 
 
 def echo_of(raw: Json, schema: FeatureSchema) -> list[float]:
-    """What an echo of Python's tensors is."""
+    """Return the scores of an echo for Python's tensors."""
     return Echo()(request_tensors([parse_request(raw, schema)], schema)).tolist()
 
 
 def write_echo(folder: Path, schema: FeatureSchema) -> Path:
-    """An artifact as far as a host reads it."""
+    """Write the files of an artifact that a host reads."""
     raw = draw_raw_request(schema, 3, 2, seed=9)
     golden = [{"request": raw, "scores": echo_of(raw, schema)}]
     model, tables = ECHO_VERSION.split("-")
@@ -350,7 +350,7 @@ def test_cells_and_numbers_of_every_kind_are_read_as_in_python(ask: Ask, echo: P
 # --- ids
 
 SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2005\u200a\u2028\u2029\u202f\u205f\u3000"
-# What is no space to Python, beside that: a zero width space, a byte order mark, a Mongolian one.
+# Not spaces to Python: a zero width space, a byte order mark, a Mongolian vowel separator, DEL.
 NO_SPACES = "\u200b\ufeff\u180e\x7f"
 DIGITS = ("0", "7", "10", "17850", "007", "-0", "-1", "-17850", "1" * 30, "٣", "1_0", "+7", "")
 TAILS = ("", ".0", ".00", ".", ".5", ".05", "e+16", "e+2", "e+1600", "e+400", "E+16", "e16", "e-05")
@@ -363,7 +363,7 @@ NUMBERS = (
 
 
 def drawn_spellings(rng: random.Random) -> list[Any]:
-    """Ids as files and clients spell them, blank and too long ones left out."""
+    """Return ids as files and clients spell them, without blank and too long ones."""
     around = (*SPACES, *NO_SPACES, "", "", "", "")
     texts = [digits + tail for digits in DIGITS for tail in TAILS] + list(ID_TEXTS)
     texts += [rng.choice(around) + rng.choice(around) + text for text in texts]
@@ -376,7 +376,7 @@ def drawn_spellings(rng: random.Random) -> list[Any]:
 
 
 def test_ids_are_spelt_as_in_python(ask: Ask, tmp_path: Path) -> None:
-    """ " 17850", "17850.0" and 17850.0 were no ids, or unknown ones, to the host."""
+    """The host refused " 17850", "17850.0" and 17850.0, or took them for unknown ids."""
     seed = random.randrange(2**32)
     spellings = drawn_spellings(random.Random(seed))
     canonical = list(dict.fromkeys(canonical_id(one) for one in spellings))
@@ -395,8 +395,8 @@ def test_ids_are_spelt_as_in_python(ask: Ask, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\t\n", "\x1c", "\xa0\u2003", "\u3000", [], {}, [7]])
-def test_a_blank_text_and_what_is_no_value_are_no_ids(ask: Ask, echo: Path, blank: Any) -> None:
-    """A text of blanks was the id of an unknown user, item or country."""
+def test_a_blank_text_or_a_container_is_not_an_id(ask: Ask, echo: Path, blank: Any) -> None:
+    """A blank text was the id of an unknown user, item or country."""
     plain = draw_raw(5, 4, seed=3)
     items = [*plain["history"][ITEM][:4], blank]
     raws = {
@@ -424,7 +424,7 @@ def test_a_user_hits_in_every_spelling(ask: Ask, artifact: Path, spelling: Any) 
 
 
 def test_actions_of_a_history_are_spelt_as_all_ids(ask: Ask, tmp_path: Path) -> None:
-    """A history of the action 1 was empty where a client sent 1.0."""
+    """A history of action 1 was empty if a client sent 1.0."""
     histories = (History("seen", Window(6, 2)), History("bought", Window(6, 2), ("1",)))
     actions = SCHEMA.vocabulary_by_column | {"action": Vocabulary(["0", "1"])}
     schema = replace(SCHEMA, vocabulary_by_column=actions, histories=histories)
@@ -491,7 +491,7 @@ NEWEST = 1_700_000_000
 def test_a_history_that_training_cannot_have_seen_is_refused(
     ask: Ask, echo: Path, times: list[float], message: str
 ) -> None:
-    """A history in reverse, or from the future, was scored without a word."""
+    """A history in reverse order, or from the future, was scored without an error."""
     raw = changed(draw_raw(5, 2, seed=3) | {"time": NEWEST + 0.9}, "history", time=times)
     early = {name: cells * 8 for name, cells in raw["history"].items()}
     early["time"] = [*times, *[NEWEST - 1] * 35]  # The window holds 14 events: these are not read.
@@ -517,17 +517,17 @@ def test_events_of_one_second_and_the_second_before_the_request_are_scored(
 
 
 def last_events(raw: Json, num_given: int) -> Json:
-    """The request with its last events alone, and the place of the first of them."""
+    """Return the request with its last events only, and the index of the first of them."""
     first = len(raw["history"]["time"]) - num_given
     cut = {name: cells[first:] for name, cells in raw["history"].items()}
     return raw | {"history": cut | {"first_event": first}}
 
 
 @pytest.mark.parametrize("num_events", [0, 5, 14, 15, 21, 22, 29])
-def test_a_client_that_cuts_its_histories_asks_what_one_that_does_not_asks(
+def test_cut_histories_give_the_tensors_of_whole_ones(
     ask: Ask, echo: Path, num_events: int
 ) -> None:
-    """The window of 14 events, in blocks of 7, started wherever the client had cut."""
+    """The window of 14 events, in blocks of 7, started where the client had cut."""
     whole = draw_raw(num_events, 2, seed=num_events)
     raws = [whole, *(last_events(whole, given) for given in range(14, num_events + 1))]
     answers = ask(echo, [json.dumps(raw).encode() for raw in raws])
@@ -538,10 +538,10 @@ def test_a_client_that_cuts_its_histories_asks_what_one_that_does_not_asks(
     ("num_events", "given", "first_read"),
     [(29, 13, 21), (29, 9, 21), (29, 8, 21), (29, 7, 28), (29, 1, 28), (27, 5, 22), (27, 13, 14)],
 )
-def test_too_few_events_start_at_the_first_block_that_is_given(
+def test_too_few_events_start_at_the_first_given_block(
     ask: Ask, echo: Path, num_events: int, given: int, first_read: int
 ) -> None:
-    """So that K/V is extended while the events given still hold its first one."""
+    """So that cached K/V is extended as long as the given events include its first event."""
     whole = draw_raw(num_events, 2, seed=7)
     read = last_events(whole, num_events - first_read)
     answers = ask(echo, [json.dumps(one).encode() for one in (last_events(whole, given), read)])
@@ -555,8 +555,8 @@ def without_first_event(raw: Json) -> Json:
     return raw | {"history": history}
 
 
-def test_a_client_that_cuts_its_histories_hits_and_extends(ask: Ask, artifact: Path) -> None:
-    """Every new event of such a client was a miss, ``edited``."""
+def test_cut_histories_hit_and_extend(ask: Ask, artifact: Path) -> None:
+    """Every new event of such a client was a miss with reason ``edited``."""
     schema = read_artifact(artifact)[1]
     max_history = schema.histories[0].window.max_history
     num_events = 2 * max_history
@@ -573,14 +573,16 @@ def test_a_client_that_cuts_its_histories_hits_and_extends(ask: Ask, artifact: P
 
 
 @pytest.mark.parametrize("first_event", [-1, 2**62 + 1, 2**70, 1.0, "3", True, [1]])
-def test_a_place_that_is_none_is_refused(ask: Ask, echo: Path, first_event: Any) -> None:
+def test_a_first_event_that_is_not_an_index_is_refused(
+    ask: Ask, echo: Path, first_event: Any
+) -> None:
     raw = changed(draw_raw(5, 2, seed=3), "history", first_event=first_event)
     [answer] = ask(echo, [json.dumps(raw).encode()])
     assert answer["error"]["message"].startswith("history.first_event is ")
     assert f"; an integer from 0 to {2**62} is allowed" in answer["error"]["message"]
 
 
-def test_histories_of_some_actions_refuse_a_place(ask: Ask, tmp_path: Path) -> None:
+def test_histories_of_some_actions_refuse_a_first_event(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "artifact").mkdir()
     folder = write_echo(tmp_path / "artifact", TWO_HISTORIES)
     raw = draw_raw(5, 2, seed=3, schema=TWO_HISTORIES)
@@ -588,17 +590,17 @@ def test_histories_of_some_actions_refuse_a_place(ask: Ask, tmp_path: Path) -> N
     *scored, refused = ask(folder, [json.dumps(one).encode() for one in raws])
     assert [one["scores"] for one in scored] == [echo_of(raw, TWO_HISTORIES)] * 2
     assert refused["error"]["message"] == (
-        "history.first_event is 4; the model's histories ['bought'] are of some actions only, and "
-        "cannot know how many of theirs came before: send all events"
+        "history.first_event is 4; the model's histories ['bought'] keep some actions only, so "
+        "how many of their events came before is unknown: send all events"
     )
 
 
-# --- scores that are none
+# --- scores that are not finite
 
 
 @pytest.fixture
 def with_nan(artifact: Path, tmp_path: Path) -> tuple[Path, str]:
-    """An artifact whose model has one user without scores, and this user."""
+    """An artifact whose model gives NaN for one user, and this user."""
     folder = Path(shutil.copytree(artifact, tmp_path / "with_nan"))
     schema = read_artifact(folder)[1]
     golden = {one["request"][USER] for one in json.loads((folder / "golden.json").read_text())}
@@ -616,7 +618,7 @@ def with_nan(artifact: Path, tmp_path: Path) -> tuple[Path, str]:
 def test_scores_that_are_not_finite_are_their_requests_error(
     ask: Ask, artifact: Path, with_nan: tuple[Path, str], cache: str
 ) -> None:
-    """One NaN in a table ended the host without any answer."""
+    """One NaN in a table ended the host without an answer."""
     folder, user = with_nan
     good = draw_raw_request(read_artifact(artifact)[1], 9, 3, seed=5) | {"user_id": "nobody"}
     raws = [good, *(good | {"user_id": user, "request_id": one} for one in ("r 1", 7, None)), good]
@@ -632,8 +634,8 @@ def test_scores_that_are_not_finite_are_their_requests_error(
 
 # --- broken requests
 
-# Lines that Python refuses in other words: its reader knows NaN, and has names for JSON's types.
-WORDED_OTHERWISE = {
+# Lines that Python refuses with another message: its reader knows NaN and names JSON's types.
+OTHER_MESSAGE = {
     "no JSON",
     "half a line",
     "not UTF-8",
@@ -657,7 +659,7 @@ WORDED_OTHERWISE = {
 }
 
 
-def test_broken_lines_are_refused_in_their_place_and_unusual_ones_scored(
+def test_broken_lines_are_refused_and_unusual_ones_scored_in_order(
     ask: Ask, artifact: Path, requests_file: Path
 ) -> None:
     raws = [json.loads(line) for line in requests_file.read_text().splitlines()]
@@ -669,7 +671,7 @@ def test_broken_lines_are_refused_in_their_place_and_unusual_ones_scored(
     expected = Python(artifact).uncached(lines)
     assert answers[1::2] == expected[1::2]
     for name, one, other in zip(named, answers[::2], expected[::2], strict=True):
-        if name in WORDED_OTHERWISE:
+        if name in OTHER_MESSAGE:
             assert set(one) == {"request_id", "error"}, name
             assert one["error"]["type"] == "RequestError"
             assert 10 < len(one["error"]["message"]) < 300, name
@@ -677,7 +679,7 @@ def test_broken_lines_are_refused_in_their_place_and_unusual_ones_scored(
             assert one == other, name
 
 
-def test_what_is_no_json_is_refused(ask: Ask, echo: Path) -> None:
+def test_a_line_that_is_not_json_is_refused(ask: Ask, echo: Path) -> None:
     line = json.dumps(draw_raw(2, 1, seed=4) | {"request_id": "r"}).encode()
     tails = (b', "x": NaN}', b', "x": 1e999}', b', "x": "\\ud800"}', b"}}", b"}\0", b', "x": 01}')
     answers = ask(echo, [line[:-1] + tail for tail in (*tails, b', "x": [1E9, "\\ud83d\\ude00"]}')])
@@ -685,7 +687,7 @@ def test_what_is_no_json_is_refused(ask: Ask, echo: Path) -> None:
     assert answers[-1]["scores"] == echo_of(json.loads(line), SCHEMA)
 
 
-# Python's reader takes these, which are no JSON or no text; 1e999 is infinite to it.
+# Python's reader accepts these, which are not valid JSON or text; 1e999 is infinity to it.
 PYTHONS_OWN = (b"NaN", b"Infinity", b"1e999", b"\\ud8", b"\xed\xa0\x80")
 VALUES = (
     *(b"null", b"true", b"NaN", b"1e999", b"-0", b"-1", b"7", b"1.5", b"1e3", b"1" * 30),
@@ -698,7 +700,7 @@ PIECES = (
 
 
 def mutated(line: bytes, rng: random.Random) -> bytes:
-    """The line with a few places removed, repeated, or written over; never the end of a line."""
+    """Remove, repeat or overwrite a few parts of a line; never its end."""
     for _ in range(rng.randint(1, 3)):
         start = rng.randrange(len(line) + 1)
         end = min(len(line), start + rng.choice((0, 0, 1, 1, 2, 5, 40)))
@@ -710,7 +712,7 @@ def mutated(line: bytes, rng: random.Random) -> bytes:
 
 
 def with_other_cell(raw: Json, rng: random.Random) -> bytes:
-    """The request with one value of it, at any depth, replaced."""
+    """Replace one value of a request, at any depth."""
     raw = copy.deepcopy(raw)
     inner: Any = raw
     while True:
@@ -722,8 +724,8 @@ def with_other_cell(raw: Json, rng: random.Random) -> bytes:
     return json.dumps(raw).encode().replace(b'"THE VALUE"', rng.choice(VALUES))
 
 
-def test_no_line_brings_the_host_down(ask: Ask, echo: Path) -> None:
-    """Mutated lines are refused or read as in Python, and the next good one is scored."""
+def test_no_line_crashes_the_host(ask: Ask, echo: Path) -> None:
+    """Mutated lines are refused or read as in Python, and the next good line is scored."""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     raws = [draw_raw(events, 2, seed=events) for events in (3, 8)]
@@ -764,7 +766,7 @@ def test_times_are_of_the_lines_that_were_scored(ask: Ask, echo: Path, tmp_path:
     assert 0 < last < 10_000
 
 
-def test_a_file_of_nothing_has_no_answers(ask: Ask, echo: Path) -> None:
+def test_an_empty_file_has_no_answers(ask: Ask, echo: Path) -> None:
     assert ask(echo, []) == []
     assert ask(echo, [b"", b" \t\r", b"\x0b\x0c"]) == []
 
@@ -779,7 +781,7 @@ def spoilt(echo: Path, tmp_path: Path) -> Path:
 
 
 def refusal(host: Path, folder: Path, *arguments: Any) -> str:
-    """What the host says when it ends without having written anything."""
+    """Run the host, which must fail without writing anything; return its message."""
     requests, output = folder / "requests.jsonl", folder / "out" / "answers.jsonl"
     output.parent.mkdir()
     requests.write_text("{}\n")
@@ -842,7 +844,7 @@ def test_files_that_do_not_fit_are_refused(
     assert said in refusal(host, tmp_path)
 
 
-def test_what_cannot_be_read_or_written_is_named(host: Path, echo: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(host: Path, echo: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "answers.jsonl"
     assert "nowhere.jsonl is no file" in refusal(host, tmp_path, echo, "nowhere.jsonl", output)
 

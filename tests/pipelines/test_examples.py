@@ -1,4 +1,4 @@
-"""The examples run, and the README shows the one that it says it shows."""
+"""The examples run, and the README shows the snippet as it is."""
 
 import runpy
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_the_readme_shows_the_snippet_as_it_is() -> None:
     assert len(statements) <= MAX_LINES
 
 
-def test_a_dlrm_of_ones_own_scores_alike_with_and_without_the_cache(
+def test_a_users_own_dlrm_scores_alike_with_and_without_the_cache(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     runpy.run_path(str(ROOT / "examples" / "own_dlrm.py"), run_name="__main__")

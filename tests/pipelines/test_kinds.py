@@ -1,4 +1,4 @@
-"""Runs of other histories than one causal one, from training to scores."""
+"""Runs with other histories than one causal history, from training to scores."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests.worlds import PROBABILITY_TOLERANCE
 
 Json = dict[str, Any]
 
-# Overrides of each run; layers of a sliding window of 8 events see 15 together.
+# Overrides of each run; two layers with a sliding window of 8 events see 15 together.
 LONGER, HSTU = "longer of two tokens", "sliding hstu of two histories"
 RUNS = {
     LONGER: ("history=longer", "model.merge=4", "model.recent=16", "model.candidate_tokens=2"),
@@ -27,7 +27,7 @@ NUM_EVENTS = 11  # no window moves when one more comes
 
 
 class Made(NamedTuple):
-    """A run and what was exported of it."""
+    """A run and its artifact."""
 
     run: Path
     artifact: Path
@@ -42,7 +42,7 @@ Make = Callable[[str], Made]
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A run by name, trained and exported once."""
+    """Train and export a run by name, once."""
     made_by_name: dict[str, Made] = {}
 
     def make(name: str) -> Made:
@@ -60,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="session")
 def early(requests_file: Path) -> list[Json]:
-    """Some users ask when they have a few events."""
+    """Requests of some users when they have a few events."""
     raws = [json.loads(line) for line in requests_file.read_text().splitlines()]
     raw_by_user = {raw["user_id"]: raw for raw in raws if len(raw["history"]["time"]) > NUM_EVENTS}
     assert len(raw_by_user) >= NUM_REQUESTS
@@ -71,7 +71,7 @@ def early(requests_file: Path) -> list[Json]:
 
 @pytest.fixture(scope="session")
 def late(early: list[Json]) -> list[Json]:
-    """The same users when they have viewed the oldest item again."""
+    """Requests of the same users after they viewed the oldest item again."""
     requests = [with_events(raw, *range(NUM_EVENTS), 0) for raw in early]
     for raw in requests:
         raw["history"]["time"][-1] = raw["history"]["time"][-2]
@@ -79,8 +79,8 @@ def late(early: list[Json]) -> list[Json]:
     return requests
 
 
-def with_events(raw: Json, *places: int) -> Json:
-    history = {name: [cells[place] for place in places] for name, cells in raw["history"].items()}
+def with_events(raw: Json, *rows: int) -> Json:
+    history = {name: [cells[row] for row in rows] for name, cells in raw["history"].items()}
     return raw | {"history": history}
 
 
@@ -107,11 +107,11 @@ def test_cached_and_uncached_scores_agree_while_histories_grow(
     statuses = [answer["cache"]["status"] for answer in cached]
     assert statuses == [s for s in ("miss", "hit", "partial") for _ in range(NUM_REQUESTS)]
     for answer, raw in zip(cached[-NUM_REQUESTS:], early, strict=True):
-        # Closed groups of four events, or all but the new one, and all that they bought.
+        # Closed groups of four events; or all events but the new one, and all bought ones.
         num_bought = raw["history"]["action"].count("buy") if name == HSTU else 0
         kept, new = (NUM_EVENTS + num_bought, 1) if name == HSTU else (8, 4)
         assert [answer["cache"][f"{key}_events"] for key in ("cached", "computed")] == [kept, new]
-    # Scores differ from candidate to candidate, and by what has come: nothing is left out.
+    # Scores differ by candidate, and change with the new event.
     assert all(len(set(answer["scores"])) > 1 for answer in uncached)
     for before, after in zip(uncached[:NUM_REQUESTS], uncached[-NUM_REQUESTS:], strict=True):
         assert before["scores"] != pytest.approx(after["scores"], abs=PROBABILITY_TOLERANCE)
@@ -130,7 +130,7 @@ def test_a_manifest_of_a_sliding_window_says_what_is_seen_and_what_is_read(made:
     manifest = made(HSTU).manifest
     spec = {"kind": "hstu", "dim": 16, "num_tokens": 1, "window": 8}
     assert spec.items() <= manifest["encoder"].items()
-    # Two layers of 8 events see 15, and up to a block of 8 more lets the window start at a block.
+    # Two layers of 8 events see 15; 24 lets the window start at a block boundary.
     rows = {name: tower["max_rows"] for name, tower in manifest["towers"].items()}
     assert rows == {"history": 24, "buys": 24}
     schema = json.loads((made(HSTU).artifact / "schema.json").read_text())

@@ -1,12 +1,12 @@
-"""A command's process shares its cores: how its threads wait, and how many there are."""
+"""Settings of a command's process: waiting threads, number of threads, freed memory."""
 
 import pytest
 
 from tests.worlds import fresh_process
 from torchrec_kvshare.commands.process import SPIN_COUNT, WAIT_POLICY
 
-# libgomp says what it has read when torch loads it.
-SAID = {"OMP_DISPLAY_ENV": "verbose"}
+# libgomp prints the settings it has read when torch loads it.
+VERBOSE = {"OMP_DISPLAY_ENV": "verbose"}
 IN_A_CHECKOUT = "import pipelines.score"
 INSTALLED = """
 import sys
@@ -26,11 +26,11 @@ kvshare()
         (INSTALLED, {WAIT_POLICY: "active"}, "30000000000"),
     ],
 )
-def test_threads_of_a_command_wait_asleep_or_as_the_user_says(
+def test_waiting_threads_of_a_command_sleep_unless_the_user_has_set_it(
     program: str, given: dict[str, str], spins: str
 ) -> None:
-    """Beside a busy process a training step of 0.07 s took 1.61 s, its threads spinning."""
-    _, errors = fresh_process(program, **SAID, **given).communicate()
+    """Beside a busy process spinning threads made a training step take 1.61 s instead of 0.07 s."""
+    _, errors = fresh_process(program, **VERBOSE, **given).communicate()
     assert f"GOMP_SPINCOUNT = '{spins}'" in errors
 
 
@@ -51,7 +51,7 @@ print(torch.get_num_threads())
     assert output == f"{computing}\n", errors
 
 
-def test_openmps_own_number_of_threads_is_kept() -> None:
+def test_a_number_of_threads_set_for_openmp_is_kept() -> None:
     program = """
 from torchrec_kvshare.commands.process import prepare_torch
 prepare_torch(None)
@@ -65,10 +65,10 @@ print(torch.get_num_threads())
 @pytest.mark.parametrize(
     ("given", "is_kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)]
 )
-def test_a_commands_freed_memory_is_kept_or_what_the_user_says(
+def test_freed_memory_is_kept_unless_the_user_has_set_a_limit(
     given: dict[str, str], is_kept: bool
 ) -> None:
-    """Each call of a model waited for pages that the one before had given back."""
+    """Each call of a model waited for pages that the call before had returned to the system."""
     program = """
 from torchrec_kvshare.commands.process import prepare_torch
 prepare_torch(1)

@@ -1,4 +1,4 @@
-"""A file of requests in, a file of answers out: every line is answered, and in its place."""
+"""A file of requests in, a file of answers out: every line is answered, in order."""
 
 import copy
 import gc
@@ -35,7 +35,7 @@ Score = Callable[..., list[Json]]
 
 @pytest.fixture(scope="module")
 def score(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Score:
-    """Answers to some lines; ``exit_status`` is what the process would end with."""
+    """Return a function that scores lines; ``exit_status`` is the expected one."""
 
     def answers(lines: list[bytes], *overrides: str, exit_status: int = 0) -> list[Json]:
         folder = tmp_path_factory.mktemp("score")
@@ -56,14 +56,14 @@ def score(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Score:
 
 @pytest.fixture(scope="module")
 def uncached(score: Score, good: list[Json]) -> list[Json]:
-    """Answers to the good requests, nothing kept between them."""
+    """Answers to the good requests without a cache."""
     return score([as_line(request) for request in good], "cache=off")
 
 
 @pytest.fixture(scope="module")
 def whole(good: list[Json]) -> int:
-    """Place of a good request with a history to spoil."""
-    return next(p for p, request in enumerate(good) if len(request["history"]["time"]) > 5)
+    """Index of a good request with a history long enough to break."""
+    return next(i for i, request in enumerate(good) if len(request["history"]["time"]) > 5)
 
 
 def as_line(request: Json) -> bytes:
@@ -71,7 +71,7 @@ def as_line(request: Json) -> bytes:
 
 
 def changed(request: Json, group: str | None = None, **values: Any) -> Json:
-    """A copy of a request with other values in it, or in one of its groups."""
+    """Return a copy of a request with other values, at the top or in one of its groups."""
     request = copy.deepcopy(request)
     (request if group is None else request[group]).update(values)
     return request
@@ -84,7 +84,7 @@ def assert_same_scores(found: list[Json], expected: list[Json]) -> None:
 
 
 def num_events_read(num_events: int) -> int:
-    """Blocks of the oldest events are dropped until the rest fits the window."""
+    """Drop blocks of the oldest events until the rest fits the window; return its length."""
     while num_events > MAX_HISTORY:
         num_events -= BLOCK
     return num_events
@@ -119,7 +119,7 @@ def test_score_as_a_process_of_its_own_without_the_run(
 
 
 def test_lines_that_wait_for_their_batch_cost_linear_time() -> None:
-    """All that waited were counted again for each line: a batch of many cost the square of it."""
+    """Waiting lines were counted again for each line, so a batch cost quadratic time."""
     engine = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, None)
 
     def seconds(num_lines: int) -> float:
@@ -128,7 +128,7 @@ def test_lines_that_wait_for_their_batch_cost_linear_time() -> None:
         assert len(answers) == num_lines
         return time.process_time() - start
 
-    gc.disable()  # It walks through all that the process has, now and then.
+    gc.disable()  # A collection walks through all objects of the process.
     try:
         small = min(seconds(3_000) for _ in range(5))
         assert min(seconds(12_000) for _ in range(5)) < 8 * small
@@ -201,7 +201,7 @@ def test_columns_that_the_model_does_not_know_are_ignored(
     assert_same_scores(score([as_line(more)]), uncached[:1])
 
 
-def test_a_file_of_nothing_has_no_answers(score: Score) -> None:
+def test_an_empty_file_has_no_answers(score: Score) -> None:
     assert score([]) == []
     assert score([b"", b"   ", b"\t\r"]) == []
 
@@ -216,11 +216,10 @@ def test_kept_items_do_not_change_scores(
 # --- deterministic mode
 
 
-# Twice in a process started as the mode asks: MKL reads its environment once.
 def test_deterministic_mode_refuses_an_artifact_whose_scores_move(
     artifact: Path, requests_file: Path, tmp_path: Path
 ) -> None:
-    """On some processor they may not, but scores that move are never written."""
+    """On some processors scores may not move, but scores that move are never written."""
     given = (f"artifact={artifact}", f"requests={requests_file}")
     output = tmp_path / "loose.jsonl"
     ended = spawn_pipeline("score", *given, "deterministic=true", "threads=1", f"output={output}")
@@ -233,7 +232,7 @@ def test_deterministic_mode_refuses_an_artifact_whose_scores_move(
 def test_in_deterministic_mode_scores_do_not_depend_on_batches_or_caches(
     trained: Path, requests_file: Path, tmp_path: Path
 ) -> None:
-    # Every user asks with half of its history first: K/V is put together of two steps.
+    # Every user first sends half of its history, so that K/V is encoded in two steps.
     grown = tmp_path / "requests.jsonl"
     raws = [json.loads(line) for line in requests_file.read_text().splitlines()]
     with grown.open("w") as file:
@@ -261,7 +260,7 @@ def test_in_deterministic_mode_scores_do_not_depend_on_batches_or_caches(
 
 
 def broken_lines(request: Json) -> dict[str, bytes]:
-    """Lines that must be refused, by what is wrong with them."""
+    """Return lines that must be refused, by what is wrong with them."""
     line = as_line(changed(request, request_id="bad"))
     without = {
         f"no {key}": as_line({k: v for k, v in json.loads(line).items() if k != key})
@@ -296,8 +295,8 @@ def broken_lines(request: Json) -> dict[str, bytes]:
         "a list for an id": group("candidates", item_id=[[1], *first_item]),
         "events in reverse": group("history", time=history["time"][::-1]),
         "an event of the future": group("history", time=[*history["time"][:-1], request["time"]]),
-        "a place of the first event that is none": group("history", first_event=-1),
-        "a report that is none": as_line(changed(json.loads(line), report=["scores"])),
+        "a first_event that is not an index": group("history", first_event=-1),
+        "an unknown report": as_line(changed(json.loads(line), report=["scores"])),
         "NaN for a time": as_line(changed(json.loads(line), time=float("nan"))),
         "infinite time": as_line(changed(json.loads(line), time=float("inf"))),
         "milliseconds": as_line(changed(json.loads(line), time=1_700_000_000_000)),
@@ -308,7 +307,7 @@ def broken_lines(request: Json) -> dict[str, bytes]:
         "NaN for a price": group("candidates", price=[float("nan")] * NUM_CANDIDATES),
         "a column that is no list": group("history", item_id=7),
         "a group that is no object": as_line(changed(json.loads(line), history=[])),
-        "a request_id that is none": as_line(changed(json.loads(line), request_id=[1])),
+        "a request_id that is a list": as_line(changed(json.loads(line), request_id=[1])),
         "a long request_id": as_line(changed(json.loads(line), request_id="x" * 201)),
         "too many digits": line.replace(b'"time": ', b'"time": ' + b"1" * 5000, 1),
         "a long line": b'{"request_id": "bad", "x": "' + b"y" * 3_000_000 + b'"}',
@@ -326,13 +325,13 @@ def broken_lines(request: Json) -> dict[str, bytes]:
 
 
 def repeated(history: Json, times: int) -> Json:
-    """The history so many times over, in order."""
+    """Repeat a history, sorted by time."""
     long = {name: column * times for name, column in history.items()}
     return long | {"time": sorted(long["time"])}
 
 
 def unusual_lines(request: Json) -> dict[str, bytes]:
-    """Lines that must be scored, by what is unusual about them."""
+    """Return lines that must be scored, by what is unusual about them."""
     history, candidates = request["history"], request["candidates"]
     times = 100_000 // max(1, len(history["time"])) + 1
     return {
@@ -370,17 +369,17 @@ def unusual_lines(request: Json) -> dict[str, bytes]:
     }
 
 
-def test_broken_lines_are_refused_in_their_place_and_the_rest_goes_on(
+def test_broken_lines_are_refused_and_the_others_scored_in_order(
     score: Score, good: list[Json], uncached: list[Json], whole: int
 ) -> None:
     broken = broken_lines(good[whole])
-    places = [place % NUM_REQUESTS for place in range(len(broken))]
+    indices = [index % NUM_REQUESTS for index in range(len(broken))]
     lines: list[bytes] = []
-    for bad, place in zip(broken.values(), places, strict=True):
-        lines += [bad, b"", as_line(good[place])]
+    for bad, index in zip(broken.values(), indices, strict=True):
+        lines += [bad, b"", as_line(good[index])]
     answers = score(lines, "batch_requests=5", exit_status=REFUSED)
     assert len(answers) == 2 * len(broken)
-    assert_same_scores(answers[1::2], [uncached[place] for place in places])
+    assert_same_scores(answers[1::2], [uncached[index] for index in indices])
     for name, answer in zip(broken, answers[::2], strict=True):
         assert set(answer) == {"request_id", "error"}, name
         assert set(answer["error"]) == {"type", "message"}
@@ -390,17 +389,17 @@ def test_broken_lines_are_refused_in_their_place_and_the_rest_goes_on(
     messages = {n: a["error"]["message"] for n, a in zip(broken, answers[::2], strict=True)}
     for key in ("user_id", "time", "context", "history", "candidates"):
         assert f"has no '{key}'" in messages[f"no {key}"]
-    assert "stands twice" in messages["duplicate keys"]
+    assert "appears twice" in messages["duplicate keys"]
     assert "candidates.item_id holds ' '" in messages["a blank item"]
     assert "user_id holds '  '" in messages["a blank user"]
     assert "events are given oldest first" in messages["events in reverse"]
     assert "not before the request's time" in messages["an event of the future"]
     assert "time holds nan" in messages["NaN for a time"]
     assert "differ in length" in messages["events of unequal length"]
-    # What can still be told of a refused line is its id.
+    # A refused line keeps its request id if it can be read.
     by_name = {n: a["request_id"] for n, a in zip(broken, answers[::2], strict=True)}
     assert by_name["no time"] == by_name["a blank item"] == by_name["a long line"] == "bad"
-    assert by_name["no JSON"] is by_name["a request_id that is none"] is None
+    assert by_name["no JSON"] is by_name["a request_id that is a list"] is None
 
 
 def test_unusual_lines_are_scored(
@@ -425,7 +424,7 @@ def test_unusual_lines_are_scored(
     as_plain = ("a very long line", "no request_id", "blanks around it")
     for name in (*as_plain, "ids as floats", "ids as texts"):
         assert answers[name]["scores"] == pytest.approx(plain["scores"], abs=PROBABILITY_TOLERANCE)
-    # The first of the candidates, a thousand times over.
+    # The first candidate, a thousand times.
     expected = [plain["scores"][0]] * 1000
     assert answers["1,000 candidates"]["scores"] == pytest.approx(
         expected, abs=PROBABILITY_TOLERANCE
@@ -462,7 +461,7 @@ def test_unknown_ids_are_printed_by_column_with_their_share(
     assert f"candidates.item_id {2 * found} of 24 ({found / 12:.1%}".replace("%", " %)") in printed
 
 
-def test_histories_out_of_order_are_sorted_where_that_is_asked_for_and_counted(
+def test_histories_out_of_order_are_sorted_and_counted_with_history_order_sort(
     score: Score,
     good: list[Json],
     uncached: list[Json],
@@ -470,9 +469,9 @@ def test_histories_out_of_order_are_sorted_where_that_is_asked_for_and_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     history = good[whole]["history"]
-    # The newest first, but events of one time as they were: sorting keeps their order.
-    places = sorted(range(len(history["time"])), key=lambda place: -history["time"][place])
-    mixed = {name: [cells[place] for place in places] for name, cells in history.items()}
+    # Newest first, but events of one time in their order, which sorting keeps.
+    rows = sorted(range(len(history["time"])), key=lambda row: -history["time"][row])
+    mixed = {name: [cells[row] for row in rows] for name, cells in history.items()}
     turned = changed(good[whole], history=mixed)
     lines = [as_line(one) for one in (good[whole], turned, changed(turned, time=5))]
     *answers, refused = score(lines, "history_order=sort", exit_status=REFUSED)
@@ -481,10 +480,10 @@ def test_histories_out_of_order_are_sorted_where_that_is_asked_for_and_counted(
     assert "sorted histories: 1" in capsys.readouterr().out
 
 
-def test_a_client_that_cuts_its_histories_hits_as_one_that_does_not(
+def test_a_client_that_sends_cut_histories_hits_as_one_that_sends_whole_ones(
     score: Score, good: list[Json]
 ) -> None:
-    """Without ``first_event`` each of its requests was a miss, ``edited``."""
+    """Without ``first_event`` each of its requests was a miss with reason ``edited``."""
     longest = max(good, key=lambda request: len(request["history"]["time"]))
     num_events = len(longest["history"]["time"])
     assert num_events > MAX_HISTORY + BLOCK
@@ -503,10 +502,10 @@ def test_a_client_that_cuts_its_histories_hits_as_one_that_does_not(
     assert set(statuses(of_silent)) == {"miss"}
 
 
-# --- what cannot be started
+# --- errors before scoring
 
 
-def test_an_artifact_is_scored_with_only_if_it_was_signed_with_the_key(
+def test_an_artifact_is_used_only_if_it_was_signed_with_the_key(
     trained: Path, artifact: Path, requests_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_text("a secret of ours\n")
@@ -583,7 +582,7 @@ def test_a_spoilt_manifest_is_refused(
         (("threads=0",), ConfigError, "threads is 0; it must be at least 1"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_written(
+def test_a_value_that_cannot_work_is_an_error_before_anything_is_written(
     artifact: Path,
     requests_file: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""From a config to a trained run, to an artifact, to the two tables of the demo."""
+"""From a config to a trained run and an artifact, and the demo's two tables."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def metrics_of(run: Path) -> dict[str, dict[str, float]]:
     return json.loads((run / "metrics.json").read_text())["test"]
 
 
-def test_a_run_measures_the_model_and_its_baselines(trained: Path) -> None:
+def test_a_run_evaluates_the_model_and_its_baselines(trained: Path) -> None:
     metrics = metrics_of(trained)
     assert list(metrics) == ["causal", "none", "popularity"]
     for values in metrics.values():
@@ -29,7 +29,7 @@ def test_a_run_measures_the_model_and_its_baselines(trained: Path) -> None:
         assert all(math.isfinite(value) for value in values.values())
 
 
-def test_train_and_export_as_processes_of_their_own(trained: Path, tmp_path: Path) -> None:
+def test_train_and_export_in_new_processes(trained: Path, tmp_path: Path) -> None:
     run, artifact = tmp_path / "run", tmp_path / "artifact"
     finished = spawn_pipeline("train", *WORLD, *TINY, f"output={run}")
     assert finished.returncode == 0, finished.stderr
@@ -40,13 +40,11 @@ def test_train_and_export_as_processes_of_their_own(trained: Path, tmp_path: Pat
     assert exported.returncode == 0, exported.stderr
     assert f"wrote {artifact}" in exported.stdout
     assert sorted(path.name for path in artifact.iterdir()) == ARTIFACT_FILES
-    # Nothing besides: Hydra's own folders and log files are off.
+    # Hydra wrote no folders or log files.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "run"]
 
 
-def test_an_artifact_has_three_files_and_the_schema_of_its_run(
-    trained: Path, artifact: Path
-) -> None:
+def test_an_artifact_has_its_files_and_the_schema_of_its_run(trained: Path, artifact: Path) -> None:
     assert sorted(path.name for path in artifact.iterdir()) == ARTIFACT_FILES
     schemas = [json.loads((folder / "schema.json").read_text()) for folder in (trained, artifact)]
     assert schemas[0] == schemas[1]
@@ -70,7 +68,7 @@ def test_a_folder_that_is_no_run_cannot_be_exported(tmp_path: Path) -> None:
         run_pipeline("export", f"run={tmp_path}", f"output={tmp_path / 'artifact'}")
 
 
-def test_a_run_goes_on_in_its_folder_and_another_is_refused_there(trained: Path) -> None:
+def test_a_run_resumes_in_its_folder_and_another_run_is_refused_there(trained: Path) -> None:
     before = (trained / "metrics.json").read_bytes()
     run_pipeline("train", *WORLD, *TINY, f"output={trained}")
     assert (trained / "metrics.json").read_bytes() == before
@@ -78,7 +76,7 @@ def test_a_run_goes_on_in_its_folder_and_another_is_refused_there(trained: Path)
         run_pipeline("train", *WORLD, *TINY, f"output={trained}", "negatives=2")
 
 
-# --- a log of one's own
+# --- a user's own log
 
 COLUMNS = (
     "data=interactions",
@@ -108,8 +106,8 @@ def write_csv(path: Path) -> None:
     path.write_text("\n".join(lines))
 
 
-def test_a_csv_of_ones_own_from_its_columns_to_scores(tmp_path: Path) -> None:
-    """Each process gets ``data.label=rating>=4`` without quotes, as a shell hands it over."""
+def test_a_users_own_csv_is_trained_exported_and_scored(tmp_path: Path) -> None:
+    """A process gets ``data.label=stars>=4`` without quotes, as a shell passes it."""
     write_csv(tmp_path / "log.csv")
     data = (*COLUMNS, f"data.path={tmp_path / 'log.csv'}", "data.label=stars>=4")
     made = spawn_pipeline(
@@ -117,7 +115,7 @@ def test_a_csv_of_ones_own_from_its_columns_to_scores(tmp_path: Path) -> None:
     )
     assert made.returncode == 0, made.stderr
     assert f"wrote 9 requests to {tmp_path / 'requests'}" in made.stdout
-    # In our own process the quotes are Hydra's.
+    # In this process Hydra needs the quotes.
     quoted = (*COLUMNS[:-1], 'data.columns.list_separator=";"', data[-2], 'data.label="stars>=4"')
     run_pipeline("train", *quoted, *TINY, f"output={tmp_path / 'run'}")
     (tmp_path / "log.csv").unlink()
@@ -186,7 +184,7 @@ def test_the_demo_prints_its_two_tables(tmp_path: Path, capsys: pytest.CaptureFi
         ["request_shared", "11"],
         ["cross_request_hit", "11"],
     ]
-    # The last column: paths agree, cached or not.
+    # The last column is the difference between paths.
     assert max(float(path[-1]) for path in paths[1:]) <= 5e-6
     assert "Test split of synthetic, every model on the same budget:" in printed
     assert "11 requests, 9 candidates each:" in printed
@@ -197,7 +195,7 @@ def test_the_demo_prints_its_two_tables(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_demo_refuses_too_many_candidates_before_it_trains(tmp_path: Path) -> None:
-    """It was found out after the training, minutes later."""
+    """The mistake showed after training, minutes later."""
     with pytest.raises(ConfigError, match="candidates is 61; the catalogue has"):
         run_pipeline("demo", *WORLD, "candidates=61", f"output={tmp_path / 'demo'}")
     assert not (tmp_path / "demo").exists()

@@ -1,4 +1,4 @@
-"""The wheel holds all that the commands need, under one name, and they run from it."""
+"""The wheel holds all that the commands need, under one name, and the commands run from it."""
 
 import json
 import os
@@ -27,7 +27,7 @@ LIBRARIES = [f"_native_{one}-torch{torch.__version__.split('+')[0]}.so" for one 
 
 
 def copy_checkout(folder: Path) -> Path:
-    """What a wheel is built of, without a ``build`` folder, which would end up in it."""
+    """Copy what a wheel is built from, without a ``build`` folder, which would end up in it."""
     for name in PARTS:
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -44,16 +44,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A wheel, and what pip said while it was built."""
+    """A wheel built without a compiler, and pip's output."""
     source = copy_checkout(tmp_path_factory.mktemp("source") / "checkout")
     return build_wheel(source, tmp_path_factory.mktemp("wheel"), PATH=str(source / "nothing"))
 
 
 def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, str]:
     options = ("--verbose", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder))
-    told = pip("wheel", *options, str(source), **environment)
+    output = pip("wheel", *options, str(source), **environment)
     (built,) = folder.iterdir()
-    return built, told
+    return built, output
 
 
 class Environment(NamedTuple):
@@ -64,7 +64,7 @@ class Environment(NamedTuple):
     work: Path
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
-        # What pytest has put on the path is the checkout.
+        # PYTHONPATH and the like may name the checkout.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         return subprocess.run(
             [str(self.programs / command[0]), *command[1:]],
@@ -82,12 +82,12 @@ class Environment(NamedTuple):
 
 
 def new_environment(folder: Path, wheel: Path) -> Environment:
-    """An environment that has the wheel, and besides it what this one has, without the checkout."""
+    """Make an environment with the wheel and this environment's packages, without the checkout."""
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
     pip("--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
     packages = next((folder / "venv" / "lib").glob("python*/site-packages"))
-    # A .pth file of the other folder is not read: an editable install there stays unknown here.
+    # .pth files of the other folders are not read, so an editable install there is not found.
     others = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     (packages / "others.pth").write_text("".join(f"{other}\n" for other in sorted(others)))
     (folder / "work").mkdir()
@@ -120,7 +120,7 @@ def exported(installed: Environment) -> Path:
 
 
 def test_the_wheel_holds_every_file_of_the_checkout_under_one_name(wheel: Path) -> None:
-    """``pipelines`` lay at the top of site-packages, and ``configs`` nowhere."""
+    """``pipelines`` was at the top of site-packages, and ``configs`` was missing."""
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(NATIVE / name) for name in LIBRARIES}
     for part in PARTS:
@@ -162,7 +162,7 @@ print(*torch.ops.loaded_libraries)
 def test_a_fresh_environment_loads_the_operators_of_its_wheel(
     wheel: Path, installed: Environment
 ) -> None:
-    """They were compiled at their first use, into the user's home."""
+    """They were compiled at first use, into the user's home."""
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("-any.whl")
     is_registered, loaded = installed.succeed("python", "-c", REGISTERED).split()
@@ -189,14 +189,14 @@ def test_without_a_compiler_the_package_scores_by_pytorchs_own_operators(
     without_compiler: tuple[Path, str], exported: Path, tmp_path: Path
 ) -> None:
     wheel, told = without_compiler
-    assert "g++ is not there: the attention operators are not built" in told
+    assert "g++ is missing: the attention operators are not built" in told
     assert [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")] == []
     environment = new_environment(tmp_path, wheel)
     reason, is_registered, *loaded = environment.succeed("python", "-c", REGISTERED).splitlines()
     assert "[] were built when the package was installed" in reason
     assert is_registered == "False"
     assert not any("_native" in library for library in loaded)
-    # What was exported with the library, whose golden requests are asked here.
+    # The artifact was exported with the library; its golden requests are scored without it.
     artifact = f"artifact={exported / 'artifact'}"
     requests = f"requests={exported / 'requests.jsonl'}"
     scored = environment.succeed("kvshare", "score", artifact, requests, "output=scores")
@@ -220,7 +220,7 @@ def libraries_of(checkout: Path) -> list[str]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A checkout whose operators are compiled quickly: there are none."""
+    """A checkout whose source has no operators, so that it compiles quickly."""
     checkout = copy_checkout(tmp_path / "checkout")
     write_source(checkout, "int number = 7;\n")
     return checkout
@@ -232,18 +232,18 @@ def write_source(checkout: Path, text: str) -> None:
 
 
 def test_a_build_leaves_the_libraries_that_it_made_and_no_other(small: Path) -> None:
-    """A library of another torch, or of a source that is gone, would be there for ever."""
+    """A library of another torch, or of a removed source, was never deleted."""
     (small / NATIVE / "_native_avx2-torch2.12.0.so").write_text("an older torch's")
     assert build_in_place(small).returncode == 0
     assert libraries_of(small) == LIBRARIES
     write_source(small, 'extern "C" int other_number = 8;\n')
     assert build_in_place(small).returncode == 0
     assert all(b"other_number" in (small / NATIVE / name).read_bytes() for name in LIBRARIES)
-    assert "g++ is not there" in build_in_place(small, PATH="/nowhere").stderr
+    assert "g++ is missing" in build_in_place(small, PATH="/nowhere").stderr
     assert libraries_of(small) == []
 
 
-def test_what_the_compiler_says_is_in_the_error_and_nothing_is_left(small: Path) -> None:
+def test_the_compilers_message_is_in_the_error_and_nothing_is_left(small: Path) -> None:
     assert build_in_place(small).returncode == 0
     write_source(small, "int attention( { return 7; }\n")
     done = build_in_place(small)
@@ -254,14 +254,14 @@ def test_what_the_compiler_says_is_in_the_error_and_nothing_is_left(small: Path)
 
 
 def test_a_build_that_is_isolated_from_torch_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip takes its site-packages out of the path; they are of the torch that will be used."""
+    """pip removes site-packages, which hold the torch to build for, from the path."""
     monkeypatch.setattr(sys, "path", [])
     assert build.find_torch() == Path(torch.__file__).parent
     assert build.torch_version() == torch.__version__.split("+")[0]
 
 
 def test_an_installed_wheel_starts_processes_of_its_own(installed: Environment) -> None:
-    """The replicas of a cluster were started as ``pipelines.serve``, which a wheel has not."""
+    """Replicas of a cluster were started as ``pipelines.serve``, which a wheel does not have."""
     told = installed.succeed(
         *("kvshare", "serve_cluster", "artifact=a", "replicas=1", "run=false", "output=cluster")
     )

@@ -25,7 +25,7 @@ from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.errors import RecordError, RequestError
 from torchrec_kvshare.history.kinds import CAUSAL
 from torchrec_kvshare.model.ranking import RankingModel
-from torchrec_kvshare.scoring.encoded_user import encode_user, load_user
+from torchrec_kvshare.scoring.encoded_user import encode_user, load_user, save_user
 from torchrec_kvshare.scoring.engine import Engine
 
 RawRequest = dict[str, Any]
@@ -100,14 +100,14 @@ def test_the_time_of_scoring_may_be_later(tmp_path: Path) -> None:
 def test_a_saved_user_is_scored_with_the_same_bits(tmp_path: Path) -> None:
     raw = buyer()
     user = encode_user(engine_of(9), raw)
-    user.save(tmp_path / "user")
+    save_user(user, raw, tmp_path / "user")
     loaded = load_user(engine_of(0), tmp_path / "user")
     assert loaded.predict(raw["candidates"]) == user.predict(raw["candidates"])
     assert [path.name for path in tmp_path.iterdir()] == ["user"]
 
 
 def test_a_user_of_another_model_is_refused(tmp_path: Path) -> None:
-    encode_user(engine_of(0), buyer()).save(tmp_path / "user")
+    save_user(encode_user(engine_of(0), buyer()), buyer(), tmp_path / "user")
     ours, asked = (version_called(name).model[:16] for name in ("v1", "v2"))
     message = f"model of the record is '{ours}'; '{asked}' was asked for"
     with pytest.raises(RecordError, match=message):
@@ -118,8 +118,10 @@ def test_a_user_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_kv_with_other_rows_than_its_events_have_is_refused(tmp_path: Path, number: int) -> None:
     """Its file says that it is of the whole history, and nobody counted."""
     user = encode_user(engine_of(0), buyer())
-    user._kv_by_history[number] = user._kv_by_history[number][:, :-1]
-    user.save(tmp_path / "user")
+    kv_by_history = user.kv_by_history()
+    assert isinstance(kv_by_history, list)
+    kv_by_history[number] = kv_by_history[number][:, :-1]
+    save_user(user, buyer(), tmp_path / "user")
     with pytest.raises(RecordError, match="holds K/V that is not of the history beside it"):
         load_user(engine_of(0), tmp_path / "user")
 
@@ -147,7 +149,7 @@ def broken_files(whole: bytes) -> list[bytes]:
 @pytest.mark.parametrize("number", range(11))
 def test_a_broken_file_is_refused(tmp_path: Path, number: int) -> None:
     path = tmp_path / "user"
-    encode_user(engine_of(0), buyer()).save(path)
+    save_user(encode_user(engine_of(0), buyer()), buyer(), path)
     path.write_bytes(broken_files(path.read_bytes())[number])
     with pytest.raises(RecordError):
         load_user(engine_of(0), path)

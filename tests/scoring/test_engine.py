@@ -73,7 +73,7 @@ def uses(answers: list[Answer]) -> list[tuple[str, str, int, int, str]]:
 def assert_nothing_pinned(engine: Engine) -> None:
     cache = cache_of(engine)
     kept = cache._entry_by_user.values()
-    assert all(entry.num_holders == 0 for entry in kept)
+    assert all(entry.num_leases == 0 for entry in kept)
     held = sum(len(entry.pages) for entry in kept)
     assert held == cache.pool.num_pages - cache.pool.num_free
 
@@ -479,8 +479,8 @@ class BrokenPrefill:
     ) -> list[tuple[int, int]]:
         return self.model.reusable(num_matched, cached_events, num_events)
 
-    def num_rows(self, num_events: list[int]) -> list[int]:
-        return self.model.num_rows(num_events)
+    def num_kv_rows(self, num_events: list[int]) -> list[int]:
+        return self.model.num_kv_rows(num_events)
 
     def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
         return self.model.project_candidates(features)

@@ -23,7 +23,7 @@ from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.cache.tiers import HostTier
 from torchrec_kvshare.errors import RecordError, ScoreError
 from torchrec_kvshare.model.ranking import RankingModel
-from torchrec_kvshare.scoring.encoded_user import encode_user
+from torchrec_kvshare.scoring.encoded_user import encode_user, save_user
 from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
 from torchrec_kvshare.scoring.files import score_file
 
@@ -110,7 +110,7 @@ def test_a_history_that_grows_by_a_bad_event_leaves_what_was_kept() -> None:
     assert_scored(again, raw)
     assert isinstance(again, Answer)
     assert again.cache.status == "hit"
-    assert cache_of(engine).num_held == 0
+    assert cache_of(engine).num_leased == 0
 
 
 def test_a_line_without_scores_gets_its_error_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_an_encoded_user_gives_no_nan_and_is_not_saved(num_pages: int, tmp_path:
     with pytest.raises(ScoreError, match="candidates 0, 1"):
         bad.predict(raw["candidates"] | {"item_id": ["100", "101", "102"]})
     with pytest.raises(RecordError, match="nan"):
-        bad.save(tmp_path / "user")
+        save_user(bad, bad_history("b", 2), tmp_path / "user")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,5 @@
-"""Clients that want a server for themselves, in a process of their own: ``python -m`` with a JSON
-object of ``Target``'s fields. They go on until standard input ends, and print how often each acted.
+"""Hostile clients in a process of their own: ``python -m`` with a JSON object of ``Target``'s
+fields. They run until standard input ends, and print how often each acted.
 
 Silent and slow ones, bodies and calls that never end, messages that are huge, deep, or have
 thousands of keys, more streams than there may be, and none with the token. Imports no torch: it
@@ -27,7 +27,7 @@ KIB = 2**10
 
 @dataclass(frozen=True)
 class Target:
-    """Whom they ask, and with what.
+    """The server, and what the clients send.
 
     Attributes:
         http: host and port.
@@ -45,7 +45,7 @@ class Target:
     message_file: str
     max_request_bytes: int
 
-    def head(self, path: str, num_bytes: int, has_token: bool = True) -> bytes:
+    def head(self, path: str, num_bytes: int, *, has_token: bool = True) -> bytes:
         """Of an HTTP request."""
         fields = ["Host: here", f"Content-Length: {num_bytes}"]
         fields += [f"Authorization: Bearer {self.token}"] * has_token
@@ -70,17 +70,17 @@ class Sockets:
 
     def act(self) -> None:
         """One round: open what is closed, read what came, send a little more."""
-        for place, connection in enumerate(self._open):
+        for index, connection in enumerate(self._open):
             try:
-                self._open[place] = self._connected() if connection is None else connection
-                self._exchange(self._open[place])
+                self._open[index] = self._connected() if connection is None else connection
+                self._exchange(self._open[index])
             except OSError:
-                self._close(place)
+                self._close(index)
 
     def close(self) -> None:
         """End them."""
-        for place in range(len(self._open)):
-            self._close(place)
+        for index in range(len(self._open)):
+            self._close(index)
 
     def _connected(self) -> socket.socket:
         host, port = self._address
@@ -99,8 +99,8 @@ class Sockets:
             with suppress(BlockingIOError):
                 connection.send(self._go_on)
 
-    def _close(self, place: int) -> None:
-        connection, self._open[place] = self._open[place], None
+    def _close(self, index: int) -> None:
+        connection, self._open[index] = self._open[index], None
         if connection is not None:
             connection.close()
 
@@ -123,7 +123,7 @@ def kinds_of_sockets(target: Target) -> dict[str, Sockets]:
         "dripping": Sockets(target.http, 10, target.head(infer, most) + b"{", b" "),
         "streams": Sockets(target.http, 20, target.head(stream, most) + raw + b"\n", b"\n"),
         "without token": Sockets(
-            target.http, 20, target.head(rank, most, False) + lists[: 8 * KIB]
+            target.http, 20, target.head(rank, most, has_token=False) + lists[: 8 * KIB]
         ),
         "too large": Sockets(target.http, 5, target.head(rank, most + 1) + lists),
         "lists": Sockets(target.http, 5, target.head(rank, len(lists)) + lists),
@@ -137,7 +137,7 @@ def kinds_of_sockets(target: Target) -> dict[str, Sockets]:
 
 
 def half_sent_calls(target: Target, stop: threading.Event) -> Callable[[], None]:
-    """Twenty calls of each face of a message, which does not come."""
+    """Twenty calls of three methods whose message never comes."""
     channel = grpc.insecure_channel(target.grpc)
     metadata = (("authorization", f"Bearer {target.token}"),)
     calls: list[Any] = []

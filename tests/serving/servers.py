@@ -1,4 +1,4 @@
-"""Real servers, in a process of their own or in a thread of the test's, and what asks them."""
+"""Real servers, in a process of their own or in a thread of the test, and requests to them."""
 
 import asyncio
 import json
@@ -17,6 +17,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import IO, Any
 
+from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
@@ -26,6 +27,7 @@ from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import ServeConfig, ServerConfig
+from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.columns import column_tensors, datatype_of
@@ -40,8 +42,8 @@ class Asked:
     """A server that answers.
 
     Attributes:
-        http_url: of its HTTP face.
-        grpc_url: host and port of its gRPC face.
+        http_url: of HTTP.
+        grpc_url: host and port of gRPC.
     """
 
     http_url: str
@@ -49,7 +51,7 @@ class Asked:
 
     @property
     def http_address(self) -> str:
-        """Host and port of the HTTP face."""
+        """Host and port of HTTP."""
         return self.http_url.removeprefix("http://")
 
     def ask(
@@ -77,8 +79,8 @@ class ServerProcess(Asked):
     """A server in a process of its own.
 
     Attributes:
-        process: it.
-        logs: what it logged, a JSON object each.
+        process: that runs it.
+        logs: its log lines, parsed from JSON.
     """
 
     process: "subprocess.Popen[str]"
@@ -91,7 +93,7 @@ class ServerProcess(Asked):
 
 
 class EagerLoader:
-    """Engines of models that nobody exported; a folder is the name of a seed.
+    """Engines of models that are not exported; a folder's name is the seed.
 
     Args:
         num_pages: of each engine's device; 0 for no cache.
@@ -115,6 +117,15 @@ class EagerLoader:
         pass
 
 
+class BreakingLoader(EagerLoader):
+    """Engines of the versions up to 90; higher versions are broken."""
+
+    def load(self, folder: Path) -> Engine:
+        if int(folder.name) > 90:
+            raise ArtifactError(f"{folder.name} is broken")
+        return super().load(folder)
+
+
 @contextmanager
 def local_server(loader: EagerLoader, **settings: Any) -> Iterator[Asked]:
     """Serve the model of seed 1 from a thread of this process until the end of the block."""
@@ -131,7 +142,7 @@ def local_server(loader: EagerLoader, **settings: Any) -> Iterator[Asked]:
         serving = threads.submit(asyncio.run, run())
         wait([serving, started], STOP_S, FIRST_COMPLETED)
         if serving.done():
-            serving.result()  # It has raised.
+            serving.result()  # It raises.
         ports, end = started.result(0.0)
         try:
             scheme = "http" if config.server.tls_cert_file is None else "https"
@@ -178,6 +189,15 @@ def running_server(served: str, *overrides: str) -> Iterator[ServerProcess]:
         reader.join(STOP_S)
         process.stdout.close()
         process.stderr.close()
+
+
+def inputs_of(kit: Any, tensors: Mapping[str, NDArray[Any]]) -> list[Any]:
+    """Tensors as inputs of one of Triton's clients, ``tritonclient.http`` or ``.grpc``."""
+    inputs = []
+    for name, values in tensors.items():
+        inputs.append(kit.InferInput(name, values.shape, datatype_of(values)))
+        inputs[-1].set_data_from_numpy(values)
+    return inputs
 
 
 def grpc_message(

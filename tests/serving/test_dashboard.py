@@ -1,4 +1,4 @@
-"""The dashboard asks for names and labels that a real server tells, and leaves none of them out."""
+"""The dashboard queries names and labels that a real server exports, and every metric."""
 
 import json
 import re
@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.servers import EagerLoader, local_server
+from tests.serving.servers import BreakingLoader, EagerLoader, local_server
 from tests.worlds import ROOT, draw_raw
 from torchrec_kvshare.cache import reasons
 from torchrec_kvshare.cache.exporters import PREFIX
 from torchrec_kvshare.cache.metrics import DECLARED_BY_NAME
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.export.artifact import MANIFEST
-from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.metrics import OUTCOMES, PARSE, QUEUE, SCORING, ServerMetrics
 from torchrec_kvshare.serving.models import Models
 
@@ -87,17 +85,8 @@ TARGETS = [
 ]
 
 
-class Loader(EagerLoader):
-    """A version's number is its model's seed; those above 90 are broken."""
-
-    def load(self, folder: Path) -> Engine:
-        if int(folder.name) > 90:
-            raise ArtifactError(f"{folder.name} is broken")
-        return super().load(folder)
-
-
 def texts_of_a_server() -> Iterator[str]:
-    """What it tells after hits, misses, errors and a stream, when its answers were checked."""
+    """Metrics after hits, misses, errors and a stream, once answers were checked."""
     with local_server(EagerLoader(), timeout_ms=60_000.0, shadow_share=1.0) as server:
         raw = draw_raw(7, 3, 1)
         assert server.rank(raw)[1]["cache"]["status"] == "miss"
@@ -115,11 +104,11 @@ def texts_of_a_server() -> Iterator[str]:
 
 
 def text_of_a_watched_folder(folder: Path) -> str:
-    """What the models of a folder tell of which one version is broken."""
+    """Metrics of a folder of models with one broken version."""
     for version in ("1", "99"):
         (folder / "kvshare" / version).mkdir(parents=True)
         (folder / "kvshare" / version / MANIFEST).write_text("{}")
-    loader = Loader()
+    loader = BreakingLoader()
     metrics = ServerMetrics(loader.metrics)
     Models(loader.load, metrics, num_hot=0, hot_bytes=0).refresh(folder)
     return metrics.text().decode()
@@ -132,7 +121,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def labels_by_name(texts: list[str]) -> dict[str, set[str]]:
-    """Of each sample that the server may tell its labels, with those of Prometheus.
+    """Labels of each sample that the server may export, with those of Prometheus.
 
     A family without a sample shows no labels; the cache's are declared in one table.
     """

@@ -1,5 +1,5 @@
-"""Health by gRPC's own protocol, and how a server goes: what it accepted is answered, what comes
-later is told to go elsewhere, in the words of each face."""
+"""gRPC's health protocol, and draining: accepted requests are answered, later ones are refused so
+that clients ask another replica."""
 
 import asyncio
 import json
@@ -43,8 +43,8 @@ def status_of(channel: grpc.Channel, name: str) -> int:
 
 
 @pytest.mark.parametrize("with_token", [False, True])
-def test_health_is_told_in_grpcs_own_words(with_token: bool, tmp_path: Path) -> None:
-    """A probe of Kubernetes can say no token."""
+def test_health_is_told_by_grpcs_protocol(with_token: bool, tmp_path: Path) -> None:
+    """A Kubernetes probe cannot send a token."""
     settings = {}
     if with_token:
         settings["token_file"] = str(tmp_path / "token")
@@ -68,7 +68,7 @@ def test_health_is_told_in_grpcs_own_words(with_token: bool, tmp_path: Path) -> 
 
 @asynccontextmanager
 async def listening_to(models: Models, metrics: ServerMetrics) -> AsyncIterator[Ports]:
-    """Both faces over these models."""
+    """HTTP and gRPC over these models."""
     config = ServerConfig(http_port=0, grpc_port=0)
     service = Service(models, metrics, config)
     try:
@@ -105,8 +105,8 @@ def test_without_a_model_nothing_is_served_until_there_is_one(tmp_path: Path) ->
     assert after == SERVING
 
 
-def test_who_watches_is_told_that_the_server_goes() -> None:
-    """Of several too, when one of them has left: the library's servicer forgets the others."""
+def test_watchers_are_told_that_the_server_stops() -> None:
+    """The library's servicer stops updating the other watchers once one has left."""
     told: list[int] = []
     codes: list[grpc.StatusCode] = []
 
@@ -133,7 +133,7 @@ def test_who_watches_is_told_that_the_server_goes() -> None:
     assert codes == [grpc.StatusCode.UNAVAILABLE]
 
 
-def test_while_it_drains_each_face_sends_newcomers_elsewhere() -> None:
+def test_while_it_drains_http_and_grpc_send_new_requests_elsewhere() -> None:
     """New calls of an open connection were CANCELLED, which no client takes for 'ask another'."""
     raw = draw_raw(5, 2, 1)
     slow = {"timeout_ms": 60_000.0, "max_wait_ms": 3000.0, "drain_s": 60.0}
@@ -207,7 +207,7 @@ def test_sigterm_under_load_gives_grpc_answers_or_unavailable(artifact: Path) ->
 
 @pytest.mark.parametrize("path", ["/v1/rank", "/v1/rank?stream=1", "/v2/models/kvshare/infer"])
 def test_what_is_too_large_is_told_the_limit_and_its_name(path: str) -> None:
-    """It said 'Request Entity Too Large', and nobody knew by how much or what to change."""
+    """The error was 'Request Entity Too Large', without the size or the key to change."""
     with local_server(EagerLoader(), max_request_bytes=2000) as server:
         status, answer = server.ask("POST", path, b" " * 2001)
         error = answer["error"]
@@ -230,7 +230,7 @@ def test_a_body_of_unknown_length_is_told_the_limit_too() -> None:
 
 
 def test_grpc_names_the_limit_and_what_came() -> None:
-    """In the words of its library, which reads nothing of a larger message."""
+    """By its library, which does not read a larger message."""
     with (
         local_server(EagerLoader(), max_request_bytes=2000) as server,
         grpc.insecure_channel(server.grpc_url) as channel,

@@ -1,4 +1,4 @@
-"""Scoring takes no more memory than was said before the first request, and not much less."""
+"""Scoring a batch takes at most the memory computed at startup, and not much less."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -15,19 +15,19 @@ from torchrec_kvshare.export.artifact import read_artifact
 from torchrec_kvshare.export.exporter import PT2, TORCHSCRIPT, export_model
 from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
 from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history
-from torchrec_kvshare.serving.footprint import check_memory, step_bytes
-from torchrec_kvshare.serving.scheduler import StepLimits
+from torchrec_kvshare.serving.footprint import batch_bytes, check_memory
+from torchrec_kvshare.serving.scheduler import BatchLimits
 
 EAGER = "eager"
 HISTORY, REQUESTS, CANDIDATES, IDS = 512, 16, 4096, 150_000
 SCHEMA = make_schema(HISTORY, num_users=4, block=64)
 SPEC = TowerSpec(CAUSAL, 48, 2, 4)
-LIMITS = StepLimits(REQUESTS, CANDIDATES, events=8192, ids=IDS, max_wait_s=0.0)
-# Times what is measured: 2.4, and 8.2 of graphs, in which the rows of a bag are never together;
-# beyond twice that a figure has nothing to do with the step.
-AT_MOST_SAID = {EAGER: 6.0, TORCHSCRIPT: 6.0, PT2: 20.0}
+LIMITS = BatchLimits(REQUESTS, CANDIDATES, events=8192, ids=IDS, max_wait_s=0.0)
+# Ratio to the measured bytes: 2.4, and 8.2 for graphs, in which the rows of a bag are never
+# together. Beyond twice that the figure has nothing to do with the batch.
+MAX_RATIO = {EAGER: 6.0, TORCHSCRIPT: 6.0, PT2: 20.0}
 
-# The worst steps that the limits allow: many requests of which one is long, or one full of ids.
+# The worst batches within the limits: many requests of which one is long, or one full of ids.
 PROGRAM = """
 import ctypes
 import sys
@@ -64,7 +64,7 @@ if not ids:
     raws += [drawn(n, HISTORY, (CANDIDATES - long) // 15, 0) for n in range(1, REQUESTS)]
 for _ in range(3):
     engine.rank([parse_request(drawn(9, 9, 5, 0), SCHEMA)])
-ctypes.CDLL(None).malloc_trim(0)  # What was freed while the model loaded would hide the step.
+ctypes.CDLL(None).malloc_trim(0)  # Memory freed after loading would hide the batch.
 Path("/proc/self/clear_refs").write_text("5")  # The high-water mark begins anew.
 before = of_status("VmRSS")
 engine.rank([parse_request(raw, SCHEMA) for raw in raws])
@@ -78,7 +78,7 @@ def new_model() -> RankingModel:
 
 @lru_cache
 def exported(folder: Path, runtime: str) -> Path:
-    export_model(new_model(), SCHEMA, folder / runtime, runtime)
+    export_model(new_model(), SCHEMA, folder / runtime, runtime=runtime)
     return folder / runtime
 
 
@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("ids", [0, IDS])
 @pytest.mark.parametrize("runtime", [EAGER, TORCHSCRIPT, PT2])
-def test_the_worst_step_takes_what_was_said_and_not_much_less(
+def test_the_worst_batch_takes_at_most_the_computed_bytes_and_not_much_less(
     folder: Path, runtime: str, ids: int
 ) -> None:
     artifact = exported(folder, TORCHSCRIPT if runtime == EAGER else runtime)
@@ -99,11 +99,11 @@ def test_the_worst_step_takes_what_was_said_and_not_much_less(
     ).communicate()
     measured = int(output or 0)
     assert measured > 2**23, errors
-    said = step_bytes(read_artifact(artifact)[0], SCHEMA, replace(LIMITS, ids=ids))
-    assert measured <= said <= AT_MOST_SAID[runtime] * measured
+    computed = batch_bytes(read_artifact(artifact)[0], SCHEMA, replace(LIMITS, ids=ids))
+    assert measured <= computed <= MAX_RATIO[runtime] * measured
 
 
-def test_a_server_that_its_memory_cannot_hold_does_not_start() -> None:
+def test_a_server_without_enough_memory_does_not_start() -> None:
     cache, server = CacheConfig(name=MEMORY, capacity_bytes=1000), ServerConfig(hot_bytes=100)
     check_memory(cache, replace(server, memory_bytes=1111), 10, 1)
     with pytest.raises(ConfigError, match=r"1112 bytes .*11 resident, 1000 .* 100 .* and 1111 are"):
@@ -113,14 +113,14 @@ def test_a_server_that_its_memory_cannot_hold_does_not_start() -> None:
         check_memory(cache, server, 2**60, 1)
 
 
-def test_what_a_server_takes_is_in_its_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_memory_that_a_server_takes_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     check_memory(CacheConfig(name=OFF), ServerConfig(memory_bytes=2**40), 10, 1)
     assert f"memory: at most {11 + ServerConfig().hot_bytes} of {2**40} bytes" in caplog.text
 
 
-def test_the_figure_grows_with_what_a_step_may_hold(folder: Path) -> None:
+def test_the_figure_grows_with_the_limits_of_a_batch(folder: Path) -> None:
     manifest, _ = read_artifact(exported(folder, TORCHSCRIPT))
-    said = step_bytes(manifest, SCHEMA, LIMITS)
+    computed = batch_bytes(manifest, SCHEMA, LIMITS)
     for larger in ({"requests": 32}, {"candidates": 8192}, {"ids": 200_000}):
-        assert step_bytes(manifest, SCHEMA, replace(LIMITS, **larger)) > said
+        assert batch_bytes(manifest, SCHEMA, replace(LIMITS, **larger)) > computed

@@ -1,4 +1,4 @@
-"""A user who is forgotten is in no cache, list or queue any more, and nothing under way is kept."""
+"""A forgotten user is in no cache, list or queue, and nothing of requests in flight is kept."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def forget(server: Asked, user: Any, path: str = "/v1/forget") -> tuple[int, Any
 # --------------------------------------------------------------------------------- what is asked
 
 
-def test_a_user_who_is_forgotten_is_a_stranger_however_spelt(serve: Callable[..., Any]) -> None:
+def test_a_forgotten_user_is_cold_in_every_spelling_of_the_id(serve: Callable[..., Any]) -> None:
     with serve() as server:
         for user in (17850, "b"):
             server.rank(asks(user), **SAID)
@@ -156,7 +156,7 @@ def test_no_id_of_a_forgotten_user_is_in_the_log(
 def test_a_request_that_came_before_does_not_bring_its_user_back(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was looked up after its user was forgotten was kept, though it had come before."""
+    """K/V was kept if a request came before its user was forgotten and was looked up after."""
     is_there, may_go_on = threading.Event(), threading.Event()
     rank_each = Engine.rank_each
 
@@ -209,8 +209,8 @@ def metrics_of(server: Asked) -> str:
     return text
 
 
-def test_what_came_before_is_not_extended_into_what_came_after() -> None:
-    """K/V of new events took the age of the K/V that they were put behind."""
+def test_earlier_kv_is_not_extended_by_later_events() -> None:
+    """K/V of new events took the age of the K/V that they extended."""
     model = RankingModel(make_dlrm(1)).eval()
     engine = Engine(model, SCHEMA, KVStore(make_caches(model, [30])), version=version_called("v"))
     came_at = steady_clock()()
@@ -385,7 +385,7 @@ def replicas(serve: Callable[..., Any], count: int) -> Iterator[tuple[list[Asked
         yield [stack.enter_context(serve(http_port=port, peers=peers)) for port in ports], peers
 
 
-def test_whichever_replica_is_asked_all_of_them_forget(serve: Callable[..., Any]) -> None:
+def test_all_replicas_forget_whichever_is_asked(serve: Callable[..., Any]) -> None:
     with replicas(serve, 3) as (servers, peers):
         for server in servers:
             server.rank(asks("a"), **SAID)
@@ -403,12 +403,12 @@ def test_whichever_replica_is_asked_all_of_them_forget(serve: Callable[..., Any]
 def test_a_replica_that_does_not_answer_is_named(serve: Callable[..., Any]) -> None:
     with replicas(serve, 1) as ([server], [here]), closed_port() as port:
         server.rank(asks("a"), **SAID)
-        nobody = f"127.0.0.1:{port}"
-        with serve(peers=[here, nobody]) as other:
+        closed = f"127.0.0.1:{port}"
+        with serve(peers=[here, closed]) as other:
             status, body = forget(other, "a")
         assert status == 503, body
         assert body["error"]["type"] == "UnavailableError"
-        assert f"ask again. {nobody}: ClientConnectorError" in body["error"]["message"]
+        assert f"ask again. {closed}: ClientConnectorError" in body["error"]["message"]
         assert list(body["replicas"]) == [here]
         assert status_of(server.rank(asks("a"), **SAID)) == ("miss", "cold")
 
@@ -440,7 +440,7 @@ def test_peers_are_behind_the_proxy_s_tls() -> None:
 def test_a_cluster_forgets_a_user_at_every_replica(
     artifact: Path, tmp_path: Path, token_file: str
 ) -> None:
-    """nginx sends a user's requests to one replica; who forgets asks all of them."""
+    """nginx sends a user's requests to one replica; forgetting asks all replicas."""
     output = tmp_path / "cluster"
     overrides = [f"artifact={artifact}", f"output={output}", f"server.token_file={token_file}"]
     overrides += ["replicas=2", "threads=1", "server.http_port=0", "server.grpc_port=0"]
@@ -470,12 +470,12 @@ def test_a_cluster_forgets_a_user_at_every_replica(
         assert set(body["replicas"]) == set(addresses)
         for answer in body["replicas"].values():
             assert answer["forgotten_bytes"]["pages"] > 0
-        # Not even Redis has it; the first one's answer goes there.
+        # Not even Redis has it: the first replica would find it there.
         assert status_of(direct[0].rank(asks("a"), **SAID)) == ("miss", "cold")
         frozen = process_at(tmp_path / "log", addresses[1])
         os.kill(frozen, signal.SIGSTOP)
         try:
-            status, body = forget_when_led_to(front, direct[0])
+            status, body = forget_when_routed_to(front, direct[0])
         finally:
             os.kill(frozen, signal.SIGCONT)
         assert status == 503
@@ -504,8 +504,8 @@ def process_at(log: Path, address: str) -> int:
     raise AssertionError(address)
 
 
-def forget_when_led_to(front: Asked, server: Asked) -> tuple[int, Any]:
-    """Through nginx, as soon as it leads to a replica that runs."""
+def forget_when_routed_to(front: Asked, server: Asked) -> tuple[int, Any]:
+    """Forget through nginx, as soon as it picks a running replica."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         status, body = forget(front, "a")

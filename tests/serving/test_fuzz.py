@@ -1,7 +1,7 @@
-"""Thousands of broken requests on both faces: each is refused in words, and none harms the next.
+"""Thousands of broken requests over HTTP and gRPC: each is refused, and none harms the next.
 
 Good requests are mutated at every level that a sender can get wrong: bits, JSON trees, tensors,
-headers, paths. 2,000 by default, 20,000 with KVSHARE_SOAK=1; the seed stands in every failure.
+headers, paths. 2,000 by default, 20,000 with KVSHARE_SOAK=1; every failure shows the seed.
 """
 
 import gc
@@ -63,7 +63,7 @@ CODES = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
-# JSON that no tree of Python's prints; they stand in a tree under their number.
+# JSON that json.dumps cannot write; a tree names them by their index.
 # fmt: off
 TEXTS = [
     "NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1e-400", "-0", "-0.0", "00", "0x1", "+1",
@@ -150,17 +150,17 @@ def test_no_broken_request_breaks_the_server(caplog: pytest.LogCaptureFixture) -
     with local_server(EagerLoader(), **LIMITS) as server:
         check_good_requests(server)
         threads = threading.enumerate()
-        with Faces(server) as faces:
+        with Clients(server) as clients:
             for number in range(NUM_REQUESTS):
                 broken = draw_sent(rng) if rng.random() < 0.6 else draw_called(rng)
                 try:
-                    ends[faces.send(broken)] += 1
+                    ends[clients.send(broken)] += 1
                 except AssertionError as error:
                     faults.setdefault(str(error)[:500], shown(broken))
                 if number % ROUND == ROUND - 1:
                     check_good_requests(server)
                     assert all(thread.is_alive() for thread in threads), f"seed {seed}"
-            faces.send_raw(rng, faults)
+            clients.send_raw(rng, faults)
         wait_for_rest(server)
     logged = errors_in(caplog)
     assert not faults, f"seed {seed}: {len(faults)} faults, {[*faults.items()][:MAX_SHOWN]}"
@@ -172,12 +172,12 @@ def test_no_broken_request_breaks_the_server(caplog: pytest.LogCaptureFixture) -
 
 def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was logged as an error, each once."""
-    gc.collect()  # Exceptions that nobody fetched are logged then.
+    gc.collect()  # asyncio logs exceptions that were never retrieved.
     found = {}
     for record in caplog.records:
         error = record.exc_info[1] if record.exc_info else None
-        # gRPC and aiohttp have words of their own for a caller whose deadline has passed, for
-        # what is no HTTP, and for who has gone before "100 Continue": none reaches our code.
+        # gRPC and aiohttp log passed deadlines, bytes that are not HTTP, and clients that have gone
+        # before "100 Continue"; none reaches our code.
         is_late = isinstance(error, ExecuteBatchError)
         is_theirs = isinstance(error, BadHttpMessage | ClientConnectionResetError)
         if record.levelno >= logging.ERROR and not is_late and not is_theirs:
@@ -206,10 +206,10 @@ def test_what_broke_it_once_is_refused(caplog: pytest.LogCaptureFixture) -> None
     ]
     faults: dict[str, str] = {}
     with local_server(EagerLoader(), **LIMITS) as server:
-        with Faces(server) as faces:
+        with Clients(server) as clients:
             for one in broken:
                 try:
-                    assert faces.send(one) not in ("200", "OK") or one.method == STREAMED
+                    assert clients.send(one) not in ("200", "OK") or one.method == STREAMED
                 except AssertionError as error:
                     faults[shown(one)[:300]] = str(error)[:300]
         check_good_requests(server)
@@ -218,7 +218,7 @@ def test_what_broke_it_once_is_refused(caplog: pytest.LogCaptureFixture) -> None
 
 
 def check_good_requests(server: Asked) -> None:
-    """Scored right, on both faces and in a stream."""
+    """Check scores over HTTP, gRPC and a stream."""
     status, answers = server.rank(GOOD)
     assert status == 200, answers
     message = message_of(tensors_of(GOOD)).SerializeToString()
@@ -254,18 +254,18 @@ def shown(broken: Sent | Called) -> str:
     return text if len(text) < 3000 else f"{text[:3000]}... of {len(text)}"
 
 
-# --- both faces
+# --- HTTP and gRPC clients
 
 
-class Faces:
-    """Connections to both faces, opened again when the server has closed one."""
+class Clients:
+    """Connections over HTTP and gRPC, opened again when the server has closed one."""
 
     def __init__(self, server: Asked) -> None:
         self._server = server
         self._http = HTTPConnection(server.http_address, timeout=60.0)
         self._channel = grpc.insecure_channel(server.grpc_url)
 
-    def __enter__(self) -> "Faces":
+    def __enter__(self) -> "Clients":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -471,7 +471,7 @@ def text_of(rng: random.Random, tree: Any) -> bytes:
     return text.encode()
 
 
-# --- tensors, for both faces
+# --- tensors, for HTTP and gRPC
 
 
 def tensors_of(raws: list[dict[str, Any]]) -> list[Tensor]:
@@ -570,7 +570,7 @@ def elements_of(tensor: Tensor) -> list[Any]:
 
 
 def texts_in(data: bytes) -> list[str]:
-    """Elements that stand behind their lengths, as far as that goes."""
+    """Elements after their lengths, as far as the data go."""
     texts, end = [], 0
     while end + 4 <= len(data):
         start, end = end + 4, end + 4 + int.from_bytes(data[end : end + 4], "little")

@@ -98,7 +98,7 @@ def hostile_client(server: ServerProcess, folder: Path) -> Iterator["subprocess.
 
 
 class GoodClient:
-    """Asks over both faces by turns, and checks the scores."""
+    """Asks over HTTP and gRPC by turns, and checks the scores."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server

@@ -1,4 +1,4 @@
-"""What no client may take more of than its share: connections, time, bytes, calls, streams."""
+"""Limits of what one client may take: connections, time, bytes, queue, calls, streams."""
 
 import asyncio
 import gc
@@ -8,22 +8,30 @@ import re
 import resource
 import socket
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException
 
 from tests.cache.servers import wait_until
-from tests.serving.servers import Asked, EagerLoader, grpc_message, local_server
-from tests.worlds import draw_raw
+from tests.serving.servers import Asked, EagerLoader, grpc_message, inputs_of, local_server
+from tests.worlds import SCHEMA, draw_raw
 from torchrec_kvshare.config import ServerConfig
-from torchrec_kvshare.errors import ConfigError, NoRoomError, RequestError
+from torchrec_kvshare.errors import ConfigError, NoRoomError, RequestError, UnavailableError
+from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
+from torchrec_kvshare.serving import grpc_server, http_server
+from torchrec_kvshare.serving import service as service_module
+from torchrec_kvshare.serving.columns import column_tensors
 from torchrec_kvshare.serving.intake import LARGE_BYTES, SMALL_BYTES, Intake, gc_paused
 from torchrec_kvshare.serving.metrics import LIMITS, ServerMetrics
 from torchrec_kvshare.serving.models import Models
@@ -38,7 +46,7 @@ RAW = draw_raw(5, 2, 1)
 
 
 def refusals(server: Asked) -> dict[str, int]:
-    """How often each limit refused or ended something."""
+    """Number of refusals by limit."""
     _, text = server.ask("GET", "/metrics")
     found = re.findall(r'^kvshare_refusals_total\{limit="(\w+)"\} (\S+)$', text, re.M)
     assert {limit for limit, _ in found} == {*LIMITS}
@@ -47,7 +55,7 @@ def refusals(server: Asked) -> dict[str, int]:
 
 def gauge(server: Asked, name: str) -> int:
     _, text = server.ask("GET", "/metrics")
-    [value] = re.findall(rf"^kvshare_{name} (\S+)$", text, re.M)
+    [value] = re.findall(rf"^kvshare_{re.escape(name)} (\S+)$", text, re.M)
     return int(float(value))
 
 
@@ -62,7 +70,7 @@ def head_of(path: str, num_bytes: int, *fields: str) -> bytes:
 
 
 def read_to_end(connection: socket.socket) -> bytes:
-    """What comes until the server closes the connection; a reset is an end too."""
+    """Read until the server closes or resets the connection."""
     received = b""
     try:
         while more := connection.recv(65_536):
@@ -103,7 +111,7 @@ def _answers(server: Asked) -> bool:
 @pytest.mark.parametrize("begin", [b"", b"POST /v1/rank HTTP/1.1\r\nHos"])
 @pytest.mark.parametrize("has_asked", [False, True])
 def test_a_connection_without_headers_is_closed(begin: bytes, has_asked: bool) -> None:
-    """They stayed for an hour; those that sent a letter a minute for ever."""
+    """They stayed open for an hour; those that sent a byte a minute stayed for ever."""
     times = {"header_timeout_s": 0.5, "idle_timeout_s": 60.0 if begin else 0.5}
     with local_server(EagerLoader(), **times, **PATIENT) as server:
         with connect(server.http_address) as connection:
@@ -116,7 +124,7 @@ def test_a_connection_without_headers_is_closed(begin: bytes, has_asked: bool) -
             assert refusals(server) == {"header_time": 1}
 
 
-def test_letters_one_by_one_are_no_headers() -> None:
+def test_headers_byte_by_byte_are_cut_off() -> None:
     with local_server(EagerLoader(), header_timeout_s=0.5, **PATIENT) as server:
         with connect(server.http_address) as connection:
             connection.sendall(b"GET /v2 HTTP/1.1\r\nX-Slow: ")
@@ -155,7 +163,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(path: str) -> None:
 
 
 def test_answers_that_are_not_read_end_their_connection() -> None:
-    """They were kept for as long as the client liked, with all that they were made of."""
+    """They were kept in memory for as long as the client liked."""
     with local_server(EagerLoader(), body_timeout_s=0.5, **PATIENT) as server:
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -181,7 +189,7 @@ def test_answers_that_are_not_read_end_their_connection() -> None:
 
 
 def test_bytes_in_flight_are_bounded_over_all_clients() -> None:
-    """Bodies were read whatever others held: 200 of 16 MiB were 3 GiB before any was queued."""
+    """Bodies had no common limit: 200 of 16 MiB took 3 GiB before any was queued."""
     limits = {"max_request_bytes": 400_000, "max_inflight_bytes": 400_000}
     message = json.dumps(RAW | {"more": "x" * 300_000}).encode()
     with local_server(EagerLoader(), **limits, **PATIENT) as server:
@@ -200,7 +208,7 @@ def test_bytes_in_flight_are_bounded_over_all_clients() -> None:
                     infer(b"x" * 300_000, timeout=WAIT_S)
                 assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert refusals(server) == {"inflight_bytes": 4}
-            # What is small has room whatever others hold.
+            # A small request always has room.
             assert server.rank(RAW)[0] == 200
         wait_until(lambda: gauge(server, "inflight_bytes") == 0, WAIT_S)
         assert server.rank(message)[0] == 200
@@ -254,7 +262,7 @@ def test_what_is_held_is_counted_beyond_the_small_part_of_each() -> None:
 
 
 def test_large_messages_are_parsed_in_a_thread_without_the_collector() -> None:
-    """15 MiB of JSON held up the event loop for 1.6 s, nearly all of it garbage collection."""
+    """15 MiB of JSON blocked the event loop for 1.6 s, nearly all of it garbage collection."""
     intake = Intake(1, print)
 
     def parse() -> tuple[str, bool]:
@@ -312,6 +320,181 @@ def test_a_message_of_many_empty_fields_is_refused_before_it_is_made() -> None:
         decode_infer_json({"inputs": [{}] * (MAX_FIELDS + 1)}, b"")
 
 
+# --- admission
+
+
+def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the functions that decode bodies or parse columns, as they are called."""
+    called: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for name in ("decode_json", "decode_request", "decode_infer_json", "raw_requests"):
+        watch(http_server, name)
+    for name in ("decode_infer", "raw_requests", "raw_candidates"):
+        watch(grpc_server, name)
+    for name in ("parse_request", "parse_candidates"):
+        watch(service_module, name)
+    return called
+
+
+@contextmanager
+def blocked_scoring(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Score nothing until the event is set, or the block ends."""
+    may_go_on, rank_each = threading.Event(), Engine.rank_each
+
+    def rank_later(self: Engine, requests: Sequence[Request]) -> list[Answer | Unscored]:
+        assert may_go_on.wait(WAIT_S)
+        return rank_each(self, requests)
+
+    monkeypatch.setattr(Engine, "rank_each", rank_later)
+    try:
+        yield may_go_on
+    finally:
+        may_go_on.set()
+
+
+def fill_queue(server: Asked, threads: ThreadPoolExecutor, num_requests: int) -> list[Future[Any]]:
+    """Send a request that is being scored, then others until ``num_requests`` wait."""
+    asking = [threads.submit(server.rank, RAW)]
+    wait_until(lambda: batches_started(server) == 1, WAIT_S)
+    while gauge(server, "queue_requests") < num_requests:
+        waiting = gauge(server, "queue_requests") + 1
+        asking.append(threads.submit(server.rank, RAW))
+        wait_until(lambda waiting=waiting: gauge(server, "queue_requests") == waiting, WAIT_S)
+    return asking
+
+
+def batches_started(server: Asked) -> int:
+    return gauge(server, "batch_requests_count")
+
+
+def overloaded(server: Asked, kind: str) -> int:
+    return gauge(server, f'requests_total{{model="kvshare",outcome="overloaded",server="{kind}"}}')
+
+
+def test_a_request_refused_for_a_full_queue_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its body was decoded and its columns were parsed before the queue was looked at."""
+    called = count_decoding(monkeypatch)
+    with (
+        blocked_scoring(monkeypatch) as may_go_on,
+        ThreadPoolExecutor(2) as threads,
+        local_server(EagerLoader(), queue_requests=1, **PATIENT) as server,
+        grpc.insecure_channel(server.grpc_url) as channel,
+    ):
+        asking = fill_queue(server, threads, 1)
+        called.clear()
+        body, stub = json.dumps(RAW).encode(), service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        paths = ("/v1/rank", "/v1/rank?stream=1", "/v2/models/kvshare/infer")
+        for path, text in (*((path, body) for path in paths), ("/v1/rank", b"[" + body + b"]")):
+            status, answer, retry_after = ask_with_headers(server, path, text)
+            assert (status, retry_after) == (429, "1")
+            assert "1 requests wait, 1 more came; at most 1 may wait" in json.dumps(answer)
+        with pytest.raises(grpc.RpcError, match="at most 1 may wait") as refused:
+            stub.ModelInfer(grpc_message(RAW), timeout=WAIT_S)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        messages = iter([grpc_message(RAW), grpc_message(RAW, "s")])
+        for reply in stub.ModelStreamInfer(messages, timeout=WAIT_S):
+            assert reply.error_message.startswith("OverloadError: 1 requests wait")
+        assert called == []
+        assert refusals(server) == {"queue": 7}
+        assert (overloaded(server, "http"), overloaded(server, "grpc")) == (4, 3)
+        may_go_on.set()
+        assert [one.result(WAIT_S)[0] for one in asking] == [200, 200]
+
+
+def test_a_group_refused_for_a_full_queue_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = count_decoding(monkeypatch)
+    with (
+        blocked_scoring(monkeypatch) as may_go_on,
+        ThreadPoolExecutor(3) as threads,
+        local_server(EagerLoader(), queue_requests=2, **PATIENT) as server,
+        connect(server.http_address) as connection,
+    ):
+        asking = fill_queue(server, threads, 1)
+        first = json.dumps(RAW | {"user_id": "stream"}).encode() + b"\n"
+        group = json.dumps({"candidates": RAW["candidates"]}).encode() + b"\n"
+        connection.sendall(head_of("/v1/rank?stream=1", len(first) + len(group)) + first)
+        wait_until(lambda: gauge(server, "queue_requests") == 2, WAIT_S)
+        called.clear()
+        connection.sendall(group)
+        wait_until(lambda: refusals(server) == {"queue": 1}, WAIT_S)
+        assert called == []
+        may_go_on.set()
+        answer = b""
+        while b"event: error" not in answer:
+            answer += connection.recv(65_536)
+        assert b"event: scores" in answer
+        assert [one.result(WAIT_S)[0] for one in asking] == [200, 200]
+
+
+def test_a_message_of_more_requests_than_the_queue_has_room_for_is_not_parsed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called = count_decoding(monkeypatch)
+    tensors = column_tensors([RAW, RAW, RAW], SCHEMA)
+    with (
+        local_server(EagerLoader(), queue_requests=2, **PATIENT) as server,
+        triton.InferenceServerClient(server.grpc_url) as client,
+    ):
+        with pytest.raises(InferenceServerException, match="3 more came; at most 2 may wait"):
+            client.infer("kvshare", inputs_of(triton, tensors))
+        assert "parse_request" not in called
+        assert refusals(server) == {"queue": 1}
+
+
+def test_a_request_for_an_unknown_model_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = count_decoding(monkeypatch)
+    with (
+        local_server(EagerLoader(), **PATIENT) as server,
+        grpc.insecure_channel(server.grpc_url) as channel,
+    ):
+        body, stub = json.dumps(RAW).encode(), service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for path in ("/v1/rank?model=x", "/v1/rank?model=x&stream=1", "/v2/models/x/infer"):
+            assert server.ask("POST", path, body)[0] == 404
+        message = grpc_message(RAW)
+        message.model_name = "x"
+        with pytest.raises(grpc.RpcError, match="x was asked for") as refused:
+            stub.ModelInfer(message, timeout=WAIT_S)
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+        [reply] = stub.ModelStreamInfer(iter([message]), timeout=WAIT_S)
+        assert reply.error_message.startswith("UnknownModelError: x was asked for")
+        assert called == []
+
+
+def test_while_grpc_drains_a_message_is_refused_before_it_is_parsed() -> None:
+    loader = EagerLoader()
+    metrics = ServerMetrics(loader.metrics)
+    models = Models(loader.load, metrics, num_hot=0, hot_bytes=0)
+
+    async def drain() -> None:
+        service = Service(models, metrics, ServerConfig())
+        server = grpc_server.GrpcServer(service)
+        with pytest.raises(RequestError, match="no ModelInferRequest"):
+            server._decode(b"\xff")
+        await server.drain(0.0)
+        with pytest.raises(UnavailableError, match="the server is about to stop"):
+            server._decode(b"\xff")
+        service.close()
+
+    asyncio.run(drain())
+
+
+def test_a_message_that_finds_room_after_all_is_decoded_on_admission() -> None:
+    message = grpc_message(RAW)
+    tensors = grpc_server.Incoming(message, inputs=None, num_bytes=0).tensors()
+    assert tensors.keys() == {one.name for one in message.inputs}
+
+
 # --- tokens
 
 
@@ -344,7 +527,7 @@ def _never(event: threading.Event) -> Iterator[bytes]:
 # --- calls
 
 
-def test_calls_beyond_the_limit_are_refused_and_health_is_told_all_the_same() -> None:
+def test_calls_beyond_the_limit_are_refused_and_health_still_answers() -> None:
     with (
         local_server(EagerLoader(), max_calls=2, **PATIENT) as server,
         grpc.insecure_channel(server.grpc_url) as channel,
@@ -440,7 +623,7 @@ def started(number: int) -> service_pb2.ModelInferRequest:
 
 
 def test_sequences_are_bounded_in_number_also_after_their_deadline() -> None:
-    """Their deadline ended the count and nothing else: 32 were open where 8 may be."""
+    """At the deadline only the count dropped: 32 were open where 8 may be."""
     limits = {"max_streams": 8, "stream_timeout_s": 3.0, "stream_depth": 1}
     with (
         local_server(EagerLoader(num_pages=400), **limits, **PATIENT) as server,
@@ -454,7 +637,7 @@ def test_sequences_are_bounded_in_number_also_after_their_deadline() -> None:
             messages.put(message)
             return str(next(answers).error_message)
 
-        # Those of the first ones that take long have passed by the end of a slow machine's turn.
+        # On a slow machine the first deadlines pass before the last sequence starts.
         open_ones = [ask(started(number)) for number in range(32)].count("")
         assert 8 <= open_ones < 32
         assert gauge(server, "streams_open") <= 8
@@ -474,7 +657,7 @@ def test_sequences_are_bounded_in_number_also_after_their_deadline() -> None:
 def test_a_retired_version_leaves_when_the_deadline_of_its_sequences_has_passed(
     tmp_path: Path,
 ) -> None:
-    """It stayed with the call, which may be open for days."""
+    """It stayed as long as the call, which may be open for days."""
     loader = EagerLoader()
     metrics = ServerMetrics(loader.metrics)
     models = Models(loader.load, metrics, num_hot=0, hot_bytes=0)
@@ -534,7 +717,7 @@ def test_a_sequence_whose_answers_wait_ends_at_its_deadline_with_an_error_in_the
 # --- what cannot work
 
 
-def test_limits_that_cannot_work_are_said_at_the_start() -> None:
+def test_limits_that_cannot_work_are_refused_at_the_start() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for settings, message in (
         ({"max_inflight_bytes": 9, "max_request_bytes": 10}, r"server\.max_inflight_bytes is 9"),
@@ -545,7 +728,7 @@ def test_limits_that_cannot_work_are_said_at_the_start() -> None:
 
 
 def test_many_connections_have_room_for_their_files() -> None:
-    """A process may open 1024 files where nobody says otherwise; accepting failed beyond them."""
+    """The default limit is 1024 open files; accepting failed beyond it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -556,7 +739,7 @@ def test_many_connections_have_room_for_their_files() -> None:
 
 
 def test_good_and_refused_calls_side_by_side_lose_nothing() -> None:
-    """Refusals end their own calls alone, whoever comes at the same time."""
+    """A refusal ends its own call only."""
     with (
         local_server(EagerLoader(), max_calls=4, **PATIENT) as server,
         ThreadPoolExecutor(8) as threads,

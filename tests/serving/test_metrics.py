@@ -1,4 +1,4 @@
-"""What the server shows of itself: rates of now, quantiles, the last misses; TensorBoard too."""
+"""The live view of the page (rate, quantiles, last misses), and metrics in TensorBoard."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torchrec_kvshare.serving.metrics import LiveView, ServerMetrics
 MISS = CacheUse("miss", "cold", 0, 7, "none")
 
 
-def test_the_rate_is_that_of_the_last_seconds() -> None:
+def test_the_rate_is_of_the_last_seconds() -> None:
     now = [100.0]
     view = LiveView(clock=lambda: now[0])
     for _ in range(40):
@@ -34,7 +34,7 @@ def test_a_server_that_just_started_shows_no_rate_of_ten_seconds() -> None:
     assert view.to_json()["qps"] == 5.0
 
 
-def test_latencies_are_those_of_answers() -> None:
+def test_latencies_are_of_answered_requests() -> None:
     view = LiveView()
     assert view.to_json()["latency_ms"] == {"p50": None, "p90": None, "p99": None}
     for latency_ms in range(1, 102):
@@ -44,7 +44,7 @@ def test_latencies_are_those_of_answers() -> None:
     assert view.to_json()["requests"]["deadline"] == 1
 
 
-def test_the_newest_misses_stand_first_and_old_ones_go() -> None:
+def test_the_newest_misses_come_first_and_old_ones_are_dropped() -> None:
     view = LiveView()
     for number in range(30):
         view.miss("kvshare", number, MISS)
@@ -58,14 +58,14 @@ def test_tensorboard_gets_what_prometheus_gets(tmp_path: Path) -> None:
     cache = CacheMetrics()
     metrics = ServerMetrics(cache)
     cache.count("lookups", 3, tier="pages", outcome="hit")
-    metrics.requests.labels("shop", "grpc", "ok").inc(5)
-    metrics.request_seconds.labels("shop", "grpc").observe(0.25)
+    metrics.count("requests", "shop", "grpc", "ok", amount=5)
+    metrics.observe("request_seconds", 0.25, "shop", "grpc")
     with SummaryWriter(str(tmp_path)) as writer:
         metrics.write(writer, step=7)
     events = EventAccumulator(str(tmp_path)).Reload()
     values = {tag: events.Scalars(tag)[-1] for tag in events.Tags()["scalars"]}
     assert values["kvshare_requests_total/shop/grpc/ok"].value == 5.0
     assert values["kvshare_request_seconds_sum/shop/grpc"].value == 0.25
-    assert values["kvshare_cache_lookups_total/device/hit"].value == 3.0
+    assert values["kvshare_cache_lookups_total/pages/hit"].value == 3.0
     assert {value.step for value in values.values()} == {7}
     assert not [tag for tag in values if "_bucket" in tag or "_created" in tag]

@@ -1,10 +1,8 @@
-"""Versions take over warm and whole, broken ones are refused, and removing one goes back."""
+"""New versions take over with warm caches, broken ones are refused, removing one goes back."""
 
 import shutil
 import threading
-import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cache.servers import wait_until
 from tests.encoder_worlds import make_caches
-from tests.serving.servers import EagerLoader, running_server
+from tests.serving.servers import BreakingLoader, running_server
 from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all, version_called
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.store import KVStore
@@ -21,8 +20,9 @@ from torchrec_kvshare.config import CacheConfig, ServerConfig
 from torchrec_kvshare.errors import ArtifactError, UnavailableError, UnknownModelError
 from torchrec_kvshare.export.artifact import MANIFEST, read_artifact, write_manifest
 from torchrec_kvshare.export.exporter import export_model
+from torchrec_kvshare.features.batches import RequestBatch
 from torchrec_kvshare.features.parse import parse_user, user_columns
-from torchrec_kvshare.features.request import Request, distinct_histories
+from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.features.schema import FeatureSchema, Vocabulary
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
@@ -41,24 +41,16 @@ from torchrec_kvshare.serving.models import (
 RawRequest = dict[str, Any]
 
 HOT_BYTES = 2**20
-
-
-class Loader(EagerLoader):
-    """A version's number is its model's seed; those above 90 are broken."""
-
-    def load(self, folder: Path) -> Engine:
-        if int(folder.name) > 90:
-            raise ArtifactError(f"{folder.name} is broken")
-        return super().load(folder)
+WAIT_S = 90.0  # a busy machine
 
 
 def make_models(num_hot: int = 8) -> Models:
-    loader = Loader()
+    loader = BreakingLoader()
     return Models(loader.load, ServerMetrics(loader.metrics), num_hot, HOT_BYTES)
 
 
 def add(folder: Path, name: str, version: str) -> Path:
-    """A version whose artifact is a manifest alone, of which the loader reads nothing."""
+    """A version whose artifact is only a manifest, which the loader does not read."""
     artifact = folder / name / version
     artifact.mkdir(parents=True)
     (artifact / MANIFEST).write_text("{}")
@@ -107,7 +99,7 @@ def test_a_broken_version_is_refused_and_the_old_one_stays(tmp_path: Path) -> No
 
 
 class Ending(Served):
-    """A version whose last request ends as soon as somebody has asked whether it has."""
+    """A version whose last request ends right after num_open is read."""
 
     num_asked = 0
 
@@ -124,7 +116,7 @@ class Ending(Served):
 def test_a_version_whose_last_request_ends_while_it_is_counted_does_not_drain_for_ever(
     tmp_path: Path,
 ) -> None:
-    """Asked twice whether requests are open, it left the list unseen and was shown for ever."""
+    """num_open was read twice: a version left the list in between and was shown for ever."""
     models = make_models()
     add(tmp_path, "shop", "1")
     models.refresh(tmp_path)
@@ -136,8 +128,8 @@ def test_a_version_whose_last_request_ends_while_it_is_counted_does_not_drain_fo
 
 
 def test_an_alarm_stands_until_another_version_takes_over(tmp_path: Path) -> None:
-    """The drift of a version that was long gone stood on the page, and its alarm in the metrics."""
-    loader = Loader()
+    """The page kept the drift of a removed version, and the metrics its alarm."""
+    loader = BreakingLoader()
     metrics = ServerMetrics(loader.metrics)
     models = Models(loader.load, metrics, 8, HOT_BYTES)
 
@@ -180,7 +172,7 @@ def test_models_side_by_side_go_by_their_names(tmp_path: Path) -> None:
         models.get("shop", "2")
 
 
-def test_an_old_version_stays_until_its_last_answer(tmp_path: Path) -> None:
+def test_an_old_version_drains_until_its_last_answer(tmp_path: Path) -> None:
     models = make_models()
     add(tmp_path, "shop", "1")
     models.refresh(tmp_path)
@@ -191,7 +183,7 @@ def test_an_old_version_stays_until_its_last_answer(tmp_path: Path) -> None:
     assert states(models) == {("shop", "2"): SERVING}
 
 
-def test_what_is_no_version_is_left_alone(tmp_path: Path) -> None:
+def test_folders_that_are_no_versions_are_ignored(tmp_path: Path) -> None:
     add(tmp_path, "shop", "latest")
     (tmp_path / "shop" / "3").mkdir()
     (tmp_path / "notes.txt").write_text("")
@@ -200,7 +192,7 @@ def test_what_is_no_version_is_left_alone(tmp_path: Path) -> None:
         versions_in(tmp_path / "nowhere")
 
 
-def test_the_new_version_hits_for_who_asked_most(tmp_path: Path) -> None:
+def test_the_new_version_hits_for_the_users_that_asked_most(tmp_path: Path) -> None:
     models = make_models(num_hot=3)
     add(tmp_path, "shop", "1")
     models.refresh(tmp_path)
@@ -221,7 +213,7 @@ def test_a_newcomer_can_become_hot() -> None:
     assert len(hot.hottest()) == 4
 
 
-def test_what_is_remembered_of_users_is_bounded_in_bytes() -> None:
+def test_remembered_requests_are_bounded_in_bytes() -> None:
     """Whole requests were remembered, as large as a message may be."""
     hot = HotUsers(num_users=4, capacity_bytes=4_000)
     for user in "abcdef":
@@ -235,14 +227,14 @@ def test_what_is_remembered_of_users_is_bounded_in_bytes() -> None:
     assert users[0] not in [raw["user_id"] for raw in hot.hottest()]
 
 
-def test_nobody_is_remembered_where_no_user_is_to_be() -> None:
+def test_no_user_is_remembered_if_the_limit_is_zero() -> None:
     hot = HotUsers(num_users=0, capacity_bytes=0)
     hot.remember("a", {"user_id": "a"})
     assert hot.hottest() == []
 
 
-def test_what_is_remembered_holds_no_message() -> None:
-    """Columns over gRPC are parts of their message, all of which stayed with one of them."""
+def test_remembered_requests_keep_no_message_alive() -> None:
+    """gRPC columns are views of their message: one column kept the whole message alive."""
     hot = HotUsers(num_users=4, capacity_bytes=HOT_BYTES)
     message = np.arange(100_000)
     hot.remember("a", {"user_id": "a", "history": {"item_id": message[5:8]}})
@@ -257,7 +249,7 @@ def test_users_of_one_schema_warm_up_a_version_with_another() -> None:
     hot.remember("a", user_columns(asks("a"), SCHEMA))
     other = Vocabulary(["110", "109", "108", "107", "106", "105", "104", "103", "102", "101"])
     vocabularies = SCHEMA.vocabulary_by_column | {"item_id": other}
-    fewer = FeatureSchema(vocabularies, (), False, (), (), SCHEMA.histories)
+    fewer = FeatureSchema(vocabularies, histories=SCHEMA.histories)
     [raw] = hot.hottest()
     assert_same_user(parse_user(raw, fewer), parse_user(asks("a"), fewer))
     assert_same_user(parse_user(raw, SCHEMA), parse_user(asks("a"), SCHEMA))
@@ -266,13 +258,13 @@ def test_users_of_one_schema_warm_up_a_version_with_another() -> None:
 def assert_same_user(one: Request, other: Request) -> None:
     assert one.user_id == other.user_id
     assert one.num_events > 0
-    assert distinct_histories([one, other])[0] == [0]
+    assert RequestBatch([one, other]).users == [one]
 
 
 def test_an_engine_is_loaded_only_if_its_cached_scores_are_the_golden_ones(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache whose pages hold something else is found before the first request."""
+    """A cache whose pages are wrong is found before the first request."""
     loader = EngineLoader(CacheConfig(), ServerConfig())
     assert loader.load(artifact).store is not None
     read = Engine._score_pages
@@ -330,9 +322,9 @@ def test_requests_during_a_switch_are_answered_by_one_model_or_the_other() -> No
 
     with ThreadPoolExecutor(3) as threads:
         asking = [threads.submit(ask) for _ in range(3)]
-        wait_for(lambda: "1" in seen or any(one.done() for one in asking))
+        wait_until(lambda: "1" in seen or any(one.done() for one in asking), WAIT_S)
         models.publish("shop", "2", Path("2"))
-        wait_for(lambda: "2" in seen or any(one.done() for one in asking))
+        wait_until(lambda: "2" in seen or any(one.done() for one in asking), WAIT_S)
         stop.set()
         for one in asking:
             one.result()
@@ -342,7 +334,7 @@ def test_requests_during_a_switch_are_answered_by_one_model_or_the_other() -> No
 def test_a_real_server_switches_under_load_and_refuses_what_is_corrupt(
     artifact: Path, tmp_path: Path
 ) -> None:
-    """No request is lost or scored by half of two models, whatever lies in the folder."""
+    """No request is lost or scored by a mix of two models, whatever is in the folder."""
     versions = tmp_path / "models" / "shop"
     versions.mkdir(parents=True)
     shutil.copytree(artifact, versions / "1")
@@ -381,12 +373,12 @@ def test_a_real_server_switches_under_load_and_refuses_what_is_corrupt(
                 program[len(program) // 2] ^= 1
                 (corrupt / "model.pt").write_bytes(program)
                 corrupt.rename(versions / "3")
-                wait_for(lambda: state_of("3") == "refused")
+                wait_until(lambda: state_of("3") == "refused", WAIT_S)
                 assert state_of("1") == "serving"
                 (tmp_path / "second").rename(versions / "2")
-                wait_for(lambda: state_of("2") == "serving" and "2" in seen)
+                wait_until(lambda: state_of("2") == "serving" and "2" in seen, WAIT_S)
                 shutil.rmtree(versions / "2")
-                wait_for(lambda: state_of("1") == "serving" and seen[-1] == "1")
+                wait_until(lambda: state_of("1") == "serving" and seen[-1] == "1", WAIT_S)
             finally:
                 stop.set()
             for one in asking:
@@ -395,10 +387,3 @@ def test_a_real_server_switches_under_load_and_refuses_what_is_corrupt(
         assert 'kvshare_model_refused{model="shop",version="3"} 1.0' in text
         assert 'kvshare_model_loads_total{model="shop",outcome="refused"} 1.0' in text
         assert 'kvshare_model_version_info{model="shop"' in text
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90.0
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""NaN in a model, asked through every face: an error for whom it concerns, and never NaN."""
+"""NaN in a model, over HTTP and gRPC: an error of its request alone, and never NaN in an answer."""
 
 import asyncio
 import gc
@@ -21,13 +21,13 @@ from tritonclient.utils import InferenceServerException
 
 from tests.cache.servers import wait_until
 from tests.nan_worlds import bad_candidates, bad_history, good_raw, poisoned_dlrm
-from tests.serving.servers import Asked, EagerLoader, local_server
+from tests.serving.servers import Asked, EagerLoader, inputs_of, local_server
 from tests.worlds import SCHEMA, parse_all
 from torchrec_kvshare.config import ServerConfig
 from torchrec_kvshare.errors import ScoreError
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
-from torchrec_kvshare.serving.columns import column_tensors, datatype_of
+from torchrec_kvshare.serving.columns import column_tensors
 from torchrec_kvshare.serving.logs import log_as_json
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import Models
@@ -52,7 +52,7 @@ def server() -> Iterator[Asked]:
     settings = {"timeout_ms": 60_000.0, "stream_timeout_s": 60.0, "shadow_share": 1.0}
     with local_server(PoisonedLoader(), batch_candidates=32, **settings) as asked:
         yield asked
-        # Whatever was asked, these are JSON, and nothing of it was called an error of the server.
+        # The state is always valid JSON, and nothing counts as an error of the server.
         status, state = ask_strictly(asked, "/v1/state")
         assert status == 200
         assert state["requests"]["internal"] == 0
@@ -60,7 +60,7 @@ def server() -> Iterator[Asked]:
 
 
 def refuse_constant(name: str) -> None:
-    raise AssertionError(f"{name} stands in JSON")
+    raise AssertionError(f"{name} is in the JSON")
 
 
 def ask_strictly(server: Asked, path: str, body: Any = None) -> tuple[int, Any]:
@@ -80,14 +80,6 @@ def count_of(server: Asked, series: str) -> float:
     return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(series))
 
 
-def inputs_of(kit: Any, raws: list[RawRequest]) -> list[Any]:
-    inputs = []
-    for name, values in column_tensors(raws, SCHEMA).items():
-        inputs.append(kit.InferInput(name, values.shape, datatype_of(values)))
-        inputs[-1].set_data_from_numpy(values)
-    return inputs
-
-
 @pytest.mark.parametrize("raw", [bad_candidates("b", 3, 2), bad_history("b", 3)])
 def test_one_request_is_an_error_with_its_name(server: Asked, raw: RawRequest) -> None:
     """It was an error inside the server that named nothing."""
@@ -96,7 +88,7 @@ def test_one_request_is_an_error_with_its_name(server: Asked, raw: RawRequest) -
         assert (status, answer["request_id"]) == (500, "b")
         assert answer["error"]["type"] == "ScoreError"
         assert "of request b" in answer["error"]["message"]
-    name = 'kvshare_requests_total{face="http",model="kvshare",outcome="not_finite"}'
+    name = 'kvshare_requests_total{model="kvshare",outcome="not_finite",server="http"}'
     assert count_of(server, name) == 2
     assert count_of(server, "kvshare_not_finite_scores_total") == 2
     assert ask_strictly(server, "/v1/rank", good_raw("a", 2))[0] == 200
@@ -121,22 +113,22 @@ def test_in_a_list_the_others_are_answered(server: Asked) -> None:
     assert count_of(server, "kvshare_cache_not_finite_total") >= 1
 
 
-def test_both_faces_of_the_open_protocol_refuse(server: Asked) -> None:
+def test_the_open_protocol_refuses_over_http_and_grpc(server: Asked) -> None:
     """Over gRPC a NaN was an answer, and counted as ok."""
     raws = [good_raw("a", 2), bad_candidates("b", 3, 1)]
     with grpc_client.InferenceServerClient(server.grpc_url) as client:
         with pytest.raises(InferenceServerException, match="candidates 1 of request") as failed:
-            client.infer("kvshare", inputs_of(grpc_client, raws))
+            client.infer("kvshare", inputs_of(grpc_client, column_tensors(raws, SCHEMA)))
         assert failed.value.status() == "StatusCode.INTERNAL"
-        good = client.infer("kvshare", inputs_of(grpc_client, raws[:1]))
+        good = client.infer("kvshare", inputs_of(grpc_client, column_tensors(raws[:1], SCHEMA)))
         assert np.isfinite(good.as_numpy("scores")).all()
     with http_client.InferenceServerClient(server.http_address, network_timeout=60.0) as client:
         with pytest.raises(InferenceServerException, match="candidates 1 of request") as failed:
-            client.infer("kvshare", inputs_of(http_client, raws))
+            client.infer("kvshare", inputs_of(http_client, column_tensors(raws, SCHEMA)))
         assert failed.value.status() == "500"
-    for face in ("grpc", "http"):
-        name = f'kvshare_requests_total{{face="{face}",model="kvshare",outcome="not_finite"}}'
-        assert count_of(server, name) == 1
+    for kind in ("grpc", "http"):
+        labels = f'model="kvshare",outcome="not_finite",server="{kind}"'
+        assert count_of(server, f"kvshare_requests_total{{{labels}}}") == 1
 
 
 def test_a_group_of_events_gets_its_error_and_the_stream_goes_on(server: Asked) -> None:
@@ -166,7 +158,7 @@ def test_a_message_of_a_sequence_gets_its_error_and_the_stream_goes_on(server: A
         client.start_stream(lambda result, error: answers.put((result, error)))
         for number, first in enumerate((0, 2, 4)):
             cut = {name: cells[first : first + 2] for name, cells in raw["candidates"].items()}
-            inputs = inputs_of(grpc_client, [raw | {"candidates": cut}])
+            inputs = inputs_of(grpc_client, column_tensors([raw | {"candidates": cut}], SCHEMA))
             if number:
                 inputs = [one for one in inputs if one.name().startswith("candidates.")]
             client.async_stream_infer(
@@ -177,7 +169,7 @@ def test_a_message_of_a_sequence_gets_its_error_and_the_stream_goes_on(server: A
                 sequence_start=number == 0,
                 sequence_end=number == 2,
             )
-        alone = inputs_of(grpc_client, [bad_candidates("b", 3, 0)])
+        alone = inputs_of(grpc_client, column_tensors([bad_candidates("b", 3, 0)], SCHEMA))
         client.async_stream_infer("kvshare", alone, request_id="alone")
         got = [answers.get(timeout=60) for _ in range(4)]
         client.stop_stream()
@@ -191,15 +183,11 @@ def test_nan_as_a_number_of_a_tensor_is_refused(server: Asked) -> None:
     tensors = column_tensors([good_raw("a", 2)], SCHEMA)
     tensors["candidates.price.values"] = np.array([np.nan, 1.0], dtype=np.float32)
     for kit, address in ((grpc_client, server.grpc_url), (http_client, server.http_address)):
-        inputs = []
-        for name, values in tensors.items():
-            inputs.append(kit.InferInput(name, values.shape, datatype_of(values)))
-            inputs[-1].set_data_from_numpy(values)
         with (
             kit.InferenceServerClient(address) as client,
             pytest.raises(InferenceServerException, match=r"price holds nan") as refused,
         ):
-            client.infer("kvshare", inputs)
+            client.infer("kvshare", inputs_of(kit, tensors))
         assert refused.value.status() in ("StatusCode.INVALID_ARGUMENT", "400")
 
 
@@ -236,7 +224,7 @@ def test_a_cached_score_that_the_model_itself_does_not_give_is_far_off() -> None
     assert checked[1] == math.inf
 
 
-def test_a_group_that_fails_and_is_read_by_nobody_is_no_lost_exception(
+def test_a_group_that_fails_after_its_client_has_gone_is_no_lost_exception(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its client had gone: asyncio logged an error for each of its groups."""
@@ -247,7 +235,14 @@ def test_a_group_that_fails_and_is_read_by_nobody_is_no_lost_exception(
 
     async def ask() -> int:
         service = Service(models, metrics, ServerConfig())
-        call = Call("http", None, None, "r", 60.0, time.monotonic())
+        call = Call(
+            server="http",
+            model=None,
+            version=None,
+            request_id="r",
+            timeout_s=60.0,
+            began_at=time.monotonic(),
+        )
         raw = bad_candidates("a", 2, 0)
         with service.stream(call, models.get(), raw) as stream:
             groups = [stream.first(), stream.next({"candidates": raw["candidates"]})]

@@ -123,7 +123,7 @@ def num_answered(browser: Chrome) -> int:
 
 
 def console(browser: Chrome) -> list[dict[str, Any]]:
-    """What stands in the browser's log, which this empties."""
+    """Read the browser log, which empties it."""
     get_log: Callable[[str], list[dict[str, Any]]] = browser.get_log
     return get_log("browser")
 
@@ -134,7 +134,7 @@ def severe(browser: Chrome, *but: str) -> list[str]:
     return [one["message"] for one in errors if one["source"] not in but]
 
 
-# --- what is done to it
+# --- actions
 
 
 def raw_request(request_id: str, user_id: str = "user 1") -> Raw:
@@ -145,7 +145,7 @@ def raw_request(request_id: str, user_id: str = "user 1") -> Raw:
 
 
 def post(server: ServerProcess, body: str) -> Raw:
-    """The server's answer, be it an error."""
+    """Return the answer of the server, also if it is an error."""
     request = Request(f"{server.http_url}/v1/rank", body.encode(), method="POST")
     try:
         with urlopen(request, timeout=WAIT_S) as response:
@@ -161,7 +161,7 @@ def write_request(browser: Chrome, words: str) -> None:
 
 
 def score(browser: Chrome, words: str) -> None:
-    """Press the button and wait for what comes of it."""
+    """Press the button and wait for the answer."""
     write_request(browser, words)
     browser.execute_script("document.getElementById('answers').replaceChildren()")
     browser.find_element(By.ID, "score").click()
@@ -187,8 +187,8 @@ def test_it_fetches_nothing_but_the_servers_json(page: Chrome, server: ServerPro
 
 def test_its_numbers_move_with_the_traffic(page: Chrome, server: ServerProcess) -> None:
     before = num_answered(page)
-    for place in range(3):
-        post(server, json.dumps(raw_request(f"moving {place}", f"user {place}")))
+    for number in range(3):
+        post(server, json.dumps(raw_request(f"moving {number}", f"user {number}")))
     wait(page, lambda: num_answered(page) >= before + 3)
     wait(page, lambda: float(text(page, "qps")) > 0.0)
     assert float(text(page, "p50").replace(",", "")) > 0.0
@@ -219,7 +219,7 @@ def test_the_form_says_what_the_cache_did_and_how_long_it_took(
     post(server, words)
     score(page, words)
     assert re.search(r"^cache\s+hit$", text(page, "answers"), re.MULTILINE)
-    assert re.search(r"9 cached \(device\), 0 computed", text(page, "answers"))
+    assert re.search(r"9 cached \(pages\), 0 computed", text(page, "answers"))
     assert re.search(r"K/V made .+ ago", text(page, "answers"))
     assert re.fullmatch(r"1 request scored, [\d.,]+ ms there and back", text(page, "verdict"))
 

@@ -1,4 +1,4 @@
-"""Steps of bounded size, by deadline; nobody starves, and what nobody waits for is not scored."""
+"""Batches of bounded size, by deadline; no job starves, and cancelled jobs are not scored."""
 
 import asyncio
 import time
@@ -15,32 +15,32 @@ from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.errors import OverloadError
 from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.scoring.encoded_user import EncodedUser
 from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
 from torchrec_kvshare.serving.scheduler import (
+    BatchLimits,
     Job,
     Part,
-    Reading,
     Scheduler,
-    StepLimits,
-    next_step,
+    next_batch,
 )
 
 MODEL = RankingModel(make_dlrm(1)).eval()
 UNCACHED = Engine(MODEL, SCHEMA, None)
-LIMITS = StepLimits(requests=3, candidates=8, events=100, ids=1000, max_wait_s=0.0)
+LIMITS = BatchLimits(requests=3, candidates=8, events=100, ids=1000, max_wait_s=0.0)
 SOON = 60.0
 
 
 class Quiet:
-    """An observer that remembers."""
+    """An observer that records batches, answers and errors."""
 
     def __init__(self) -> None:
-        self.steps: list[list[tuple[object, int]]] = []
+        self.batches: list[list[tuple[object, int]]] = []
         self.answers: list[Answer] = []
         self.errors: list[str] = []
 
-    def stepped(self, parts: Sequence[Part]) -> None:
-        self.steps.append([(part.job.request.request_id, part.num_candidates) for part in parts])
+    def batched(self, parts: Sequence[Part]) -> None:
+        self.batches.append([(part.job.request.request_id, part.num_candidates) for part in parts])
 
     def answered(self, job: Job, answer: Answer) -> None:
         self.answers.append(answer)
@@ -69,42 +69,42 @@ def job_of(
     engine: Engine = UNCACHED,
     seed: int = 0,
 ) -> Job:
-    """A job outside of any event loop."""
+    """A job outside any event loop."""
     answer: asyncio.Future[Answer] = asyncio.Future(loop=asyncio.new_event_loop())
     answer.get_loop().close()
     request = request_of(num_candidates, num_events, seed)
     job = Job(engine, request, deadline, answer=answer)
     job.scores = [0.5] * num_scored
     if num_scored:
-        job.reading = Reading(request)
+        job.encoded = EncodedUser(engine, request)
     return job
 
 
-def shares(jobs: Sequence[Job], limits: StepLimits = LIMITS) -> list[tuple[int, int]]:
-    """Of each part of the next step the place of its job and its candidates."""
-    return [(jobs.index(part.job), part.num_candidates) for part in next_step(jobs, limits)]
+def shares(jobs: Sequence[Job], limits: BatchLimits = LIMITS) -> list[tuple[int, int]]:
+    """Index of the job and number of candidates of each part of the next batch."""
+    return [(jobs.index(part.job), part.num_candidates) for part in next_batch(jobs, limits)]
 
 
-def test_who_must_be_answered_first_is_scored_first() -> None:
+def test_the_earliest_deadline_is_scored_first() -> None:
     jobs = [job_of(2, deadline=3.0), job_of(2, deadline=1.0), job_of(2, deadline=2.0)]
     assert shares(jobs) == [(1, 2), (2, 2), (0, 2)]
 
 
-def test_a_step_holds_no_more_than_its_limits() -> None:
+def test_a_batch_holds_no_more_than_its_limits() -> None:
     assert shares([job_of(1, deadline) for deadline in range(5)]) == [(0, 1), (1, 1), (2, 1)]
     assert shares([job_of(3, deadline) for deadline in range(3)]) == [(0, 3), (1, 3)]
     jobs = [job_of(1, deadline, num_events=6) for deadline in range(3)]
     assert shares(jobs, replace(LIMITS, events=13)) == [(0, 1), (1, 1)]
 
 
-def test_ids_in_bags_are_work_too() -> None:
+def test_ids_in_bags_are_limited() -> None:
     jobs = [job_of(1, deadline) for deadline in range(3)]
     [ids] = {job.request.num_bag_ids for job in jobs}
     assert shares(jobs, replace(LIMITS, ids=2 * ids)) == [(0, 1), (1, 1)]
     assert shares(jobs, replace(LIMITS, ids=1)) == [(0, 1)]
 
 
-def test_histories_that_the_device_knows_are_not_counted_as_work() -> None:
+def test_cached_histories_are_not_counted_as_events() -> None:
     engine = cached_engine()
     engine.rank([request_of(1)])
     limits = replace(LIMITS, events=1)
@@ -116,7 +116,7 @@ def test_histories_that_the_device_knows_are_not_counted_as_work() -> None:
     assert shares([job_of(1, deadline) for deadline in range(3)], limits) == [(0, 1)]
 
 
-def test_a_long_request_leaves_half_of_each_step_to_others() -> None:
+def test_a_long_request_leaves_half_of_each_batch_to_others() -> None:
     long, short = job_of(40, deadline=1.0), job_of(4, deadline=9.0)
     assert shares([long, short]) == [(0, 4), (1, 4)]
     begun = [job_of(40, deadline=1.0, num_scored=4), job_of(40, deadline=2.0, num_scored=4)]
@@ -124,12 +124,12 @@ def test_a_long_request_leaves_half_of_each_step_to_others() -> None:
     assert shares(begun) == [(0, 4), (1, 4)]
 
 
-def test_a_request_that_fits_a_step_is_never_split() -> None:
+def test_a_request_that_fits_a_batch_is_never_split() -> None:
     jobs = [job_of(3, deadline=1.0), job_of(3, deadline=2.0), job_of(3, deadline=3.0)]
     assert shares(jobs) == [(0, 3), (1, 3)]
 
 
-def test_a_step_is_of_one_engine() -> None:
+def test_a_batch_is_of_one_engine() -> None:
     jobs = [job_of(1, 1.0), job_of(1, 2.0, engine=cached_engine()), job_of(1, 3.0)]
     assert shares(jobs) == [(0, 1), (2, 1)]
 
@@ -139,14 +139,14 @@ def test_a_step_is_of_one_engine() -> None:
         st.tuples(st.integers(0, 20), st.floats(0, 9), st.integers(0, 40)), min_size=1, max_size=8
     )
 )
-def test_every_step_does_something_and_the_first_in_line_is_in_it(
+def test_every_batch_makes_progress_and_has_the_earliest_deadline(
     drawn: list[tuple[int, float, int]],
 ) -> None:
     jobs = [
         job_of(num_candidates, deadline, min(num_events, 14))
         for num_candidates, deadline, num_events in drawn
     ]
-    parts = next_step(jobs, LIMITS)
+    parts = next_batch(jobs, LIMITS)
     assert parts[0].job is min(jobs, key=lambda job: job.deadline)
     assert len(parts) <= LIMITS.requests
     assert sum(part.num_candidates for part in parts) <= LIMITS.candidates
@@ -172,7 +172,7 @@ def test_scores_are_the_engines_whatever_they_were_batched_with() -> None:
         assert answer.request_id == alone.request_id
         assert answer.scores == pytest.approx(alone.scores, rel=0, abs=2e-6)
     assert len(observer.answers) == len(requests)
-    assert max(sum(count for _, count in step) for step in observer.steps) <= LIMITS.candidates
+    assert max(sum(count for _, count in batch) for batch in observer.batches) <= LIMITS.candidates
 
 
 def test_a_full_queue_refuses() -> None:
@@ -181,7 +181,7 @@ def test_a_full_queue_refuses() -> None:
         jobs = [Job(UNCACHED, request_of(1), time.monotonic() + SOON) for _ in range(3)]
         for job in jobs[:2]:
             scheduler.submit(job)
-        with pytest.raises(OverloadError, match="2 requests wait; at most 2 may"):
+        with pytest.raises(OverloadError, match="2 requests wait, 1 more came; at most 2 may wait"):
             scheduler.submit(jobs[2])
         scheduler.close()
         assert all(job.answer.cancelled() for job in jobs[:2])
@@ -189,7 +189,7 @@ def test_a_full_queue_refuses() -> None:
     asyncio.run(ask())
 
 
-def test_what_nobody_waits_for_is_not_scored() -> None:
+def test_cancelled_and_expired_jobs_are_not_scored() -> None:
     observer = Quiet()
 
     async def ask() -> None:
@@ -204,10 +204,10 @@ def test_what_nobody_waits_for_is_not_scored() -> None:
         scheduler.close()
 
     asyncio.run(ask())
-    assert observer.steps == [[("r3", 1)]]
+    assert observer.batches == [[("r3", 1)]]
 
 
-def test_one_bad_request_of_a_step_fails_alone() -> None:
+def test_one_bad_request_of_a_batch_fails_alone() -> None:
     class Choosy(Engine):
         def rank_each(self, requests: Sequence[Request]) -> list[Answer | Unscored]:
             if any(request.request_id == "r1" for request in requests):

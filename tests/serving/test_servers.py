@@ -1,4 +1,4 @@
-"""Both faces, asked by Triton's own clients: the same scores, the same errors, streams too."""
+"""HTTP and gRPC, asked by Triton's own clients: the same scores, errors and streams."""
 
 import asyncio
 import copy
@@ -24,7 +24,8 @@ import tritonclient.http as http_client
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-from tests.serving.servers import Asked, EagerLoader, grpc_message, local_server
+from tests.cache.servers import wait_until
+from tests.serving.servers import Asked, EagerLoader, grpc_message, inputs_of, local_server
 from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all, version_called
 from torchrec_kvshare.errors import RequestError
 from torchrec_kvshare.features.request import count_ids, unknown_ids
@@ -33,12 +34,12 @@ from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.columns import (
     column_specs,
     column_tensors,
-    datatype_of,
     output_specs,
 )
 from torchrec_kvshare.serving.http_server import split_lines
 
 RawRequest = dict[str, Any]
+WAIT_S = 60.0  # a busy machine
 UNCACHED = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, None)
 
 
@@ -49,28 +50,19 @@ def server() -> Iterator[Asked]:
 
 
 @pytest.fixture
-def grpc_face(server: Asked) -> Iterator[grpc_client.InferenceServerClient]:
+def grpc_triton(server: Asked) -> Iterator[grpc_client.InferenceServerClient]:
     with grpc_client.InferenceServerClient(server.grpc_url) as client:
         yield client
 
 
 @pytest.fixture
-def http_face(server: Asked) -> Iterator[http_client.InferenceServerClient]:
+def http_triton(server: Asked) -> Iterator[http_client.InferenceServerClient]:
     with http_client.InferenceServerClient(server.http_address, network_timeout=60.0) as client:
         yield client
 
 
 def expected_scores(raws: list[RawRequest]) -> list[list[float]]:
     return [answer.scores for answer in UNCACHED.rank(parse_all(raws))]
-
-
-def inputs_of(kit: Any, tensors: dict[str, np.ndarray]) -> list[Any]:
-    """The tensors as one of Triton's clients wants them."""
-    inputs = []
-    for name, values in tensors.items():
-        inputs.append(kit.InferInput(name, values.shape, datatype_of(values)))
-        inputs[-1].set_data_from_numpy(values)
-    return inputs
 
 
 def scores_of(result: Any) -> list[list[float]]:
@@ -84,36 +76,36 @@ def raws_of(*seeds: int) -> list[RawRequest]:
 
 @pytest.mark.parametrize("seeds", [(1,), (2, 3, 4)], ids=["one", "three"])
 def test_tritons_clients_get_the_engines_scores(
-    grpc_face: grpc_client.InferenceServerClient,
-    http_face: http_client.InferenceServerClient,
+    grpc_triton: grpc_client.InferenceServerClient,
+    http_triton: http_client.InferenceServerClient,
     seeds: tuple[int, ...],
 ) -> None:
     raws = raws_of(*seeds)
     tensors = column_tensors(raws, SCHEMA)
-    for kit, client in ((grpc_client, grpc_face), (http_client, http_face)):
+    for kit, client in ((grpc_client, grpc_triton), (http_client, http_triton)):
         result = client.infer("kvshare", inputs_of(kit, tensors), request_id="m7")
         for scores, expected in zip(scores_of(result), expected_scores(raws), strict=True):
             assert scores == pytest.approx(expected, rel=0, abs=2e-6)
         assert set(result.as_numpy("cache.status").tolist()) <= {b"hit", b"miss"}
-    response = grpc_face.infer("kvshare", inputs_of(grpc_client, tensors)).get_response()
+    response = grpc_triton.infer("kvshare", inputs_of(grpc_client, tensors)).get_response()
     assert response.model_version == str(version_called("v1"))
 
 
 def test_only_the_outputs_that_are_asked_for_come(
-    http_face: http_client.InferenceServerClient,
+    http_triton: http_client.InferenceServerClient,
 ) -> None:
     inputs = inputs_of(http_client, column_tensors(raws_of(1), SCHEMA))
     outputs = [http_client.InferRequestedOutput("scores", binary_data=False)]
-    result = http_face.infer("kvshare", inputs, outputs=outputs)
+    result = http_triton.infer("kvshare", inputs, outputs=outputs)
     assert [output["name"] for output in result.get_response()["outputs"]] == ["scores"]
     assert result.as_numpy("scores") == pytest.approx(expected_scores(raws_of(1))[0], abs=2e-6)
 
 
 def test_metadata_tells_every_tensor(
-    grpc_face: grpc_client.InferenceServerClient, http_face: http_client.InferenceServerClient
+    grpc_triton: grpc_client.InferenceServerClient, http_triton: http_client.InferenceServerClient
 ) -> None:
-    by_grpc = grpc_face.get_model_metadata("kvshare", as_json=True)
-    by_http = http_face.get_model_metadata("kvshare")
+    by_grpc = grpc_triton.get_model_metadata("kvshare", as_json=True)
+    by_http = http_triton.get_model_metadata("kvshare")
     inputs = [
         {"name": spec.name, "datatype": spec.datatypes[0], "shape": [-1]}
         for spec in column_specs(SCHEMA)
@@ -122,13 +114,13 @@ def test_metadata_tells_every_tensor(
     assert [one["name"] for one in by_grpc["inputs"]] == [one["name"] for one in inputs]
     assert [one["name"] for one in by_http["outputs"]] == [spec.name for spec in output_specs()]
     assert by_http["versions"] == by_grpc["versions"] == ["1"]
-    assert http_face.get_server_metadata()["extensions"] == ["binary_tensor_data", "sequence"]
+    assert http_triton.get_server_metadata()["extensions"] == ["binary_tensor_data", "sequence"]
 
 
-def test_health_is_told_by_both(
-    grpc_face: grpc_client.InferenceServerClient, http_face: http_client.InferenceServerClient
+def test_health_is_answered_by_both(
+    grpc_triton: grpc_client.InferenceServerClient, http_triton: http_client.InferenceServerClient
 ) -> None:
-    for client in (grpc_face, http_face):
+    for client in (grpc_triton, http_triton):
         assert client.is_server_live()
         assert client.is_server_ready()
         assert client.is_model_ready("kvshare")
@@ -138,25 +130,25 @@ def test_health_is_told_by_both(
 
 
 def test_a_bad_tensor_is_named(
-    grpc_face: grpc_client.InferenceServerClient, http_face: http_client.InferenceServerClient
+    grpc_triton: grpc_client.InferenceServerClient, http_triton: http_client.InferenceServerClient
 ) -> None:
     tensors = column_tensors(raws_of(1), SCHEMA)
     name = "history.item_id.lengths"
-    for kit, client in ((grpc_client, grpc_face), (http_client, http_face)):
+    for kit, client in ((grpc_client, grpc_triton), (http_client, http_triton)):
         with pytest.raises(InferenceServerException) as refused:
             client.infer("kvshare", inputs_of(kit, tensors | {name: np.array([-3])}))
         assert name in refused.value.message()
         assert refused.value.status() in ("StatusCode.INVALID_ARGUMENT", "400")
     nan = tensors | {"candidates.price.values": np.array([np.nan, 1.0])}
     with pytest.raises(InferenceServerException, match=r"candidates\.price holds nan"):
-        grpc_face.infer("kvshare", inputs_of(grpc_client, nan))
+        grpc_triton.infer("kvshare", inputs_of(grpc_client, nan))
 
 
 def test_an_unknown_model_is_not_found(
-    server: Asked, grpc_face: grpc_client.InferenceServerClient
+    server: Asked, grpc_triton: grpc_client.InferenceServerClient
 ) -> None:
     with pytest.raises(InferenceServerException, match="another was asked for") as refused:
-        grpc_face.infer("another", [])
+        grpc_triton.infer("another", [])
     assert refused.value.status() == "StatusCode.NOT_FOUND"
     status, body = server.ask("POST", "/v1/rank?model=another", raws_of(1)[0])
     assert (status, body["error"]["type"]) == (404, "UnknownModelError")
@@ -185,7 +177,7 @@ def test_the_projects_own_format_for_one_and_for_many(server: Asked) -> None:
         (b"{", "not JSON"),
         (b"", "not JSON"),
         (b"7", "the body is int"),
-        (b'{"user_id": 1, "user_id": 2}', "stands twice"),
+        (b'{"user_id": 1, "user_id": 2}', "appears twice"),
         (b"[" * 100_000, "nested deeper than 16"),
         (b"[" + b"{}," * 64 + b"{}]", "a list of 65"),
     ],
@@ -202,7 +194,7 @@ def test_the_page_of_metrics_and_the_state(server: Asked) -> None:
         server.rank(raws_of(1)[0])
     status, text = server.ask("GET", "/metrics")
     assert status == 200
-    assert 'kvshare_requests_total{face="http",model="kvshare",outcome="ok"}' in text
+    assert 'kvshare_requests_total{model="kvshare",outcome="ok",server="http"}' in text
     assert 'kvshare_cache_lookups_total{outcome="hit",tier="pages"}' in text
     state = server.ask("GET", "/v1/state")[1]
     assert state["ready"]
@@ -223,16 +215,16 @@ def test_groups_are_scored_over_what_the_first_one_read(server: Asked) -> None:
     assert {data["cache"]["status"] for _, data in events[:-1]} == {"miss"}
 
 
-def test_a_sequence_of_messages_is_a_stream(grpc_face: grpc_client.InferenceServerClient) -> None:
+def test_a_sequence_of_messages_is_a_stream(grpc_triton: grpc_client.InferenceServerClient) -> None:
     raw = draw_raw(9, 12, 6) | {"user_id": "sequences"}
     groups = cut_candidates(raw, 5, 8)
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    grpc_face.start_stream(lambda result, error: answers.put((result, error)))
+    grpc_triton.start_stream(lambda result, error: answers.put((result, error)))
     for number, group in enumerate(groups):
         tensors = column_tensors([raw | group], SCHEMA)
         if number:
             tensors = {n: values for n, values in tensors.items() if n.startswith("candidates.")}
-        grpc_face.async_stream_infer(
+        grpc_triton.async_stream_infer(
             "kvshare",
             inputs_of(grpc_client, tensors),
             request_id=f"m{number}",
@@ -241,11 +233,11 @@ def test_a_sequence_of_messages_is_a_stream(grpc_face: grpc_client.InferenceServ
             sequence_end=number == len(groups) - 1,
         )
     # A sequence that has ended is unknown; the stream goes on.
-    grpc_face.async_stream_infer("kvshare", [], request_id="late", sequence_id="s")
+    grpc_triton.async_stream_infer("kvshare", [], request_id="late", sequence_id="s")
     whole = inputs_of(grpc_client, column_tensors([raw], SCHEMA))
-    grpc_face.async_stream_infer("kvshare", whole, request_id="own")
+    grpc_triton.async_stream_infer("kvshare", whole, request_id="own")
     got = [answers.get(timeout=60) for _ in range(len(groups) + 2)]
-    grpc_face.stop_stream()
+    grpc_triton.stop_stream()
     scores = [score for result, _ in got[:3] for score in result.as_numpy("scores").tolist()]
     assert [result.get_response().id for result, _ in got[:3]] == ["m0", "m1", "m2"]
     assert scores == pytest.approx(expected_scores([raw])[0], abs=2e-6)
@@ -274,7 +266,7 @@ def test_scores_leave_before_the_last_group_has_come(server: Asked) -> None:
 
 
 def test_one_request_of_thousands_does_not_hold_up_the_others() -> None:
-    """Its candidates are scored in parts, and others in between."""
+    """Its candidates are scored in parts, other requests in between."""
     with local_server(EagerLoader(), timeout_ms=120_000.0, batch_candidates=200) as server:
         long, short = draw_raw(9, 9000, 1), draw_raw(9, 3, 2)
         server.rank(short)
@@ -288,22 +280,22 @@ def test_one_request_of_thousands_does_not_hold_up_the_others() -> None:
 
         with ThreadPoolExecutor(2) as threads:
             asking = threads.submit(ask, "long", long)
-            wait_for(lambda: server.ask("GET", "/v1/state")[1]["queue"]["requests"] > 0)
+            wait_until(lambda: server.ask("GET", "/v1/state")[1]["queue"]["requests"] > 0, WAIT_S)
             assert threads.submit(ask, "short", short).result() == 3
             assert asking.result() == 9000
         assert done == ["short", "long"]
 
 
-def test_deadlines_and_a_full_queue_have_their_own_words() -> None:
+def test_deadlines_and_a_full_queue_have_their_own_statuses() -> None:
     with local_server(EagerLoader(), max_wait_ms=700.0, queue_requests=1) as server:
         raw = raws_of(1)[0]
         status, answer = server.rank(raw, **{"X-Timeout-Ms": "30"})
         assert (status, answer["error"]["type"]) == (504, "DeadlineError")
         assert server.rank(raw, **{"X-Timeout-Ms": "soon"})[0] == 400
-        wait_for(lambda: server.ask("GET", "/v1/state")[1]["queue"]["requests"] == 0)
+        wait_until(lambda: server.ask("GET", "/v1/state")[1]["queue"]["requests"] == 0, WAIT_S)
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(server.rank, raw)
-            wait_for(lambda: server.ask("GET", "/v1/state")[1]["queue"]["requests"] == 1)
+            wait_until(lambda: server.ask("GET", "/v1/state")[1]["queue"]["requests"] == 1, WAIT_S)
             status, answer = server.rank(raw)
             assert (status, answer["error"]["type"]) == (429, "OverloadError")
             assert waiting.result()[0] == 200
@@ -317,7 +309,7 @@ def test_deadlines_and_a_full_queue_have_their_own_words() -> None:
         assert outcomes["overloaded"] == 1
 
 
-def test_what_is_too_large_is_refused_before_it_is_read() -> None:
+def test_messages_and_requests_that_are_too_large_are_refused() -> None:
     limits = {"max_request_bytes": 20_000, "max_candidates": 5, "max_events": 9, "max_values": 6}
     with local_server(EagerLoader(), **limits) as server:
         assert server.rank(draw_raw(3, 6, 1))[1]["error"]["message"] == (
@@ -336,7 +328,7 @@ def test_what_is_too_large_is_refused_before_it_is_read() -> None:
         assert large.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
 
 
-def test_json_of_too_many_values_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+def test_json_of_too_many_values_is_refused_on_every_path(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("open")
     said = {"Authorization": "Bearer open"}
     many = json.dumps(draw_raw(30, 2, 1) | {"more": [0] * 100}).encode()
@@ -349,12 +341,12 @@ def test_json_of_too_many_values_is_refused_wherever_it_stands(tmp_path: Path) -
         assert server.rank(draw_raw(3, 2, 1), **said)[0] == 200
 
 
-def test_ids_too_long_are_refused_on_every_face(
+def test_ids_too_long_are_refused_over_every_protocol(
     server: Asked,
-    http_face: http_client.InferenceServerClient,
-    grpc_face: grpc_client.InferenceServerClient,
+    http_triton: http_client.InferenceServerClient,
+    grpc_triton: grpc_client.InferenceServerClient,
 ) -> None:
-    """They were as long as a message may be, and stayed with what was kept of their users."""
+    """Ids as long as a message were kept with the users."""
     for column, raw in (
         ("user_id", draw_raw(3, 2, 1) | {"user_id": "é" * 257}),
         ("candidates.item_id", draw_raw(3, 2, 1)),
@@ -370,17 +362,17 @@ def test_ids_too_long_are_refused_on_every_face(
             },
         )
         tensors = column_tensors([raw], SCHEMA)
-        for kit, face in ((http_client, http_face), (grpc_client, grpc_face)):
+        for kit, client in ((http_client, http_triton), (grpc_client, grpc_triton)):
             with pytest.raises(InferenceServerException, match=message):
-                face.infer("kvshare", inputs_of(kit, tensors))
+                client.infer("kvshare", inputs_of(kit, tensors))
 
 
-def test_ids_of_messages_too_long_are_refused_on_every_face(
+def test_ids_of_messages_too_long_are_refused_over_every_protocol(
     server: Asked,
-    http_face: http_client.InferenceServerClient,
-    grpc_face: grpc_client.InferenceServerClient,
+    http_triton: http_client.InferenceServerClient,
+    grpc_triton: grpc_client.InferenceServerClient,
 ) -> None:
-    """Over gRPC and in a header they were cut without a word, in a body they were not."""
+    """Over gRPC and in a header they were cut silently, in a body they were not."""
     raw, tensors = draw_raw(3, 2, 1), column_tensors([draw_raw(3, 2, 1)], SCHEMA)
     allowed = "has 201 characters; at most 200 are allowed"
     assert server.rank(raw, **{"X-Request-Id": "x" * 200})[0] == 200
@@ -389,17 +381,17 @@ def test_ids_of_messages_too_long_are_refused_on_every_face(
     status, refusal = server.rank(raw | {"request_id": "x" * 201})
     assert (status, refusal["request_id"]) == (400, None)
     assert refusal["error"]["message"] == f"request_id {allowed}"
-    for kit, face in ((http_client, http_face), (grpc_client, grpc_face)):
+    for kit, client in ((http_client, http_triton), (grpc_client, grpc_triton)):
         inputs = inputs_of(kit, tensors)
-        assert face.infer("kvshare", inputs, request_id="x" * 200).get_response()
+        assert client.infer("kvshare", inputs, request_id="x" * 200).get_response()
         with pytest.raises(InferenceServerException, match=f"id {allowed}"):
-            face.infer("kvshare", inputs, request_id="x" * 201)
+            client.infer("kvshare", inputs, request_id="x" * 201)
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    grpc_face.start_stream(lambda result, error: answers.put((result, error)))
+    grpc_triton.start_stream(lambda result, error: answers.put((result, error)))
     start = {"sequence_id": "x" * 201, "sequence_start": True}
-    grpc_face.async_stream_infer("kvshare", inputs_of(grpc_client, tensors), **start)
+    grpc_triton.async_stream_infer("kvshare", inputs_of(grpc_client, tensors), **start)
     assert f"sequence_id {allowed}" in str(answers.get(timeout=60)[1])
-    grpc_face.stop_stream()
+    grpc_triton.stop_stream()
 
 
 def packets(num_packets: int) -> "asyncio.Queue[bytes | RequestError | None]":
@@ -413,7 +405,7 @@ def packets(num_packets: int) -> "asyncio.Queue[bytes | RequestError | None]":
 
 
 def test_lines_of_a_stream_are_found_in_linear_time() -> None:
-    """All that waited was searched for each packet: 8 ms for every 1.4 kB with 8 MiB waiting."""
+    """The whole buffer was searched for each packet: 8 ms per 1.4 kB with 8 MiB buffered."""
 
     async def seconds(num_packets: int) -> float:
         chunks = packets(num_packets)
@@ -427,7 +419,7 @@ def test_lines_of_a_stream_are_found_in_linear_time() -> None:
     assert min(asyncio.run(seconds(4_000)) for _ in range(7)) < 8 * small + 1e-3
 
 
-def test_a_line_may_come_in_any_pieces(server: Asked) -> None:
+def test_a_line_may_come_in_pieces(server: Asked) -> None:
     raw = draw_raw(9, 12, 5) | {"user_id": "pieces"}
     body = "".join(json.dumps(group) + "\r\n\n" for group in cut_candidates(raw, 4, 9)).encode()
     pieces = [body[place : place + 7] for place in range(0, len(body), 7)]
@@ -471,8 +463,8 @@ def test_streams_are_bounded_in_number_and_in_time() -> None:
         assert stream(server, [raw])[-1][0] == "end"
 
 
-def test_a_client_that_does_not_read_holds_up_nobody() -> None:
-    """Its stream is read on only while its scores leave, and ends with the deadline."""
+def test_a_client_that_does_not_read_blocks_no_other() -> None:
+    """Its stream is read only while scores leave, and ends at the deadline."""
     with (
         local_server(EagerLoader(), stream_timeout_s=2.0, timeout_ms=60_000.0) as server,
         # Without the probe the window stays at 64 KiB, and is full after some answers.
@@ -488,17 +480,17 @@ def test_a_client_that_does_not_read_holds_up_nobody() -> None:
                 message = grpc_message(draw_raw(9, 2000, 1), "s", is_first=number == 0)
                 yield message.SerializeToString()
 
-        call = rank(messages())  # and nobody reads it
-        wait_for(lambda: "kvshare_streams_open 1.0" in server.ask("GET", "/metrics")[1])
+        call = rank(messages())  # never read
+        wait_until(lambda: "kvshare_streams_open 1.0" in server.ask("GET", "/metrics")[1], WAIT_S)
         assert server.rank(raws_of(1)[0])[0] == 200
-        wait_for(lambda: "kvshare_streams_open 0.0" in server.ask("GET", "/metrics")[1])
+        wait_until(lambda: "kvshare_streams_open 0.0" in server.ask("GET", "/metrics")[1], WAIT_S)
         assert num_sent < 1000
         call.cancel()
         assert server.rank(raws_of(2)[0])[0] == 200
 
 
-def test_answers_that_nobody_waits_for_are_no_errors(caplog: pytest.LogCaptureFixture) -> None:
-    """A stream was given up while a refusal waited for room: it was logged as a lost exception."""
+def test_answers_of_a_cancelled_stream_are_no_errors(caplog: pytest.LogCaptureFixture) -> None:
+    """A stream was cancelled while a refusal waited for room: asyncio logged a lost exception."""
     with (
         local_server(EagerLoader(), max_wait_ms=5000.0, stream_depth=1) as server,
         grpc.insecure_channel(server.grpc_url) as channel,
@@ -507,10 +499,10 @@ def test_answers_that_nobody_waits_for_are_no_errors(caplog: pytest.LogCaptureFi
         waits = grpc_message(draw_raw(9, 2, 1), "s")
         refused = service_pb2.ModelInferRequest(model_name="kvshare")
         call = rank(message.SerializeToString() for message in (waits, *[refused] * 4))
-        wait_for(lambda: "kvshare_streams_open 1.0" in server.ask("GET", "/metrics")[1])
+        wait_until(lambda: "kvshare_streams_open 1.0" in server.ask("GET", "/metrics")[1], WAIT_S)
         time.sleep(0.3)  # for those behind it to be read, were there room
         call.cancel()
-        wait_for(lambda: "kvshare_streams_open 0.0" in server.ask("GET", "/metrics")[1])
+        wait_until(lambda: "kvshare_streams_open 0.0" in server.ask("GET", "/metrics")[1], WAIT_S)
         gc.collect()
     assert [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR] == []
 
@@ -568,14 +560,7 @@ def receive_until(connection: socket.socket, *marks: bytes) -> bytes:
     return seen
 
 
-def wait_for(happened: Any) -> None:
-    deadline = time.monotonic() + 60.0
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-# --- what a request says of itself
+# --- reports, ids and times of a request
 
 
 def strange() -> RawRequest:
@@ -591,10 +576,10 @@ def unknown_of(raw: RawRequest) -> dict[str, int]:
     return unknown_ids(request)
 
 
-def test_unknown_ids_are_told_on_every_face_if_asked_for(
+def test_unknown_ids_are_told_over_every_protocol_if_asked_for(
     server: Asked,
-    grpc_face: grpc_client.InferenceServerClient,
-    http_face: http_client.InferenceServerClient,
+    grpc_triton: grpc_client.InferenceServerClient,
+    http_triton: http_client.InferenceServerClient,
 ) -> None:
     raw = strange()
     expected = unknown_of(raw)
@@ -603,15 +588,15 @@ def test_unknown_ids_are_told_on_every_face_if_asked_for(
     assert server.rank(raw | {"report": ["unknown_ids"]})[1]["unknown_ids"] == expected
     assert server.rank([raw, raw | {"report": ["unknown_ids"]}])[1][1]["unknown_ids"] == expected
     tensors = column_tensors([raw, raw], SCHEMA)
-    for kit, face in ((grpc_client, grpc_face), (http_client, http_face)):
-        silent = face.infer("kvshare", inputs_of(kit, tensors))
+    for kit, client in ((grpc_client, grpc_triton), (http_client, http_triton)):
+        silent = client.infer("kvshare", inputs_of(kit, tensors))
         assert silent.as_numpy("unknown_ids") is None
-        told = face.infer(
+        told = client.infer(
             "kvshare", inputs_of(kit, tensors), parameters={"report": "unknown_ids"}
         ).as_numpy("unknown_ids")
         assert [json.loads(one) for one in told] == [expected, expected]
         with pytest.raises(InferenceServerException, match="the parameter report is weights"):
-            face.infer("kvshare", inputs_of(kit, tensors), parameters={"report": "weights"})
+            client.infer("kvshare", inputs_of(kit, tensors), parameters={"report": "weights"})
 
 
 def test_a_stream_tells_unknown_ids_with_each_group(server: Asked) -> None:
@@ -646,10 +631,10 @@ def test_ids_are_counted_by_column_in_metrics(server: Asked) -> None:
         assert moved == [times * given, times * unknown], column
 
 
-def test_a_history_out_of_order_or_from_the_future_is_refused_on_every_face(
+def test_a_history_out_of_order_or_from_the_future_is_refused_over_every_protocol(
     server: Asked,
-    grpc_face: grpc_client.InferenceServerClient,
-    http_face: http_client.InferenceServerClient,
+    grpc_triton: grpc_client.InferenceServerClient,
+    http_triton: http_client.InferenceServerClient,
 ) -> None:
     raw = draw_raw(3, 2, 6) | {"time": 50}
     for times, message in (
@@ -660,9 +645,9 @@ def test_a_history_out_of_order_or_from_the_future_is_refused_on_every_face(
         status, answer = server.rank(raw)
         assert (status, answer["error"]["type"]) == (400, "RequestError")
         assert message in answer["error"]["message"]
-        for kit, face in ((grpc_client, grpc_face), (http_client, http_face)):
+        for kit, client in ((grpc_client, grpc_triton), (http_client, http_triton)):
             with pytest.raises(InferenceServerException, match=re.escape(message)):
-                face.infer("kvshare", inputs_of(kit, column_tensors([raw], SCHEMA)))
+                client.infer("kvshare", inputs_of(kit, column_tensors([raw], SCHEMA)))
 
 
 def test_a_group_of_a_stream_comes_after_the_events(server: Asked) -> None:
@@ -690,12 +675,12 @@ def test_a_server_may_sort_histories_and_counts_them() -> None:
         assert "history.time[3] is 40, not before the request's time 40" in str(answer)
 
 
-def test_a_client_that_sends_the_last_events_hits_on_every_face(
+def test_a_client_that_sends_the_last_events_hits_over_every_protocol(
     server: Asked,
-    grpc_face: grpc_client.InferenceServerClient,
-    http_face: http_client.InferenceServerClient,
+    grpc_triton: grpc_client.InferenceServerClient,
+    http_triton: http_client.InferenceServerClient,
 ) -> None:
-    """Its window moved with every event, so that it never hit."""
+    """The window moved with every event, so that it never hit."""
     whole = draw_raw(40, 3, 6) | {"user_id": "cuts its history"}
 
     def last(num_events: int, num_given: int) -> RawRequest:
@@ -705,8 +690,8 @@ def test_a_client_that_sends_the_last_events_hits_on_every_face(
 
     uses = [server.rank(last(36, 20))[1]["cache"]["status"]]
     uses.append(server.rank(last(37, 20))[1]["cache"]["status"])
-    for num_events, kit, face in ((38, grpc_client, grpc_face), (39, http_client, http_face)):
+    for num_events, kit, client in ((38, grpc_client, grpc_triton), (39, http_client, http_triton)):
         tensors = column_tensors([last(num_events, 20)], SCHEMA)
-        answer = face.infer("kvshare", inputs_of(kit, tensors))
+        answer = client.infer("kvshare", inputs_of(kit, tensors))
         uses.append(answer.as_numpy("cache.status")[0].decode())
     assert uses == ["miss", "partial", "partial", "partial"]

@@ -1,14 +1,12 @@
-"""What the server does besides answering: it checks itself, says what happened, keeps secrets."""
+"""What the server does besides scoring: parity checks, logs, tokens, TLS, draining."""
 
 import gc
 import json
 import logging
 import ssl
 import threading
-import time
 import tracemalloc
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
@@ -20,7 +18,7 @@ import pytest
 import tritonclient.grpc as grpc_client
 from tritonclient.utils import InferenceServerException
 
-from tests.cache.servers import make_certificates
+from tests.cache.servers import make_certificates, wait_until
 from tests.serving.servers import Asked, EagerLoader, local_server, running_server
 from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.errors import ConfigError
@@ -28,6 +26,7 @@ from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 
 RawRequest = dict[str, Any]
+WAIT_S = 60.0  # a busy machine
 UNCACHED = Engine(RankingModel(make_dlrm(1)).eval(), SCHEMA, None)
 
 
@@ -43,7 +42,9 @@ def test_cached_answers_are_checked_in_idle_time() -> None:
     with local_server(EagerLoader(), shadow_share=1.0) as server:
         for _ in range(3):
             server.rank(asks("a"))
-        wait_for(lambda: state_of(server)["parity"]["checks"] == 2)  # the first was no hit
+        wait_until(
+            lambda: state_of(server)["parity"]["checks"] == 2, WAIT_S
+        )  # the first was no hit
         parity = state_of(server)["parity"]
         assert parity["drift"] < 2e-6
         assert not parity["alarm"]
@@ -52,16 +53,16 @@ def test_cached_answers_are_checked_in_idle_time() -> None:
         )
 
 
-def test_beyond_the_limit_the_cache_is_left_alone_and_the_alarm_stands() -> None:
+def test_beyond_the_limit_the_cache_is_switched_off_and_the_alarm_is_set() -> None:
     loader = EagerLoader()
     with local_server(loader, shadow_share=1.0) as server:
         server.rank(asks("a"))
         store = loader.engines[0].store
         assert store is not None
-        store.caches[0].pool.kv_pages.add_(0.5)  # as a store would that forgot what it was given
+        store.caches[0].pool.kv_pages.add_(0.5)  # as if the store were corrupt
         wrong = server.rank(asks("a"))[1]
         assert wrong["cache"]["status"] == "hit"
-        wait_for(lambda: state_of(server)["parity"]["alarm"])
+        wait_until(lambda: state_of(server)["parity"]["alarm"], WAIT_S)
         right = server.rank(asks("a"))[1]
         assert (right["cache"]["status"], right["cache"]["reason"]) == ("bypass", "drift")
         [expected] = UNCACHED.rank(parse_all([asks("a")]))
@@ -69,7 +70,7 @@ def test_beyond_the_limit_the_cache_is_left_alone_and_the_alarm_stands() -> None
         assert 'kvshare_parity_alarm{model="kvshare"} 1.0' in server.ask("GET", "/metrics")[1]
 
 
-def test_nothing_is_checked_where_nothing_is_to_be() -> None:
+def test_nothing_is_checked_if_the_share_is_zero() -> None:
     with local_server(EagerLoader(), shadow_share=0.0) as server:
         for _ in range(3):
             server.rank(asks("a"))
@@ -91,8 +92,8 @@ def test_every_request_is_logged_with_its_id(caplog: pytest.LogCaptureFixture) -
     assert "has no 'time'" in bad["error"]
 
 
-def test_requests_leave_nothing_behind_that_no_model_reads() -> None:
-    """Whole requests were remembered: 8 MiB of them, of columns that no model reads, took 200."""
+def test_columns_that_no_model_reads_are_not_kept() -> None:
+    """Whole requests were remembered: 8 MiB in columns that no model reads took 200 MiB."""
     with local_server(EagerLoader(), timeout_ms=60_000.0) as server:
         server.rank(asks("a"))
         gc.collect()
@@ -110,7 +111,7 @@ def test_requests_leave_nothing_behind_that_no_model_reads() -> None:
 
 
 def test_no_message_of_an_error_is_longer_than_it_may_be(caplog: pytest.LogCaptureFixture) -> None:
-    """The name of a model that nobody serves stood in the answer and in the log, whole."""
+    """The whole name of an unknown model was in the answer and in the log."""
     with caplog.at_level(logging.INFO), local_server(EagerLoader()) as server:
         name = "x" * 7_000
         status, refusal = server.ask("POST", f"/v1/rank?model={name}", asks("a"))
@@ -123,7 +124,7 @@ def test_no_message_of_an_error_is_longer_than_it_may_be(caplog: pytest.LogCaptu
     assert all(len(str(vars(record).get("error", ""))) < 500 for record in caplog.records)
 
 
-def test_a_name_that_nobody_serves_makes_no_series_of_its_own() -> None:
+def test_an_unknown_model_name_makes_no_series_of_its_own() -> None:
     with local_server(EagerLoader()) as server:
         for number in range(3):
             server.rank(asks("a") | {"n": number}, **{"X-Request-Id": f"{number}"})
@@ -133,7 +134,7 @@ def test_a_name_that_nobody_serves_makes_no_series_of_its_own() -> None:
     assert 'outcome="unknown_model"' in text
 
 
-def test_a_token_is_asked_for_on_both_faces(tmp_path: Path) -> None:
+def test_a_token_is_needed_over_http_and_grpc(tmp_path: Path) -> None:
     secret = tmp_path / "token"
     secret.write_text("open sesame\n")
     with local_server(EagerLoader(), token_file=str(secret)) as server:
@@ -156,7 +157,7 @@ def test_a_token_is_asked_for_on_both_faces(tmp_path: Path) -> None:
             assert client.is_model_ready("kvshare", headers=headers)
 
 
-def test_both_faces_speak_tls(tmp_path: Path) -> None:
+def test_http_and_grpc_speak_tls(tmp_path: Path) -> None:
     files = make_certificates(tmp_path)
     settings = {"tls_cert_file": str(files.cert), "tls_key_file": str(files.key)}
     with local_server(EagerLoader(), **settings) as server:
@@ -210,7 +211,7 @@ def test_clients_without_a_certificate_are_turned_away_where_one_is_asked_for(
     ],
     ids=["key", "authority", "token", "files"],
 )
-def test_what_cannot_work_is_said_before_anything_listens(
+def test_a_config_that_cannot_work_is_refused_before_anything_listens(
     settings: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message), local_server(EagerLoader(), **settings):
@@ -230,7 +231,7 @@ def test_a_port_that_is_taken_is_an_error() -> None:
 
 
 def test_sigterm_under_load_loses_no_accepted_request(artifact: Path) -> None:
-    """What was accepted is answered; what comes later finds nobody listening."""
+    """Accepted requests are answered; later connections are refused."""
     raws = [asks(user, 9) for user in "abcdefgh"]
     expected = [answer.scores for answer in UNCACHED.rank(parse_all(raws))]
     outcomes: list[str] = []
@@ -238,7 +239,7 @@ def test_sigterm_under_load_loses_no_accepted_request(artifact: Path) -> None:
     with running_server(f"artifact={artifact}", *settings) as server:
         address, stop = server.http_address, threading.Event()
 
-        def ask(place: int) -> None:
+        def ask(index: int) -> None:
             while not stop.is_set():
                 connection = HTTPConnection(address, timeout=60.0)
                 try:
@@ -247,22 +248,24 @@ def test_sigterm_under_load_loses_no_accepted_request(artifact: Path) -> None:
                     outcomes.append("refused")
                     return
                 try:
-                    connection.request("POST", "/v1/rank", json.dumps(raws[place]))
+                    connection.request("POST", "/v1/rank", json.dumps(raws[index]))
                     response = connection.getresponse()
                     answer = json.loads(response.read())
                 except OSError:
-                    # Accepted by the kernel alone: the server never read of it.
+                    # Accepted by the kernel only: the server never read it.
                     outcomes.append("unread")
                     return
                 finally:
                     connection.close()
                 assert response.status == 200, answer
-                assert answer["scores"] == pytest.approx(expected[place], rel=0, abs=2e-6)
+                assert answer["scores"] == pytest.approx(expected[index], rel=0, abs=2e-6)
                 outcomes.append("ok")
 
         with ThreadPoolExecutor(len(raws)) as threads:
-            asking = [threads.submit(ask, place) for place in range(len(raws))]
-            wait_for(lambda: outcomes.count("ok") > 30 or any(one.done() for one in asking))
+            asking = [threads.submit(ask, index) for index in range(len(raws))]
+            wait_until(
+                lambda: outcomes.count("ok") > 30 or any(one.done() for one in asking), WAIT_S
+            )
             assert server.stop() == 0
             stop.set()
             for one in asking:
@@ -271,10 +274,3 @@ def test_sigterm_under_load_loses_no_accepted_request(artifact: Path) -> None:
         served = [log for log in server.logs if log.get("outcome") == "ok"]
         assert len(served) == answered
         assert not [log for log in server.logs if log.get("level") == "ERROR"]
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60.0
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

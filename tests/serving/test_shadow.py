@@ -1,4 +1,4 @@
-"""Answers are checked in parts as large as a step's, so that nobody waits for a whole long one."""
+"""Answers are checked in parts, so that no request waits for the check of a whole long one."""
 
 import math
 from dataclasses import replace
@@ -26,14 +26,14 @@ MODEL = Watched(make_dlrm(1)).eval()
 
 
 def checked_after(num_candidates: int, offset: float = 0.0) -> tuple[int, float]:
-    """Calls until an answer of so many candidates is checked, and what was found."""
+    """Number of calls until an answer is checked, and the drift found."""
     engine = Engine(MODEL, SCHEMA, KVStore(make_caches(MODEL, [30])))
     [request] = parse_all([draw_raw(9, num_candidates, 1)])
     engine.rank([request])
     [answer] = engine.rank([request])
     assert answer.cache.status == "hit"
     shadow = ShadowParity(share=1.0, part_candidates=8)
-    changed = [score + offset * (place == 19) for place, score in enumerate(answer.scores)]
+    changed = [score + offset * (index == 19) for index, score in enumerate(answer.scores)]
     shadow.offer(engine, request, replace(answer, scores=changed))
     scored.clear()
     for calls in range(1, 100):
@@ -47,10 +47,10 @@ def checked_after(num_candidates: int, offset: float = 0.0) -> tuple[int, float]
 @pytest.mark.parametrize(
     ("num_candidates", "parts"), [(20, [8, 8, 4]), (8, [8]), (9, [8, 1]), (0, [])]
 )
-def test_a_check_scores_no_more_candidates_than_a_step_has_of_a_request(
+def test_a_check_scores_no_more_candidates_at_a_time_than_a_part_has(
     num_candidates: int, parts: list[int]
 ) -> None:
-    """Whole requests were scored again in one go, 10,000 candidates of them."""
+    """Whole requests of 10,000 candidates were scored again in one go."""
     calls, drift = checked_after(num_candidates)
     assert scored == parts
     assert calls == max(1, len(parts))

@@ -1,7 +1,7 @@
 """One server process under everything at once, for minutes: right scores, no loss, flat memory.
 
-Cached users, new ones and growing histories on both faces, streams, bad requests, deadlines that
-pass, connections that are dropped, clients that stop reading, a Redis that freezes; and at the end
+Cached users, new ones and growing histories over HTTP and gRPC, streams, bad requests, deadlines
+that pass, dropped connections, clients that stop reading, a Redis that freezes; and at the end
 SIGTERM in the middle of it. 15 seconds by default, 10 minutes with KVSHARE_SOAK=1.
 """
 
@@ -41,7 +41,7 @@ MAX_SLOPE = 1.0  # MB a minute
 # 2 kB and some hundred a second, or each connection's buffers, grows by more than this.
 MAX_GROWTH_MB = 60.0
 
-# Redis stands still for three seconds of each fifteen.
+# Redis freezes for three seconds of each fifteen.
 FREEZE_EVERY_S, FROZEN_FROM_S, FROZEN_TO_S = 15.0, 7.0, 10.0
 
 NUM_KNOWN = 200  # users who come again; the device has room for 85 of them, the host for as many
@@ -80,7 +80,7 @@ class Case(NamedTuple):
 
 
 class Ended(Exception):  # noqa: N818
-    """The server was told to end, and took no more."""
+    """The server was told to stop and takes no more requests."""
 
 
 @dataclass
@@ -349,7 +349,7 @@ def post(
     request_id: str,
     headers: dict[str, str] | None = None,
 ) -> tuple[int, bytes]:
-    """An answer; a server that was told to end may take no request, but answers what it took."""
+    """Return the answer; a stopping server may refuse a request, but answers accepted ones."""
     body = raw if isinstance(raw, bytes) else json.dumps(raw).encode()
     try:
         connection.request("POST", path, body, {"X-Request-Id": request_id} | (headers or {}))

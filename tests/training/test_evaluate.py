@@ -1,4 +1,4 @@
-"""Evaluation by scorers that are known to be right, wrong or indifferent."""
+"""Evaluation of scorers that are known to be right, wrong or indifferent."""
 
 import math
 
@@ -39,11 +39,11 @@ LAST_ITEM = {"new item": "112", "repurchase": "103", "unknown": NEVER_TRAINED, "
 
 def histories() -> list[Event]:
     """Everyone meets items 100 to 106, one for validation and the last; one user meets all."""
-    # All at one time: this user is for training only.
-    events = [Event("all", str(100 + place), 50) for place in range(NUM_ITEMS)]
+    # All at one time: this user is in the training split only.
+    events = [Event("all", str(100 + index), 50) for index in range(NUM_ITEMS)]
     for user, last in LAST_ITEM.items():
         seen = [*range(100, 107), 100]
-        events += [Event(user, str(item), 100 + place) for place, item in enumerate(seen)]
+        events += [Event(user, str(item), 100 + index) for index, item in enumerate(seen)]
         events += [Event(user, "101", 200), Event(user, last, 300)]
     return events
 
@@ -63,7 +63,7 @@ def by_row(dataset: Dataset) -> dict[int, int]:
 
 
 def scorer_of(dataset: Dataset, of_answer: float, of_seen: float) -> Scorer:
-    """Gives the held-out item one logit, items 100 to 106 another and the rest none."""
+    """Return a scorer with a logit for the held-out item, one for items 100 to 106, and 0 else."""
     answers = by_row(dataset)
     vocabulary = dataset.schema.vocabulary_by_column[ITEM]
     seen = {vocabulary.row(str(item)) for item in range(100, 107)}
@@ -98,8 +98,8 @@ def test_an_indifferent_scorer_finds_nothing(dataset: Dataset) -> None:
 
 
 def test_items_met_before_are_excluded_unless_the_answer_is_one_of_them(dataset: Dataset) -> None:
-    """A repurchase once competed with unmet items only: whoever preferred met items found it."""
-    # All met items stand ahead: excluded for a new item, six places for the repurchase.
+    """A repurchase competed with unmet items only: a scorer that preferred met items found it."""
+    # All met items rank first: excluded for a new item, six ranks for the repurchase.
     found = evaluate_catalogue(scorer_of(dataset, 1.0, 9.0), dataset, None)
     assert found["NDCG@10"] == pytest.approx((2 + 1 / math.log2(6 + 2)) / 4)
     assert found["HR@10"] == 3 / 4
@@ -107,7 +107,7 @@ def test_items_met_before_are_excluded_unless_the_answer_is_one_of_them(dataset:
 
 def test_users_are_taken_evenly(dataset: Dataset) -> None:
     score = scorer_of(dataset, 9.0, 0.0)
-    # In order: new item, other, repurchase, unknown.
+    # User order: new item, other, repurchase, unknown.
     assert evaluate_catalogue(score, dataset, 1)["HR@10"] == 1.0
     assert evaluate_catalogue(score, dataset, 2)["HR@10"] == 1 / 2
     assert evaluate_catalogue(score, dataset, 3)["HR@10"] == 2 / 3
@@ -144,10 +144,10 @@ def test_a_catalogue_in_chunks_is_ranked_as_a_whole(
             return (batch.sparse_features[candidate_key(ITEM)].values() % 3).float()
         return model(batch)
 
-    monkeypatch.setattr(evaluate, "CUTOFF", NUM_ITEMS + 1)  # Every place is counted out.
+    monkeypatch.setattr(evaluate, "CUTOFF", NUM_ITEMS + 1)  # Every rank is exact.
     held_out = np.flatnonzero(dataset.split == TEST)[:3]
     ranks = [evaluate._ranks(score, dataset, held_out, dataset.known_items)]
-    assert sizes == [3 * (NUM_ITEMS + 1)]  # The target stands beside the catalogue.
+    assert sizes == [3 * (NUM_ITEMS + 1)]  # The target is scored with the catalogue.
     assert len({*ranks[0]}) > 1
     sizes.clear()
     monkeypatch.setattr(evaluate, "FIRST_CHUNK_ITEMS", 4)
@@ -158,7 +158,7 @@ def test_a_catalogue_in_chunks_is_ranked_as_a_whole(
     assert ranks[0] == ranks[1] == ranks[2]
 
 
-def test_a_held_out_item_that_is_found_to_be_far_behind_is_not_counted_out(
+def test_ranking_stops_once_the_held_out_item_is_beyond_the_cutoff(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -179,7 +179,7 @@ def test_a_held_out_item_that_is_found_to_be_far_behind_is_not_counted_out(
 
 
 def test_a_user_without_positive_test_events_has_no_rank() -> None:
-    """Its hit rate was 0, as if something had been missed."""
+    """Its hit rate was 0, which lowered the mean."""
     events = [event._replace(label=int(event.time < 300)) for event in histories()]
     dataset = build_dataset(log_of(events), all_events(8, 4))
     found = evaluate_catalogue(scorer_of(dataset, 9.0, 0.0), dataset, None)
@@ -189,7 +189,7 @@ def test_a_user_without_positive_test_events_has_no_rank() -> None:
 
 
 def test_an_item_that_training_never_met_is_not_found_in_a_small_catalogue() -> None:
-    """Its place was the size of the catalogue: below ten items that was a hit."""
+    """Its rank was the size of the catalogue: below ten items that was a hit."""
     events = [Event("u", str(100 + time % 3), time) for time in range(9)]
     dataset = build_dataset(log_of([*events, Event("u", NEVER_TRAINED, 9)]), all_events(8, 4))
     assert len(dataset.known_items) == 3
@@ -198,7 +198,7 @@ def test_an_item_that_training_never_met_is_not_found_in_a_small_catalogue() -> 
 
 
 def test_popularity_without_positive_events_is_finite() -> None:
-    """Its log odds were infinite, and its NE not a number."""
+    """Its log odds were infinite and its NE was NaN."""
     events = [event._replace(label=0) for event in histories()]
     dataset = build_dataset(log_of(events), all_events(8, 4))
     known = dataset.schema.vocabulary_by_column[ITEM].rows(["100", "101"])
@@ -263,7 +263,8 @@ def test_popularity_is_the_log_odds_of_training_counts() -> None:
 
 
 def test_a_model_is_scored_in_eval_mode_and_without_gradients(dataset: Dataset) -> None:
-    model = dlrm_with_history(dataset.schema, TowerSpec(CAUSAL, 8, 1, 2, 0.5), [4, 1]).train()
+    spec = TowerSpec(CAUSAL, dim=8, num_layers=1, num_heads=2, dropout=0.5)
+    model = dlrm_with_history(dataset.schema, spec, [4, 1]).train()
     score = model_scorer(model)
     assert not model.training
     logits: list[Tensor] = []

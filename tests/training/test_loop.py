@@ -1,4 +1,4 @@
-"""Training: it learns, it says how it goes, and a stopped run ends as if it had not been."""
+"""Training learns, logs its progress, and a stopped run resumes to the same result."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Step and value of every point that TensorBoard shows of a folder's event files."""
+    """Return step and value of every point that TensorBoard shows from a folder's event files."""
     events = EventAccumulator(str(folder))
     events.Reload()
     return {
@@ -56,7 +56,7 @@ def scalars(folder: Path) -> dict[str, list[float]]:
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows but for the speed, which is another each time."""
+    """Return every TensorBoard curve but the speed, which differs between runs."""
     found = points(folder / "tensorboard" / "causal") | points(folder / "tensorboard")
     return {tag: tagged for tag, tagged in found.items() if tag != "train/examples_per_s"}
 
@@ -65,7 +65,7 @@ def checkpoint(folder: Path, kind: str = "causal") -> dict[str, Any]:
     return torch.load(folder / kind / CHECKPOINT, weights_only=True)
 
 
-def test_a_writer_s_points_replace_earlier_ones_however_soon_it_comes(tmp_path: Path) -> None:
+def test_points_of_a_writer_replace_those_of_one_opened_in_the_same_second(tmp_path: Path) -> None:
     """Of files of one second TensorBoard read the tenth before the ninth and dropped its points."""
     for number in range(12):
         with loop.open_writer(tmp_path, 0) as writer:
@@ -74,7 +74,7 @@ def test_a_writer_s_points_replace_earlier_ones_however_soon_it_comes(tmp_path: 
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """Bit by bit: metrics, curves, weights, and what the optimisers remember."""
+    """Check that metrics, curves, weights and optimizer states are bit-equal."""
     assert curves(folder) == curves(expected)
     assert (folder / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
     found, wanted = checkpoint(folder), checkpoint(expected)
@@ -85,10 +85,10 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     for optimizer, expected_optimizer in zip(
         found["optimizers"][:2], wanted["optimizers"][:2], strict=True
     ):
-        for place, state in expected_optimizer["state"].items():
+        for parameter, state in expected_optimizer["state"].items():
             for name, value in state.items():
                 assert torch.equal(
-                    torch.as_tensor(optimizer["state"][place][name]), torch.as_tensor(value)
+                    torch.as_tensor(optimizer["state"][parameter][name]), torch.as_tensor(value)
                 )
 
 
@@ -97,7 +97,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 def test_training_lowers_the_loss(finished: Path) -> None:
     losses = scalars(finished / "tensorboard" / "causal")["train/loss"]
-    # From 0.63 to 0.39; the share of positives alone, one in eight, makes 0.377.
+    # From 0.63 to 0.39; predicting the share of positives, one in eight, gives 0.377.
     assert sum(losses[-10:]) / 10 < 0.8 * sum(losses[:3]) / 3
 
 
@@ -161,7 +161,16 @@ def test_a_step_changes_the_table_rows_of_its_batch_alone(tmp_path: Path) -> Non
     """AdamW wrote every row of every table at each step: 1.06 s with a million items."""
     dataset = load_dataset(tiny_config(tmp_path))
     model = new_model(dataset.schema, MODEL, "causal", 0)
-    settings = loop.TrainSettings(1, 1e-2, 1e-2, 0.0, 8, 2, 0, 1e9)
+    settings = loop.TrainSettings(
+        epochs=1,
+        learning_rate=1e-2,
+        table_learning_rate=1e-2,
+        weight_decay=0.0,
+        batch_targets=8,
+        negatives=2,
+        seed=0,
+        checkpoint_seconds=1e9,
+    )
     trainer = loop.Trainer(model, dataset, settings, tmp_path)
     batches = trainer.epoch_batches(0)
     trainer.step(trainer.batch(batches[0], 0, 0))
@@ -184,7 +193,7 @@ def test_a_step_changes_the_table_rows_of_its_batch_alone(tmp_path: Path) -> Non
 
 
 def test_learning_rates_end_at_zero(finished: Path) -> None:
-    """They rose again at the end where later epochs had more batches than the first."""
+    """They rose again at the end if later epochs had more batches than the first."""
     for optimizer in checkpoint(finished)["optimizers"][:2]:
         assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
@@ -193,7 +202,7 @@ def test_learning_rates_end_at_zero(finished: Path) -> None:
 
 
 def interrupted(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Stop a run in the middle of writing its checkpoint, with half of it on the disk."""
+    """Stop a run in the middle of its ``at``-th checkpoint, with half of the file written."""
     num_saves = 0
 
     def save(state: dict[str, Any], path: Path) -> None:
@@ -216,7 +225,7 @@ def test_a_checkpoint_is_never_torn(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path / "run")
-    # In the first epoch; at its end, when it is validated; in the second epoch.
+    # In the first epoch; at its end, after its validation; in the second epoch.
     for at in (8, 16, 10):
         interrupted(config, monkeypatch, at)
         assert (tmp_path / "run" / "causal" / f"{CHECKPOINT}.new").exists()
@@ -238,15 +247,15 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew(
 
 
 def files_of(folder: Path) -> dict[Path, tuple[bytes, int]]:
-    """Content and time of writing of every file."""
+    """Return content and modification time of every file."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def test_a_finished_run_says_its_metrics_and_is_never_touched(
+def test_a_finished_run_returns_its_metrics_and_is_never_overwritten(
     finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It was measured again, and its schema, config and metrics were written anew."""
+    """It was evaluated again, and its schema, config and metrics were rewritten."""
     before = files_of(finished)
     with caplog.at_level(logging.INFO):
         metrics = train_run(tiny_config(finished))
@@ -270,7 +279,7 @@ train_run(TrainConfig(**{k: kinds[k](**v) if k in kinds else v for k, v in value
 
 
 def killed_in_process(config: TrainConfig, patch: str) -> int:
-    """Run a config in a process of its own that a patch kills at the place it names."""
+    """Run a config in a process that a patch kills; return its exit status."""
     process = fresh_process(
         RUN_CONFIG + patch + TRAIN, json.dumps(asdict(config)), OMP_NUM_THREADS="1"
     )
@@ -280,7 +289,7 @@ def killed_in_process(config: TrainConfig, patch: str) -> int:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> TrainConfig:
-    """A run in a process of its own that died of SIGKILL after some twenty batches."""
+    """A run whose process was killed by SIGKILL after some twenty batches."""
     config = tiny_config(tmp_path / "run")
     process = fresh_process(RUN_CONFIG + TRAIN, json.dumps(asdict(config)), OMP_NUM_THREADS="1")
     path = tmp_path / "run" / "causal" / CHECKPOINT
@@ -294,7 +303,7 @@ def killed(tmp_path: Path) -> TrainConfig:
     return config
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(
+def test_a_killed_run_resumes_to_the_same_result(
     finished: Path, killed: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(killed.output)
@@ -317,9 +326,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 
 
 def test_every_batch_and_every_epoch_is_one_point(finished: Path) -> None:
-    """Epochs differ by a batch, and their steps were counted as if they did not: some came twice.
+    """Epochs differ by a batch, but steps were counted as if they did not: some came twice.
 
-    Validations had steps of their own, so that none of a killed run was dropped or all were.
+    Validations had a step count of their own, so that a killed run dropped none or all of them.
     """
     found = points(finished / "tensorboard" / "causal")
     steps = [step for step, _ in found["train/loss"]]
@@ -333,7 +342,7 @@ def test_every_batch_and_every_epoch_is_one_point(finished: Path) -> None:
 def test_a_run_killed_at_a_validation_neither_repeats_nor_loses_it(
     finished: Path, tmp_path: Path, at: str
 ) -> None:
-    """The checkpoint was written before the validation: one killed between never had it."""
+    """The checkpoint was written before the validation: a run killed in between never had it."""
     config = tiny_config(tmp_path / "run", checkpoint_seconds=1e9)
     died_of = killed_in_process(
         config,
@@ -357,7 +366,7 @@ Trainer._save = save
     assert curves(tmp_path / "run") == curves(finished)
 
 
-def test_a_run_killed_while_it_is_measured_says_its_test_metrics_once(
+def test_a_run_killed_during_its_test_logs_its_test_metrics_once(
     finished: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(tmp_path / "run", checkpoint_seconds=1e9)
@@ -402,7 +411,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
 def test_the_checkpoint_before_a_weight_that_is_not_finite_stays(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint was written whatever the weights were."""
+    """A checkpoint with NaN weights was written."""
     real_step = loop.Trainer.step
 
     def step(self: loop.Trainer, batch: Any) -> float:
@@ -422,7 +431,7 @@ def test_the_checkpoint_before_a_weight_that_is_not_finite_stays(
     assert non_finite(kept["model"]) == ""
     losses = scalars(tmp_path / "run" / "tensorboard" / "causal")["train/loss"]
     assert all(math.isfinite(loss) for loss in losses)
-    # Without what broke it the run goes on as if nothing had been.
+    # Without the broken step the run resumes to the same result.
     train_run(config)
     assert_same_run(tmp_path / "run", finished)
 
@@ -443,7 +452,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
 
 
 def test_scores_that_are_not_finite_are_no_metrics(tmp_path: Path) -> None:
-    """They were AUCs and hit rates of NaN, or of 1."""
+    """AUCs and hit rates were NaN, or 1."""
     dataset = load_dataset(tiny_config(tmp_path))
     model = new_model(dataset.schema, MODEL, "causal", 0)
     with torch.no_grad():
@@ -466,15 +475,15 @@ def rows_of_a_log() -> list[str]:
     chance = random.Random(3)
     rows = []
     for user in range(7):
-        for place in range(18 + user):
+        for index in range(18 + user):
             item = chance.randint(1, 12)
-            rows.append(f"{user},{item},{1000 + place // 2},k{item % 3},{item}.5")
+            rows.append(f"{user},{item},{1000 + index // 2},k{item % 3},{item}.5")
     chance.shuffle(rows)
     return rows
 
 
 def log_config(folder: Path, output: Path, rows: list[str]) -> TrainConfig:
-    """A run over a CSV file of the rows given; the file is the same for all of a folder."""
+    """Write a CSV file of rows into a folder; return the config of a run on it."""
     path = folder / "log.csv"
     path.write_text("\n".join([COLUMNS, *rows]) + "\n")
     columns = Columns(item_attributes=["kind"], item_floats=["price"])
@@ -486,7 +495,7 @@ def log_config(folder: Path, output: Path, rows: list[str]) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A finished run over a log."""
+    """A finished run on a CSV log."""
     folder = tmp_path_factory.mktemp("logged")
     config = log_config(folder, folder / "run", rows_of_a_log())
     train_run(config)
@@ -494,7 +503,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def test_rows_in_another_order_are_the_same_run(logged: TrainConfig, tmp_path: Path) -> None:
-    """The AUC fell from .82 to .49 when a log's rows were sorted: its ids had other rows."""
+    """The AUC fell from .82 to .49 when a log's rows were sorted: ids got other table rows."""
     expected = Path(logged.output)
     again = log_config(tmp_path, tmp_path / "run", sorted(rows_of_a_log()))
     train_run(again)
@@ -546,7 +555,7 @@ def test_other_data_is_refused_by_a_run_that_was_stopped(
 
 
 def test_a_catalogue_of_one_item_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    rows = [f"u,7,{1000 + place},k0,1.5" for place in range(9)]
+    rows = [f"u,7,{1000 + index},k0,1.5" for index in range(9)]
     config = log_config(tmp_path, tmp_path / "run", rows)
     with pytest.raises(DataError, match="one item in the training split, 7; negatives need anoth"):
         train_run(config)
@@ -573,9 +582,11 @@ def test_a_smoke_run_takes_users_that_can_be_tested(tmp_path: Path) -> None:
     assert len(np.unique(dataset.event_user[dataset.split == TEST])) == 5
 
 
-def test_the_log_tells_how_the_split_fell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_how_the_data_was_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     chance = random.Random(1)
-    rows = [f"u,{1 + place % 4},{1000 + min(place, 2)},k0,1.5" for place in range(40)]
+    rows = [f"u,{1 + i % 4},{1000 + min(i, 2)},k0,1.5" for i in range(40)]
     chance.shuffle(rows)
     rows += ["vv,77,5000,k0,1.5"]
     with caplog.at_level(logging.INFO):
@@ -588,7 +599,7 @@ def test_the_log_tells_how_the_split_fell(tmp_path: Path, caplog: pytest.LogCapt
         "38 of 41 events of the log are at one moment, 1970-01-01T00:16:42Z: 38 in the test split"
         in caplog.text
     )
-    # Of the four items of the test split training met the first, in 9 of 38 events.
+    # Of the four items of the test split training met only the first, in 9 of 38 events.
     assert "user_id 0.0%, item_id 76.3%, items.kind 0.0%" in caplog.text
 
 

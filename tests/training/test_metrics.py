@@ -1,4 +1,4 @@
-"""Metrics against their meaning: pairs counted one by one, formulas written out."""
+"""Metrics against their definitions: pairs counted one by one, formulas written out."""
 
 import math
 
@@ -15,14 +15,14 @@ from torchrec_kvshare.training.metrics import (
     rank_metrics,
 )
 
-# float32 sums of TorchRec against Python's: worst of 2000 draws 2.1e-7.
+# float32 sums of TorchRec against Python's; worst of 2000 draws: 2.1e-7.
 TOLERANCE = 2e-6
 
 Rows = list[tuple[int, float]]  # label and probability, of one user
 
 
 def ordered_share(rows: Rows, value_of_tie: float) -> float | None:
-    """Of all pairs of a positive and a negative, the share with the positive ahead."""
+    """Return the share of pairs of a positive and a negative with the positive ahead."""
     positives = [probability for label, probability in rows if label]
     negatives = [probability for label, probability in rows if not label]
     if not positives or not negatives:
@@ -57,10 +57,10 @@ def measured(users: list[Rows]) -> Values:
 @st.composite
 def users_without_ties(draw: st.DrawFn) -> list[Rows]:
     sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=70))
-    places = draw(st.permutations(range(sum(sizes))))
+    ranks = draw(st.permutations(range(sum(sizes))))
     labels = draw(st.lists(st.integers(0, 1), min_size=sum(sizes), max_size=sum(sizes)))
     rows = [
-        (label, (place + 1) / (sum(sizes) + 1)) for label, place in zip(labels, places, strict=True)
+        (label, (rank + 1) / (sum(sizes) + 1)) for label, rank in zip(labels, ranks, strict=True)
     ]
     return [rows[sum(sizes[:user]) : sum(sizes[: user + 1])] for user in range(len(sizes))]
 
@@ -86,8 +86,8 @@ def test_ne_is_the_log_loss_over_that_of_the_mean_label(users: list[Rows]) -> No
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.2, 0.5, 0.7])), min_size=2))
-def test_ties_count_between_lost_and_won(rows: Rows) -> None:
-    """TorchRec sorts, so that the order of equal scores decides: no tie counts a half."""
+def test_ties_count_between_a_loss_and_a_win(rows: Rows) -> None:
+    """TorchRec sorts, so the order of equal scores decides; a tie does not count one half."""
     worst, best = ordered_share(rows, 0.0), ordered_share(rows, 1.0)
     if worst is not None and best is not None:
         found = measured([rows])["AUC"]
@@ -117,7 +117,7 @@ def test_certainty_is_finite() -> None:
 
 
 def test_hit_rate_and_ndcg_by_hand() -> None:
-    # Ranks from 0: 9 is the last of ten, 10 the first beyond them.
+    # Ranks from 0: 9 is the last of ten.
     found = rank_metrics([0, 9, 10, 2])
     assert found["HR@10"] == 3 / 4
     assert found["NDCG@10"] == pytest.approx((1 + 1 / math.log2(11) + 1 / 2) / 4)
@@ -126,7 +126,7 @@ def test_hit_rate_and_ndcg_by_hand() -> None:
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_labels_of_one_class_have_no_metrics(label: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Their NE was 4e11 and their AUC 0.5, as if something had been measured."""
+    """Their NE was 4e11 and their AUC 0.5."""
     assert measured([[(label, 0.3), (label, 0.6)]]) == {"AUC": None, "GAUC": None, "NE": None}
     assert f"no AUC, GAUC or NE: {2 * label} of 2 labels are positive" in caplog.text
 
@@ -163,8 +163,8 @@ def test_rank_of_the_target(
     assert rank(scores, target, excluded) == expected
 
 
-def test_a_score_that_is_no_number_counts_against_the_target() -> None:
-    """All logits of a model that had diverged were NaN, and its hit rate was 1."""
+def test_a_nan_score_counts_against_the_target() -> None:
+    """All logits of a diverged model were NaN, and its hit rate was 1."""
     nan = math.nan
     assert rank([nan, nan, nan], 1, []) == 2
     assert rank([0.1, nan, 0.2], 1, []) == 2
@@ -172,8 +172,8 @@ def test_a_score_that_is_no_number_counts_against_the_target() -> None:
 
 
 def brute_rank(scores: Tensor, target: int, excluded: Tensor) -> int:
-    others = [place for place in range(len(scores)) if place != target and not excluded[place]]
-    return sum(bool(scores[place] >= scores[target]) for place in others)
+    others = [item for item in range(len(scores)) if item != target and not excluded[item]]
+    return sum(bool(scores[item] >= scores[target]) for item in others)
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**32 - 1))

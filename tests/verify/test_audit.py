@@ -1,4 +1,4 @@
-"""The audit passes what is sound, and names what a planted fault lets K/V or scores depend on."""
+"""The audit passes sound models, and names what a planted fault makes K/V or scores depend on."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def audit_of(world: World, model: RankingModel | None = None, seed: int = 0) -> 
 
 
 def planted(kind: str, plant: Callable[[RankingModel], None]) -> tuple[World, RankingModel]:
-    """A model of its own with a fault in it."""
+    """Return a copy of a world's model with a fault planted in it."""
     world = world_of(kind)
     model = RankingModel(copy.deepcopy(world.dlrm)).eval()
     plant(model)
@@ -59,20 +59,20 @@ def test_a_sound_model_may_be_used_across_requests(name: str) -> None:
     assert (audit.scope, audit.failures) == ("cross_request", [])
     assert audit.append == ("exact" if name in EXTENDED_NAMES else "refused")
     assert list(audit.moved) == PERTURBED
-    # Rounding alone moves it far less than is allowed, and what must move scores moves them: the
-    # audit is not blind.
-    for perturbed, by_place in audit.moved.items():
-        for place, value in by_place.items():
-            if place == "scores" and perturbed in ("request_time", "context"):
+    # Rounding moves K/V far less than is allowed, and perturbations that must move scores do move
+    # them: the audit is not blind.
+    for perturbed, distance_by_tensor in audit.moved.items():
+        for tensor, value in distance_by_tensor.items():
+            if tensor == "scores" and perturbed in ("request_time", "context"):
                 assert value > 100 * audit_module.TOLERANCE
             elif (name, perturbed) != (BIDIRECTIONAL, "later_events"):
                 assert value <= audit_module.TOLERANCE / 10
 
 
 def test_every_layer_of_every_history_is_watched() -> None:
-    places = ["history/layer_0", "history/layer_1"]
-    assert list(audit_of(world_of(CAUSAL)).moved["candidates"]) == [*places, "scores"]
-    assert list(audit_of(world_of(CAUSAL)).moved["later_events"]) == places
+    layers = ["history/layer_0", "history/layer_1"]
+    assert list(audit_of(world_of(CAUSAL)).moved["candidates"]) == [*layers, "scores"]
+    assert list(audit_of(world_of(CAUSAL)).moved["later_events"]) == layers
     kept_tokens = ["history/events", "scores"]  # target_only keeps no keys and values.
     assert list(audit_of(world_of(TARGET_ONLY)).moved["candidates"]) == kept_tokens
 
@@ -81,7 +81,7 @@ def test_every_layer_of_every_history_is_watched() -> None:
 
 
 class PositionsFromNewest(TokenFeatures):
-    """Counts an event's place from the newest one, which moves as events come."""
+    """Counts positions from the newest event, so that they move as events come."""
 
     def positions(self, *arguments: Any) -> Tensor:
         *_, jagged_by_key, history = arguments
@@ -103,7 +103,7 @@ class ScaledByTheBatch(HSTUEncoder):
 
 
 class SeesAll(CausalEncoder):
-    """Bidirectional attention under a causal name: what is cached is claimed to stay."""
+    """Bidirectional attention that claims to be causal, so that cached K/V is extended."""
 
     prefill = BidirectionalEncoder.prefill
 
@@ -117,14 +117,14 @@ class NormedOverTheSequence(CausalEncoder):
 
 
 class ReusesOpenGroups(LongerEncoder):
-    """Claims that a group stays whose last events are still to come."""
+    """Claims that a group stays valid before all its events have come."""
 
     def reusable_rows(self, reusable_events: int) -> int:
         return reusable_events // self.merge + 1
 
 
 class TellsUsersApart(CausalEncoder):
-    """Does something else to the first history of a batch than to the others."""
+    """Treats the first history of a batch differently from the others."""
 
     def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
         shown = events.clone()
@@ -149,7 +149,7 @@ def with_encoder(encoder: type) -> Callable[[RankingModel], None]:
 
 
 class AgedAtTheRequest(HistoryPooling):
-    """Shows event rows how long ago they were at the time of the request."""
+    """Gives event rows their age at the request's time."""
 
     def event_tokens(self, embedded: JaggedByKey, features: JaggedByKey) -> Tensor:
         lengths = features[self.time_key].lengths().to(torch.int64)
@@ -159,7 +159,7 @@ class AgedAtTheRequest(HistoryPooling):
 
 
 class ToldTheContext(HistoryPooling):
-    """Shows event rows a feature of the request."""
+    """Gives event rows a context feature of the request."""
 
     def event_tokens(self, embedded: JaggedByKey, features: JaggedByKey) -> Tensor:
         lengths = features[self.time_key].lengths().to(torch.int64)
@@ -169,7 +169,7 @@ class ToldTheContext(HistoryPooling):
 
 
 class ToldTheCandidates(HistoryPooling):
-    """Shows event rows what is to be scored."""
+    """Gives event rows the candidates' items."""
 
     def event_tokens(self, embedded: JaggedByKey, features: JaggedByKey) -> Tensor:
         lengths = features[self.time_key].lengths().to(torch.int64)
@@ -186,7 +186,7 @@ def with_pooling(pooling: type) -> Callable[[RankingModel], None]:
 
 
 class ComparesCandidates(HistoryTower):
-    """Centres the vectors of a batch's candidates."""
+    """Subtracts the mean vector of the batch's candidates."""
 
     def attend(self, *arguments: Any) -> Tensor:
         pooled = super().attend(*arguments)
@@ -220,8 +220,8 @@ def test_a_planted_fault_is_named_and_keeps_kv_within_the_request(
     audit = audit_of(*planted(kind, plant))
     assert (audit.scope, audit.failures) == ("request", failures)
     assert audit.append == ("refused" if "later_events" in failures else "exact")
-    by_place = audit.moved[failures[0]]
-    assert not max(by_place.values()) <= 100 * audit_module.TOLERANCE
+    distance_by_tensor = audit.moved[failures[0]]
+    assert not max(distance_by_tensor.values()) <= 100 * audit_module.TOLERANCE
 
 
 def test_a_fault_is_found_whatever_requests_are_drawn() -> None:
@@ -229,7 +229,7 @@ def test_a_fault_is_found_whatever_requests_are_drawn() -> None:
         assert audit_of(*planted(CAUSAL, count_from_newest), seed).failures == ["later_events"]
 
 
-def test_who_claims_nothing_is_refused_to_append_and_may_be_kept_all_the_same() -> None:
+def test_an_encoder_that_claims_nothing_may_be_cached_but_not_extended() -> None:
     world, model = planted(CAUSAL, with_encoder(ClaimsNothing))
     audit = audit_of(world, model)
     assert (audit.scope, audit.append, audit.failures) == ("cross_request", "refused", [])
@@ -237,7 +237,7 @@ def test_who_claims_nothing_is_refused_to_append_and_may_be_kept_all_the_same() 
 
 
 class ClaimsNothing(CausalEncoder):
-    """Would stay as it is, but does not say so."""
+    """Keeps its rows when events come, but does not claim so."""
 
     def reusable_events(self, num_matched: int, cached_events: int, num_events: int) -> int:
         return 0
@@ -255,8 +255,8 @@ def test_the_table_says_what_failed_and_how_far_everything_moved() -> None:
     ]
 
 
-def test_what_becomes_nan_is_not_hidden_by_what_does_not() -> None:
-    """The greatest of NaN and a later figure was that figure, and K/V of NaN passed as unmoved."""
+def test_a_nan_is_not_hidden_by_a_finite_distance() -> None:
+    """max(NaN, x) was x, so that K/V of NaN passed as unmoved."""
     audit = audit_of(*planted(CAUSAL, with_encoder(NotANumberAlone)))
     for name in ("batchmates", "later_events"):
         assert math.isnan(audit.moved[name]["history/layer_0"])
@@ -267,7 +267,7 @@ def test_what_becomes_nan_is_not_hidden_by_what_does_not() -> None:
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of a model that sees later events and says that it does not."""
+    """An artifact of a model that sees later events but claims to be causal."""
     world, model = planted(CAUSAL, with_encoder(SeesAll))
     destination = tmp_path_factory.mktemp("failed") / "artifact"
     export_model(model, world.schema, destination)
@@ -290,8 +290,8 @@ def test_an_artifact_that_failed_its_audit_keeps_no_kv_between_requests(failed: 
     assert (answer.cache.status, len(answer.scores)) == ("bypass", 3)
 
 
-def test_its_program_keeps_none_either(failed: Path, tmp_path: Path) -> None:
-    """The cache inside a program extended what its engine would have refused to keep."""
+def test_its_program_keeps_no_kv_either(failed: Path, tmp_path: Path) -> None:
+    """The cache inside a program extended K/V that the engine would have refused to keep."""
     program = load_program(failed / "model.pt")
     requests = parse_all(raws_of(world_of(CAUSAL), [(9, 3, 1)]), world_of(CAUSAL).schema)
     features = request_tensors(requests, world_of(CAUSAL).schema)

@@ -1,4 +1,4 @@
-"""Deterministic mode: scores bit-equal whatever else is scored, or a refusal that says why not."""
+"""Deterministic mode: scores are bit-equal whatever else is scored, or the model is refused."""
 
 import copy
 import random
@@ -33,12 +33,12 @@ from torchrec_kvshare.verify.deterministic import (
 RawRequest = dict[str, Any]
 
 NUM_CANDIDATES = 131
-NUM_EVENTS = (14, 4, 1)  # a short history is a small matrix, and has other kernels
-NUM_TRIES = 2  # of each history: a few of its candidates, then many, each time with batchmates
+NUM_EVENTS = (14, 4, 1)  # a short history is a small matrix, which has other kernels
+NUM_TRIES = 2  # per history: a few of its candidates, then many, each time with batchmates
 
 
 def what_moves_scores(world: World, model: RankingModel, caches: list[KVCache]) -> set[str]:
-    """Ways to ask for the same candidates that give them other bits."""
+    """Return the ways to score the same candidates that change a bit of a score."""
     schema, rng = world.schema, random.Random(7)
     engines = {
         "off": Engine(model, schema, None),
@@ -56,11 +56,11 @@ def what_moves_scores(world: World, model: RankingModel, caches: list[KVCache]) 
             mates = raws_of(world, [(rng.randint(0, 20), rng.randint(0, 40), 9 + turn)])
             asked = with_candidates(raw, chosen)
             for what, engine in engines.items():
-                scores_of(engine, [cut(raw, 0, num_events // 2)])  # It has grown since.
+                scores_of(engine, [cut(raw, 0, num_events // 2)])  # The history grows after this.
                 tried = {
                     "whole": (scores_of(engine, [raw]), expected),
-                    "part": (scores_of(engine, [asked]), [expected[place] for place in chosen]),
-                    "mates": (scores_of(engine, [asked, *mates]), [expected[p] for p in chosen]),
+                    "part": (scores_of(engine, [asked]), [expected[index] for index in chosen]),
+                    "mates": (scores_of(engine, [asked, *mates]), [expected[i] for i in chosen]),
                     "after": (scores_of(engine, [*mates, raw], len(mates)), expected),
                 }
                 moved |= {
@@ -71,12 +71,12 @@ def what_moves_scores(world: World, model: RankingModel, caches: list[KVCache]) 
     return moved
 
 
-def scores_of(engine: Engine, raws: list[RawRequest], place: int = 0) -> list[float]:
-    return engine.rank([parse_request(raw, engine.schema) for raw in raws])[place].scores
+def scores_of(engine: Engine, raws: list[RawRequest], index: int = 0) -> list[float]:
+    return engine.rank([parse_request(raw, engine.schema) for raw in raws])[index].scores
 
 
 def with_candidates(raw: RawRequest, chosen: list[int]) -> RawRequest:
-    candidates = {name: [cells[p] for p in chosen] for name, cells in raw["candidates"].items()}
+    candidates = {name: [cells[i] for i in chosen] for name, cells in raw["candidates"].items()}
     return raw | {"candidates": candidates}
 
 
@@ -94,7 +94,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_computed_alone_give_bit_equal_scores(name: str) -> None:
-    """It took MKL's strict mode, which Intel's CPUs with AVX-512 alone have."""
+    """Determinism once needed MKL's strict mode, which only Intel CPUs with AVX-512 have."""
     model, world = alone(name), world_of(name)
     require_determinism(model, world.schema)
     assert what_moves_scores(world, model, make_caches(model, [60])) == set()
@@ -106,7 +106,7 @@ def test_scripted_and_on_two_threads_they_are_bit_equal_too(name: str) -> None:
     require_determinism(script_model(alone(name)), world_of(name).schema)
 
 
-def test_what_the_given_model_is_stays_and_weights_are_shared() -> None:
+def test_the_given_model_is_unchanged_and_weights_are_shared() -> None:
     model = RankingModel(copy.deepcopy(world_of(CAUSAL).dlrm)).eval()
     other = compute_rows_alone(model)
     linear = [one for one in model.modules() if isinstance(one, nn.Linear)]
@@ -119,7 +119,7 @@ def test_what_the_given_model_is_stays_and_weights_are_shared() -> None:
 
 
 class OwnLinear(nn.Linear):
-    """What it computes nobody knows."""
+    """A class of linear layer that the package does not know."""
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_a_layer_of_its_own_is_refused_by_name(layer: nn.Linear, message: str) -
 
 
 def test_a_fault_that_only_short_histories_show_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch multiplies small matrices by a kernel of its own. Only a long history was tried, and
-    with HSTU a score over four events moved by how many candidates there were."""
+    """Torch has another kernel for small matrices. Only a long history was tried, and with HSTU a
+    score over four events moved with the number of candidates."""
     model = RankingModel(copy.deepcopy(world_of(CAUSAL).dlrm)).eval()
     tried = []
 
@@ -153,7 +153,7 @@ def test_a_fault_that_only_short_histories_show_is_found(monkeypatch: pytest.Mon
     monkeypatch.setattr(deterministic, "score_through_pages", zero_logits)
     monkeypatch.setattr(deterministic, "score_extended", zero_logits)
     message = (
-        r"1 of 39 ways .* a score, scoring it among 16 over 3 events most of all, by 1\.0e-06;"
+        r"1 of 39 ways .* a score, most of all scoring it among 16 over 3 events, by 1\.0e-06;"
     )
     with pytest.raises(ConfigError, match=message):
         require_determinism(model, world_of(CAUSAL).schema)

@@ -1,1 +1,1 @@
-"""Attention from candidates to the one history of their user; needs torch alone."""
+"""Attention operators over shared histories; imports torch only."""

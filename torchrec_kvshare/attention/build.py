@@ -1,9 +1,9 @@
 """Builds the C++ operators while the package is installed; nothing imports this file afterwards.
 
-setuptools alone would build a module of one Python, with the flags of that Python. The operators
-are a library that any libtorch process can load: linked against torch's libraries and no Python,
-once for each kind of vector instructions. They are built for the torch beside which they will run,
-which pip hides from the build unless it is told ``--no-build-isolation``.
+setuptools alone would build an extension module for one Python version, with its flags. The
+operators are a library that any libtorch process can load: linked against torch and not against
+Python, once per vector instruction set. They are built for the installed torch, which pip hides
+from the build unless ``--no-build-isolation`` is given.
 """
 
 import importlib.metadata
@@ -22,8 +22,8 @@ from setuptools.errors import CompileError
 
 COMPILER = "g++"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp")
-# On x86-64, by torch's name for what the CPU has. Elsewhere there is one library: the compiler's
-# default.
+# On x86-64, by torch's name for the CPU capability. Other machines get one library with the
+# compiler's default flags.
 FLAGS_BY_CAPABILITY = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
@@ -32,30 +32,30 @@ DEFAULT = "DEFAULT"
 
 
 class BuildOperators(build_ext):
-    """Build the extension of ``setup.py``, which names the source, as libraries beside it.
+    """Build the extension that ``setup.py`` names as libraries beside its source.
 
-    Without a compiler or torch nothing is built and a warning says so. Where the compiler fails,
-    the installation fails.
+    Without a compiler or torch, nothing is built and a warning says so. If the compiler fails, the
+    installation fails.
     """
 
     def run(self) -> None:
-        """Compile, in the checkout or where a wheel is gathered; older libraries go."""
+        """Compile into the checkout or the wheel's build folder; delete older libraries first."""
         source = self._source()
         root = Path() if self.inplace else Path(self.build_lib)
         for stale in (root / source.parent).glob("_native_*.so"):
             stale.unlink()
         for name in missing_tools():
-            self.warn(f"{name} is not there: the attention operators are not built")
+            self.warn(f"{name} is missing: the attention operators are not built")
         for capability, library in self._library_by_capability().items():
             compile_library(source, compiler_flags(capability), root / library)
 
     def get_outputs(self) -> list[str]:
-        """What a wheel gets."""
+        """List the files that go into a wheel."""
         libraries = self._library_by_capability().values()
         return [str(Path(self.build_lib, library)) for library in libraries]
 
     def get_output_mapping(self) -> dict[str, str]:
-        """Where an editable install has it."""
+        """Map files of a wheel to where an editable install has them."""
         libraries = map(str, self._library_by_capability().values()) if self.inplace else ()
         return {str(Path(self.build_lib, library)): library for library in libraries}
 
@@ -65,7 +65,7 @@ class BuildOperators(build_ext):
         return Path(source)
 
     def _library_by_capability(self) -> dict[str, Path]:
-        """Paths from the root of the checkout, or of a wheel."""
+        """Library paths, relative to the root of the checkout or wheel."""
         if missing_tools():
             return {}
         is_x86 = platform.machine() in ("x86_64", "AMD64")
@@ -77,30 +77,30 @@ class BuildOperators(build_ext):
 
 
 class OperatorsWheel(bdist_wheel):
-    """A wheel of one platform and of any Python, as the libraries are."""
+    """A wheel for one platform and any Python version, as the libraries are."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Python, ABI and platform."""
+        """Return Python, ABI and platform tags."""
         return "py3", "none", super().get_tag()[2]
 
 
 def missing_tools() -> list[str]:
-    """What the operators cannot be built without and is not there."""
-    is_there = {COMPILER: shutil.which(COMPILER), "torch": find_torch()}
-    return [name for name, place in is_there.items() if place is None]
+    """Return the names of required build tools that are not installed."""
+    path_by_tool = {COMPILER: shutil.which(COMPILER), "torch": find_torch()}
+    return [tool for tool, path in path_by_tool.items() if path is None]
 
 
 def find_torch() -> Path | None:
-    """The folder of the torch that is installed here, isolated from it or not."""
-    for place in (*sys.path, sysconfig.get_path("platlib")):
-        folder = Path(place) / "torch"
+    """Return the folder of the installed torch, also when pip isolates the build from it."""
+    for parent in (*sys.path, sysconfig.get_path("platlib")):
+        folder = Path(parent) / "torch"
         if (folder / "include").is_dir():
             return folder
     return None
 
 
 def torch_version() -> str:
-    """Its release; a CPU build's and a CUDA build's libraries take the same operators."""
+    """Return torch's release without the build suffix: CPU and CUDA builds share the library."""
     folder = find_torch()
     assert folder is not None
     [found] = importlib.metadata.distributions(name="torch", path=[str(folder.parent)])
@@ -108,34 +108,34 @@ def torch_version() -> str:
 
 
 def compiler_flags(capability: str) -> tuple[str, ...]:
-    """What g++ is told for a CPU of which torch says that it has the capability."""
+    """Return the g++ flags for a CPU capability, by torch's name for it."""
     return (*FLAGS, *FLAGS_BY_CAPABILITY.get(capability, ()))
 
 
 def compile_library(source: Path, flags: Sequence[str], library: Path) -> None:
-    """Compile operators for torch; ``library`` is there whole or not at all.
+    """Compile the operators for torch; ``library`` is written atomically.
 
     Args:
-        source: in C++.
+        source: C++ file.
         flags: for g++.
-        library: to be made, with its folder if that is not there.
+        library: path of the result; its folder is made if missing.
 
     Raises:
-        CompileError: with what the compiler says.
+        CompileError: with the compiler's output.
     """
     torch = find_torch()
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         compiled, linked = f"{folder}/operators.o", Path(folder, "operators.so")
         run_compiler(*flags, "-c", str(source), f"-I{torch}/include", "-o", compiled)
-        # Linked without OpenMP: a second runtime beside torch's own would fight it for the cores.
+        # Linked without OpenMP: a second runtime would compete with torch's own for the cores.
         libraries = (f"-L{torch}/lib", "-ltorch_cpu", "-lc10")
         run_compiler("-shared", compiled, *libraries, "-o", str(linked))
         linked.replace(library)
 
 
 def run_compiler(*arguments: str) -> None:
-    """Run g++ and be silent, unless it fails."""
+    """Run g++ and show its output only if it fails."""
     done = subprocess.run([COMPILER, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompileError(f"the attention operators cannot be compiled: {done.stderr}")

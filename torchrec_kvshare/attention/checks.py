@@ -1,7 +1,7 @@
-"""What the plain body refuses; the C++ body refuses the same in the same words.
+"""Argument checks of the plain backend; the C++ backend makes the same ones with the same messages.
 
-What stands in offsets, page ids and the like is looked at on a CPU alone: elsewhere that would wait
-for the device.
+The values of offsets, page ids and the like are checked on a CPU only: elsewhere reading them would
+wait for the device.
 """
 
 import itertools
@@ -25,7 +25,7 @@ def check_history(
     num_globals: int,
     scoring: str,
 ) -> None:
-    """Refuse arguments of ``operators.history_attention`` that do not fit each other.
+    """Check that the arguments of ``operators.history_attention`` fit each other.
 
     Raises:
         ValueError: naming the argument.
@@ -73,7 +73,7 @@ def check_candidates(
     window: int,
     scoring: str,
 ) -> None:
-    """Refuse arguments of ``operators.candidate_attention`` that do not fit each other.
+    """Check that the arguments of ``operators.candidate_attention`` fit each other.
 
     Raises:
         ValueError: naming the argument.
@@ -100,14 +100,14 @@ def check_candidates(
         raise ValueError("time_bias has no buckets")
     if queries.is_cpu:
         num_rows = row_offsets.diff().repeat_interleave(candidate_offsets.diff())
-        for visible, most in zip(visible_rows.tolist(), num_rows.tolist(), strict=False):
-            if not 0 <= visible <= most:
-                raise ValueError(f"visible_rows has {visible}; its user has {most} rows")
+        for visible, count in zip(visible_rows.tolist(), num_rows.tolist(), strict=False):
+            if not 0 <= visible <= count:
+                raise ValueError(f"visible_rows has {visible}; its user has {count} rows")
     _check_scoring(scoring)
 
 
 def check_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Refuse arguments of ``operators.rows_linear`` that do not fit each other.
+    """Check that the arguments of ``operators.rows_linear`` fit each other.
 
     Raises:
         ValueError: naming the argument.
@@ -157,7 +157,7 @@ def _check_heads(name: str, tensor: Tensor, num_dimensions: int, queries: Tensor
 
 
 def _check_offsets(name: str, offsets: Tensor, num_users: int, num_rows: int | None = None) -> None:
-    """Offsets [B + 1] from 0 to a number of rows or less, or to any number."""
+    """Check offsets [B + 1]: from 0, never falling, to at most ``num_rows`` if that is given."""
     _check_tensor(name, offsets, torch.int64, 1)
     if offsets.numel() == 0:
         raise ValueError(f"{name} has 0 offsets; no users have 1")
@@ -186,7 +186,7 @@ def _check_numbers(name: str, numbers: Tensor, count: int | None) -> None:
 def _check_pages(
     pages: Tensor, page_ids: Tensor, page_offsets: Tensor, row_offsets: Tensor
 ) -> None:
-    """Pages of each user, enough for its rows, each of them in the table."""
+    """Check that each user has enough pages for its rows and that each page is in the table."""
     _check_numbers("page_ids", page_ids, int(page_offsets[-1]) if pages.is_cpu else None)
     if not pages.is_cpu:
         return

@@ -1,4 +1,4 @@
-"""The operators' registration: from the C++ library where it loads, else from ``plain.py``."""
+"""Registers the operators: from the C++ library if it loads, else from ``plain.py``."""
 
 import functools
 import logging
@@ -32,7 +32,7 @@ SCHEMAS = {
     "candidate_attention_backward": (SAVED + CANDIDATES, 7),
     "rows_linear": ("Tensor rows, Tensor weight, Tensor bias", 1),
 }
-# Arguments that have gradients, by place.
+# Indices of the arguments that have gradients.
 DIFFERENTIABLE = {"history_attention": (0, 2, 3), "candidate_attention": (0, 1, 2, 4, 5, 12, 13)}
 
 logger = logging.getLogger(__name__)
@@ -43,24 +43,24 @@ def register_operators() -> bool:
     """Register the operators in this process, once.
 
     Returns:
-        Whether the C++ library computes them; the log says why not.
+        Whether the C++ library is the backend for float32 on CPU; if not, the log says why.
     """
     reason = _load_library()
     if reason:
-        logger.warning("attention: in PyTorch's own operators: %s", reason)
+        logger.warning("attention: backend is plain PyTorch: %s", reason)
     _register_plain(has_library=not reason)
     return not reason
 
 
 def library_path() -> Path:
-    """Where the library for this CPU and this torch is, if it was built."""
+    """Return the path of the library for this CPU and this torch, built or not."""
     version = torch.__version__.split("+")[0]
     capability = torch.backends.cpu.get_cpu_capability()
     return FOLDER / f"_native_{capability.lower()}-torch{version}.so"
 
 
 def _load_library() -> str:
-    """Load the library; why it cannot be, or nothing."""
+    """Load the library; return why that failed, or an empty string."""
     library = library_path()
     if not library.exists():
         built = sorted(path.name for path in FOLDER.glob("_native_*.so"))
@@ -72,31 +72,31 @@ def _load_library() -> str:
     return ""
 
 
-# Libraries of PyTorch live as long as these.
+# The registrations live as long as these objects.
 _registered: list[torch.library.Library] = []
 
 
 def _register_plain(has_library: bool) -> None:
-    bodies: dict[str, Callable[..., Any]] = {
+    backend_by_name: dict[str, Callable[..., Any]] = {
         "history_attention": plain.plain_history_attention,
         "candidate_attention": plain.plain_candidate_attention,
         "rows_linear": plain.plain_rows_linear,
     }
-    for name, places in DIFFERENTIABLE.items():
-        bodies[f"{name}_backward"] = _backward(bodies[name], places)
+    for name, indices in DIFFERENTIABLE.items():
+        backend_by_name[f"{name}_backward"] = _backward(backend_by_name[name], indices)
     library = torch.library.Library(NAMESPACE, "FRAGMENT" if has_library else "DEF")
     _registered.append(library)
-    for name, body in bodies.items():
+    for name, backend in backend_by_name.items():
         arguments, num_results = SCHEMAS[name]
         results = ", ".join(["Tensor"] * num_results)
         if has_library:
-            # The library calls these where it does not compute.
+            # The library calls these for other dtypes and devices.
             library.define(f"plain_{name}({arguments}) -> ({results})")
-            library.impl(f"plain_{name}", body, "CompositeExplicitAutograd")
-            library.impl(name, body, "CUDA")
+            library.impl(f"plain_{name}", backend, "CompositeExplicitAutograd")
+            library.impl(name, backend, "CUDA")
         else:
             library.define(f"{name}({arguments}) -> ({results})")
-            library.impl(name, body, "CompositeExplicitAutograd")
+            library.impl(name, backend, "CompositeExplicitAutograd")
             library.impl(name, _shapes(name), "Meta")
     if not has_library:
         for name in DIFFERENTIABLE:
@@ -104,19 +104,19 @@ def _register_plain(has_library: bool) -> None:
 
 
 def _backward(
-    body: Callable[..., tuple[Tensor, Tensor]], places: tuple[int, ...]
+    backend: Callable[..., tuple[Tensor, Tensor]], indices: tuple[int, ...]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Gradients of a body by computing it again."""
+    """Make a backward that runs the forward again under autograd."""
 
     def backward(
         out_gradient: Tensor, _out: Tensor, _log_sums: Tensor, *arguments: Any
     ) -> tuple[Tensor, ...]:
         leaves = list(arguments)
-        for place in places:
-            leaves[place] = leaves[place].detach().requires_grad_()
+        for index in indices:
+            leaves[index] = leaves[index].detach().requires_grad_()
         with torch.enable_grad():
-            out, _ = body(*leaves)
-        inputs = [leaves[place] for place in places]
+            out, _ = backend(*leaves)
+        inputs = [leaves[index] for index in indices]
         return torch.autograd.grad(
             out, inputs, out_gradient, allow_unused=True, materialize_grads=True
         )
@@ -132,9 +132,9 @@ def _shapes(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
             torch.empty_like(queries),
             queries.new_empty(queries.shape[:-1]),
         )
-    places = DIFFERENTIABLE[name.removesuffix("_backward")]
+    indices = DIFFERENTIABLE[name.removesuffix("_backward")]
     return lambda _gradient, _out, _log_sums, *arguments: tuple(
-        torch.empty_like(arguments[place]) for place in places
+        torch.empty_like(arguments[index]) for index in indices
     )
 
 
@@ -147,8 +147,8 @@ def _register_autograd(name: str) -> None:
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         operator = getattr(torch.ops.torchrec_kvshare, f"{name}_backward")
         gradients = operator(gradient, *ctx.saved_tensors, *ctx.options)
-        by_place = dict(zip(DIFFERENTIABLE[name], gradients, strict=True))
-        return tuple(by_place.get(place) for place in range(ctx.num_inputs))
+        gradient_by_index = dict(zip(DIFFERENTIABLE[name], gradients, strict=True))
+        return tuple(gradient_by_index.get(index) for index in range(ctx.num_inputs))
 
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_registered[0]

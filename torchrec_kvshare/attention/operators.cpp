@@ -1,11 +1,11 @@
-// Attention of jagged users on a CPU, softmax and SiLU, forward and backward; meaning and arguments
-// stand in attention/operators.py.
+// Attention of jagged users on a CPU, softmax and SiLU, forward and backward. See
+// attention/operators.py for meaning and arguments.
 //
 // Keys and values are packed into blocks of 64. A forward task is one head of up to 128 queries of
-// one user; it walks over the blocks and, under each, over tiles of queries, so that the block stays
-// in the core's first cache and no score ever leaves it. A row's result depends on that row and on
-// its keys alone, to the bit: tiles are filled up with zeros, and every row rescales for itself.
-// A backward task is one head of one user, and computes the scores again.
+// one user. It loops over the blocks and, for each block, over tiles of queries, so that the block
+// stays in the core's L1 cache and scores never leave it. A row's result depends only on that row
+// and its keys, to the bit: tiles are padded with zeros, and every row is rescaled on its own.
+// A backward task is one head of one user. It recomputes the scores.
 // Running softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867). Backward: FlashAttention, Dao et
 // al. 2022 (arXiv:2205.14135), appendix B.2.
 
@@ -35,21 +35,21 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int kLanes = 16;
-constexpr int kTile = 8;  // Queries at once: their sums fill half of the registers.
+constexpr int kTile = 8;  // queries per tile: their sums fill half of the registers
 #else
 constexpr int kLanes = 8;
 constexpr int kTile = 4;
 #endif
 constexpr int kPair = 2 * kLanes;
-constexpr int kBlock = 64;  // Keys at once: with values, and heads of 32, 16 KiB.
+constexpr int kBlock = 64;  // keys per block: 16 KiB with values, for heads of 32
 constexpr int kTaskRows = 128;
 constexpr int kFewColumns = 8;
 constexpr float kUnseen = -1e30f;
-constexpr float kSlack = 20.0f;  // A row rescales when a score is 2**20 times its reference.
+constexpr float kSlack = 20.0f;  // a row is rescaled when a weight exceeds 2**20
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kNoBias[kBlock] = {};
-constexpr int64_t kMostNumbers = int64_t{1} << 40;  // of a tensor: no size made of it overflows
-constexpr int64_t kNoTime = -1;                     // of a row that no time bias is added for
+constexpr int64_t kMostNumbers = int64_t{1} << 40;  // in a tensor: sizes derived do not overflow
+constexpr int64_t kNoTime = -1;                     // time of a row that gets no time bias
 
 using Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias)) = float;
 using BitVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias)) = uint32_t;
@@ -63,11 +63,11 @@ constexpr IntVec kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
 
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
-// Minus zero is free to the compiler; plus zero would be an addition.
+// The compiler drops a subtraction of zero; it would keep an addition.
 inline Vec all(float value) { return value - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// Lanes added to those that are `step` away, then to those half as far.
+// Adds lanes to those `step` away, then to those half as far, and so on.
 template <size_t step, size_t... lane>
 inline Vec fold(Vec value, std::index_sequence<lane...> lanes) {
   const BitVec partners = {static_cast<uint32_t>(lane ^ step)...};
@@ -86,17 +86,17 @@ inline float highest_of(Vec value) {
   return highest;
 }
 
-// 2**x to 1.5e-7 of its value, exactly zero below -149; a NaN stays one.
+// 2**x, relative error 1.5e-7, exactly zero below -149; NaN stays NaN.
 inline Vec exp2(Vec x) {
 #ifdef __AVX512F__
   const Vec rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
   x = x < -126.6f ? all(-126.6f) : x;
-  // 1.5 * 2**23 leaves no place for a fraction; the lowest bits are then the exponent of 2**x.
+  // Adding 1.5 * 2**23 rounds the fraction away; the lowest bits are then the exponent of 2**x.
   const Vec shifted = (x - 0.5f) + (12582912.0f + 127.0f);
   const Vec rest = x - (shifted - (12582912.0f + 127.0f));
 #endif
-  // Least greatest relative error of 2**rest on [0, 1], with 1 at 0.
+  // Minimax polynomial (relative error) for 2**rest on [0, 1], exactly 1 at 0.
   Vec power = all(1.867130213e-3f);
   power = power * rest + 9.017030019e-3f;
   power = power * rest + 5.579991332e-2f;
@@ -106,7 +106,7 @@ inline Vec exp2(Vec x) {
 #ifdef __AVX512F__
   return _mm512_scalef_ps(power, x);  // times 2**floor(x)
 #else
-  // A product, not a sum of bits: whatever the bits of a NaN are, it stays one.
+  // A product, not an addition of exponent bits, so that a NaN with any bits stays NaN.
   return power * reinterpret_cast<Vec>(reinterpret_cast<BitVec>(shifted) << 23);
 #endif
 }
@@ -115,7 +115,7 @@ inline Vec sigmoid(Vec x) {
   const Vec power = x * -kLog2E;
   const Vec divisor = exp2(power > 126.0f ? all(126.0f) : power) + 1.0f;
 #ifdef __AVX512F__
-  // To 2**-14, then a step of Newton's: together a third of a division.
+  // Reciprocal to 2**-14, then one Newton step: a third of the cost of a division.
   const Vec inverse = _mm512_rcp14_ps(divisor);
   return inverse * (2.0f - divisor * inverse);
 #else
@@ -123,7 +123,7 @@ inline Vec sigmoid(Vec x) {
 #endif
 }
 
-// Exchanges what two rows of a matrix hold beside and across its diagonal, in blocks of `step`.
+// Exchanges the off-diagonal blocks of `step` lanes between two rows of a matrix.
 template <size_t step, size_t... lane>
 inline void exchange(Vec& above, Vec& below, std::index_sequence<lane...>) {
   const BitVec of_above = {static_cast<uint32_t>(lane & step ? kLanes + lane - step : lane)...};
@@ -133,7 +133,7 @@ inline void exchange(Vec& above, Vec& below, std::index_sequence<lane...>) {
   above = first;
 }
 
-// Rows [kLanes, kLanes] into columns, by halves, quarters and so on.
+// Transposes rows [kLanes, kLanes], in blocks of 1, 2, 4 and so on.
 template <size_t step = 1>
 inline void transpose(Vec* rows) {
   for (size_t row = 0; row < kLanes; ++row)
@@ -156,14 +156,14 @@ inline void add_scaled(const float* from, float factor, int64_t count, float* to
   for (int64_t d = 0; d < count; ++d) to[d] += factor * from[d];
 }
 
-// A matrix by its first element and the steps to the next row and to the next column.
+// A matrix: its first element, and the strides to the next row and the next column.
 struct Matrix {
   const float* data;
   int64_t row_step, column_step;
 };
 
-// sums [kTile, columns] = start + left [kTile, depth] times right [depth, columns], where `start`
-// gives for each row what its sums begin with, and may be the sums themselves.
+// sums [kTile, columns] = start + left [kTile, depth] times right [depth, columns]. `start` gives
+// the initial sums of each row, and may be the sums themselves.
 template <typename Start>
 __attribute__((always_inline)) inline void multiply(const Matrix& left, int64_t depth, const float* right, int64_t columns,
                      const Start& start, float* sums_of_rows) {
@@ -203,7 +203,7 @@ struct Sizes {
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(dim)); }
 };
 
-// Pages of rows, [P, S, H, D]; copied if their heads are not dense.
+// Pages of rows, [P, S, H, D]; copied if the last dimension is not contiguous.
 struct Pages {
   at::Tensor tensor;
   const float* data = nullptr;
@@ -221,15 +221,15 @@ struct Pages {
   }
 };
 
-// Rows [R, H, D], as pages of one.
+// Rows [R, H, D], as pages of one row each.
 inline Pages rows_of(const at::Tensor& rows) { return Pages(rows.unsqueeze(1)); }
 
-// The queries of one user, and where the rows that they may see are: cached ones, then new ones.
+// The queries of one user, and where the rows that they may see are: cached rows, then new rows.
 struct User {
   int64_t first_query, num_queries;  // tokens
   int64_t first_page, num_cached, first_new, num_new;
-  int64_t first_key;    // of all users' rows
-  int64_t first_block;  // of all users' packed blocks
+  int64_t first_key;    // in all users' rows
+  int64_t first_block;  // in all users' packed blocks
   int64_t num_keys() const { return num_cached + num_new; }
   int64_t num_blocks() const { return (num_keys() + kBlock - 1) / kBlock; }
 };
@@ -239,7 +239,7 @@ struct History {
   Pages cached_keys, cached_values, new_keys, new_values;
   const int64_t* page_ids;
 
-  // Where a row of a user is: a page and a place in it, of the cached or the new ones.
+  // Where a row of a user is: whether it is cached, its page, and its slot in the page.
   std::tuple<bool, int64_t, int64_t> find(const User& user, int64_t row) const {
     if (row >= user.num_cached) return {false, user.first_new + row - user.num_cached, 0};
     const int64_t page_size = cached_keys.page_size;
@@ -255,10 +255,11 @@ struct History {
   }
 };
 
-// Which of a user's rows a query sees: a candidate the oldest `visible` ones, the query of a row
-// itself and the earlier ones; of these the newest `window`. The last `num_globals` rows see all.
+// Which of its user's rows a query sees. A candidate sees the oldest `visible` rows; the query of a
+// history row sees that row and the earlier ones. Of these, only the newest `window` are seen. The
+// last `num_globals` rows see all rows.
 struct Sight {
-  const int64_t* visible = nullptr;  // [C], or null for queries of rows
+  const int64_t* visible = nullptr;  // [C], or null for queries of history rows
   int64_t num_tokens = 1, window = 0, num_globals = 0;
 
   std::tuple<int64_t, int64_t> seen(const User& user, int64_t query) const {
@@ -274,33 +275,33 @@ struct Sight {
   }
 };
 
-// What is added to a candidate's scores: for the time since a row, and for the row's place from the
-// newest that the candidate sees.
+// Biases added to a candidate's scores: by the time since a row, and by the row's position from the
+// newest row that the candidate sees.
 struct Bias {
   const int64_t *row_times = nullptr, *candidate_times = nullptr;
   const float *time_table = nullptr, *place_table = nullptr;  // [buckets, H]
   int64_t num_times = 0, num_places = 0, num_heads = 1;
 
   bool is_none() const { return num_times == 0; }
-  // 0 below one, then one for each doubling; the last has no end.
+  // 0 below one, then one bucket per doubling; the last is open-ended.
   static int64_t bucket(int64_t amount, int64_t num_buckets) {
     if (amount < 1) return 0;
     return std::min<int64_t>(64 - __builtin_clzll(amount), num_buckets - 1);
   }
 };
 
-// What all tasks of a call read.
+// The input of a call, read by all its tasks.
 struct Problem {
   Sizes sizes;
-  Pages queries, own_keys, own_values;  // tokens; own ones are not there for queries of rows
+  Pages queries, own_keys, own_values;  // tokens; queries of history rows have no own tokens
   bool has_own;
   History history;
   Sight sight;
   Bias bias;
   std::vector<User> users;
-  std::vector<at::Tensor> kept;  // what pointers above point into
+  std::vector<at::Tensor> kept;  // owns what the pointers above point into
 
-  // Whether two queries of a user look at its rows at one time and see as many of them.
+  // Whether two queries of a user have the same time and see the same number of rows.
   bool is_same_moment(const User& user, int64_t query, int64_t other) const {
     if (bias.is_none()) return true;
     const int64_t one = (user.first_query + query) / sight.num_tokens;
@@ -316,17 +317,17 @@ struct Problem {
   }
 };
 
-// Some queries of one user: those of a task, padded to whole tiles.
+// The queries of one task: one head of a range of one user's queries.
 struct Span {
   const User& user;
   int64_t head, first, end;
 };
 
-// The rows that queries of a tile, or of a task, see: all of them or some.
+// The range of rows that the queries of a tile or a task see.
 struct Range {
-  int64_t first, end;          // seen by some
-  int64_t all_first, all_end;  // seen by all
-  bool is_one_moment = true;   // All of them have the same biases.
+  int64_t first, end;          // seen by at least one query
+  int64_t all_first, all_end;  // seen by every query
+  bool is_one_moment = true;   // whether all queries have the same biases
 
   Range(const Problem& problem, const User& user, int64_t first_query, int64_t end_query)
       : first(INT64_MAX), end(0), all_first(0), all_end(INT64_MAX) {
@@ -342,7 +343,8 @@ struct Range {
   }
 };
 
-// The biases of a tile's queries for a block of keys, scaled. Queries of one moment share them.
+// The scaled biases of a tile's queries for a block of keys. Queries with equal time and visibility
+// share them.
 struct BlockBias {
   const Problem& problem;
   const Span& span;
@@ -363,7 +365,8 @@ struct BlockBias {
       places[bucket] = factor * bias.place_table[bucket * bias.num_heads + span.head];
   }
 
-  // Pointers to kBlock values for each query of a tile; those of the last one are kept for the next.
+  // Fills pointers to kBlock values for each query of a tile. The last query's values are kept for
+  // the next tile.
   void fill(int64_t first_query, int64_t last_query, bool is_one_moment, int64_t of_block,
             const float** rows) {
     if (problem.bias.is_none()) {
@@ -402,17 +405,17 @@ struct BlockBias {
     std::fill_n(to + count, kBlock - count, 0.0f);
   }
 
-  // Buckets of one row for the moment at hand; -1 where nothing is added.
+  // Time and position bucket of one row for the current time and visibility; -1 for no bias.
   std::tuple<int64_t, int64_t> buckets(int64_t row_time, int64_t row) const {
     const Bias& bias = problem.bias;
-    // Times far apart wrap round: the difference of signed numbers may not.
+    // Unsigned: times far apart wrap round, which is undefined for signed integers.
     const auto elapsed = static_cast<int64_t>(static_cast<uint64_t>(time) - row_time);
     return {row_time == kNoTime ? -1 : Bias::bucket(elapsed, bias.num_times),
             bias.num_places == 0 ? -1 : Bias::bucket(visible - row, bias.num_places)};
   }
 };
 
-// A number of lanes as every lane has it.
+// A number of lanes, clamped to [0, kLanes], in every lane.
 inline IntVec clamped(int64_t lanes) {
   return static_cast<int32_t>(std::clamp<int64_t>(lanes, 0, kLanes)) - IntVec{};
 }
@@ -438,12 +441,12 @@ inline Vec highest_score(const float* scores) {
   return highest;
 }
 
-// A running softmax, or sum, of some queries.
+// State of a running softmax, or SiLU sum, of some queries.
 struct Running {
   float* queries;     // [rows, D], scaled
   float* sums;        // [rows, padded D]
-  float* totals;      // [rows, kLanes], to be summed
-  float* references;  // [rows]: exponentials are taken of what a score is above it
+  float* totals;      // [rows, kLanes], partial sums of the weights
+  float* references;  // [rows], subtracted from scores before the exponential
 };
 
 void raise_references(const float* scores, int64_t padded_dim, const Running& tile) {
@@ -460,17 +463,17 @@ void raise_references(const float* scores, int64_t padded_dim, const Running& ti
 }
 
 struct Softmax {
-  static constexpr float kScale = kLog2E;  // Scores are exponents of 2.
-  // Less than the reference of a row that has seen nothing.
+  static constexpr float kScale = kLog2E;  // scores are exponents of 2
+  // Less than the reference of a row that has seen no key yet.
   static constexpr float kHidden = -INFINITY;
 
-  // Own tokens open the running softmax, so that nothing has to be merged afterwards.
+  // The running softmax starts with the own tokens, so that nothing has to be merged afterwards.
   static void open(std::vector<float>& weights, float* totals, float* reference) {
     *reference = *std::max_element(weights.begin(), weights.end());
     for (float& weight : weights) totals[0] += weight = std::exp2(weight - *reference);
   }
   static void weigh(float* scores, int64_t padded_dim, const Running& tile) {
-    Vec num_above{};  // A count: of a maximum, one row's NaN would take away another's.
+    Vec num_above{};  // A count, not a maximum: NaN of one row would hide a large score of another.
     for (int row = 0; row < kTile; ++row) {
       const Vec limit = all(tile.references[row] + kSlack);
       num_above += highest_score(scores + row * kBlock) <= limit ? Vec{} : all(1.0f);
@@ -488,11 +491,11 @@ struct Softmax {
     }
   }
   static float share(const float* totals) { return 1.0f / sum_of(load(totals)); }
-  // Of the exponent of 2, so that the backward pass has it as the scores are.
+  // In base 2, as the scores are in the backward pass.
   static float log_sum(const float* totals, float reference) {
     return reference + std::log2(sum_of(load(totals)));
   }
-  // The weights of scores, and what a score's gradient is of that of its weight.
+  // Computes weights from scores, and gradients of scores from gradients of weights.
   static void backward(Vec score, Vec weight_gradient, float log_sum, float delta, Vec* weight,
                        Vec* gradient) {
     *weight = exp2(score - log_sum);
@@ -522,7 +525,7 @@ struct Silu {
   }
 };
 
-// Calls work(item, worker) for every item; a worker that is free takes the next.
+// Calls work(item, worker) for every item; a free worker takes the next item.
 template <typename Work>
 void share_out(int64_t num_items, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -532,7 +535,7 @@ void share_out(int64_t num_items, const Work& work) {
   });
 }
 
-// A block of rows as [D, kBlock], zeros where there are none.
+// Packs a block of rows as [D, kBlock], padded with zeros.
 template <typename RowAt>
 void pack_columns(const RowAt& row_at, int64_t count, int64_t dim, float* block) {
   if (count < kBlock) std::fill_n(block, dim * kBlock, 0.0f);
@@ -552,7 +555,7 @@ void pack_columns(const RowAt& row_at, int64_t count, int64_t dim, float* block)
   }
 }
 
-// The same as [kBlock, padded D].
+// Packs a block of rows as [kBlock, padded D], padded with zeros.
 template <typename RowAt>
 void pack_rows(const RowAt& row_at, int64_t count, const Sizes& sizes, float* block) {
   if (count < kBlock || sizes.dim < sizes.padded_dim)
@@ -580,7 +583,7 @@ struct Packed {
     }
     const Sizes& sizes = problem.sizes;
     const auto options = problem.queries.tensor.options();
-    // What does not fit into memory fails here, before there is a list of as many blocks.
+    // Allocated before the list of blocks, so that too large a request fails here.
     keys = at::empty({num_blocks, sizes.num_heads, sizes.dim, kBlock}, options);
     values = at::empty({num_blocks, sizes.num_heads, kBlock, sizes.padded_dim}, options);
     float *key_data = keys.data_ptr<float>(), *value_data = values.data_ptr<float>();
@@ -614,7 +617,7 @@ struct Forward {
   const float *key_blocks, *value_blocks;
   const char* has_finite_values;
   float *out, *log_sums;  // [tokens, H, D], [tokens, H]
-  int64_t task_rows;      // at most, in whole tiles
+  int64_t task_rows;      // maximum rows of a task, a multiple of kTile
 
   int64_t scratch_size() const {
     const Sizes& sizes = problem.sizes;
@@ -669,7 +672,7 @@ struct Forward {
       multiply_add({scores, kBlock, 1}, kBlock, values, sizes.padded_dim, rows.sums);
   }
 
-  // The product with the seen rows alone: a hidden one weighs zero, and zero times NaN is NaN.
+  // The product with the visible rows only: a hidden row weighs zero, and zero times NaN is NaN.
   void add_seen(const Span& span, int64_t first_query, int64_t last_query, int64_t first_key,
                 const float* weights, const float* values, float* sums) const {
     const int64_t padded_dim = problem.sizes.padded_dim;
@@ -740,7 +743,7 @@ std::tuple<at::Tensor, at::Tensor> forward(Problem& problem) {
   const int64_t task_rows = std::min<int64_t>(kTaskRows, (most_queries + kTile - 1) / kTile * kTile);
   std::vector<Span> tasks;
   for (const User& user : problem.users)
-    // The last rows of a history see most: they go first.
+    // The last rows of a history see most rows, so they are the longest tasks: they go first.
     for (int64_t end = user.num_queries; end > 0; end -= task_rows)
       for (int64_t head = 0; head < sizes.num_heads; ++head)
         tasks.push_back({user, head, std::max<int64_t>(0, end - task_rows), end});
@@ -748,7 +751,7 @@ std::tuple<at::Tensor, at::Tensor> forward(Problem& problem) {
                                    packed.values.const_data_ptr<float>(),
                                    packed.has_finite_values.data(), out.data_ptr<float>(),
                                    log_sums.data_ptr<float>(), task_rows};
-  // A worker's scratch starts on a cache line.
+  // Rounded up so that each worker's scratch starts on a cache line.
   const int64_t scratch_size = (attention.scratch_size() + 15) / 16 * 16;
   at::Tensor scratch = at::empty({at::get_num_threads(), scratch_size}, options);
   float* scratch_data = scratch.data_ptr<float>();
@@ -758,7 +761,7 @@ std::tuple<at::Tensor, at::Tensor> forward(Problem& problem) {
   return {out, log_sums};
 }
 
-// Gradients of everything that a call reads; rows of K/V stand in the order of the users.
+// Gradients of everything that a call reads; rows of K/V are in the order of the users.
 struct Gradients {
   at::Tensor queries, own_keys, own_values;  // [tokens, H, D]
   at::Tensor keys, values;                   // [all users' rows, H, D]
@@ -782,7 +785,7 @@ struct Gradients {
   }
 };
 
-// One head of one user: for each block of its rows, all queries in blocks of as many.
+// One head of one user: for each block of its rows, all queries in blocks of kBlock.
 template <typename Scoring>
 struct Backward {
   const Problem& problem;
@@ -810,7 +813,7 @@ struct Backward {
     }
     if (problem.has_own) own_tokens(span, queries, outs, deltas, logs, sums);
     Scratch scratch(sizes);
-    BlockBias bias(problem, span, 1.0f);  // kScale comes after the product.
+    BlockBias bias(problem, span, 1.0f);  // kScale is applied after the product.
     float* tables = Gradients::at(gradients.tables, place, head);
     for (int64_t block = 0; block < user.num_blocks(); ++block) {
       scratch.load(problem, span, block);
@@ -830,7 +833,7 @@ struct Backward {
                  Gradients::at(gradients.queries, user.first_query + query, head));
   }
 
-  // A block of rows, its gradients, and the weights of a block of queries on it.
+  // A block of rows, its gradients, and the weights of a block of queries on these rows.
   struct Scratch {
     std::vector<float> key_columns, value_columns, key_rows, key_sums, value_sums;
     std::vector<float> weights, gradients;  // [kBlock queries, kBlock keys]
@@ -885,7 +888,7 @@ struct Backward {
     }
   };
 
-  // Weights of a block of queries on a block of keys, and the gradients of their scores.
+  // Computes the weights of a block of queries on a block of keys, and the scores' gradients.
   void scores(const Span& span, int64_t first, int64_t end, int64_t block, BlockBias& bias,
               const float* queries, const float* outs, const float* deltas, const float* logs,
               Scratch& scratch, float* tables) const {
@@ -943,7 +946,7 @@ struct Backward {
         if (of_place >= 0) tables[problem.bias.num_times + of_place] += gradient;
       }
     }
-    bias.block = -1;  // Its moment has changed.
+    bias.block = -1;  // Its time and visibility have changed.
   }
 
   void own_tokens(const Span& span, const std::vector<float>& queries,
@@ -989,15 +992,15 @@ Gradients backward(const Problem& problem, const at::Tensor& out_gradient, const
 
 std::string_view name_of(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
 
-// What is read lies within its tensor, and every result is written once: nothing behind these
-// checks looks again.
+// These checks make sure that everything that is read lies within its tensor; nothing checks again
+// after them.
 void check_tensor(const char* name, const at::Tensor& tensor, at::ScalarType dtype,
                   int64_t num_dimensions) {
   TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, name, " is ", name_of(tensor.scalar_type()),
                     "; it takes ", name_of(dtype));
   TORCH_CHECK_VALUE(tensor.dim() == num_dimensions, name, " is ", tensor.sizes(), "; it takes ",
                     num_dimensions, " dimensions");
-  // Without the sizes that are 0: they hide how large the others are.
+  // Sizes of 0 are skipped: they would hide how large the others are.
   int64_t num_numbers = 1;
   for (const int64_t size : tensor.sizes()) {
     TORCH_CHECK_VALUE(size <= kMostNumbers / num_numbers, name, " is ", tensor.sizes(),
@@ -1020,7 +1023,8 @@ void check_heads(const char* name, const at::Tensor& tensor, int64_t num_dimensi
                     name, " is ", tensor.sizes(), "; queries is ", queries.sizes());
 }
 
-// Offsets [B + 1] from 0 to a number of rows or less, -1 for any: rows behind them are no user's.
+// Checks offsets [B + 1]: from 0, never falling, to at most num_rows; -1 for no limit. Rows after
+// the last offset are padding.
 const int64_t* check_offsets(const char* name, const at::Tensor& offsets, int64_t num_users,
                              int64_t num_rows, std::vector<at::Tensor>& kept) {
   check_tensor(name, offsets, at::kLong, 1);
@@ -1048,7 +1052,7 @@ const int64_t* check_numbers(const char* name, const at::Tensor& numbers, int64_
   return kept.back().const_data_ptr<int64_t>();
 }
 
-// Pages of each user, enough for its rows, each of them in the table.
+// Checks that each user has enough pages for its rows and that each page is in the table.
 const int64_t* check_pages(const at::Tensor& pages, const at::Tensor& page_ids,
                            const int64_t* page_offsets, const int64_t* row_offsets,
                            int64_t num_users, std::vector<at::Tensor>& kept) {
@@ -1060,7 +1064,7 @@ const int64_t* check_pages(const at::Tensor& pages, const at::Tensor& page_ids,
   for (int64_t user = 0; user < num_users; ++user) {
     const int64_t num_rows = row_offsets[user + 1] - row_offsets[user];
     const int64_t num_pages = page_offsets[user + 1] - page_offsets[user];
-    // Without overflow, for pages of no rows too.
+    // Written so that it does not overflow and does not divide by a page size of 0.
     TORCH_CHECK_VALUE(num_rows == 0 || (page_size > 0 && num_pages > (num_rows - 1) / page_size),
                       "page_offsets gives user ", user, " ", num_pages, " pages of ", page_size,
                       " rows; its rows are ", num_rows);
@@ -1191,7 +1195,7 @@ bool is_silu(c10::string_view scoring) {
   return scoring == "silu";
 }
 
-// Only what this file computes: float32 on a CPU. All else is the plain body's, in Python.
+// Whether this backend computes it: float32 on a CPU. The plain backend, in Python, does the rest.
 bool is_ours(const at::Tensor& queries) {
   return queries.scalar_type() == at::kFloat && queries.device().is_cpu();
 }
@@ -1235,7 +1239,7 @@ Gradients gradients_of(const Problem& problem, c10::string_view scoring,
              : backward<Softmax>(problem, out_gradient.reshape(rows), out.reshape(rows), log_sums);
 }
 
-// Gradients of rows, in the order of the users, as those of what the rows were read from.
+// Adds gradients of rows, in the order of the users, into the tensor that the rows were read from.
 at::Tensor scatter(const at::Tensor& gradients, const std::vector<int64_t>& places,
                    at::IntArrayRef sizes) {
   const int64_t num_rows = sizes.size() == 4 ? sizes[0] * sizes[1] : sizes[0];
@@ -1289,9 +1293,9 @@ Seven candidate_attention_backward(SAVED_ARGUMENTS, CANDIDATE_ARGUMENTS) {
           tables.slice(0, num_times).contiguous()};
 }
 
-// Rows [G, R, K] times weights [G, N, K], plus bias [N]: every row as if it were alone, to the bit. A
-// row's sums are taken in one order, whatever tile it stands in; what fills up a tile is zeros. Of a
-// few columns most of a tile would be: they are dot products.
+// Rows [G, R, K] times weights [G, N, K], plus bias [N]. A row's result does not depend on the
+// other rows, to the bit: its sums are taken in the same order in any tile, and tiles are padded
+// with zeros. With few columns a tile would be mostly padding, so they are dot products.
 struct RowsLinear {
   const float *rows, *weight, *bias;
   int64_t num_groups, num_rows, depth, num_columns;

@@ -1,11 +1,11 @@
-"""Attention of jagged users: two operators, told by offsets which rows are whose; and one for rows.
+"""Two attention operators over jagged users, and a batch-invariant linear layer.
 
-Registered with PyTorch as library ``torchrec_kvshare``: opaque to ``torch.export``, callable from
-TorchScript and C++, with a backward, so that training, evaluation and serving are one path. The C++
-library computes float32 on a CPU; ``plain.py`` computes the rest. Needs torch alone.
+They are registered with PyTorch as library ``torchrec_kvshare``: opaque to ``torch.export``,
+callable from TorchScript and C++, with a backward, so that training, evaluation and serving share
+one path. The C++ backend computes float32 on a CPU; ``plain.py`` computes the rest.
 
-Offsets may end before the rows do: the rows behind them are no user's, as those of a tensor whose
-size was known before the offsets were. They are not read, and get zeros.
+Offsets may end before the rows do. The rows after the last offset are padding (the tensor was sized
+before the offsets were known): they are not read, and their results are zeros.
 
 ::
 
@@ -13,7 +13,7 @@ size was known before the offsets were. They are not read, and get zeros.
     keys, values       [P, S, H, D]    page 4: e0 e1   page 7: e2 -   page 5: f0 f1
     page_ids           [4, 7, 5]
     page_offsets       [0, 2, 3]       of page_ids
-    row_offsets        [0, 3, 5]       of everything that stands in the order of the rows
+    row_offsets        [0, 3, 5]       of everything in row order
     candidate_offsets  [0, 1, 3]
 """
 
@@ -24,13 +24,11 @@ from torch import Tensor
 
 from torchrec_kvshare.attention.library import register_operators
 
-SOFTMAX, SILU = "softmax", "silu"
-
 register_operators()
 
 
 class UserRows(NamedTuple):
-    """Keys and values of the rows of B users, read where they lie.
+    """Keys and values of the rows of B users, read in place from pages.
 
     Attributes:
         keys: [P, S, H, D] float, a table of pages of S rows.
@@ -47,13 +45,13 @@ class UserRows(NamedTuple):
     row_offsets: Tensor
 
 
-class Sights(NamedTuple):
-    """When candidates look at a history, and how much of it they see.
+class Visibility(NamedTuple):
+    """Which rows of its user's history a candidate sees, and the times of both.
 
     Attributes:
         row_times: [R] int64 Unix seconds of all users' rows; -1 for a row without a time bias.
         candidate_times: [C] int64 Unix seconds.
-        visible_rows: [C] int64, how many of its user's oldest rows a candidate sees.
+        visible_rows: [C] int64, how many of its user's rows a candidate sees, oldest first.
     """
 
     row_times: Tensor
@@ -62,7 +60,7 @@ class Sights(NamedTuple):
 
 
 def flat_rows(keys: Tensor, values: Tensor, row_offsets: Tensor) -> UserRows:
-    """Rows [R, H, D] of users one after the other, as pages of one row."""
+    """Return rows [R, H, D], grouped by user, as pages of one row each."""
     page_ids = torch.arange(keys.size(0), device=keys.device)
     return UserRows(keys.unsqueeze(1), values.unsqueeze(1), page_ids, row_offsets, row_offsets)
 
@@ -78,17 +76,17 @@ def history_attention(
     num_globals: int,
     scoring: str,
 ) -> Tensor:
-    """Attend from each user's newest rows to themselves and to what is earlier.
+    """Attend from each user's newest rows to themselves and to the user's earlier rows.
 
     Args:
-        queries: [Q, H, D] float, of each user's last new rows.
+        queries: [Q, H, D] float, of the last of each user's new rows.
         query_offsets: [B + 1] int64, in queries.
         keys: [N, H, D] of each user's new rows.
         values: laid out as ``keys``.
         key_offsets: [B + 1] int64, in new rows.
-        cached: of each user's rows before the new ones; they get no gradients.
+        cached: each user's rows before the new ones; they get no gradients.
         window: rows that a row sees, itself included; 0 for all earlier ones.
-        num_globals: last rows of each user that see all of its rows.
+        num_globals: how many of each user's last rows see all of its rows.
         scoring: ``softmax`` or ``silu``.
 
     Returns:
@@ -134,7 +132,7 @@ def candidate_attention(
     own_values: Tensor,
     candidate_offsets: Tensor,
     rows: UserRows,
-    sights: Sights,
+    visibility: Visibility,
     time_bias: Tensor,
     place_bias: Tensor,
     window: int,
@@ -143,21 +141,21 @@ def candidate_attention(
     """Attend from every candidate to its own M tokens and to its user's one history.
 
     Args:
-        queries: [C, M, H, D] float, users one after the other.
+        queries: [C, M, H, D] float, grouped by user.
         own_keys: [C, M, H, D] of the candidates' own tokens, which see each other.
         own_values: laid out as ``own_keys``.
         candidate_offsets: [B + 1] int64, in candidates.
-        rows: of the users' histories.
-        sights: when the candidates look, and how much they see.
-        time_bias: [buckets, H], added to the scores by the seconds from a row to a candidate, in
-            buckets of doubling width.
-        place_bias: [buckets, H], likewise by a row's place from the newest visible one, which
-            is 1; no buckets for none.
-        window: rows of the visible ones that are seen, the newest; 0 for all.
+        rows: keys and values of the users' histories.
+        visibility: times, and how many rows each candidate sees.
+        time_bias: [buckets, H], added to the scores; the bucket is the time in seconds from a row
+            to a candidate, in buckets of doubling width.
+        place_bias: [buckets, H], likewise by a row's position counted from the newest visible row,
+            which is 1; zero buckets for no such bias.
+        window: only this many of the newest visible rows are seen; 0 for all.
         scoring: ``softmax`` or ``silu``.
 
     Returns:
-        [C, M, H, D]. A candidate that sees no row attends to its own tokens alone: no NaN.
+        [C, M, H, D]. A candidate that sees no row attends to its own tokens only: no NaN.
 
     Raises:
         ValueError: naming the argument, if the arguments do not fit each other.
@@ -168,11 +166,11 @@ def candidate_attention(
     Example:
         >>> one, seen = torch.ones(1, 1, 1, 2), torch.full((3, 1, 2), 5.0)
         >>> rows = flat_rows(seen, seen, torch.tensor([0, 3]))
-        >>> sights = Sights(torch.zeros(3).long(), torch.tensor([9]), torch.tensor([3]))
+        >>> visibility = Visibility(torch.zeros(3).long(), torch.tensor([9]), torch.tensor([3]))
         >>> bias, none, first = torch.full((32, 1), 100.0), torch.zeros(0, 1), torch.tensor([0, 1])
-        >>> candidate_attention(one, one, one, first, rows, sights, bias, none, 0, "softmax")
+        >>> candidate_attention(one, one, one, first, rows, visibility, bias, none, 0, "softmax")
         tensor([[[[5., 5.]]]])
-        >>> blind = sights._replace(visible_rows=torch.tensor([0]))
+        >>> blind = visibility._replace(visible_rows=torch.tensor([0]))
         >>> candidate_attention(one, one, one, first, rows, blind, bias, none, 0, "softmax")
         tensor([[[[1., 1.]]]])
     """
@@ -186,9 +184,9 @@ def candidate_attention(
         rows.page_ids,
         rows.page_offsets,
         rows.row_offsets,
-        sights.row_times,
-        sights.candidate_times,
-        sights.visible_rows,
+        visibility.row_times,
+        visibility.candidate_times,
+        visibility.visible_rows,
         time_bias,
         place_bias,
         window,
@@ -197,10 +195,10 @@ def candidate_attention(
 
 
 def rows_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer whose rows are computed each as if it were alone, to the last bit.
+    """Compute a linear layer in which a row's result does not depend on the other rows, to the bit.
 
-    Libraries choose their kernels by the number of rows; batch invariance is the field's word for
-    doing without. No backward: it is for scoring.
+    Libraries choose their kernels by the number of rows; this layer is batch invariant. It has no
+    backward: it is for scoring.
 
     Args:
         rows: [..., K] float.
@@ -224,7 +222,9 @@ def rows_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def rows_bmm(left: Tensor, right: Tensor) -> Tensor:
-    """``torch.bmm`` in which rows are computed each as if it were alone; see ``rows_linear``.
+    """Compute ``torch.bmm`` in which a row's result does not depend on the others.
+
+    See ``rows_linear``.
 
     Args:
         left: [G, R, K] float.
@@ -236,5 +236,5 @@ def rows_bmm(left: Tensor, right: Tensor) -> Tensor:
     Raises:
         ValueError: naming the argument, if the arguments do not fit each other.
     """
-    nothing = left.new_zeros([right.size(2)])
-    return torch.ops.torchrec_kvshare.rows_linear(left, right.transpose(1, 2), nothing)
+    no_bias = left.new_zeros([right.size(2)])
+    return torch.ops.torchrec_kvshare.rows_linear(left, right.transpose(1, 2), no_bias)

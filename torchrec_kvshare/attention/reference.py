@@ -1,4 +1,4 @@
-"""What the attention means, in float64 loops: no masks, no batches, nothing of the fast path.
+"""The attention operators defined as float64 loops: no masks, no batches, no fast-path code.
 
 Imported by tests only.
 """
@@ -24,7 +24,7 @@ def reference_history_attention(
     num_globals: int,
     scoring: str,
 ) -> Tensor:
-    """What ``operators.history_attention`` computes, of the same arguments.
+    """Define ``operators.history_attention``; it takes the same arguments.
 
     Returns:
         [Q, H, D] float64.
@@ -40,8 +40,8 @@ def reference_history_attention(
     for user in range(len(query_offsets) - 1):
         new = range(int(key_offsets[user]), int(key_offsets[user + 1]))
         paged = _rows_in_pages(cached_keys, page_ids, page_offsets, cached_offsets, user)
-        seen_keys = [cached_keys[place] for place in paged] + [keys[row] for row in new]
-        seen_values = [cached_values[place] for place in paged] + [values[row] for row in new]
+        seen_keys = [cached_keys[slot] for slot in paged] + [keys[row] for row in new]
+        seen_values = [cached_values[slot] for slot in paged] + [values[row] for row in new]
         num_rows, end = len(seen_keys), int(query_offsets[user + 1])
         for query in range(int(query_offsets[user]), end):
             row = num_rows - (end - query)
@@ -72,7 +72,7 @@ def reference_candidate_attention(
     window: int,
     scoring: str,
 ) -> Tensor:
-    """What ``operators.candidate_attention`` computes, of the same arguments.
+    """Define ``operators.candidate_attention``; it takes the same arguments.
 
     Returns:
         [C, M, H, D] float64.
@@ -104,7 +104,7 @@ def reference_candidate_attention(
 
 
 def reference_bucket(amount: int, num_buckets: int) -> int:
-    """How often 1 can be doubled before it exceeds the amount, and once more; below 1 it is 0.
+    """Return the bucket of a number: 0 below 1, then one per doubling; the last is open-ended.
 
     Example:
         >>> [reference_bucket(amount, 4) for amount in (-5, 0, 1, 2, 3, 4, 100)]
@@ -119,16 +119,16 @@ def reference_bucket(amount: int, num_buckets: int) -> int:
 def reference_attention(
     query: Tensor, keys: list[Tensor], values: list[Tensor], biases: list[Tensor]
 ) -> Tensor:
-    """One row attends to a list of rows by softmax, head by head, key by key.
+    """Attend from one row to a list of rows by softmax, head by head, key by key.
 
     Args:
         query: [H, D].
-        keys: one [H, D] for each row that may be seen.
+        keys: one [H, D] for each visible row.
         values: likewise.
         biases: one [H] for each row, added to its scores.
 
     Returns:
-        [H, D] float64; zeros where there is nothing to see.
+        [H, D] float64; zeros if no row is visible.
 
     Source:
         Scaled dot-product attention, Vaswani et al. 2017, eq. 1 (arXiv:1706.03762).
@@ -156,17 +156,17 @@ def reference_silu_attention(
     biases: list[Tensor],
     fixed_scale: float,
 ) -> Tensor:
-    """One row sums a list of rows, each by the SiLU of its score: the weights need not add to 1.
+    """Sum a list of rows weighted by the SiLU of their scores; the weights need not add to 1.
 
     Args:
         query: [H, D].
-        keys: one [H, D] for each row that may be seen.
+        keys: one [H, D] for each visible row.
         values: likewise.
         biases: one [H] for each row, added to its scores before the SiLU.
-        fixed_scale: multiplies every weight, however many rows are seen.
+        fixed_scale: factor of every weight, the same for any number of visible rows.
 
     Returns:
-        [H, D] float64; zeros where there is nothing to see.
+        [H, D] float64; zeros if no row is visible.
 
     Source:
         Pointwise aggregated attention, HSTU, Zhai et al. 2024, eq. 2 (arXiv:2402.17152).
@@ -185,7 +185,7 @@ def reference_silu_attention(
 
 
 def reference_silu(value: float) -> float:
-    """The value times its logistic function.
+    """Return the value times its logistic function.
 
     Args:
         value: any finite number.
@@ -200,13 +200,13 @@ def reference_silu(value: float) -> float:
         >>> reference_silu(0.0)
         0.0
     """
-    if value < 0.0:  # exp of a large number overflows, of a small one does not
+    if value < 0.0:  # exp(-value) could overflow
         return value * math.exp(value) / (1.0 + math.exp(value))
     return value / (1.0 + math.exp(-value))
 
 
 def _scores(query: Tensor, keys: list[Tensor], biases: list[Tensor], head: int) -> list[float]:
-    """One head's score of every key: the scaled product and the key's bias."""
+    """Return one head's score of every key: the scaled product plus the key's bias."""
     return [
         float((query[head].double() * key[head].double()).sum()) / math.sqrt(query.shape[1])
         + float(bias[head])
@@ -217,10 +217,10 @@ def _scores(query: Tensor, keys: list[Tensor], biases: list[Tensor], head: int) 
 def _rows_in_pages(
     pages: Tensor, page_ids: Tensor, page_offsets: Tensor, row_offsets: Tensor, user: int
 ) -> list[tuple[int, int]]:
-    """Page and place in it of each row of a user."""
+    """Return the page of each row of a user, and its slot in that page."""
     ids = page_ids[int(page_offsets[user]) : int(page_offsets[user + 1])].tolist()
-    places = [(page, place) for page in ids for place in range(pages.size(1))]
-    return places[: int(row_offsets[user + 1] - row_offsets[user])]
+    slots = [(page, slot) for page in ids for slot in range(pages.size(1))]
+    return slots[: int(row_offsets[user + 1] - row_offsets[user])]
 
 
 def _row_by_scoring(

@@ -1,8 +1,8 @@
-"""The same requests scored merged, with K/V shared in a request, and with K/V from a warm cache."""
+"""Compare the paths on requests of a trained model: merged, shared in a request, from the cache."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -10,27 +10,28 @@ import numpy as np
 import torch
 from torchrec.models.dlrm import DLRM
 
-from torchrec_kvshare.benchmark.baselines.merged import MergedEmbeddingBagCollection, share_weights
+from torchrec_kvshare.benchmark.baselines.merged import merged_ranker
+from torchrec_kvshare.benchmark.paths import CROSS_REQUEST_HIT, REQUEST_SHARED, UNCACHED_MERGED
+from torchrec_kvshare.benchmark.timing import timed
 from torchrec_kvshare.features.batches import collate
 from torchrec_kvshare.features.request import Request
-from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
 from torchrec_kvshare.scoring.engine import Engine
 
-NUM_WARM_UP = 3  # requests: TorchScript rewrites a program in its first calls, which takes seconds
+NUM_WARM_UP = 3  # requests: TorchScript rewrites a program during its first calls, for seconds
 MERGED_CHUNK_ROWS = 16_384  # events and candidates at once; the fastest of those tried at dim 64
 
 
 @dataclass(frozen=True)
 class PathFigures:
-    """How one path did.
+    """Figures of one path.
 
     Attributes:
         path: ``uncached_merged``, ``request_shared`` or ``cross_request_hit``.
-        num_requests: scored.
-        latency_ms: median of a request.
-        requests_per_s: over all requests.
-        kv_bytes: held between requests when all were scored.
-        max_score_difference: to the scores of ``request_shared``.
+        num_requests: requests that were scored.
+        latency_ms: median latency of a request.
+        requests_per_s: throughput over all requests.
+        kv_bytes: K/V kept between requests once all are scored.
+        max_score_difference: greatest difference from a score of ``request_shared``.
     """
 
     path: str
@@ -44,20 +45,20 @@ class PathFigures:
 def compare_paths(
     model: DLRM, uncached: Engine, cached: Engine, requests: Sequence[Request], num_merged: int
 ) -> list[PathFigures]:
-    """Score every request alone, on each path, warmed up and with every history in the cache.
+    """Score every request alone on each path, warmed up and with every history in the cache.
 
     Args:
         model: the trained model, in eval mode, for the merged path.
         uncached: an engine without a cache.
         cached: an engine with a cache.
-        requests: to score.
-        num_merged: only so many of them go the merged way, which is slow.
+        requests: the requests.
+        num_merged: how many requests are scored on the merged path, which is slow.
 
     Returns:
         One row per path.
     """
     assert cached.store is not None
-    merged = merged_dlrm(model)
+    merged = merged_ranker(model, MERGED_CHUNK_ROWS).eval()
     cached.rank(requests)
     for engine in (uncached, cached):
         for request in requests[:NUM_WARM_UP]:
@@ -70,32 +71,28 @@ def compare_paths(
         return torch.sigmoid(logits.squeeze(1)).tolist()
 
     score_by_path: dict[str, Callable[[Request], list[float]]] = {
-        "uncached_merged": score_merged,
-        "request_shared": lambda request: uncached.rank([request])[0].scores,
-        "cross_request_hit": lambda request: cached.rank([request])[0].scores,
+        UNCACHED_MERGED: score_merged,
+        REQUEST_SHARED: lambda request: uncached.rank([request])[0].scores,
+        CROSS_REQUEST_HIT: lambda request: cached.rank([request])[0].scores,
     }
     timings: dict[str, list[_Timing]] = {path: [] for path in score_by_path}
-    for place, request in enumerate(requests):
-        expected = score_by_path["request_shared"](request)
-        # What is cached of its user may be another request's history.
+    for index, request in enumerate(requests):
+        expected = score_by_path[REQUEST_SHARED](request)
+        # The cache may hold the history of another request of this user.
         cached.rank([request])
-        # The paths take turns on every request, so that a busy moment meets them all.
+        # The paths take turns on every request, so that a busy moment slows them all.
         for path, score in score_by_path.items():
-            if path != "uncached_merged" or place < num_merged:
-                timings[path].append(_timed(score, request, expected))
-    held = {"cross_request_hit": sum(cache.held_bytes for cache in cached.store.caches)}
-    return [_figures(path, rows, held.get(path, 0)) for path, rows in timings.items()]
-
-
-def merged_dlrm(model: DLRM) -> DLRM:
-    """The same model, one row per candidate, its history encoded again for each."""
-    collection = next(m for m in model.modules() if isinstance(m, KVShareEmbeddingBagCollection))
-    replacement = MergedEmbeddingBagCollection(collection, MERGED_CHUNK_ROWS)
-    return share_weights(model, collection, replacement).eval()
+            if path != UNCACHED_MERGED or index < num_merged:
+                scores, latency_ms = timed(partial(score, request))
+                # numpy's max, in which a NaN stays one; Python's may lose it.
+                difference = np.abs(np.subtract(scores, expected)).max(initial=0.0)
+                timings[path].append(_Timing(latency_ms, float(difference)))
+    kept_bytes = {CROSS_REQUEST_HIT: sum(cache.held_bytes for cache in cached.store.caches)}
+    return [_figures(path, rows, kept_bytes.get(path, 0)) for path, rows in timings.items()]
 
 
 def comparison_table(figures: Sequence[PathFigures]) -> str:
-    """The figures as fixed-width text, speed-ups against the first path."""
+    """Return the figures as fixed-width text, with speed-ups over the first path."""
     lines = [
         f"{'path':<18} {'requests':>8} {'latency':>10} {'throughput':>12} {'speedup':>8} "
         f"{'K/V held':>10} {'max score difference':>21}"
@@ -114,24 +111,13 @@ class _Timing(NamedTuple):
     difference: float
 
 
-def _timed(
-    score: Callable[[Request], list[float]], request: Request, expected: list[float]
-) -> _Timing:
-    start = time.perf_counter()
-    scores = score(request)
-    latency_ms = (time.perf_counter() - start) * 1e3
-    # numpy's max, in which a NaN stays one; Python's may lose it.
-    difference = np.abs(np.subtract(scores, expected)).max(initial=0.0)
-    return _Timing(latency_ms, float(difference))
-
-
 def _figures(path: str, timings: Sequence[_Timing], kv_bytes: int) -> PathFigures:
     latencies_ms = [timing.latency_ms for timing in timings]
     return PathFigures(
-        path,
-        len(timings),
-        median(latencies_ms),
-        len(timings) / sum(latencies_ms) * 1e3,
-        kv_bytes,
-        float(np.max([timing.difference for timing in timings])),
+        path=path,
+        num_requests=len(timings),
+        latency_ms=median(latencies_ms),
+        requests_per_s=len(timings) / sum(latencies_ms) * 1e3,
+        kv_bytes=kv_bytes,
+        max_score_difference=float(np.max([timing.difference for timing in timings])),
     )

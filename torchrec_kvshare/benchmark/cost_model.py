@@ -1,10 +1,10 @@
-"""How many operations attention over a history takes, and how fast this machine does them.
+"""Operations of attention over a history, and how fast this machine does them.
 
-The roofline of a path is the time of its matrix products at the measured peak, plus that of its
-exponentials at their measured rate, plus that of moving what it must read and write once.
+The roofline of a path is the time of its matrix products at the measured peak, plus the time of its
+exponentials at their measured rate, plus the time of reading its inputs and writing its results
+once.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,17 +12,18 @@ from statistics import median
 
 import torch
 
+from torchrec_kvshare.benchmark.timing import timed
 from torchrec_kvshare.history.kinds import BIDIRECTIONAL, HSTU, LONGER, TARGET_ONLY, TowerSpec
 
 GEMM_SIZES = ((1024, 1024, 1024), (4096, 512, 512))  # large enough to run at the peak
-EXPONENTIALS = 1 << 17  # of float32: 512 KiB, which stay in the cache
-COPIED_BYTES = 1 << 27  # which do not
+EXPONENTIALS = 1 << 17  # of float32: 512 KiB, which stay in the processor's cache
+COPIED_BYTES = 1 << 27  # more than the processor's cache
 RATE_REPEATS = 7
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a computation needs.
+    """Operations and memory traffic of a computation.
 
     Attributes:
         flop: multiplications and additions of matrix products.
@@ -37,7 +38,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does in a second.
+    """What the machine does per second.
 
     Attributes:
         flop_per_s: float32 matrix products, all threads.
@@ -50,7 +51,7 @@ class Rates:
     bytes_per_s: float
 
     def roofline_ms(self, cost: Cost) -> float:
-        """Least time that a computation of this cost can take."""
+        """Return the shortest time that a computation of this cost can take."""
         seconds = (
             cost.flop / self.flop_per_s
             + cost.exponentials / self.exponentials_per_s
@@ -60,7 +61,7 @@ class Rates:
 
 
 def attend_cost(spec: TowerSpec, num_events: int, num_candidates: int) -> Cost:
-    """Candidates through all layers over one history.
+    """Return the cost of candidates through all layers over one history.
 
     Args:
         spec: of the tower.
@@ -68,7 +69,7 @@ def attend_cost(spec: TowerSpec, num_events: int, num_candidates: int) -> Cost:
         num_candidates: N.
 
     Returns:
-        The cost, by the letter of the layers: what is padded or masked is not counted.
+        The cost of the layers as defined: padded or masked elements are not counted.
     """
     dim, rows = spec.dim, num_candidates * spec.num_tokens
     flop = float(spec.num_layers * rows * _row_flop(spec))
@@ -87,7 +88,7 @@ def attend_cost(spec: TowerSpec, num_events: int, num_candidates: int) -> Cost:
 
 
 def prefill_cost(spec: TowerSpec, num_events: int) -> Cost:
-    """One history into K/V; arguments as in ``attend_cost``."""
+    """Return the cost of encoding one history into K/V; arguments as in ``attend_cost``."""
     dim, deep = spec.dim, spec.num_layers - 1
     if spec.kind == TARGET_ONLY:
         return Cost(0.0, 0.0, 8 * num_events * dim)
@@ -105,7 +106,7 @@ def prefill_cost(spec: TowerSpec, num_events: int) -> Cost:
 
 
 def measure_rates() -> Rates:
-    """What the machine does now; medians of a few turns, the best of the sizes tried."""
+    """Measure the machine now: medians of a few turns, at the fastest of the sizes tried."""
     gemm = 0.0
     for rows, inner, columns in GEMM_SIZES:
         left, right = torch.randn(rows, inner), torch.randn(inner, columns)
@@ -122,12 +123,12 @@ def measure_rates() -> Rates:
 
 
 def _row_flop(spec: TowerSpec) -> int:
-    """Of one row through one layer, attention itself aside."""
+    """Return the operations of one row through one layer without attention itself."""
     return (10 if spec.kind == HSTU else 24) * spec.dim * spec.dim
 
 
 def _rows_seen(spec: TowerSpec, num_events: int) -> list[int]:
-    """Rows of history that a candidate sees, layer by layer."""
+    """Return the rows of history that a candidate sees, layer by layer."""
     if spec.kind == LONGER:
         groups = -(-num_events // spec.merge)
         recent = min(groups, spec.recent // spec.merge)
@@ -144,22 +145,17 @@ def _longer_prefill_cost(spec: TowerSpec, num_events: int) -> Cost:
     entering, *deeper = _rows_seen(spec, num_events)
     weights = (12 + spec.merge + 12 * len(deeper) + 3) * dim * dim
     moved = 4.0 * (num_events * dim + 2 * spec.num_layers * entering * dim + weights)
-    for going in deeper:
-        # All that enters a layer is projected; what goes on attends and is finished.
-        flop += 6 * dim * dim * entering + 18 * dim * dim * going
-        # Groups see those up to their own, globals see everything.
-        groups, recent = entering - num_globals, going - num_globals
+    for kept in deeper:
+        # All rows that enter a layer are projected; the rows it keeps attend and are finished.
+        flop += 6 * dim * dim * entering + 18 * dim * dim * kept
+        # Groups see the groups up to their own, globals see everything.
+        groups, recent = entering - num_globals, kept - num_globals
         pairs += recent * groups - recent * (recent - 1) / 2 + num_globals * entering
-        entering = going
+        entering = kept
     flop += 6 * dim * dim * entering + 4 * dim * pairs
     return Cost(flop, spec.num_heads * pairs, moved)
 
 
 def _median_seconds(call: Callable[[], object]) -> float:
     call()
-    seconds = []
-    for _ in range(RATE_REPEATS):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
+    return median(timed(call)[1] for _ in range(RATE_REPEATS)) / 1e3

@@ -1,9 +1,9 @@
-"""A server under load: mlcommons-loadgen asks over gRPC and says how long answers took.
+"""Put a server under load: mlcommons-loadgen asks over gRPC and times the answers.
 
-Loadgen decides when which message is sent, with Poisson arrivals, and counts an answer's time from
-when its message was due, sent late or not. The client is a process of its own without torch in it,
-so that it shares Python's lock with nobody; messages are bytes before it starts, and answers are
-read after the last of them came.
+Loadgen decides when to send which message, with Poisson arrivals, and times an answer from when its
+message was due, even if it was sent late. The client is a process of its own without torch, so that
+nothing else takes Python's lock; messages are serialised before it starts, and answers are read
+after the last one has arrived.
 """
 
 import json
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 EXTRA = "load"
 NEEDED = ("mlperf_loadgen", "grpc", "tritonclient")
 
-TARGET_MS = 50.0  # that the 99th percentile of latencies may take
+TARGET_MS = 50.0  # limit of the 99th percentile of latencies
 PERCENTILE = 0.99
-STEP = 1.07  # from one rate that is tried to the next higher one
+STEP = 1.07  # ratio of neighbouring rates on the ladder
 LEAST_QPS = 1.0
-MOST_QPS = 10_000.0  # beyond what a client in Python can send
+MOST_QPS = 10_000.0  # more than a client in Python can send
 
 CALL_TIMEOUT_S = 30.0  # a call that takes longer has failed
 CONNECT_S = 5.0
-SPARE_S = 60.0  # of a client process, beyond what it measures: starting, reading answers
+SPARE_S = 60.0  # of a client process, for starting and reading answers
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 SCORES, STATUS = "scores", "cache.status"
@@ -48,18 +48,18 @@ NS_PER_MS = 1e6
 
 
 class LoadResult(NamedTuple):
-    """What clients met who came at a rate, whether the server kept up or not.
+    """Latencies and counts at one rate, whether the server kept up or not.
 
     Attributes:
-        qps: queries per second that were sent, on average.
-        p50_ms: latency from when a query was due; of failed ones too.
+        qps: queries sent per second, on average.
+        p50_ms: latency from when a query was due, failed queries included.
         p90_ms: likewise.
         p99_ms: likewise.
         num_answered: queries with scores.
-        num_failed: queries that were refused for overload, or too late.
-        hit_rate: share of the answered ones whose status is ``hit``.
-        is_valid: loadgen's verdict. Beyond ``p99_ms`` it wants so many queries that chance is ruled
-            out: 459 at least, more if some were late.
+        num_failed: queries that were refused for overload, or answered too late.
+        hit_rate: share of the answered queries whose status is ``hit``.
+        is_valid: loadgen's verdict. Besides ``p99_ms`` it requires enough queries to rule out
+            chance: at least 459, more if some were late.
     """
 
     qps: float
@@ -73,17 +73,17 @@ class LoadResult(NamedTuple):
 
     @property
     def meets_target(self) -> bool:
-        """Whether nothing failed, and the 99th percentile is within ``TARGET_MS``."""
+        """Whether no query failed, and the 99th percentile is within ``TARGET_MS``."""
         return self.num_failed == 0 and self.p99_ms <= TARGET_MS
 
 
 class Saturation(NamedTuple):
-    """What a server gives that is never without work.
+    """Saturation throughput of a server.
 
     Attributes:
         qps: answers per second.
-        num_failed: queries that were refused for overload, or too late.
-        hit_rate: share of the answered ones whose status is ``hit``.
+        num_failed: queries that were refused for overload, or answered too late.
+        hit_rate: share of the answered queries whose status is ``hit``.
     """
 
     qps: float
@@ -92,7 +92,7 @@ class Saturation(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """One answer: scores as probabilities, and what the cache did."""
+    """One answer: scores as probabilities, and the cache's status."""
 
     scores: list[float]
     status: str
@@ -106,85 +106,76 @@ def measure_server(
     seed: int,
     log_folder: Path,
 ) -> LoadResult:
-    """Ask a server at a rate, and time its answers.
+    """Send queries to a server at a rate and time the answers.
 
     Args:
-        address: ``host:port`` of its gRPC face.
-        messages: a ``ModelInferRequest`` each, serialised; every query is one of them, drawn
-            uniformly. One that is to come more often stands there more often.
+        address: ``host:port`` of the gRPC server.
+        messages: serialised ``ModelInferRequest`` messages; every query is one of them, drawn
+            uniformly. A message that should be drawn more often is listed more often.
         qps: queries per second; the times between them are drawn from an exponential distribution.
         duration_s: how long queries are sent; the run ends when all are answered.
         seed: of times and queries.
-        log_folder: loadgen's logs go there; it is made.
-
-    Returns:
-        Latencies and counts.
+        log_folder: for loadgen's logs; it is made.
 
     Raises:
         MissingExtraError: if loadgen, grpc or tritonclient is not installed.
-        ConfigError: if the server is not there, or refuses a message for what it holds.
+        ConfigError: if the server cannot be reached, or refuses a message for its content.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
-    limits_s = duration_s + CALL_TIMEOUT_S
+    limit_s = duration_s + CALL_TIMEOUT_S
     arguments = {"qps": qps, "duration_s": duration_s, "seed": seed, "log_folder": str(log_folder)}
-    return LoadResult(*_in_client("poisson", address, messages, arguments, limits_s))
+    return LoadResult(*_in_client("poisson", address, messages, arguments, limit_s=limit_s))
 
 
 def saturated_qps(
     address: str, messages: Sequence[bytes], in_flight: int, duration_s: float, seed: int
 ) -> Saturation:
-    """Ask a server in a closed loop: every answer is followed by the next query.
+    """Send queries in a closed loop: every answer is followed by the next query.
 
     Args:
         address: as for ``measure_server``.
         messages: likewise.
         in_flight: queries at once.
         duration_s: how long queries are sent.
-        seed: of what is asked.
-
-    Returns:
-        Answers per second, and how they were come by.
+        seed: of the order of the messages.
 
     Raises:
         MissingExtraError: as for ``measure_server``.
         ConfigError: likewise.
     """
     arguments = {"in_flight": in_flight, "duration_s": duration_s, "seed": seed}
-    limits_s = duration_s + CALL_TIMEOUT_S
-    return Saturation(*_in_client("closed_loop", address, messages, arguments, limits_s))
+    limit_s = duration_s + CALL_TIMEOUT_S
+    return Saturation(*_in_client("closed_loop", address, messages, arguments, limit_s=limit_s))
 
 
 def ask_each(address: str, messages: Sequence[bytes]) -> list[Reply]:
-    """Send messages one after the other.
+    """Send messages one after the other and return the answers.
 
     Args:
         address: as for ``measure_server``.
         messages: likewise, but each is sent once, in order.
 
-    Returns:
-        The answers.
-
     Raises:
         MissingExtraError: as for ``measure_server``.
         ConfigError: likewise, and if a query failed.
     """
-    limits_s = CALL_TIMEOUT_S * len(messages)
-    replies = _in_client("one_by_one", address, messages, {}, limits_s)
+    limit_s = CALL_TIMEOUT_S * len(messages)
+    replies = _in_client("one_by_one", address, messages, {}, limit_s=limit_s)
     return [Reply(*reply) for reply in replies]
 
 
 def highest_qps(measure_at: Callable[[float], LoadResult], first_qps: float) -> LoadResult | None:
     """Find the highest rate that meets the target, on a ladder of rates ``STEP`` apart.
 
-    Steps up or down from the first rate double until they have gone too far, then halves lead back.
+    Steps up or down from the first rate double until they go too far; then a binary search follows.
 
     Args:
         measure_at: measures a rate, as ``measure_server`` does.
-        first_qps: where to begin; the closer to the highest, the fewer rates are tried.
+        first_qps: where to start; the closer to the highest rate, the fewer rates are tried.
 
     Returns:
-        What was measured at the highest rate that met the target and whose next higher one did not;
-        None if not even ``LEAST_QPS`` did.
+        The result at the highest rate that met the target while the next higher one did not; None
+        if not even ``LEAST_QPS`` did.
 
     Example:
         >>> def busy(qps: float) -> LoadResult:
@@ -201,7 +192,7 @@ def highest_qps(measure_at: Callable[[float], LoadResult], first_qps: float) -> 
         return measured[rung].meets_target
 
     top = _rung(MOST_QPS)
-    # The highest rung that meets the target and the lowest that does not, as far as they are known.
+    # The highest rung known to meet the target and the lowest known not to.
     low, high = -1, top + 1
     rung, stride = min(max(_rung(first_qps), 0), top), 1
     while low + 1 < high:
@@ -219,7 +210,7 @@ def highest_qps(measure_at: Callable[[float], LoadResult], first_qps: float) -> 
 
 
 def check_installed() -> None:
-    """Check what a client needs.
+    """Check that the packages of a client are installed.
 
     Raises:
         MissingExtraError: if loadgen, grpc or tritonclient is not installed.
@@ -229,7 +220,7 @@ def check_installed() -> None:
 
 
 def _rung(qps: float) -> int:
-    # The logarithm of a rung may come out a last bit below it.
+    # The logarithm of a rung may be rounded down to just below it.
     return math.floor(math.log(max(qps, LEAST_QPS) / LEAST_QPS, STEP) + 1e-9)
 
 
@@ -240,19 +231,19 @@ def _in_client(
     arguments: dict[str, Any],
     limit_s: float,
 ) -> Any:
-    """What one of ``CALLS`` gives in a process of its own."""
+    """Run one of ``CALLS`` in a process of its own and return its result."""
     check_installed()
-    place_by_message = {message: place for place, message in enumerate(dict.fromkeys(messages))}
+    index_by_message = {message: index for index, message in enumerate(dict.fromkeys(messages))}
     header = {
         "call": call,
         "address": address,
         "arguments": arguments,
-        "lengths": [len(message) for message in place_by_message],
-        "samples": [place_by_message[message] for message in messages],
+        "lengths": [len(message) for message in index_by_message],
+        "samples": [index_by_message[message] for message in messages],
     }
     done = subprocess.run(
         [sys.executable, "-m", __name__],
-        input=b"".join([json.dumps(header).encode(), b"\n", *place_by_message]),
+        input=b"".join([json.dumps(header).encode(), b"\n", *index_by_message]),
         capture_output=True,
         timeout=limit_s + SPARE_S,
         check=False,
@@ -267,11 +258,11 @@ def _in_client(
 
 
 class _Calls:
-    """Calls of a server's ModelInfer, bytes to bytes, and what came of them.
+    """Calls of a server's ModelInfer, bytes to bytes, and their results.
 
     Args:
         channel: to the server.
-        messages: what is sent, by number of the sample.
+        messages: the messages, by number of the sample.
     """
 
     def __init__(self, channel: "grpc.Channel", messages: Sequence[bytes]) -> None:
@@ -285,7 +276,7 @@ class _Calls:
         self._overload = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
     def start(self, sample: int, done: Callable[[], None]) -> None:
-        """Send a message, and call ``done`` when it was answered or has failed."""
+        """Send a message, and call ``done`` when it is answered or has failed."""
         future = self._ask.future(self.messages[sample], timeout=CALL_TIMEOUT_S)
 
         def keep(future: Any) -> None:
@@ -295,7 +286,7 @@ class _Calls:
         future.add_done_callback(keep)
 
     def wait_for(self, sample: int) -> None:
-        """Send a message and wait until it was answered or has failed."""
+        """Send a message and wait until it is answered or has failed."""
         future = self._ask.future(self.messages[sample], timeout=CALL_TIMEOUT_S)
         future.exception()
         self._keep(future)
@@ -310,10 +301,10 @@ class _Calls:
             self.refusals.append(f"{error.code().name}: {error.details()}")
 
     def replies(self) -> list[Reply]:
-        """The answers, read.
+        """Return the decoded answers.
 
         Raises:
-            RuntimeError: if a call was refused for anything but overload.
+            RuntimeError: if a call was refused for another reason than overload.
         """
         if self.refusals:
             [(refusal, count)] = Counter(self.refusals).most_common(1)
@@ -346,7 +337,7 @@ def _poisson(
         loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(query, 0, 0)])
 
     def nothing(*_: Any) -> None:
-        """All messages are in memory, and loadgen waits for the answers itself."""
+        """Do nothing: all messages are in memory, and loadgen waits for the answers."""
 
     settings = loadgen.TestSettings()
     settings.scenario = loadgen.TestScenario.Server
@@ -369,17 +360,24 @@ def _poisson(
     loadgen.DestroySUT(server)
     replies = calls.replies()
     value_by_key = read_log(Path(log_folder))
-    p50, p90, p99 = (
+    p50_ms, p90_ms, p99_ms = (
         value_by_key[f"result_{percent}.00_percentile_latency_ns"] / NS_PER_MS
         for percent in (50, 90, 99)
     )
-    is_valid = value_by_key["result_validity"] == "VALID"
-    counts = (len(replies), calls.num_failed)
-    return LoadResult(qps, p50, p90, p99, *counts, _hit_rate(replies), is_valid)
+    return LoadResult(
+        qps=qps,
+        p50_ms=p50_ms,
+        p90_ms=p90_ms,
+        p99_ms=p99_ms,
+        num_answered=len(replies),
+        num_failed=calls.num_failed,
+        hit_rate=_hit_rate(replies),
+        is_valid=value_by_key["result_validity"] == "VALID",
+    )
 
 
 def read_log(log_folder: Path) -> dict[str, Any]:
-    """What loadgen says of its run: the last value of each key of its detailed log."""
+    """Return the last value of each key of loadgen's detailed log."""
     lines = (log_folder / DETAIL_LOG).read_text().splitlines()
     entries = [json.loads(line.removeprefix(LOG_PREFIX)) for line in lines]
     return {entry["key"]: entry["value"] for entry in entries}
@@ -424,14 +422,14 @@ def _connected(address: str) -> Iterator["grpc.Channel"]:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_S)
         except grpc.FutureTimeoutError:
-            raise RuntimeError(f"there is no answer within {CONNECT_S:g} s") from None
+            raise RuntimeError(f"no connection within {CONNECT_S:g} s") from None
         yield channel
 
 
 def _serve_job(stdin: BinaryIO) -> Any:
     header = json.loads(stdin.readline())
     distinct = [stdin.read(length) for length in header["lengths"]]
-    messages = [distinct[place] for place in header["samples"]]
+    messages = [distinct[index] for index in header["samples"]]
     with _connected(header["address"]) as channel:
         return CALLS[header["call"]](_Calls(channel, messages), **header["arguments"])
 

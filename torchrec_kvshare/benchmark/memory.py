@@ -1,7 +1,7 @@
-"""Exact peak of what torch allocates during a call, from the allocator's own records.
+"""Exact peak of the memory that torch allocates during a call, from the allocator's own records.
 
-The resident size of the process says neither when memory was taken nor what for, and the C library
-keeps pages that torch has given back.
+The resident size of the process does not say when memory was allocated nor what for, and the C
+library keeps pages that torch has freed.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,12 @@ MEMORY_EVENT = "[memory]"
 
 
 def peak_allocated_bytes(call: Callable[[], object]) -> int:
-    """Most bytes held at any moment of a call, above what was held before it.
+    """Return the most bytes allocated at any moment of a call, above what was allocated before it.
 
     Tensors that existed before and are freed by the call do not lower the count.
 
     Args:
-        call: what to measure; CPU tensors only.
-
-    Returns:
-        Bytes.
+        call: the call to measure; CPU tensors only.
 
     Example:
         >>> import torch

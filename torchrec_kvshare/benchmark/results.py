@@ -1,4 +1,4 @@
-"""The one format of every benchmark's results, and the same figures for TensorBoard."""
+"""Write the records of a scenario: ``results.json``, TensorBoard, and a table as text."""
 
 import json
 import math
@@ -14,8 +14,10 @@ RESULTS_FILE = "results.json"
 TENSORBOARD_FOLDER = "tensorboard"
 CPU_INFO = Path("/proc/cpuinfo")
 
+PREFILL_PATH = "prefill"  # a path that several scenarios measure
+
 Case = dict[str, str | int]
-# What else tells two cases of one path apart, where a scenario has it.
+# More keys that distinguish two cases of one path, where a scenario has them.
 MORE_KEYS = ("runtime", "data", "capacity_percent", "share", "ttl_s")
 
 
@@ -24,9 +26,9 @@ class Record:
     """One figure.
 
     Attributes:
-        scenario: what was tried.
-        case: in which case: ``path`` and the sizes that apply.
-        metric: what was measured; its name says the unit unless ``unit`` does.
+        scenario: name of the scenario.
+        case: ``path`` and the sizes that apply.
+        metric: name of the figure.
         value: the figure.
         unit: ``ms``, ``bytes``, ``1/s``, ``x`` for ratios, and so on.
     """
@@ -39,18 +41,18 @@ class Record:
 
 
 def cpu_name() -> str:
-    """Model name of the processor, as the system tells it."""
+    """Return the model name of the processor."""
     lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_results(folder: Path, records: Sequence[Record], command: str, seed: int) -> Path:
-    """Write ``results.json``: what was measured, and on what.
+    """Write ``results.json``: the records, and the machine and command they come from.
 
     Args:
-        folder: where; it is made.
-        records: the figures.
+        folder: where it is written; it is made.
+        records: the records.
         command: the command line that measures them again.
         seed: of weights and requests.
 
@@ -72,12 +74,12 @@ def write_results(folder: Path, records: Sequence[Record], command: str, seed: i
 
 
 def write_tensorboard(folder: Path, records: Sequence[Record], table: str) -> None:
-    """The same figures as scalars over the number of candidates, and a table as text.
+    """Write the records as scalars over the number of candidates, and a table as text.
 
     Args:
-        folder: of the results; the event files go into ``tensorboard`` under it.
-        records: the figures; one without ``candidates`` in its case stands at step 0.
-        table: text, set in a fixed width.
+        folder: of the results; the event files go into its folder ``tensorboard``.
+        records: the records; one without ``candidates`` in its case is at step 0.
+        table: text, shown in a fixed width.
     """
     with SummaryWriter(str(folder / TENSORBOARD_FOLDER)) as writer:
         for record in records:
@@ -92,15 +94,15 @@ def write_tensorboard(folder: Path, records: Sequence[Record], table: str) -> No
 
 
 def fixed_width(table: str) -> str:
-    """Text that TensorBoard shows as it stands."""
+    """Return text that TensorBoard shows verbatim."""
     return "\n".join(f"    {line}" for line in table.splitlines())
 
 
 def figures_table(records: Sequence[Record]) -> str:
-    """One line per path and case of sizes, one column per metric.
+    """Return a table with one line per path and sizes, and one column per metric.
 
     Args:
-        records: figures of one scenario.
+        records: records of one scenario.
 
     Returns:
         Text without a newline at its end.

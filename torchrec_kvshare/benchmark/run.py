@@ -1,59 +1,91 @@
-"""The benchmarks by name."""
+"""The scenarios by name: a new one is a file in ``scenarios/``, a yaml, and a row here."""
 
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torchrec_kvshare.benchmark.options import Options
+from torchrec_kvshare.benchmark.plots import Picture
 from torchrec_kvshare.benchmark.results import Record
-from torchrec_kvshare.benchmark.scenarios.append import APPEND, measure_append
-from torchrec_kvshare.benchmark.scenarios.attention import ATTENTION, measure_attention
-from torchrec_kvshare.benchmark.scenarios.cache_trace import CACHE_TRACE, measure_cache_trace
-from torchrec_kvshare.benchmark.scenarios.catalogue import CATALOGUE, measure_catalogue
-from torchrec_kvshare.benchmark.scenarios.codec import CODEC, measure_codec
-from torchrec_kvshare.benchmark.scenarios.faults import FAULTS, measure_faults
-from torchrec_kvshare.benchmark.scenarios.host import HOST, measure_host
-from torchrec_kvshare.benchmark.scenarios.items import ITEMS, measure_items
-from torchrec_kvshare.benchmark.scenarios.queue_length import (
-    MEMORY,
-    QUEUE_LENGTH,
-    measure_memory,
-    measure_queue_length,
+from torchrec_kvshare.benchmark.scenarios import (
+    append,
+    attention,
+    cache_trace,
+    catalogue,
+    codec,
+    faults,
+    host,
+    items,
+    memory,
+    queue_length,
+    runtimes,
+    serving,
+    tables,
+    throughput_drop,
+    tiers,
+    training,
 )
-from torchrec_kvshare.benchmark.scenarios.runtimes import RUNTIMES_SCENARIO, measure_runtimes
-from torchrec_kvshare.benchmark.scenarios.serving import SERVING, measure_serving
-from torchrec_kvshare.benchmark.scenarios.tables import TABLES, measure_tables
-from torchrec_kvshare.benchmark.scenarios.throughput_drop import (
-    THROUGHPUT_DROP,
-    measure_throughput_drop,
-)
-from torchrec_kvshare.benchmark.scenarios.tiers import TIERS, measure_tiers
-from torchrec_kvshare.benchmark.scenarios.training import TRAINING, measure_training
 from torchrec_kvshare.errors import ConfigError
 
-MEASURE_BY_SCENARIO = {
-    QUEUE_LENGTH: measure_queue_length,
-    MEMORY: measure_memory,
-    ATTENTION: measure_attention,
-    THROUGHPUT_DROP: measure_throughput_drop,
-    TRAINING: measure_training,
-    CATALOGUE: measure_catalogue,
-    ITEMS: measure_items,
-    APPEND: measure_append,
-    CODEC: measure_codec,
-    CACHE_TRACE: measure_cache_trace,
-    TIERS: measure_tiers,
-    FAULTS: measure_faults,
-    RUNTIMES_SCENARIO: measure_runtimes,
-    TABLES: measure_tables,
-    HOST: measure_host,
-    SERVING: measure_serving,
+
+class Scenario(NamedTuple):
+    """A scenario.
+
+    Attributes:
+        options: schema of its config.
+        measure: takes an instance of ``options`` and returns the records.
+        picture_by_name: pictures of the records, by the name of the file.
+    """
+
+    options: type[Options]
+    measure: Callable[[Any], list[Record]]
+    picture_by_name: Mapping[str, Picture] = {}
+
+
+SCENARIO_BY_NAME = {
+    queue_length.QUEUE_LENGTH: Scenario(
+        queue_length.QueueLengthOptions,
+        queue_length.measure_queue_length,
+        queue_length.PICTURE_BY_NAME,
+    ),
+    memory.MEMORY: Scenario(memory.MemoryOptions, memory.measure_memory, memory.PICTURE_BY_NAME),
+    attention.ATTENTION: Scenario(attention.AttentionOptions, attention.measure_attention),
+    throughput_drop.THROUGHPUT_DROP: Scenario(
+        throughput_drop.ThroughputDropOptions, throughput_drop.measure_throughput_drop
+    ),
+    training.TRAINING: Scenario(training.TrainingOptions, training.measure_training),
+    catalogue.CATALOGUE: Scenario(catalogue.CatalogueOptions, catalogue.measure_catalogue),
+    items.ITEMS: Scenario(items.ItemsOptions, items.measure_items),
+    append.APPEND: Scenario(append.AppendOptions, append.measure_append),
+    codec.CODEC: Scenario(codec.CodecOptions, codec.measure_codec),
+    cache_trace.CACHE_TRACE: Scenario(
+        cache_trace.CacheTraceOptions, cache_trace.measure_cache_trace, cache_trace.PICTURE_BY_NAME
+    ),
+    tiers.TIERS: Scenario(tiers.TiersOptions, tiers.measure_tiers),
+    faults.FAULTS: Scenario(faults.FaultsOptions, faults.measure_faults),
+    runtimes.RUNTIMES_SCENARIO: Scenario(runtimes.RuntimesOptions, runtimes.measure_runtimes),
+    tables.TABLES: Scenario(tables.TablesOptions, tables.measure_tables),
+    host.HOST: Scenario(host.HostOptions, host.measure_host),
+    serving.SERVING: Scenario(serving.ServingOptions, serving.measure_serving),
 }
 
 
-def measure(scenario: str, plan: Plan, sizes: Sizes) -> list[Record]:
-    """Run one scenario.
+def scenario_called(name: str | None) -> Scenario:
+    """Return the scenario with this name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name not in SCENARIO_BY_NAME:
+        raise ConfigError(f"scenario is {name!r}; one of {sorted(SCENARIO_BY_NAME)} is allowed")
+    return SCENARIO_BY_NAME[name]
+
+
+def measure(scenario: str, options: Options) -> list[Record]:
+    """Run a scenario.
 
     Args:
-        scenario: a key of ``MEASURE_BY_SCENARIO``.
-        plan: what is measured.
-        sizes: the model's sizes.
+        scenario: its name.
+        options: an instance of its options.
 
     Returns:
         Its records.
@@ -62,8 +94,6 @@ def measure(scenario: str, plan: Plan, sizes: Sizes) -> list[Record]:
         ConfigError: if there is no such scenario.
         ParityError: if two paths that are compared differ.
     """
-    if scenario not in MEASURE_BY_SCENARIO:
-        raise ConfigError(
-            f"scenario is {scenario!r}; one of {sorted(MEASURE_BY_SCENARIO)} is allowed"
-        )
-    return MEASURE_BY_SCENARIO[scenario](plan, sizes)
+    chosen = scenario_called(scenario)
+    assert isinstance(options, chosen.options)
+    return chosen.measure(options)

@@ -1,4 +1,4 @@
-"""Clocks for comparing paths on a machine that is never idle, and the seed model's cost curve."""
+"""Time calls: paths take turns, as no machine is ever idle. And the seed model's cost curve."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -8,23 +8,36 @@ from typing import TypeVar
 import numpy as np
 
 MIN_REPEATS = 5
-ROUND_MS = 50.0  # a quick path is called again until so much time has gone by in its turn
+ROUND_MS = 50.0  # a turn of a path repeats its call until that much time has passed
 
 # Cost of the seed model's fused scoring of N candidates, in scorings of one: 0.85 + 0.15 N.
 SEED_HISTORY_COST = 0.85
 SEED_CANDIDATE_COST = 0.15
 
-
 Path = TypeVar("Path", bound=Hashable)
+Result = TypeVar("Result")
+
+
+def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """Call and return the result and the milliseconds it took.
+
+    Example:
+        >>> result, latency_ms = timed(lambda: sum(range(10)))
+        >>> result, latency_ms > 0
+        (45, True)
+    """
+    start = time.perf_counter()
+    result = call()
+    return result, (time.perf_counter() - start) * 1e3
 
 
 def interleaved_medians(
     call_by_path: Mapping[Path, Callable[[], object]], repeats: int
 ) -> dict[Path, float]:
-    """Median time of each call, the paths taking turns so that a busy minute meets them all.
+    """Return the median time of each call; the paths take turns, so a busy minute slows them all.
 
     Args:
-        call_by_path: what is compared; each has been called once before.
+        call_by_path: the calls to compare, each called at least once before.
         repeats: turns of each path; a turn is one call, or as many as fit into ``ROUND_MS``.
 
     Returns:
@@ -46,12 +59,12 @@ def fusion_costs(candidates: Sequence[int], latencies_ms: Sequence[float]) -> tu
     """Fit latency(N) = history_cost + candidate_cost × N by least squares.
 
     Args:
-        candidates: the N measured, at least two different ones.
-        latencies_ms: the latency at each.
+        candidates: the N measured, at least two distinct values.
+        latencies_ms: latency at each N.
 
     Returns:
-        ``history_cost`` and ``candidate_cost`` in ms; their ratio, the latter to the former, is the
-        ``fusion_cost_ratio``.
+        ``history_cost`` and ``candidate_cost`` in ms; ``fusion_cost_ratio`` is the second over the
+        first.
 
     Example:
         >>> history_cost, candidate_cost = fusion_costs([1, 3, 5], [12.0, 16.0, 20.0])
@@ -63,7 +76,7 @@ def fusion_costs(candidates: Sequence[int], latencies_ms: Sequence[float]) -> tu
 
 
 def seed_model_speedup(num_candidates: int) -> float:
-    """Speed-up over one-by-one scoring that the seed model's cost curve gives for N candidates.
+    """Return the speed-up over one-by-one scoring that the seed model's cost curve gives for N.
 
     Example:
         >>> seed_model_speedup(1), round(seed_model_speedup(500), 2)
@@ -74,10 +87,8 @@ def seed_model_speedup(num_candidates: int) -> float:
 
 def _turn(call: Callable[[], object]) -> list[float]:
     samples_ms: list[float] = []
-    turn_start = start = time.perf_counter()
-    while not samples_ms or start - turn_start < ROUND_MS / 1e3:
-        call()
-        end = time.perf_counter()
-        samples_ms.append((end - start) * 1e3)
-        start = end
+    start = time.perf_counter()
+    while not samples_ms or (time.perf_counter() - start) * 1e3 < ROUND_MS:
+        _, latency_ms = timed(call)
+        samples_ms.append(latency_ms)
     return samples_ms

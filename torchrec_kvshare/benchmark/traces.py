@@ -1,8 +1,9 @@
-"""Where the time of a request goes, stage by stage, with the cache and without.
+"""Time of a request stage by stage, with the cache and without.
 
-Both engines answer the same requests one at a time under torch's profiler. The first round is a
-phase of its own, ``cold``: there the cached engine misses and its prefill shows. The rounds after
-it are ``warm``: there it hits. Stages are read from the profiler's events by their labels.
+Both engines answer the same requests one at a time under torch's profiler. The first round is the
+phase ``cold``: the cached engine misses and its prefill shows. The rounds after it are the phase
+``warm``: the cached engine hits. Stages are the profiler's events with the names of
+``model/stages.py``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.tensorboard import SummaryWriter
 
-from torchrec_kvshare.benchmark.plan import Sizes
+from torchrec_kvshare.benchmark.options import ModelSizes
 from torchrec_kvshare.benchmark.results import TENSORBOARD_FOLDER, fixed_width
 from torchrec_kvshare.benchmark.workload import (
     draw_requests,
@@ -35,10 +36,10 @@ COLD = "kvshare/cold"
 WARM = "kvshare/warm"
 REQUEST = "kvshare/request"  # parsed request to answer, collating included
 
-LABEL_BY_STAGE = {"lookup": LOOKUP, "prefill": PREFILL, "expand": EXPAND, "attend": ATTEND}
+EVENT_BY_STAGE = {"lookup": LOOKUP, "prefill": PREFILL, "expand": EXPAND, "attend": ATTEND}
 RANK = "rank"
 TOTAL = "total"
-STAGES = (*LABEL_BY_STAGE, RANK, TOTAL)
+STAGES = (*EVENT_BY_STAGE, RANK, TOTAL)
 NUM_OPERATORS = 20
 
 Stages = Mapping[str, Sequence[float]]
@@ -46,12 +47,12 @@ Stages = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """What the profiler saw of one engine.
+    """Profile of one engine.
 
     Attributes:
-        latencies_ms: by phase (``cold``, ``warm``) and stage, one per request that had it.
-        operators: a table of the operators that took the most time.
-        trace: the Chrome trace.
+        latencies_ms: by phase (``cold``, ``warm``) and stage, one per request that had the stage.
+        operators: table of the operators that took the most time.
+        trace: path of the Chrome trace.
     """
 
     latencies_ms: Mapping[str, Stages]
@@ -61,11 +62,13 @@ class EngineProfile:
 
 def profile_scoring(
     folder: Path,
+    *,
     history: int,
     num_candidates: int,
     num_users: int,
     num_rounds: int,
-    sizes: Sizes,
+    sizes: ModelSizes,
+    page_size: int,
     seed: int,
 ) -> dict[str, EngineProfile]:
     """Profile a cached and an uncached engine over one model and the same requests.
@@ -75,8 +78,9 @@ def profile_scoring(
         history: events of each user.
         num_candidates: candidates of each request.
         num_users: users, one request each.
-        num_rounds: warm rounds, in each of which every request is answered once.
+        num_rounds: warm rounds; every request is answered once per round.
         sizes: the model's sizes.
+        page_size: rows per page of K/V.
         seed: of weights and requests.
 
     Returns:
@@ -90,13 +94,13 @@ def profile_scoring(
         for request in draw_requests(schema, [num_candidates], user, seed + user)
     ]
     [tower] = model.collection.towers()
-    cache = make_cache(tower, history, num_users, sizes.page_size)
+    cache = make_cache(tower, history, num_users, page_size)
     engine_by_name = {
         "cached": Engine(model, schema, KVStore([cache]), version=UNNAMED),
         "uncached": Engine(model, schema, None, version=UNNAMED),
     }
-    # What torch sets up at its first call belongs to neither engine.
-    warm_up = make_cache(tower, history, 1, sizes.page_size)
+    # torch sets things up at its first call, which is the cost of neither engine.
+    warm_up = make_cache(tower, history, 1, page_size)
     Engine(model, schema, KVStore([warm_up]), version=UNNAMED).rank(requests[:1])
     engine_by_name["uncached"].rank(requests[:1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +118,10 @@ def profile_engine(
     """Answer requests one at a time, in a cold round and in warm ones, under the profiler.
 
     Args:
-        engine: its cache, if it has one, is empty.
+        engine: an engine with an empty cache or without one.
         requests: one per user.
         num_rounds: warm rounds.
-        trace: gets the Chrome trace.
-
-    Returns:
-        What the profiler saw.
+        trace: path for the Chrome trace.
     """
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for phase, rounds in ((COLD, 1), (WARM, num_rounds)):
@@ -134,24 +135,24 @@ def profile_engine(
 
 
 def stage_latencies(events: Sequence[FunctionEvent]) -> dict[str, dict[str, list[float]]]:
-    """Latencies by phase and stage, one per request in which the stage took place.
+    """Return latencies by phase and stage, one per request that had the stage.
 
-    ``rank`` is what scoring takes beside prefill and attention: embedding look-ups and the model's
-    own layers. ``total`` also holds what no stage does: collating an uncached batch, putting K/V
-    into pages, making the answer.
+    ``rank`` is scoring without prefill and attention: embedding look-ups and the model's own
+    layers. ``total`` includes what is in no stage: collating an uncached batch, putting K/V into
+    pages, making the answer.
 
     Args:
-        events: the profiler's.
+        events: events of the profiler.
 
     Returns:
         Milliseconds; phases are ``cold`` and ``warm``, stages those of ``STAGES``.
     """
-    labelled = [event for event in events if event.name.startswith("kvshare/")]
-    phases = [event for event in labelled if event.name in (COLD, WARM)]
+    ours = [event for event in events if event.name.startswith("kvshare/")]
+    phases = [event for event in ours if event.name in (COLD, WARM)]
     latencies_ms: dict[str, dict[str, list[float]]] = {}
     for phase in phases:
         samples: dict[str, list[float]] = {stage: [] for stage in STAGES}
-        inside = _inside(phase, labelled)
+        inside = _inside(phase, ours)
         for request in [event for event in inside if event.name == REQUEST]:
             for stage, value_ms in _stages_of(request, inside).items():
                 samples[stage].append(value_ms)
@@ -160,13 +161,13 @@ def stage_latencies(events: Sequence[FunctionEvent]) -> dict[str, dict[str, list
 
 
 def write_profile(folder: Path, profiled: EngineProfile) -> None:
-    """One TensorBoard run: a histogram and the median of every stage, and the operators.
+    """Write a TensorBoard run: histogram and median of every stage, and the operators.
 
     Tags are the same for every engine, so that runs in sibling folders show side by side.
 
     Args:
-        folder: of the run.
-        profiled: what to write; a stage that never took place is left out.
+        folder: folder of the run.
+        profiled: the profile; a stage without a latency is left out.
     """
     with SummaryWriter(str(folder)) as writer:
         for phase, stages in profiled.latencies_ms.items():
@@ -178,13 +179,13 @@ def write_profile(folder: Path, profiled: EngineProfile) -> None:
 
 
 def stage_table(profile_by_name: Mapping[str, EngineProfile]) -> str:
-    """Median milliseconds of each stage, one line per engine and phase.
+    """Return the median milliseconds of each stage as text, one line per engine and phase.
 
     Args:
-        profile_by_name: as ``profile_scoring`` gives them.
+        profile_by_name: as ``profile_scoring`` returns them.
 
     Returns:
-        Text without a newline at its end; a stage that did not take place is a dash.
+        Text without a newline at its end; a stage without a latency is a dash.
     """
     lines = [f"{'median ms':>16}" + "".join(f"{stage:>10}" for stage in STAGES)]
     for name, profiled in profile_by_name.items():
@@ -194,13 +195,13 @@ def stage_table(profile_by_name: Mapping[str, EngineProfile]) -> str:
     return "\n".join(lines)
 
 
-def _stages_of(request: FunctionEvent, labelled: Sequence[FunctionEvent]) -> dict[str, float]:
-    """Milliseconds of each stage that took place in one request."""
-    inside = _inside(request, labelled)
+def _stages_of(request: FunctionEvent, events: Sequence[FunctionEvent]) -> dict[str, float]:
+    """Return the milliseconds of each stage of one request."""
+    inside = _inside(request, events)
     stages = {
-        stage: _total_ms(inside, label)
-        for stage, label in LABEL_BY_STAGE.items()
-        if any(event.name == label for event in inside)
+        stage: _total_ms(inside, name)
+        for stage, name in EVENT_BY_STAGE.items()
+        if any(event.name == name for event in inside)
     }
     for score in inside:
         if score.name == SCORE:
@@ -211,10 +212,10 @@ def _stages_of(request: FunctionEvent, labelled: Sequence[FunctionEvent]) -> dic
 
 
 def _inside(outer: FunctionEvent, events: Sequence[FunctionEvent]) -> list[FunctionEvent]:
-    """Events that start while another one runs."""
+    """Return the events that start while another event runs."""
     span = outer.time_range
     return [e for e in events if e is not outer and span.start <= e.time_range.start < span.end]
 
 
-def _total_ms(events: Sequence[FunctionEvent], label: str) -> float:
-    return sum(event.time_range.elapsed_us() for event in events if event.name == label) / 1e3
+def _total_ms(events: Sequence[FunctionEvent], name: str) -> float:
+    return sum(event.time_range.elapsed_us() for event in events if event.name == name) / 1e3

@@ -1,1 +1,1 @@
-"""K/V kept between requests: identity, pages, and the cache that joins them."""
+"""K/V kept between requests: identity, pages, tiers and leases."""

@@ -1,7 +1,8 @@
-"""The clock that tells when K/V was encoded and when a user was forgotten.
+"""The clock that dates encoded K/V and forgotten users.
 
-Both are compared to keep forgotten users out, so all of a process reads one clock. Times of other
-machines are never compared with it as they are: see ``cache/stack.py`` and ``cache/remote.py``.
+The two times are compared to refuse K/V of forgotten users, so one process uses one clock. Times
+from other machines are never compared with it directly: see ``cache/stack.py`` and
+``cache/remote.py``.
 """
 
 import functools
@@ -11,6 +12,6 @@ from collections.abc import Callable
 
 @functools.cache
 def steady_clock() -> Callable[[], float]:
-    """Unix seconds that never jump: those at the first call, and what has passed since."""
+    """Return a clock of Unix seconds that never jumps: it reads the wall clock only once."""
     start = time.time() - time.monotonic()
     return lambda: start + time.monotonic()

@@ -1,10 +1,10 @@
-"""How K/V [planes, R, H, D] is written in fewer bytes; R rows, the oldest events first.
+"""Codecs that write K/V [planes, R, H, D] in fewer bytes; R rows, the oldest events first.
 
-Casts keep every number by itself. Scaled codecs divide each block of ``ROW_BLOCK`` rows and
-``CHANNELS`` channels of a head by one float32, so that its greatest number is the greatest that the
-codes have: blocks are small because channels of keys differ in size far more than rows do.
+Cast codecs round each number by itself. Scaled codecs divide each block of ``ROW_BLOCK`` rows and
+``CHANNELS`` channels of a head by one float32 scale, so that the largest number of the block gets
+the largest code. Blocks are small because channels of keys differ in size far more than rows do.
 
-NaN never becomes a number: codecs refuse K/V that they cannot write, and that is not finite.
+NaN never becomes a number: codecs refuse K/V that is out of their range or not finite.
 """
 
 import math
@@ -18,21 +18,21 @@ from torch import Tensor
 from torchrec_kvshare.errors import ConfigError, RecordError, ShapeError
 
 ROW_BLOCK = 64  # rows
-# Two, because with one a block of 64 rows and one of a single row are 28 % of float32.
+# Two channels: with one, a block of 64 rows and one of a single row take 28 % of float32's bytes.
 CHANNELS = 2
 
-# Below it float32 has fewer bits, so scales stop there.
-LEAST_SCALE = torch.finfo(torch.float32).tiny
-# A scale, a quotient and a product are rounded, each by at most 2**-24 of what it is.
+# Smaller float32 numbers have fewer bits of precision, so scales stop here.
+MIN_SCALE = torch.finfo(torch.float32).tiny
+# Scale, quotient and product are rounded, each by at most 2**-24 of its value.
 ROUNDING = 2.0**-22
 
 
 @dataclass(frozen=True)
 class CastCodec:
-    """Every number is rounded to the nearest one of another float type.
+    """Round each number to the nearest one of another float type.
 
     Attributes:
-        name: as configs and records have it.
+        name: the name in configs and records.
         dtype: of the numbers written.
     """
 
@@ -41,28 +41,24 @@ class CastCodec:
 
     @property
     def is_exact(self) -> bool:
-        """Whether ``decode`` gives back every bit."""
+        """Whether ``decode`` restores every bit."""
         return self.dtype == torch.float32
 
     @property
     def relative_error(self) -> float:
-        """Greatest error, as a share of the value: half of the step between 1 and the next."""
+        """Maximum error as a share of the value: half the step from 1 to the next number."""
         return 0.0 if self.is_exact else torch.finfo(self.dtype).eps / 2
 
     @property
     def absolute_error(self) -> float:
-        """Greatest error of values so small that theirs is more: half of the least step."""
+        """Maximum error of subnormal values, whose relative error is larger: half their step."""
         return self.relative_error * torch.finfo(self.dtype).tiny
 
-    def bytes_per_row(self, num_planes: int, num_heads: int, head_dim: int) -> float:
-        """Bytes of one row."""
-        return num_planes * num_heads * head_dim * self.dtype.itemsize
-
     def encode(self, kv: Tensor) -> dict[str, Tensor]:
-        """Write K/V [planes, R, H, D] float32 as ``kv``; shares its memory where nothing changes.
+        """Write K/V [planes, R, H, D] float32 as ``kv``; without a copy if the dtype is the same.
 
         Raises:
-            RecordError: if it is not finite or out of range.
+            RecordError: if the K/V is not finite or out of range.
             ShapeError: if it is not K/V in float32.
         """
         _check(kv)
@@ -72,10 +68,10 @@ class CastCodec:
         return {"kv": cast}
 
     def decode(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Read K/V [planes, R, H, D] float32; shares memory where nothing changes.
+        """Read K/V [planes, R, H, D] float32; without a copy if the dtype is the same.
 
         Raises:
-            RecordError: if the tensors are not what ``encode`` makes.
+            RecordError: if the tensors are not such as ``encode`` returns.
         """
         _check_tensors(self.name, tensors, {"kv": self.dtype})
         return tensors["kv"].float()
@@ -83,13 +79,13 @@ class CastCodec:
 
 @dataclass(frozen=True)
 class ScaledCodec:
-    """Every number is rounded to a code of one byte, times the scale of its block.
+    """Round each number to a one-byte code times the scale of its block.
 
     Attributes:
-        name: as configs and records have it.
+        name: the name in configs and records.
         dtype: of the codes.
-        greatest: the greatest code; the least is its negative.
-        half_step: half of the widest step between two codes.
+        max_code: the largest code; the smallest is its negative.
+        half_step: half the widest step between two codes.
 
     Example:
         >>> tensors = get_codec("int8").encode(torch.tensor([0.5, -1.27]).view(1, 1, 1, 2))
@@ -99,31 +95,26 @@ class ScaledCodec:
 
     name: str
     dtype: torch.dtype
-    greatest: float
+    max_code: float
     half_step: float
     is_exact: ClassVar[bool] = False
 
     @property
     def relative_error(self) -> float:
-        """Greatest error, as a share of the greatest |kv| of the block."""
-        return self.half_step / self.greatest + ROUNDING
+        """Maximum error as a share of the largest |kv| of the block."""
+        return self.half_step / self.max_code + ROUNDING
 
     @property
     def absolute_error(self) -> float:
-        """Greatest error of blocks so small that theirs is more: those of the least scale."""
-        return self.half_step * LEAST_SCALE
-
-    def bytes_per_row(self, num_planes: int, num_heads: int, head_dim: int) -> float:
-        """Bytes of one row with its share of the scales, where its block of rows is whole."""
-        scale_bytes = math.ceil(head_dim / CHANNELS) * 4 / ROW_BLOCK
-        return num_planes * num_heads * (head_dim * self.dtype.itemsize + scale_bytes)
+        """Maximum error of blocks that have the smallest scale: their relative error is larger."""
+        return self.half_step * MIN_SCALE
 
     def encode(self, kv: Tensor) -> dict[str, Tensor]:
         """Write K/V [planes, R, H, D] float32 as ``codes`` and ``scales``.
 
         Returns:
             Codes, laid out as ``kv``, and scales [planes, blocks of rows, H, blocks of channels];
-            the last block of either may be a part of one.
+            the last block of rows or channels may be incomplete.
 
         Raises:
             RecordError: if the K/V is not finite or out of range.
@@ -134,9 +125,9 @@ class ScaledCodec:
         padding = (0, -kv.size(3) % CHANNELS, 0, 0, 0, -kv.size(1) % ROW_BLOCK)
         blocks = F.pad(kv.abs(), padding).unflatten(1, (num_row_blocks, ROW_BLOCK))
         channels = blocks.amax(2).unflatten(3, (num_channel_blocks, CHANNELS))
-        scales = (channels.amax(4) / self.greatest).clamp_min(LEAST_SCALE)
-        # Of NaN the greatest is NaN; the product is what the greatest number will be read as.
-        if not (scales * self.greatest).isfinite().all():
+        scales = (channels.amax(4) / self.max_code).clamp_min(MIN_SCALE)
+        # amax propagates NaN; the product is the value that the largest number decodes to.
+        if not (scales * self.max_code).isfinite().all():
             raise RecordError(_unfit(self.name, kv, torch.finfo(torch.float32).max))
         codes = kv / _spread(scales, kv.shape)
         if not self.dtype.is_floating_point:
@@ -147,7 +138,7 @@ class ScaledCodec:
         """Read K/V [planes, R, H, D] float32.
 
         Raises:
-            RecordError: if the tensors are not what ``encode`` makes.
+            RecordError: if the tensors are not such as ``encode`` returns.
         """
         _check_tensors(self.name, tensors, {"codes": self.dtype, "scales": torch.float32})
         codes, scales = tensors["codes"], tensors["scales"]
@@ -167,22 +158,22 @@ CODECS: dict[str, Codec] = {
         CastCodec("float32", torch.float32),
         CastCodec("bfloat16", torch.bfloat16),
         CastCodec("float16", torch.float16),
-        ScaledCodec("int8", torch.int8, greatest=127.0, half_step=0.5),
-        # Three bits behind the point: from 256 to 448 codes lie 32 apart.
-        ScaledCodec("fp8_e4m3", torch.float8_e4m3fn, greatest=448.0, half_step=16.0),
+        ScaledCodec("int8", torch.int8, max_code=127.0, half_step=0.5),
+        # Three mantissa bits: from 256 to 448 codes are 32 apart.
+        ScaledCodec("fp8_e4m3", torch.float8_e4m3fn, max_code=448.0, half_step=16.0),
     )
 }
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of a name.
+    """Return the codec with a name.
 
     Raises:
         ConfigError: if there is none.
 
     Example:
-        >>> get_codec("bfloat16").bytes_per_row(num_planes=4, num_heads=2, head_dim=8)
-        128
+        >>> get_codec("bfloat16").is_exact
+        False
     """
     if name not in CODECS:
         raise ConfigError(f"codec is {name!r}; one of {tuple(CODECS)} is allowed")
@@ -190,7 +181,7 @@ def get_codec(name: str) -> Codec:
 
 
 def is_finite(kv: Tensor) -> bool:
-    """Whether no number is NaN or infinite: the sum is not, where one of them is.
+    """Return whether no number is NaN or infinite; a finite sum proves it without another pass.
 
     Example:
         >>> is_finite(torch.tensor([1.0, 3e38, 3e38])), is_finite(torch.tensor([1.0, torch.nan]))
@@ -206,9 +197,9 @@ def _scales_shape(shape: torch.Size) -> torch.Size:
 
 
 def _spread(scales: Tensor, shape: torch.Size) -> Tensor:
-    """For each number of K/V of this shape the scale of its block."""
+    """Expand scales to the shape of the K/V: each number gets the scale of its block."""
     by_channel = scales.repeat_interleave(CHANNELS, 3)[..., : shape[3]]
-    # The one block of a short history is no longer than the history.
+    # The only block of a short history has as many rows as the history.
     by_row = by_channel.unsqueeze(2).expand(-1, -1, min(ROW_BLOCK, shape[1]), -1, -1)
     return by_row.flatten(1, 2)[:, : shape[1]]  # [planes, R, H, D]
 
@@ -229,6 +220,6 @@ def _check_tensors(name: str, tensors: dict[str, Tensor], dtypes: dict[str, torc
         raise RecordError(f"tensors are {shapes}; all of {name} have 4 axes")
 
 
-def _unfit(name: str, kv: Tensor, greatest: float) -> str:
+def _unfit(name: str, kv: Tensor, max_value: float) -> str:
     worst = kv.abs().max().item()
-    return f"K/V has a number of size {worst:g}; {name} writes finite ones up to {greatest:g}"
+    return f"K/V has a number of size {worst:g}; {name} writes finite ones up to {max_value:g}"

@@ -1,18 +1,19 @@
-"""What an answer says of its cache: one decision for the engine and for exported programs.
+"""The cache status of an answer, decided the same way by the engine and by exported programs.
 
-Runs in TorchScript, which sees no module's constants: the words are those of ``reasons.py``.
+This file runs in TorchScript, which cannot read a module's constants, so it repeats the words of
+``reasons.py``.
 """
 
 from typing import NamedTuple
 
 
 class Decision(NamedTuple):
-    """What the cache did for one request, over all of its histories.
+    """What the cache did for one request, over all its histories.
 
     Attributes:
         status: ``hit``, ``partial``, ``miss`` or ``bypass``.
-        reason: why not a hit; empty for one.
-        cached_events: events whose K/V was there.
+        reason: why it is not a hit; empty for a hit.
+        cached_events: events whose K/V was cached.
         computed_events: events that are encoded.
     """
 
@@ -25,13 +26,13 @@ class Decision(NamedTuple):
 def decide(
     reasons: list[str], num_events: list[int], kept_events: list[int], why_not_kept: str
 ) -> Decision:
-    """Judge the look-ups of a request's histories.
+    """Combine the look-ups of a request's histories into one decision.
 
     Args:
-        reasons: of each history: ``hit``, or why not all of its K/V was there.
+        reasons: for each history ``hit``, or why some of its K/V was not cached.
         num_events: of each history.
-        kept_events: of each history that missed, events whose cached K/V is right for it.
-        why_not_kept: why new K/V was not kept; empty if it was, or there is none.
+        kept_events: for each history that missed, events whose cached K/V is valid for it.
+        why_not_kept: why new K/V was not kept; empty if it was kept or nothing was encoded.
 
     Example:
         >>> decide(["hit", "edited"], [9, 5], [0, 3], "")
@@ -39,12 +40,12 @@ def decide(
     """
     cached, total = 0, 0
     missed = ""
-    for place, reason in enumerate(reasons):
-        total += num_events[place]
+    for index, reason in enumerate(reasons):
+        total += num_events[index]
         if reason == "hit":
-            cached += num_events[place]
-        elif num_events[place] > 0:
-            cached += kept_events[place]
+            cached += num_events[index]
+        elif num_events[index] > 0:
+            cached += kept_events[index]
             missed = reason if missed == "" else missed
     if total == 0:
         return Decision("bypass", "too_short", 0, 0)

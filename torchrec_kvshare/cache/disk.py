@@ -1,9 +1,9 @@
 """The tier on a local disk: a RocksDB that drops its oldest files when the byte budget is full.
 
-Each value has a row of some bytes beside it, so that a user's scopes and their sizes are read
-without the values. Forgotten users stand in a column family of their own, for the oldest file of
-values may leave before they may. The memtable is flushed from here, before RocksDB would do it:
-there writers wait with the GIL held, and so does the whole process.
+Each value has a small metadata row, so that a user's scopes and their sizes are read without the
+values. Forgotten users have a column family of their own, because the oldest file of values may be
+dropped before their fences expire. The memtable is flushed from here before RocksDB would flush it:
+a write that waits for RocksDB's flush holds the GIL, which stops the whole process.
 """
 
 import logging
@@ -30,49 +30,49 @@ logger = logging.getLogger(__name__)
 MIN_CAPACITY_BYTES = 64 * 2**20
 MIN_BUFFER_BYTES = 6 * 2**20
 MAX_BUFFER_BYTES = 64 * 2**20
-MAX_FILES = 512  # each is held open, and its filter asked for every key
-# What is on disk beside the files that the budget keeps, in full memtables and at worst: the log
-# and one that is being deleted; a file that is flushed, one before it for which the oldest have
-# still to go, and one that a killed process left unfinished.
-BUFFERS_BESIDE = 5
-# RocksDB's manifest, options and own log, and 60 bytes for each forgotten user.
+MAX_FILES = 512  # each is kept open, and its Bloom filter is read for every key
+# Files beyond the FIFO budget, at worst, each the size of a full memtable: the write-ahead log and
+# one that is being deleted; a file that is being flushed, the one before it, for which the oldest
+# files are not dropped yet, and one that a killed process left unfinished.
+EXTRA_BUFFERS = 5
+# RocksDB's manifest, options and info log, and 60 bytes for each forgotten user.
 OTHER_BYTES = 8 * 2**20
 MANIFEST_BYTES = 2**20
 LOG_BYTES = 2**16
 FENCE_BUFFER_BYTES = 2**20
-FENCE_BYTES = 128  # of one in a log, at most
+FENCE_BYTES = 128  # of one fence in the log, at most
 BATCH_BYTES = 2**20
-BLOOM_BITS = 10  # for each key; 1 look-up in 100 reads a file in vain
+BLOOM_BITS = 10  # per key: a false positive for 1 look-up in 100
 
-META = struct.Struct("<dQ")  # when a value was encoded, and its bytes
-META_MARK = "~"  # behind every user, so that these rows have blocks of their own
-USER_BYTES = 33  # of META_MARK and a digest; files without a user's rows are not read for them
+META = struct.Struct("<dQ")  # Unix seconds of encoding, and bytes of the value
+META_MARK = "~"  # sorts after every user, so that metadata rows have blocks of their own
+USER_BYTES = 33  # META_MARK and a digest: the prefix by which files are skipped
 FENCES = "fences"
 FENCE = struct.Struct("<d")
-END = b"\xff"  # behind every key: keys are UTF-8
+END = b"\xff"  # sorts after every key: keys are UTF-8
 
-PURPOSE, SETTING = "the disk tier", "cache.disk.folder"  # as messages call them
+PURPOSE, SETTING = "the disk tier", "cache.disk.folder"  # for errors
 LOCKED = ("While lock file", "lock hold by current process")
 CORRUPTED = "Corruption"
 UNREADABLE = (CORRUPTED, "Invalid argument", "IO error: No such file or directory")
 
 
 class DiskTier:
-    """Values in a folder, there again after a restart or a crash of the process.
+    """Values in a folder; they survive a restart or a crash of the process.
 
-    A database that is broken is made anew, with a warning. One that cannot be opened for another
-    reason, a full disk for one, is tried again by the next call.
+    A corrupt database is recreated, with a warning. A database that cannot be opened for another
+    reason, such as a full disk, is tried again by the next call.
 
     Args:
-        folder: used by one process at a time, and this user's alone; made if it is not there.
-        capacity_bytes: most bytes of all files in it. Values up to 5 MiB are kept, and larger ones
-            up to a 64th of it and 64 MiB, or a 512th of it.
-        ttl_s: seconds for which a value is used; it leaves the disk at the next flush after that.
-        clock: Unix seconds, those of ``encoded_at``.
+        folder: for one process at a time, private to this user; made if it is missing.
+        capacity_bytes: most bytes of all its files. Values up to 5 MiB are kept, and larger ones up
+            to a 64th of the capacity and 64 MiB, or up to a 512th of the capacity.
+        ttl_s: seconds from encoding until a value expires; it is deleted at the next flush after.
+        clock: Unix seconds, the clock of ``encoded_at``.
 
     Raises:
-        ConfigError: if the budget is below 64 MiB, the time to live is not above zero or has no
-            end, the folder cannot be made, is open to other users, or another tier uses it.
+        ConfigError: if the budget is below 64 MiB, the time to live is not above zero and finite,
+            or the folder cannot be made, is open to other users, or is used by another tier.
         MissingExtraError: if rocksdict is not installed.
     """
 
@@ -98,22 +98,22 @@ class DiskTier:
         self._ttl_s = math.ceil(ttl_s)
         buffer_bytes = max(MIN_BUFFER_BYTES, min(capacity_bytes // 64, MAX_BUFFER_BYTES))
         self._buffer_bytes = max(buffer_bytes, capacity_bytes // MAX_FILES)
-        self._files_bytes = capacity_bytes - BUFFERS_BESIDE * self._buffer_bytes - OTHER_BYTES
-        # A name of its own: whatever else lies in the folder is never destroyed.
+        self._files_bytes = capacity_bytes - EXTRA_BUFFERS * self._buffer_bytes - OTHER_BYTES
+        # A subfolder of its own, so that other files in the folder are never destroyed.
         self._path = folder / "kvshare.rocksdb"
         self._make_folder()
         self._database: _Database | None = None
         self._unflushed_bytes = 0
-        self._is_broken = False  # It cannot be written to until it is opened again.
-        self._corruption = ""  # why it must be made anew
+        self._is_broken = False  # whether it must be reopened before the next write
+        self._corruption = ""  # the error for which it must be recreated
         self._is_closed = False
-        self._lock = threading.RLock()  # of writes and of opening; reads need none
+        self._lock = threading.RLock()  # for writes and opening; reads need none
         try:
             self._opened()
         except TierError as error:
             if any(text in str(error) for text in LOCKED):
                 raise ConfigError(f"{folder} is in use by another disk tier") from error
-            logger.warning("%s; it is tried again when it is used", error)
+            logger.warning("%s; the next use tries again", error)
 
     def get(self, keys: Sequence[tuple[str, str]]) -> list[Found]:
         names = [f"{user}/{scope}" for user, scope in keys]
@@ -123,7 +123,7 @@ class DiskTier:
             rows: Any = database.values.get([name.encode() for name in names + metas])
             found = []
             for (user, scope), value, meta in zip(keys, rows, rows[len(keys) :], strict=False):
-                # Rows outlive their fence where the disk was too full to take it.
+                # A forgotten user's values stay if the disk was too full to delete them.
                 if meta is None or self._fences.refuses(user, META.unpack(meta)[0]):
                     value = None
                 others = self._scopes(database, user) if value is None else []
@@ -148,7 +148,7 @@ class DiskTier:
 
     def forget(self, user: str, at: float) -> int:
         with self._lock:
-            # In memory first: there it holds even if the disk takes no writes now.
+            # In memory first, where it takes effect even if the disk cannot be written to.
             expired = self._fences.pop_expired()
             at = self._fences.put(user, at)
             with self._writing() as database:
@@ -181,14 +181,14 @@ class DiskTier:
             if not self._fences.refuses(user, encoded_at)
         ]
 
-    def _drop(self, database: "_Database", start: str, scope_start: str) -> int:
-        """Delete the values whose keys and scopes begin so; returns their bytes."""
+    def _drop(self, database: "_Database", prefix: str, scope_prefix: str) -> int:
+        """Delete values by prefix of key and scope; return their bytes."""
         from rocksdict import WriteBatch
 
         dropped_bytes = 0
         batch = WriteBatch(raw_mode=True)
-        for name, _, num_bytes in list(_metas(database.values, start)):
-            if name.partition("/")[2].startswith(scope_start):
+        for name, _, num_bytes in list(_metas(database.values, prefix)):
+            if name.partition("/")[2].startswith(scope_prefix):
                 dropped_bytes += num_bytes
                 batch.delete(name.encode())
                 batch.delete(f"{META_MARK}{name}".encode())
@@ -206,12 +206,12 @@ class DiskTier:
         from rocksdict import WriteOptions
 
         synced = WriteOptions()
-        synced.sync = True  # A user stays forgotten through a power cut too.
+        synced.sync = True  # The fence survives a power cut too.
         self._make_room(database, FENCE_BYTES)
         database.fences.put(user.encode(), FENCE.pack(at), synced)
 
     def _make_room(self, database: "_Database", num_bytes: int) -> None:
-        """Flush what the memtables hold if they would hold too much, and with it the log."""
+        """Flush the memtables, and so the log, if the next write would exceed the buffer."""
         if self._unflushed_bytes + num_bytes > self._buffer_bytes:
             database.values.flush()
             database.fences.flush()
@@ -220,16 +220,16 @@ class DiskTier:
 
     @contextmanager
     def _writing(self) -> Iterator["_Database"]:
-        """The database for one writer at a time, opened anew if the last write failed."""
+        """Lock the database for writing; reopen it if the last write failed."""
         with self._lock, self._as_tier_error():
             if self._is_broken:
-                self._check_room()  # Until there is some, reads go on.
+                self._check_room()  # If the disk is full: the open database can still be read.
                 self._close()
             database = self._opened()
             try:
                 yield database
             except Exception as error:
-                # RocksDB takes no writes after one that failed, whatever becomes of the disk.
+                # After a failed write RocksDB refuses all others, even if the disk has room again.
                 self._is_broken = True
                 if str(error).startswith(CORRUPTED):
                     self._corruption = str(error)
@@ -241,7 +241,7 @@ class DiskTier:
             yield
         except TierError:
             raise
-        except Exception as error:  # rocksdict raises nothing narrower.
+        except Exception as error:  # rocksdict has no narrower exception.
             raise TierError(f"disk tier in {self._path}: {error}") from error
 
     def _opened(self) -> "_Database":
@@ -260,7 +260,7 @@ class DiskTier:
             self._destroy()
         try:
             return self._load()
-        except Exception as error:  # As above.
+        except Exception as error:  # rocksdict has no narrower exception.
             if not str(error).startswith(UNREADABLE):
                 raise
             self._corruption = str(error)
@@ -277,7 +277,7 @@ class DiskTier:
         return database
 
     def _check_room(self) -> None:
-        """Refuse to open what would fail, and leave more files: it flushes what the log holds."""
+        """Refuse to open on a full disk: opening flushes the log, and a failure leaves files."""
         self._make_folder()
         free_bytes = shutil.disk_usage(self._path).free
         if free_bytes < 2 * self._buffer_bytes:
@@ -287,7 +287,7 @@ class DiskTier:
             )
 
     def _make_folder(self) -> None:
-        """Make what others can neither write to nor read: it is trusted, and of users."""
+        """Make a folder that other users can neither write to nor read: it has K/V of our users."""
         for folder in (self._path.parent, self._path):
             make_private(folder, PURPOSE, SETTING)
         check_secret(self._path.resolve(), PURPOSE, SETTING)
@@ -295,20 +295,22 @@ class DiskTier:
     def _destroy(self) -> None:
         from rocksdict import Rdict
 
-        logger.warning("the disk tier in %s is made anew: %s", self._path, self._corruption)
+        logger.warning("the disk tier in %s is recreated: %s", self._path, self._corruption)
         Rdict.destroy(str(self._path))
-        self._make_folder()  # RocksDB would let others read it.
+        self._make_folder()  # RocksDB would make it readable by other users.
         self._corruption = ""
 
     def _join_fences(self, database: "_Database") -> None:
-        """Read the fences on disk, and write those that the disk did not take or has lost."""
-        kept = {user.decode(): FENCE.unpack(at)[0] for user, at in _rows(database.fences, b"", END)}
-        for user, at in sorted(kept.items(), key=itemgetter(1)):
+        """Merge the fences on disk with those in memory, and write the ones that the disk lacks."""
+        stored = {
+            user.decode(): FENCE.unpack(at)[0] for user, at in _rows(database.fences, b"", END)
+        }
+        for user, at in sorted(stored.items(), key=itemgetter(1)):
             self._fences.put(user, at)
         for user in self._fences.pop_expired():
             database.fences.delete(user.encode())
         for user, at in self._fences.at_by_user.items():
-            if kept.get(user) != at:
+            if stored.get(user) != at:
                 database.fences.put(user.encode(), FENCE.pack(at))
 
     def _close(self) -> None:
@@ -318,7 +320,7 @@ class DiskTier:
 
 
 class _Database:
-    """RocksDB with its two column families, open."""
+    """An open RocksDB with its two column families."""
 
     def __init__(self, path: Path, files_bytes: int, buffer_bytes: int, ttl_s: int) -> None:
         from rocksdict import Options, Rdict
@@ -327,16 +329,16 @@ class _Database:
         fences.set_write_buffer_size(FENCE_BUFFER_BYTES)
         options = _options(files_bytes, buffer_bytes)
         self.values = Rdict(str(path), options, column_families={FENCES: fences})
-        self.values.set_options({"ttl": str(ttl_s)})  # There is no other way to say it.
+        self.values.set_options({"ttl": str(ttl_s)})  # Options has no setter for it.
         self.fences = self.values.get_column_family(FENCES)
 
     def close(self) -> None:
-        """Flush and close, or only close what cannot be flushed: that is in the log."""
+        """Flush and close; close anyway if flushing fails, because the log has the data."""
         for family in (self.fences, self.values):
             try:
                 family.close()
-            except Exception as error:  # As above.
-                logger.info("RocksDB closes with an error: %s", error)
+            except Exception as error:  # rocksdict has no narrower exception.
+                logger.info("RocksDB closed with an error: %s", error)
 
 
 def _options(files_bytes: int, buffer_bytes: int) -> "Options":
@@ -357,14 +359,14 @@ def _options(files_bytes: int, buffer_bytes: int) -> "Options":
     fifo = FifoCompactOptions()
     fifo.max_table_files_size = files_bytes
     options.set_fifo_compaction_options(fifo)
-    options.set_compression_type(DBCompressionType.none())  # Codecs leave nothing to compress.
-    # Twice what is ever in it: RocksDB itself never flushes, and so never makes a writer wait.
+    options.set_compression_type(DBCompressionType.none())  # Codecs leave little to compress.
+    # Twice its maximum content: RocksDB itself never flushes, so it never makes a writer wait.
     options.set_write_buffer_size(2 * buffer_bytes)
-    # A torn end is what a killed process leaves. A hole in the middle is not, and may be a fence.
+    # A killed process leaves a torn end. A hole in the middle is corruption, and may hide a fence.
     options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
     table = BlockBasedOptions()
     table.set_bloom_filter(BLOOM_BITS, False)
-    table.disable_cache()  # The page cache has it already.
+    table.disable_cache()  # The operating system caches the files already.
     options.set_block_based_table_factory(table)
     options.set_prefix_extractor(SliceTransform.create_fixed_prefix(USER_BYTES))
     options.set_max_manifest_file_size(MANIFEST_BYTES)
@@ -376,15 +378,15 @@ def _options(files_bytes: int, buffer_bytes: int) -> "Options":
     return options
 
 
-def _metas(values: "Rdict", start: str) -> Iterator[tuple[str, float, int]]:
-    """Names, times and sizes of the values whose names begin so."""
-    first = f"{META_MARK}{start}".encode()
+def _metas(values: "Rdict", prefix: str) -> Iterator[tuple[str, float, int]]:
+    """Yield name, time and size of each value whose name has a prefix."""
+    first = f"{META_MARK}{prefix}".encode()
     for name, meta in _rows(values, first, first + END):
         yield (name[len(META_MARK) :].decode(), *META.unpack(meta))
 
 
 def _rows(family: "Rdict", first: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Rows in order of their keys, up to ``end``."""
+    """Yield rows sorted by key, from ``first`` to before ``end``."""
     from rocksdict import ReadOptions
 
     options = ReadOptions()
@@ -396,6 +398,6 @@ def _rows(family: "Rdict", first: bytes, end: bytes) -> Iterator[tuple[bytes, by
         while rows.valid():
             yield rows.key(), rows.value()
             rows.next()
-        rows.status()  # Raises if the next row cannot be read; Rdict.items() would just end.
+        rows.status()  # Raises if a row cannot be read; Rdict.items() would end silently.
     finally:
-        del rows  # The database stays open for as long as there is one; a traceback would keep it.
+        del rows  # An iterator keeps the database open, and a traceback would keep the iterator.

@@ -1,4 +1,4 @@
-"""What the cache counted, for TensorBoard and for Prometheus."""
+"""Export of cache metrics to TensorBoard and Prometheus."""
 
 from collections.abc import Iterable
 from itertools import accumulate
@@ -28,9 +28,10 @@ def write_scalars(snapshot: CacheSnapshot, writer: "SummaryWriter", step: int) -
     """Write counters, gauges, and p50 and p99 of histograms to TensorBoard.
 
     Args:
-        snapshot: what was counted.
-        writer: the tags are ``cache/<name>/<label values>``, a histogram's end in its quantile.
-        step: where they stand.
+        snapshot: the metrics.
+        writer: its tags are ``cache/<name>/<label values>``; a histogram's tags end in ``/p50`` and
+            ``/p99``.
+        step: TensorBoard's global step.
     """
     for series, value in snapshot.values.items():
         writer.add_scalar(_tag(series), value, step)
@@ -62,7 +63,7 @@ class PrometheusCollector:
         }
 
     def collect(self) -> "Iterable[Metric]":
-        """Every declared metric, also without a sample: a registry learns the names from here."""
+        """Return every declared metric, even without samples: a registry learns the names here."""
         snapshot = self._metrics.snapshot()
         family_by_name = {
             name: self._family_by_kind[declared.kind](
@@ -88,6 +89,6 @@ def _unit(name: str) -> str:
 
 
 def _cumulative(histogram: HistogramValue) -> list[tuple[str, float]]:
-    """How many observations are at or below each bound, as Prometheus has it."""
+    """Return the number of observations at or below each bound, as Prometheus wants it."""
     bounds = (*map(str, histogram.bounds), "+Inf")
     return [*zip(bounds, accumulate(histogram.counts), strict=True)]

@@ -1,7 +1,7 @@
-"""A store behind a tier, so that whatever it does costs a request no more than its deadline.
+"""A tier behind a deadline and a circuit breaker: its faults cost a request at most the deadline.
 
-The known breaker libraries hold a lock while the guarded call runs, which would make every request
-wait for the slowest, so the breaker is our own.
+The known circuit breaker libraries hold a lock while the guarded call runs, so every request would
+wait for the slowest one. That is why the circuit breaker is our own.
 """
 
 import logging
@@ -21,19 +21,19 @@ from torchrec_kvshare.errors import TierError
 
 logger = logging.getLogger(__name__)
 
-READERS = 4  # look-ups of one store at a time; more of them wait within their deadline
-CLOSED, TRIAL, OPEN = 0.0, 0.5, 1.0
-HELD_S = 2.0  # between two looks at what a store behind a deadline takes
-MAX_HELD_AGE_S = 10.0  # of the last look that is still shown
+READERS = 4  # concurrent look-ups of one tier; further ones wait within their deadline
+CLOSED, HALF_OPEN, OPEN = 0.0, 0.5, 1.0
+SIZE_POLL_S = 2.0  # between two polls of the bytes of a tier that has a deadline
+MAX_SIZE_AGE_S = 10.0  # of the last poll that ``held_bytes`` still returns
 
 
-class Breaker:
-    """Refuses calls after so many failures in a row; after a pause it lets one of them try.
+class CircuitBreaker:
+    """Refuses calls after several failures in a row; after a pause it allows one trial call.
 
     Args:
-        max_failures: that open it.
-        pause_s: seconds until the next trial.
-        clock: seconds that only go forward.
+        max_failures: failures in a row that open it.
+        pause_s: seconds from opening until the trial call.
+        clock: monotonic seconds.
     """
 
     def __init__(self, max_failures: int, pause_s: float, clock: Callable[[], float]) -> None:
@@ -47,38 +47,38 @@ class Breaker:
 
     @property
     def state(self) -> float:
-        """0 if calls go through, 1 if none do, 0.5 while one is on trial."""
+        """``CLOSED``, ``OPEN``, or ``HALF_OPEN`` while a trial call runs."""
         return self._state
 
-    def admits(self) -> bool:
-        """Whether to call; who was told so says then how it went."""
+    def allows_call(self) -> bool:
+        """Return whether to call; the caller must record the result of an allowed call."""
         with self._lock:
             if self._state == OPEN and self._clock() - self._opened_at >= self._pause_s:
-                self._state = TRIAL
+                self._state = HALF_OPEN
                 return True
             return self._state == CLOSED
 
-    def succeeded(self) -> None:
-        """A call did what it should."""
+    def record_success(self) -> None:
+        """Close the circuit."""
         with self._lock:
             self._num_failures = 0
             self._state = CLOSED
 
-    def failed(self) -> None:
-        """A call did not, or took too long."""
+    def record_failure(self) -> None:
+        """Count an error or a missed deadline; open the circuit if there are too many."""
         with self._lock:
             self._num_failures += 1
-            if self._state == TRIAL or self._num_failures >= self._max_failures:
+            if self._state == HALF_OPEN or self._num_failures >= self._max_failures:
                 self._state = OPEN
                 self._opened_at = self._clock()
 
 
 class Readers:
-    """Threads for look-ups. Python does not wait for them when it ends, as for an executor's.
+    """Daemon threads for look-ups: unlike an executor's they do not delay the interpreter's exit.
 
     Args:
         name: of the threads.
-        count: look-ups at a time.
+        count: number of threads.
     """
 
     def __init__(self, name: str, count: int) -> None:
@@ -90,26 +90,26 @@ class Readers:
             threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def submit(self, look_up: Callable[[], list[Found]]) -> "Future[list[Found]]":
-        """Look something up, when a thread is free.
+        """Run a look-up in the next free thread.
 
         Raises:
-            TierError: if the threads were ended.
+            TierError: if the threads were told to end.
         """
         if self._is_closed:
-            raise TierError("nobody looks up any more")
+            raise TierError("the tier is closed: its reader threads have ended")
         future: Future[list[Found]] = Future()
         self._waiting.put((future, look_up))
         return future
 
     def close(self) -> None:
-        """End the threads, each after what it is doing."""
+        """End each thread after the look-ups that wait."""
         self._is_closed = True
         for _ in range(self._count):
             self._waiting.put(None)
 
     def _work(self) -> None:
-        while (one := self._waiting.get()) is not None:
-            future, look_up = one
+        while (work := self._waiting.get()) is not None:
+            future, look_up = work
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(look_up())
@@ -118,17 +118,17 @@ class Readers:
 
 
 class GuardedTier:
-    """A tier whose failures are answers: counted, logged when they begin, and never raised.
+    """A tier whose failures are returned as reasons and counted, never raised.
 
     Args:
-        tier: the store.
-        deadline_s: of a look-up; None asks in the caller's own thread, for a store that is memory.
-        breaker: shared by look-ups and writes.
+        tier: the tier.
+        deadline_s: of a look-up; None for a tier in memory, which is read in the caller's thread.
+        breaker: shared by look-ups and writes; a warning is logged when it opens.
         metrics: where failures and times are counted.
     """
 
     def __init__(
-        self, tier: Tier, deadline_s: float | None, breaker: Breaker, metrics: CacheMetrics
+        self, tier: Tier, deadline_s: float | None, breaker: CircuitBreaker, metrics: CacheMetrics
     ) -> None:
         self.tier = tier
         self.name = tier.name
@@ -136,26 +136,26 @@ class GuardedTier:
         self._deadline_s = deadline_s
         self._metrics = metrics
         self._readers: Readers | None = None
-        self._held_at, self._held_bytes = -math.inf, math.nan
-        self._is_over = threading.Event()
+        self._size_read_at, self._held_bytes = -math.inf, math.nan
+        self._is_closed = threading.Event()
         if deadline_s is not None:
             self._readers = Readers(f"kvshare-read-{tier.name}", READERS)
-            name = f"kvshare-held-{tier.name}"
-            threading.Thread(target=self._watch_held, name=name, daemon=True).start()
+            name = f"kvshare-size-{tier.name}"
+            threading.Thread(target=self._poll_size, name=name, daemon=True).start()
 
     def get(self, keys: Sequence[tuple[str, str]]) -> list[Found] | str:
-        """What is kept under some keys, or the reason why nobody knows."""
-        if not self.breaker.admits():
+        """Return what the tier has under the keys, or the reason why it could not be read."""
+        if not self.breaker.allows_call():
             self._metrics.count("tier_failures", tier=self.name, kind="breaker_open")
             return TIER_ERROR
         try:
             with self._metrics.timed("seconds", tier=self.name, operation="get"):
                 found = self._look_up(keys)
         except FutureTimeoutError as error:
-            return self._failed("deadline", error, DEADLINE)
-        except Exception as error:  # A store's fault is a miss, whatever it raises.
-            return self._failed("error", error, TIER_ERROR)
-        self.breaker.succeeded()
+            return self._record_failure("deadline", error, DEADLINE)
+        except Exception as error:  # Whatever the store raises is a miss.
+            return self._record_failure("error", error, TIER_ERROR)
+        self.breaker.record_success()
         return found
 
     def _look_up(self, keys: Sequence[tuple[str, str]]) -> list[Found]:
@@ -165,64 +165,64 @@ class GuardedTier:
         try:
             return look_up.result(self._deadline_s)
         finally:
-            look_up.cancel()  # Nobody waits for it any more, if it has not begun.
+            look_up.cancel()  # Past the deadline a look-up that still waits need not run.
 
     def put(self, user: str, scope: str, value: bytes, encoded_at: float) -> str:
-        """Write a value; returns an empty text, or why it was dropped."""
-        if not self.breaker.admits():
+        """Write a value; return an empty text, or why the write was dropped."""
+        if not self.breaker.allows_call():
             return "breaker_open"
         try:
             with self._metrics.timed("seconds", tier=self.name, operation="put"):
                 is_kept = self.tier.put(user, scope, value, encoded_at)
-        except Exception as error:  # As above: nobody waits for this write.
-            self._failed("error", error, TIER_ERROR)
+        except Exception as error:  # Whatever the store raises is a dropped write.
+            self._record_failure("error", error, TIER_ERROR)
             return "error"
-        self.breaker.succeeded()
+        self.breaker.record_success()
         return "" if is_kept else "fenced"
 
     def remove(self, remove: Callable[[Tier], int]) -> int | None:
-        """Bytes that ``remove`` dropped, or None if the store did not do it."""
+        """Return the bytes that ``remove`` dropped, or None if it failed."""
         try:
             return remove(self.tier)
-        except Exception as error:  # The other tiers are to be asked all the same.
-            self._failed("error", error, TIER_ERROR)
+        except Exception as error:  # The other tiers must still be asked.
+            self._record_failure("error", error, TIER_ERROR)
             return None
 
     def held_bytes(self) -> float:
-        """What the store takes, or took some seconds ago; NaN while nobody knows.
+        """Return the bytes in the store, at most ``MAX_SIZE_AGE_S`` old; NaN if unknown.
 
-        A store behind a deadline is asked by a thread of its own: this never waits for it.
+        A tier with a deadline is polled by a thread of its own, so this never waits for it.
         """
         if self._deadline_s is None:
-            self._look_at_held()
-        is_old = time.monotonic() - self._held_at > MAX_HELD_AGE_S
+            self._read_size()
+        is_old = time.monotonic() - self._size_read_at > MAX_SIZE_AGE_S
         return math.nan if is_old or self.breaker.state == OPEN else self._held_bytes
 
-    def _watch_held(self) -> None:
+    def _poll_size(self) -> None:
         while True:
             if self.breaker.state != OPEN:
-                self._look_at_held()
-            if self._is_over.wait(HELD_S):
+                self._read_size()
+            if self._is_closed.wait(SIZE_POLL_S):
                 return
 
-    def _look_at_held(self) -> None:
+    def _read_size(self) -> None:
         try:
             self._held_bytes = float(self.tier.held_bytes())
-        except Exception:  # Look-ups and writes say what is wrong with it.
+        except Exception:  # Look-ups and writes count and log the failure.
             self._held_bytes = math.nan
-        self._held_at = time.monotonic()
+        self._size_read_at = time.monotonic()
 
     def close(self) -> None:
-        """Let go of the store; look-ups that hang are not waited for."""
-        self._is_over.set()
+        """Close the tier without waiting for look-ups that hang."""
+        self._is_closed.set()
         if self._readers is not None:
             self._readers.close()
         self.tier.close()
 
-    def _failed(self, kind: str, error: BaseException, reason: str) -> str:
+    def _record_failure(self, kind: str, error: BaseException, reason: str) -> str:
         was_open = self.breaker.state == OPEN
-        self.breaker.failed()
+        self.breaker.record_failure()
         self._metrics.count("tier_failures", tier=self.name, kind=kind)
         if self.breaker.state == OPEN and not was_open:
-            logger.warning("tier %s fails and is left alone for now: %r", self.name, error)
+            logger.warning("tier %s is paused, its circuit breaker is open: %r", self.name, error)
         return reason

@@ -1,7 +1,7 @@
-"""What a piece of cached K/V is the K/V of: the model, the user and every event of the history.
+"""Identity of cached K/V: the model, the user and every event of the history.
 
-All of it must match before K/V is used again. Digests are made of bytes alone, so they are the same
-in every process and on every machine of one byte order.
+All of it must match before K/V is reused. Digests depend on bytes only, so they are the same in
+every process and on all machines of one byte order.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from torchrec_kvshare.features.schema import TIME, FeatureSchema
 from torchrec_kvshare.model.ranking import RankingModel, split_tables
 
 DIGEST_BYTES = 16
-VERSION_DIGITS = 16  # of each digest: what answers call a model
+VERSION_DIGITS = 16  # of each digest in the model version of an answer
 NO_CONTEXT = ""
 
 _DIGEST = re.compile(rf"[0-9a-f]{{{VERSION_DIGITS},64}}")
@@ -30,14 +30,14 @@ _DIGEST = re.compile(rf"[0-9a-f]{{{VERSION_DIGITS},64}}")
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """What tells a model from all others: digests of what it computes, never a word for it.
+    """The version of a model: digests of what it computes, never a name.
 
     Attributes:
-        model: of dense weights, architecture and window.
-        tables: of the embedding tables.
+        model: digest of dense weights, architecture and window.
+        tables: digest of the embedding tables.
 
     Raises:
-        ConfigError: if one of them is no digest.
+        ConfigError: if one of them is not a digest.
     """
 
     model: str
@@ -52,23 +52,23 @@ class ModelVersion:
                 )
 
     def __str__(self) -> str:
-        """What answers call the model: ``<model>-<tables>``."""
+        """The model version in answers: ``<model>-<tables>``, cut to 16 digits each."""
         return f"{self.model[:VERSION_DIGITS]}-{self.tables[:VERSION_DIGITS]}"
 
 
-# Of a model that is tried out: its K/V stays in this process, in no store of another model's.
+# For a model that is only tried out: its K/V must stay in this process, in a store of its own.
 UNNAMED = ModelVersion("0" * VERSION_DIGITS, "0" * VERSION_DIGITS)
 
 
 class Identity(NamedTuple):
-    """What K/V depends on besides the user's events.
+    """Everything except the user's events that K/V depends on.
 
     Attributes:
         model: digest of dense weights, architecture and window.
         tables: digest of the embedding tables.
-        context: digest of those context columns that history rows read; ``NO_CONTEXT`` for none.
+        context: digest of the context columns that history rows read; ``NO_CONTEXT`` for none.
         tower: the history's name.
-        block: events between two of the history's digests.
+        block: events per block; the history has a digest at the end of each block.
     """
 
     model: str
@@ -79,26 +79,26 @@ class Identity(NamedTuple):
 
     @property
     def model_version(self) -> str:
-        """What answers call the model: ``<model>-<tables>``."""
+        """The model version in answers: ``<model>-<tables>``."""
         return f"{self.model}-{self.tables}"
 
 
 def identity_of(version: ModelVersion, context: str, tower: str, block: int) -> Identity:
-    """The identity of K/V of a model."""
+    """Return the identity of a model's K/V."""
     model, _, tables = str(version).partition("-")
-    return Identity(model, tables, context, tower, block)
+    return Identity(model=model, tables=tables, context=context, tower=tower, block=block)
 
 
 class Content(NamedTuple):
-    """Which events K/V is of.
+    """The identity and events that K/V was encoded from.
 
     Attributes:
-        identity: what it depends on besides them.
+        identity: everything else that the K/V depends on.
         blocks: digests of the first block of events, of the first two, and so on.
-        whole: digest of all of them.
-        first_event: place of the first among all of the user's.
-        first_time: Unix seconds of the first; 0 where there is none.
-        num_events: in the window.
+        whole: digest of all events.
+        first_event: index of the first event in the user's full history.
+        first_time: Unix seconds of the first event; 0 if there is none.
+        num_events: number of events in the window.
     """
 
     identity: Identity
@@ -110,13 +110,13 @@ class Content(NamedTuple):
 
 
 def text_digest(text: str) -> str:
-    """A short name for any text, safe in every key: 32 hexadecimal digits."""
+    """Return a digest of any text that is safe in every key: 32 hexadecimal digits."""
     encoded = text.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).hexdigest()
 
 
 def model_digest(state: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
-    """Digest of weights, tables, architecture and window: whatever changes the K/V changes it.
+    """Return a digest of weights, tables, architecture and window.
 
     Args:
         state: the model's state dict.
@@ -135,17 +135,17 @@ def model_digest(state: Mapping[str, Tensor], description: Mapping[str, Any]) ->
 def version_of(
     model: RankingModel, schema: FeatureSchema, runtime: str = "", table_dtype: str = ""
 ) -> ModelVersion:
-    """The version of a model as its weights are now.
+    """Return the version of a model with its present weights.
 
     Args:
-        model: its state is read, all of it.
+        model: the model; its whole state is read.
         schema: its columns.
-        runtime: where its K/V has other last bits than the eager model's.
-        table_dtype: that its tables are to be quantised to.
+        runtime: name of a runtime whose K/V differs from the eager model's in the last bits.
+        table_dtype: dtype that the tables will be quantised to.
     """
     encoder = asdict(model.collection.towers()[0].spec)
     description: dict[str, Any] = {"encoder": encoder, "schema": schema.to_json()}
-    # Layers that compute in another way give K/V other last bits.
+    # Other kinds of linear layer change the last bits of K/V.
     linear = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
     if others := sorted(linear - {"Linear", "Projection"}):
         description["linear"] = others
@@ -157,23 +157,23 @@ def version_of(
 
 
 class PrefixDigests:
-    """Digests of what a history begins with, so that the longest part that is cached can be found.
+    """Digests of a history's prefixes, to find the longest cached prefix.
 
     Args:
         events: the history, already cut to its window.
-        schema: the model's columns, whose order the digests follow.
-        identity: what K/V of it depends on besides.
+        schema: the model's columns; their order is the order in the digests.
+        identity: everything else that the K/V depends on.
 
     Attributes:
         num_events: of the whole history.
-        first_event: its first event's place among all of the user's.
-        first_time: its first event's time; 0 where there is none.
+        first_event: index of its first event in the user's full history.
+        first_time: Unix seconds of its first event; 0 if there is none.
 
     Example:
         >>> import torch
         >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Vocabulary, Window
         >>> histories = (History("history", Window(8, 4)),)
-        >>> schema = FeatureSchema({}, (), False, (), (), histories)
+        >>> schema = FeatureSchema({}, histories=histories)
         >>> times = torch.arange(5)
         >>> identity = identity_of(UNNAMED, NO_CONTEXT, "history", 2)
         >>> five = PrefixDigests(Events({"time": times}, {}, 0), schema, identity)
@@ -190,17 +190,23 @@ class PrefixDigests:
         bags = [events.bags[column] for column in schema.item_attributes]
         columns = [events.columns[column] for column in sorted(events.columns)]
         columns += [bag.lengths for bag in bags]
-        # Row by row, so that the first events are the first bytes; rows and times are below 2**32.
+        # Row by row: a prefix of events is a prefix of bytes. Rows and times are below 2**32.
         rows = np.empty((events.num_events, len(columns)), dtype=np.uint32)
-        for place, column in enumerate(columns):
-            rows[:, place] = column.numpy()
+        for index, column in enumerate(columns):
+            rows[:, index] = column.numpy()
         self._parts = [rows, *(bag.values.numpy().astype(np.uint32) for bag in bags)]
 
     @property
     def content(self) -> Content:
-        """What a cache keeps of it."""
-        of_first = self.first_event, self.first_time
-        return Content(self.identity, self.blocks, self.whole, *of_first, self.num_events)
+        """Identity and digests, as a cache keeps them beside the K/V."""
+        return Content(
+            identity=self.identity,
+            blocks=self.blocks,
+            whole=self.whole,
+            first_event=self.first_event,
+            first_time=self.first_time,
+            num_events=self.num_events,
+        )
 
     @cached_property
     def whole(self) -> bytes:
@@ -220,7 +226,7 @@ class PrefixDigests:
         return tuple(digests)
 
     def at(self, num_events: int) -> bytes:
-        """Digest of the first ``num_events`` events: 16 bytes."""
+        """Return the digest of the first ``num_events`` events: 16 bytes."""
         parts = self._parts
         if num_events < self.num_events:
             parts = [part[: ends[num_events]] for part, ends in zip(parts, self._ends, strict=True)]
@@ -229,7 +235,7 @@ class PrefixDigests:
 
     @cached_property
     def _ends(self) -> list[Sequence[int]]:
-        """For each part and number of events, where what belongs to these ends."""
+        """For each part and number of events, the end of these events in the part."""
         rows = self._parts[0]
         num_bags = len(self._parts) - 1
         lengths = rows[:, rows.shape[1] - num_bags :].T
@@ -237,23 +243,23 @@ class PrefixDigests:
 
 
 def why_different(cached: Identity, wanted: Identity) -> str:
-    """The reason why K/V of one identity is not that of another: the first field that differs."""
+    """Return the reason why K/V of another identity is not used: the first field that differs."""
     return next(
         name
-        for name, ours, theirs in zip(Identity._fields, cached, wanted, strict=True)
-        if ours != theirs
+        for name, has, needs in zip(Identity._fields, cached, wanted, strict=True)
+        if has != needs
     )
 
 
 def compare(cached: Content, history: PrefixDigests) -> tuple[str, int]:
-    """How far cached K/V is that of a history, and why no further.
+    """Return how many first events of a history cached K/V is valid for, and why not for all.
 
     Args:
-        cached: what the K/V is of.
-        history: what it is wanted for.
+        cached: identity and events of the cached K/V.
+        history: the history to score.
 
     Returns:
-        ``hit`` or a reason, and the events that both begin with.
+        ``hit`` or a reason, and the number of events in the common prefix.
     """
     if cached.identity != history.identity:
         return why_different(cached.identity, history.identity), 0
@@ -265,16 +271,16 @@ def compare(cached: Content, history: PrefixDigests) -> tuple[str, int]:
         if ours != theirs:
             break
         num_blocks += 1
-    # Where a client does not say what place its first event has, its time tells that others left.
-    has_left = cached.first_time < history.first_time
-    if num_blocks == 0 and (has_left or cached.first_event != history.first_event):
+    # If a client does not send first_event, a later first time shows that the oldest events left.
+    has_slid = cached.first_time < history.first_time
+    if num_blocks == 0 and (has_slid or cached.first_event != history.first_event):
         return SLID, 0
     reason = SHRUNK if history.num_events < num_events else EDITED
     return reason, num_blocks * history.identity.block
 
 
 def _joined(states: Sequence["hashlib.blake2b"], num_events: int) -> bytes:
-    """With the number of events the end of each part is known: no two histories are the same."""
+    """Digest the parts and the number of events, which tells where each part ends."""
     joined = hashlib.blake2b(num_events.to_bytes(8, "little"), digest_size=DIGEST_BYTES)
     for state in states:
         joined.update(state.digest())

@@ -1,8 +1,8 @@
-"""Projected candidates kept between requests: what an item is before it meets a user.
+"""A cache of projected candidates: the part of a candidate that does not depend on the user.
 
-The token of a candidate and its projections in the first layer depend on the item, its attributes
-and the weights alone, so they are computed once for each item and used for every user. Exact: a
-kept item is used only if its attributes are the same, bag by bag.
+A candidate's token and its projections in the first layer depend only on the item, its attributes
+and the weights, so they are computed once per item and used for every user. This is exact: a cached
+item is used only if all its attributes are the same.
 """
 
 import threading
@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import ITEM, NUM_RESERVED_ROWS, FeatureSchema, candidate_key
 
-MAX_BAG = 8  # ids of one attribute; an item with more of them is not kept
+MAX_BAG = 8  # ids of one attribute; an item with more is not cached
 NO_ID = -1
 NO_SLOT = -1
 
@@ -23,14 +23,14 @@ Project = Callable[[KeyedJaggedTensor], list[Tensor]]
 
 
 class ItemCache:
-    """Projected items in a ring of slots; safe to share between threads. For one model only.
+    """Projected items of one model in a ring of slots; thread-safe.
 
     Args:
-        capacity_items: most items kept.
+        capacity_items: most items cached.
         schema: the model's columns.
 
     Attributes:
-        num_hits: candidates whose projections were there.
+        num_hits: candidates whose projections were cached.
         num_misses: candidates that were projected.
 
     Raises:
@@ -43,7 +43,7 @@ class ItemCache:
         self.num_hits = 0
         self.num_misses = 0
         self._keys = [candidate_key(column) for column in (ITEM, *schema.item_attributes)]
-        self._slot_of_row = torch.full((schema.num_rows(ITEM),), NO_SLOT)
+        self._slot_of_row = torch.full((schema.num_table_rows(ITEM),), NO_SLOT)
         self._row_of_slot = torch.full((capacity_items,), NO_ID)
         self._bags_of_slot = torch.full((capacity_items, len(self._keys) - 1, MAX_BAG), NO_ID)
         self._tables: list[Tensor] = []  # for each history [slots, M, width]
@@ -51,14 +51,14 @@ class ItemCache:
         self._lock = threading.Lock()
 
     def project(self, features: KeyedJaggedTensor, project: Project) -> list[Tensor]:
-        """Projections of a batch's candidates, only those computed that are not there.
+        """Return the projections of a batch's candidates; compute only the missing ones.
 
         Args:
-            features: with the candidates' keys.
+            features: a batch with the candidates' keys.
             project: the model's ``project_candidates``.
 
         Returns:
-            For each history [C, M, width], candidates in the order of the batch.
+            For each history [C, M, width], candidates in batch order.
         """
         jagged_by_key = features.to_dict(compute_offsets=False)
         jagged = [jagged_by_key[key] for key in self._keys]
@@ -89,35 +89,35 @@ class ItemCache:
         ]
 
     def clear(self) -> None:
-        """Drop all items: the model projects them otherwise now."""
+        """Drop all items, because the model's weights have changed."""
         with self._lock:
             self._slot_of_row.fill_(NO_SLOT)
             self._row_of_slot.fill_(NO_ID)
 
     def _padded(self, attributes: list[JaggedTensor], num_rows: int) -> tuple[Tensor, Tensor]:
-        """Bags as [C, attributes, MAX_BAG], and whether all of a candidate's fit in."""
+        """Pad bags to [C, attributes, MAX_BAG]; also return which candidates' bags all fit."""
         padded = torch.full((num_rows, len(attributes), MAX_BAG), NO_ID)
         fits = torch.ones(num_rows, dtype=torch.bool)
-        for place, bag in enumerate(attributes):
+        for index, bag in enumerate(attributes):
             lengths = bag.lengths().to(torch.int64)
             fits &= lengths <= MAX_BAG
             row = torch.repeat_interleave(torch.arange(num_rows), lengths)
             column = torch.arange(row.numel()) - (lengths.cumsum(0) - lengths)[row]
             inside = column < MAX_BAG
-            padded[row[inside], place, column[inside]] = bag.values()[inside]
+            padded[row[inside], index, column[inside]] = bag.values()[inside]
         return padded, fits
 
     def _keep(self, rows: Tensor, bags: Tensor, computed: list[Tensor], keepable: Tensor) -> None:
         """Write items into the next slots of the ring, each item once."""
         capacity = self._row_of_slot.numel()
         items, item_of_row = torch.unique(rows, return_inverse=True)
-        place = torch.arange(rows.numel())
-        chosen = torch.empty_like(items).index_copy_(0, item_of_row, place)[:capacity]
+        indices = torch.arange(rows.numel())
+        chosen = torch.empty_like(items).index_copy_(0, item_of_row, indices)[:capacity]
         if not self._tables:
             self._tables = [one.new_zeros(capacity, *one.shape[1:]) for one in computed]
         slots = (self._next_slot + torch.arange(chosen.numel())) % capacity
         self._next_slot = int(self._next_slot + chosen.numel()) % capacity
-        # An item whose attributes changed moves; its old slot is nobody's then.
+        # An item whose attributes changed moves to a new slot; its old slot becomes free.
         moved = self._slot_of_row[rows[chosen]]
         self._row_of_slot[moved[moved != NO_SLOT]] = NO_ID
         leaving = self._row_of_slot[slots]
@@ -131,7 +131,7 @@ class ItemCache:
 
 
 def take_rows(jagged: list[JaggedTensor], keys: list[str], chosen: Tensor) -> KeyedJaggedTensor:
-    """Some rows of some keys, as a batch of one stride."""
+    """Take some rows of each key, as a batch of one stride."""
     values, lengths = [], []
     for one in jagged:
         counts = one.lengths().to(torch.int64)

@@ -1,7 +1,7 @@
-"""Keys in files, and digests that need such a key.
+"""Signing keys in files, and keyed digests.
 
-Signing and checking take the same key: whoever can check can sign. Its file is kept from everybody
-who may write to what is signed.
+The key that verifies a signature also makes it, so its file must not be readable by anyone who can
+write to the signed data.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ DIGEST_BYTES = 32
 
 
 def read_key(path: str | None, name: str) -> bytes | None:
-    """The key in a file, without the newline at its end; None for no file.
+    """Read a key from a file, without the newline at its end; return None for no file.
 
     Args:
         path: of the file.
-        name: of the setting that names it, for errors.
+        name: of the setting that gives the path, for errors.
 
     Raises:
-        ConfigError: if it cannot be read, is empty, or is too long for a key.
+        ConfigError: if the file cannot be read, is empty, or is too long for a key.
     """
     if path is None:
         return None
@@ -34,10 +34,10 @@ def read_key(path: str | None, name: str) -> bytes | None:
 
 
 def check_key(key: bytes) -> None:
-    """Refuse a key that signs nothing: with an empty one BLAKE2b is what anyone can make.
+    """Refuse an empty key, with which BLAKE2b is unkeyed and anyone can forge, and a long one.
 
     Raises:
-        ConfigError: if it is empty or too long.
+        ConfigError: if the key is empty or longer than 64 bytes.
     """
     if not 1 <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
         raise ConfigError(
@@ -46,12 +46,12 @@ def check_key(key: bytes) -> None:
 
 
 def keyed_digest(parts: Iterable[bytes | memoryview], key: bytes, purpose: bytes = b"") -> bytes:
-    """BLAKE2b of all parts, one after the other, keyed.
+    """Return the keyed BLAKE2b digest of all parts, concatenated.
 
     Args:
         parts: what is signed.
         key: 1 to 64 secret bytes.
-        purpose: at most 16 bytes; digests of one purpose are of no use for another.
+        purpose: at most 16 bytes; digests of different purposes never match.
 
     Returns:
         32 bytes.

@@ -1,8 +1,8 @@
-"""The device tier: K/V in pages, looked up by user and by what the history begins with.
+"""The ``pages`` tier: K/V in pages, looked up by user and by prefix of the history.
 
-K/V is used again as far as the digests of the events agree; what is missing has its reason. Entries
-of requests in flight are held: their pages outlive eviction and replacement, and nobody writes to
-them.
+K/V is reused for the longest prefix whose event digests match; a look-up has a reason for what is
+missing. Requests in flight lease their entries: leased pages outlive eviction and replacement, and
+are not written to.
 """
 
 import math
@@ -26,25 +26,25 @@ from torchrec_kvshare.cache.reasons import COLD, EVICTED, EXPIRED, HIT
 from torchrec_kvshare.errors import ConfigError
 
 PAGES = "pages"
-# Whose K/V a history may use.
+# Values of ``share``: whose K/V a history may use.
 USER = "user"
 CONTENT = "content"
-MAX_REMEMBERED = 65_536  # users that were evicted or forgotten, at most
+MAX_REMEMBERED = 65_536  # evicted users, and as many forgotten users
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How long K/V is used, and by whom.
+    """How long K/V may be used, and by which users.
 
     Attributes:
-        ttl_s: seconds after which K/V is encoded anew.
-        idle_ttl_s: seconds after which it is, if nobody used it.
-        share: ``user``, or ``content``: K/V of another user's history that begins in the same way
-            is used too.
-        pinned_bytes: kept for pinned users, whom nobody evicts.
+        ttl_s: seconds from encoding until K/V expires.
+        idle_ttl_s: seconds without use until K/V expires.
+        share: ``user``, or ``content``: also use K/V of other users whose history has the same
+            prefix.
+        pinned_bytes: reserve for pinned users, who are never evicted from it.
 
     Raises:
-        ConfigError: naming what cannot work.
+        ConfigError: if a time or ``share`` is not allowed.
     """
 
     ttl_s: float = math.inf
@@ -65,33 +65,33 @@ FOREVER = Rules()
 
 @dataclass(eq=False)
 class Entry:
-    """One history's K/V: what it is of, its pages, how old it is, and who holds it."""
+    """One history's K/V: its identity and events, pages, times and leases."""
 
     user_id: str
     content: Content
     num_rows: int
     pages: list[int]
-    encoded_at: float  # when its oldest K/V was, whatever was put behind that since
-    known_at: float  # since when it is its user's: of no use if that was forgotten later
+    encoded_at: float  # when its oldest K/V was encoded, also after rows were appended
+    known_at: float  # when its user's events were looked up; a later ``forget`` invalidates it
     used_at: float
-    num_holders: int = 0
+    num_leases: int = 0
     dropped: bool = False
-    pinned_bytes: int = 0  # of the reserve of pinned users
-    num_published: int = 0  # events whose K/V lower tiers were given
+    pinned_bytes: int = 0  # of the reserve for pinned users
+    num_published: int = 0  # events whose K/V was offered to lower tiers
 
     @property
     def num_events(self) -> int:
-        """Events that it is of."""
+        """Number of events that the K/V covers."""
         return self.content.num_events
 
 
 class Lookup(NamedTuple):
-    """What a look-up found.
+    """Result of a look-up.
 
     Attributes:
-        entry: K/V of the history or of one that begins as it does, held; or None.
+        entry: leased K/V of the history or of one with a common prefix; None if there is none.
         reason: ``hit``, or why K/V of some events is missing.
-        num_matched: events that both begin with.
+        num_matched: events in the common prefix.
         at: Unix seconds of the look-up.
         tier: where the K/V was found.
     """
@@ -109,32 +109,32 @@ class Lookup(NamedTuple):
 
 
 class OnEvict(Protocol):
-    """Takes an evicted entry's K/V to the next tier, or does not; must not wait."""
+    """Offers an evicted entry's K/V to the next tier; must not block."""
 
     def __call__(self, entry: Entry, kv: Tensor, release: Callable[[], None]) -> bool:
-        """Whether it was taken; ``release`` is called then, later, when ``kv`` was read."""
+        """Return whether the K/V is taken; if so, call ``release`` once ``kv`` has been read."""
 
 
 class KVCache:
-    """Histories' K/V by user, within the byte budget of a page pool; safe to share between threads.
+    """K/V of one history by user, within the byte budget of a page pool; thread-safe.
 
     Args:
-        pool: where the K/V lies; the cache is its only user.
-        rules: how long it is used, and by whom.
-        policy: who leaves when it is full; the least recently used user by default. Pages beyond
-            its capacity serve requests in flight and K/V on its way to the next tier.
-        clock: Unix seconds that only go forward.
-        on_evict: the next tier.
+        pool: pages of the K/V; the cache is their only user.
+        rules: how long K/V may be used, and by which users.
+        policy: eviction policy, LRU by default. Pages beyond its capacity serve requests in flight
+            and K/V on its way to the next tier.
+        clock: monotonic Unix seconds.
+        on_evict: offers evicted K/V to the next tier.
         metrics: where look-ups and evictions are counted.
 
     Raises:
-        ConfigError: if the policy and pinned users were promised more than the pool has.
+        ConfigError: if capacity of the policy and reserve for pinned users exceed the pool.
 
     Example:
         >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Window
         >>> from torchrec_kvshare.cache.identity import Identity
         >>> from torchrec_kvshare.features.parse import Events
-        >>> schema = FeatureSchema({}, (), False, (), (), (History("history", Window(8, 4)),))
+        >>> schema = FeatureSchema({}, histories=(History("history", Window(8, 4)),))
         >>> identity = Identity("model", "tables", "", "history", 4)
         >>> three = PrefixDigests(Events({"time": torch.arange(3)}, {}, 0), schema, identity)
         >>> cache = KVCache(PagePool(4096, 4, 2, 2, 8))
@@ -166,23 +166,23 @@ class KVCache:
             )
         self._on_evict = on_evict
         self._entry_by_user: dict[str, Entry] = {}
-        # Only where users share content.
+        # Filled only with ``share=content``.
         self._owners_by_digest: dict[tuple[Identity, bytes], dict[str, None]] = {}
         self._pinned_users: set[str] = set()
         self._pinned_held_bytes = 0
-        # By hashes of users: 64 bits however long an id is. Two users that share one, once in
-        # 2**64 pairs, cost a wrong reason or K/V that is not kept.
+        # By hash of the user id: 64 bits, however long the id is. A collision, once in 2**64 pairs,
+        # costs a wrong reason or K/V that is not kept.
         self._evicted_users: OrderedDict[int, float] = OrderedDict()
         self._forgotten_at: OrderedDict[int, float] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the pages that hold K/V."""
+        """Bytes of the pages in use."""
         return (self.pool.num_pages - self.pool.num_free) * self.pool.page_bytes
 
     def lookup(self, user_id: str, history: PrefixDigests) -> Lookup:
-        """Find K/V of what a history begins with; a found entry is held until ``release``."""
+        """Find K/V of a prefix of a history; a found entry is leased until ``release``."""
         start = time.perf_counter()
         with self._lock:
             now = self.clock()
@@ -192,7 +192,7 @@ class KVCache:
                 if entry.user_id != user_id:
                     self._policy.touch(entry.user_id)
                 entry.used_at = now
-                entry.num_holders += 1
+                entry.num_leases += 1
         self.metrics.count("lookups", tier=PAGES, outcome=reason)
         seconds = time.perf_counter() - start
         self.metrics.observe("seconds", seconds, tier=PAGES, operation="lookup")
@@ -207,70 +207,79 @@ class KVCache:
         num_kept: int = 0,
         encoded_at: float | None = None,
     ) -> Entry | None:
-        """Keep the K/V of a user's history in place of what the user had; held until ``release``.
+        """Keep the K/V of a user's history, replacing the user's entry; leased until ``release``.
 
         Args:
-            user_id: whose it is.
-            content: the history.
-            kv: [planes, R, H, D], the rows behind those kept.
-            base: an entry that the caller holds, whose first rows are the history's too.
-            num_kept: how many of them.
-            encoded_at: Unix seconds; now by default, with a base the base's if that is older.
+            user_id: owner of the history.
+            content: identity and events of the history.
+            kv: [planes, R, H, D], the rows after those kept from ``base``.
+            base: an entry that the caller leases, whose first rows are valid for the history.
+            num_kept: rows to keep from ``base``.
+            encoded_at: Unix seconds; now by default. The base's time, if that is older.
 
         Returns:
-            The entry, or None if the pages that nobody is using do not suffice or the user was
-            forgotten since ``encoded_at``; the base is as it was then.
+            The entry. None, and the base unchanged, if too few pages are free or can be freed, or
+            if the user was forgotten after ``encoded_at``.
 
         Raises:
-            ShapeError: if the K/V is not of the pool's planes, heads and head width.
+            ShapeError: if planes, heads or head width of the K/V differ from the pool's.
         """
         self.pool.check(kv)
         with self._lock:
             now = self.clock()
-            # What is forgotten is what was made of this user's events.
+            # A base of another user does not count: ``forget`` is about this user's events.
             known_at = encoded_at = now if encoded_at is None else encoded_at
             if base is not None:
                 encoded_at = min(encoded_at, base.encoded_at)
             if base is not None and base.user_id == user_id:
                 known_at = min(known_at, base.known_at)
             num_rows = num_kept + kv.size(1)
-            new = Entry(user_id, content, num_rows, [], encoded_at, known_at, now, 1)
+            new = Entry(
+                user_id,
+                content,
+                num_rows,
+                pages=[],
+                encoded_at=encoded_at,
+                known_at=known_at,
+                used_at=now,
+                num_leases=1,
+            )
             if known_at > self._forgotten_at.get(hash(user_id), -math.inf):
-                if self._place(new, kv, base, num_kept):
+                if self._insert(new, kv, base, num_kept):
                     return new
                 remember(self._evicted_users, user_id, 0.0)
         self.metrics.count("not_kept", tier=PAGES)
         return None
 
-    def knows(self, user_id: str) -> bool:
-        """Whether there is K/V of a user, right for its history or not."""
+    def contains(self, user_id: str) -> bool:
+        """Return whether there is K/V of a user, valid for the history or not."""
         return user_id in self._entry_by_user
 
     @property
-    def num_held(self) -> int:
-        """Entries that somebody reads."""
+    def num_leased(self) -> int:
+        """Entries with at least one lease."""
         with self._lock:
-            return sum(entry.num_holders > 0 for entry in self._entry_by_user.values())
+            return sum(entry.num_leases > 0 for entry in self._entry_by_user.values())
 
-    def hold(self, entry: Entry) -> Tensor:
-        """The K/V [planes, R, H, D] of an entry that the caller holds, held once more."""
+    def lease(self, entry: Entry) -> Tensor:
+        """Lease an entry once more that the caller leases; return its K/V [planes, R, H, D]."""
         with self._lock:
-            assert entry.num_holders > 0
-            entry.num_holders += 1
+            assert entry.num_leases > 0
+            entry.num_leases += 1
         return self.pool.read(entry.pages, entry.num_rows)
 
     def release(self, entry: Entry) -> None:
-        """Give back an entry that ``lookup``, ``put`` or ``hold`` gave out."""
+        """End one lease of ``lookup``, ``put`` or ``lease``."""
         with self._lock:
-            assert entry.num_holders > 0
-            entry.num_holders -= 1
+            assert entry.num_leases > 0
+            entry.num_leases -= 1
             self._free_if_unused(entry)
 
     def forget(self, user_id: str) -> int:
-        """Drop what is kept of a user, pinned or not; K/V that is being encoded now is not kept.
+        """Drop a user's K/V, pinned or not; K/V that is being encoded now will be refused.
 
         Returns:
-            Bytes that were dropped.
+            Bytes dropped.
         """
         with self._lock:
             remember(self._forgotten_at, user_id, self.clock())
@@ -284,7 +293,7 @@ class KVCache:
             return num_bytes
 
     def clear(self, model_version: str) -> int:
-        """Drop the K/V of one model version; returns the bytes that it was."""
+        """Drop the K/V of one model version; return the bytes dropped."""
         with self._lock:
             entries = [
                 entry
@@ -297,12 +306,12 @@ class KVCache:
             return num_pages * self.pool.page_bytes
 
     def pin(self, user_id: str) -> None:
-        """Keep a user's K/V, from the next time it is put, where nobody evicts it."""
+        """Put the user's K/V into the pinned reserve, from its next ``put`` on."""
         with self._lock:
             self._pinned_users.add(user_id)
 
     def unpin(self, user_id: str) -> None:
-        """Let a user be evicted again, from the next time its K/V is put."""
+        """Make the user's K/V evictable again, from its next ``put`` on."""
         with self._lock:
             self._pinned_users.discard(user_id)
 
@@ -326,7 +335,7 @@ class KVCache:
     def _shared(
         self, history: PrefixDigests, now: float, num_matched: int
     ) -> tuple[Entry, str, int] | None:
-        """The entry of another user that begins as the history does, for longer than so far."""
+        """Find an entry of another user with a longer common prefix than ``num_matched``."""
         longer = history.blocks[num_matched // history.identity.block :]
         for digest in (history.whole, *reversed(longer)):
             for owner in self._owners_by_digest.get((history.identity, digest), ()):
@@ -340,64 +349,65 @@ class KVCache:
         is_idle = now - entry.used_at > self.rules.idle_ttl_s and not entry.pinned_bytes
         return is_idle or now - entry.encoded_at > self.rules.ttl_s
 
-    def _place(self, new: Entry, kv: Tensor, base: Entry | None, num_kept: int) -> bool:
-        """Put rows into pages and the entry in place of what its user had; False for no room."""
+    def _insert(self, new: Entry, kv: Tensor, base: Entry | None, num_kept: int) -> bool:
+        """Write rows to pages and replace the user's entry; return False if there is no room."""
         own = self._entry_by_user.get(new.user_id)
-        grows = base is not None and base is own and base.num_holders == 1
+        in_place = base is not None and base is own and base.num_leases == 1
         num_pages = self.pool.pages_for(new.num_rows)
-        num_own = len(own.pages) if own is not None and (grows or not own.num_holders) else 0
+        num_own = len(own.pages) if own is not None and (in_place or not own.num_leases) else 0
         if not self._has_room(new.user_id, num_pages, num_own):
             return False
-        # One without rows counts as a page: what has no size would never leave.
-        leavers = self._admit(new, own, max(num_pages, 1) * self.pool.page_bytes)
-        for leaver in leavers:
-            if leaver != new.user_id:
-                self._evict(self._entry_by_user[leaver], num_pages - num_own)
-        if base is not None and not grows:  # Someone else reads its pages, or will.
+        # An entry without rows counts as one page: with size 0 it would never be evicted.
+        evicted = self._admit(new, own, max(num_pages, 1) * self.pool.page_bytes)
+        for user_id in evicted:
+            if user_id != new.user_id:
+                self._evict(self._entry_by_user[user_id], num_pages - num_own)
+        if base is not None and not in_place:  # Other requests read its pages, now or later.
             kv = torch.cat([self.pool.read(base.pages, num_kept), kv], dim=1)
             num_kept = 0
-        if own is not None and not grows:
-            self._take_out(own)
-        pages = own.pages if own is not None and grows else []
+        if own is not None and not in_place:
+            self._remove(own)
+        pages = own.pages if own is not None and in_place else []
         has_pages = self._resize(pages, num_pages)
-        if own is not None and grows:
-            if has_pages:  # Otherwise they stay with the entry that the caller holds.
+        if own is not None and in_place:
+            if has_pages:  # Otherwise the pages stay with the entry that the caller leases.
                 own.pages = []
                 written = own.content.blocks
                 if new.content.blocks[: len(written)] == written:
                     new.num_published = own.num_published
-            self._take_out(own)
+            self._remove(own)
         if not has_pages:
             self._policy.remove(new.user_id)
             return False
         new.pages = pages
         self.pool.write(pages, kv, num_kept)
-        self._take_in(new)
-        if new.user_id in leavers:
+        self._add(new)
+        if new.user_id in evicted:
             self._evict(new, 0)
         return True
 
     def _has_room(self, user_id: str, num_pages: int, num_own: int) -> bool:
-        """Whether so many pages can be had, for all that is known before anybody leaves."""
+        """Return whether enough pages are free or can be freed; nothing is evicted yet."""
         capacity_bytes = self._policy.capacity_bytes
         if user_id in self._pinned_users:
             capacity_bytes = max(capacity_bytes, self.rules.pinned_bytes)
         if num_pages * self.pool.page_bytes > capacity_bytes:
             return False
-        num_reachable = self.pool.num_free + num_own
-        if num_reachable >= num_pages:
+        num_available = self.pool.num_free + num_own
+        if num_available >= num_pages:
             return True
-        others = [one for one in self._entry_by_user.values() if one.user_id != user_id]
-        num_reachable += sum(len(one.pages) for one in others if one.num_holders == 0)
-        if num_reachable < num_pages:
+        others = [entry for entry in self._entry_by_user.values() if entry.user_id != user_id]
+        num_available += sum(len(entry.pages) for entry in others if entry.num_leases == 0)
+        if num_available < num_pages:
             return False
-        for one in others:
-            if one.num_holders:
-                self._policy.touch(one.user_id)  # In use now: let those go that free pages.
+        for entry in others:
+            if entry.num_leases:
+                # Evicting a leased entry frees no page, so prefer to evict others.
+                self._policy.touch(entry.user_id)
         return True
 
     def _admit(self, new: Entry, own: Entry | None, num_bytes: int) -> list[str]:
-        """Users that leave for an entry, maybe its own; none where the reserve has room for it."""
+        """Return the users to evict for an entry, maybe its own; none for the pinned reserve."""
         if new.user_id in self._pinned_users:
             held_bytes = self._pinned_held_bytes - (0 if own is None else own.pinned_bytes)
             if held_bytes + num_bytes <= self.rules.pinned_bytes:
@@ -408,7 +418,7 @@ class KVCache:
         return self._policy.put(new.user_id, num_bytes)
 
     def _resize(self, pages: list[int], num_pages: int) -> bool:
-        """Add pages or give some back; False if there are too few."""
+        """Allocate or free pages at the end of a list; return False if too few are free."""
         if len(pages) < num_pages:
             last = pages[-1] if pages else -1
             added = self.pool.allocate(num_pages - len(pages), after=last)
@@ -419,27 +429,27 @@ class KVCache:
         del pages[num_pages:]
         return True
 
-    def _evict(self, entry: Entry, num_wanted: int) -> None:
-        """Let an entry leave, to the next tier if there is one."""
-        self._take_out(entry, still_read=True)
+    def _evict(self, entry: Entry, num_needed: int) -> None:
+        """Evict an entry and offer it to the next tier; the caller needs so many free pages."""
+        self._remove(entry, free_pages=False)
         remember(self._evicted_users, entry.user_id, 0.0)
         self.metrics.count("evictions", tier=PAGES)
         self.metrics.observe("evicted_age_seconds", self.clock() - entry.encoded_at, tier=PAGES)
         if self._on_evict is not None:
             kv = self.pool.read(entry.pages, entry.num_rows)
-            if self.pool.num_free < num_wanted:
-                # Its pages are wanted at once.
+            if self.pool.num_free < num_needed:
+                # Its pages are needed now.
                 self._on_evict(entry, kv.clone(), lambda: None)
             elif self._on_evict(entry, kv, partial(self.release, entry)):
-                entry.num_holders += 1
+                entry.num_leases += 1
         self._free_if_unused(entry)
 
     def _drop(self, entry: Entry) -> None:
-        """Let an entry go for good."""
+        """Remove an entry without offering it to the next tier."""
         self._policy.remove(entry.user_id)
-        self._take_out(entry)
+        self._remove(entry)
 
-    def _take_in(self, entry: Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         self._entry_by_user[entry.user_id] = entry
         self._evicted_users.pop(hash(entry.user_id), None)
         self._pinned_held_bytes += entry.pinned_bytes
@@ -448,7 +458,7 @@ class KVCache:
                 key = entry.content.identity, digest
                 self._owners_by_digest.setdefault(key, {})[entry.user_id] = None
 
-    def _take_out(self, entry: Entry, still_read: bool = False) -> None:
+    def _remove(self, entry: Entry, *, free_pages: bool = True) -> None:
         del self._entry_by_user[entry.user_id]
         entry.dropped = True
         self._pinned_held_bytes -= entry.pinned_bytes
@@ -459,16 +469,16 @@ class KVCache:
                 owners.pop(entry.user_id, None)
                 if not owners:
                     self._owners_by_digest.pop(key, None)
-        if not still_read:
+        if free_pages:
             self._free_if_unused(entry)
 
     def _free_if_unused(self, entry: Entry) -> None:
-        if entry.dropped and entry.num_holders == 0:
+        if entry.dropped and entry.num_leases == 0:
             self.pool.free(entry.pages)
 
 
 def remember(users: OrderedDict[int, float], user_id: str, value: float) -> None:
-    """Note something of a user by a hash of its id; the last ``MAX_REMEMBERED`` users stay."""
+    """Store a value under the hash of a user id; only the last ``MAX_REMEMBERED`` users stay."""
     users[hash(user_id)] = value
     users.move_to_end(hash(user_id))
     if len(users) > MAX_REMEMBERED:

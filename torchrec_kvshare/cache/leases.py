@@ -1,8 +1,8 @@
-"""K/V of users for the length of a batch: found in a tier, or encoded once and kept.
+"""Leases: users' K/V for the duration of a batch, found in a tier or encoded once and kept.
 
-A lease holds what it found, so that nothing evicts or overwrites K/V that a batch reads. What is
-missing is encoded by the caller, all of it in one batch; where another batch is encoding the same
-histories, this one waits for them.
+Leased K/V is neither freed nor overwritten while a batch reads it. The caller encodes the missing
+K/V of all leases in one batch; if another batch is encoding the same histories, this one waits for
+it (single-flight).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from torchrec_kvshare.cache.decision import decide
 from torchrec_kvshare.cache.identity import PrefixDigests
 from torchrec_kvshare.cache.kv_cache import PAGES, Entry, Lookup
 from torchrec_kvshare.cache.reasons import BYPASS, HIT, NOT_ADMITTED, NOT_FINITE, TOO_SHORT
-from torchrec_kvshare.cache.stack import Want
+from torchrec_kvshare.cache.stack import MissingKV
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.model.ranking import RankingFunctions
 from torchrec_kvshare.model.stages import LOOKUP
@@ -33,12 +33,12 @@ class CacheUse:
     """What the cache did for one answer, over all histories.
 
     Attributes:
-        status: ``hit``, ``partial`` (some of the K/V was there), ``miss`` or ``bypass``.
-        reason: why not a hit; empty for a hit.
-        cached_events: events whose K/V was there.
+        status: ``hit``, ``partial`` (some of the K/V was cached), ``miss`` or ``bypass``.
+        reason: why it is not a hit; empty for a hit.
+        cached_events: events whose K/V was cached.
         computed_events: events encoded for this answer.
         tier: where the K/V was found, or ``none``.
-        staleness_s: seconds since the oldest of the cached K/V was encoded; 0 where none was used.
+        staleness_s: seconds since the oldest of the cached K/V was encoded; 0 if none was used.
     """
 
     status: str
@@ -50,8 +50,8 @@ class CacheUse:
 
 
 def not_cached(num_events: int, reason: str) -> CacheUse:
-    """Of a request that is scored without the cache."""
-    return CacheUse(BYPASS, reason, 0, num_events, NO_TIER)
+    """Return the cache use of a request that is scored without the cache."""
+    return CacheUse(BYPASS, reason, cached_events=0, computed_events=num_events, tier=NO_TIER)
 
 
 class Wanted(NamedTuple):
@@ -60,8 +60,8 @@ class Wanted(NamedTuple):
     Attributes:
         user_id: as ``canonical_id`` spells it.
         histories: digests of each history.
-        came_at: when the user's events came, by ``steady_clock``: nothing is kept of a user who
-            was forgotten since. None for when they are looked up.
+        came_at: when the request arrived, by ``steady_clock``: its K/V is not kept if the user was
+            forgotten since then. None for the time of the look-up.
     """
 
     user_id: str
@@ -70,7 +70,7 @@ class Wanted(NamedTuple):
 
     @property
     def num_events(self) -> int:
-        """Events of all histories."""
+        """Events in all histories."""
         return sum(history.num_events for history in self.histories)
 
 
@@ -78,10 +78,10 @@ class LeasedHistory(NamedTuple):
     """One history of a lease.
 
     Attributes:
-        lookup: the best K/V that any tier has, or why there is none.
-        num_events: of the history.
-        kept_events: events whose cached K/V is right for it.
-        kept_rows: rows of K/V that they have.
+        lookup: the longest K/V that any tier has, or why there is none.
+        num_events: events in the history.
+        kept_events: events whose cached K/V is valid for it.
+        kept_rows: K/V rows of those events.
     """
 
     lookup: Lookup
@@ -91,23 +91,23 @@ class LeasedHistory(NamedTuple):
 
     @property
     def is_complete(self) -> bool:
-        """Whether no event is left to encode."""
+        """Whether nothing is left to encode."""
         return self.lookup.reason == HIT or self.num_events == 0
 
 
 class Lease:
-    """One user's K/V: what was found of it, and what was encoded and kept.
+    """One user's K/V: found in the store, or encoded and put there.
 
     Args:
-        store: where it lies.
-        model: says which cached rows are right for a longer history.
-        index: among what was wanted.
+        store: where the K/V is kept.
+        model: says which cached rows are valid for a longer history.
+        index: of the user in the batch.
         wanted: the user.
 
     Attributes:
-        histories: what was found of each history.
-        kv_by_history: [planes, R, H, D] of each history, if it was encoded and the store had no
-            room for it.
+        histories: result of the look-up for each history.
+        kv_by_history: [planes, R, H, D] of each history, if it was encoded but not kept by the
+            store.
     """
 
     def __init__(self, store: KVStore, model: RankingFunctions, index: int, wanted: Wanted) -> None:
@@ -118,30 +118,30 @@ class Lease:
         self._store = store
         self._model = model
         self._entries: list[Entry | None] = []
-        self._held: list[tuple[int, Entry]] = []
+        self._leased: list[tuple[int, Entry]] = []
         self._why_not_kept = ""
 
     @property
     def is_admitted(self) -> bool:
-        """Whether the store keeps K/V of so many events; else the request is scored without."""
+        """Whether the request has enough events for the cache; else it is scored without."""
         num_events = self.wanted.num_events
         return num_events == 0 or num_events >= self._store.min_events
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is nothing to encode."""
+        """Whether nothing is left to encode."""
         return not self.is_admitted or all(one.is_complete for one in self.histories)
 
     @property
     def pages(self) -> list[list[int]] | None:
-        """Pages of each history, oldest rows first; None if the K/V does not lie in pages."""
+        """Pages of each history, oldest rows first; None if the K/V is not in pages."""
         if not self.is_admitted or self.kv_by_history is not None:
             return None
         return [[] if entry is None else entry.pages for entry in self._entries]
 
     @property
     def use(self) -> CacheUse:
-        """What an answer says of it."""
+        """Cache use, as the answer reports it."""
         if not self.is_admitted:
             return not_cached(self.wanted.num_events, TOO_SHORT)
         decision = decide(
@@ -155,99 +155,106 @@ class Lease:
             for one in self.histories
             if one.num_events and (one.kept_events or one.lookup.reason == HIT)
         ]
-        # The tier below the device, where any of it was there.
+        # Report a lower tier if any history came from one.
         below = (lookup.tier for lookup in used if lookup.tier != PAGES)
         tier = next(below, PAGES if used else NO_TIER)
         return CacheUse(*decision, tier, max((lookup.age_s for lookup in used), default=0.0))
 
     def look_up(self) -> None:
-        """Find what the device has of each history."""
+        """Look up each history in the ``pages`` tier."""
         self.release()
         lookups = []
-        for number, digests in enumerate(self.wanted.histories):
+        for index, digests in enumerate(self.wanted.histories):
             lookup = Lookup(None, TOO_SHORT, 0, 0.0)
             if digests.num_events:
-                lookup = self._store.caches[number].lookup(self.wanted.user_id, digests)
-                self._hold(number, lookup.entry)
+                lookup = self._store.caches[index].lookup(self.wanted.user_id, digests)
+                self._track(index, lookup.entry)
             lookups.append(lookup)
-        self._take(lookups)
+        self._use(lookups)
 
-    def wants(self) -> list[tuple[int, Want]]:
-        """What the tiers below are asked for, by the number of the history."""
+    def missing(self) -> list[tuple[int, MissingKV]]:
+        """Return what to fetch from the tiers below, each with the index of its history."""
         user_id, digests = self.wanted.user_id, self.wanted.histories
         return [
-            (number, Want(user_id, digests[number], one.kept_events, partial(self._rows, number)))
-            for number, one in enumerate(self.histories)
+            (
+                index,
+                MissingKV(user_id, digests[index], one.kept_events, partial(self._kv_rows, index)),
+            )
+            for index, one in enumerate(self.histories)
             if not one.is_complete
         ]
 
-    def take_fetched(self, fetched: Iterator[Lookup]) -> None:
-        """Use what the tiers below had of what it wants."""
+    def use_fetched(self, fetched: Iterator[Lookup]) -> None:
+        """Use the look-ups that ``missing`` led to, one for each of its items."""
         lookups = []
-        for number, one in enumerate(self.histories):
+        for index, one in enumerate(self.histories):
             lookup = one.lookup if one.is_complete else next(fetched)
             if lookup.entry is not one.lookup.entry:
-                self._hold(number, lookup.entry)
-                self._let_go(number, one.lookup.entry)
+                self._track(index, lookup.entry)
+                self._release_entry(index, one.lookup.entry)
             lookups.append(lookup)
-        self._take(lookups)
+        self._use(lookups)
 
-    def cached_rows(self, number: int) -> Tensor:
-        """K/V [planes, kept rows, H, D] that is right for a history, to be extended."""
-        one = self.histories[number]
-        return self._store.rows(number, one.lookup.entry, one.kept_rows)
+    def cached_rows(self, index: int) -> Tensor:
+        """Return the cached K/V [planes, kept rows, H, D] that is valid for a history."""
+        one = self.histories[index]
+        return self._store.rows(index, one.lookup.entry, one.kept_rows)
 
     def keep(self, new_kv: Sequence[Tensor]) -> None:
-        """Put K/V into the store and hold it; if a history has no room there, keep all of it here.
+        """Put new K/V into the store and lease it.
+
+        If the store does not keep one history, the lease keeps the K/V of all of them.
 
         Args:
-            new_kv: [planes, new rows, H, D] of each history, the rows behind ``cached_rows``.
+            new_kv: [planes, new rows, H, D] of each history, the rows after ``cached_rows``.
         """
         are_finite = all(map(is_finite, new_kv))
         if not are_finite:
             self._store.metrics.count("not_finite")
-        for number, (one, kv) in enumerate(zip(self.histories, new_kv, strict=True)):
+        for index, (one, kv) in enumerate(zip(self.histories, new_kv, strict=True)):
             if not one.is_complete:
-                self._entries[number] = self._put(number, kv) if are_finite else None
-                self._hold(number, self._entries[number])
+                self._entries[index] = self._put(index, kv) if are_finite else None
+                self._track(index, self._entries[index])
         if any(
             one.num_events and entry is None
             for one, entry in zip(self.histories, self._entries, strict=True)
         ):
-            # None of the user's K/V is read from pages then.
+            # Attention reads all of a user's histories from pages, or none.
             self._why_not_kept = NOT_ADMITTED if are_finite else NOT_FINITE
             self.kv_by_history = [
-                torch.cat([self.cached_rows(number), kv], dim=1)
+                torch.cat([self.cached_rows(index), kv], dim=1)
                 if entry is None
-                else self._store.rows(number, entry, entry.num_rows)
-                for number, (entry, kv) in enumerate(zip(self._entries, new_kv, strict=True))
+                else self._store.rows(index, entry, entry.num_rows)
+                for index, (entry, kv) in enumerate(zip(self._entries, new_kv, strict=True))
             ]
 
     def copies(self) -> list[Tensor]:
-        """The K/V [planes, R, H, D] of each history, for longer than the lease."""
+        """Return the K/V [planes, R, H, D] of each history; it outlives the lease."""
         if self.kv_by_history is not None:
             return self.kv_by_history
         return [
-            self._store.rows(number, entry, 0 if entry is None else entry.num_rows).clone()
-            for number, entry in enumerate(self._entries)
+            self._store.rows(index, entry, 0 if entry is None else entry.num_rows).clone()
+            for index, entry in enumerate(self._entries)
         ]
 
     def release(self) -> None:
-        """Let go of all that it holds."""
-        for number, entry in self._held:
-            self._store.release(number, entry)
-        self._held.clear()
+        """Release all entries."""
+        for index, entry in self._leased:
+            self._store.release(index, entry)
+        self._leased.clear()
 
-    def _put(self, number: int, kv: Tensor) -> Entry | None:
-        one = self.histories[number]
+    def _put(self, index: int, kv: Tensor) -> Entry | None:
+        one = self.histories[index]
         lookup, came_at = one.lookup, self.wanted.came_at
-        if came_at is not None:  # Its user may have been forgotten in between.
+        if came_at is not None:  # The user may have been forgotten before the look-up.
             lookup = lookup._replace(at=min(lookup.at, came_at))
-        content = self.wanted.histories[number].content
-        return self._store.put(number, self.wanted.user_id, content, kv, lookup, one.kept_rows)
+        content = self.wanted.histories[index].content
+        return self._store.put(
+            index, self.wanted.user_id, content, kv, lookup=lookup, num_kept=one.kept_rows
+        )
 
-    def _take(self, lookups: Sequence[Lookup]) -> None:
-        """Use what is right of the K/V that was found, and let go of the rest."""
+    def _use(self, lookups: Sequence[Lookup]) -> None:
+        """Keep the entries with valid K/V and release the others."""
         num_events = [digests.num_events for digests in self.wanted.histories]
         reusable = self._model.reusable(
             [lookup.num_matched if self._store.extends else 0 for lookup in lookups],
@@ -255,28 +262,28 @@ class Lease:
             num_events,
         )
         self.histories = []
-        for number, (lookup, (events, rows)) in enumerate(zip(lookups, reusable, strict=True)):
+        for index, (lookup, (events, rows)) in enumerate(zip(lookups, reusable, strict=True)):
             if rows == 0 and lookup.reason != HIT:
-                # Its own pages may make room for what comes.
-                self._let_go(number, lookup.entry)
+                # Released, its pages can be reused for the new K/V.
+                self._release_entry(index, lookup.entry)
                 lookup = lookup._replace(entry=None, num_matched=0)
-            self.histories.append(LeasedHistory(lookup, num_events[number], events, rows))
+            self.histories.append(LeasedHistory(lookup, num_events[index], events, rows))
         self._entries = [one.lookup.entry for one in self.histories]
 
-    def _rows(self, number: int, num_events: int) -> int:
-        """Rows of K/V that so many events of one history have."""
+    def _kv_rows(self, index: int, num_events: int) -> int:
+        """Return the K/V rows of ``num_events`` events of one history."""
         counts = [0] * len(self.histories)
-        counts[number] = num_events
-        return self._model.num_rows(counts)[number]
+        counts[index] = num_events
+        return self._model.num_kv_rows(counts)[index]
 
-    def _hold(self, number: int, entry: Entry | None) -> None:
+    def _track(self, index: int, entry: Entry | None) -> None:
         if entry is not None:
-            self._held.append((number, entry))
+            self._leased.append((index, entry))
 
-    def _let_go(self, number: int, entry: Entry | None) -> None:
+    def _release_entry(self, index: int, entry: Entry | None) -> None:
         if entry is not None:
-            self._held.remove((number, entry))
-            self._store.release(number, entry)
+            self._leased.remove((index, entry))
+            self._store.release(index, entry)
 
 
 # New K/V [planes, new rows, H, D] of each history of each lease.
@@ -287,25 +294,25 @@ Encode = Callable[[list[Lease]], list[list[Tensor]]]
 def acquire(
     store: KVStore, model: RankingFunctions, wanted: Sequence[Wanted], encode: Encode
 ) -> Iterator[list[Lease]]:
-    """K/V of users, until the end of the block.
+    """Lease users' K/V until the end of the ``with`` block.
 
     Args:
-        store: where it is looked up and kept.
-        model: whose K/V it is.
+        store: where K/V is looked up and kept.
+        model: the model of the K/V.
         wanted: users, each once.
-        encode: called with the leases that lack K/V.
+        encode: called with the leases whose K/V is missing.
 
     Returns:
-        A lease for each user, complete.
+        A complete lease for each user.
     """
     leases = [Lease(store, model, index, one) for index, one in enumerate(wanted)]
     try:
-        num_landed = store.flights.num_landed
+        num_finished = store.single_flight.num_finished
         with record_function(LOOKUP):
             _find(store, leases)
         missing = [lease for lease in leases if not lease.is_complete]
         if missing:
-            _encode_once(store, missing, num_landed, encode)
+            _encode_once(store, missing, num_finished, encode)
         for lease in leases:
             use = lease.use
             store.metrics.count("events", use.cached_events, source="cached")
@@ -317,45 +324,46 @@ def acquire(
 
 
 def _find(store: KVStore, leases: Sequence[Lease]) -> None:
-    """The best that any tier has, the tiers below asked for all leases together."""
+    """Look up all leases in pages, then their missing K/V together in each tier below."""
     admitted = [lease for lease in leases if lease.is_admitted]
     for lease in admitted:
         lease.look_up()
     if store.stack is not None:
-        wants = [lease.wants() for lease in admitted]
-        lookups = [
-            lease.histories[number].lookup
-            for lease, of_lease in zip(admitted, wants, strict=True)
-            for number, _ in of_lease
-        ]
-        fetched = iter(store.fetch([want for of_lease in wants for want in of_lease], lookups))
+        missing, lookups = [], []
         for lease in admitted:
-            lease.take_fetched(fetched)
+            for index, missing_kv in lease.missing():
+                missing.append((index, missing_kv))
+                lookups.append(lease.histories[index].lookup)
+        fetched = iter(store.fetch(missing, lookups))
+        for lease in admitted:
+            lease.use_fetched(fetched)
     for lease in admitted:
         if lease.wanted.num_events and lease.is_complete:
             lookups = [one.lookup for one in lease.histories]
             store.count_hit(lease.wanted.user_id, lookups)
 
 
-def _encode_once(store: KVStore, missing: Sequence[Lease], num_landed: int, encode: Encode) -> None:
-    """Encode what is missing, or wait where another batch is encoding it."""
+def _encode_once(
+    store: KVStore, missing: Sequence[Lease], num_finished: int, encode: Encode
+) -> None:
+    """Encode missing K/V, or wait for another batch that is encoding it."""
     key_by_index = {
-        lease.index: store.flight_key(lease.wanted.user_id, lease.wanted.histories)
+        lease.index: store.single_flight_key(lease.wanted.user_id, lease.wanted.histories)
         for lease in missing
     }
-    led = store.flights.lead(key_by_index.values())
+    led = store.single_flight.lead(key_by_index.values())
     store.metrics.count("flights", len(led), outcome="led")
     others = [lease for lease in missing if key_by_index[lease.index] not in led]
     try:
         mine = [lease for lease in missing if key_by_index[lease.index] in led]
         for lease in others:
             lease.release()
-        if store.flights.num_landed != num_landed:
-            # One of them may have been encoded since it was looked up.
+        if store.single_flight.num_finished != num_finished:
+            # Another batch may have encoded one of them since the look-up.
             mine = _still_missing(mine)
         _encode_and_keep(mine, encode)
     finally:
-        store.flights.land(led)
+        store.single_flight.finish(led)
     if others:
         store.join([key_by_index[lease.index] for lease in others])
         _encode_and_keep(_still_missing(others), encode)

@@ -1,8 +1,8 @@
-"""What the cache counts: counters, gauges and histograms, read together as a snapshot.
+"""Metrics of the cache: counters, gauges and histograms, read together as a snapshot.
 
-Every series is declared in one table below; a name or a label that is not in it is a bug of ours.
-An update is a dict entry under one lock. Gauges are read outside it: a gauge may ask an owner that
-counts while it holds its own lock.
+Every metric is declared in the table below; another name or label is a bug of ours. An update
+writes one dict entry under one lock. Gauges are read outside that lock: the owner of a gauge may
+update a counter while it has its own lock, and the two would deadlock.
 """
 
 import math
@@ -20,7 +20,7 @@ COUNTER = "counter"
 GAUGE = "gauge"
 HISTOGRAM = "histogram"
 
-# Upper bounds of the buckets, each inside its own.
+# Upper bounds of the buckets, inclusive.
 # fmt: off
 SECONDS = (
     2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01,
@@ -34,7 +34,7 @@ AGES = (
 
 
 class Declared(NamedTuple):
-    """A metric: its kind, what it tells, its labels, and a histogram's buckets."""
+    """A metric: its kind, help text, labels, and a histogram's bucket bounds."""
 
     kind: str
     help: str
@@ -44,53 +44,51 @@ class Declared(NamedTuple):
 
 DECLARED_BY_NAME = {
     "lookups": Declared(
-        COUNTER, "Look-ups: hit, or the reason why K/V was missing.", ("tier", "outcome")
+        COUNTER, "Look-ups by outcome: hit, or the reason for missing K/V.", ("tier", "outcome")
     ),
     "hits_by_scope": Declared(COUNTER, "Hits: request, cross_request, cross_user.", ("scope",)),
     "events": Declared(COUNTER, "History events: cached, computed.", ("source",)),
     "bytes": Declared(COUNTER, "Bytes of K/V: read, written.", ("tier", "direction")),
-    "evictions": Declared(COUNTER, "Entries that left a full tier.", ("tier",)),
-    "not_kept": Declared(COUNTER, "K/V that was put and not kept.", ("tier",)),
-    "not_finite": Declared(COUNTER, "K/V with NaN or infinity, which is not kept."),
-    "dropped_writes": Declared(COUNTER, "K/V that was not written, and why.", ("tier", "reason")),
-    "tier_failures": Declared(COUNTER, "Failures of a tier, and of what kind.", ("tier", "kind")),
-    "flights": Declared(COUNTER, "Shared encodings: led, joined, timed_out.", ("outcome",)),
-    "forgotten_bytes": Declared(COUNTER, "Bytes dropped to forget users.", ("tier",)),
+    "evictions": Declared(COUNTER, "Entries evicted from a full tier.", ("tier",)),
+    "not_kept": Declared(COUNTER, "Entries put but not kept.", ("tier",)),
+    "not_finite": Declared(COUNTER, "Entries with NaN or infinity, which are not kept."),
+    "dropped_writes": Declared(COUNTER, "Writes dropped, by reason.", ("tier", "reason")),
+    "tier_failures": Declared(COUNTER, "Failures of a tier, by kind.", ("tier", "kind")),
+    "flights": Declared(COUNTER, "Single-flight encodings: led, joined, timed_out.", ("outcome",)),
+    "forgotten_bytes": Declared(COUNTER, "Bytes dropped by forgetting users.", ("tier",)),
     "seconds": Declared(
         HISTOGRAM, "Seconds of a lookup, get, put, encode, decode.", ("tier", "operation"), SECONDS
     ),
-    "evicted_age_seconds": Declared(
-        HISTOGRAM, "Age of K/V when it left a full tier.", ("tier",), AGES
-    ),
-    "held_bytes": Declared(GAUGE, "Bytes that a tier holds.", ("tier",)),
-    "capacity_bytes": Declared(GAUGE, "Bytes that a tier may hold.", ("tier",)),
-    "queue_length": Declared(GAUGE, "Writes that wait.", ("tier",)),
-    "queue_bytes": Declared(GAUGE, "Bytes of K/V in writes that wait.", ("tier",)),
-    "breaker_open": Declared(GAUGE, "1 if a tier is not asked, 0.5 if on trial.", ("tier",)),
-    "pinned_entries": Declared(GAUGE, "Entries that requests in flight hold."),
+    "evicted_age_seconds": Declared(HISTOGRAM, "Age of K/V when it was evicted.", ("tier",), AGES),
+    "held_bytes": Declared(GAUGE, "Bytes stored in a tier.", ("tier",)),
+    "capacity_bytes": Declared(GAUGE, "Byte budget of a tier.", ("tier",)),
+    "queue_length": Declared(GAUGE, "Queued writes.", ("tier",)),
+    "queue_bytes": Declared(GAUGE, "Bytes of K/V in queued writes.", ("tier",)),
+    "breaker_open": Declared(GAUGE, "Circuit breaker: 0 closed, 0.5 half-open, 1 open.", ("tier",)),
+    "pinned_entries": Declared(GAUGE, "Entries leased by requests in flight."),
 }
 
 
 class Series(NamedTuple):
-    """A metric's name and its labels, sorted by their names."""
+    """A metric's name and its labels, sorted by name."""
 
     name: str
     labels: tuple[tuple[str, str], ...]
 
     @property
     def label_values(self) -> tuple[str, ...]:
-        """Values in the order in which the labels are declared."""
+        """Label values in the order of the declaration."""
         value_by_label = dict(self.labels)
         return tuple(value_by_label[label] for label in DECLARED_BY_NAME[self.name].labels)
 
 
 @dataclass(frozen=True)
 class HistogramValue:
-    """What a histogram holds.
+    """The state of a histogram.
 
     Attributes:
         bounds: the largest value of each bucket but the last, ascending.
-        counts: observations in each bucket; the last takes what is above all bounds.
+        counts: observations in each bucket; the last bucket has those above all bounds.
         sum: of the observations.
     """
 
@@ -104,13 +102,13 @@ class HistogramValue:
         return sum(self.counts)
 
     def quantile(self, q: float) -> float:
-        """The value that a share of the observations does not exceed, each bucket's spread evenly.
+        """Return a quantile, interpolated linearly inside its bucket.
 
         Args:
-            q: the share, 0 to 1.
+            q: share of the observations, 0 to 1.
 
         Returns:
-            The value; the highest bound if it lies above that, NaN if there is no observation.
+            The value; the highest bound if it lies above that, NaN without observations.
 
         Example:
             >>> HistogramValue((1.0, 2.0), (1, 4, 0), 7.5).quantile(0.6)
@@ -129,22 +127,22 @@ class HistogramValue:
 
 @dataclass(frozen=True)
 class CacheSnapshot:
-    """All that was counted up to one moment.
+    """All metrics at one moment.
 
     Attributes:
-        values: of counters that were counted and gauges that are registered.
-        histograms: of series that were observed.
+        values: of counters that were updated and gauges that are registered.
+        histograms: those with observations.
     """
 
     values: dict[Series, float]
     histograms: dict[Series, HistogramValue]
 
     def value(self, name: str, **labels: str) -> float:
-        """Of a counter or a gauge; 0.0 if never counted.
+        """Return a counter or gauge; 0.0 if it was never updated.
 
         Args:
             name: as declared.
-            labels: all of its labels, or some of them: then it is the sum over the others.
+            labels: some or all of its labels; the value is summed over the others.
         """
         declared = DECLARED_BY_NAME[name]
         assert declared.kind != HISTOGRAM, f"{name} is a histogram"
@@ -158,12 +156,12 @@ class CacheSnapshot:
         return sum(found, start=0.0)
 
     def hit_rate(self) -> float:
-        """Share of history events whose K/V was cached; 0.0 if there were none."""
+        """Return the share of history events whose K/V was cached; 0.0 without events."""
         num_events = self.value("events")
         return self.value("events", source="cached") / num_events if num_events else 0.0
 
     def to_json(self) -> dict[str, float]:
-        """Numbers by ``name{label=value,...}``; of a histogram count, sum, p50 and p99."""
+        """Return numbers by ``name{label=value,...}``; for a histogram count, sum, p50 and p99."""
         number_by_series = {_text(series): value for series, value in self.values.items()}
         for series, histogram in self.histograms.items():
             for suffix, number in (
@@ -177,7 +175,7 @@ class CacheSnapshot:
 
 
 class CacheMetrics:
-    """Counters, gauges and histograms of one cache; safe to share between threads.
+    """Counters, gauges and histograms of one cache; thread-safe.
 
     Example:
         >>> metrics = CacheMetrics()
@@ -199,7 +197,7 @@ class CacheMetrics:
             self._numbers_by_series[series][-1] += amount
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Put a value into a histogram."""
+        """Add a value to a histogram."""
         series = _series(HISTOGRAM, name, *labels.items())
         bucket = bisect_left(DECLARED_BY_NAME[name].bounds, value)
         with self._lock:
@@ -208,12 +206,12 @@ class CacheMetrics:
             numbers[-1] += value
 
     def gauge(self, name: str, read: Callable[[], float], **labels: str) -> None:
-        """Have a value read whenever a snapshot is taken.
+        """Register a gauge, which is read whenever a snapshot is taken.
 
         Args:
             name: as declared.
-            read: called by the thread that takes the snapshot; it takes the place of one that was
-                registered before for the same labels.
+            read: called by the thread that takes the snapshot; replaces the one registered before
+                for the same labels.
             labels: all of its labels.
         """
         series = _series(GAUGE, name, *labels.items())
@@ -222,7 +220,7 @@ class CacheMetrics:
 
     @contextmanager
     def timed(self, name: str, **labels: str) -> Iterator[None]:
-        """Observe the seconds that a block took, also if it raised."""
+        """Observe the seconds of a ``with`` block, also if it raises."""
         start = time.perf_counter()
         try:
             yield
@@ -230,7 +228,7 @@ class CacheMetrics:
             self.observe(name, time.perf_counter() - start, **labels)
 
     def snapshot(self) -> CacheSnapshot:
-        """Counters and histograms of one moment, and gauges right after it."""
+        """Return counters and histograms of one moment, and gauges read right after it."""
         with self._lock:
             numbers_by_series = {s: [*numbers] for s, numbers in self._numbers_by_series.items()}
             read_by_series = dict(self._read_by_series)
@@ -246,7 +244,7 @@ class CacheMetrics:
 
 
 class _NumbersBySeries(dict[Series, list[float]]):
-    """Of each series its sum, behind the counts of the buckets if it is a histogram."""
+    """For each series its bucket counts, if it is a histogram, then its sum."""
 
     def __missing__(self, series: Series) -> list[float]:
         declared = DECLARED_BY_NAME[series.name]
@@ -255,7 +253,7 @@ class _NumbersBySeries(dict[Series, list[float]]):
         return numbers
 
 
-@cache  # Checking and sorting cost as much as counting does; tiers and reasons are few.
+@cache  # Checking and sorting cost as much as counting; there are few tiers and reasons.
 def _series(kind: str, name: str, *labels: tuple[str, str]) -> Series:
     declared = DECLARED_BY_NAME.get(name)
     names = sorted(label for label, _ in labels)

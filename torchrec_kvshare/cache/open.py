@@ -36,6 +36,7 @@ def new_store(
     towers: Sequence[TowerSizes],
     cache: CacheConfig,
     stack: TierStack | None,
+    *,
     extends: bool,
     metrics: CacheMetrics,
 ) -> KVStore:
@@ -61,10 +62,10 @@ def new_store(
         share = window_size / sum(window_sizes)
         pool = PagePool(
             int(cache.capacity_bytes * share),
-            cache.page_size,
-            tower.num_planes,
-            tower.num_heads,
-            tower.head_dim,
+            page_size=cache.page_size,
+            num_planes=tower.num_planes,
+            num_heads=tower.num_heads,
+            head_dim=tower.head_dim,
         )
         pinned_bytes = int(cache.pinned_bytes * share)
         at_rest = int(pool.capacity_bytes * cache.watermark) - pinned_bytes
@@ -72,17 +73,24 @@ def new_store(
             KVCache(
                 pool,
                 Rules(cache.ttl_s, cache.idle_ttl_s, cache.share, pinned_bytes),
-                new_policy(cache.policy, max(at_rest, pool.page_bytes)),
-                steady_clock(),
-                None if stack is None else stack.take,
-                metrics,
+                policy=new_policy(cache.policy, max(at_rest, pool.page_bytes)),
+                clock=steady_clock(),
+                on_evict=None if stack is None else stack.demote,
+                metrics=metrics,
             )
         )
     metrics.gauge("held_bytes", lambda: sum(one.held_bytes for one in caches), tier=PAGES)
-    metrics.gauge("pinned_entries", lambda: sum(one.num_held for one in caches))
+    metrics.gauge("pinned_entries", lambda: sum(one.num_leased for one in caches))
     capacity_bytes = sum(one.pool.capacity_bytes for one in caches)
     metrics.gauge("capacity_bytes", lambda: capacity_bytes, tier=PAGES)
-    return KVStore(caches, stack, extends, cache.min_events, cache.context, cache.wait_ms / 1e3)
+    return KVStore(
+        caches,
+        stack,
+        extends=extends,
+        min_events=cache.min_events,
+        context=cache.context,
+        wait_s=cache.wait_ms / 1e3,
+    )
 
 
 def new_stack(

@@ -1,9 +1,9 @@
 """A bounded pool of fixed-size pages of K/V: one more embedding table, whose rows are pages.
 
-A row of K/V is an event, or a group of them: what the history's encoder makes of it.
+A row of K/V belongs to one event or to a group of events, depending on the encoder.
 
-Pages of one history are taken side by side where there is room, so that attention reads them in
-place.
+Pages of one history are allocated contiguously where there is room, so that attention reads them
+in place.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ FREE, TAKEN = 1, 0
 
 @dataclass(frozen=True)
 class TowerSizes:
-    """What a page of one history's K/V is made of, and how many rows its window has at most."""
+    """Sizes of one history's K/V, and the most rows that its window has."""
 
     num_planes: int
     num_heads: int
@@ -27,12 +27,12 @@ class TowerSizes:
 
 
 class PagePool:
-    """Pages of ``page_size`` rows, as many as the byte budget allows; allocated once.
+    """As many pages of ``page_size`` rows as a byte budget allows; the memory is allocated once.
 
     Args:
-        capacity_bytes: most bytes of K/V held.
+        capacity_bytes: most bytes of K/V.
         page_size: rows per page, S.
-        num_planes: tensors of K/V that the tower keeps, two for each layer of most kinds.
+        num_planes: K/V tensors of the tower: two per layer for most encoders.
         num_heads: H.
         head_dim: D.
 
@@ -70,23 +70,24 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Free pages."""
         return self._state.count(FREE)
 
     def pages_for(self, num_rows: int) -> int:
-        """Pages that so many rows take."""
+        """Return the number of pages for ``num_rows`` rows."""
         return -(-num_rows // self.page_size)
 
     def allocate(self, num_pages: int, after: int = -1) -> list[int] | None:
-        """Take pages: a run behind ``after``, else the first one long enough, else any, else None.
+        """Allocate pages: contiguous after page ``after``, else contiguous anywhere, else any.
 
-        Where there are too few pages nothing is taken.
+        Returns:
+            The pages; None, and nothing is allocated, if too few are free.
         """
         if num_pages > self.num_free:
             return None
         run = bytes([FREE]) * num_pages
-        behind = self._state.startswith(run, after + 1)
-        first = after + 1 if behind else self._state.find(run)
+        is_next = self._state.startswith(run, after + 1)
+        first = after + 1 if is_next else self._state.find(run)
         if first >= 0:
             pages = list(range(first, first + num_pages))
         else:
@@ -96,7 +97,7 @@ class PagePool:
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Give pages back."""
+        """Free pages."""
         for page in pages:
             assert self._state[page] == TAKEN
             self._state[page] = FREE
@@ -115,19 +116,19 @@ class PagePool:
             )
 
     def write(self, pages: list[int], kv: Tensor, first: int = 0) -> None:
-        """Copy rows [planes, R, H, D] of one history into its pages, from row ``first`` on."""
+        """Copy rows [planes, R, H, D] of one history into its pages, starting at row ``first``."""
         rows = self.kv_pages.flatten(1, 2)  # [planes, P x S, H, D], the pages themselves
         last = first + kv.size(1)
-        if _follow_each_other(pages):
+        if _are_contiguous(pages):
             start = pages[0] * self.page_size if pages else 0
             rows[:, start + first : start + last] = kv
         else:
             rows.index_copy_(1, self._rows_of(pages)[first:last], kv)
 
     def read(self, pages: list[int], num_rows: int) -> Tensor:
-        """The first rows [planes, R, H, D] of one history; a view where its pages lie together."""
+        """Return the first rows [planes, R, H, D] of one history; a view of contiguous pages."""
         rows = self.kv_pages.flatten(1, 2)
-        if _follow_each_other(pages):
+        if _are_contiguous(pages):
             start = pages[0] * self.page_size if pages else 0
             return rows[:, start : start + num_rows]
         return rows.index_select(1, self._rows_of(pages)[:num_rows])
@@ -137,5 +138,5 @@ class PagePool:
         return (starts + torch.arange(self.page_size)).flatten()
 
 
-def _follow_each_other(pages: list[int]) -> bool:
+def _are_contiguous(pages: list[int]) -> bool:
     return pages == list(range(pages[0], pages[0] + len(pages))) if pages else True

@@ -1,7 +1,7 @@
-"""Who leaves when a tier is full, by bytes: the least recently used, or the least often used.
+"""Eviction and admission policies with a budget in bytes: LRU and TinyLFU.
 
-A policy knows keys and sizes and holds no K/V: its owner drops what a policy says has left, and
-calls it under the owner's own lock, for a policy has none.
+A policy has keys and sizes but no K/V: its owner drops the K/V of the keys that the policy evicts.
+A policy has no lock, so the owner calls it under its own.
 """
 
 from collections import OrderedDict
@@ -12,41 +12,41 @@ from torchrec_kvshare.errors import ConfigError, MissingExtraError
 LRU = "lru"
 TINY_LFU: Final = "tiny_lfu"
 
-WEIGHT_BITS = 32  # moka clamps a weight to what an unsigned integer of so many bits holds
+WEIGHT_BITS = 32  # moka clamps a weight to an unsigned integer of this many bits
 
 
 class Policy(Protocol):
-    """Keys within a budget of bytes; not safe to share between threads."""
+    """Keys within a budget of bytes; not thread-safe."""
 
     capacity_bytes: int
 
     def put(self, key: str, num_bytes: int) -> list[str]:
-        """Add a key, or give it another size.
+        """Add a key, or change its size.
 
         Args:
-            key: what its owner wants to keep.
+            key: of what the owner wants to keep.
             num_bytes: its size, at least 0.
 
         Returns:
-            The keys that leave for it. It is among them if it is not admitted; one that is larger
-            than the capacity never is, and then no other key leaves.
+            The evicted keys; ``key`` itself is among them if it is not admitted. A key larger than
+            the capacity is not admitted and evicts no other key.
         """
         ...
 
     def touch(self, key: str) -> None:
-        """Count a look-up of a key, whether it is there or not."""
+        """Count a look-up of a key, present or not."""
         ...
 
     def remove(self, key: str) -> None:
-        """Take a key out, if it is there."""
+        """Remove a key, if it is present."""
         ...
 
 
 class LruPolicy:
-    """The least recently used keys leave, and every key that fits is admitted.
+    """Evicts the least recently used keys and admits every key that fits.
 
     Args:
-        capacity_bytes: what the keys' sizes may add up to.
+        capacity_bytes: maximum sum of the keys' sizes.
 
     Example:
         >>> policy = LruPolicy(100)
@@ -60,20 +60,20 @@ class LruPolicy:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._held_bytes = 0
-        self._bytes_by_key: OrderedDict[str, int] = OrderedDict()  # the least recently used first
+        self._bytes_by_key: OrderedDict[str, int] = OrderedDict()  # least recently used first
 
     def put(self, key: str, num_bytes: int) -> list[str]:
         self.remove(key)
         if num_bytes > self.capacity_bytes:
             return [key]
-        left = []
+        evicted = []
         while self._held_bytes + num_bytes > self.capacity_bytes:
             oldest, freed_bytes = self._bytes_by_key.popitem(last=False)
             self._held_bytes -= freed_bytes
-            left.append(oldest)
+            evicted.append(oldest)
         self._bytes_by_key[key] = num_bytes
         self._held_bytes += num_bytes
-        return left
+        return evicted
 
     def touch(self, key: str) -> None:
         if key in self._bytes_by_key:
@@ -84,21 +84,21 @@ class LruPolicy:
 
 
 class TinyLfuPolicy:
-    """A new key is admitted if it was looked up more often than those that would leave for it.
+    """Admits a new key if it was looked up more often than the keys it would evict.
 
-    It learns from ``touch``, of absent keys too: a key that is put and was never looked up does not
-    get into a full tier. Counting starts when the tier is half full. It is done in a sketch whose
-    hash is drawn anew for each policy, so which keys are kept differs from run to run.
+    It counts each ``touch``, of absent keys too: a key that is put without a look-up is not
+    admitted to a full tier. Counting starts when the tier is half full. Counts are kept in a sketch
+    with a random hash for each policy, so which keys are kept differs from run to run.
 
     Args:
-        capacity_bytes: what the keys' sizes may add up to, above 0. From 4 GiB on sizes are rounded
-            up to units of a 2**31st to a 2**32nd of the capacity, 512 bytes at 1 TiB.
+        capacity_bytes: maximum sum of the keys' sizes, above 0. From 4 GiB on sizes are rounded up
+            to a unit between a 2**32nd and a 2**31st of the capacity: 512 bytes at 1 TiB.
 
     Raises:
         MissingExtraError: if moka-py is not installed.
 
     Source:
-        TinyLFU, Einziger et al. 2017 (arXiv:1512.00727), as moka has it.
+        TinyLFU, Einziger et al. 2017 (arXiv:1512.00727), as implemented by moka.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -107,16 +107,16 @@ class TinyLfuPolicy:
         except ImportError as error:
             raise MissingExtraError("tiers", f"the policy {TINY_LFU}") from error
         unit_bytes = 1 << max(0, capacity_bytes.bit_length() - WEIGHT_BITS)
-        left: list[str] = []
+        evicted: list[str] = []
 
-        # Closures over locals: moka would keep this object alive for ever if they held it.
+        # Closures over locals: a listener that refers to this object would keep it alive for ever.
         def note(key: str, _: int, cause: str) -> None:
             if cause == "size":
-                left.append(key)
+                evicted.append(key)
 
         self.capacity_bytes = capacity_bytes
         self._capacity_units = capacity_bytes // unit_bytes
-        self._left = left
+        self._evicted = evicted
         self._cache: Moka[str, int] = Moka(
             self._capacity_units,
             policy=TINY_LFU,
@@ -130,12 +130,12 @@ class TinyLfuPolicy:
             return [key]
         self._cache.set(key, num_bytes)
         self._cache.run_pending_tasks()
-        # One run ends after 100 ms, however many keys it has still to evict.
+        # One run stops after 100 ms, even if more keys must be evicted.
         while self._cache.weighted_size() > self._capacity_units:
             self._cache.run_pending_tasks()
-        left = self._left.copy()
-        self._left.clear()
-        return left
+        evicted = self._evicted.copy()
+        self._evicted.clear()
+        return evicted
 
     def touch(self, key: str) -> None:
         self._cache.get(key)
@@ -152,14 +152,11 @@ _POLICY_BY_NAME: dict[str, type[LruPolicy] | type[TinyLfuPolicy]] = {
 
 
 def new_policy(name: str, capacity_bytes: int) -> Policy:
-    """The policy of a name.
+    """Return a new policy without keys.
 
     Args:
         name: ``lru`` or ``tiny_lfu``.
-        capacity_bytes: what the keys' sizes may add up to.
-
-    Returns:
-        A policy that holds no key yet.
+        capacity_bytes: maximum sum of the keys' sizes.
 
     Raises:
         ConfigError: if there is no such policy, or the capacity is below 1 byte.

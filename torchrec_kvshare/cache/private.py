@@ -1,8 +1,8 @@
-"""Files and folders that are this user's alone, and secrets that are read from files.
+"""Files and folders that only this user can access, and secrets in files.
 
-Whoever can write to a compiled library runs code here, and whoever can write to K/V changes scores.
-So a folder that is trusted must be this user's, and no folder above it may let another user put a
-folder in its place.
+Anyone who can write to a compiled library runs code here, and anyone who can write to K/V changes
+scores. So a trusted folder must belong to this user, and no folder above it may let another user
+replace it.
 """
 
 import os
@@ -19,18 +19,18 @@ SECRET_BYTES = 32
 
 
 def make_private(folder: Path, purpose: str, setting: str) -> Path:
-    """Make a folder that only this user can write to, or check one that is there.
+    """Make a folder that only this user can write to, or check an existing one.
 
     Args:
-        folder: with those above it that are missing.
-        purpose: what it is for, as messages call it.
-        setting: that names another folder.
+        folder: made with its missing parents.
+        purpose: of the folder, for errors.
+        setting: that chooses another folder, for errors.
 
     Returns:
-        The folder without links on its way.
+        The folder, symbolic links resolved.
 
     Raises:
-        ConfigError: if it cannot be made, or it or a folder above it is open to other users.
+        ConfigError: if it cannot be made, or other users can write to it or replace it.
     """
     try:
         folder = folder.resolve()
@@ -41,7 +41,7 @@ def make_private(folder: Path, purpose: str, setting: str) -> Path:
         for one in reversed(missing):
             one.mkdir(mode=0o700, exist_ok=True)
         if not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is no folder")
+            raise NotADirectoryError(f"{folder} is not a folder")
     except OSError as error:
         raise ConfigError(f"{purpose} cannot be kept: {error}; set {setting}") from error
     check_private(folder, purpose, setting)
@@ -52,12 +52,12 @@ def check_private(path: Path, purpose: str, setting: str) -> None:
     """Refuse a file or folder that another user owns or can write to.
 
     Args:
-        path: no link.
-        purpose: what it is for, as messages call it.
-        setting: that names another.
+        path: not a symbolic link.
+        purpose: of the file or folder, for errors.
+        setting: that chooses another one, for errors.
 
     Raises:
-        ConfigError: naming it, its owner and its mode.
+        ConfigError: naming its owner or its mode.
     """
     status = path.lstat()
     if status.st_uid != os.geteuid():
@@ -76,12 +76,12 @@ def check_secret(path: Path, purpose: str, setting: str) -> None:
     """Refuse a file or folder that another user owns, can write to or can read.
 
     Args:
-        path: no link.
-        purpose: what it is for, as messages call it.
-        setting: that names another.
+        path: not a symbolic link.
+        purpose: of the file or folder, for errors.
+        setting: that chooses another one, for errors.
 
     Raises:
-        ConfigError: naming it, its owner and its mode.
+        ConfigError: naming its owner or its mode.
     """
     check_private(path, purpose, setting)
     mode = stat.S_IMODE(path.lstat().st_mode)
@@ -93,15 +93,15 @@ def check_secret(path: Path, purpose: str, setting: str) -> None:
 
 
 def make_secret(path: Path, purpose: str, setting: str) -> bytes:
-    """Make a secret in a file of this user's, or read the one that is there.
+    """Write a new random secret to a private file, or read the existing file.
 
     Args:
-        path: of the file, in a folder that is there.
-        purpose: what it is for, as messages call it.
-        setting: that names another file, or another folder.
+        path: of the file, in an existing folder.
+        purpose: of the secret, for errors.
+        setting: that chooses another file or folder, for errors.
 
     Raises:
-        ConfigError: if another user can read or write what is there.
+        ConfigError: if another user can read or write the existing file.
     """
     if not path.exists():
         write_secret(path, secrets.token_hex(SECRET_BYTES).encode())
@@ -110,7 +110,7 @@ def make_secret(path: Path, purpose: str, setting: str) -> bytes:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a file with mode 0600, whole or not at all, in place of what was there."""
+    """Write a file with mode 0600 atomically, replacing an existing one."""
     descriptor, name = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -118,14 +118,14 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def read_secret(path: str, setting: str) -> bytes:
-    """What a file holds, without the newline at its end.
+    """Read a secret from a file, without the newline at its end.
 
     Args:
         path: of the file.
-        setting: that named it.
+        setting: that gives the path, for errors.
 
     Raises:
-        ConfigError: if it cannot be read, or is empty.
+        ConfigError: if the file cannot be read or is empty.
     """
     try:
         secret = Path(path).read_bytes().rstrip(b"\r\n")
@@ -137,7 +137,7 @@ def read_secret(path: str, setting: str) -> bytes:
 
 
 def _check_parent(folder: Path, purpose: str, setting: str) -> None:
-    """Refuse a folder in which another user can put what is in it in another's place."""
+    """Refuse a folder in which another user can replace a file or folder."""
     status = folder.stat()
     is_open = status.st_mode & OTHERS_WRITE and not status.st_mode & stat.S_ISVTX
     if is_open or status.st_uid not in (os.geteuid(), 0):

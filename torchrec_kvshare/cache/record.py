@@ -1,15 +1,16 @@
-"""K/V that travels between tiers of the cache, and the bytes that it travels as.
+"""K/V records and the packets in which the lower tiers store them.
 
-A packet is, with every number little-endian:
+A packet has these parts, every number little-endian:
 
     b"KVSH"   format version   kind of trailer   length of header
     4 bytes   1 byte           1 byte            4 bytes
-    header    JSON in UTF-8: whose and what the K/V is, and [name, dtype, shape] of each tensor
+    header    JSON in UTF-8: user, identity, events, and [name, dtype, shape] of each tensor
     tensors   their bytes, back to back
     trailer   of all before it: CRC-32 (4 bytes), or with a key BLAKE2b keyed by it (32 bytes)
 
-The CRC finds accidents. Only a key keeps out those who may write to the store. Nothing of a packet
-is read before its trailer is right, and nothing in it is ever run, as pickle would.
+The CRC finds accidental changes. Only a key protects against others who can write to the store.
+Header and tensors are read only after the trailer is verified, and nothing in a packet is executed,
+unlike pickle.
 """
 
 import hmac
@@ -42,8 +43,8 @@ DTYPES = {
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
 }
 
-# 64 bits: among a million model versions two alike are a chance of 1 in 37 million, and a record
-# that is found so has its whole identity inside.
+# 64 bits: among a million model versions the chance of a collision is 1 in 37 million, and a record
+# that is found by one has its whole identity inside.
 SCOPE_DIGITS = 16
 _DIGEST = f"[0-9a-f]{{{SCOPE_DIGITS}}}"
 _SCOPE = re.compile(
@@ -53,15 +54,15 @@ _SCOPE = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class KVRecord:
-    """One history's K/V and what it is of.
+    """One history's K/V with its identity and events.
 
     Attributes:
-        content: which events it is of, and what it depends on besides.
+        content: identity and events.
         encoded_at: Unix seconds when the oldest of the K/V was encoded.
-        kv: [planes, R, H, D] float32; how many rows an event has is the encoder's affair.
+        kv: [planes, R, H, D] float32; the encoder decides how many rows the events have.
 
     Raises:
-        RecordError: if the numbers cannot be those of any K/V.
+        RecordError: if a number is out of range, or the number of digests is wrong.
     """
 
     content: Content
@@ -88,15 +89,15 @@ class KVRecord:
 
 
 def shortened(identity: Identity) -> Identity:
-    """The identity as scopes have it: each digest cut to 16 digits, which are 64 bits."""
+    """Return the identity with each digest cut to 16 digits (64 bits), as in scopes."""
     model, tables, context = (digest[:SCOPE_DIGITS] for digest in identity[:3])
     return identity._replace(model=model, tables=tables, context=context)
 
 
 def scope_of(identity: Identity, codec: str) -> str:
-    """A part of a store's key that names all of the identity, without colon, slash or space.
+    """Return a part of a store's key with the whole identity, without colon, slash or space.
 
-    Everything of one model and its tables starts alike: ``<model>-<tables>.``.
+    All scopes of one model version begin with ``<model>-<tables>.``.
 
     Example:
         >>> scope_of(Identity("5e" * 32, "0f" * 32, NO_CONTEXT, "clicks: a/b", 8), "int8")
@@ -110,7 +111,7 @@ def scope_of(identity: Identity, codec: str) -> str:
 
 
 def parse_scope(text: str) -> tuple[Identity, str] | None:
-    """The shortened identity and the codec's name of what ``scope_of`` wrote; None for other text.
+    """Return shortened identity and codec name of a scope of ``scope_of``; None for other text.
 
     Example:
         >>> identity = Identity("5e" * 32, "0f" * 32, NO_CONTEXT, "clicks", 8)
@@ -122,8 +123,10 @@ def parse_scope(text: str) -> tuple[Identity, str] | None:
         return None
     model, tables, context, tower, block, codec = match.groups()
     context = NO_CONTEXT if context == "none" else context
-    identity = Identity(model, tables, context, unquote(tower), int(block))
-    # What is escaped or padded in another way is not ours.
+    identity = Identity(
+        model=model, tables=tables, context=context, tower=unquote(tower), block=int(block)
+    )
+    # A scope that is escaped or padded in another way is not ours.
     return (identity, codec) if scope_of(identity, codec) == text else None
 
 
@@ -131,10 +134,10 @@ def pack(record: KVRecord, user: str, codec: Codec, key: bytes | None) -> bytes:
     """Write a user's K/V as a packet.
 
     Args:
-        record: K/V, contiguous or not, and what it is of.
-        user: whose it is.
-        codec: how the K/V is written.
-        key: 1 to 64 secret bytes that ``unpack`` must have too, or None for a checksum only.
+        record: K/V, contiguous or not.
+        user: owner of the K/V.
+        codec: codec of the K/V.
+        key: 1 to 64 secret bytes that ``unpack`` needs too, or None for a checksum only.
 
     Raises:
         RecordError: if the codec cannot write this K/V.
@@ -170,20 +173,20 @@ def pack(record: KVRecord, user: str, codec: Codec, key: bytes | None) -> bytes:
 def unpack(
     data: bytes | memoryview, user: str, identity: Identity, codec: Codec, key: bytes | None
 ) -> KVRecord:
-    """Read what ``pack`` wrote for this user, identity, codec and key.
+    """Read a packet that ``pack`` wrote for this user, identity, codec and key.
 
     Args:
-        data: a packet, or whatever a store gave out for one.
-        user: whose K/V it must be.
-        identity: what it must be of.
-        codec: how it must be written.
-        key: what it must be signed with; None if it must not be.
+        data: bytes from a store.
+        user: expected owner of the K/V.
+        identity: expected identity.
+        codec: expected codec.
+        key: key of the expected signature; None to expect a checksum.
 
     Returns:
         The record; its K/V shares no memory with ``data``.
 
     Raises:
-        RecordError: if it is anything else, naming what is wrong.
+        RecordError: if the packet is broken or not the expected one; the message says why.
         ConfigError: if the key is empty or too long.
 
     Example:
@@ -201,11 +204,11 @@ def unpack(
         _check_ours(header, user, identity, codec)
         content = Content(
             identity,
-            tuple(bytes.fromhex(digest) for digest in header["digests"]),
-            bytes.fromhex(header["whole_digest"]),
-            index(header["first_event"]),
-            index(header["first_time"]),
-            index(header["num_events"]),
+            blocks=tuple(bytes.fromhex(digest) for digest in header["digests"]),
+            whole=bytes.fromhex(header["whole_digest"]),
+            first_event=index(header["first_event"]),
+            first_time=index(header["first_time"]),
+            num_events=index(header["num_events"]),
         )
         kv = codec.decode(_tensors_in(payload, header["tensors"]))
         if not is_finite(kv):
@@ -227,7 +230,7 @@ def _trailer(parts: Sequence[bytes | memoryview], key: bytes | None) -> bytes:
 
 
 def _verified(data: memoryview, key: bytes | None) -> tuple[memoryview, memoryview]:
-    """Header and payload of a packet whose trailer is right."""
+    """Verify a packet's trailer; return its header and payload."""
     expected_kind = CHECKSUM if key is None else MAC
     least_bytes = FIXED.size + TRAILER_BYTES[expected_kind]
     if len(data) < least_bytes:
@@ -268,7 +271,7 @@ def _tensors_in(
     start = 0
     for (name, dtype_name, shape), num_bytes in zip(tensors, sizes, strict=True):
         dtype = DTYPES[dtype_name]
-        # A copy, because what a store gave out may be read-only. Of nothing torch makes no tensor.
+        # A copy, because a store's bytes may be read-only. torch.frombuffer refuses empty buffers.
         part = bytearray(payload[start : start + num_bytes])
         flat = torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
         tensor_by_name[name] = flat.view(shape)

@@ -1,13 +1,14 @@
-"""The tier that processes and machines share: a Redis server, or a cluster of them.
+"""The tier shared by processes and machines: a Redis server or a Redis cluster.
 
-All keys of a user lie in one hash slot, so that what must not fall apart is one script there. A
-cluster's slots are looked up here, and each server has a client of its own: redis-py's cluster
-pipeline sends every command of a silent server again, one after the other, and waits a timeout for
-each (measured with redis-py 8.1, 16 commands and 0.3 s: 4.1 s; here 0.3 s).
+All keys of a user are in one hash slot, so a script there is atomic. This file looks up a cluster's
+slots itself and has a client per server: if a server is silent, redis-py's cluster pipeline sends
+its commands again one by one and waits a timeout for each (measured with redis-py 8.1, 16 commands
+and 0.3 s: 4.1 s; here 0.3 s).
 
-Machines' clocks differ, so the server's alone says whether K/V was encoded before its user was
-forgotten. Each write asks for its time first and sends its own times by it: when K/V was encoded
-rather too early, when a user was forgotten rather too late, by no more than the answer took.
+Machines' clocks differ, so only the server's clock decides whether K/V was encoded before its user
+was forgotten. Each write asks for the server's time first and converts its own times to it:
+encoding times err to the early side and ``forget`` times to the late side, by at most the round
+trip.
 """
 
 import random
@@ -40,38 +41,38 @@ URL = re.compile(
     r"(:(?P<port>\d{1,5}))?(/(?P<database>\d*))?"
 )
 MAX_PORT = 65535
-PROBE, PROBE_SCOPE, PROBE_MS = "probe", "probe", 1000  # what is written to try a server
+PROBE, PROBE_SCOPE, PROBE_MS = "probe", "probe", 1000  # user, scope, time to live of a probe
 
-# What an error of the server, or of the way to it, means for whoever configures the tier.
+# What an error of the server or the connection means for the configuration.
 MEANING_BY_ERROR = {
     "Authentication required": "it asks for a password: cache.remote.password_file",
     "without any password configured": "it asks for no password; cache.remote.password_file is set",
     "invalid username-password pair": (
-        "it refuses cache.remote.username or what cache.remote.password_file holds"
+        "it refuses cache.remote.username or the password in cache.remote.password_file"
     ),
     "no permissions": "its ACL refuses what the tier needs, see docs/caching.md",
     "can't run this command": "its ACL refuses what the tier needs, see docs/caching.md",
-    "DB index is out of range": "it has no database of the number that ends cache.remote.url",
-    "cluster support disabled": "it is no cluster's: cache.remote.cluster=false",
+    "DB index is out of range": "it has no database with the number in cache.remote.url",
+    "cluster support disabled": "it is not part of a cluster: cache.remote.cluster=false",
     "CERTIFICATE_VERIFY_FAILED": (
-        "cache.remote.tls_ca_file does not vouch for its certificate, or not for this host"
+        "its certificate is not signed by cache.remote.tls_ca_file, or not for this host"
     ),
     "CERTIFICATE_REQUIRED": (
         "it asks for a certificate: cache.remote.tls_cert_file and cache.remote.tls_key_file"
     ),
     "WRONG_VERSION_NUMBER": "it speaks no TLS: cache.remote.url must begin with redis://",
-    "Protocol Error": "it is no Redis: another server listens on this port",
-    "'maxmemory'": "it is full, and its maxmemory-policy lets nothing go",
-    "read only replica": "it is a replica, to which nothing can be written",
+    "Protocol Error": "it is not Redis: another server listens on this port",
+    "'maxmemory'": "it is full, and its maxmemory-policy evicts nothing",
+    "read only replica": "it is a read-only replica",
 }
-# The same of a server that never worked; of one that did, it has merely gone.
+# Errors that point to the configuration only if no call has succeeded yet.
 ENDED = ("Connection reset", "Connection closed", "Connection not ready", "Broken pipe")
 
-# A server without memory refuses a script's first write, and none after it: SET comes first in PUT,
-# for nothing is written then, and last in FORGET, which has made room and must not fail.
+# A server that is out of memory refuses only the first write of a script. In PUT that is SET, so
+# nothing is written. In FORGET it comes last, after UNLINK has freed memory, so it does not fail.
 
-# KEYS: value, scopes, fence. ARGV: value, encoded at, milliseconds left, scope, start of all keys.
-# Scopes of values that are gone are taken out here: users outlive many models.
+# KEYS: value, scopes, fence. ARGV: value, encoded at, milliseconds to live, scope, key prefix.
+# Scopes whose values have expired are removed here, because users outlive many models.
 PUT = """
 local forgotten = redis.call('GET', KEYS[3])
 if forgotten and tonumber(forgotten) >= tonumber(ARGV[2]) then return 0 end
@@ -85,7 +86,7 @@ for _, scope in ipairs(redis.call('SMEMBERS', KEYS[2])) do
 end
 return 1
 """
-# KEYS: scopes, fence. ARGV: forgotten at, milliseconds that it holds, start of all keys.
+# KEYS: scopes, fence. ARGV: forgotten at, milliseconds to live, key prefix.
 FORGET = """
 local bytes = 0
 for _, scope in ipairs(redis.call('SMEMBERS', KEYS[1])) do
@@ -99,7 +100,7 @@ if not forgotten or tonumber(forgotten) < tonumber(ARGV[1]) then
 end
 return bytes
 """
-# KEYS: value, scopes. ARGV: scope. One script, or a put between would leave a value without scope.
+# KEYS: value, scopes. ARGV: scope. A script, so that a concurrent put cannot lose its scope.
 DROP = """
 local bytes = redis.call('STRLEN', KEYS[1])
 redis.call('UNLINK', KEYS[1])
@@ -109,26 +110,26 @@ return bytes
 
 
 class RemoteTier:
-    """Values in Redis; each leaves by itself at the end of its time to live.
+    """Values in Redis, which deletes each at the end of its time to live.
 
-    Nothing is connected before the first call, and no call is made twice, but for one that a
-    cluster's server says is another's. A value is given only if its user's set of scopes has it, so
-    nothing that the server has evicted half of escapes ``forget``.
+    It connects at the first call. Calls are not retried, except after a cluster's MOVED error. A
+    value is returned only if its user's set of scopes has its scope: if the server evicted the set,
+    ``forget`` could not find the value.
 
     Args:
-        url: ``redis://host:port/db``, or ``rediss://`` for TLS; without user and password, for it
-            stands in messages. Of a cluster any server.
-        ttl_s: seconds for which a value is used.
-        timeout_s: for looking up a name, again for connecting, and again for each answer.
-        cluster: whether the server is one of a cluster.
-        username: None for Redis' own default.
-        password: None for none.
-        tls_ca_file: certificates that sign the servers'; None for the system's.
-        tls_cert_file: our own certificate, if the servers ask for it.
-        tls_key_file: its key.
+        url: ``redis://host:port/db``, or ``rediss://`` for TLS; without user and password, because
+            messages show it. For a cluster any server.
+        ttl_s: seconds from encoding until a value expires.
+        timeout_s: for the DNS look-up, again for connecting, and again for each answer.
+        cluster: whether the server is part of a cluster.
+        username: None for Redis' default user.
+        password: None for no password.
+        tls_ca_file: certificates that sign the servers' certificates; None for the system's.
+        tls_cert_file: client certificate, if the servers ask for one.
+        tls_key_file: key of the client certificate.
 
     Raises:
-        ConfigError: if the url, a time or a file cannot be used.
+        ConfigError: if the url, a time or a file is not usable.
         MissingExtraError: if redis is not installed.
     """
 
@@ -139,6 +140,7 @@ class RemoteTier:
         url: str,
         ttl_s: float,
         timeout_s: float,
+        *,
         cluster: bool = False,
         username: str | None = None,
         password: str | None = None,
@@ -166,7 +168,7 @@ class RemoteTier:
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
             "retry": Retry(NoBackoff(), retries=0),
-            "protocol": 2,  # 3 has a handshake, and notifications that lengthen timeouts.
+            "protocol": 2,  # Version 3 adds a handshake, and notifications that extend timeouts.
             "driver_info": None,
         }
         for option, file in (
@@ -175,12 +177,12 @@ class RemoteTier:
             ("ssl_keyfile", tls_key_file),
         ):
             if file is not None:
-                _check_file(file, self._is_tls)
+                _check_file(file, is_tls=self._is_tls)
                 options[option] = str(file)
         self._options = options
         self._resolver = Resolver(timeout_s)
         self._is_cluster = cluster
-        self._is_stale = cluster  # whether it may be another server that has a slot
+        self._is_stale = cluster  # whether slots may have moved to other servers
         self._ttl_s = ttl_s
         self._clock = steady_clock()
         self._timeout_s = timeout_s
@@ -191,21 +193,23 @@ class RemoteTier:
         self._refreshing = threading.Lock()
 
     def _connect(self, host: str, port: int) -> "Redis":
-        """A client of one server; it connects when it is first used."""
+        """Return a client of one server; it connects at its first use."""
         from redis import Redis
 
         client = Redis(host, port, **self._options)
-        client.connection_pool.connection_class = _connection_class(self._resolver, self._is_tls)
+        client.connection_pool.connection_class = _connection_class(
+            self._resolver, is_tls=self._is_tls
+        )
         return client
 
     def check(self) -> None:
-        """Read and write a probe, which leaves by itself.
+        """Read and write a probe value, which expires after ``PROBE_MS``.
 
         Raises:
-            TierError: saying what is wrong with the server, or with how it is configured here.
+            TierError: saying what is wrong with the server or the configuration.
         """
         self.get([(PROBE, PROBE_SCOPE)])
-        self._put(PROBE, PROBE_SCOPE, b"", self._clock(), PROBE_MS)
+        self._put(PROBE, PROBE_SCOPE, b"", encoded_at=self._clock(), left_ms=PROBE_MS)
 
     def get(self, keys: Sequence[tuple[str, str]]) -> list[Found]:
         return self._call(partial(self._get, keys))
@@ -213,16 +217,16 @@ class RemoteTier:
     def put(self, user: str, scope: str, value: bytes, encoded_at: float) -> bool:
         left_s = min(encoded_at + self._ttl_s - self._clock(), self._ttl_s)
         left_ms = int(left_s * 1000)
-        return left_ms < 1 or self._put(user, scope, value, encoded_at, left_ms)
+        return left_ms < 1 or self._put(user, scope, value, encoded_at=encoded_at, left_ms=left_ms)
 
     def forget(self, user: str, at: float) -> int:
-        start = _start(user)
-        keys = f"{start}scopes", f"{start}forgotten"
+        prefix = _prefix(user)
+        keys = f"{prefix}scopes", f"{prefix}forgotten"
 
         def forget() -> int:
             client = self._client(user)
-            _, latest = self._by_server(client, at)
-            return client.eval(FORGET, len(keys), *keys, latest, int(self._ttl_s * 1000), start)
+            _, latest = self._on_server_clock(client, at)
+            return client.eval(FORGET, len(keys), *keys, latest, int(self._ttl_s * 1000), prefix)
 
         return self._call(forget)
 
@@ -238,42 +242,42 @@ class RemoteTier:
             client.close()
 
     def _get(self, keys: Sequence[tuple[str, str]]) -> list[Found]:
-        places_by_client: dict[Redis, list[int]] = defaultdict(list)
-        for place, (user, _) in enumerate(keys):
-            places_by_client[self._client(user)].append(place)
-        found_by_place = {}
-        for client, places in places_by_client.items():
+        indices_by_client: dict[Redis, list[int]] = defaultdict(list)
+        for index, (user, _) in enumerate(keys):
+            indices_by_client[self._client(user)].append(index)
+        found_by_index = {}
+        for client, indices in indices_by_client.items():
             with client.pipeline(transaction=False) as pipeline:
-                for place in places:
-                    user, scope = keys[place]
-                    pipeline.get(f"{_start(user)}{scope}")
-                    pipeline.smembers(f"{_start(user)}scopes")
+                for index in indices:
+                    user, scope = keys[index]
+                    pipeline.get(f"{_prefix(user)}{scope}")
+                    pipeline.smembers(f"{_prefix(user)}scopes")
                 answers = pipeline.execute()
-            for place, value, scopes in zip(places, answers[::2], answers[1::2], strict=True):
-                found_by_place[place] = _found(keys[place][1], value, scopes)
-        return [found_by_place[place] for place in range(len(keys))]
+            for index, value, scopes in zip(indices, answers[::2], answers[1::2], strict=True):
+                found_by_index[index] = _found(keys[index][1], value, scopes)
+        return [found_by_index[index] for index in range(len(keys))]
 
     def _put(self, user: str, scope: str, value: bytes, encoded_at: float, left_ms: int) -> bool:
-        start = _start(user)
-        keys = f"{start}{scope}", f"{start}scopes", f"{start}forgotten"
+        prefix = _prefix(user)
+        keys = f"{prefix}{scope}", f"{prefix}scopes", f"{prefix}forgotten"
 
         def put() -> int:
             client = self._client(user)
-            earliest, _ = self._by_server(client, encoded_at)
-            # EVAL sends the script each time: some hundred bytes, and no server can be without it.
-            return client.eval(PUT, len(keys), *keys, value, earliest, left_ms, scope, start)
+            earliest, _ = self._on_server_clock(client, encoded_at)
+            # EVAL sends the script each time: a few hundred bytes, and a server never lacks it.
+            return client.eval(PUT, len(keys), *keys, value, earliest, left_ms, scope, prefix)
 
         return bool(self._call(put))
 
-    def _by_server(self, client: "Redis", at: float) -> tuple[float, float]:
-        """A time of our clock by a server's: the earliest and the latest that it can have been."""
+    def _on_server_clock(self, client: "Redis", at: float) -> tuple[float, float]:
+        """Convert a time of our clock to a server's; return the earliest and latest it can be."""
         sent_at = self._clock()
         seconds, microseconds = client.time()
         server_time = seconds + microseconds / 1e6
         return at + server_time - self._clock(), at + server_time - sent_at
 
     def _call(self, call: Callable[[], T]) -> T:
-        """Do something with the servers, again if it was asked of the wrong one."""
+        """Call the servers; after a MOVED error refresh the slots and call again."""
         from redis.exceptions import MovedError, RedisError
 
         if self._is_closed:
@@ -294,31 +298,31 @@ class RemoteTier:
         return answer
 
     def _meaning(self, error: str) -> str:
-        """What stands before an error's own words; nothing where those say it all."""
+        """Return a hint to put before an error message; empty if there is none."""
         for mark, meaning in MEANING_BY_ERROR.items():
             if mark in error:
                 return f"{meaning}: "
         if self._has_worked:
             return ""
         if self._is_tls and error.startswith("Timeout"):
-            return "it may speak no TLS, so that cache.remote.url must begin with redis://: "
+            return "it may speak no TLS; then cache.remote.url must begin with redis://: "
         if not self._is_tls and any(mark in error for mark in ENDED):
             return (
                 "it asks for a password (cache.remote.password_file), speaks TLS (rediss:// in "
-                "cache.remote.url) or is no Redis: "
+                "cache.remote.url) or is not Redis: "
             )
         return ""
 
     def _client(self, user: str) -> "Redis":
         from redis.crc import key_slot
 
-        return self._client_by_slot[key_slot(_start(user).encode())]
+        return self._client_by_slot[key_slot(_prefix(user).encode())]
 
     def _primaries(self) -> set["Redis"]:
         return {*self._client_by_slot}
 
     def _refresh(self, moved_to: Address | None = None) -> None:
-        """Look up which server has which slots, if that may have changed."""
+        """Look up which server has which slots, if they may have moved."""
         with self._refreshing:
             if not self._is_stale:
                 return
@@ -326,7 +330,7 @@ class RemoteTier:
             clients = {self._seed: self._client_by_address[self._seed]}
             client_by_slot = self._client_by_slot.copy()
             for first, last, *servers in ranges:
-                # A server that knows no name of itself is called as it was asked.
+                # A server may return no host name; then it has the one that it was asked under.
                 addresses = [(str(name or host, "utf-8"), port) for name, port, *_ in servers]
                 for address in addresses:
                     known = self._client_by_address.get(address)
@@ -336,10 +340,10 @@ class RemoteTier:
             self._is_stale = False
 
     def _ask_ranges(self, moved_to: Address | None) -> tuple[bytes, list[Any]]:
-        """Ranges of slots with their servers, and the name of the server that answered.
+        """Return the host name of the server that answered, and ranges of slots with their servers.
 
-        Servers are asked until one answers, or the second is silent: first the one that got a slot,
-        for others hear of that later, then in a random order.
+        Servers are asked until one answers or the deadline, 1.5 timeouts, has passed: first the one
+        that a slot moved to, because the others learn of that later, then in random order.
         """
         from redis.exceptions import RedisError
 
@@ -355,15 +359,15 @@ class RemoteTier:
             except (RedisError, OSError):
                 if number == len(clients) or time.monotonic() > deadline:
                     raise
-        raise AssertionError("there is a server to ask")
+        raise AssertionError("there is always a server to ask")
 
 
 def _parse(url: str) -> tuple[Address, int, bool]:
-    """Address, database and whether it is TLS."""
+    """Return address, database number and whether the url is for TLS."""
     match = URL.fullmatch(url)
     if match is None or int(match["port"] or 0) > MAX_PORT:
         raise ConfigError(
-            "the remote tier's url cannot be read, or holds a user or a password, which have "
+            "the remote tier's url cannot be read, or has a user or a password, which have "
             "settings of their own; redis://host:port/database and rediss://… are allowed"
         )
     host = match["host"].strip("[]")
@@ -374,8 +378,8 @@ def _parse(url: str) -> tuple[Address, int, bool]:
     )
 
 
-def _connection_class(resolver: Resolver, is_tls: bool) -> type["Connection"]:
-    """Connections that look up their server's name within a deadline."""
+def _connection_class(resolver: Resolver, *, is_tls: bool) -> type["Connection"]:
+    """Return a class of connections that resolve their host name within a deadline."""
     from redis.connection import Connection, SSLConnection
 
     class Resolving(Connection):
@@ -390,21 +394,21 @@ def _connection_class(resolver: Resolver, is_tls: bool) -> type["Connection"]:
                         failure = error
                 raise failure
             finally:
-                self.host = name  # A certificate is for the name.
+                self.host = name  # TLS checks the certificate against the name.
 
-    # What TLS adds is done with the socket that the class behind it, ours, has connected.
+    # SSLConnection wraps the socket that the next class, Resolving, has connected.
     return type("ResolvingTls", (SSLConnection, Resolving), {}) if is_tls else Resolving
 
 
-def _check_file(file: Path, is_tls: bool) -> None:
+def _check_file(file: Path, *, is_tls: bool) -> None:
     if not is_tls:
         raise ConfigError(f"{file} is for TLS; the remote tier's url must begin with rediss://")
     if not file.is_file():
         raise ConfigError(f"{file}, which the remote tier needs for TLS, is not a file")
 
 
-def _start(user: str) -> str:
-    """What all keys of a user begin with; the braces make it one hash slot."""
+def _prefix(user: str) -> str:
+    """Return the prefix of a user's keys; the braces put them into one hash slot."""
     return f"kvshare:{{{user}}}:"
 
 
@@ -414,8 +418,8 @@ def _found(scope: str, value: bytes | None, scopes: Iterable[bytes]) -> Found:
 
 
 def _clear(client: "Redis", version: str) -> int:
-    """Drop a version's values from one server."""
-    # Backslashes keep Redis from reading a version as a pattern.
+    """Drop a version's values from one server; return their bytes."""
+    # Escaped, because Redis would read special characters of a version as a pattern.
     literal = re.sub(r"([*?\[\]\\])", r"\\\1", version)
     pattern = f"kvshare:{{*}}:{literal}.*"
     dropped_bytes, cursor, is_done = 0, 0, False
@@ -424,8 +428,8 @@ def _clear(client: "Redis", version: str) -> int:
         cursor, names = page
         with client.pipeline(transaction=False) as pipeline:
             for name in names:
-                start, _, scope = name.decode().rpartition(":")
-                pipeline.eval(DROP, 2, name, f"{start}:scopes", scope)
+                prefix, _, scope = name.decode().rpartition(":")
+                pipeline.eval(DROP, 2, name, f"{prefix}:scopes", scope)
             dropped_bytes += sum(pipeline.execute())
         is_done = cursor == 0
     return dropped_bytes

@@ -1,4 +1,4 @@
-"""Host names looked up within a deadline: the system's resolver takes as long as it likes."""
+"""DNS look-ups within a deadline: the system's resolver has none."""
 
 import socket
 import threading
@@ -7,10 +7,10 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 
 class Resolver:
-    """Looks up names in threads, one for each name however many wait for it.
+    """Resolves host names in threads; concurrent look-ups of one name share a thread.
 
     Args:
-        timeout_s: until an address must be known.
+        timeout_s: of a look-up.
 
     Example:
         >>> Resolver(timeout_s=5.0).addresses("127.0.0.1")
@@ -19,17 +19,17 @@ class Resolver:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._known_by_host: dict[str, list[str]] = {}  # what each name meant last
+        self._known_by_host: dict[str, list[str]] = {}  # the last addresses of each name
         self._running_by_host: dict[str, Future[list[str]]] = {}
         self._lock = threading.Lock()
 
     def addresses(self, host: str) -> list[str]:
-        """Addresses of a host, in the order in which they are to be tried.
+        """Return the addresses of a host, in the order in which to try them.
 
-        Where the resolver is late they are those that it gave last.
+        If the resolver is late, these are the last addresses that it returned.
 
         Raises:
-            OSError: if there are none, or none is known in time.
+            OSError: if the host has no address, or none is known in time.
         """
         with self._lock:
             running = self._running_by_host.get(host)

@@ -1,39 +1,39 @@
-"""One encoding at a time for each history: who comes later waits for who came first."""
+"""Single-flight encoding: of concurrent requests for the same K/V one encodes, the others wait."""
 
 import threading
 from collections.abc import Collection, Hashable
 
 
-class Flights:
-    """Keys that are being worked on, and by whom they are waited for.
+class SingleFlight:
+    """Keys whose K/V is being encoded, each by one leader.
 
     Attributes:
-        num_landed: times that work has ended; who looked something up at another number, looks
-            again before it begins.
+        num_finished: calls of ``finish`` so far. If it has changed since a look-up, the look-up
+            must be repeated before encoding.
     """
 
     def __init__(self) -> None:
-        self.num_landed = 0
-        self._landed_by_key: dict[Hashable, threading.Event] = {}
+        self.num_finished = 0
+        self._finished_by_key: dict[Hashable, threading.Event] = {}
         self._lock = threading.Lock()
 
     def lead(self, keys: Collection[Hashable]) -> set[Hashable]:
-        """Begin work on those keys that nobody works on; they are to be landed."""
+        """Become the leader of the keys that have none; the caller must ``finish`` them."""
         with self._lock:
-            led = {key for key in keys if key not in self._landed_by_key}
+            led = {key for key in keys if key not in self._finished_by_key}
             for key in led:
-                self._landed_by_key[key] = threading.Event()
+                self._finished_by_key[key] = threading.Event()
             return led
 
-    def land(self, keys: Collection[Hashable]) -> None:
-        """End the work on keys that the caller leads, however it went."""
+    def finish(self, keys: Collection[Hashable]) -> None:
+        """Wake the waiters of keys that the caller leads, whether encoding succeeded or not."""
         with self._lock:
-            self.num_landed += 1
+            self.num_finished += 1
             for key in keys:
-                self._landed_by_key.pop(key).set()
+                self._finished_by_key.pop(key).set()
 
     def wait(self, key: Hashable, timeout_s: float) -> bool:
-        """Wait until nobody works on a key; whether it came to that in time."""
+        """Wait until a key has no leader; return False on timeout."""
         with self._lock:
-            landed = self._landed_by_key.get(key)
-        return landed is None or landed.wait(timeout_s)
+            finished = self._finished_by_key.get(key)
+        return finished is None or finished.wait(timeout_s)

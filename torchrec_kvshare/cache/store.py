@@ -1,7 +1,7 @@
-"""All K/V that is kept between requests for one model: pages on the device, and the tiers below.
+"""All K/V kept between requests for one model: the ``pages`` tier and the tiers below it.
 
-What is asked for is brought to the device and held there, wherever it lay; what is put goes on to
-the tiers that want it.
+K/V found in a lower tier is promoted to pages and leased there. New K/V is put into pages and
+published to the lower tiers.
 """
 
 import logging
@@ -14,27 +14,28 @@ from torchrec_kvshare.cache.identity import Content, PrefixDigests
 from torchrec_kvshare.cache.kv_cache import CONTENT, PAGES, Entry, KVCache, Lookup
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.reasons import COLD, EVICTED, EXPIRED, TIER_ERROR
-from torchrec_kvshare.cache.single_flight import Flights
-from torchrec_kvshare.cache.stack import TierStack, Want
+from torchrec_kvshare.cache.single_flight import SingleFlight
+from torchrec_kvshare.cache.stack import MissingKV, TierStack
 from torchrec_kvshare.errors import ShapeError
 from torchrec_kvshare.features.ids import canonical_id
 from torchrec_kvshare.features.schema import RawId
 
 logger = logging.getLogger(__name__)
 
-NOT_HERE = (COLD, EVICTED, EXPIRED)
+NOT_IN_PAGES = (COLD, EVICTED, EXPIRED)
 
 
 class KVStore:
-    """Where an engine's K/V lies, and which of it may be used.
+    """An engine's K/V store.
 
     Args:
-        caches: on the device, one for each history of the schema; they share one clock and metrics.
-        stack: tiers below them, with the same clock; other models' stores may share it.
-        extends: whether K/V may be extended by new events; else whole histories alone are used.
-        min_events: requests with fewer are not kept.
-        context: context columns that history rows read; K/V is kept apart by their values.
-        wait_s: for another request that is encoding the same history.
+        caches: the ``pages`` tier, one cache per history of the schema, with one clock and metrics.
+        stack: tiers below, with the same clock; may be shared with other models' stores.
+        extends: whether cached K/V may be extended by new events; else only whole histories are
+            reused.
+        min_events: requests with fewer are scored without the cache.
+        context: context columns that history rows read; their values are part of the key.
+        wait_s: maximum wait for another request that is encoding the same history.
 
     Example:
         >>> from torchrec_kvshare.cache.pages import PagePool
@@ -47,6 +48,7 @@ class KVStore:
         self,
         caches: Sequence[KVCache],
         stack: TierStack | None = None,
+        *,
         extends: bool = True,
         min_events: int = 0,
         context: Sequence[str] = (),
@@ -57,42 +59,45 @@ class KVStore:
         self.extends = extends
         self.min_events = min_events
         self.context = tuple(context)
-        self.flights = Flights()
+        self.single_flight = SingleFlight()
         self.wait_s = wait_s
 
     @property
     def metrics(self) -> CacheMetrics:
-        """What all of it counts."""
+        """Metrics of all tiers."""
         return self.caches[0].metrics
 
-    def fetch(self, wants: Sequence[tuple[int, Want]], lookups: Sequence[Lookup]) -> list[Lookup]:
-        """Ask the tiers below for what the device lacks, and bring it up.
+    def fetch(
+        self, missing: Sequence[tuple[int, MissingKV]], lookups: Sequence[Lookup]
+    ) -> list[Lookup]:
+        """Fetch from the tiers below what is missing in pages, and promote it.
 
         Args:
-            wants: each with the number of its history.
-            lookups: what the device had.
+            missing: each with the index of its history.
+            lookups: their results in pages.
 
         Returns:
-            The look-ups that are the best now; their entries are held, as those given still are.
+            The best look-up for each; entries that were promoted are leased, and those of
+            ``lookups`` still are.
         """
-        if self.stack is None or not wants:
+        if self.stack is None or not missing:
             return list(lookups)
         best = []
-        fetched = self.stack.fetch([want for _, want in wants])
-        for (number, want), found, lookup in zip(wants, fetched, lookups, strict=True):
+        fetched = self.stack.fetch([missing_kv for _, missing_kv in missing])
+        for (index, missing_kv), found, lookup in zip(missing, fetched, lookups, strict=True):
             record = found.record
             if record is None:
-                # The device knows better what became of K/V that it has, or had a part of.
-                is_known = lookup.entry is not None or lookup.reason not in NOT_HERE
+                # If pages have an entry, or had one that differs, their reason is the better one.
+                is_known = lookup.entry is not None or lookup.reason not in NOT_IN_PAGES
                 best.append(
                     lookup if is_known or not found.reason else lookup._replace(reason=found.reason)
                 )
                 continue
             try:
-                entry = self.caches[number].put(
-                    want.user_id, record.content, record.kv, encoded_at=record.encoded_at
+                entry = self.caches[index].put(
+                    missing_kv.user_id, record.content, record.kv, encoded_at=record.encoded_at
                 )
-            except ShapeError as error:  # Somebody wrote K/V that no model of ours made.
+            except ShapeError as error:  # Foreign K/V under our key: no model of ours wrote it.
                 logger.warning("K/V in tier %s is not used: %s", found.tier, error)
                 self.metrics.count("tier_failures", tier=found.tier, kind="corrupt")
                 best.append(lookup._replace(reason=TIER_ERROR))
@@ -101,64 +106,74 @@ class KVStore:
                 best.append(lookup)
             else:
                 entry.num_published = entry.num_events
-                best.append(Lookup(entry, found.reason, found.num_matched, lookup.at, found.tier))
+                best.append(
+                    Lookup(
+                        entry,
+                        found.reason,
+                        num_matched=found.num_matched,
+                        at=lookup.at,
+                        tier=found.tier,
+                    )
+                )
         return best
 
     def put(
-        self, number: int, user_id: str, content: Content, kv: Tensor, lookup: Lookup, num_kept: int
+        self, index: int, user_id: str, content: Content, kv: Tensor, lookup: Lookup, num_kept: int
     ) -> Entry | None:
-        """Keep rows behind the first ``num_kept`` of what was looked up; see ``KVCache.put``."""
-        cache = self.caches[number]
+        """Keep rows after the first ``num_kept`` of the looked-up entry, and publish the entry.
+
+        See ``KVCache.put``; ``index`` is that of the history.
+        """
+        cache = self.caches[index]
         base = lookup.entry if num_kept else None
-        entry = cache.put(user_id, content, kv, base, num_kept, lookup.at)
+        entry = cache.put(user_id, content, kv, base=base, num_kept=num_kept, encoded_at=lookup.at)
         if entry is not None and self.stack is not None:
             self.stack.publish(cache, entry)
         return entry
 
-    def rows(self, number: int, entry: Entry | None, num_rows: int) -> Tensor:
-        """The first rows [planes, R, H, D] of an entry; no rows of none."""
-        return self.caches[number].pool.read([] if entry is None else entry.pages, num_rows)
+    def rows(self, index: int, entry: Entry | None, num_rows: int) -> Tensor:
+        """Return the first rows [planes, R, H, D] of an entry of a history; none for None."""
+        return self.caches[index].pool.read([] if entry is None else entry.pages, num_rows)
 
-    def release(self, number: int, entry: Entry) -> None:
-        """Give back what a look-up or ``put`` gave out."""
-        self.caches[number].release(entry)
+    def release(self, index: int, entry: Entry) -> None:
+        """End one lease of an entry of a history."""
+        self.caches[index].release(entry)
 
-    def flight_key(self, user_id: str, histories: Sequence[PrefixDigests]) -> Hashable:
-        """What two requests have in common that need the same K/V."""
+    def single_flight_key(self, user_id: str, histories: Sequence[PrefixDigests]) -> Hashable:
+        """Return a key that is equal for requests that need the same K/V."""
         is_shared = self.caches[0].rules.share == CONTENT
         wholes = tuple((history.identity, history.whole) for history in histories)
         return ("" if is_shared else user_id, wholes)
 
     def join(self, keys: Sequence[Hashable]) -> None:
-        """Wait until others have encoded what these requests need, as far as the time allows."""
+        """Wait at most ``wait_s`` until other requests have encoded the K/V of these keys."""
         deadline = time.monotonic() + self.wait_s
         for key in keys:
-            has_landed = self.flights.wait(key, max(0.0, deadline - time.monotonic()))
-            self.metrics.count("flights", outcome="joined" if has_landed else "timed_out")
-            self.metrics.count("hits_by_scope", float(has_landed), scope="request")
+            has_joined = self.single_flight.wait(key, max(0.0, deadline - time.monotonic()))
+            self.metrics.count("flights", outcome="joined" if has_joined else "timed_out")
+            self.metrics.count("hits_by_scope", float(has_joined), scope="request")
 
-    def knows(self, user_id: str) -> bool:
-        """Whether the device has K/V of a user; which, and whether it is right, is not asked."""
-        return all(cache.knows(user_id) for cache in self.caches)
+    def contains(self, user_id: str) -> bool:
+        """Return whether pages have K/V of a user in every history, valid or not."""
+        return all(cache.contains(user_id) for cache in self.caches)
 
     def count_hit(self, user_id: str, lookups: Sequence[Lookup]) -> None:
-        """Count a request whose K/V was all there, by whose it was."""
+        """Count a full hit by its scope: the user's own K/V, or another user's."""
         owners = {lookup.entry.user_id for lookup in lookups if lookup.entry is not None}
         is_own = owners <= {user_id}
         self.metrics.count("hits_by_scope", scope="cross_request" if is_own else "cross_user")
 
     def forget(self, user_id: RawId) -> dict[str, int | None]:
-        """Drop a user's K/V from every tier; what is being encoded now is not kept either.
+        """Drop a user's K/V from every tier; K/V that is being encoded now will be refused.
 
         Args:
-            user_id: in any spelling that a request may have.
+            user_id: in any spelling that a request may use.
 
         Returns:
-            Bytes dropped by tier; None for a tier that could not be reached, and is to be asked
-            again.
+            Bytes dropped by tier; None for a tier that could not be reached: call again later.
         """
         user = canonical_id(user_id)
-        # The device last: what is brought up meanwhile goes too.
+        # Pages last, so that K/V promoted meanwhile is dropped too.
         below = {} if self.stack is None else self.stack.forget(user)
         dropped = sum(cache.forget(user) for cache in self.caches)
         self.metrics.count("forgotten_bytes", dropped, tier=PAGES)
@@ -170,18 +185,18 @@ class KVStore:
         return dropped | ({} if self.stack is None else self.stack.clear(model_version))
 
     def close(self) -> None:
-        """Write what waits, and let go of the tiers below."""
+        """Write queued K/V, then close the tiers below."""
         if self.stack is not None:
             self.stack.close()
 
     def pin(self, user_ids: Collection[RawId]) -> None:
-        """Keep these users' K/V, from the next time it is put, where nobody evicts it."""
+        """Put these users' K/V into the pinned reserve, from its next ``put`` on."""
         for cache in self.caches:
             for user_id in user_ids:
                 cache.pin(canonical_id(user_id))
 
     def unpin(self, user_ids: Collection[RawId]) -> None:
-        """Let these users be evicted again."""
+        """Make these users' K/V evictable again, from its next ``put`` on."""
         for cache in self.caches:
             for user_id in user_ids:
                 cache.unpin(canonical_id(user_id))

@@ -1,8 +1,8 @@
-"""What a tier of the cache is, and the nearest of them: values in this process's memory.
+"""The interface of a cache tier, and the host tier: values in this process's memory.
 
-A tier holds bytes by user and scope and knows nothing of K/V. A scope begins with the version of
-the model that the value is of, and a dot. A user who was forgotten stays forgotten: what was
-encoded before that and comes later, from a queue or another tier, is refused.
+A tier stores bytes by user and scope; it does not interpret them. A scope begins with the model
+version of the value and a dot. A forgotten user stays forgotten: a fence refuses values that were
+encoded earlier and are written later, from a queue or another tier.
 """
 
 import math
@@ -20,8 +20,8 @@ class Found(NamedTuple):
     """What a tier has under a key.
 
     Attributes:
-        value: the bytes; None for none. They may be older than the time to live.
-        scopes: what else is kept of this user, in order; may be () where there is a value.
+        value: the bytes, maybe older than the time to live; None if there are none.
+        scopes: the user's other scopes, sorted; may be () if there is a value.
     """
 
     value: bytes | None
@@ -29,35 +29,35 @@ class Found(NamedTuple):
 
 
 class Tier(Protocol):
-    """A store of bytes by user and scope; safe to share between threads.
+    """A store of bytes by user and scope; thread-safe.
 
-    Whatever the store behind it does, its methods return or raise ``TierError``.
+    Whatever the store does, the methods return or raise ``TierError``.
     """
 
     name: str
 
     def get(self, keys: Sequence[tuple[str, str]]) -> list[Found]:
-        """What is kept under keys, each a user and a scope; one round trip where there is one."""
+        """Look up keys, each a user and a scope; a networked tier does it in one round trip."""
         ...
 
     def put(self, user: str, scope: str, value: bytes, encoded_at: float) -> bool:
-        """Keep a value in place of what the key had.
+        """Store a value, replacing the one under the same key.
 
         Args:
-            user: whose it is: hexadecimal digits.
-            scope: what it is of, without slash and colon: ``<model>-<tables>.…``.
+            user: hexadecimal digest of the user id.
+            scope: identity and codec of the value, without slash or colon: ``<model>-<tables>.…``.
             value: any bytes.
             encoded_at: Unix seconds.
 
         Returns:
-            False if it is refused, for the user was forgotten after it was encoded, or so shortly
-            before that the store cannot tell. True does not say that it stays: what is older than
-            the time to live or larger than the tier does not.
+            False if it is refused: the user was forgotten after it was encoded, or so shortly
+            before that the store cannot tell. True does not mean that it is kept: a value older
+            than the time to live or larger than the tier is not.
         """
         ...
 
     def forget(self, user: str, at: float) -> int:
-        """Drop all of a user, and for the time to live refuse what was encoded at ``at`` or before.
+        """Drop a user's values; for the time to live refuse values encoded at ``at`` or before.
 
         Returns:
             Bytes dropped.
@@ -65,52 +65,52 @@ class Tier(Protocol):
         ...
 
     def clear(self, version: str) -> int:
-        """Drop every value whose scope begins with a version and a dot; returns the bytes."""
+        """Drop each value whose scope begins with a version and a dot; return the bytes dropped."""
         ...
 
     def held_bytes(self) -> int:
-        """Bytes that the store takes now."""
+        """Return the bytes in the store."""
         ...
 
     def close(self) -> None:
-        """Let go of the store."""
+        """Release the store."""
         ...
 
 
 class Fences:
-    """When users were forgotten, as long as that matters; called under its owner's lock.
+    """Times at which users were forgotten, kept for the time to live; not thread-safe.
 
     Args:
-        ttl_s: seconds for which a value is used.
+        ttl_s: seconds from encoding until a value expires.
         clock: Unix seconds.
 
     Raises:
-        ConfigError: if the time to live is not above zero, or has no end.
+        ConfigError: if the time to live is not above zero and finite.
     """
 
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
         check_ttl(ttl_s)
-        self.at_by_user: OrderedDict[str, float] = OrderedDict()  # the oldest first, or nearly
+        self.at_by_user: OrderedDict[str, float] = OrderedDict()  # nearly oldest first
         self._ttl_s = ttl_s
         self._clock = clock
 
     def put(self, user: str, at: float) -> float:
-        """Refuse what was encoded until then; returns the time that holds, the latest of all."""
+        """Set a user's fence, unless the existing one is later; return the fence's time."""
         at = max(at, self.at_by_user.get(user, -math.inf))
         self.at_by_user[user] = at
         self.at_by_user.move_to_end(user)
         return at
 
     def refuses(self, user: str, encoded_at: float) -> bool:
-        """Whether the user was forgotten since."""
+        """Return whether the user was forgotten at ``encoded_at`` or later."""
         return encoded_at <= self.at_by_user.get(user, -math.inf)
 
     def is_expired(self, at: float) -> bool:
-        """Whether values encoded then are too old to be kept, and fences set then to matter."""
+        """Return whether values encoded at ``at`` have expired; so has a fence of that time."""
         return at + self._ttl_s <= self._clock()
 
     def pop_expired(self) -> list[str]:
-        """Users whose fences do not matter any more."""
+        """Remove expired fences; return their users."""
         expired = []
         while self.at_by_user and self.is_expired(next(iter(self.at_by_user.values()))):
             expired.append(self.at_by_user.popitem(last=False)[0])
@@ -118,17 +118,16 @@ class Fences:
 
 
 class HostTier:
-    """Values in this process's memory, as many as its policy admits.
+    """Values in this process's memory, within the budget of a policy.
 
     Args:
-        policy: who leaves when it is full; nobody else uses it.
-        ttl_s: seconds for which a value is used.
-        clock: Unix seconds, those of ``encoded_at``.
-        on_evict: takes the user, the scope and the value of what leaves for lack of room, also of
-            what was not admitted.
+        policy: eviction and admission policy; not shared.
+        ttl_s: seconds from encoding until a value expires.
+        clock: Unix seconds, the clock of ``encoded_at``.
+        on_evict: called with user, scope and value of each evicted or not admitted value.
 
     Raises:
-        ConfigError: if the time to live is not above zero, or has no end.
+        ConfigError: if the time to live is not above zero and finite.
 
     Example:
         >>> from torchrec_kvshare.cache.policies import LruPolicy
@@ -169,18 +168,20 @@ class HostTier:
                 return True
             self._pop(user, scope)
             key = f"{user}/{scope}"
-            leaving = self._policy.put(key, len(value))
-            # The new value last, so that there is room for it.
-            left = [
-                (*_split(other), self._pop(*_split(other))) for other in leaving if other != key
+            evicted_keys = self._policy.put(key, len(value))
+            # The new value is added last, when there is room for it.
+            evicted = [
+                (*_split(other), self._pop(*_split(other)))
+                for other in evicted_keys
+                if other != key
             ]
-            if key in leaving:
-                left.append((user, scope, value))
+            if key in evicted_keys:
+                evicted.append((user, scope, value))
             else:
                 self._value_by_scope_by_user.setdefault(user, {})[scope] = value
                 self._held_bytes += len(value)
         if self._on_evict is not None:
-            for each in left:
+            for each in evicted:
                 self._on_evict(*each)
         return True
 
@@ -217,7 +218,7 @@ class HostTier:
         return dropped_bytes
 
     def _pop(self, user: str, scope: str) -> bytes:
-        """Take a value out, the policy's record of it aside; empty if there is none."""
+        """Remove a value, but not its key from the policy; return ``b""`` if there is none."""
         values = self._value_by_scope_by_user.get(user, {})
         value = values.pop(scope, b"")
         if not values:
@@ -230,10 +231,10 @@ def check_ttl(ttl_s: float) -> None:
     """Refuse a time to live for which a tier would have to remember forgotten users for ever.
 
     Raises:
-        ConfigError: if it is not above zero, or has no end.
+        ConfigError: if it is not above zero and finite.
     """
     if not 0.0 < ttl_s < math.inf:
-        raise ConfigError(f"ttl_s is {ttl_s}; a tier needs a time above 0 seconds that ends")
+        raise ConfigError(f"ttl_s is {ttl_s}; a tier needs a finite time above 0 seconds")
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Writes that nobody waits for: a queue, bounded in length and in bytes, and one thread."""
+"""Write-behind: a queue, bounded in length and bytes, and one thread that writes."""
 
 import logging
 import threading
@@ -11,26 +11,26 @@ logger = logging.getLogger(__name__)
 
 
 class Write(NamedTuple):
-    """Something to do later that holds so many bytes until it is done."""
+    """A queued write and the bytes of memory that it keeps until it is done."""
 
     run: Callable[[], None]
     num_bytes: int
 
 
 class WriteQueue:
-    """Runs writes in their order, one at a time.
+    """Runs writes in order, one at a time.
 
     Args:
         name: of the thread.
-        max_length: writes that may wait.
-        max_bytes: that those may hold.
+        max_length: most queued writes.
+        max_bytes: most bytes of queued writes.
     """
 
     def __init__(self, name: str, max_length: int, max_bytes: int) -> None:
         self._max_length = max_length
         self._max_bytes = max_bytes
-        self._waiting: deque[Write] = deque()
-        self._waiting_bytes = 0
+        self._queued: deque[Write] = deque()
+        self._queued_bytes = 0
         self._is_running = False
         self._is_closed = False
         self._changed = threading.Condition()
@@ -39,40 +39,39 @@ class WriteQueue:
 
     @property
     def length(self) -> int:
-        """Writes that wait."""
-        return len(self._waiting)
+        """Queued writes, without the one that runs."""
+        return len(self._queued)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that those hold."""
-        return self._waiting_bytes
+        """Bytes of the queued writes."""
+        return self._queued_bytes
 
     def offer(self, write: Write) -> bool:
-        """Take a write, unless there is no room for it."""
+        """Queue a write; return False if the queue is full or closed."""
         with self._changed:
-            is_full = len(self._waiting) >= self._max_length
-            if (
-                self._is_closed
-                or is_full
-                or self._waiting_bytes + write.num_bytes > self._max_bytes
-            ):
+            has_room = (
+                len(self._queued) < self._max_length
+                and self._queued_bytes + write.num_bytes <= self._max_bytes
+            )
+            if self._is_closed or not has_room:
                 return False
-            self._waiting.append(write)
-            self._waiting_bytes += write.num_bytes
+            self._queued.append(write)
+            self._queued_bytes += write.num_bytes
             self._changed.notify_all()
             return True
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until nothing waits or runs; whether it came to that in time."""
+        """Wait until no write is queued or running; return False on timeout."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self._waiting or self._is_running:
+            while self._queued or self._is_running:
                 if not self._changed.wait(deadline - time.monotonic()):
-                    return not (self._waiting or self._is_running)
+                    return not (self._queued or self._is_running)
             return True
 
     def close(self, timeout_s: float) -> None:
-        """Do what waits, as far as the time allows, and take nothing more."""
+        """Run the queued writes within a timeout and refuse new ones."""
         self.drain(timeout_s)
         with self._changed:
             self._is_closed = True
@@ -84,14 +83,14 @@ class WriteQueue:
             with self._changed:
                 self._is_running = False
                 self._changed.notify_all()
-                while not self._waiting:
+                while not self._queued:
                     if self._is_closed:
                         return
                     self._changed.wait()
-                write = self._waiting.popleft()
-                self._waiting_bytes -= write.num_bytes
+                write = self._queued.popleft()
+                self._queued_bytes -= write.num_bytes
                 self._is_running = True
             try:
                 write.run()
-            except Exception:  # One write that fails must not keep the others from being made.
-                logger.exception("a write behind failed")
+            except Exception:  # A failed write must not stop the thread.
+                logger.exception("a queued write failed")

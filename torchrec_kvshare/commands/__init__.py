@@ -1,1 +1,1 @@
-"""Pipelines as commands: where they lie, their help, and how a mistake of a user ends."""
+"""Pipelines as commands: where their files are, their help, and one-line error messages."""

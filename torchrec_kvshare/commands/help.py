@@ -1,6 +1,6 @@
-"""Help of a pipeline: its own values with their comments, and the groups that it takes.
+"""Help of a pipeline: its config values with their comments, and the config groups it takes.
 
-It is read from the files in ``configs/``, so what a comment says there is what a user is shown.
+The text is read from the files in ``configs/``: their comments are what a user sees.
 """
 
 import shlex
@@ -12,16 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 from torchrec_kvshare.commands.layout import CONFIGS, pipeline_names, summary_of, typed_command
 
 FOOTER = """\
-More: `--help group=option` shows the values of an option too; `--cfg job` prints all values as they
-are composed; `-m key=1,2` runs once for each value; `--hydra-help` lists Hydra's own options.
-HYDRA_FULL_ERROR=1 in the environment shows where an error was raised."""
+More: `--help group=option` also shows the values of an option; `--cfg job` prints the composed
+config; `-m key=1,2` runs once for each value; `--hydra-help` lists Hydra's own options.
+HYDRA_FULL_ERROR=1 in the environment prints the traceback of an error."""
 OVERRIDE = "override "
-# No group of a pipeline's values: the package's own settings of Hydra, and where the values stand.
+# Entries of a defaults list that are not config groups: Hydra's settings, and the file itself.
 NO_GROUPS = ("hydra_quiet", "_self_")
 
 
 def list_of_pipelines() -> str:
-    """What ``kvshare --help`` prints."""
+    """Return what ``kvshare --help`` prints."""
     names = pipeline_names()
     width = max(map(len, names))
     lines = [f"  {name:<{width}}  {summary_of(name)}" for name in names]
@@ -30,11 +30,11 @@ def list_of_pipelines() -> str:
 
 
 def help_of(pipeline: str, arguments: Sequence[str] = ()) -> str:
-    """What ``--help`` of a pipeline prints.
+    """Return what ``--help`` of a pipeline prints.
 
     Args:
         pipeline: its name.
-        arguments: beside ``--help``; of each option among them the values are shown too.
+        arguments: the other arguments; for each ``group=option`` the option's values are shown too.
     """
     parts = [f"usage: {shlex.join(typed_command(pipeline))} [key=value ...]", summary_of(pipeline)]
     parts += [f"Values, in configs/{file}.yaml:\n\n{_values(file)}" for file in _files(pipeline)]
@@ -50,39 +50,39 @@ def help_of(pipeline: str, arguments: Sequence[str] = ()) -> str:
 
 
 def groups_of(pipeline: str) -> dict[str, str]:
-    """The groups that a pipeline takes, with the option that it takes of each by default."""
-    option_by_group: dict[str, str] = {}
-    for file in reversed(_files(pipeline)):
-        for entry in _defaults(file):
-            if isinstance(entry, DictConfig):
-                for group, option in entry.items():
-                    if "/" not in str(group):
-                        option_by_group[str(group).removeprefix(OVERRIDE)] = option
+    """Return the config groups that a pipeline takes, each with its default option.
+
+    Groups that only some options of another group take are included.
+    """
+    option_by_group = _own_groups(pipeline)
+    for group in [*option_by_group]:
+        for option in options_of(group):
+            option_by_group |= _groups_in(f"{group}/{option}")
     return option_by_group
 
 
 def keys_of(pipeline: str) -> dict[str, list[str]]:
-    """Every key that some choice of groups gives a pipeline, with the options that have it.
+    """Return every key that a pipeline can have, with the group options that define it.
 
-    Keys of its own files, and the groups themselves, are with no option.
+    Keys of the pipeline's own files, and the groups themselves, have no options.
     """
     own = [key for file in _files(pipeline) for key in _keys(_load(file), "")]
-    options_by_key = {key: list[str]() for key in (*groups_of(pipeline), *own)}
+    options_by_key = {key: list[str]() for key in (*_own_groups(pipeline), *own)}
     for group in groups_of(pipeline):
         for option in options_of(group):
-            package = _package(_text(f"{group}/{option}"), group)
-            for key in _keys(_load(f"{group}/{option}"), package):
+            file = f"{group}/{option}"
+            for key in (*_groups_in(file), *_keys(_load(file), _package(_text(file), group))):
                 options_by_key[key] = [*options_by_key.get(key, []), f"{group}={option}"]
     return {key: options for key, options in options_by_key.items() if key != "defaults"}
 
 
 def options_of(group: str) -> list[str]:
-    """Names of a group's options, in order."""
+    """Return the names of a group's options, sorted."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
 def comment_of(group: str, option: str) -> str:
-    """What an option is, in a line: the first comment of its file."""
+    """Return the first comment of an option's file: what it is, in one line."""
     for line in _text(f"{group}/{option}").splitlines():
         if line.startswith("# ") and not line.startswith("# @package"):
             return line.removeprefix("# ")
@@ -99,16 +99,36 @@ def _options(group: str, default: str) -> str:
     return "\n".join(lines)
 
 
+def _own_groups(pipeline: str) -> dict[str, str]:
+    """Return the groups in the defaults of a pipeline's own files, each with its default option."""
+    option_by_group: dict[str, str] = {}
+    for file in reversed(_files(pipeline)):
+        option_by_group |= _groups_in(file)
+    return option_by_group
+
+
+def _groups_in(file: str) -> dict[str, str]:
+    """Return the groups in the defaults of one file; an absolute one starts with a slash."""
+    option_by_group = {}
+    for entry in _defaults(file):
+        if isinstance(entry, DictConfig):
+            for name, option in entry.items():
+                group = str(name).removeprefix(OVERRIDE).removeprefix("/")
+                if "/" not in group:
+                    option_by_group[group] = option
+    return option_by_group
+
+
 def _files(pipeline: str) -> list[str]:
-    """Its own file, and those that it builds on."""
+    """Return the pipeline's config file and the files it builds on."""
     bases = [one for one in _defaults(pipeline) if isinstance(one, str) and one not in NO_GROUPS]
     return [pipeline, *(file for base in bases for file in _files(base))]
 
 
 def _values(file: str) -> str:
-    """A file as it stands, without its head and its list of defaults."""
-    _, _, body = _text(file).partition("\ndefaults:\n")
-    return _indented(body.partition("\n\n")[2])
+    """Return a file's values with their comments, without its first line and its defaults list."""
+    _, _, rest = _text(file).partition("\ndefaults:\n")
+    return _indented(rest.partition("\n\n")[2])
 
 
 def _indented(text: str) -> str:
@@ -128,7 +148,7 @@ def _keys(values: DictConfig, prefix: str) -> Iterator[str]:
 
 
 def _package(text: str, group: str) -> str:
-    """Where an option's values stand among a pipeline's."""
+    """Return the key under which Hydra puts an option's values."""
     first = text.partition("\n")[0]
     if not first.startswith("# @package "):
         return group

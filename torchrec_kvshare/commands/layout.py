@@ -1,7 +1,7 @@
-"""Where the pipelines and their configs lie.
+"""Where the files of pipelines and their configs are.
 
-A wheel holds both folders inside the package; in a checkout, and in an editable install of one,
-they stand beside it.
+A wheel has both folders inside the package; a checkout, and an editable install of one, has them
+beside it.
 """
 
 import ast
@@ -16,18 +16,18 @@ CONFIGS = ROOT / "configs"
 
 
 def pipeline_names() -> list[str]:
-    """Names of all pipelines, in order."""
+    """Return the names of all pipelines, sorted."""
     return sorted(path.stem for path in PIPELINES.glob("*.py") if path.stem != "__init__")
 
 
 def summary_of(pipeline: str) -> str:
-    """What a pipeline does, in a line: the first of its docstring, without its command."""
+    """Return what a pipeline does: the first line of its docstring, without its command."""
     docstring = ast.get_docstring(ast.parse((PIPELINES / f"{pipeline}.py").read_text())) or ""
     return docstring.partition("\n")[0].partition(": ``")[0].rstrip(".") + "."
 
 
 def typed_command(pipeline: str) -> list[str]:
-    """What a user types to run a pipeline.
+    """Return the command a user types to run a pipeline.
 
     Example:
         >>> typed_command("train")
@@ -37,5 +37,5 @@ def typed_command(pipeline: str) -> list[str]:
 
 
 def process_command(pipeline: str) -> list[str]:
-    """Start of a command line that runs a pipeline in a process of its own, wherever it lies."""
+    """Return the start of a command line that runs a pipeline in a new process."""
     return [sys.executable, "-m", PACKAGE.name, pipeline]

@@ -1,7 +1,7 @@
-"""What of the machine is this process's: cores and memory, as cgroups v1 and v2 cut them.
+"""Cores and memory that this process may use, as limited by cgroups v1 and v2.
 
-A container sees all cores of its host; what it may use of them stands in its cgroup, and in those
-above it, of which the least holds.
+A container sees all cores of its host. Its limits are in its cgroup and in the cgroup's parents;
+the lowest limit holds.
 """
 
 import os
@@ -13,10 +13,10 @@ NO_QUOTA = ("max", "-1")  # of cgroups v2 and v1
 
 
 def granted_cores(root: Path = ROOT) -> int:
-    """Cores that this process may keep busy, at least one; of a quota of 2.5 cores they are two.
+    """Return the whole cores that this process may use, at least one: two for a quota of 2.5.
 
     Args:
-        root: of the file system that says so.
+        root: root of the file system to read.
     """
     cores = float(len(os.sched_getaffinity(0)))
     for group in _groups(root, "cpu"):
@@ -28,10 +28,10 @@ def granted_cores(root: Path = ROOT) -> int:
 
 
 def granted_bytes(root: Path = ROOT) -> int:
-    """Memory that this process may take: the machine's, or what its cgroup has of it.
+    """Return the bytes of memory that this process may use: the machine's or its cgroup's limit.
 
     Args:
-        root: of the file system that says so.
+        root: root of the file system to read.
     """
     _, kibibytes, *_ = _words(root / "proc/meminfo")  # MemTotal is its first line.
     granted = int(kibibytes) * 2**10
@@ -43,26 +43,26 @@ def granted_bytes(root: Path = ROOT) -> int:
 
 
 def resident_bytes() -> int:
-    """Memory that this process takes now."""
+    """Return the bytes of memory that this process has resident now."""
     return int(_words(ROOT / "proc/self/statm")[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the cgroups that this process is in, those of v1 for one of their controllers."""
-    place_by_controller: dict[str, str] = {}  # v2 has one hierarchy, without a name.
+    """Yield the folders of this process's cgroup and its parents, for one controller in v1."""
+    path_by_controller: dict[str, str] = {}  # "" for v2, which has one hierarchy without a name
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, of_group = line.split(":", 2)
-        place_by_controller.update(dict.fromkeys(controllers.split(","), of_group))
+        _, controllers, path = line.split(":", 2)
+        path_by_controller.update(dict.fromkeys(controllers.split(","), path))
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, kind_and_options = line.partition(" - ")
         kind, _, options = kind_and_options.split()
-        place = place_by_controller.get("" if kind == "cgroup2" else controller)
+        group = path_by_controller.get("" if kind == "cgroup2" else controller)
         is_ours = kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))
-        if is_ours and place is not None:
-            top, point = mount.split()[3:5]
-            # A container may see its own group as the top of all, and its place from the host's.
-            inside = Path(place.removeprefix(top.rstrip("/")).lstrip("/"))
-            yield from (root / point.lstrip("/") / one for one in (inside, *inside.parents))
+        if is_ours and group is not None:
+            top, mount_point = mount.split()[3:5]
+            # A container may see its own group as the root, but its path from the host's root.
+            inside = Path(group.removeprefix(top.rstrip("/")).lstrip("/"))
+            yield from (root / mount_point.lstrip("/") / one for one in (inside, *inside.parents))
 
 
 def _lines(path: Path) -> list[str]:

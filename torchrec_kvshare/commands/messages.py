@@ -1,7 +1,7 @@
-"""An error of a user in one line: what is wrong, and what is allowed.
+"""A user's mistake in one line: what is wrong, and what is allowed.
 
-Hydra's own messages have several lines, and end with its search path; those that users meet most
-are told anew, with the nearest of the keys that the pipeline has.
+Hydra's own messages have several lines and end with its search path. The most frequent ones are
+reworded, with the nearest key that the pipeline has.
 """
 
 import re
@@ -18,11 +18,11 @@ SEARCH_PATH = re.compile(r"\n(Config s|S)earch path:.*", re.DOTALL)
 
 
 def message_of(error: Exception, pipeline: str) -> str:
-    """An error in one line.
+    """Return the message of an error in one line.
 
     Args:
-        error: ours, Hydra's, OmegaConf's, or the system's.
-        pipeline: in which it was raised.
+        error: ours, Hydra's, OmegaConf's, or the operating system's.
+        pipeline: the pipeline that raised it.
     """
     text = str(error)
     if isinstance(error, OverrideParseException):
@@ -37,7 +37,7 @@ def message_of(error: Exception, pipeline: str) -> str:
             key, _, values = found[1].partition("=")
             return (
                 f"{key} is {values!r}: write {key}=[{values}] for a list, {key}=\"'{values}'\" for "
-                "a text, and -m to run once for each"
+                "a string, and -m to run once for each"
             )
         text = SEARCH_PATH.sub("", text)
         if isinstance(error.__cause__, OmegaConfBaseException):
@@ -50,18 +50,18 @@ def message_of(error: Exception, pipeline: str) -> str:
 def _no_such_key(key: str, pipeline: str) -> str:
     options_by_key = keys_of(pipeline)
     if options := options_by_key.get(key):
-        return (
-            f"{key} is a key of {' or '.join(options)}; choose that, or add the key with ++{key}=…"
-        )
+        # A schema has all keys of a group inside it, but not those of another choice at the top.
+        added = f", or add the key with ++{key}=…" if "." in key else ""
+        return f"{key} is a key of {' or '.join(options)}; choose that{added}"
     parent, _, name = key.rpartition(".")
     siblings = sorted(one for one in options_by_key if one.rpartition(".")[0] == parent)
     sibling_by_name = {one.rpartition(".")[2]: one for one in siblings}
     near = [sibling_by_name[one] for one in get_close_matches(name, sibling_by_name, 1)]
     near = near or [one for one in options_by_key if one.rpartition(".")[2] == name]
     if near:
-        return f"{key} is no key of {pipeline}; did you mean {' or '.join(near)}?"
+        return f"{key} is not a key of {pipeline}; did you mean {' or '.join(near)}?"
     known = siblings or sorted(one for one in options_by_key if "." not in one)
-    return f"{key} is no key of {pipeline}; there are {', '.join(known)}"
+    return f"{key} is not a key of {pipeline}; its keys are {', '.join(known)}"
 
 
 def _first_line(text: str) -> str:

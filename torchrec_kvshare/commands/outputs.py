@@ -1,6 +1,6 @@
-"""Where a pipeline writes, looked at before it does anything.
+"""Checks of a pipeline's outputs, before it does anything.
 
-An output that cannot be written, that is one of the inputs, or that two jobs of a sweep share is an
+An output that cannot be written, that is also an input, or that two jobs of a sweep share is an
 error before the first hour of work, not after it.
 """
 
@@ -23,10 +23,10 @@ INPUTS = ("run", "artifact", "models", "requests", "data.path", "data.root")
 
 
 def check_outputs(config: Any) -> None:
-    """Refuse outputs that cannot be written, before anything is.
+    """Refuse outputs that cannot be written or that are inputs, before anything is written.
 
     Args:
-        config: of a pipeline, checked.
+        config: a pipeline's config, an instance of its schema.
 
     Raises:
         ConfigError: naming the key.
@@ -41,40 +41,41 @@ def check_outputs(config: Any) -> None:
 
 
 def refuse_shared_outputs(overrides: Sequence[str]) -> None:
-    """Refuse a sweep of which two jobs would write to one place.
+    """Refuse a sweep in which two jobs would write to one output.
+
+    Values with ``${…}`` may differ by job, so they are checked when their job starts.
 
     Args:
-        overrides: of the command line of a sweep.
+        overrides: the overrides of a sweep's command line.
 
     Raises:
-        ConfigError: naming the key. Values with ``${…}`` are other ones for each job, perhaps:
-            they are looked at when their job starts.
+        ConfigError: naming the key.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    # A glob is expanded by Hydra alone, and may give any number of jobs.
+    # Only Hydra can expand a glob, which may give any number of jobs.
     globs = [one for one in parsed if one.value_type == ValueType.GLOB_CHOICE_SWEEP]
     known = [one for one in parsed if one not in globs]
     (jobs,) = BasicSweeper.split_arguments(known, None)
     for key in OUTPUTS:
         values = [value for job in jobs for value in job if value.lstrip("+").startswith(f"{key}=")]
         for value, num_jobs in Counter(values).items():
-            # The sweeper puts backslashes before braces.
+            # The sweeper escapes braces with backslashes.
             is_literal = "${" not in value.replace("\\", "")
             if is_literal and (num_jobs > 1 or globs):
                 raise ConfigError(_shared(key, value))
 
 
-def give_own_output(composed: DictConfig, job: int, is_default: bool, taken: set[str]) -> None:
+def give_own_output(composed: DictConfig, job: int, taken: set[str], *, is_default: bool) -> None:
     """Give a job of a sweep an output of its own.
 
     Args:
-        composed: of the job; a default output gets the job's number.
+        composed: the job's config; a default output gets the job's number.
         job: its number in the sweep.
+        taken: outputs of earlier jobs; this job's outputs are added.
         is_default: whether the command line leaves the output to the config.
-        taken: outputs of the jobs before it; gets this one's.
 
     Raises:
-        ConfigError: if another job has written there.
+        ConfigError: if an earlier job has this output.
     """
     if "output" not in composed:
         return
@@ -83,17 +84,17 @@ def give_own_output(composed: DictConfig, job: int, is_default: bool, taken: set
         composed.output = str(path.with_stem(f"{path.stem}-{job}"))
     for key in OUTPUTS:
         value = OmegaConf.select(composed, key)
-        place = f"{key}={value}"
-        if place in taken:
-            raise ConfigError(_shared(key, place))
+        override = f"{key}={value}"
+        if override in taken:
+            raise ConfigError(_shared(key, override))
         if value is not None:
-            taken.add(place)
+            taken.add(override)
 
 
-def _shared(key: str, place: str) -> str:
+def _shared(key: str, override: str) -> str:
     return (
-        f"{place} is where several jobs of this sweep would write; each needs one of its own, such "
-        f"as '{key}=runs/${{hydra:job.num}}'"
+        f"{override} is the output of several jobs of this sweep; each needs its own, such as "
+        f"'{key}=runs/${{hydra:job.num}}'"
     )
 
 
@@ -115,7 +116,7 @@ def _check_kind(key: str, output: Path, is_file: bool) -> None:
 
 
 def _check_parent(key: str, output: Path) -> None:
-    """The nearest folder that exists must take what is to be made in it."""
+    """Check that the nearest existing parent folder can be written to."""
     parent = next(one for one in output.absolute().parents if one.exists())
     if output.is_dir():
         parent = output.absolute()

@@ -1,7 +1,7 @@
-"""Pipelines as commands: every mistake of a user ends in one line, a bug in its traceback.
+"""Pipelines as commands: a user's mistake ends in one line, a bug in its traceback.
 
-Exit statuses: 0 all is well, 1 a bug, 2 a mistake of the user, 130 interrupted, 141 nobody reads
-what is printed; ``score`` has 3 besides.
+Exit statuses: 0 success, 1 a bug, 2 a user's mistake, 3 ``score`` refused some lines, 130
+interrupted, 141 the reader of standard output is gone.
 """
 
 import functools
@@ -47,50 +47,55 @@ HELP = ("--help", "-h")
 BUG, MISTAKE = 1, 2
 INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE
-# Ours and Hydra's; and what the system refuses because of a user's path, or of a user's disk.
+# Our errors and Hydra's, and what the system refuses because of a path.
 MISTAKES = (
     *(KVShareError, HydraException, OmegaConfBaseException),
     *(PermissionError, IsADirectoryError, NotADirectoryError),
 )
-DISK_ERRNOS = (ENOSPC, EDQUOT, EROFS, ENAMETOOLONG)
-# Installed by hand: torchrec's metadata asks for the CUDA build of fbgemm.
+DISK_ERRNOS = (ENOSPC, EDQUOT, EROFS, ENAMETOOLONG)  # the disk's or the path's fault
+# Not installed as dependencies: torchrec's metadata asks for the CUDA build of fbgemm.
 BY_HAND = ("torchrec", "fbgemm_gpu")
+
+SchemaOf = Callable[[DictConfig], type[Schema]]
 
 
 @dataclass
 class _Jobs:
-    """What became of the jobs of one command: several of them in a sweep."""
+    """Results of the jobs of one command; a sweep has several."""
 
     pipeline: str
-    full_error: str | None  # the environment's, as the user has it
+    full_error: str | None  # HYDRA_FULL_ERROR as the user has set it
     has_default_output: bool
     statuses: list[int] = field(default_factory=list)
     outputs: set[str] = field(default_factory=set)
 
 
-# Of the command that runs in this process; None where a pipeline is called from Python.
+# Jobs of the command that runs in this process; None if a pipeline is called from Python.
 _JOBS: ContextVar[_Jobs | None] = ContextVar("jobs", default=None)
 
 
-def pipeline(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callable[..., None]]:
+def pipeline(
+    schema: type[Schema] | SchemaOf[Schema],
+) -> Callable[[Callable[[Schema], None]], Callable[..., None]]:
     """Turn a function of a checked config into one of a composed config, for ``hydra.main``.
 
     Args:
-        schema: the dataclass that the config must fit; ``threads`` of it are torch's.
+        schema: the dataclass that the config must fit, or a function that picks it by the composed
+            config; its ``threads`` are torch's.
 
     Returns:
-        The decorator. Called from Python, what it makes raises what goes wrong; run as a command,
-        it reports it, so that the other jobs of a sweep go on.
+        The decorator. A decorated function raises its errors when called from Python; as a command
+        it reports them, so that the other jobs of a sweep run.
     """
 
-    def decorate(body: Callable[[Schema], None]) -> Callable[..., None]:
-        @functools.wraps(body)
+    def decorate(main: Callable[[Schema], None]) -> Callable[..., None]:
+        @functools.wraps(main)
         def job(composed: DictConfig) -> None:
             jobs = _JOBS.get()
             if jobs is None:
-                body(_ready(composed, schema))
+                main(_prepare(composed, schema))
             else:
-                _run_job(jobs, composed, lambda: body(_ready(composed, schema)))
+                _run_job(jobs, composed, lambda: main(_prepare(composed, schema)))
 
         return job
 
@@ -98,26 +103,26 @@ def pipeline(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Calla
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Run a pipeline on the arguments of the command line, and end the process.
+    """Run a pipeline with the command line's arguments, and exit.
 
     Args:
-        main: of the pipeline, decorated with ``hydra.main`` and ``pipeline``.
+        main: the pipeline's function, decorated with ``hydra.main`` and ``pipeline``.
     """
     name = Path(inspect.getfile(inspect.unwrap(main))).stem
     sys.exit(_status(functools.partial(_run, main, name), name))
 
 
 def kvshare() -> NoReturn:
-    """The command ``kvshare``: its first argument names the pipeline."""
+    """Run the command ``kvshare``, whose first argument names the pipeline, and exit."""
     name, *arguments = sys.argv[1:] or HELP
     if name in HELP:
         sys.exit(_status(lambda: print(list_of_pipelines()), name))
     if name not in pipeline_names():
         near = get_close_matches(name, pipeline_names(), 1)
         known = f"did you mean {near[0]}?" if near else f"one of {pipeline_names()} is allowed"
-        _say(f"{name!r} is no pipeline; {known}")
+        _print_error(f"{name!r} is not a pipeline; {known}")
         sys.exit(MISTAKE)
-    if set(HELP) & set(arguments):  # Nothing is imported for it.
+    if set(HELP) & set(arguments):  # Printed without importing the pipeline.
         sys.exit(_status(lambda: print(help_of(name, arguments)), name))
     sys.argv = [sys.argv[0], *arguments]
     share_cores()
@@ -131,8 +136,8 @@ def _run_file(name: str) -> None:
         if error.name not in BY_HAND:
             raise
         raise ConfigError(
-            f"{error.name} is not installed; pip install --no-deps torchrec fbgemm-gpu-cpu, or as "
-            "README.md says under Install"
+            f"{error.name} is not installed; pip install --no-deps torchrec fbgemm-gpu-cpu, or see "
+            "Install in README.md"
         ) from error
 
 
@@ -147,37 +152,38 @@ def _run(main: Callable[[], Any], name: str) -> None:
     has_default_output = not any(one.lstrip("+").startswith("output=") for one in options.overrides)
     jobs = _Jobs(name, os.environ.get(FULL_ERROR), has_default_output)
     sys.argv = [sys.argv[0], *arguments]
-    # Nobody reads what is printed any more: not a line about it for each that is logged.
+    # If standard output is closed, logging would print a traceback for every line.
     logging.raiseExceptions = False
     token = _JOBS.set(jobs)
     try:
-        with _environment(FULL_ERROR, "1"):  # Hydra raises what it would print otherwise.
+        with _environment(FULL_ERROR, "1"):  # Makes Hydra raise errors instead of printing them.
             main()
     except Exception as error:
-        # Jobs report their own, so this is Hydra's, about what it was given.
+        # Jobs report their own errors, so this is Hydra's, about its arguments.
         jobs.statuses.append(_report(error, name, is_mistake=True))
     finally:
         _JOBS.reset(token)
     sys.exit(next((status for status in jobs.statuses if status), 0))
 
 
-def _run_job(jobs: _Jobs, composed: DictConfig, body: Callable[[], None]) -> None:
+def _run_job(jobs: _Jobs, composed: DictConfig, action: Callable[[], None]) -> None:
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     number = HydraConfig.get().job.num if is_sweep else 0
 
     def prepared() -> None:
         if is_sweep:
-            give_own_output(composed, number, jobs.has_default_output, jobs.outputs)
-        body()
+            give_own_output(composed, number, jobs.outputs, is_default=jobs.has_default_output)
+        action()
 
-    # What the job starts must see what the user has set.
+    # Processes that the job starts must see the user's own setting.
     with _environment(FULL_ERROR, jobs.full_error):
         label = f"job {number}: " if is_sweep else ""
         jobs.statuses.append(_status(prepared, jobs.pipeline, label))
 
 
-def _ready(composed: DictConfig, schema: type[Schema]) -> Schema:
-    config = checked(composed, schema)
+def _prepare(composed: DictConfig, schema: type[Schema] | SchemaOf[Schema]) -> Schema:
+    chosen: type[Schema] = schema if isinstance(schema, type) else schema(composed)
+    config = checked(composed, chosen)
     check_outputs(config)
     if hasattr(config, "threads") and "torch" in sys.modules:  # serve_cluster computes nothing.
         prepare_torch(config.threads)
@@ -185,7 +191,7 @@ def _ready(composed: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def _options(arguments: Sequence[str]) -> Namespace:
-    """The arguments as Hydra takes them, or a ConfigError."""
+    """Parse the arguments as Hydra does; raise a ConfigError for what it cannot parse."""
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -196,7 +202,7 @@ def _options(arguments: Sequence[str]) -> Namespace:
     for override in options.overrides:
         key, equals, _ = override.partition("=")
         if not key or not (equals or key.startswith("~")):
-            raise ConfigError(f"{override!r} is no key=value")
+            raise ConfigError(f"{override!r} is not key=value")
     return options
 
 
@@ -205,28 +211,28 @@ def _is_sweep(options: Namespace) -> bool:
 
 
 def _status(action: Callable[[], None], name: str, job: str | None = None) -> int:
-    """Exit status of an action, or of a job of Hydra's, what went wrong in it being said."""
+    """Run an action, or a job of Hydra's, and report its error; return the exit status."""
     try:
         action()
         sys.stdout.flush()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except KeyboardInterrupt:
-        if job is not None:  # A sweep ends with its job.
+        if job is not None:  # Ends the whole sweep.
             raise
         return INTERRUPTED
     except BrokenPipeError as error:
         return UNREAD if _is_unread() else _report(error, name, is_mistake=False)
     except Exception as error:
-        return _report(error, name, _is_mistake(error), job or "")
+        return _report(error, name, job or "", is_mistake=_is_mistake(error))
     return 0
 
 
-def _report(error: Exception, name: str, is_mistake: bool, job: str = "") -> int:
+def _report(error: Exception, name: str, job: str = "", *, is_mistake: bool) -> int:
     if not is_mistake or os.environ.get(FULL_ERROR) == "1":
         traceback.print_exception(error)
     else:
-        _say(job + message_of(error, name))
+        _print_error(job + message_of(error, name))
     return MISTAKE if is_mistake else BUG
 
 
@@ -237,22 +243,22 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def _is_unread() -> bool:
-    """Whether standard output is what is broken; then nothing more is written to it."""
+    """Whether standard output has lost its reader; if so, send further output to /dev/null."""
     output = select.poll()
-    output.register(sys.stdout.fileno(), 0)  # Errors are told unasked.
+    output.register(sys.stdout.fileno(), 0)  # poll reports errors without being asked to.
     if not output.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
 @contextmanager
 def _environment(variable: str, value: str | None) -> Iterator[None]:
-    """Set a variable of the environment, or take it away, until the block ends."""
+    """Set an environment variable, or unset it, until the block ends."""
     before = os.environ.get(variable)
     _set(variable, value)
     try:

@@ -1,12 +1,11 @@
-"""An interaction log ordered by user and time, split, and encoded by its training part's schema.
+"""An interaction log, ordered, split, and encoded with the schema of its training split.
 
-Splits are by user and time: the last tenth of a user's events is the test split, the tenth before
-it the validation split. Events of a user at the same time are a set: they go to one split together
-and none of them sees another; ``num_earlier`` counts the strictly earlier ones and nothing else
-decides what an event may see.
+The test split is the last tenth of each user's events, the validation split the tenth before it.
+Events of a user at the same time are a set: they go to one split together and none of them sees
+another. An event sees the ``num_earlier`` strictly earlier events of its user and nothing else.
 
-Nothing depends on the order of the log's rows: ids are numbered by their own order, and events of a
-user at the same time stand by item, action and label.
+Nothing depends on the order of the log's rows: ids are numbered in sorted order, and events of a
+user at the same time are ordered by item, action and label.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,13 +40,13 @@ Ints = NDArray[np.int64]
 
 
 class JaggedRows(NamedTuple):
-    """Table rows of several owners: owner i has ``values[offsets[i]:offsets[i + 1]]``."""
+    """Table rows by owner: owner i has ``values[offsets[i]:offsets[i + 1]]``."""
 
     values: Ints
     offsets: Ints
 
     def take(self, owners: Ints) -> tuple[Ints, Ints]:
-        """Values of some owners one after the other, and how many each has."""
+        """Return the values of the given owners in order, and the number of values of each."""
         lengths = self.offsets[owners + 1] - self.offsets[owners]
         return self.values[ranges(self.offsets[owners], lengths)], lengths
 
@@ -57,25 +56,25 @@ class Dataset:
     """Events ordered by user, then time, then item, action and label.
 
     Attributes:
-        log: the same events in the same order, with raw ids and attributes; codes below are its
-            codes.
-        schema: columns and vocabularies, made from the training split.
+        log: the same events in the same order, with raw ids and attributes; the codes below index
+            its ids.
+        schema: columns and vocabularies, built from the training split.
         user_offsets: [U + 1], in events.
         item: [T] item code of each event.
         action: [T] action code of each event; empty where the log has none.
         time: [T] Unix seconds.
         label: [T] float32, 1 for a positive event.
-        num_earlier: [T] events of the same user at strictly earlier times.
+        num_earlier: [T] number of events of the same user at strictly earlier times.
         split: [T] ``TRAIN``, ``VALID`` or ``TEST``.
         user_row: [U] table row by user code.
         item_row: [I] table row by item code.
         action_row: table row by action code; empty where the log has none.
-        known_items: codes of the items of the training split: the catalogue.
-        item_attributes: rows by item code, for each multi-valued item attribute.
+        known_items: item codes of the training split: the catalogue.
+        item_attributes: table rows by item code, for each multi-valued item attribute.
         item_floats: [I, F] float32 by item code.
-        context: rows by user code, for each user attribute.
-        places_by_history: places of each history's events, ascending.
-        before_by_history: [T + 1] how many of a history's events stand before each place.
+        context: table rows by user code, for each user attribute.
+        indices_by_history: indices of each history's events, ascending.
+        num_before_by_history: [T + 1] number of a history's events before each event.
     """
 
     log: InteractionLog
@@ -94,12 +93,12 @@ class Dataset:
     item_attributes: dict[str, JaggedRows]
     item_floats: NDArray[np.float32]
     context: dict[str, JaggedRows]
-    places_by_history: dict[str, Ints]
-    before_by_history: dict[str, Ints]
+    indices_by_history: dict[str, Ints]
+    num_before_by_history: dict[str, Ints]
 
     @property
     def num_users(self) -> int:
-        """Users of the log."""
+        """Number of users of the log."""
         return len(self.user_offsets) - 1
 
     @cached_property
@@ -112,15 +111,15 @@ def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
     """Order, split and encode a log.
 
     Args:
-        log: as a reader gives it.
-        histories: what the model reads of a user's events.
+        log: as a reader returns it.
+        histories: the histories that the model reads.
 
     Returns:
-        The data set; vocabularies know the training split only.
+        The data set; its vocabularies hold ids of the training split only.
 
     Raises:
-        ConfigError: if a history is of actions that the log does not have.
-        DataError: if a label is neither 0 nor 1, or a float column holds what is no finite number.
+        ConfigError: if a history keeps an action that the log does not have.
+        DataError: if a label is neither 0 nor 1, or a value of a float column is not finite.
     """
     _check_numbers(log)
     log = in_canonical_order(log)
@@ -149,47 +148,50 @@ def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
             vocabularies[key_of(name)] = Vocabulary(sorted_ids(seen))
     schema = FeatureSchema(
         vocabularies,
-        tuple(log.user_attributes),
-        log.action is not None,
-        tuple(log.item_attributes),
-        tuple(log.item_floats),
-        tuple(histories),
+        context=tuple(log.user_attributes),
+        has_action=log.action is not None,
+        item_attributes=tuple(log.item_attributes),
+        item_floats=tuple(log.item_floats),
+        histories=tuple(histories),
     )
     in_history = {history.name: _in_history(log, history, action) for history in histories}
     floats = [squash(log.item_floats[name].astype(np.float64)) for name in schema.item_floats]
+    no_floats = np.zeros((len(log.items.ids), 0), np.float32)
     return Dataset(
-        log,
-        schema,
-        user_offsets,
-        item,
-        action,
-        time,
-        log.label,
-        num_earlier,
-        split,
-        _rows(log.users.ids, vocabularies[USER]),
-        _rows(log.items.ids, vocabularies[ITEM]),
-        action_row,
-        known_items,
-        _attribute_rows(log.item_attributes, vocabularies, item_key),
-        np.stack(floats, axis=1) if floats else np.zeros((len(log.items.ids), 0), np.float32),
-        _attribute_rows(log.user_attributes, vocabularies, context_key),
-        {name: np.flatnonzero(chosen) for name, chosen in in_history.items()},
-        {name: np.concatenate([[0], np.cumsum(chosen)]) for name, chosen in in_history.items()},
+        log=log,
+        schema=schema,
+        user_offsets=user_offsets,
+        item=item,
+        action=action,
+        time=time,
+        label=log.label,
+        num_earlier=num_earlier,
+        split=split,
+        user_row=_rows(log.users.ids, vocabularies[USER]),
+        item_row=_rows(log.items.ids, vocabularies[ITEM]),
+        action_row=action_row,
+        known_items=known_items,
+        item_attributes=_attribute_rows(log.item_attributes, vocabularies, item_key),
+        item_floats=np.stack(floats, axis=1) if floats else no_floats,
+        context=_attribute_rows(log.user_attributes, vocabularies, context_key),
+        indices_by_history={name: np.flatnonzero(kept) for name, kept in in_history.items()},
+        num_before_by_history={
+            name: np.concatenate([[0], np.cumsum(kept)]) for name, kept in in_history.items()
+        },
     )
 
 
 def in_canonical_order(log: InteractionLog) -> InteractionLog:
-    """The same events, whatever the order of their rows was: equal logs become identical.
+    """Return the log independent of the order of its rows: equal logs become identical.
 
-    Users, items and actions are coded by ``sorted_ids``, those without events left out; rows stand
-    by user, time, item, action and label.
+    Users, items and actions are coded by ``sorted_ids``, without those that have no event; rows are
+    ordered by user, time, item, action and label.
     """
     users, old_users = _recoded(log.users)
     items, old_items = _recoded(log.items)
     action = None if log.action is None else _recoded(log.action)[0]
-    of_action = () if action is None else (action.codes,)
-    order = np.lexsort((log.label, *of_action, items.codes, log.time, users.codes))
+    action_codes = () if action is None else (action.codes,)
+    order = np.lexsort((log.label, *action_codes, items.codes, log.time, users.codes))
     return replace(
         log,
         users=users._replace(codes=users.codes[order]),
@@ -203,13 +205,13 @@ def in_canonical_order(log: InteractionLog) -> InteractionLog:
     )
 
 
-def users_to_test(log: InteractionLog, max_users: int) -> InteractionLog:
-    """The same log with the events of a few users only.
+def keep_users(log: InteractionLog, max_users: int) -> InteractionLog:
+    """Return the log with the events of a few users only.
 
     Args:
-        log: as a reader gives it.
-        max_users: how many at most: the first by id of those that have all three splits, and only
-            if these are too few also others.
+        log: as a reader returns it.
+        max_users: maximum number of users: the first by id that have all three splits, then others
+            if these are too few.
     """
     log = in_canonical_order(log)
     user = log.users.codes
@@ -229,7 +231,7 @@ def users_to_test(log: InteractionLog, max_users: int) -> InteractionLog:
 
 
 def ranges(firsts: Ints, lengths: Ints) -> Ints:
-    """The integers ``first .. first + length - 1`` of each pair, one after the other.
+    """Return the integers ``first .. first + length - 1`` of each pair, concatenated.
 
     Example:
         >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
@@ -241,7 +243,7 @@ def ranges(firsts: Ints, lengths: Ints) -> Ints:
 
 
 def count_earlier(user: Ints, time: Ints, user_offsets: Ints) -> Ints:
-    """Events of the same user at strictly earlier times.
+    """Count the events of the same user at strictly earlier times.
 
     Args:
         user: [T] ascending.
@@ -255,24 +257,23 @@ def count_earlier(user: Ints, time: Ints, user_offsets: Ints) -> Ints:
         >>> count_earlier(np.zeros(4, int), np.array([3, 5, 5, 9]), np.array([0, 4])).tolist()
         [0, 1, 1, 3]
     """
-    place = np.arange(len(time))
     is_first = np.ones(len(time), bool)
     is_first[1:] = (np.diff(time) != 0) | (np.diff(user) != 0)
-    first_of_set = np.maximum.accumulate(np.where(is_first, place, 0))
+    first_of_set = np.maximum.accumulate(np.where(is_first, np.arange(len(time)), 0))
     return first_of_set - user_offsets[user]
 
 
 def split_events(user: Ints, num_earlier: Ints, counts: Ints) -> NDArray[np.int8]:
-    """Which split each event belongs to; see the module's text.
+    """Return the split of each event; see the module's docstring.
 
     Args:
         user: [T] ascending.
         num_earlier: [T].
-        counts: [U] events of each user.
+        counts: [U] number of events of each user.
 
     Returns:
-        [T] ``TRAIN``, ``VALID`` or ``TEST``. Whoever has three sets of equal time or more has all
-        three.
+        [T] ``TRAIN``, ``VALID`` or ``TEST``. A user with at least three sets of equal time has all
+        three splits.
     """
     is_first = np.ones(len(user), bool)
     is_first[1:] = (np.diff(num_earlier) != 0) | (np.diff(user) != 0)
@@ -280,12 +281,12 @@ def split_events(user: Ints, num_earlier: Ints, counts: Ints) -> NDArray[np.int8
     num_sets = np.bincount(set_user, minlength=len(counts))
     first_set = np.cumsum(num_sets) - num_sets
     has_splits = num_sets >= MIN_SETS_TO_SPLIT
-    # The last set is for testing, however large it is; the first two never are.
-    set_place = np.arange(len(set_user)) - first_set[set_user]
+    # The last set is always for testing, whatever its size; the first two never are.
+    set_index = np.arange(len(set_user)) - first_set[set_user]
     late = set_earlier >= np.ceil(counts * (1 - TEST_SHARE))[set_user]
-    tested = (late | (set_place == num_sets[set_user] - 1)) & (set_place >= 2)
+    tested = (late | (set_index == num_sets[set_user] - 1)) & (set_index >= 2)
     num_before_test = num_sets - np.bincount(set_user[tested], minlength=len(counts))
-    # Of users without splits these two look anywhere; nothing is made of it.
+    # For users without splits these two point anywhere and are not used.
     first_tested = np.minimum(first_set + num_before_test, len(set_user) - 1)
     test_from, one_before = set_earlier[first_tested], set_earlier[first_tested - 1]
     valid_from = np.minimum(one_before, np.ceil(counts * (1 - TEST_SHARE - VALID_SHARE)))
@@ -308,7 +309,7 @@ def _check_numbers(log: InteractionLog) -> None:
 
 
 def _recoded(column: IdColumn) -> tuple[IdColumn, Ints]:
-    """The column coded by the order of the ids that occur, and the old code of each of them."""
+    """Recode a column by its sorted ids that occur; also return the old code of each id."""
     occurring = np.unique(column.codes)
     ids = sorted_ids(column.ids[code] for code in occurring.tolist())
     code_by_id = {spelt: code for code, spelt in enumerate(ids)}
@@ -333,7 +334,7 @@ def _in_history(log: InteractionLog, history: History, action: Ints) -> NDArray[
     unknown = sorted(set(history.actions) - set(log.action.ids))
     if unknown:
         raise ConfigError(
-            f"history {history.name} is of actions {unknown}; the log has {sorted(log.action.ids)}"
+            f"history {history.name} keeps actions {unknown}; the log has {sorted(log.action.ids)}"
         )
     codes = [code for code, raw in enumerate(log.action.ids) if raw in history.actions]
     return np.isin(action, codes)

@@ -1,4 +1,4 @@
-"""What data a run was trained on, in a few numbers: so that other data is told from it by name.
+"""A digest of the data that a run was trained on, which names what differs in other data.
 
 The log is digested in its canonical order: the same rows in another order are the same data.
 """
@@ -17,18 +17,18 @@ from torchrec_kvshare.data.interactions import InteractionLog
 
 @dataclass(frozen=True)
 class DataDigest:
-    """Counts that a person can compare, and a digest of each part that decides what is trained.
+    """Readable counts, and a digest of each part that affects training.
 
     Attributes:
         count_by_name: users, items, events, positive events.
-        sha256_by_part: ids, events, each attribute, and the schema that was made of them.
+        sha256_by_part: of ids, events, each attribute, and the schema built from them.
     """
 
     count_by_name: dict[str, int]
     sha256_by_part: dict[str, str]
 
     def changes(self, now: "DataDigest") -> list[str]:
-        """What is different in another digest, in words; empty if they are of the same data.
+        """Describe the differences of another digest; empty for the same data.
 
         Example:
             >>> before = DataDigest({"users": 3, "events": 9}, {"events": "a1"})
@@ -51,12 +51,12 @@ class DataDigest:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the digest as JSON values."""
         return asdict(self)
 
 
 def data_digest(dataset: Dataset) -> DataDigest:
-    """The digest of a data set."""
+    """Return the digest of a data set."""
     log = dataset.log
     counts = {
         "users": len(log.users.ids),

@@ -1,7 +1,7 @@
-"""Files of logs, opened: of what kind a file is, how its text is encoded and split into rows.
+"""Open log files: check the kind of a file, decode its text and split it into rows.
 
-A byte or a quote that does not fit is an error that names its line: what would be read past it is
-other people's rows.
+An undecodable byte or a stray quote is an error that names its line, because everything read after
+it could be wrong.
 """
 
 import codecs
@@ -18,14 +18,14 @@ from typing import BinaryIO, TextIO
 
 from torchrec_kvshare.errors import ConfigError, DataError
 
-# What databases, pandas and Python write for no value. Not "NA": it is also Namibia.
+# What databases, pandas and Python write for a missing value. Not "NA", which is also Namibia.
 MISSING = ("NULL", "null", r"\N", "nan", "NaN", "None", "<NA>")
 DELIMITER_BY_ENDING = {".csv": ",", ".tsv": "\t"}
 QUOTINGS = ("double", "none")
-MIN_COLUMNS_OF_A_ROW = 3  # user, item and time; a table of fewer columns is not one of rows
+MIN_COLUMNS_OF_A_ROW = 3  # user, item and time; a log has at least these
 MAX_SHOWN_COLUMNS = 400  # characters of a header in a message
 
-HEAD_BYTES = 512  # in which the kind of a file shows
+HEAD_BYTES = 512  # enough to tell the kind of a file
 TEXT, GZIP, PARQUET = "text", "a gzip file", "a Parquet file"
 UTF16 = "UTF-16 text (data.format.encoding=utf-16 reads it)"
 KIND_BY_MAGIC = {
@@ -54,12 +54,12 @@ class FileFormat:
     """How a file is written.
 
     Args:
-        delimiter: the character between two fields; None: a comma in ``.csv``, a tab in ``.tsv``.
-        quoting: "double": a field in double quotes may hold anything, a quote is doubled in it;
-            "none": quotes are text. None: "none" where tabs are between the fields.
+        delimiter: the character between fields; None: a comma in ``.csv``, a tab in ``.tsv``.
+        quoting: "double": a field in double quotes may hold anything, with its quotes doubled;
+            "none": quotes are text. None: "none" for tab-separated fields, else "double".
         encoding: of text, and of Parquet's binary columns.
-        header: the columns' names; empty: the first row holds them.
-        missing: texts that mean no value, as an empty one does.
+        header: the names of the columns; empty: the first row has them.
+        missing: texts that mean no value, besides the empty text.
 
     Raises:
         ConfigError: naming the value that cannot work.
@@ -92,24 +92,24 @@ class FileFormat:
             ) from error
 
     def splitting(self, ending: str) -> tuple[str, str]:
-        """Delimiter and quoting, told by a file's ending where none is named."""
+        """Return the delimiter and the quoting, with the defaults of a file's ending."""
         delimiter = self.delimiter or DELIMITER_BY_ENDING[ending]
         return delimiter, self.quoting or ("none" if delimiter == "\t" else "double")
 
 
 @contextmanager
 def open_text(path: Path, encoding: str) -> Iterator[TextIO]:
-    """Open a text file, gzipped or not; a file that cannot be read is a ``DataError``.
+    """Open a text file, gzipped or not.
 
     Args:
         path: the file.
-        encoding: its encoding; a mark of UTF-8 before the text is no part of it.
+        encoding: its encoding; a UTF-8 byte order mark is skipped.
 
-    Returns:
+    Yields:
         The open file, its line ends untouched.
 
     Raises:
-        DataError: if it is missing, broken, no text or of another encoding, also while it is read.
+        DataError: if it is missing, broken, not text or in another encoding, also while it is read.
     """
     encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     try:
@@ -129,10 +129,10 @@ def open_text(path: Path, encoding: str) -> Iterator[TextIO]:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, unpacked where it ends in ``.gz``.
+    """Open a file, unpacked if it ends in ``.gz``.
 
     Raises:
-        DataError: if such a file is not gzipped.
+        DataError: if a ``.gz`` file is not gzipped.
     """
     with path.open("rb") as file:
         if path.suffix.lower() != ".gz":
@@ -145,7 +145,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_kind(path: Path, head: bytes, expected: str, encoding: str = "utf-8") -> None:
-    """Check what a file is by its first bytes.
+    """Check the kind of a file by its first bytes.
 
     Args:
         path: the file, for messages.
@@ -154,7 +154,7 @@ def check_kind(path: Path, head: bytes, expected: str, encoding: str = "utf-8") 
         encoding: of text.
 
     Raises:
-        DataError: if it is something else.
+        DataError: if it is of another kind.
     """
     kind = next((kind for magic, kind in KIND_BY_MAGIC.items() if head.startswith(magic)), TEXT)
     has_wide_characters = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
@@ -163,27 +163,27 @@ def check_kind(path: Path, head: bytes, expected: str, encoding: str = "utf-8") 
     if head[257:262] == b"ustar":
         kind = "a tar archive"
     elif kind == TEXT and not has_wide_characters and b"\0" in head:
-        kind = "no text, or UTF-16 without its mark: it holds NUL bytes"
+        kind = "not text, or UTF-16 without a byte order mark: it holds NUL bytes"
     if kind != expected:
-        raise DataError(f"{path} cannot be read: it is {kind}; expected is {expected}")
+        raise DataError(f"{path} cannot be read: it is {kind}; expected {expected}")
 
 
 def text_rows(
     path: Path, lines: TextIO, delimiter: str, quoting: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """Split text into rows of fields; blank lines hold none.
+    """Split text into rows of fields; blank lines are skipped.
 
     Args:
         path: the file, for messages.
         lines: its text.
-        delimiter: the character between two fields.
+        delimiter: the character between fields.
         quoting: "double" or "none".
 
-    Returns:
-        The line each row begins at, and its fields.
+    Yields:
+        The line number at which each row begins, and its fields.
 
     Raises:
-        DataError: naming the line of a quote that does not fit or of a field that is too long.
+        DataError: naming the line of a stray quote or of a field that is too long.
     """
     if quoting == "none":
         reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
@@ -206,23 +206,23 @@ def text_rows(
     except csv.Error as error:
         came = str(error)
         if came == "unexpected end of data":
-            came = "a quote opens that is never closed"
+            came = "a quote is never closed"
         elif "expected after" in came:
             came = f"text follows the closing quote of a field (found by line {reader.line_num})"
         raise DataError(f"{path}, line {last + 1}: {came}{advice}") from error
 
 
 def check_header(path: Path, header: Sequence[str], names: Sequence[str], advice: str) -> None:
-    """Check that a file has each of some columns once.
+    """Check that a file has each of the wanted columns exactly once.
 
     Args:
         path: the file, for messages.
-        header: the columns it has.
-        names: the columns wanted.
-        advice: what else may be wrong, for messages.
+        header: the names of its columns.
+        names: the columns to read.
+        advice: what to do about a missing column, for messages.
 
     Raises:
-        DataError: naming the first column that is not there exactly once.
+        DataError: naming the first column that does not appear exactly once.
     """
     for name in names:
         if header.count(name) != 1:
@@ -232,10 +232,11 @@ def check_header(path: Path, header: Sequence[str], names: Sequence[str], advice
 
 
 def _is_swallowed(row: Sequence[str], delimiter: str, width: int) -> bool:
-    """Whether the first and the last line of a row over several lines are rows by themselves.
+    """Return whether the first and last line of a multi-line row are rows by themselves.
 
-    They are where a quote opens in one row and another closes in a later one. Lines of a text with
-    as many fields are told by their numbers: a row of a log has some, in the same column.
+    This happens where a stray quote opens in one row and another closes in a later one. Lines of
+    free text with as many fields differ in that they have no number in the same column, as rows of
+    a log do.
     """
     lines = _LINE_END.split(delimiter.join(row))
     first, last = lines[0].split(delimiter), lines[-1].split(delimiter)

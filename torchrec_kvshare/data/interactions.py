@@ -1,7 +1,7 @@
-"""Interaction logs of any user: a table's columns into users, items, times and labels.
+"""Interaction logs: the columns of a table as users, items, times and labels.
 
-A row that cannot be used is counted by its reason and the first ones are named; none disappears in
-silence. The reading of files is ``tables``.
+Rows that cannot be used are counted by reason, and the first ones are named; none is dropped
+silently. ``tables`` reads the files.
 """
 
 import logging
@@ -43,21 +43,21 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 _LABEL_RULE = re.compile(r"\s*([^=<>!]+?)\s*(>=|<=|==|!=|>|<)\s*([^=<>!]+?)\s*")
-VALUES_SHOWN = 5  # of a label's column, the most frequent
-# Ids that may mean that there is none; whoever writes them knows.
+VALUES_SHOWN = 5  # most frequent values of a label's column in a message
+# Ids that may mean a missing value in some logs.
 DUBIOUS_IDS = ("NA", "N/A", "n/a", "none", "?", "-")
 
 logger = logging.getLogger(__name__)
 
 
 class LogSummary(NamedTuple):
-    """What a log looks like as a whole."""
+    """Times, ties and positives of a whole log."""
 
-    time_form: str  # how times were written
+    time_form: str  # how times are written
     first_time: int  # Unix seconds
     last_time: int
-    tied_share: float  # of the events, at the time of another event of their user
-    positive_share: float  # of the events
+    tied_share: float  # of the events: at the time of another event of their user
+    positive_share: float  # of the events: with label 1
 
     def __str__(self) -> str:
         return (
@@ -69,16 +69,16 @@ class LogSummary(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What became of the rows of a file.
+    """Which rows of a file were kept, and why others were dropped.
 
     Attributes:
-        rows_read: rows of the file.
-        rows_kept: those that can be used.
-        dropped: the others, counted by reason.
+        rows_read: number of rows of the file.
+        rows_kept: number of rows that can be used.
+        dropped: number of other rows by reason.
         examples: the first bad rows of each reason, and the first bad floats.
-        bad_floats: values of kept rows that are no number for the model, by column and reason.
+        bad_floats: number of unusable values in float columns of kept rows, by column and reason.
         summary: of the kept rows.
-        notes: what may be meant in another way than it was read.
+        notes: ids that may mean a missing value.
     """
 
     rows_read: int
@@ -105,24 +105,24 @@ class ReadReport:
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """Which column of a file holds what.
+    """The columns of a file by their role.
 
     Args:
         user: column of the user id.
         item: column of the item id.
-        time: column of times.
+        time: column of the time.
         action: column of what the user did, such as "view".
-        label: rule for the positive label, such as "rating>=4" or "event==buy"; its column may be
-            any one of the file. None: every row is positive.
-        item_attributes: columns of item attributes, each one or several ids.
+        label: rule for the positive label, such as "rating>=4" or "event==buy", on any column of
+            the file. None: every row is positive.
+        item_attributes: columns of item attributes, each with one or several ids.
         item_floats: columns of item numbers.
-        user_attributes: columns of user attributes, each one or several ids.
-        list_separator: splits an attribute's value into several ids.
-        time_format: how the times are written; a time without a zone is UTC.
+        user_attributes: columns of user attributes, each with one or several ids.
+        list_separator: separates the ids of an attribute.
+        time_format: how times are written; a time without a zone is UTC.
 
     Raises:
-        ConfigError: if the label rule cannot be read, the separator is empty, or requests could
-            not tell the attributes apart.
+        ConfigError: if the label rule cannot be parsed, the separator is empty, or names of
+            attributes clash in requests.
     """
 
     user: str
@@ -144,7 +144,7 @@ class ColumnMapping:
             _parse_label_rule(self.label)
 
     def names(self) -> list[str]:
-        """Name the columns to read, each once."""
+        """Return the columns to read, without duplicates."""
         single = [self.user, self.item, self.time]
         if self.action is not None:
             single.append(self.action)
@@ -156,21 +156,21 @@ class ColumnMapping:
 
 @dataclass(frozen=True, eq=False)
 class InteractionLog:
-    """Who did what to which item and when, as columns; the kept rows in the order of the file.
+    """The kept rows of a log as columns, in the order of the file.
 
     Args:
         users: user of each row.
         items: item of each row.
         time: [T] int64, Unix seconds.
-        label: [T] float32 in {0, 1}; 1 everywhere where no rule was given.
-        action: what the user did, where the log says so.
+        label: [T] float32 in {0, 1}; all 1 without a label rule.
+        action: action of each row, if the log has them.
         item_attributes: by name, then by item code: raw ids, empty where the log has none.
         item_floats: by name: [num_items] float32, 0 where the log has no number.
         user_attributes: by name, then by user code: raw ids, empty where the log has none.
-        report: what became of the rows of the file.
+        report: which rows of the file were kept and dropped.
 
     Raises:
-        ShapeError: if the columns do not fit each other.
+        ShapeError: if lengths of columns differ.
     """
 
     users: IdColumn
@@ -203,21 +203,20 @@ def read_interactions(
 ) -> InteractionLog:
     """Read a log of interactions.
 
-    Blank lines of a text file hold no row. Of an item's or user's attribute the value
-    counts that most of its rows have, of an item's float the median.
+    Blank lines of a text file are skipped. An attribute of an item or user is the value that most
+    of its rows have; a float of an item is the median.
 
     Args:
-        path: ``.csv``, ``.tsv`` or ``.parquet``; each may end in ``.gz``.
-        columns: which column holds what.
-        file_format: how the file is written; None: as is usual for its ending.
+        path: ``.csv``, ``.tsv`` or ``.parquet``, optionally followed by ``.gz``.
+        columns: the columns by their role.
+        file_format: how the file is written; None: the default of its ending.
 
     Returns:
         The usable rows in the order of the file. Its ``report`` counts the others by reason: no
         user, no item, id too long, bad time, bad label, no action, wrong number of fields.
 
     Raises:
-        DataError: if the file or a column is missing or is not what it was said to be, or no row
-            is left.
+        DataError: if the file or a column is missing or not as described, or no row is left.
         MissingExtraError: for Parquet without pyarrow.
 
     Example:
@@ -229,26 +228,32 @@ def read_interactions(
         (['ann', 'bob'], IdColumn(codes=array([0, 0]), ids=['7']), [1700000000, 1700002800])
     """
     attributes = (*columns.item_attributes, *columns.user_attributes)
-    table = read_table(path, columns.names(), file_format, columns.list_separator, attributes)
+    table = read_table(
+        path,
+        columns.names(),
+        file_format,
+        list_separator=columns.list_separator,
+        lists=attributes,
+    )
     return build_log(table, columns)
 
 
 def build_log(
     table: RawTable, columns: ColumnMapping, exclusions: Sequence[Exclusion] = ()
 ) -> InteractionLog:
-    """Make the log of a table: drop what cannot be used, code the rest anew.
+    """Build the log of a table: drop unusable rows and recode the others.
 
     Args:
         table: the rows.
-        columns: which column holds what.
-        exclusions: further reasons to drop a row; tested after "no user" and "no item".
+        columns: the columns by their role.
+        exclusions: further reasons to drop a row, tested after "no user" and "no item".
 
     Returns:
         The log.
 
     Raises:
-        DataError: if no row is left, the times cannot be told, the label rule makes no row positive
-            or a float column holds no number.
+        DataError: if no row is left, the times cannot be parsed, the label rule makes no row
+            positive or a float column holds no number.
     """
     rows = _RowFilter(table)
     rows.drop(Exclusion("no user", columns.user, _is_blank))
@@ -267,15 +272,15 @@ def build_log(
     label = np.ones(len(rows.keep)) if columns.label is None else _labels(rows, columns.label)
     if not rows.keep.any():
         raise DataError(f"no row of {table.source} can be used: {rows.report()}")
-    return _assemble(rows, columns, time, label, time_form)
+    return _assemble(rows, columns, time, label, time_form=time_form)
 
 
 class _RowFilter:
-    """Which rows of a table are kept, and why the others are not."""
+    """Tracks which rows of a table are kept, and why others are dropped."""
 
     def __init__(self, table: RawTable) -> None:
         self.table = table
-        self.keep = np.ones(len(table.places), np.bool_)
+        self.keep = np.ones(len(table.positions), np.bool_)
         self.dropped = {"wrong number of fields": table.num_misfits} if table.num_misfits else {}
         self.bad_floats: dict[str, int] = {}
         self.examples = list(table.misfits)
@@ -293,7 +298,7 @@ class _RowFilter:
             self._name_first(rows, reason, name)
 
     def floats(self, name: str) -> NDArray[np.float64]:  # [kept rows]
-        """The numbers of a column, NaN where there is none; what is no number is counted."""
+        """Return the numbers of a column, NaN where missing, and count the unusable values."""
         column = self.table.columns[name]
         numbers = _numbers(column, finite_number)
         is_given = ~np.fromiter(map(_is_blank, column.ids), np.bool_, len(column.ids))
@@ -312,22 +317,28 @@ class _RowFilter:
     def report(self) -> ReadReport:
         rows_read = len(self.keep) + self.table.num_misfits
         num_kept = int(self.keep.sum())
-        return ReadReport(rows_read, num_kept, self.dropped, self.examples, self.bad_floats)
+        return ReadReport(
+            rows_read=rows_read,
+            rows_kept=num_kept,
+            dropped=self.dropped,
+            examples=self.examples,
+            bad_floats=self.bad_floats,
+        )
 
     def _rows_of(self, name: str, is_wanted_by_code: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The kept rows with some of a column's values."""
+        """Return the kept rows that have some of a column's values."""
         return np.flatnonzero(self.keep & is_wanted_by_code[self.table.columns[name].codes])
 
     def _name_first(self, rows: NDArray[np.int64], reason: str, name: str) -> None:
         column = self.table.columns[name]
         for row in rows[:EXAMPLES_PER_REASON]:
-            place = f"{self.table.place_word} {self.table.places[row]}"
+            where = f"{self.table.position_name} {self.table.positions[row]}"
             text = column.ids[column.codes[row]][:EXAMPLE_CHARACTERS]
-            self.examples.append(f"{self.table.source}, {place}: {reason}: {name} is {text!r}")
+            self.examples.append(f"{self.table.source}, {where}: {reason}: {name} is {text!r}")
 
 
 def _times(rows: _RowFilter, columns: ColumnMapping) -> tuple[NDArray[np.float64], str]:
-    """By row, Unix seconds; how the column is written is told by the kept rows."""
+    """Return Unix seconds by row, and the format, which the kept rows decide."""
     column = rows.table.columns[columns.time]
     is_used = np.zeros(len(column.ids), np.bool_)
     is_used[column.codes[rows.keep]] = True
@@ -341,7 +352,7 @@ def _times(rows: _RowFilter, columns: ColumnMapping) -> tuple[NDArray[np.float64
 
 
 def _labels(rows: _RowFilter, rule_text: str) -> NDArray[np.float64]:
-    """By row, 1 or 0."""
+    """Return 1 or 0 by row."""
     rule = _parse_label_rule(rule_text)
     column = rows.table.columns[rule.column]
     label_by_code = _numbers(column, rule.label)
@@ -370,7 +381,7 @@ class _LabelRule(NamedTuple):
     right: float | str
 
     def label(self, text: str) -> float:
-        """1 or 0; NaN where the text cannot be compared."""
+        """Return 1 or 0; NaN if the text cannot be compared."""
         if isinstance(self.right, str):
             return math.nan if _is_blank(text) else self.compare(canonical_id(text), self.right)
         number = finite_number(text)
@@ -416,7 +427,13 @@ def _assemble(
             )
         item_floats[name] = _medians(items, numbers)
     tied, positive = _tied_share(users.codes, time), float(label.mean())
-    summary = LogSummary(time_form, int(time.min()), int(time.max()), tied, positive)
+    summary = LogSummary(
+        time_form=time_form,
+        first_time=int(time.min()),
+        last_time=int(time.max()),
+        tied_share=tied,
+        positive_share=positive,
+    )
     notes = (*_notes("user", users), *_notes("item", items))
     return InteractionLog(
         users=users,
@@ -436,7 +453,7 @@ def _assemble(
 
 
 def _tied_share(users: NDArray[np.int64], time: NDArray[np.int64]) -> float:
-    """Share of the events at the time of another event of their user."""
+    """Return the share of events at the time of another event of their user."""
     order = np.lexsort((time, users))
     is_as_before = (np.diff(users[order]) == 0) & (np.diff(time[order]) == 0)
     is_tied = np.zeros(len(time), np.bool_)
@@ -446,17 +463,17 @@ def _tied_share(users: NDArray[np.int64], time: NDArray[np.int64]) -> float:
 
 
 def _notes(role: str, column: IdColumn) -> list[str]:
-    """What may mean that there is no id and was taken as one."""
+    """Name the ids that may mean a missing value."""
     return [
         f"{role} {id_!r} of {int((column.codes == code).sum())} rows is taken as an id; "
-        "data.format.missing lists what means that there is none"
+        "list it in data.format.missing if it means no value"
         for code, id_ in enumerate(column.ids)
         if id_ in DUBIOUS_IDS
     ]
 
 
 def _canonical(column: IdColumn) -> IdColumn:
-    """Canonical ids, only those that occur, by first appearance."""
+    """Recode a column by canonical ids, only those that occur, by first appearance."""
     canonical = encode(map(canonical_id, column.ids))
     codes = canonical.codes[column.codes]  # [T]
     occurring, first_rows = np.unique(codes, return_index=True)
@@ -467,23 +484,23 @@ def _canonical(column: IdColumn) -> IdColumn:
 
 
 def _attribute(owners: IdColumn, column: IdColumn, separator: str) -> list[tuple[str, ...]]:
-    """By owner's code, the value that most of its rows have; of equally many the first in order.
+    """Return by owner code the value that most of its rows have, ties going to the first in order.
 
-    Rows without an id do not count, and neither does the order of rows.
+    Rows without an id do not count, and the order of rows does not matter.
     """
     value_by_code = [_split(text, separator) for text in column.ids]
     values = sorted({(), *value_by_code})
-    place_by_value = {value: place for place, value in enumerate(values)}
-    place_by_code = np.array([place_by_value[value] for value in value_by_code], np.int64)
-    place = place_by_code[column.codes]
-    pairs = (owners.codes * len(values) + place)[place > 0]  # The first value is the empty one.
+    rank_by_value = {value: rank for rank, value in enumerate(values)}
+    rank_by_code = np.array([rank_by_value[value] for value in value_by_code], np.int64)
+    rank = rank_by_code[column.codes]
+    pairs = (owners.codes * len(values) + rank)[rank > 0]  # Rank 0 is the empty value.
     distinct, counts = np.unique(pairs, return_counts=True)
-    owner, place = np.divmod(distinct, len(values))
-    order = np.lexsort((place, -counts, owner))
+    owner, rank = np.divmod(distinct, len(values))
+    order = np.lexsort((rank, -counts, owner))
     _, firsts = np.unique(owner[order], return_index=True)
     chosen: list[tuple[str, ...]] = [()] * len(owners.ids)
     for best in order[firsts]:
-        chosen[owner[best]] = values[place[best]]
+        chosen[owner[best]] = values[rank[best]]
     return chosen
 
 
@@ -496,13 +513,13 @@ def _has_long_id(text: str, separator: str) -> bool:
 
 
 def _medians(items: IdColumn, numbers: NDArray[np.float64]) -> NDArray[np.float32]:
-    """By item code, the median over the item's rows that have a number, else 0."""
+    """Return by item code the median over the item's rows that have a number, else 0."""
     with_number = ~np.isnan(numbers)
     owners, numbers = items.codes[with_number], numbers[with_number]
     numbers = numbers[np.lexsort((numbers, owners))]
     counts = np.bincount(owners, minlength=len(items.ids))  # [num_items]
     starts = np.cumsum(counts) - counts
-    # An item without a number points at row 0 and is overwritten below.
+    # An item without a number reads row 0 here and gets 0 below.
     low = np.where(counts > 0, starts + (counts - 1) // 2, 0)
     high = np.where(counts > 0, starts + counts // 2, 0)
     medians = np.where(counts > 0, (numbers[low] + numbers[high]) / 2, 0.0)
@@ -510,7 +527,7 @@ def _medians(items: IdColumn, numbers: NDArray[np.float64]) -> NDArray[np.float3
 
 
 def _numbers(column: IdColumn, parse: Callable[[str], float]) -> NDArray[np.float64]:
-    """By code, what ``parse`` makes of the text."""
+    """Return ``parse`` of the text of each code."""
     return np.fromiter(map(parse, column.ids), np.float64, len(column.ids))
 
 

@@ -1,4 +1,4 @@
-"""From a data config to its interaction log."""
+"""Load the interaction log that a data config describes."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torchrec_kvshare.data.times import TimeFormat
 
 
 def load_log(data: DataConfig) -> InteractionLog:
-    """Read, or make, the interactions that a config asks for.
+    """Read or generate the interaction log that a config describes.
 
     Args:
         data: one of the data configs.
@@ -26,7 +26,7 @@ def load_log(data: DataConfig) -> InteractionLog:
         The log; its report says what was dropped and why.
 
     Raises:
-        ConfigError: if the config describes no file or no columns.
+        ConfigError: if a format, the label rule or a column name cannot work.
         DataError: if the files are not what the config says.
     """
     if isinstance(data, OnlineRetailData):
@@ -36,25 +36,33 @@ def load_log(data: DataConfig) -> InteractionLog:
     if isinstance(data, InteractionsData):
         columns = data.columns
         mapping = ColumnMapping(
-            columns.user,
-            columns.item,
-            columns.time,
-            columns.action,
-            data.label,
-            tuple(columns.item_attributes),
-            tuple(columns.item_floats),
-            tuple(columns.user_attributes),
-            columns.list_separator,
-            TimeFormat(columns.time_unit, columns.time_format),
+            user=columns.user,
+            item=columns.item,
+            time=columns.time,
+            action=columns.action,
+            label=data.label,
+            item_attributes=tuple(columns.item_attributes),
+            item_floats=tuple(columns.item_floats),
+            user_attributes=tuple(columns.user_attributes),
+            list_separator=columns.list_separator,
+            time_format=TimeFormat(columns.time_unit, columns.time_format),
         )
         return read_interactions(Path(data.path), mapping, _file_format(data.format))
     return synthetic_world(
-        data.num_users, data.events_per_user, data.num_items, data.num_categories, data.seed
+        num_users=data.num_users,
+        events_per_user=data.events_per_user,
+        num_items=data.num_items,
+        num_categories=data.num_categories,
+        seed=data.seed,
     )
 
 
 def _file_format(values: Format) -> FileFormat:
-    # A shell and YAML both make it hard to write a tab.
-    delimiter = "\t" if values.delimiter == r"\t" else values.delimiter
-    header, missing = tuple(values.header), tuple(values.missing)
-    return FileFormat(delimiter, values.quoting, values.encoding, header, missing)
+    return FileFormat(
+        # A tab is hard to write in a shell and in YAML.
+        delimiter="\t" if values.delimiter == r"\t" else values.delimiter,
+        quoting=values.quoting,
+        encoding=values.encoding,
+        header=tuple(values.header),
+        missing=tuple(values.missing),
+    )

@@ -1,4 +1,4 @@
-"""Columns of Parquet files as codes and texts, spelled as a text file would have them."""
+"""Read columns of Parquet files as codes and texts, spelt as in a text file."""
 
 import importlib
 import zlib
@@ -18,7 +18,7 @@ ALLOWED = "numbers, booleans, text, UTF-8 bytes, dates and times; for attributes
 
 
 class CodedTexts(NamedTuple):
-    """Row t holds ``texts[codes[t]]``; a text may stand there twice."""
+    """Row t holds ``texts[codes[t]]``; texts may repeat."""
 
     codes: NDArray[np.int64]
     texts: list[str]
@@ -31,13 +31,13 @@ def read_parquet(
 
     Args:
         path: the file, gzipped where it ends in ``.gz``.
-        names: the columns wanted.
+        names: the columns to read.
         encoding: of binary columns.
         list_separator: joins the values of a list.
         lists: the columns that may hold lists.
 
     Returns:
-        The columns by name: whole numbers without ".0" or exponent, times as ISO 8601 in UTC, ""
+        The columns by name: whole numbers without ".0" or exponent, times in ISO 8601 and UTC, ""
         for nulls and NaN.
 
     Raises:
@@ -74,7 +74,7 @@ def read_parquet(
 
 
 def _element_type(kind: Any) -> Any:
-    """Of a list, else None."""
+    """Return the element type of a list type, else None."""
     kinds = importlib.import_module("pyarrow").types
     is_list = kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
     return kind.value_type if is_list else None
@@ -94,12 +94,12 @@ def _is_readable(kind: Any) -> bool:
 
 
 def _coded(column: Any, what: str, encoding: str) -> CodedTexts:
-    """Code a column; each distinct value is spelled once."""
+    """Code a column; each distinct value is converted to text once."""
     pyarrow = importlib.import_module("pyarrow")
     if pyarrow.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pyarrow.types.is_timestamp(column.type):
-        # With a zone or without one, arrow stores an instant in UTC.
+        # Arrow stores instants in UTC, with a zone or without.
         seconds = column.cast(pyarrow.timestamp("s", tz=column.type.tz), safe=False)
         column = seconds.cast(pyarrow.int64()).cast(pyarrow.timestamp("s")).cast(pyarrow.string())
     chunks = column.dictionary_encode("encode").unify_dictionaries().chunks
@@ -119,7 +119,7 @@ def _coded(column: Any, what: str, encoding: str) -> CodedTexts:
 
 
 def _joined(column: Any, what: str, encoding: str, separator: str) -> CodedTexts:
-    """Code a column of lists, their elements' texts joined."""
+    """Code a column of lists, the texts of their elements joined."""
     digits = _float_type(_element_type(column.type))
     code_by_text: dict[str, int] = {}
     codes = []
@@ -138,7 +138,7 @@ def _joined(column: Any, what: str, encoding: str, separator: str) -> CodedTexts
 
 
 def _float_type(kind: Any) -> type[np.floating[Any]]:
-    """The type that says how many digits a float of a column has."""
+    """Return the numpy type whose shortest decimal a float of the column has."""
     kinds = importlib.import_module("pyarrow").types
     if kinds.is_float16(kind):
         return np.float16
@@ -146,13 +146,13 @@ def _float_type(kind: Any) -> type[np.floating[Any]]:
 
 
 def _spelled(value: Any, float_type: type[np.floating[Any]], encoding: str) -> str:
-    """A value as a text file would have it."""
+    """Return a value as a text file has it."""
     if value is None or value != value:
         return ""
     if isinstance(value, bytes):
         return value.decode(encoding)
     if isinstance(value, float):
-        # 0.1 of float32 is 0.1, not 0.10000000149011612.
+        # A float32 of 0.1 is 0.1, not 0.10000000149011612.
         return canonical_id(float(str(float_type(value))))
     if isinstance(value, Decimal):
         # Unlike normalize(), this keeps every digit.

@@ -1,7 +1,7 @@
-"""Public data sets by name: what their columns mean and which of their rows are interactions.
+"""Readers of public data sets: what their columns mean and which rows are interactions.
 
-Each preset is a table, a column mapping and the reasons to leave rows out; the reading itself is
-``tables`` and ``interactions``. The files are the publishers' own, in a folder of the caller's.
+A preset is a table, a column mapping and reasons to drop rows; ``tables`` and ``interactions`` do
+the reading. The files are the publishers' own, in a folder that the caller names.
 """
 
 import re
@@ -40,9 +40,13 @@ _RETAIL_FILES = (
     *("online_retail.csv", "online_retail.csv.gz"),
     *("online_retail_II.csv", "online_retail_II.csv.gz"),
 )
-# Online Retail II calls three of them otherwise.
-_NAME_BY_NAME_OF_II = {"Invoice": "InvoiceNo", "Price": "UnitPrice", "Customer ID": "CustomerID"}
-# Dates of copies that went through a spreadsheet.
+# Online Retail II names three of these columns differently.
+_NAME_BY_II_NAME = {
+    "Invoice": "InvoiceNo",
+    "Price": "UnitPrice",
+    "Customer ID": "CustomerID",
+}
+# Date formats of copies that went through a spreadsheet.
 _RETAIL_DATES = ("%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M", "%m-%d-%Y %H:%M", "%d-%m-%Y %H:%M")
 # READMEs of ML-1M and ml-latest-small; the .dat files have these columns and no header.
 _RATINGS = ("userId", "movieId", "rating", "timestamp")
@@ -52,14 +56,14 @@ _ML1M_USER_ATTRIBUTES = ("gender", "age", "occupation")
 
 
 def read_online_retail(root: Path, file_format: FileFormat | None = None) -> InteractionLog:
-    """Read UCI Online Retail or Online Retail II: what customers of a gift shop bought, by minute.
+    """Read UCI Online Retail or Online Retail II: purchases of a gift shop's customers.
 
-    Dates are ISO 8601 or, as copies have them, ``12/1/2010 8:26`` and ``01-12-2010 08:26``; the
-    column as a whole says which is the month.
+    Dates are ISO 8601 or, in copies, like ``12/1/2010 8:26`` or ``01-12-2010 08:26``; the whole
+    column decides which number is the month.
 
     Args:
-        root: folder with ``online_retail.csv`` or ``online_retail_II.csv``, each with ``.gz`` or
-            not.
+        root: folder with ``online_retail.csv`` or ``online_retail_II.csv``, optionally with
+            ``.gz``.
         file_format: how the file is written; None: UTF-8 with commas.
 
     Returns:
@@ -69,8 +73,8 @@ def read_online_retail(root: Path, file_format: FileFormat | None = None) -> Int
         begin with five digits), "quantity not positive".
 
     Raises:
-        DataError: if the file is missing, is not this data set, or its dates tell day and month
-            nowhere apart.
+        DataError: if the file is missing, is not this data set, or its dates leave day and month
+            ambiguous.
 
     Source:
         UCI data sets 352, doi:10.24432/C5BW33, and 502, doi:10.24432/C5CG6D.
@@ -78,7 +82,7 @@ def read_online_retail(root: Path, file_format: FileFormat | None = None) -> Int
     path = _find(root, *_RETAIL_FILES)
     file_format = file_format or FileFormat()
     header = read_header(path, file_format)
-    new_by_old = {old: new for old, new in _NAME_BY_NAME_OF_II.items() if old in header}
+    new_by_old = {old: new for old, new in _NAME_BY_II_NAME.items() if old in header}
     old_by_new = {new: old for old, new in new_by_old.items()}
     names = [old_by_new.get(name, name) for name in _ONLINE_RETAIL]
     table = read_table(path, names, file_format).renamed(new_by_old)
@@ -105,11 +109,11 @@ def read_movielens(root: Path, positive_rating: float = 4.0) -> InteractionLog:
     Args:
         root: folder with ``ratings.csv`` and ``movies.csv``, or with ``ratings.dat``,
             ``movies.dat`` and ``users.dat``.
-        positive_rating: the lowest rating that is labelled 1, in stars.
+        positive_rating: the lowest rating with label 1, in stars.
 
     Returns:
-        One row per rating; ``action`` is the rating's text ("4", "3.5"), item attribute
-        ``genres``, of ML-1M also user attributes ``gender``, ``age`` (its group) and
+        One row per rating, with ``action`` the rating's text ("4", "3.5") and item attribute
+        ``genres``; for ML-1M also user attributes ``gender``, ``age`` (its group) and
         ``occupation`` (its code).
 
     Raises:
@@ -150,7 +154,7 @@ def _movielens_log(
 
 
 def _read_dat(path: Path, header: Sequence[str]) -> RawTable:
-    """A file of ML-1M: latin-1, fields between "::", no header."""
+    """Read a file of ML-1M: latin-1, fields separated by "::", no header."""
     with open_text(path, "latin-1") as lines:
         numbered_rows = (
             (number, line.rstrip("\r\n").split("::"))
@@ -161,7 +165,7 @@ def _read_dat(path: Path, header: Sequence[str]) -> RawTable:
 
 
 def _retail_date_format(table: RawTable) -> str | None:
-    """The format of a copy's dates, None for ISO 8601."""
+    """Return the format of a copy's dates, None for ISO 8601."""
     fitting = fitting_formats(table.columns["InvoiceDate"].ids, _RETAIL_DATES)
     if len(fitting) > 1:
         raise DataError(
@@ -188,5 +192,5 @@ def _is_no_product(stock_code: str) -> bool:
 
 
 def _is_not_positive(quantity: str) -> bool:
-    """Also where it is no number at all."""
+    """Return whether a quantity is not a positive number, or not a number."""
     return not finite_number(quantity) > 0

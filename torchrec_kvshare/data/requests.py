@@ -1,4 +1,4 @@
-"""Requests of a data set's test users, in the project's one request format."""
+"""Requests made from a data set's test events, in the project's one request format."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from torchrec_kvshare.features.schema import ACTION, ITEM, TIME, USER
 
 
 class TargetedRequest(NamedTuple):
-    """A raw request, and the place of its event's item among the candidates."""
+    """A raw request, and the index of its event's item among the candidates."""
 
     raw: dict[str, Any]
     target: int
@@ -20,23 +20,23 @@ class TargetedRequest(NamedTuple):
 def make_requests(
     dataset: Dataset, count: int, num_candidates: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Requests as they would have come at the time of test events.
+    """Make requests at the times of random test events.
 
-    The candidates are the item of the event, at a random place, among items drawn evenly from the
-    catalogue; the history is every strictly earlier event of the user, uncut.
+    The candidates are the event's item, at a random position, and items drawn evenly from the
+    catalogue. The history is every strictly earlier event of the user, uncut.
 
     Args:
         dataset: its test split gives users and times.
-        count: requests to make; users come again when there are more requests than test events.
+        count: number of requests; test events may repeat.
         num_candidates: N of every request.
-        seed: same seed, same requests.
+        seed: the same seed gives the same requests.
 
     Yields:
         Raw requests, ready to be written as JSON.
 
     Raises:
         ConfigError: if a number is below 1, or the catalogue is smaller than ``num_candidates``.
-        DataError: if nothing is in the test split.
+        DataError: if the test split is empty.
     """
     for request in make_targeted_requests(dataset, count, num_candidates, seed):
         yield request.raw
@@ -45,7 +45,7 @@ def make_requests(
 def make_targeted_requests(
     dataset: Dataset, count: int, num_candidates: int, seed: int
 ) -> Iterator[TargetedRequest]:
-    """The requests of ``make_requests``, each with what its user took."""
+    """Make the requests of ``make_requests``, each with the index of its target."""
     for name, value in (("count", count), ("candidates", num_candidates)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -76,12 +76,12 @@ def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, A
     history: dict[str, Any] = {ITEM: _ids(log.items.ids, items)}
     if log.action is not None:
         history[ACTION] = _ids(log.action.ids, dataset.action[past].tolist())
-    shown: dict[str, Any] = {ITEM: _ids(log.items.ids, candidates)}
+    columns: dict[str, Any] = {ITEM: _ids(log.items.ids, candidates)}
     for name, ids_by_item in log.item_attributes.items():
         history[name] = [[_id(raw) for raw in ids_by_item[item]] for item in items]
-        shown[name] = [[_id(raw) for raw in ids_by_item[item]] for item in candidates]
+        columns[name] = [[_id(raw) for raw in ids_by_item[item]] for item in candidates]
     for name, values in log.item_floats.items():
-        shown[name] = [float(values[item]) for item in candidates]
+        columns[name] = [float(values[item]) for item in candidates]
     return {
         USER: _id(log.users.ids[user]),
         TIME: int(dataset.time[event]),
@@ -90,7 +90,7 @@ def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, A
             for name, ids_by_user in log.user_attributes.items()
         },
         "history": history | {TIME: dataset.time[past].tolist()},
-        "candidates": shown,
+        "candidates": columns,
     }
 
 
@@ -99,7 +99,7 @@ def _ids(ids: list[str], codes: list[int]) -> list[str | int]:
 
 
 def _id(raw: str) -> str | int:
-    """Integers go out as integers, as the log had them; "007" and "85123A" stay text."""
+    """Return an integer id as an integer; "007" and "85123A" stay text."""
     if raw.isdecimal() and str(int(raw)) == raw:
         return int(raw)
     return raw

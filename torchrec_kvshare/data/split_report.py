@@ -1,4 +1,4 @@
-"""How a data set fell into its splits, in words for the log of a run."""
+"""A description of a data set's splits, for the log of a run."""
 
 from collections.abc import Iterator
 
@@ -9,11 +9,11 @@ from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, Ints
 from torchrec_kvshare.features.schema import ACTION, ITEM, UNKNOWN_ROW, USER
 
 NAME_BY_SPLIT = {TRAIN: "training", VALID: "validation", TEST: "test"}
-LARGE_SHARE = 0.5  # of a split's events, or of the log's, at one moment: worth a warning
+LARGE_SHARE = 0.5  # of the events of a split or the log at one moment: worth a warning
 
 
 def split_sizes(dataset: Dataset) -> str:
-    """Events and users of each split, such as ``training split 129 events of 4 users, ...``."""
+    """Return the size of each split, such as ``training split 129 events of 4 users, ...``."""
     return ", ".join(
         f"{name} {int(chosen.sum()):,} events of "
         f"{len(np.unique(dataset.event_user[chosen])):,} users"
@@ -22,9 +22,9 @@ def split_sizes(dataset: Dataset) -> str:
 
 
 def crowded_moments(dataset: Dataset) -> list[str]:
-    """A sentence for each split, and for the log, of which half or more lies at one moment.
+    """Describe each split, and the log, of which half or more of the events are at one moment.
 
-    Times that were read wrongly, such as days taken for seconds, show so.
+    This shows times that were read wrongly, such as days taken for seconds.
     """
     sentences = []
     everything = ("log", np.ones(len(dataset.time), bool))
@@ -46,7 +46,7 @@ def crowded_moments(dataset: Dataset) -> list[str]:
 
 
 def unknown_shares(dataset: Dataset) -> dict[str, float]:
-    """Of the test split's ids, the share that training never met, by column."""
+    """Return the share of the test split's ids that are not in the training split, by column."""
     tested = dataset.split == TEST
     users, items = np.unique(dataset.event_user[tested]), dataset.item[tested]
     rows = {

@@ -1,8 +1,8 @@
-"""A seeded world in which long histories matter, for tests and for runs without any data set.
+"""Synthetic interactions in which long histories matter, for tests and runs without a data set.
 
-A user has four tastes (categories) at a time and each is replaced after some 120 events. A user
-id can learn only the average over all tastes there ever were; the present ones stand in the
-history, each about every seventh event, so that it takes tens of events to see them.
+A user has four tastes (categories) at a time, and each is replaced after 120 events on average. An
+embedding of the user id can learn only the average over all of a user's tastes. The present ones
+show in the history, each about every seventh event, so it takes tens of events to see them.
 """
 
 from collections.abc import Sequence
@@ -19,33 +19,33 @@ TASTE_LIFE = 120  # events, mean
 TASTE_SHARE = 0.6  # of the events; the others follow global popularity
 # Buys are 30 % of all events: 0.6 * 0.4 + 0.4 * 0.15.
 BUY_SHARE_BY_TASTE = (0.15, 0.4)  # of the other events, of the taste events
-EQUAL_TIME_SHARE = 0.05  # of the events, at the time of the user's event before
+EQUAL_TIME_SHARE = 0.05  # of the events, at the time of the user's previous event
 SHORTEST, LONGEST = 0.25, 3.0  # history, in mean histories
 # s of SHORTEST + min(Exp(s), LONGEST - SHORTEST) with mean 1: s * (1 - exp(-2.75 / s)) = 0.75.
 LENGTH_SCALE = 0.772
 START_TIME = 1_700_000_000  # Unix seconds, November 2023
-START_SPREAD = 30 * 86_400  # seconds within which users come
-MEAN_SPAN = 180 * 86_400  # seconds a mean history takes
+START_SPREAD = 30 * 86_400  # seconds within which users' first events lie
+MEAN_SPAN = 180 * 86_400  # seconds that a history of mean length spans
 COUNTRIES = ("AT", "BR", "GB", "JP", "ZA")
 
 
 def synthetic_world(
     num_users: int, events_per_user: int, num_items: int, num_categories: int, seed: int
 ) -> InteractionLog:
-    """Draw a world of users whose tastes change; the same seed gives the same world.
+    """Draw interactions of users whose tastes change; the same seed gives the same log.
 
     Args:
         num_users: at least 1.
-        events_per_user: mean length of a history, at least 1; lengths lie between a quarter and
-            three times that.
-        num_items: at least ``num_categories``; items that nobody meets are not in the log.
-        num_categories: at least 1; an item has one.
+        events_per_user: mean length of a history, at least 1; lengths are between a quarter of it
+            and three times it.
+        num_items: at least ``num_categories``; items without events are not in the log.
+        num_categories: at least 1; an item has one category.
         seed: at least 0.
 
     Returns:
         The log, all users' events merged by time: actions "view" and "buy", item attribute
-        ``category``, item float ``price``, user attribute ``country`` (which tells nothing), label
-        1 everywhere. A user's times grow, but for 5 % of equal neighbours.
+        ``category``, item float ``price``, user attribute ``country`` (pure noise), label 1
+        everywhere. A user's times increase, except that 5 % equal the time before.
 
     Raises:
         ConfigError: if a number is out of its range.
@@ -97,7 +97,7 @@ def _lengths(
 def _wanted_categories(
     rng: np.random.Generator, is_first: NDArray[np.bool_], num_categories: int
 ) -> NDArray[np.int64]:  # [T]
-    """One of the user's tastes at each event."""
+    """Draw one of the user's present tastes for each event."""
     num_events = len(is_first)
     is_replaced = rng.random((num_events, NUM_TASTES)) < 1 / TASTE_LIFE
     is_replaced |= is_first[:, None]
@@ -112,22 +112,22 @@ def _wanted_categories(
 def _items_of_categories(
     rng: np.random.Generator, wanted: NDArray[np.int64], category_by_item: NDArray[np.int64]
 ) -> NDArray[np.int64]:  # [T]
-    """An item of each wanted category, the popular ones a little more often."""
+    """Draw an item of each wanted category, popular ones a little more often."""
     by_category = np.argsort(category_by_item, kind="stable")
     counts = np.bincount(category_by_item)  # [num_categories]
     starts = np.cumsum(counts) - counts
-    place = rng.integers(counts[wanted])
-    # In a quarter of the events the more popular one of two: the first items come 1.25 times as
+    rank = rng.integers(counts[wanted])
+    # A quarter of the events take the more popular of two draws: the first items come 1.25 times as
     # often as in a uniform draw, the last 0.75 times.
-    other = np.where(rng.random(len(wanted)) < 0.25, rng.integers(counts[wanted]), place)
-    liked: NDArray[np.int64] = by_category[starts[wanted] + np.minimum(place, other)]
+    other = np.where(rng.random(len(wanted)) < 0.25, rng.integers(counts[wanted]), rank)
+    liked: NDArray[np.int64] = by_category[starts[wanted] + np.minimum(rank, other)]
     return liked
 
 
 def _popular_items(
     rng: np.random.Generator, num_events: int, num_items: int
 ) -> NDArray[np.int64]:  # [T]
-    """Items by Zipf's law with exponent 1."""
+    """Draw items by Zipf's law with exponent 1."""
     weights = 1 / np.arange(1, num_items + 1)
     return rng.choice(num_items, size=num_events, p=weights / weights.sum())
 
@@ -138,7 +138,7 @@ def _times(
     lengths: NDArray[np.int64],
     mean_gap: float,
 ) -> NDArray[np.int64]:  # [T]
-    """Unix seconds, growing or equal within a user."""
+    """Draw Unix seconds, increasing or equal within a user."""
     num_events = len(is_first)
     gaps = 1 + np.floor(mean_gap * rng.standard_exponential(num_events)).astype(np.int64)
     is_equal = rng.random(num_events) < EQUAL_TIME_SHARE

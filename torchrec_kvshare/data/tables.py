@@ -1,8 +1,8 @@
-"""Text and Parquet files in, dictionary-coded columns out.
+"""Read text and Parquet files into dictionary-coded columns.
 
-Every column is coded while it is read (a code per row, each distinct text once), and everything
-after that, such as parsing a time or testing a rule, happens once per distinct text. That keeps
-half a million rows at seconds and tens of millions in memory.
+A column is coded while it is read: a code per row, each distinct text stored once. Later work, such
+as parsing times or testing a rule, is done once per distinct text. Half a million rows then take
+seconds, and tens of millions fit in memory.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,14 +31,14 @@ EXAMPLE_CHARACTERS = 80
 
 
 class IdColumn(NamedTuple):
-    """A dictionary-coded column: row t holds ``ids[codes[t]]``; ids stand by first appearance."""
+    """A dictionary-coded column: row t holds ``ids[codes[t]]``; ids by first appearance."""
 
     codes: NDArray[np.int64]  # [T]
     ids: list[str]
 
 
 class Exclusion(NamedTuple):
-    """A reason to drop a row, decided by the text in one of its columns."""
+    """A reason to drop a row, decided by the text in one column."""
 
     reason: str
     column: str
@@ -47,30 +47,30 @@ class Exclusion(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RawTable:
-    """The wanted columns of a file, coded, their texts as they stand in the file.
+    """The wanted columns of a file, coded, their texts as in the file.
 
     Args:
-        source: the file, as messages name it.
-        columns: coded column by name, all of the same number of rows.
-        places: [rows] int64, the line (of text files) or row (of Parquet) each row begins at.
-        place_word: "line" or "row".
-        num_misfits: rows left out because of their number of fields.
-        misfits: the first of those, named.
+        source: the file, for messages.
+        columns: coded column by name, all with the same number of rows.
+        positions: [rows] int64, line (text files) or row number (Parquet) at which each row begins.
+        position_name: "line" or "row".
+        num_misfits: number of rows dropped because of their number of fields.
+        misfits: descriptions of the first of these.
     """
 
     source: str
     columns: dict[str, IdColumn]
-    places: NDArray[np.int64]
-    place_word: str = "line"
+    positions: NDArray[np.int64]
+    position_name: str = "line"
     num_misfits: int = 0
     misfits: tuple[str, ...] = ()
 
     def joined(self, key: str, side: "RawTable", names: Sequence[str]) -> "RawTable":
-        """Add columns of another table, found by the id in column ``key``, which both have.
+        """Join columns of another table on column ``key``.
 
         Args:
-            key: the id's column; where ``side`` has an id twice, its first row counts.
-            side: the table to look up in; "" stands where it lacks an id.
+            key: the id column of both tables; where ``side`` repeats an id, its first row is used.
+            side: the other table; ids that it lacks give "".
             names: the columns to add.
 
         Returns:
@@ -93,7 +93,7 @@ class RawTable:
         return replace(self, columns=self.columns | added)
 
     def without(self, missing: Collection[str]) -> "RawTable":
-        """Put "" in place of texts that mean no value, space around them or not."""
+        """Replace texts that mean no value by "", ignoring surrounding space."""
         columns = {
             name: IdColumn(codes, ["" if text.strip() in missing else text for text in ids])
             for name, (codes, ids) in self.columns.items()
@@ -101,13 +101,13 @@ class RawTable:
         return replace(self, columns=columns)
 
     def renamed(self, new_by_old: Mapping[str, str]) -> "RawTable":
-        """Give columns other names.
+        """Rename columns.
 
         Args:
-            new_by_old: by the present name, the new one.
+            new_by_old: new name by old name.
 
         Returns:
-            This table, its other columns as they were.
+            This table, with the other columns unchanged.
         """
         columns = {new_by_old.get(name, name): column for name, column in self.columns.items()}
         return replace(self, columns=columns)
@@ -117,7 +117,7 @@ def encode(texts: Iterable[str]) -> IdColumn:
     """Dictionary-code texts in order of first appearance.
 
     Args:
-        texts: T of them, taken as they are.
+        texts: [T].
 
     Returns:
         The coded column.
@@ -138,28 +138,28 @@ def read_table(
     list_separator: str = "|",
     lists: Collection[str] = (),
 ) -> RawTable:
-    """Read columns of a file, chosen by its ending.
+    """Read columns of a file; its ending says the kind.
 
     Args:
-        path: ``.csv``, ``.tsv`` or ``.parquet``; each may end in ``.gz``. Where the format names
-            a delimiter, any other ending is of a text file.
-        names: the columns wanted.
-        file_format: how the file is written; None: as is usual for its ending.
+        path: ``.csv``, ``.tsv`` or ``.parquet``, optionally followed by ``.gz``. If the format
+            names a delimiter, a file with any other ending is text.
+        names: the columns to read.
+        file_format: how the file is written; None: the default of its ending.
         list_separator: joins the values of Parquet's list columns.
-        lists: the columns that may be such.
+        lists: the columns that may hold lists.
 
     Returns:
-        The columns; "" stands for all that the format takes as missing.
+        The columns, with "" for missing values.
 
     Raises:
         DataError: if the file or a column is missing, or the file cannot be read.
-        ConfigError: if the format is one of text and the file is Parquet.
+        ConfigError: if the format has options of text files and the file is Parquet.
         MissingExtraError: for Parquet without pyarrow.
     """
     file_format = file_format or FileFormat()
     ending = Path(path.name.lower().removesuffix(".gz")).suffix
     if ending == ".parquet":
-        table = _read_parquet(path, names, file_format, list_separator, lists)
+        table = _read_parquet(path, names, file_format, list_separator=list_separator, lists=lists)
     elif ending in DELIMITER_BY_ENDING or file_format.delimiter is not None:
         table = _read_text(path, names, file_format, ending)
     else:
@@ -177,39 +177,46 @@ def code_rows(
     names: Sequence[str],
     advice: str = "",
 ) -> RawTable:
-    """Code columns of rows while they stream by.
+    """Code the columns of a stream of rows.
 
     Args:
         path: the file, for messages.
-        header: the columns it has.
+        header: the names of its columns.
         numbered_rows: line number and fields of each row.
-        names: the columns wanted.
-        advice: what to do if one is not there, for messages.
+        names: the columns to read.
+        advice: what to do about a missing column, for messages.
 
     Returns:
-        The columns; rows of another number of fields than the header are counted apart.
+        The columns; rows with another number of fields than the header are dropped and counted.
 
     Raises:
-        DataError: if a wanted column is not there exactly once.
+        DataError: if the file does not have a column exactly once.
     """
     check_header(path, header, names, advice)
-    position_by_name = {name: header.index(name) for name in names}
+    index_by_name = {name: header.index(name) for name in names}
     coder_by_name = {name: _Coder() for name in names}
-    places = [np.zeros(0, np.int64)]
+    lines = [np.zeros(0, np.int64)]
     misfits: list[str] = []
     num_misfits = 0
     while chunk := list(islice(numbered_rows, CHUNK_ROWS)):
         fitting = [row for _, row in chunk if len(row) == len(header)]
-        lines = [line for line, row in chunk if len(row) == len(header)]
-        places.append(np.array(lines, np.int64))
-        for name, position in position_by_name.items():
-            coder_by_name[name].add([row[position] for row in fitting])
+        fitting_lines = [line for line, row in chunk if len(row) == len(header)]
+        lines.append(np.array(fitting_lines, np.int64))
+        for name, index in index_by_name.items():
+            coder_by_name[name].add([row[index] for row in fitting])
         if len(fitting) < len(chunk):
             num_misfits += len(chunk) - len(fitting)
             misfits += [_misfit(path, *pair) for pair in chunk if len(pair[1]) != len(header)]
             del misfits[EXAMPLES_PER_REASON:]
     columns = {name: coder.column() for name, coder in coder_by_name.items()}
-    return RawTable(str(path), columns, np.concatenate(places), "line", num_misfits, tuple(misfits))
+    return RawTable(
+        source=str(path),
+        columns=columns,
+        positions=np.concatenate(lines),
+        position_name="line",
+        num_misfits=num_misfits,
+        misfits=tuple(misfits),
+    )
 
 
 class _Coder:
@@ -235,14 +242,14 @@ def _texts(column: IdColumn) -> list[str]:
 
 
 def read_header(path: Path, file_format: FileFormat) -> list[str]:
-    """The columns of a text file, as its first row names them."""
+    """Return the column names in the first row of a text file."""
     ending = Path(path.name.lower().removesuffix(".gz")).suffix
     with open_text(path, file_format.encoding) as lines:
         return _header(text_rows(path, lines, *file_format.splitting(ending)))
 
 
 def _header(numbered_rows: Iterator[tuple[int, list[str]]]) -> list[str]:
-    """The names in the first of some rows, none if there is no row."""
+    """Return the names in the first row; none if there is no row."""
     return [name.strip() for name in next(numbered_rows, (0, []))[1]]
 
 
@@ -265,13 +272,19 @@ def _read_parquet(
     list_separator: str,
     lists: Collection[str],
 ) -> RawTable:
-    of_text = (file_format.delimiter, file_format.quoting, file_format.header or None)
-    if of_text != (None, None, None):
+    text_options = (file_format.delimiter, file_format.quoting, file_format.header or None)
+    if text_options != (None, None, None):
         raise ConfigError(
-            f"data.format has a delimiter, a quoting or a header, which text files have; {path} "
-            "is Parquet"
+            f"data.format has a delimiter, a quoting or a header, which only text files have; "
+            f"{path} is Parquet"
         )
-    coded = read_parquet(path, names, file_format.encoding, list_separator, lists)
+    coded = read_parquet(
+        path,
+        names,
+        encoding=file_format.encoding,
+        list_separator=list_separator,
+        lists=lists,
+    )
     columns = {}
     for name, (codes, texts) in coded.items():
         spelled = encode(texts)

@@ -1,9 +1,9 @@
-"""Targets of a data set into batches: one prefill per window, every event in it a target.
+"""Training batches: one prefill per window, every event in it a target.
 
-A window is what the model would read of a history (``schema.Window``); all targets that read from
-the same start share it, each over its strictly earlier events, its sampled negatives beside it. So
-an epoch costs one prefill per window, not one per event, and training cuts histories as serving
-does.
+A window is the part of a history that the model reads (``schema.Window``). All targets whose
+windows start at the same event share one window; each sees its strictly earlier events and has its
+own sampled negatives. So an epoch costs one prefill per window, not one per event, and histories
+are cut as in serving.
 """
 
 from collections.abc import Iterator
@@ -35,11 +35,9 @@ from torchrec_kvshare.features.schema import (
     visible_key,
 )
 
-MAX_TARGETS_PER_WINDOW = (
-    256  # more share their prefill with a copy of it, so that batches stay even
-)
-MIN_CATALOGUE = 2  # items: a target's own and another to be its negative
-# Training sees this share of ids as unknown, so that the row of unknown ids is a trained one.
+MAX_TARGETS_PER_WINDOW = 256  # further targets get a copy of the window, so that batches stay even
+MIN_CATALOGUE = 2  # items: the target's own and a negative
+# Training shows this share of ids as unknown, so that the row of unknown ids is trained.
 UNKNOWN_SHARE = 0.01
 
 
@@ -50,10 +48,10 @@ class Windows:
     Attributes:
         user: [W] user code.
         first_event: by history [W], the oldest event that the targets see, as an index into the
-            data set's ``places_by_history``.
-        num_events: by history [W], events that the last of the targets sees.
+            data set's ``indices_by_history``.
+        num_events: by history [W], number of events that the last target sees.
         num_targets: [W].
-        targets: [sum of num_targets] places of the targets in the data set, window by window.
+        targets: [sum of num_targets] event indices of the targets, window by window.
     """
 
     user: Ints
@@ -64,29 +62,29 @@ class Windows:
 
     @cached_property
     def first_target(self) -> Ints:
-        """[W] where the targets of each window begin."""
+        """[W] index of each window's first target."""
         return np.cumsum(self.num_targets) - self.num_targets
 
     def take(self, chosen: Ints) -> "Windows":
-        """Some of the windows, in the order given."""
+        """Return some of the windows, in the given order."""
         counts = self.num_targets[chosen]
         return Windows(
-            self.user[chosen],
-            {name: first[chosen] for name, first in self.first_event.items()},
-            {name: count[chosen] for name, count in self.num_events.items()},
-            counts,
-            self.targets[ranges(self.first_target[chosen], counts)],
+            user=self.user[chosen],
+            first_event={name: first[chosen] for name, first in self.first_event.items()},
+            num_events={name: count[chosen] for name, count in self.num_events.items()},
+            num_targets=counts,
+            targets=self.targets[ranges(self.first_target[chosen], counts)],
         )
 
 
-def windows_of(dataset: Dataset, targets: Ints, share_prefill: bool = True) -> Windows:
+def windows_of(dataset: Dataset, targets: Ints, *, share_prefill: bool = True) -> Windows:
     """Group targets by the window they read.
 
     Args:
-        dataset: where the targets lie.
-        targets: places of events, ascending.
+        dataset: holds the targets.
+        targets: event indices, ascending.
         share_prefill: whether targets at different times may see prefixes of one prefill; if not,
-            a window holds targets of one moment.
+            all targets of a window have the same time.
 
     Returns:
         The windows; every target is in exactly one.
@@ -101,23 +99,23 @@ def windows_of(dataset: Dataset, targets: Ints, share_prefill: bool = True) -> W
         before[history.name], earlier[history.name] = _events_before(dataset, history.name, targets)
         start[history.name] = history.window.start(earlier[history.name])
         is_first[1:] |= np.diff(start[history.name]) != 0
-    place = np.arange(len(targets))
-    first_of_window = np.maximum.accumulate(np.where(is_first, place, 0))
-    is_first |= (place - first_of_window) % MAX_TARGETS_PER_WINDOW == 0
+    index = np.arange(len(targets))
+    first_of_window = np.maximum.accumulate(np.where(is_first, index, 0))
+    is_first |= (index - first_of_window) % MAX_TARGETS_PER_WINDOW == 0
     firsts = np.flatnonzero(is_first)
     lasts = np.append(firsts[1:], len(targets)) - 1
     return Windows(
-        user[firsts],
-        {name: before[name][firsts] + start[name][firsts] for name in start},
-        {name: earlier[name][lasts] - start[name][firsts] for name in start},
-        lasts - firsts + 1,
-        targets,
+        user=user[firsts],
+        first_event={name: before[name][firsts] + start[name][firsts] for name in start},
+        num_events={name: earlier[name][lasts] - start[name][firsts] for name in start},
+        num_targets=lasts - firsts + 1,
+        targets=targets,
     )
 
 
 def _events_before(dataset: Dataset, history: str, targets: Ints) -> tuple[Ints, Ints]:
-    """A history's events before each target's user, and of the user strictly before the target."""
-    before = dataset.before_by_history[history]
+    """Count a history's events before each target's user, and the user's before the target."""
+    before = dataset.num_before_by_history[history]
     first = dataset.user_offsets[dataset.event_user[targets]]
     return before[first], before[first + dataset.num_earlier[targets]] - before[first]
 
@@ -125,15 +123,15 @@ def _events_before(dataset: Dataset, history: str, targets: Ints) -> tuple[Ints,
 def batches_of(
     windows: Windows, batch_targets: int, rng: np.random.Generator | None
 ) -> Iterator[Ints]:
-    """Windows in batches of about so many targets.
+    """Group windows into batches of about ``batch_targets`` targets.
 
     Args:
         windows: all windows of a split.
-        batch_targets: a batch is full when it has that many targets.
+        batch_targets: a batch with this many targets is full.
         rng: shuffles the windows; None keeps their order.
 
-    Returns:
-        Places of the windows of each batch.
+    Yields:
+        The indices of each batch's windows.
     """
     order = np.arange(len(windows.user)) if rng is None else rng.permutation(len(windows.user))
     ends = np.cumsum(windows.num_targets[order])
@@ -144,19 +142,19 @@ def batches_of(
 def sample_negatives(
     dataset: Dataset, targets: Ints, num_negatives: int, rng: np.random.Generator
 ) -> Ints:
-    """Items of the catalogue drawn evenly, never the target's own.
+    """Draw negatives from the catalogue at random, never the target's own item.
 
     Args:
-        dataset: whose catalogue is drawn from.
-        targets: [P] places of the targets.
-        num_negatives: drawn for each target.
-        rng: the source of chance.
+        dataset: holds the catalogue.
+        targets: [P] event indices of the targets.
+        num_negatives: number of negatives per target.
+        rng: random generator.
 
     Returns:
         [P, num_negatives] item codes.
 
     Raises:
-        DataError: if the catalogue is of one item: there is nothing else to draw.
+        DataError: if the catalogue has fewer than two items.
     """
     catalogue = dataset.known_items
     if len(catalogue) < MIN_CATALOGUE:
@@ -167,20 +165,20 @@ def sample_negatives(
     drawn = rng.integers(0, len(catalogue), (len(targets), num_negatives))
     negatives = catalogue[drawn]
     own = negatives == dataset.item[targets][:, None]
-    # The neighbour in the catalogue stands in; it is as likely as any other.
+    # The next item of the catalogue replaces the target's own, so it comes twice as often.
     return np.where(own, catalogue[(drawn + 1) % len(catalogue)], negatives)
 
 
 def build_batch(
     dataset: Dataset, windows: Windows, candidates: Ints, rng: np.random.Generator | None
 ) -> Batch:
-    """One TorchRec batch: every target with its negatives over its window's history.
+    """Build a TorchRec batch: every target with its negatives over its window's history.
 
     Args:
-        dataset: where the windows lie.
-        windows: W of them; they become the user rows of the batch.
+        dataset: holds the windows.
+        windows: W windows, which become the user rows of the batch.
         candidates: [P, 1 + negatives] item codes of each target's candidates, its own item first.
-        rng: in training, draws the ids that are shown as unknown; None shows all as they are.
+        rng: in training, draws the ids to show as unknown; None shows all ids.
 
     Returns:
         A VBE batch with C = P x (1 + negatives) candidates; the first of each target has its label.
@@ -194,23 +192,24 @@ def build_batch(
         key: single(_tensor(np.repeat(values, candidates.shape[1])))
         for key, values in moments.items()
     }
-    return _assemble(dataset, windows, candidates, window_of_target, bags, rng)
+    return _assemble(dataset, windows, candidates, window_of_target, bags=bags, rng=rng)
 
 
 def build_catalogue_batch(dataset: Dataset, windows: Windows, candidates: Ints) -> Batch:
-    """One batch as serving would see it: every window is one request at the time of its one target.
+    """Build a batch as in serving: each window is a request at the time of its only target.
 
     Args:
-        dataset: where the windows lie.
-        windows: W of them with one target each.
-        candidates: [W, N] item codes to rank for each.
+        dataset: holds the windows.
+        windows: W windows with one target each.
+        candidates: [W, N] item codes to rank for each window.
 
     Returns:
         A VBE batch with C = W x N candidates over their whole windows.
     """
     assert (windows.num_targets == 1).all()
     bags = {REQUEST_TIME: single(_tensor(dataset.time[windows.targets]))}
-    return _assemble(dataset, windows, candidates, np.arange(len(windows.user)), bags, None)
+    window_of_target = np.arange(len(windows.user))
+    return _assemble(dataset, windows, candidates, window_of_target, bags=bags, rng=None)
 
 
 def _assemble(
@@ -253,7 +252,7 @@ def _event_bags(
     dataset: Dataset, windows: Windows, history: str, rng: np.random.Generator | None
 ) -> dict[str, Bags]:
     read = ranges(windows.first_event[history], windows.num_events[history])
-    events = dataset.places_by_history[history][read]
+    events = dataset.indices_by_history[history][read]
     lengths = _tensor(windows.num_events[history])
     items = dataset.item[events]
     bags = {

@@ -1,8 +1,8 @@
-"""Times as logs write them, into Unix seconds.
+"""Parse the times of a log into Unix seconds.
 
-How a column is written is decided once, for the whole of it: one value alone may mean several
-times, and a number always means some time. What is ambiguous or looks like something else than it
-would be read as is an error that says which option settles it.
+The format is decided once per column: a single value may mean several times, and any number means
+some time. A column that is ambiguous, or looks like another format than it would be read as, is an
+error that names the option to set.
 """
 
 import math
@@ -30,15 +30,15 @@ NAME_BY_UNIT = {
 }
 # From 1973 on the units do not overlap: 1e11 ms is 1973-03-03, and 1e11 s is the year 5138.
 LEAST_BY_UNIT = {"s": 1, "ms": 1e11, "us": 1e14, "ns": 1e17}
-MOST = 0.9  # of a column's different values look like what the column is
+MOST = 0.9  # of a column's distinct values show what the column holds
 ALLOWED = (
     "allowed: Unix s, ms, us or ns of 1970 to 2100 (data.columns.time_unit), ISO 8601 such as "
     "2019-10-01 00:00:00 UTC, and whatever data.columns.time_format describes"
 )
 
-# Whole numbers that are dates written without separators, by their number of digits.
+# Dates written in digits without separators, by their number of digits.
 STAMP_BY_DIGITS = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
-# Days since 1970, from 1980 on, and days since 1900 as spreadsheets count them, up to 2100.
+# From 1980 in days since 1970 to 2100 in days since 1900, as spreadsheets count.
 DAY_NUMBERS = (3_653, 73_051)
 SPREADSHEET_1970 = 25_569
 _DATES = (
@@ -52,9 +52,9 @@ LIKELY_FORMATS = (
     *(date + clock for date, clock in product(_DATES, _CLOCKS)),
     *("%a %b %d %H:%M:%S %Y", "%a %b %d %H:%M:%S %z %Y", "%Y-%m-%d %I:%M:%S %p"),
 )
-SAMPLE = 500  # values that say what a column looks like
+SAMPLE = 500  # values tried to guess a column's format
 
-# What pyarrow and most exports write; numpy reads it many at a time.
+# The format of pyarrow and most exports; numpy parses whole arrays of it.
 _PLAIN_ISO = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}")
 _ISO = re.compile(
     r"([0-9]{4})(-?)([0-9]{2})\2([0-9]{2})"
@@ -68,8 +68,8 @@ class TimeFormat:
     """How the times of a log are written.
 
     Args:
-        unit: of numbers: "s", "ms", "us", "ns"; "auto": told by the column's magnitudes.
-        pattern: a format of ``datetime.strptime`` that all times have; None: numbers or ISO 8601.
+        unit: of numbers: "s", "ms", "us", "ns"; "auto": inferred from the column's magnitudes.
+        pattern: the ``datetime.strptime`` format of all times; None: numbers or ISO 8601.
 
     Raises:
         ConfigError: if a value is not allowed, or both are given.
@@ -86,8 +86,8 @@ class TimeFormat:
             return
         if self.unit != AUTO:
             raise ConfigError(
-                f"data.columns.time_unit is {self.unit!r} and time_format {self.pattern!r}; one of "
-                "them is allowed"
+                f"data.columns.time_unit is {self.unit!r} and time_format {self.pattern!r}; only "
+                "one of them is allowed"
             )
         try:
             some_time = datetime(2010, 12, 1, 8, 26, tzinfo=timezone.utc)
@@ -97,25 +97,25 @@ class TimeFormat:
 
 
 class Times(NamedTuple):
-    """Whole Unix seconds of each text, NaN where it is no time of 1970 to 2100."""
+    """Whole Unix seconds of each text; NaN for texts that are not times from 1970 to 2100."""
 
     seconds: NDArray[np.float64]
-    form: str  # how the column is written, in words
+    form: str  # a description of the format
 
 
 def read_times(texts: Sequence[str], written: TimeFormat, what: str) -> Times:
-    """Read the different times of a column; a time without a zone is UTC.
+    """Parse the distinct times of a column; a time without a zone is UTC.
 
     Args:
-        texts: as they stand in a file, "" where there is none.
-        written: how they are written.
-        what: the column, as messages name it.
+        texts: as the file has them, "" for a missing time.
+        written: how the times are written.
+        what: the column, for messages.
 
     Returns:
-        The seconds; a few texts that are no times are NaN.
+        The seconds; NaN for texts that are not times.
 
     Raises:
-        DataError: if most are no times, if numbers look like dates or days, or if units are mixed.
+        DataError: if most texts are not times, numbers look like dates or days, or units are mixed.
 
     Example:
         >>> read_times(["1430622004384", "2015-05-03T03:00:04Z"], TimeFormat(), "time")
@@ -123,7 +123,7 @@ def read_times(texts: Sequence[str], written: TimeFormat, what: str) -> Times:
     """
     texts = [text.strip() for text in texts]
     if written.pattern is not None:
-        # A float of pandas, such as 20101201.0, is meant by %Y%m%d too.
+        # canonical_id also makes a float of pandas, such as 20101201.0, fit %Y%m%d.
         seconds = np.array([_seconds_by(canonical_id(text), written.pattern) for text in texts])
         form = f"time_format {written.pattern}"
     else:
@@ -131,33 +131,33 @@ def read_times(texts: Sequence[str], written: TimeFormat, what: str) -> Times:
     bad = [text for text, second in zip(texts, seconds, strict=True) if text and second != second]
     num_given = len(texts) - texts.count("")
     if len(bad) > num_given / 2:
-        count = f"{len(bad)} of {num_given} different values are no times"
+        count = f"{len(bad)} of {num_given} distinct values are not times"
         raise DataError(f"{what}: {count}, such as {bad[0]!r}{_advice(bad, form)}; {ALLOWED}")
     return Times(seconds, form)
 
 
 def fitting_formats(texts: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The formats in which a column may be written.
+    """Return the formats in which a column may be written.
 
     Args:
-        texts: times as they stand in a file.
+        texts: times as the file has them.
         patterns: formats to choose from.
 
     Returns:
-        Those that read the most texts, and nearly all of them: several where day and month cannot
-        be told apart, none where no format fits.
+        The formats that parse the most texts, if these are nearly all: several where day and month
+        cannot be told apart, none where no format fits.
 
     Example:
         >>> fitting_formats(["1/12/2010", "1/13/2010"], ["%d/%m/%Y", "%m/%d/%Y"])
         ['%m/%d/%Y']
     """
-    may_misfit = (1 - MOST) * len(texts)
+    max_misfits = (1 - MOST) * len(texts)
     misfits_by_pattern = {}
     for pattern in patterns:
         misfits = 0
         for text in texts:
             misfits += math.isnan(_seconds_by(text.strip(), pattern))
-            if misfits > may_misfit:
+            if misfits > max_misfits:
                 break
         else:
             misfits_by_pattern[pattern] = misfits
@@ -166,7 +166,7 @@ def fitting_formats(texts: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def iso_of(seconds: int) -> str:
-    """A time as ISO 8601 writes it.
+    """Return a time in ISO 8601.
 
     Example:
         >>> iso_of(1291191960)
@@ -176,13 +176,13 @@ def iso_of(seconds: int) -> str:
 
 
 def finite_number(text: str) -> float:
-    """Read a finite number.
+    """Parse a finite number.
 
     Args:
-        text: a number as it stands in a file.
+        text: a number as the file has it.
 
     Returns:
-        The number, NaN where there is none.
+        The number; NaN if the text is not a finite number.
 
     Example:
         >>> finite_number(" 2.5"), finite_number("inf"), finite_number("1_000")
@@ -204,10 +204,10 @@ def _seconds_of_numbers_and_iso(
     is_number = ~np.isnan(numbers)
     is_time = (numbers >= 0) & (numbers <= MAX_TIME * per_second)
     seconds = np.where(is_time, np.floor_divide(numbers, per_second), math.nan)
-    if unit == "ns":  # They have more digits than a float.
-        for place in np.flatnonzero(is_time).tolist():
-            if is_integer_id(texts[place]):
-                seconds[place] = int(texts[place]) // per_second
+    if unit == "ns":  # Nanoseconds have more digits than a float.
+        for index in np.flatnonzero(is_time).tolist():
+            if is_integer_id(texts[index]):
+                seconds[index] = int(texts[index]) // per_second
     seconds[~is_number] = _iso_seconds(list(compress(texts, ~is_number)))
     is_read = ~np.isnan(seconds)
     forms = []
@@ -219,7 +219,7 @@ def _seconds_of_numbers_and_iso(
 
 
 def _unit_of(texts: Sequence[str], numbers: NDArray[np.float64], what: str) -> str:
-    """The unit of a column's numbers; zero is 1970 in all of them."""
+    """Infer the unit of a column's numbers; zero fits every unit."""
     is_positive = numbers > 0
     positive_texts = list(compress(texts, is_positive))
     positive = numbers[is_positive]
@@ -227,20 +227,20 @@ def _unit_of(texts: Sequence[str], numbers: NDArray[np.float64], what: str) -> s
     _refuse_day_numbers(positive_texts, positive, what)
     example_by_unit = {}
     for unit, least in LEAST_BY_UNIT.items():
-        of_unit = (positive >= least) & (positive <= MAX_TIME * PER_SECOND_BY_UNIT[unit])
-        if of_unit.any():
-            example_by_unit[unit] = positive_texts[int(np.argmax(of_unit))]
+        is_of_unit = (positive >= least) & (positive <= MAX_TIME * PER_SECOND_BY_UNIT[unit])
+        if is_of_unit.any():
+            example_by_unit[unit] = positive_texts[int(np.argmax(is_of_unit))]
     if len(example_by_unit) > 1:
         came = " and ".join(f"{text} ({NAME_BY_UNIT[u]})" for u, text in example_by_unit.items())
         raise DataError(
             f"{what} mixes units of time: {came}; data.columns.time_unit={'|'.join(LEAST_BY_UNIT)} "
-            "reads all of them as one"
+            "reads all values in one unit"
         )
     return next(iter(example_by_unit), "s")
 
 
 def _refuse_stamps(numbers: NDArray[np.float64], what: str) -> None:
-    """Refuse numbers such as 20101201, which would be a time of August 1970."""
+    """Refuse numbers such as 20101201, which would be read as a time in August 1970."""
     for digits, pattern in STAMP_BY_DIGITS.items():
         dates = numbers // 10.0 ** (digits - 8)
         year, month, day = dates // 10_000, dates // 100 % 100, dates % 100
@@ -257,24 +257,24 @@ def _refuse_stamps(numbers: NDArray[np.float64], what: str) -> None:
 
 
 def _refuse_day_numbers(texts: Sequence[str], numbers: NDArray[np.float64], what: str) -> None:
-    """Refuse numbers such as 40513.35, which would be a time of the first day of 1970."""
+    """Refuse numbers such as 40513.35, which would be read as a time on 1970-01-01."""
     is_day = (numbers >= DAY_NUMBERS[0]) & (numbers <= DAY_NUMBERS[1])
     if not len(numbers) or is_day.mean() < MOST:
         return
-    place = int(np.argmax(is_day))
-    days = int(numbers[place])
-    meanings = [f"days since 1970 ({texts[place]} would be {iso_of(days * 86_400)[:10]})"]
+    first = int(np.argmax(is_day))
+    days = int(numbers[first])
+    meanings = [f"days since 1970 ({texts[first]} would be {iso_of(days * 86_400)[:10]})"]
     if days >= SPREADSHEET_1970:
         date = iso_of((days - SPREADSHEET_1970) * 86_400)[:10]
         meanings.append(f"days as spreadsheets count them ({date})")
     raise DataError(
         f"{what} looks like {' or '.join(meanings)}: write it as ISO 8601, or set "
-        f"data.columns.time_unit=s if these are seconds or mere places in an order; {ALLOWED}"
+        f"data.columns.time_unit=s if these are seconds or mere positions in an order; {ALLOWED}"
     )
 
 
 def _advice(bad: Sequence[str], form: str) -> str:
-    """What the column looks like, where that can be told."""
+    """Return advice on the format that a column seems to have, or an empty text."""
     fitting = fitting_formats(bad[:SAMPLE], LIKELY_FORMATS)
     if fitting:
         named = " or ".join(f"'{pattern}'" for pattern in fitting)
@@ -296,7 +296,7 @@ def _iso_seconds(texts: Sequence[str]) -> NDArray[np.float64]:
         try:
             plain = np.array(texts, "datetime64[s]").astype(np.float64)
         except ValueError:
-            pass  # Some are no dates, such as 2010-02-30.
+            pass  # Some are not dates, such as 2010-02-30.
         else:
             return np.where((plain >= 0) & (plain <= MAX_TIME), plain, math.nan)
     return np.fromiter(map(_iso_second, texts), np.float64, len(texts))
@@ -317,6 +317,6 @@ def _iso_second(text: str) -> float:
 
 
 def _in_range(time: datetime) -> float:
-    """Whole seconds, NaN outside 1970 to 2100."""
+    """Return whole seconds; NaN outside 1970 to 2100."""
     seconds = (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
     return float(math.floor(seconds)) if 0 <= seconds <= MAX_TIME else math.nan

@@ -1,25 +1,23 @@
-"""Several replicas of the server, nginx in front of them and Redis behind: all on this machine.
+"""Run a cluster on this machine: replicas of the server, nginx in front and Redis behind.
 
-Each is a process of its own. One that dies is started again on the ports that it had, where nginx
-finds it; until then others serve its users, with the K/V that Redis has. When all shall end, nginx
-first finishes what it accepted, and only then the replicas hear of it.
+Each is a process. A process that dies is started again on the same ports, so that nginx finds it;
+until then other replicas serve its users, with the K/V that Redis has. At shutdown nginx first
+finishes the requests it accepted, and only then the replicas are stopped.
 
-Redis has a password and the packets in it a key, both made here unless the config names them. They
-stand in files of the output folder that no other user can read, never on a command line.
+Redis has a password and its packets are signed with a key; both are made here unless the config
+names them. They are in files of the output folder that no other user can read, never on a command
+line.
 """
 
 import logging
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from errno import EADDRINUSE
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,83 +41,83 @@ from torchrec_kvshare.deploy.nginx import (
     nginx_config,
     token_config,
 )
+from torchrec_kvshare.deploy.ports import HERE, PROBE_S, free_port, is_listening, redis_answers
 from torchrec_kvshare.errors import ConfigError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
-HERE = "127.0.0.1"
 REDIS = "redis-server"
 # In the output folder; nginx has a folder of its own, see nginx_command.
 NGINX_FOLDER, TOKEN_FILE = "nginx", "token.conf"
 REDIS_FILE, PASSWORD_FILE, KEY_FILE = "redis.conf", "redis_password", "packet_key"
-# Below those that the kernel gives to clients: one of them could sit on a dead replica's.
-PORTS = range(10_000, 30_000)
 POLL_S = 0.05
-PROBE_S = 1.0  # for an answer to whether a process is ready
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before a process that died is started again
-HEALTHY_S = 60.0  # who has run for so long is started again after the first pause
-ANSWER_S = 2.0  # beyond a request's deadline: then its replica hangs
-KILL_S = 10.0  # beyond the time to drain: then a process is killed
+HEALTHY_S = 60.0  # uptime after which the pause is FIRST_PAUSE_S again
+ANSWER_S = 2.0  # after a request's deadline: a replica that takes longer hangs
+KILL_S = 10.0  # after the time to drain: a process that takes longer is killed
 LOG_LINES = 8  # of a process that did not start, for the error
-# What the cluster decides, and pipelines.serve does not know or must not be told twice.
+# Settings of the cluster: pipelines.serve does not know them, or gets them from the cluster.
 OWN_KEYS = ("output", "replicas", "replica_port", "redis_bytes", "access_log", "run", "cache")
 
 
-class Part(NamedTuple):
-    """One process of the cluster."""
+class ProcessSpec(NamedTuple):
+    """How to start one process of the cluster, and how to check that it is ready."""
 
     name: str
     command: list[str]
     is_ready: Callable[[], bool]
     log_file: Path
-    folder: Path | None = None  # in which it is started; None: in ours
+    folder: Path | None = None  # its working folder; None: that of this process
 
 
 class Layout(NamedTuple):
-    """Who runs, in the order of the start, and where clients come."""
+    """The processes in the order they start, and the URLs for clients."""
 
-    parts: list[Part]  # nginx is the last
+    processes: list[ProcessSpec]  # nginx is the last
     url: str
     drain_s: float
     config_file: Path  # of nginx
 
 
 def write_layout(config: ServeClusterConfig, overrides: Sequence[str]) -> Layout:
-    """Choose ports, write ``nginx.conf`` and make secrets; nothing runs yet.
+    """Choose ports, write ``nginx.conf`` and the secrets; start nothing.
 
     Args:
         config: of the cluster.
-        overrides: of the command line; those of a replica are handed on.
+        overrides: of the command line; those that a replica knows are passed on to it.
 
     Raises:
-        ConfigError: if the config cannot work, a secret of it cannot be read, or one that an
-            earlier run made is open to other users.
+        ConfigError: if the config cannot work, one of its secrets cannot be read, or a secret that
+            an earlier run made is open to other users.
     """
     server = config.server
     output = Path(config.output).resolve()
-    front = Address(server.host, *(port or free_port() for port in _front_ports(config)))
-    addresses = [_replica_address(config, place) for place in range(config.replicas)]
+    http_port, grpc_port = server.http_port or free_port(), server.grpc_port or free_port()
+    front = Address(server.host, http_port, grpc_port)
+    addresses = [_replica_address(config, index) for index in range(config.replicas)]
     nginx = _nginx(config, front, addresses, output / NGINX_FOLDER)
     redis = _redis(config, output)
     remote = {} if redis is None else redis.overrides
-    parts = [] if redis is None else [redis.part]
-    for place, address in enumerate(addresses):
-        own = _own_overrides(config, place, address) | remote
-        given = [*_handed_on(overrides), f"cache={config.cache.name}", *_spelt(own)]
+    processes = [] if redis is None else [redis.process]
+    for index, address in enumerate(addresses):
+        own = _own_overrides(config, index, address) | remote
+        given = [*_passed_on(overrides), f"cache={config.cache.name}", *_override_texts(own)]
         given.append(_peers(addresses))
-        parts.append(_replica(f"replica-{place}", given, address, output))
+        processes.append(_replica(f"replica-{index}", given, address, output))
     s = "s" if server.tls_cert_file else ""
     http, grpc = (host_port(front.host, port) for port in front[1:])
     return Layout(
-        *([*parts, nginx], f"http{s}://{http} and grpc{s}://{grpc}", server.drain_s),
-        output / NGINX_FOLDER / CONFIG_FILE,
+        processes=[*processes, nginx],
+        url=f"http{s}://{http} and grpc{s}://{grpc}",
+        drain_s=server.drain_s,
+        config_file=output / NGINX_FOLDER / CONFIG_FILE,
     )
 
 
 def limits_of(server: ServerConfig, replicas: int) -> NginxLimits:
-    """What nginx allows in front of so many replicas with that config.
+    """Return nginx's limits in front of so many replicas with that config.
 
-    In flight are as many requests as all replicas have room for; one address has half of them.
+    As many requests may be in flight as all replicas have room for, half of them from one address.
     """
     requests = replicas * (server.queue_requests + server.batch_requests + server.max_streams)
     return NginxLimits(
@@ -131,27 +129,29 @@ def limits_of(server: ServerConfig, replicas: int) -> NginxLimits:
     )
 
 
-def run_cluster(layout: Layout, is_told: Callable[[], bool], show: Callable[[], None]) -> None:
-    """Start all, keep them running, and drain them once told to stop.
+def run_cluster(
+    layout: Layout, should_stop: Callable[[], bool], on_ready: Callable[[], None]
+) -> None:
+    """Start all processes, keep them running, and drain them when told to stop.
 
     Args:
-        layout: of ``write_layout``.
-        is_told: whether to stop; asked all the time.
-        show: called once all requests will be answered.
+        layout: from ``write_layout``.
+        should_stop: polled all the time.
+        on_ready: called once, when the cluster answers requests.
 
     Raises:
         ConfigError: if nginx is not on PATH.
         UnavailableError: if a process ends before it was ready.
     """
     if shutil.which(PROGRAM) is None:
-        raise ConfigError(f"{PROGRAM} is not on PATH; it stands in front of the replicas")
-    *backends, nginx = (_Supervised(part) for part in layout.parts)
+        raise ConfigError(f"{PROGRAM} is not on PATH; the cluster needs it in front of replicas")
+    *backends, nginx = (_Supervised(spec) for spec in layout.processes)
     try:
-        for batch in (backends, [nginx]):  # Before them it has nobody to ask.
-            _start(batch, is_told)
-        if not is_told():
-            show()
-        while not is_told():
+        for group in (backends, [nginx]):  # nginx is last: it needs the replicas.
+            _start(group, should_stop)
+        if not should_stop():
+            on_ready()
+        while not should_stop():
             for one in (*backends, nginx):
                 one.keep_running()
             time.sleep(POLL_S)
@@ -163,36 +163,22 @@ def run_cluster(layout: Layout, is_told: Callable[[], bool], show: Callable[[], 
     logger.info("drained")
 
 
-def free_port() -> int:
-    """A port of this machine that is free now, and that the kernel gives to no client."""
-    while True:
-        port = random.choice(PORTS)
-        with socket.socket() as listener:
-            try:
-                listener.bind(("", port))
-            except OSError as error:
-                if error.errno != EADDRINUSE:
-                    raise
-            else:
-                return port
-
-
 class _Supervised:
-    """A process that is started again when it dies, ever more slowly if it does not stay."""
+    """A process that is restarted when it dies, with a longer pause after every early death."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, spec: ProcessSpec) -> None:
+        self.spec = spec
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._is_known_ready = False
 
     def start(self) -> None:
-        with self.part.log_file.open("ab") as log:
-            # A session of its own: Ctrl-C is for us, who end the parts in their order.
+        with self.spec.log_file.open("ab") as log:
+            # A session of its own: Ctrl-C reaches this process alone, which stops them in order.
             self._process = subprocess.Popen(
-                self.part.command,
-                cwd=self.part.folder,
+                self.spec.command,
+                cwd=self.spec.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -200,7 +186,7 @@ class _Supervised:
             )
         self._started = time.monotonic()
         self._is_known_ready = False
-        name, log_file = self.part.name, self.part.log_file
+        name, log_file = self.spec.name, self.spec.log_file
         logger.info("%s runs as process %d; its log is %s", name, self._process.pid, log_file)
 
     def is_ready(self) -> bool:
@@ -212,93 +198,93 @@ class _Supervised:
         assert self._process is not None
         status = self._process.poll()
         if status is not None:
-            lines = self.part.log_file.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            lines = self.spec.log_file.read_text(errors="replace").splitlines()[-LOG_LINES:]
             raise UnavailableError(
-                f"{self.part.name} ended with {status} before it was ready; the end of "
-                f"{self.part.log_file}:\n" + "\n".join(lines)
+                f"{self.spec.name} ended with {status} before it was ready; the end of "
+                f"{self.spec.log_file}:\n" + "\n".join(lines)
             )
-        self._is_known_ready = self._is_known_ready or self.part.is_ready()
+        self._is_known_ready = self._is_known_ready or self.spec.is_ready()
         return self._is_known_ready
 
     def keep_running(self) -> None:
-        """Start it again if it has died and its pause is over; one look, no waiting."""
+        """Restart it if it has died and its pause is over; return at once."""
         if self._process is None:
             if time.monotonic() >= self._started:
                 self.start()
             return
         status = self._process.poll()
         if status is not None:
-            self._bury(status)
-        elif not self._is_known_ready and self.part.is_ready():
+            self._schedule_restart(status)
+        elif not self._is_known_ready and self.spec.is_ready():
             self._is_known_ready = True
-            logger.info("%s is back", self.part.name)
+            logger.info("%s is back", self.spec.name)
 
-    def _bury(self, status: int) -> None:
+    def _schedule_restart(self, status: int) -> None:
         assert self._process is not None
         self._kill_group()
         self._process = None
         now = time.monotonic()
         if now - self._started > HEALTHY_S:
             self._pause_s = FIRST_PAUSE_S
-        name, pause_s = self.part.name, self._pause_s
+        name, pause_s = self.spec.name, self._pause_s
         logger.warning("%s ended with %d and starts again in %g s", name, status, pause_s)
         self._started = now + pause_s
         self._pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    def tell(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         if self._process is not None:
             self._process.send_signal(number)
 
     def wait(self, deadline: float) -> None:
-        """Until it has ended; what has not by the deadline is killed."""
+        """Wait until it has ended; kill it at the deadline."""
         if self._process is None:
             return
         try:
             status = self._process.wait(max(0.0, deadline - time.monotonic()))
-            logger.info("%s ended (%d)", self.part.name, status)
+            logger.info("%s ended (%d)", self.spec.name, status)
         except subprocess.TimeoutExpired:
-            logger.error("%s did not end in time and is killed", self.part.name)
+            logger.error("%s did not end in time and is killed", self.spec.name)
             self._process.kill()
             self._process.wait()
         self._kill_group()
         self._process = None
 
     def _kill_group(self) -> None:
-        """What it has left behind: nginx that is killed leaves its workers at the port."""
+        """Kill its children: the workers of a killed nginx keep the port open."""
         assert self._process is not None
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def _start(batch: Sequence[_Supervised], is_told: Callable[[], bool]) -> None:
-    for one in batch:
+def _start(group: Sequence[_Supervised], should_stop: Callable[[], bool]) -> None:
+    for one in group:
         one.start()
-    # All are looked at, every time: one that has ended is an error whoever else is not ready.
-    while not is_told() and {one.is_ready() for one in batch} != {True}:
+    # Check all of them every time: one that has ended is an error, even if others are not ready.
+    while not should_stop() and {one.is_ready() for one in group} != {True}:
         time.sleep(POLL_S)
 
 
-def _end(batch: Sequence[_Supervised], number: signal.Signals, timeout_s: float) -> None:
+def _end(group: Sequence[_Supervised], number: signal.Signals, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    for one in batch:
-        one.tell(number)
-    for one in batch:
+    for one in group:
+        one.send(number)
+    for one in group:
         one.wait(deadline)
 
 
-# ------------------------------------------------------------------------ what is to be started
+# ---------------------------------------------------------------------------- the processes
 
 
 Overrides = dict[str, str | int | None]  # value by key
 
 
 class _Redis(NamedTuple):
-    part: Part
-    overrides: Overrides  # with which replicas use it
+    process: ProcessSpec
+    overrides: Overrides  # of each replica, to use it
 
 
 def _redis(config: ServeClusterConfig, output: Path) -> _Redis | None:
-    """A Redis for the replicas to share, unless they have one or keep nothing there."""
+    """A Redis for the replicas to share; None if the config names one or uses no remote tier."""
     cache = config.cache
     if cache.name != TIERED:
         logger.info("cache=%s: the replicas share no K/V", cache.name)
@@ -311,7 +297,7 @@ def _redis(config: ServeClusterConfig, output: Path) -> _Redis | None:
         return None
     port = free_port()
     url = f"redis://{HERE}:{port}"
-    logger.info("cache.remote.url is null: a Redis is started at %s, and keeps no file", url)
+    logger.info("cache.remote.url is null: starting a Redis at %s that writes no file", url)
     password = make_secret(output / PASSWORD_FILE, "the password of Redis", "output")
     write_secret(output / REDIS_FILE, b"requirepass " + password + b"\n")
     overrides: Overrides = {
@@ -324,49 +310,52 @@ def _redis(config: ServeClusterConfig, output: Path) -> _Redis | None:
         overrides["cache.key_file"] = str(output / KEY_FILE)
     command = [program, str(output / REDIS_FILE), "--bind", HERE, "--port", str(port)]
     command += ["--dir", str(output), "--save", "", "--appendonly", "no"]
-    # What says that a user was forgotten leaves last.
+    # With volatile-ttl the records of forgotten users are evicted last.
     command += ["--maxmemory", str(config.redis_bytes), "--maxmemory-policy", "volatile-ttl"]
-    is_ready = partial(_says_pong, port, password)
-    return _Redis(Part("redis", command, is_ready, output / "redis.log"), overrides)
+    is_ready = partial(redis_answers, port, password)
+    return _Redis(ProcessSpec("redis", command, is_ready, output / "redis.log"), overrides)
 
 
-def _replica(name: str, overrides: list[str], address: Address, output: Path) -> Part:
+def _replica(name: str, overrides: list[str], address: Address, output: Path) -> ProcessSpec:
     command = [*process_command("serve"), *overrides]
-    return Part(name, command, partial(_is_serving, address), output / f"{name}.log")
+    return ProcessSpec(name, command, partial(_is_serving, address), output / f"{name}.log")
 
 
 def _nginx(
     config: ServeClusterConfig, front: Address, replicas: Sequence[Address], folder: Path
-) -> Part:
-    """nginx in a folder of its own, which is made with all that it reads."""
+) -> ProcessSpec:
+    """nginx in a folder of its own; make the folder and write the files that nginx reads."""
     server = config.server
     command, token = nginx_command(), None
     if server.token_file is not None:
         token = token_config(read_secret(server.token_file, "server.token_file").strip())
     text = nginx_config(
-        *(front, replicas, limits_of(server, config.replicas), _tls(config)),
+        front,
+        replicas,
+        limits_of(server, config.replicas),
+        tls=_tls(config),
         access_log="access.log" if config.access_log else None,
         token_file=None if token is None else TOKEN_FILE,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o711)  # Workers pass through it to their bodies, and cannot write to it.
+    folder.chmod(0o711)  # Workers pass through it to the stored bodies, and cannot write to it.
     (folder / CONFIG_FILE).write_text(text)
     if token is not None:
         write_secret(folder / TOKEN_FILE, token.encode())
     host = {"0.0.0.0": HERE, "::": "::1"}.get(front.host, front.host)
     is_ready = partial(_is_listening, front._replace(host=host))
-    return Part(PROGRAM, command, is_ready, folder / LOG_FILE, folder)
+    return ProcessSpec(PROGRAM, command, is_ready, log_file=folder / LOG_FILE, folder=folder)
 
 
-def _handed_on(overrides: Sequence[str]) -> list[str]:
+def _passed_on(overrides: Sequence[str]) -> list[str]:
     names = [(override.lstrip("+~").partition("=")[0], override) for override in overrides]
     return [override for name, override in names if name not in OWN_KEYS]
 
 
-def _own_overrides(config: ServeClusterConfig, place: int, address: Address) -> Overrides:
-    """What is another value for each replica, or not the one of the command line."""
+def _own_overrides(config: ServeClusterConfig, index: int, address: Address) -> Overrides:
+    """Settings that differ between replicas, or from the command line."""
     cache, server = config.cache, config.server
-    # All of them together have the machine's cores.
+    # The replicas share the machine's cores.
     threads = config.threads or max(1, granted_cores() // config.replicas)
     own: Overrides = {
         "server.host": address.host,
@@ -375,16 +364,16 @@ def _own_overrides(config: ServeClusterConfig, place: int, address: Address) -> 
         "server.tls_cert_file": None,
         "server.tls_key_file": None,
         "server.tls_client_ca_file": None,
-        "server.tensorboard": _folder_of(server.tensorboard, place),
+        "server.tensorboard": _folder_of(server.tensorboard, index),
         "threads": threads,
     }
-    if cache.name == TIERED:  # The other caches' files have no such keys.
+    if cache.name == TIERED:  # The config files of other caches have no such keys.
         own["cache.remote.url"] = cache.remote.url
-        own["cache.disk.folder"] = _folder_of(cache.disk.folder, place)
+        own["cache.disk.folder"] = _folder_of(cache.disk.folder, index)
     return own
 
 
-def _spelt(overrides: Overrides) -> list[str]:
+def _override_texts(overrides: Overrides) -> list[str]:
     return [f"{key}={_quoted(value)}" for key, value in overrides.items()]
 
 
@@ -393,8 +382,8 @@ def _peers(addresses: Sequence[Address]) -> str:
     return f"server.peers=[{','.join(quoted)}]"
 
 
-def _folder_of(folder: str | None, place: int) -> str | None:
-    return None if folder is None else str(Path(folder).resolve() / f"replica-{place}")
+def _folder_of(folder: str | None, index: int) -> str | None:
+    return None if folder is None else str(Path(folder).resolve() / f"replica-{index}")
 
 
 def _quoted(value: str | int | None) -> str:
@@ -403,18 +392,14 @@ def _quoted(value: str | int | None) -> str:
     return "null" if value is None else str(value)
 
 
-def _front_ports(config: ServeClusterConfig) -> tuple[int, int]:
-    return config.server.http_port, config.server.grpc_port
-
-
-def _replica_address(config: ServeClusterConfig, place: int) -> Address:
+def _replica_address(config: ServeClusterConfig, index: int) -> Address:
     if config.replica_port is None:
         return Address(HERE, free_port(), free_port())
-    first = config.replica_port + 2 * place
+    first = config.replica_port + 2 * index
     if not 0 < first < 2**16 - 1:
         raise ConfigError(
             f"replica_port is {config.replica_port}; {config.replicas} replicas take two ports "
-            "each from there on, and 65535 is the last"
+            "each from there on, and 65535 is the last port"
         )
     return Address(HERE, first, first + 1)
 
@@ -433,7 +418,7 @@ def _tls(config: ServeClusterConfig) -> Tls | None:
     return Tls(cert, key, None if ca is None else str(Path(ca).resolve()))
 
 
-# ------------------------------------------------------------------------------ who is ready
+# --------------------------------------------------------------------------- readiness probes
 
 
 def _is_serving(address: Address) -> bool:
@@ -441,26 +426,9 @@ def _is_serving(address: Address) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=PROBE_S):
             return _is_listening(address)
-    except OSError:  # It does not listen yet, or says 503.
+    except OSError:  # It does not listen yet, or answers 503.
         return False
 
 
 def _is_listening(address: Address) -> bool:
-    try:
-        for port in (address.http_port, address.grpc_port):
-            socket.create_connection((address.host, port), PROBE_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _says_pong(port: int, password: bytes) -> bool:
-    try:
-        with socket.create_connection((HERE, port), PROBE_S) as connection:
-            connection.sendall(b"AUTH " + password + b"\r\n")
-            if not connection.recv(16).startswith(b"+OK"):
-                return False
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
-    except OSError:
-        return False
+    return all(is_listening(address.host, port) for port in (address.http_port, address.grpc_port))

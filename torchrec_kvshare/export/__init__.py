@@ -1,1 +1,1 @@
-"""A trained model as files that score without the training code."""
+"""Export a trained model to files that score without the training code."""

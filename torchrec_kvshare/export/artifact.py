@@ -1,7 +1,7 @@
-"""The artifact: a folder with the model's program, the schema and a manifest that vouches for both.
+"""The artifact: a folder with the model's program, the schema and a manifest with their digests.
 
-It is made beside its place and renamed into it, so that it is either whole or not there. Programs
-are code: who checks them by a key loads nothing that was not signed with it.
+It is written to a temporary folder beside its destination and renamed, so that it is complete or
+absent. Programs are code: a loader with a key loads only what was signed with that key.
 """
 
 import hashlib
@@ -26,31 +26,31 @@ MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
 SIGNATURE = "manifest.mac"  # keyed digest of the manifest's bytes, as hexadecimal text
 PURPOSE = b"kvshare-artifact"
-FORMAT = 5
-CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than the memory
+FORMAT = 6
+CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than memory
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact says of itself.
+    """Description of an artifact, as ``manifest.json`` holds it.
 
     Attributes:
-        runtime: what its programs are for.
+        runtime: of its programs, one of ``exporter.RUNTIMES``.
         model_digest: of dense weights, architecture and window.
         tables_digest: of the embedding tables.
         tables: dtype of the embedding tables.
-        encoder: what the history towers are, as ``TowerSpec`` has it.
+        encoder: fields of the history towers' ``TowerSpec``.
         towers: sizes of their K/V, by history.
         columns: that a request must have, by group.
         inputs: the tensors that its programs take, see ``tensors.TensorSpec``.
-        audit: where K/V may be used and whether it may be extended, with the figures behind that.
-        parity: greatest differences of logits found before the artifact was kept.
-        provenance: what was said of the model's origin and licence.
-        versions: of the libraries it was made with.
-        sha256_by_file: of the other files.
-        codecs: by codec, what writing K/V in it does to scores and to bytes, where it was measured.
-        break_even_events: by tier, from how many events on fetching K/V beats encoding it, where it
-            was measured.
+        audit: the scope of K/V and whether it may be extended, with the measured differences.
+        parity: greatest differences of logits, measured before the artifact was kept.
+        provenance: origin and licence of the model, as the exporter was told.
+        versions: of the libraries that wrote it.
+        sha256_by_file: of all other files.
+        codecs: effect of each measured codec on scores and bytes.
+        break_even_events: by measured tier, the number of events from which on fetching K/V is
+            faster than encoding it.
     """
 
     runtime: str
@@ -71,23 +71,23 @@ class Manifest:
 
     @property
     def version(self) -> ModelVersion:
-        """Which model it is."""
+        """Digests of the model."""
         return ModelVersion(self.model_digest, self.tables_digest)
 
     @property
     def model_version(self) -> str:
-        """What answers call the model."""
+        """The version as answers have it."""
         return str(self.version)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """Return the content of ``manifest.json``."""
         towers = {name: vars(sizes) for name, sizes in self.towers.items()}
         return {"format": FORMAT} | vars(self) | {"towers": towers}
 
 
 @contextmanager
 def artifact_folder(destination: Path) -> Iterator[Path]:
-    """A fresh folder that becomes ``destination`` if all goes well, and vanishes if not.
+    """Yield a new folder; rename it to ``destination`` at the end, or delete it on an error.
 
     Raises:
         ArtifactError: if ``destination`` exists already.
@@ -106,12 +106,12 @@ def artifact_folder(destination: Path) -> Iterator[Path]:
 
 
 def write_schema(folder: Path, schema: FeatureSchema) -> None:
-    """Write the columns and vocabularies."""
+    """Write ``schema.json``: columns, vocabularies and windows."""
     (folder / SCHEMA).write_text(json.dumps(schema.to_json(), allow_nan=False))
 
 
 def write_manifest(folder: Path, manifest: Manifest, key: bytes | None = None) -> None:
-    """Write the manifest, last of all files, and sign it if there is a key."""
+    """Write the manifest, after all other files, and sign it if there is a key."""
     for name, content in ((MANIFEST, _encoded(manifest)), (SIGNATURE, _signature(manifest, key))):
         if content is not None:
             written = folder / f".{name}.new"
@@ -120,19 +120,19 @@ def write_manifest(folder: Path, manifest: Manifest, key: bytes | None = None) -
 
 
 def add_measured(folder: Path, key: bytes | None = None, **measured: dict[str, Any]) -> Manifest:
-    """Add to ``codecs`` or ``break_even_events`` of an artifact's manifest what was measured.
+    """Add measurements to ``codecs`` or ``break_even_events`` of an artifact's manifest.
 
     Args:
         folder: the artifact.
-        key: that it is signed with; None if it is not.
-        measured: by the manifest's field, what to add to it.
+        key: the key that it is signed with; None if it is not signed.
+        measured: new entries, by the manifest's field.
 
     Returns:
-        The manifest as it is now.
+        The new manifest.
 
     Raises:
-        ArtifactError: if the artifact is broken, signed with another key or without any, or a
-            figure is not finite.
+        ArtifactError: if the artifact is broken, signed with another key, signed although ``key``
+            is None, or a number is not finite.
     """
     if key is None and (folder / SIGNATURE).exists():
         raise ArtifactError(f"{folder} is signed: artifact_key_file is needed to add to it")
@@ -144,44 +144,42 @@ def add_measured(folder: Path, key: bytes | None = None, **measured: dict[str, A
 
 
 def read_artifact(folder: Path, key: bytes | None = None) -> tuple[Manifest, FeatureSchema]:
-    """Read what an artifact says of itself and check its files against it.
+    """Read an artifact's manifest and schema, and check all its files against the manifest.
 
     Args:
         folder: the artifact.
-        key: that it must be signed with; None reads any.
+        key: the key that it must be signed with; None reads any artifact.
 
     Returns:
         The manifest and the schema.
 
     Raises:
-        ArtifactError: if it is not signed with the key, a file is missing, or a file is not the one
-            that the manifest vouches for.
+        ArtifactError: if the artifact is not signed with the key, or a file is missing or has
+            another digest than the manifest says.
     """
     manifest = _read_manifest(folder, key)
     for name, expected in manifest.sha256_by_file.items():
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder} has no {name}, which its manifest names")
+        _check_present(folder, name)
         _check_digest(folder / name, folder / name, expected)
     return manifest, FeatureSchema.from_json(json.loads((folder / SCHEMA).read_text()))
 
 
 def copy_signed(folder: Path, destination: Path, key: bytes) -> None:
-    """Copy what an artifact's manifest names, each file checked as it is copied.
+    """Copy the files that an artifact's manifest names, and check the digest of each copy.
 
-    Whoever may write to the folder can change a file after it was checked, but not its copy.
+    Other users who can write to the folder can change a file after its check, but not its copy.
 
     Args:
         folder: the artifact.
-        destination: a folder that nobody else may write to.
-        key: that the artifact must be signed with.
+        destination: a folder that only this user can write to.
+        key: the key that the artifact must be signed with.
 
     Raises:
         ArtifactError: as ``read_artifact``, or if there is no room for the copy.
     """
     manifest = _read_manifest(folder, key)
     for name, expected in manifest.sha256_by_file.items():
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder} has no {name}, which its manifest names")
+        _check_present(folder, name)
         try:
             shutil.copyfile(folder / name, destination / name)
         except OSError as error:
@@ -203,7 +201,7 @@ def _encoded(manifest: Manifest) -> str:
     try:
         return json.dumps(manifest.to_json(), indent=2, allow_nan=False) + "\n"
     except ValueError as error:
-        raise ArtifactError("a figure of the manifest is not finite") from error
+        raise ArtifactError("a number in the manifest is not finite") from error
 
 
 def _signature(manifest: Manifest, key: bytes | None) -> str | None:
@@ -212,14 +210,19 @@ def _signature(manifest: Manifest, key: bytes | None) -> str | None:
     return keyed_digest([_encoded(manifest).encode()], key, PURPOSE).hex() + "\n"
 
 
-def _check_digest(path: Path, read: Path, expected: str) -> None:
-    """Refuse a file, or what was read of it, that the manifest does not vouch for."""
-    if (found := file_sha256(read)) != expected:
+def _check_present(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise ArtifactError(f"{folder} has no {name}, which its manifest names")
+
+
+def _check_digest(path: Path, copy: Path, expected: str) -> None:
+    """Refuse a copy of ``path``, or the file itself, that has not the manifest's digest."""
+    if (found := file_sha256(copy)) != expected:
         raise ArtifactError(f"{path} has sha256 {found}; its manifest says {expected}")
 
 
 def _read_manifest(folder: Path, key: bytes | None) -> Manifest:
-    """The manifest; nothing of it is read before its signature is right, where there is a key."""
+    """Read the manifest; with a key, check its signature before it is parsed."""
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
@@ -229,7 +232,7 @@ def _read_manifest(folder: Path, key: bytes | None) -> Manifest:
         _check_signature(folder, content, key)
     manifest = _decode_manifest(path, content)
     if SCHEMA not in manifest.sha256_by_file:
-        raise ArtifactError(f"{path} does not vouch for {SCHEMA}")
+        raise ArtifactError(f"{path} has no digest of {SCHEMA}")
     return manifest
 
 
@@ -243,7 +246,7 @@ def _check_signature(folder: Path, content: bytes, key: bytes) -> None:
         ) from error
     if not hmac.compare_digest(found, keyed_digest([content], key, PURPOSE).hex().encode()):
         raise ArtifactError(
-            f"{path} does not fit {MANIFEST}: that was changed, or signed with another key"
+            f"{path} does not match {MANIFEST}: it was changed, or signed with another key"
         )
 
 
@@ -251,15 +254,15 @@ def _decode_manifest(path: Path, content: bytes) -> Manifest:
     try:
         values = json.loads(content)
         if not isinstance(values, dict):
-            raise TypeError("it is no object")
+            raise TypeError("it is not an object")
         if values.pop("format") != FORMAT:
-            raise ArtifactError(f"{path} is of another format; this version reads {FORMAT}")
+            raise ArtifactError(f"{path} has another format; this version reads format {FORMAT}")
         if not isinstance(values["sha256_by_file"], dict):
-            raise TypeError("sha256_by_file is no object")
+            raise TypeError("sha256_by_file is not an object")
         for name in values["sha256_by_file"]:
-            # What stands elsewhere is not the artifact's, whatever its digest.
+            # A file outside the folder is not part of the artifact, whatever its digest.
             if name in ("", "..") or Path(name).name != name:
-                raise ValueError(f"it names {name!r}, which is no file of its folder")
+                raise ValueError(f"it names {name!r}, which is not a file of its folder")
         towers = {name: TowerSizes(**sizes) for name, sizes in values["towers"].items()}
         return Manifest(**values | {"towers": towers})
     except (ValueError, KeyError, TypeError, AttributeError) as error:

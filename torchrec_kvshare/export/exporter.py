@@ -1,8 +1,8 @@
-"""A trained model into an artifact, and an artifact into a model, whatever the runtime.
+"""Export a trained model to an artifact, and load an artifact, for every runtime.
 
-An artifact is kept only after a fresh load of it scored as the model does, cached and uncached, and
-loaded only if its files, the libraries here and the scores of its golden requests are those that
-its manifest has. With a key, nothing of it is loaded unless the manifest was signed with that.
+An artifact is kept only if a fresh load of it scores as the model does, cached and uncached. It is
+loaded only if its files, the installed libraries and the scores of its golden requests match its
+manifest. With a key, nothing is loaded unless the manifest was signed with that key.
 """
 
 import importlib.metadata
@@ -47,13 +47,13 @@ CHECKED_VERSIONS = ("torch", "torchrec", "fbgemm")
 
 
 class Runtime(NamedTuple):
-    """How a model becomes files and these a model again.
+    """How to write a model to files, and how to load it again.
 
     Attributes:
-        files: names of those that it loads from a folder.
-        write: of model, schema, model version, audit and folder; gives the names of the files.
-        load: of folder, schema and encoder.
-        tolerance: greatest difference of its logits from the eager model's.
+        files: maps a folder to the names of the files that ``load`` reads there.
+        write: takes model, schema, model version, audit and folder; returns the files' names.
+        load: takes folder, schema and encoder.
+        tolerance: greatest allowed difference of its logits from the eager model's.
     """
 
     files: Callable[[Path], Sequence[str]]
@@ -64,7 +64,7 @@ class Runtime(NamedTuple):
 
 RUNTIMES = {
     TORCHSCRIPT: Runtime(lambda _folder: (PROGRAM,), write_torchscript, load_torchscript, 0.0),
-    # Its graphs keep nothing and do not say what version they are of.
+    # Graphs keep no K/V and have no version: they need neither the audit nor the version.
     PT2: Runtime(
         pt2_files,
         lambda model, schema, _version, _audit, folder: write_pt2(model, schema, folder),
@@ -79,9 +79,9 @@ class Artifact:
     """A loaded artifact.
 
     Attributes:
-        model: what it computes.
-        schema: what it reads.
-        manifest: what it says of itself.
+        model: its ranking functions.
+        schema: its columns.
+        manifest: its description.
         golden: requests with their scores, see ``golden.check_golden``.
     """
 
@@ -95,21 +95,22 @@ def export_model(
     model: RankingModel,
     schema: FeatureSchema,
     destination: Path,
+    *,
     runtime: str = TORCHSCRIPT,
     tables: str = FLOAT32,
     provenance: Mapping[str, str] | None = None,
     key: bytes | None = None,
 ) -> Manifest:
-    """Write an artifact; parity is checked on a fresh load before it is kept.
+    """Write an artifact, and keep it only if a fresh load scores as the model does.
 
     Args:
         model: the trained model, in eval mode.
         schema: its columns.
         destination: the artifact's folder; must not exist.
         runtime: one of ``RUNTIMES``.
-        tables: dtype that embedding tables are kept in, see ``quantised.TABLE_DTYPES``.
-        provenance: what is known of the model's origin and licence, for the manifest.
-        key: that signs the manifest; None leaves it unsigned.
+        tables: dtype of the artifact's embedding tables, see ``quantised.TABLE_DTYPES``.
+        provenance: origin and licence of the model, for the manifest.
+        key: the key that signs the manifest; None leaves it unsigned.
 
     Returns:
         The manifest as written.
@@ -117,7 +118,7 @@ def export_model(
     Raises:
         ArtifactError: if ``destination`` exists, or a weight is not finite.
         ConfigError: if there is no such runtime, or the model cannot be exported to it.
-        ParityError: if the exported scores are not the model's; nothing is left behind then.
+        ParityError: if the exported scores are not the model's; the folder is deleted then.
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime is {runtime!r}; one of {list(RUNTIMES)} is allowed")
@@ -137,7 +138,9 @@ def export_model(
         write_schema(folder, schema)
         files = [SCHEMA, *chosen.write(model, schema, str(version), audit, folder)]
         loaded = chosen.load(folder, schema, encoder)
-        parity = check_parity(loaded, model, schema, audit.append == EXACT, chosen.tolerance)
+        parity = check_parity(
+            loaded, model, schema, extends=audit.append == EXACT, tolerance=chosen.tolerance
+        )
         files.append(write_golden(folder, loaded, schema))
         manifest = Manifest(
             runtime=runtime,
@@ -159,16 +162,17 @@ def export_model(
 
 
 def load_artifact(folder: Path, key: bytes | None = None) -> Artifact:
-    """Load an artifact that is what its manifest says, and scores here as it did there.
+    """Load an artifact, and check its files, versions and golden scores against the manifest.
 
     Args:
         folder: the artifact.
-        key: that its manifest must be signed with; then a private copy of the files is what is
-            checked and loaded. None loads any artifact: whoever writes the folder runs code here.
+        key: the key that its manifest must be signed with; the files are then copied to a private
+            folder, checked and loaded there. None loads any artifact: whoever can write to the
+            folder can run code in this process.
 
     Raises:
         ArtifactError: naming the file that is missing, changed or not signed with the key, the
-            library of another version, or the golden request with other scores.
+            library with another version, or the golden request with other scores.
     """
     if key is None:
         return _load(folder, folder)
@@ -177,24 +181,24 @@ def load_artifact(folder: Path, key: bytes | None = None) -> Artifact:
         return _load(folder, Path(copy))
 
 
-def _load(named: Path, folder: Path) -> Artifact:
-    """Load an artifact from a folder, which is the one named or a copy of it."""
+def _load(source: Path, folder: Path) -> Artifact:
+    """Load an artifact from ``folder``, which is ``source`` or a copy of it; errors name source."""
     manifest, schema = read_artifact(folder)
     if manifest.runtime not in RUNTIMES:
-        raise ArtifactError(f"{named} needs runtime {manifest.runtime!r}; {list(RUNTIMES)} exist")
+        raise ArtifactError(f"{source} needs runtime {manifest.runtime!r}; {list(RUNTIMES)} exist")
     runtime = RUNTIMES[manifest.runtime]
     for name in (GOLDEN, *runtime.files(folder)):
         if name not in manifest.sha256_by_file:
-            raise ArtifactError(f"{named / MANIFEST} does not vouch for {name}")
-    _check_versions(named, manifest)
+            raise ArtifactError(f"{source / MANIFEST} has no digest of {name}")
+    _check_versions(source, manifest)
     model = runtime.load(folder, schema, manifest.encoder)
     golden = read_golden(folder)
-    check_golden(golden, Engine(model, schema, None, version=manifest.version), named)
+    check_golden(golden, Engine(model, schema, None, version=manifest.version), source)
     return Artifact(model, schema, manifest, golden)
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the libraries that an artifact depends on."""
+    """Return the versions of the libraries that an artifact depends on."""
     return {
         "torch": torch.__version__,
         "torchrec": importlib.metadata.version("torchrec"),
@@ -216,13 +220,13 @@ def _sizes(model: RankingModel, schema: FeatureSchema) -> dict[str, TowerSizes]:
     sizes = {}
     for history, tower in zip(schema.histories, model.collection.towers(), strict=True):
         num_planes, num_heads, head_dim = tower.kv_shape
-        max_rows = tower.encoder.num_rows(history.window.max_history)
+        max_rows = tower.encoder.num_kv_rows(history.window.max_history)
         sizes[history.name] = TowerSizes(num_planes, num_heads, head_dim, max_rows)
     return sizes
 
 
 def _check_versions(folder: Path, manifest: Manifest) -> None:
-    """Refuse other versions of the libraries; their builds, behind a plus sign, may differ."""
+    """Refuse other versions of the libraries; their builds, after a plus sign, may differ."""
     here = installed_versions()
     for name in CHECKED_VERSIONS:
         expected, found = (one.get(name, "").split("+")[0] for one in (manifest.versions, here))

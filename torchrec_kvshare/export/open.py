@@ -1,4 +1,4 @@
-"""Open an engine from an artifact and a cache config, refusing what the model does not allow."""
+"""Open an engine for an artifact with the configured cache, if the model allows that cache."""
 
 from torchrec_kvshare.cache.codecs import Codec
 from torchrec_kvshare.cache.items import ItemCache
@@ -19,6 +19,7 @@ DEFAULT_CACHE = CacheConfig()
 def new_engine(
     artifact: Artifact,
     cache: CacheConfig = DEFAULT_CACHE,
+    *,
     deterministic: bool = False,
     stack: TierStack | None = None,
     metrics: CacheMetrics | None = None,
@@ -29,16 +30,17 @@ def new_engine(
         artifact: as ``load_artifact`` returns it.
         cache: where K/V is kept, and for how long.
         deterministic: require scores that are bit-equal whatever else is in the batch.
-        stack: tiers of another engine of this process, so that two models can share them; None
-            opens those that ``cache`` names.
-        metrics: where everything is counted; by default the stack's, or new ones.
+        stack: tiers of another engine in this process, which two models then share; None opens the
+            tiers that ``cache`` names.
+        metrics: counters of the cache; by default the stack's, or new ones.
 
     Returns:
         The engine, its pages empty.
 
     Raises:
-        ConfigError: if the cache cannot work as configured, the model's audit allows no K/V between
-            requests, a codec is beyond its budget, or scores in this process are not deterministic.
+        ConfigError: if the cache cannot work as configured, the model's audit does not allow K/V
+            between requests, a codec exceeds its budget, or scores in this process are not
+            deterministic.
         MissingExtraError: if a tier's packages are not installed.
     """
     if cache.name not in CACHES:
@@ -51,12 +53,13 @@ def new_engine(
         _check_audit(manifest)
         extends = manifest.audit["append"] == EXACT
         for codec in codecs_of(cache, stack):
-            _check_codec(codec, manifest, cache, deterministic)
+            _check_codec(codec, manifest, cache, deterministic=deterministic)
         if cache.name == TIERED and stack is None:
             stack = new_stack(cache, manifest.break_even_events, metrics)
         if metrics is None:
             metrics = CacheMetrics() if stack is None else stack.metrics
-        store = new_store([*manifest.towers.values()], cache, stack, extends, metrics)
+        towers = [*manifest.towers.values()]
+        store = new_store(towers, cache, stack, extends=extends, metrics=metrics)
     items = None
     if cache.items and manifest.runtime == PT2:
         raise ConfigError(
@@ -64,11 +67,14 @@ def new_engine(
         )
     if cache.items and store is not None:
         items = ItemCache(cache.items, artifact.schema)
-    return Engine(artifact.model, artifact.schema, store, items, manifest.version)
+    version = manifest.version
+    return Engine(artifact.model, artifact.schema, store, items=items, version=version)
 
 
-def _check_codec(codec: Codec, manifest: Manifest, cache: CacheConfig, deterministic: bool) -> None:
-    """Refuse a codec that was not measured on the model, or changes scores beyond its budget."""
+def _check_codec(
+    codec: Codec, manifest: Manifest, cache: CacheConfig, *, deterministic: bool
+) -> None:
+    """Refuse a lossy codec that was not measured on the model, or whose effect exceeds a budget."""
     if codec.is_exact:
         return
     if deterministic:
@@ -87,13 +93,13 @@ def _check_codec(codec: Codec, manifest: Manifest, cache: CacheConfig, determini
     for budget, (measured, allowed) in worst_by_budget.items():
         if not measured <= allowed:
             raise ConfigError(
-                f"codec {codec.name} is beyond cache.{budget}: {measured:.1e} was measured on "
+                f"codec {codec.name} exceeds cache.{budget}: {measured:.1e} was measured on "
                 f"model {manifest.model_version}; {allowed:.1e} is allowed"
             )
 
 
 def _check_audit(manifest: Manifest) -> None:
-    """Refuse to keep K/V of a model that failed its audit."""
+    """Refuse to keep the K/V of a model that failed its audit."""
     if manifest.audit["scope"] != CROSS_REQUEST:
         raise ConfigError(
             f"K/V of model {manifest.model_version} may be used within a request only: its audit "

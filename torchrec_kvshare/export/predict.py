@@ -1,8 +1,8 @@
 """A ranking model for hosts of ``torchrec.inference``: a factory, and the module that it makes.
 
-A batch is the plain tensors of ``tensors.input_specs``. TorchRec's batches are made inside: a host
-of upstream's has one number of rows for all features of a request, ours has a row for the user and
-one for each candidate. What a module is asked it encodes anew, so that calls may run side by side.
+A batch is the plain tensors of ``tensors.input_specs``. The module builds TorchRec's batches
+itself: a TorchRec host has the same number of rows for all features of a request, while ours has
+one row for the user and one for each candidate. The module keeps no K/V, so calls may overlap.
 """
 
 import warnings
@@ -27,7 +27,8 @@ from torchrec_kvshare.model.ranking import RankingModel
 
 SCORES = "scores"
 CPU = "cpu"
-DENSE, SPARSE = "dense", "sparse"  # upstream's names: one tensor, or values with lengths
+# TorchRec's names for an input of one tensor, and for one of values and lengths.
+ONE_TENSOR, JAGGED = "dense", "sparse"
 
 
 class KVSharePredictModule(PredictModule):
@@ -41,7 +42,7 @@ class KVSharePredictModule(PredictModule):
         super().__init__(program, CPU)
 
     def predict_forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``scores`` [C] float64: the probabilities of all requests' candidates, in their order."""
+        """Return ``scores`` [C] float64: the probabilities of all candidates, in their order."""
         return {SCORES: self.predict_module(batch)}
 
 
@@ -49,9 +50,9 @@ class KVSharePredictFactory(PredictFactory):
     """Makes predict modules of one trained model.
 
     Args:
-        model: trained, in eval mode, with float tables; it stays as it is.
+        model: trained, in eval mode, with float tables; it is not changed.
         schema: its columns.
-        model_version: what its answers call it.
+        model_version: the version that its answers have.
         table_dtype: of the embedding tables, see ``quantise_tables``.
 
     Example:
@@ -60,7 +61,7 @@ class KVSharePredictFactory(PredictFactory):
         >>> from torchrec_kvshare.model.ranking import dlrm_with_history
         >>> vocabularies = {"user_id": Vocabulary(["u"]), "item_id": Vocabulary(["a", "b"])}
         >>> histories = (History("history", Window(8, 4)),)
-        >>> schema = FeatureSchema(vocabularies, (), False, (), (), histories)
+        >>> schema = FeatureSchema(vocabularies, histories=histories)
         >>> dlrm = dlrm_with_history(schema, TowerSpec("causal", 16, 2, 4), [8, 1])
         >>> factory = KVSharePredictFactory(RankingModel(dlrm.eval()), schema, "a-b", "int8")
         >>> type(factory.create_predict_module()).__name__
@@ -82,7 +83,7 @@ class KVSharePredictFactory(PredictFactory):
         self.table_dtype = table_dtype
 
     def create_predict_module(self, world_size: int = 1) -> KVSharePredictModule:
-        """The module over quantised tables, spread over so many ranks of this process.
+        """Make a module with quantised tables, spread over ``world_size`` ranks of this process.
 
         Raises:
             ArtifactError: if a weight is not finite.
@@ -98,35 +99,35 @@ class KVSharePredictFactory(PredictFactory):
         return KVSharePredictModule(program).eval()
 
     def batching_metadata(self) -> dict[str, BatchingMetadata]:
-        """How a host joins several requests' inputs: by name, one behind the other."""
+        """Say how a host concatenates the inputs of several requests, by the input's name."""
         metadata = {}
         for spec in input_specs(self.schema):
             feature, _, part = spec.name.rpartition(".")
             if part in ("values", "lengths"):
-                metadata[feature] = BatchingMetadata(SPARSE, CPU, [])
+                metadata[feature] = BatchingMetadata(JAGGED, CPU, [])
             else:
-                metadata[spec.name] = BatchingMetadata(DENSE, CPU, [])
+                metadata[spec.name] = BatchingMetadata(ONE_TENSOR, CPU, [])
         return metadata
 
     def result_metadata(self) -> str:
-        """Upstream's name of what comes out; a host cuts it by the requests' candidates."""
+        """Return TorchRec's name of the result type; a host splits results by candidate counts."""
         return "dict_of_tensor"
 
     def qualname_metadata(self) -> dict[str, QualNameMetadata]:
-        """The module is called as a whole, and reads rows of tables: nothing is prepared first."""
+        """Say that a host calls ``forward``, and needs no preprocessing: inputs are table rows."""
         return {"forward": QualNameMetadata(need_preproc=False)}
 
     def model_inputs_data(self) -> dict[str, Any]:
-        """By name, what each input is: its dtype, shape and range."""
+        """Return dtype, shape and range of each input, by name."""
         return {spec.name: spec.to_json() for spec in input_specs(self.schema)}
 
     def run_weights_independent_tranformations(self, predict_module: nn.Module) -> nn.Module:
-        """Trace what is round the program, which stays whole."""
+        """Trace the module with the program as a leaf."""
         return symbolic_trace(predict_module, leaf_modules=[RankingProgram.__name__])
 
     def run_weights_dependent_transformations(self, predict_module: nn.Module) -> nn.Module:
         """Script the traced module, for processes without this package."""
         with warnings.catch_warnings():
-            # A notice about fx's own module, whose annotations TorchScript does not read.
+            # A warning about fx's own module, whose annotations TorchScript does not read.
             warnings.filterwarnings("ignore", "The TorchScript type system", UserWarning)
             return script_model(predict_module)

@@ -1,7 +1,7 @@
-"""What an exported program offers a host of any language: a ranking model with plain tensors.
+"""The program that TorchScript exports: a ranking model over plain tensors, for any host language.
 
-``tensors.py`` says which tensors there are. The program builds TorchRec's batches inside, and
-``rank`` keeps K/V between calls in caches of its own. Runs in TorchScript.
+``features/tensors.py`` defines the tensors. The program builds TorchRec's batches itself, and
+``rank`` keeps K/V between calls in its own caches. Runs in TorchScript.
 """
 
 from typing import Final
@@ -40,7 +40,6 @@ from torchrec_kvshare.features.schema import (
     FIRST_EVENT,
     ITEM,
     MAX_INT64,
-    REQUEST_HISTORY,
     REQUEST_TIME,
     TIME,
     USER,
@@ -48,7 +47,7 @@ from torchrec_kvshare.features.schema import (
     History,
     candidate_key,
     context_key,
-    first_place_key,
+    first_index_key,
     history_key,
     pages_key,
 )
@@ -64,10 +63,10 @@ Part = tuple[str, Tensor, Tensor]  # key, values, lengths
 
 
 class ProgramHistory(nn.Module):
-    """One history of a program: its cache, and its events as tensors, by request and in a batch.
+    """One history of a program: its cache, and its events by request and as keys of a batch.
 
     Args:
-        history: which one.
+        history: its name and window.
         event_columns: columns with one id per event.
         item_attributes: multi-valued columns of events.
         kv_shape: planes, heads and head width of its K/V.
@@ -91,12 +90,12 @@ class ProgramHistory(nn.Module):
         self.bag_keys = [history_key(name, c) for c in item_attributes]
         self.time_key: str = history_key(name, TIME)
         self.pages_key: str = pages_key(name)
-        self.first_place_key: str = first_place_key(name)
+        self.first_index_key: str = first_index_key(name)
         self.first_event_key: str = history_key(name, FIRST_EVENT)
         self.cache = ProgramCache(*kv_shape, len(self.column_keys))
 
     def check(self, features: dict[str, Tensor], num_requests: int) -> None:
-        """Refuse tensors that disagree, naming one, and times out of order."""
+        """Refuse tensors of different lengths, and times out of order; the error names a tensor."""
         counts = lengths_of(features, self.column_keys[0], num_requests)
         for key in self.column_keys[1:]:
             if not torch.equal(lengths_of(features, key, num_requests), counts):
@@ -106,14 +105,14 @@ class ProgramHistory(nn.Module):
             lengths_of(features, key, num_events)
         request_times: list[int] = features[self.request_time_key].tolist()
         num_of_requests: list[int] = counts.tolist()
-        first_place = 0
+        first_index = 0
         name = self.time_key + ".values"
         for request, times in enumerate(torch.split(features[name], num_of_requests)):
-            check_times(name, times, request_times[request], first_place)
-            first_place += times.size(0)
+            check_times(name, times, request_times[request], first_index)
+            first_index += times.size(0)
 
     def num_ids(self, features: dict[str, Tensor]) -> Tensor:
-        """Ids [B] in the bags of each request's events."""
+        """Count the ids [B] in the bags of each request's events."""
         counts = features[self.time_key + ".lengths"]
         num_ids = torch.zeros_like(counts)
         for key in self.bag_keys:
@@ -121,7 +120,7 @@ class ProgramHistory(nn.Module):
         return num_ids
 
     def split(self, features: dict[str, Tensor]) -> list[list[Tensor]]:
-        """Of each request its columns, then for each bag its lengths and values."""
+        """Split the events by request: the columns, then lengths and values of each bag."""
         counts: list[int] = features[self.time_key + ".lengths"].tolist()
         by_column: list[list[Tensor]] = []
         for key in self.column_keys:
@@ -134,7 +133,7 @@ class ProgramHistory(nn.Module):
         return [[column[request] for column in by_column] for request in range(len(counts))]
 
     def tail(self, events: list[Tensor], first: int) -> list[Tensor]:
-        """The events of a request from one on."""
+        """Return the events of a request from index ``first`` on."""
         if first == 0:
             return events
         num_columns = len(self.column_keys)
@@ -146,19 +145,19 @@ class ProgramHistory(nn.Module):
         return rest
 
     def parts(self, events: list[list[Tensor]]) -> list[Part]:
-        """Some requests' events as keys of a batch."""
+        """Join the events of several requests to keys of a batch."""
         parts: list[Part] = []
         counts = torch.tensor([columns[0].size(0) for columns in events])
-        for place, key in enumerate(self.column_keys):
-            parts.append((key, torch.cat([columns[place] for columns in events]), counts))
-        for place, key in enumerate(self.bag_keys):
-            bag = len(self.column_keys) + 2 * place
+        for index, key in enumerate(self.column_keys):
+            parts.append((key, torch.cat([columns[index] for columns in events]), counts))
+        for index, key in enumerate(self.bag_keys):
+            bag = len(self.column_keys) + 2 * index
             lengths = torch.cat([columns[bag] for columns in events])
             parts.append((key, torch.cat([columns[bag + 1] for columns in events]), lengths))
         return parts
 
     def pages_part(self, pages: list[list[int]]) -> Part:
-        """Page ids of each request as a key of a batch."""
+        """Join the page ids of each request to a key of a batch."""
         ids: list[int] = []
         for of_request in pages:
             ids += of_request
@@ -166,24 +165,24 @@ class ProgramHistory(nn.Module):
         return self.pages_key, torch.tensor(ids, dtype=torch.int64), counts
 
     def time_part(self, events: list[list[Tensor]]) -> Part:
-        """Times alone: what scoring over cached K/V reads of a history."""
+        """Join the times to a key of a batch: scoring over cached K/V reads no other column."""
         time = len(self.column_keys) - 1
         counts = torch.tensor([columns[time].size(0) for columns in events])
         return self.time_key, torch.cat([columns[time] for columns in events]), counts
 
 
 class RankingProgram(nn.Module):
-    """The face of an exported model.
+    """The interface of an exported model.
 
     Args:
         ranking: the model, whose methods take TorchRec's batches.
         schema: its columns.
-        model_version: what answers call it.
-        may_keep: whether its audit allows K/V between requests; ``rank`` is refused otherwise.
+        model_version: the version that answers have.
+        may_keep: whether its audit allows K/V between requests; otherwise ``rank`` raises.
         may_extend: whether its audit allows K/V to be extended.
 
     Attributes:
-        ranking: kept whole, for hosts that build TorchRec's batches themselves.
+        ranking: the model, for hosts that build TorchRec's batches themselves.
     """
 
     user_key: Final[str] = USER
@@ -191,7 +190,6 @@ class RankingProgram(nn.Module):
     model: Final[str] = MODEL
     time_key: Final[str] = TIME
     request_time: Final[str] = REQUEST_TIME
-    request_history: Final[str] = REQUEST_HISTORY
     dense: Final[str] = DENSE
     hit: Final[str] = HIT
     partial: Final[str] = PARTIAL
@@ -237,20 +235,20 @@ class RankingProgram(nn.Module):
         columns = (schema.event_columns, schema.item_attributes)
         for history, tower in zip(schema.histories, ranking.collection.towers(), strict=True):
             self.histories.append(ProgramHistory(history, *columns, tower.kv_shape))
-            max_rows = tower.encoder.num_rows(history.window.max_history)
+            max_rows = tower.encoder.num_kv_rows(history.window.max_history)
             weights.append(tower.kv_shape[0] * max_rows)
-        # Of the bytes of a full window's K/V: how histories share a capacity.
+        # Histories share a capacity in proportion to the K/V of a full window.
         self.shares = [weight / sum(weights) for weight in weights]
         self.is_configured = False
         self.reasons = list(REASONS)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """Probabilities [C] float64, every history encoded on the way; nothing is kept."""
+        """Return probabilities [C] float64; encode every history and keep nothing."""
         self.check(features)
         parts = self.request_parts(features) + self.event_parts(self.split_events(features))
         batch = batch_of(parts, self.request_of_candidates(features))
         logits = torch.empty([0])
-        # A ranking stage has no batch of nobody.
+        # A ranking stage takes no empty batch.
         if features[self.dense].size(0) > 0:
             with torch.no_grad():
                 logits = self.ranking(features[self.dense], batch)
@@ -258,7 +256,7 @@ class RankingProgram(nn.Module):
 
     @torch.jit.export
     def prefill(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """For each history K/V [planes, R, H, D] of all requests, one after the other."""
+        """Return for each history K/V [planes, R, H, D] of all requests, one after the other."""
         self.check(features)
         events = self.split_events(features)
         nothing = [history.cache.read(0, 0) for history in self.histories]
@@ -269,39 +267,39 @@ class RankingProgram(nn.Module):
     def extend(
         self, features: dict[str, Tensor], cached: list[Tensor], cached_events: list[list[int]]
     ) -> list[Tensor]:
-        """For each history K/V of the events given, which follow cached ones.
+        """Return for each history the K/V of new events that follow cached events.
 
         Args:
-            features: the new events alone.
+            features: the new events only.
             cached: for each history [planes, R, H, D], the rows of the cached events.
-            cached_events: for each history how many each request has: ``reusable`` ones.
+            cached_events: for each history the number of reusable events of each request.
         """
         self.check(features)
         by_request: list[list[tuple[int, int]]] = []
         for request in range(len(cached_events[0])):
             counts = [of_history[request] for of_history in cached_events]
             by_request.append(self.ranking.reusable(counts, counts, counts))
-        rows = [[one[place][1] for one in by_request] for place in range(len(cached))]
+        rows = [[one[index][1] for one in by_request] for index in range(len(cached))]
         return self.encode(self.split_events(features), cached, cached_events, rows)
 
     @torch.jit.export
     def reusable(
         self, num_matched: list[int], cached_events: list[int], num_events: list[int]
     ) -> list[tuple[int, int]]:
-        """For each history events and rows that may be extended; see ``RankingModel.reusable``."""
+        """Return for each history the events and rows that can be extended, as the model does."""
         return self.ranking.reusable(num_matched, cached_events, num_events)
 
     @torch.jit.export
-    def num_rows(self, num_events: list[int]) -> list[int]:
-        """Rows of K/V of histories of so many events, in the order of the histories."""
-        return self.ranking.num_rows(num_events)
+    def num_kv_rows(self, num_events: list[int]) -> list[int]:
+        """Return for each history the rows of K/V that this many events have."""
+        return self.ranking.num_kv_rows(num_events)
 
     @torch.jit.export
     def score(self, features: dict[str, Tensor], kv: list[Tensor]) -> Tensor:
-        """Probabilities [C] float64 over K/V that ``prefill`` and ``extend`` gave.
+        """Return probabilities [C] float64 over K/V from ``prefill`` and ``extend``.
 
         Args:
-            features: of the events the times alone are read.
+            features: of the events only the times are read.
             kv: for each history [planes, R, H, D], all rows of all requests, one after the other.
         """
         self.check(features)
@@ -312,10 +310,10 @@ class RankingProgram(nn.Module):
 
     @torch.jit.export
     def rank(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Score through the program's own cache; what misses is encoded request by request.
+        """Score through the program's own cache; encode misses request by request.
 
         Returns:
-            Probabilities [C] float64, and [B, 4] int64: places in ``status_names`` and in
+            Probabilities [C] float64, and [B, 4] int64: indices into ``status_names`` and
             ``reason_names``, cached events and computed events.
 
         Raises:
@@ -333,88 +331,94 @@ class RankingProgram(nn.Module):
             starts: list[int] = features[history.first_event_key].tolist()
             first_events.append(starts)
         times: list[int] = features[self.time_key].tolist()
-        held: dict[int, int] = {}
-        # Of each request by history; no rows where K/V lies in pages.
-        found_by_request: list[list[Tensor]] = []
+        # Users of this batch, whose pages must stay.
+        pinned: dict[int, int] = {}
+        # By request and history; without rows if the K/V is in pages.
+        kv_by_request: list[list[Tensor]] = []
         use: list[list[int]] = []
         for request, user in enumerate(users):
             own_events = [of_history[request] for of_history in events]
             own_firsts = [of_history[request] for of_history in first_events]
-            found, own_use = self.find(user, own_events, own_firsts, times[request], held)
-            held[user] = request
+            own_kv, own_use = self.acquire(user, own_events, own_firsts, times[request], pinned)
+            pinned[user] = request
             use.append(own_use)
-            found_by_request.append(found)
+            kv_by_request.append(own_kv)
         rows = self.rows_of_requests(events)
         tables: list[Tensor] = []
         pages: list[list[list[int]]] = []
-        for place, history in enumerate(self.histories):
-            loose = [found[place] for found in found_by_request]
-            if sum([kv.size(1) for kv in loose]) == 0:
+        for index, history in enumerate(self.histories):
+            not_in_pages = [own_kv[index] for own_kv in kv_by_request]
+            if sum([kv.size(1) for kv in not_in_pages]) == 0:
                 tables.append(history.cache.kv_pages)
-                pages.append(history.cache.pages_of_users(users, rows[place]))
+                pages.append(history.cache.pages_of_users(users, rows[index]))
             else:
-                kv = history.cache.gather_rows(users, rows[place], loose)
+                kv = history.cache.gather_rows(users, rows[index], not_in_pages)
                 tables.append(kv.unsqueeze(2))
-                pages.append(one_page_for_each(rows[place]))
+                pages.append(one_page_for_each(rows[index]))
         return self.score_pages(features, events, tables, pages), torch.tensor(use).view(-1, 4)
 
     @torch.jit.export
     def status_names(self) -> list[str]:
-        """What the first column of ``rank`` means."""
+        """Return the names of the statuses in the first column of ``rank``."""
         return [self.hit, self.partial, self.miss, self.bypass]
 
     @torch.jit.export
     def reason_names(self) -> list[str]:
-        """What the second column of ``rank`` means; nothing for a hit."""
+        """Return the names of the reasons in the second column of ``rank``; empty for a hit."""
         return self.reasons
 
     @torch.jit.export
     def configure(self, capacity_bytes: int, ttl_s: float) -> None:
-        """Start with an empty cache of so many bytes; K/V is encoded anew after ``ttl_s``."""
-        for place, history in enumerate(self.histories):
-            history.cache.configure(int(capacity_bytes * self.shares[place]), ttl_s)
+        """Start with an empty cache of ``capacity_bytes``; K/V expires after ``ttl_s``."""
+        for index, history in enumerate(self.histories):
+            history.cache.configure(int(capacity_bytes * self.shares[index]), ttl_s)
         self.is_configured = True
 
     @torch.jit.export
     def forget(self, user: int) -> None:
-        """Drop what is kept of a user."""
+        """Drop the K/V of a user."""
         for history in self.histories:
             history.cache.forget(user)
 
     @torch.jit.export
     def renew(self, model_version: str) -> None:
-        """Drop all K/V: the host has put other weights into this program."""
+        """Drop all K/V, after the host has put other weights into this program."""
         self.model_version = model_version
         for history in self.histories:
             history.cache.clear(self.model)
 
     @torch.jit.export
     def held_bytes(self) -> int:
-        """Bytes of the pages that hold K/V."""
-        held = 0
+        """Return the bytes of the pages that hold K/V."""
+        num_bytes = 0
         for history in self.histories:
-            held += history.cache.held_bytes()
-        return held
+            num_bytes += history.cache.held_bytes()
+        return num_bytes
 
-    def find(
+    def acquire(
         self,
         user: int,
         events: list[list[Tensor]],
         first_events: list[int],
         time: int,
-        held: dict[int, int],
+        pinned: dict[int, int],
     ) -> tuple[list[Tensor], list[int]]:
-        """K/V of a request's histories, no rows where it lies in pages; its row of ``rank``."""
+        """Look up a request's K/V; encode and keep what is missing.
+
+        Returns:
+            For each history the K/V, without rows if it is in pages; and the request's row of
+            ``rank``.
+        """
         kv: list[Tensor] = []
         reasons: list[str] = []
         num_matched: list[int] = []
         num_cached: list[int] = []
-        for place, history in enumerate(self.histories):
+        for index, history in enumerate(self.histories):
             kv.append(history.cache.read(user, 0))
             reason, matched, cached = self.too_short, 0, 0
-            if events[place][0].size(0) > 0:
+            if events[index][0].size(0) > 0:
                 reason, matched, cached = history.cache.lookup(
-                    user, events[place], first_events[place], time
+                    user, events[index], first_events[index], time
                 )
             reasons.append(reason)
             num_matched.append(matched if self.may_extend else 0)
@@ -427,24 +431,24 @@ class RankingProgram(nn.Module):
             return kv, self.use_of(decision)
         cached_kv: list[Tensor] = []
         tails: list[list[list[Tensor]]] = []
-        for place, history in enumerate(self.histories):
-            cached_kv.append(history.cache.read(user, reusable[place][1]))
-            tails.append([history.tail(events[place], kept[place])])
+        for index, history in enumerate(self.histories):
+            cached_kv.append(history.cache.read(user, reusable[index][1]))
+            tails.append([history.tail(events[index], kept[index])])
         rows = [[one[1]] for one in reusable]
         fresh = self.encode(tails, cached_kv, [[one] for one in kept], rows)
         why_not_kept = ""
-        for place, history in enumerate(self.histories):
-            if reasons[place] != self.hit and num_events[place] > 0:
-                first, kept_rows = first_events[place], reusable[place][1]
+        for index, history in enumerate(self.histories):
+            if reasons[index] != self.hit and num_events[index] > 0:
+                first, kept_rows = first_events[index], reusable[index][1]
                 if not history.cache.keep(
-                    user, events[place], first, time, fresh[place], kept_rows, held
+                    user, events[index], first, time, fresh[index], kept_rows, pinned
                 ):
                     why_not_kept = self.not_admitted
-                    kv[place] = torch.cat([cached_kv[place], fresh[place]], dim=1)
+                    kv[index] = torch.cat([cached_kv[index], fresh[index]], dim=1)
         return kv, self.use_of(decide(reasons, num_events, kept, why_not_kept))
 
     def use_of(self, decision: Decision) -> list[int]:
-        """One row of what ``rank`` says of its cache."""
+        """Return a request's row of ``rank``."""
         status = self.status_names().index(decision.status)
         reason = self.reasons.index(decision.reason)
         return [status, reason, decision.cached_events, decision.computed_events]
@@ -456,22 +460,22 @@ class RankingProgram(nn.Module):
         cached_events: list[list[int]],
         cached_rows: list[list[int]],
     ) -> list[Tensor]:
-        """For each history K/V of requests' events behind what is cached of them."""
+        """Return for each history the K/V of events that follow cached ones."""
         parts = self.event_parts(events)
-        nobody = torch.empty([0], dtype=torch.int64)
+        no_candidates = torch.empty([0], dtype=torch.int64)
         is_extended = sum([kv.size(1) for kv in cached]) > 0
         if is_extended:
-            for place, history in enumerate(self.histories):
-                firsts = torch.tensor(cached_events[place])
-                parts.append((history.first_place_key, firsts, torch.ones_like(firsts)))
+            for index, history in enumerate(self.histories):
+                firsts = torch.tensor(cached_events[index])
+                parts.append((history.first_index_key, firsts, torch.ones_like(firsts)))
         rows = [torch.tensor(counts) for counts in cached_rows]
         with torch.no_grad():
             if is_extended:
-                fresh = self.ranking.extend(batch_of(parts, nobody), cached, rows)
+                fresh = self.ranking.extend(batch_of(parts, no_candidates), cached, rows)
             else:
-                fresh = self.ranking.prefill(batch_of(parts, nobody))
+                fresh = self.ranking.prefill(batch_of(parts, no_candidates))
         num_rows = self.new_rows(events, cached_events, cached_rows)
-        return [kv[:, : sum(num_rows[place])] for place, kv in enumerate(fresh)]
+        return [kv[:, : sum(num_rows[index])] for index, kv in enumerate(fresh)]
 
     def new_rows(
         self,
@@ -479,37 +483,37 @@ class RankingProgram(nn.Module):
         cached_events: list[list[int]],
         cached_rows: list[list[int]],
     ) -> list[list[int]]:
-        """By history and request its rows of K/V behind the cached ones."""
+        """Count the new rows of K/V, by history and request."""
         by_request: list[list[int]] = []
         for request in range(len(events[0])):
             counts = [
-                cached_events[place][request] + of_history[request][0].size(0)
-                for place, of_history in enumerate(events)
+                cached_events[index][request] + of_history[request][0].size(0)
+                for index, of_history in enumerate(events)
             ]
-            rows = self.ranking.num_rows(counts)
+            rows = self.ranking.num_kv_rows(counts)
             by_request.append(
-                [number - cached_rows[place][request] for place, number in enumerate(rows)]
+                [number - cached_rows[index][request] for index, number in enumerate(rows)]
             )
-        return [[rows[place] for rows in by_request] for place in range(len(events))]
+        return [[rows[index] for rows in by_request] for index in range(len(events))]
 
     def split_events(self, features: dict[str, Tensor]) -> list[list[list[Tensor]]]:
-        """By history and request what ``ProgramHistory.split`` gives."""
+        """Split the events by history and request."""
         return [history.split(features) for history in self.histories]
 
     def rows_of_requests(self, events: list[list[list[Tensor]]]) -> list[list[int]]:
-        """By history and request its rows of K/V."""
+        """Count all rows of K/V, by history and request."""
         none = [[0 for _ in of_history] for of_history in events]
         return self.new_rows(events, none, none)
 
     def event_parts(self, events: list[list[list[Tensor]]]) -> list[Part]:
-        """All histories' events as keys of a batch."""
+        """Join the events of all histories to keys of a batch."""
         parts: list[Part] = []
-        for place, history in enumerate(self.histories):
-            parts += history.parts(events[place])
+        for index, history in enumerate(self.histories):
+            parts += history.parts(events[index])
         return parts
 
     def request_parts(self, features: dict[str, Tensor]) -> list[Part]:
-        """Users, contexts, times and candidates as keys of a batch."""
+        """Return users, contexts, times and candidates as keys of a batch."""
         users, time = features[self.user_key], features[self.time_key]
         items = features[self.item_key + ".values"]
         parts = [
@@ -528,11 +532,11 @@ class RankingProgram(nn.Module):
         tables: list[Tensor],
         pages: list[list[list[int]]],
     ) -> Tensor:
-        """Probabilities [C] over K/V in tables of pages, those of each request."""
+        """Return probabilities [C] over K/V in pages; page ids are by history and request."""
         parts = self.request_parts(features)
-        for place, history in enumerate(self.histories):
-            parts.append(history.time_part(events[place]))
-            parts.append(history.pages_part(pages[place]))
+        for index, history in enumerate(self.histories):
+            parts.append(history.time_part(events[index]))
+            parts.append(history.pages_part(pages[index]))
         batch = batch_of(parts, self.request_of_candidates(features))
         logits = torch.empty([0])
         if features[self.dense].size(0) > 0:
@@ -541,16 +545,16 @@ class RankingProgram(nn.Module):
         return probabilities(logits)
 
     def request_of_candidates(self, features: dict[str, Tensor]) -> Tensor:
-        """[C] int64: the request each candidate belongs to."""
+        """Return the request that each candidate belongs to, [C] int64."""
         counts = features[self.item_key + ".lengths"]
         return torch.repeat_interleave(torch.arange(counts.size(0)), counts)
 
     def check(self, features: dict[str, Tensor]) -> None:
-        """Refuse tensors that disagree or hold what they may not; the error names one."""
-        for place, name in enumerate(self.input_names):
+        """Refuse tensors that do not match each other or are out of range; the error names one."""
+        for index, name in enumerate(self.input_names):
             if name not in features:
                 raise ValueError(f"{name} is missing")
-            check_range(name, features[name], self.least[place], self.most[place])
+            check_range(name, features[name], self.least[index], self.most[index])
         num_requests = features[self.user_key].size(0)
         for key in [self.cache_key, self.time_key]:
             check_rows(features, key, num_requests)
@@ -572,12 +576,12 @@ class RankingProgram(nn.Module):
         self.check_dense(features, num_candidates)
 
     def check_dense(self, features: dict[str, Tensor], num_candidates: int) -> None:
-        """Refuse dense features of another shape or dtype, or that are not finite."""
+        """Refuse dense features of the wrong shape or dtype, and numbers that are not finite."""
         if self.dense not in features:
             raise ValueError(f"{self.dense} is missing")
         dense = features[self.dense]
         if dense.dtype != torch.float32:
-            raise ValueError(f"{self.dense} holds no float32")
+            raise ValueError(f"{self.dense} does not hold float32")
         if dense.dim() != 2 or dense.size(1) != self.num_dense:
             raise ValueError(f"{self.dense} is {dense.size()}; it must be [C, {self.num_dense}]")
         check_rows(features, self.dense, num_candidates)
@@ -585,22 +589,22 @@ class RankingProgram(nn.Module):
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """In exponentials: a vectorised sigmoid gives other bits in the last rows of a tensor.
+    """Map logits to probabilities; refuse logits that are not finite.
 
-    Logits that are not finite are refused: a host shall not take NaN for a score.
+    It uses exp: a vectorised sigmoid returns different bits in the last rows of a tensor.
     """
     check_scores(logits)
     return 1.0 / (1.0 + torch.exp(-logits.double()))
 
 
 def check_rows(features: dict[str, Tensor], name: str, num_rows: int) -> None:
-    """Refuse a tensor that has another number of rows."""
+    """Refuse a tensor that does not have ``num_rows`` rows."""
     if features[name].size(0) != num_rows:
         raise ValueError(f"{name} has {features[name].size(0)} rows; it must have {num_rows}")
 
 
 def lengths_of(features: dict[str, Tensor], key: str, num_rows: int) -> Tensor:
-    """The lengths of a key's rows, which must be those of its values."""
+    """Return the lengths of a key's rows; refuse lengths that do not match the values."""
     lengths, num_values = features[key + ".lengths"], features[key + ".values"].size(0)
     if lengths.size(0) != num_rows:
         raise ValueError(f"{key}.lengths has {lengths.size(0)} rows; it must have {num_rows}")
@@ -612,7 +616,7 @@ def lengths_of(features: dict[str, Tensor], key: str, num_rows: int) -> Tensor:
 
 
 def batch_of(parts: list[Part], request_of_candidates: Tensor) -> KeyedJaggedTensor:
-    """Keys as one batch, each with its own stride; see ``data.batches.assemble``."""
+    """Build a batch of keys, each with its own stride; see ``features.batches.assemble``."""
     keys: list[str] = []
     rows: dict[str, JaggedTensor] = {}
     inverse: list[Tensor] = []
@@ -634,7 +638,7 @@ def batch_of(parts: list[Part], request_of_candidates: Tensor) -> KeyedJaggedTen
 
 
 def one_page_for_each(rows: list[int]) -> list[list[int]]:
-    """Page ids of K/V rows that lie one after the other in pages of one row each."""
+    """Return page ids of consecutive K/V rows in pages of one row each, by request."""
     pages: list[list[int]] = []
     first = 0
     for num_rows in rows:

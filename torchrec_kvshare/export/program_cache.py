@@ -1,9 +1,9 @@
-"""The cache inside an exported program: pages of one history's K/V and whose they are.
+"""The cache inside an exported program: pages of one history's K/V, by user.
 
-Any libtorch process that loads the program has it, without Python. It keeps the events themselves
-beside their K/V and compares them with those of a request: no digest, so no collision, and what
-both begin with is found event by event. It has no clock: the times of a user's own requests say how
-old the user's K/V is. Runs in TorchScript; calls must not overlap.
+Any libtorch process that loads the program has it, without Python. It keeps the events with their
+K/V and compares them with a request's events one by one: there is no digest, so no collision. It
+has no clock: the times of a user's own requests give the age of the user's K/V. Runs in
+TorchScript; calls must not overlap.
 """
 
 from typing import Final
@@ -26,17 +26,17 @@ PAGE_SIZE = 32  # rows of K/V
 
 
 class ProgramCache(nn.Module):
-    """K/V of one history by user, each user's pages one after the other.
+    """K/V of one history by user; the pages of a user are consecutive.
 
     Args:
         num_planes: tensors of K/V that the tower keeps.
         num_heads: H.
         head_dim: D.
-        num_columns: of an event's columns with one value, the time last; bags follow, two tensors
-            each.
+        num_columns: columns of an event with one value, the time last. In a list of events bags
+            follow them, two tensors each.
 
     Attributes:
-        kv_pages: [planes, P, S, H, D]; none before ``configure``.
+        kv_pages: [planes, P, S, H, D]; no pages before ``configure``.
     """
 
     page_size: Final[int] = PAGE_SIZE
@@ -49,13 +49,13 @@ class ProgramCache(nn.Module):
     shrunk: Final[str] = SHRUNK
     slid: Final[str] = SLID
 
-    # Users in the order of their last use, the longest ago first.
+    # By user; the users of first_page are in the order of their last use, oldest first.
     first_page: dict[int, int]
     num_rows: dict[int, int]
     first_event: dict[int, int]
     encoded_at: dict[int, int]
     events: dict[int, list[Tensor]]
-    why_gone: dict[int, str]
+    drop_reason: dict[int, str]
 
     def __init__(self, num_planes: int, num_heads: int, head_dim: int, num_columns: int) -> None:
         super().__init__()
@@ -71,16 +71,16 @@ class ProgramCache(nn.Module):
         self.first_event = {}
         self.encoded_at = {}
         self.events = {}
-        self.why_gone = {}
+        self.drop_reason = {}
 
     def configure(self, capacity_bytes: int, ttl_s: float) -> None:
-        """Start anew with as many pages as fit, and K/V that is encoded anew after ``ttl_s``."""
+        """Empty the cache and allocate as many pages as fit; K/V expires after ``ttl_s``."""
         page_bytes = self.num_planes * self.page_size * self.num_heads * self.head_dim * 4
         num_pages = capacity_bytes // page_bytes
         if num_pages < 1:
-            raise ValueError(f"capacity_bytes is {capacity_bytes}; a page has {page_bytes}")
+            raise ValueError(f"capacity_bytes is {capacity_bytes}; one page takes {page_bytes}")
         self.clear(self.evicted)
-        self.why_gone.clear()
+        self.drop_reason.clear()
         self.kv_pages = torch.empty(
             [self.num_planes, num_pages, self.page_size, self.num_heads, self.head_dim]
         )
@@ -90,17 +90,17 @@ class ProgramCache(nn.Module):
     def lookup(
         self, user: int, events: list[Tensor], first_event: int, time: int
     ) -> tuple[str, int, int]:
-        """``hit`` or why not, the events that both histories begin with, and those kept."""
+        """Return ``hit`` or the reason for a miss, and the numbers of matched and kept events."""
         if user not in self.first_page:
-            return self.why_gone.get(user, self.cold), 0, 0
+            return self.drop_reason.get(user, self.cold), 0, 0
         age = time - self.encoded_at[user]
         if age > self.ttl_s or age < -self.ttl_s:
             return self.expired, 0, 0
-        self.first_page[user] = self.first_page.pop(user)  # It was used last.
+        self.first_page[user] = self.first_page.pop(user)  # Move the user to the end.
         kept = self.events[user]
         num_kept, num_events = kept[0].size(0), events[0].size(0)
         num_matched = self.num_equal(kept, events)
-        # Where a host does not say what place its first event has, its time tells that others left.
+        # If a host does not know first_event, a later first time shows that old events have left.
         time_column = self.num_columns - 1
         has_left = int(kept[time_column][0]) < int(events[time_column][0])
         if num_matched == num_kept and num_kept == num_events:
@@ -114,7 +114,7 @@ class ProgramCache(nn.Module):
         return reason, num_matched, num_kept
 
     def num_equal(self, one: list[Tensor], other: list[Tensor]) -> int:
-        """Events that two histories begin with alike."""
+        """Count the leading events that are equal in two histories."""
         num_equal = min(one[0].size(0), other[0].size(0))
         for column in range(self.num_columns):
             num_equal = leading_equal(one[column][:num_equal], other[column][:num_equal])
@@ -135,18 +135,18 @@ class ProgramCache(nn.Module):
         time: int,
         kv: Tensor,
         num_kept: int,
-        held: dict[int, int],
+        pinned: dict[int, int],
     ) -> bool:
-        """Keep K/V [planes, R, H, D] behind the first ``num_kept`` rows that the user has.
+        """Keep K/V [planes, R, H, D] after the first ``num_kept`` rows that the user has.
 
-        False if there is no room beside the users of ``held``, or the user is one of them: what was
-        there stays then.
+        Return False and change nothing of the user if the user is pinned, or if there is no room
+        without dropping pinned users.
         """
-        if user in held:
+        if user in pinned:
             return False
         num_rows = num_kept + kv.size(1)
         encoded_at = self.encoded_at[user] if num_kept > 0 else time
-        first = self.make_room(user, self.pages_of(num_rows), held)
+        first = self.make_room(user, self.pages_of(num_rows), pinned)
         if first < 0:
             return False
         rows = self.kv_pages.flatten(1, 2)
@@ -157,32 +157,35 @@ class ProgramCache(nn.Module):
         rows[:, start + num_kept : start + num_rows] = kv
         if user in self.first_page:
             self.drop(user, self.evicted)
-        self.why_gone.pop(user, "")
+        self.drop_reason.pop(user, "")
         self.is_free[first : first + self.pages_of(num_rows)] = False
         self.first_page[user] = first
         self.num_rows[user] = num_rows
         self.first_event[user] = first_event
         self.encoded_at[user] = encoded_at
-        # The host may use its tensors again.
+        # Cloned: the host may overwrite its tensors.
         self.events[user] = [column.clone() for column in events]
         return True
 
-    def make_room(self, user: int, num_pages: int, held: dict[int, int]) -> int:
-        """The first of so many free pages side by side, the user's own counted; -1 for none."""
+    def make_room(self, user: int, num_pages: int, pinned: dict[int, int]) -> int:
+        """Evict the least recently used users until ``find_run`` succeeds; -1 if it never does."""
         if num_pages > self.is_free.size(0):
             return -1
         first = self.find_run(user, num_pages)
         users = list(self.first_page.keys())
-        place = 0
-        while first < 0 and place < len(users):
-            if users[place] != user and users[place] not in held:
-                self.drop(users[place], self.evicted)
+        index = 0
+        while first < 0 and index < len(users):
+            if users[index] != user and users[index] not in pinned:
+                self.drop(users[index], self.evicted)
                 first = self.find_run(user, num_pages)
-            place += 1
+            index += 1
         return first
 
     def find_run(self, user: int, num_pages: int) -> int:
-        """Where so many pages are free or the user's own; its own place if they are there."""
+        """Find consecutive pages that are free or the user's own; return the first, or -1.
+
+        The user's own first page is preferred.
+        """
         is_free = self.is_free
         own = -1
         if user in self.first_page:
@@ -198,59 +201,59 @@ class ProgramCache(nn.Module):
         return int(starts[0].item())
 
     def read(self, user: int, num_rows: int) -> Tensor:
-        """The first rows [planes, R, H, D] of a user, where they lie; no rows of nobody."""
+        """Return a view of the first rows [planes, R, H, D] of a user."""
         start = self.first_page.get(user, 0) * self.page_size
         return self.kv_pages.flatten(1, 2)[:, start : start + num_rows]
 
     def pages_of_users(self, users: list[int], rows: list[int]) -> list[list[int]]:
-        """Page ids of the first rows of users; none where there are no rows."""
+        """Return the page ids of each user's first rows; none for a user without rows."""
         pages: list[list[int]] = []
-        for place in range(len(users)):
-            first = self.first_page.get(users[place], 0)
-            pages.append(list(range(first, first + self.pages_of(rows[place]))))
+        for index in range(len(users)):
+            first = self.first_page.get(users[index], 0)
+            pages.append(list(range(first, first + self.pages_of(rows[index]))))
         return pages
 
-    def gather_rows(self, users: list[int], rows: list[int], loose: list[Tensor]) -> Tensor:
-        """K/V [planes, R, H, D] of users one after the other, from pages where none is given."""
+    def gather_rows(self, users: list[int], rows: list[int], not_in_pages: list[Tensor]) -> Tensor:
+        """Join K/V [planes, R, H, D] of users; it is read from pages if none is given."""
         parts: list[Tensor] = []
-        for place, kv in enumerate(loose):
-            parts.append(kv if kv.size(1) > 0 else self.read(users[place], rows[place]))
+        for index, kv in enumerate(not_in_pages):
+            parts.append(kv if kv.size(1) > 0 else self.read(users[index], rows[index]))
         return torch.cat(parts, dim=1)
 
     def pages_of(self, num_rows: int) -> int:
-        """Pages that so many rows take."""
+        """Return the number of pages that this many rows take."""
         return (num_rows + self.page_size - 1) // self.page_size
 
     def forget(self, user: int) -> None:
-        """Drop what is kept of a user."""
+        """Drop the K/V of a user, and the reason of an earlier drop."""
         if user in self.first_page:
             self.drop(user, self.cold)
-        self.why_gone.pop(user, "")
+        self.drop_reason.pop(user, "")
 
-    def clear(self, why: str) -> None:
-        """Drop what is kept of all users."""
+    def clear(self, reason: str) -> None:
+        """Drop the K/V of all users."""
         for user in list(self.first_page.keys()):
-            self.drop(user, why)
+            self.drop(user, reason)
 
-    def drop(self, user: int, why: str) -> None:
-        """Let a user's K/V go."""
+    def drop(self, user: int, reason: str) -> None:
+        """Drop the K/V of a user, and remember the reason."""
         first = self.first_page.pop(user)
         self.is_free[first : first + self.pages_of(self.num_rows.pop(user))] = True
         self.first_event.pop(user)
         self.encoded_at.pop(user)
         self.events.pop(user)
-        if len(self.why_gone) >= self.max_remembered:
-            self.why_gone.clear()
-        self.why_gone[user] = why
+        if len(self.drop_reason) >= self.max_remembered:
+            self.drop_reason.clear()
+        self.drop_reason[user] = reason
 
     def held_bytes(self) -> int:
-        """Bytes of the pages that hold K/V."""
+        """Return the bytes of the pages that hold K/V."""
         num_held = int((~self.is_free).sum().item())
         return num_held * self.kv_pages[:, :1].numel() * 4
 
 
 def leading_equal(one: Tensor, other: Tensor) -> int:
-    """Places from the first on at which two tensors of one length are equal.
+    """Count the leading values that are equal in two tensors of one length.
 
     Example:
         >>> leading_equal(torch.tensor([3, 4, 5]), torch.tensor([3, 7, 5]))

@@ -1,10 +1,10 @@
-"""Export to compiled graphs and load again: ``torch.export`` and AOTInductor, for the CPU.
+"""Export a model to compiled graphs and load them: ``torch.export`` and AOTInductor, for the CPU.
 
-The graphs are the model's own functions with the operators inside, over the jagged tensors of a
-batch: values and lengths by key. They become shared libraries that need torch's and the operators'
-and nothing else; their weights stand beside them, once for all graphs, in memory too. The numbers
-of users, events, candidates, ids, rows and pages are free. ``graphs.json`` names each graph's
-inputs in order, for a host of any language.
+The graphs are the model's own functions with the attention operators inside, over the jagged
+tensors of a batch: values and lengths by key. They become shared libraries that need only torch and
+the operators. The graphs share one copy of the weights, in a file and in memory. The numbers of
+users, events, candidates, ids, rows and pages are dynamic. ``graphs.json`` lists each graph's
+inputs in order, for a host in any language.
 """
 
 import json
@@ -36,7 +36,7 @@ from torchrec_kvshare.features.schema import (
     FeatureSchema,
     candidate_key,
     context_key,
-    first_place_key,
+    first_index_key,
     history_key,
     pages_key,
     visible_key,
@@ -51,16 +51,16 @@ ENCODE, SCORE = "encode", "score"
 KV, ROWS = "kv", "rows"
 CANDIDATE_REQUEST = candidate_key("request")
 INDUCTOR_SETTINGS = {
-    # Else the number of threads here would be that of every process that loads the graph.
+    # Otherwise every process that loads the graph would use the exporter's number of threads.
     "cpp.dynamic_threads": True,
-    # Else the graph would need every feature of the CPU here, not only its vector instructions.
+    # Otherwise the graph would need every feature of this CPU, not only its vector instructions.
     "cpp.march": "",
-    # Weights stand in one file of their own, for all graphs.
+    # All graphs read the weights from one file.
     "aot_inductor.package_constants_in_so": False,
 }
 
 USERS, HISTORIES, CANDIDATES = "users", "histories", "candidates"
-# Sizes that loops are laid out for; all others work too.
+# The compiler optimises loops for these sizes; others work too.
 USUAL_SIZES = {USERS: 2, HISTORIES: 2, CANDIDATES: 100}
 USUAL_IDS = 200
 LEAST_SIZE, LEAST_DISTANCE = 5, 3
@@ -73,9 +73,9 @@ class GraphInput(NamedTuple):
     """One input of a graph.
 
     Attributes:
-        name: ``<key>.values`` or ``<key>.lengths`` of a feature, or one of its own.
+        name: ``<key>.values`` or ``<key>.lengths`` of a feature, or the name of another tensor.
         dtype: ``int64`` or ``float32``.
-        shape: sizes; one that is free has a name, and is the same wherever that name stands.
+        shape: sizes; a dynamic size is a name, and sizes with the same name are equal.
     """
 
     name: str
@@ -89,7 +89,7 @@ def write_pt2(model: RankingModel, schema: FeatureSchema, folder: Path) -> list[
     Args:
         model: the trained model, in eval mode.
         schema: its columns.
-        folder: where the files go.
+        folder: gets the files.
 
     Returns:
         Names of the files written.
@@ -114,22 +114,24 @@ def write_pt2(model: RankingModel, schema: FeatureSchema, folder: Path) -> list[
 
 
 def load_pt2(folder: Path, schema: FeatureSchema, encoder: dict[str, Any]) -> RankingFunctions:
-    """The compiled graphs as ranking functions.
+    """Load the compiled graphs as ranking functions.
 
     Args:
-        folder: with the files of ``write_pt2``.
+        folder: holds the files of ``write_pt2``.
         schema: the model's columns.
-        encoder: of its towers, as ``TowerSpec`` has it.
+        encoder: fields of its towers' ``TowerSpec``.
 
     Returns:
-        Functions that compute with as many threads as torch has here, over one copy of the weights.
+        Functions that use torch's number of threads and share one copy of the weights.
 
     Raises:
         ArtifactError: if a graph or the weights cannot be loaded, or were made for another CPU.
     """
-    about = _described(folder)
+    about = _read_graphs_json(folder)
     if (here := torch.backends.cpu.get_cpu_capability()) != about["cpu"]:
-        raise ArtifactError(f"{folder} was compiled for a CPU with {about['cpu']}; this has {here}")
+        raise ArtifactError(
+            f"{folder} was compiled for a CPU with {about['cpu']}; this one has {here}"
+        )
     try:
         weights = torch.load(folder / WEIGHTS, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError) as error:
@@ -142,21 +144,22 @@ def load_pt2(folder: Path, schema: FeatureSchema, encoder: dict[str, Any]) -> Ra
 
 
 def pt2_files(folder: Path) -> list[str]:
-    """Names of the files that ``load_pt2`` loads from a folder.
+    """Return the names of the files that ``load_pt2`` loads from a folder.
 
     Raises:
         ArtifactError: if ``graphs.json`` is broken.
     """
-    return [GRAPHS, WEIGHTS, *(one["file"] for one in _described(folder)["graphs"].values())]
+    graphs = _read_graphs_json(folder)["graphs"]
+    return [GRAPHS, WEIGHTS, *(one["file"] for one in graphs.values())]
 
 
 class EncodingGraph(nn.Module):
-    """Events into K/V, behind cached rows where histories can be extended.
+    """Encode events to K/V, after cached rows if histories can be extended.
 
     Args:
         ranking: the model.
         keys: of the batch.
-        histories: of the schema.
+        histories: names of the schema's histories.
     """
 
     def __init__(self, ranking: RankingModel, keys: list[str], histories: list[str]) -> None:
@@ -167,7 +170,7 @@ class EncodingGraph(nn.Module):
         self.extends = ranking.collection.towers()[0].spec.extends
 
     def batch(self, inputs: Inputs, request_of_candidates: Tensor) -> KeyedJaggedTensor:
-        """The keys among the inputs as a batch."""
+        """Build a batch from the inputs of ``keys``."""
         parts = [(key, inputs[f"{key}.values"], inputs[f"{key}.lengths"]) for key in self.keys]
         return batch_of(parts, request_of_candidates)
 
@@ -191,10 +194,10 @@ class ScoringGraph(EncodingGraph):
 
 
 def graphs_of(model: RankingModel, schema: FeatureSchema) -> dict[str, nn.Module]:
-    """A model's functions of tensors by name; their weights are the model's.
+    """Return a model's graphs by name; they share the model's weights.
 
     Returns:
-        ``encode`` and ``score``; each takes the inputs of ``graph_inputs`` and gives a list of
+        ``encode`` and ``score``; each takes the inputs of ``graph_inputs`` and returns a list of
         tensors.
     """
     keys = {
@@ -209,7 +212,7 @@ def graphs_of(model: RankingModel, schema: FeatureSchema) -> dict[str, nn.Module
 
 
 def graph_inputs(model: RankingModel, schema: FeatureSchema) -> dict[str, list[GraphInput]]:
-    """The inputs of each graph, in their order: features as values and lengths, and K/V.
+    """Return the inputs of each graph, in order: features as values and lengths, and K/V.
 
     ::
 
@@ -219,16 +222,19 @@ def graph_inputs(model: RankingModel, schema: FeatureSchema) -> dict[str, list[G
         # candidates.item_id; .<attribute>                   [C], [C]; [V], [C]
         # candidates.request, .dense                         [C], [C, num_dense]
         # history.item_id; action, time alike; .<attribute>  [T], [U]; [V], [T]
-        # encode: request.first_place.<history>              [U], [U], where events begin
+        # encode: request.first_index.<history>              [U], [U], where events begin
         # encode: history.kv, .rows                          [planes, R, H, D], [U], cached ones
         # score: history.kv, request.pages.<history>         [planes, P, S, H, D]; [pages], [U]
 
+    Unlike the inputs of ``tensors.input_specs``, users are keys with lengths, every candidate is a
+    row of its own, and encoding and scoring take different columns.
+
     Args:
-        model: whose graphs they are.
+        model: the model of the graphs.
         schema: its columns.
 
     Returns:
-        Inputs by the graph's name; none of cached rows where histories cannot be extended.
+        Inputs by the graph's name; without cached rows if histories cannot be extended.
     """
     encode: list[GraphInput] = []
     score = [*_bags(USER, USERS, USERS), *_bags(REQUEST_TIME, USERS, USERS)]
@@ -248,7 +254,7 @@ def graph_inputs(model: RankingModel, schema: FeatureSchema) -> dict[str, list[G
         for column in schema.item_attributes:
             key = history_key(name, column)
             encode += _bags(key, f"{key}.ids", events)
-        encode += _bags(first_place_key(name), HISTORIES, HISTORIES)
+        encode += _bags(first_index_key(name), HISTORIES, HISTORIES)
         if tower.spec.extends:
             shape = (num_planes, history_key(name, "cached"), *head_sizes)
             encode.append(GraphInput(history_key(name, KV), FLOAT32, shape))
@@ -263,31 +269,32 @@ def graph_inputs(model: RankingModel, schema: FeatureSchema) -> dict[str, list[G
 def export_graph(
     graph: nn.Module, inputs: Sequence[GraphInput], schema: FeatureSchema
 ) -> ExportedProgram:
-    """A graph as a program of free sizes.
+    """Export a graph with dynamic sizes.
 
     Args:
-        graph: called with one dict of tensors.
-        inputs: what stands in it.
-        schema: whose windows say how long histories usually are.
+        graph: takes one dict of tensors.
+        inputs: the tensors of that dict.
+        schema: its windows give the usual lengths of histories.
     """
     sizes = example_sizes(inputs, schema)
-    dims = {size: Dim(f"size_{place}") for place, size in enumerate(sizes)}
+    dims = {size: Dim(f"size_{index}") for index, size in enumerate(sizes)}
     example = {}
-    free = {}
+    dynamic = {}
     for one in inputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in one.shape]
         example[one.name] = torch.zeros(shape, dtype=getattr(torch, one.dtype))
-        free[one.name] = {axis: dims[s] for axis, s in enumerate(one.shape) if isinstance(s, str)}
-    # Else a program of sizes from 2 on would refuse a size of 1.
+        axes = {axis: dims[size] for axis, size in enumerate(one.shape) if isinstance(size, str)}
+        dynamic[one.name] = axes
+    # Otherwise the program would refuse sizes of 1.
     patched = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with torch.no_grad(), patched, _notices_left_out():
-        return torch.export.export(graph, (example,), dynamic_shapes=(free,))
+    with torch.no_grad(), patched, _log_filtered():
+        return torch.export.export(graph, (example,), dynamic_shapes=(dynamic,))
 
 
 def compile_graph(program: ExportedProgram, path: Path) -> None:
     """Write a program as a shared library without its weights."""
     with torch.no_grad(), warnings.catch_warnings():
-        # The compiler scripts a module of its own when it is imported, and copies its own specs.
+        # On import the compiler scripts a module of its own, and it copies its own specs.
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated", FutureWarning)
         torch._inductor.aoti_compile_and_package(
@@ -296,13 +303,13 @@ def compile_graph(program: ExportedProgram, path: Path) -> None:
 
 
 class CompiledRanking:
-    """Ranking functions of graphs; see ``engine.RankingFunctions``.
+    """Ranking functions of compiled graphs; see ``ranking.RankingFunctions``.
 
     Args:
         graphs: by name.
         schema: the model's columns.
         spec: of its towers.
-        weights: that the graphs read where they lie, and do not keep alive themselves.
+        weights: the graphs read them in place and do not keep them alive, so this object does.
     """
 
     def __init__(
@@ -333,17 +340,16 @@ class CompiledRanking:
 
     def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """Logits [C], histories encoded on the way."""
-        _, [candidate_request, *_] = features.inverse_indices()
         tables = [kv.unsqueeze(2) for kv in self.prefill(features)]
         for history, encoder in zip(self.schema.histories, self.encoders, strict=True):
             lengths = features[history_key(history.name, TIME)].lengths().tolist()
-            rows = torch.tensor([encoder.num_rows(length) for length in lengths])
+            rows = torch.tensor([encoder.num_kv_rows(length) for length in lengths])
             pages = Bags(torch.arange(int(rows.sum())), rows)
-            features = with_key(features, pages_key(history.name), pages, candidate_request)
+            features = with_key(features, pages_key(history.name), pages)
         return self.score(dense, features, tables)
 
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """For each history K/V [planes, R, H, D]."""
+        """Return for each history K/V [planes, R, H, D]."""
         inputs = self._inputs(features)
         for history, shape in zip(self.schema.histories, self.kv_shapes, strict=True):
             lengths = inputs[f"{history_key(history.name, TIME)}.lengths"]
@@ -354,7 +360,7 @@ class CompiledRanking:
     def extend(
         self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
     ) -> list[Tensor]:
-        """For each history K/V of new events behind cached rows.
+        """Return for each history the K/V of new events after cached rows.
 
         Raises:
             ValueError: if histories of this kind cannot be extended.
@@ -367,22 +373,22 @@ class CompiledRanking:
             inputs[history_key(history.name, ROWS)] = num_rows
         return self.graphs[ENCODE](inputs)
 
-    def num_rows(self, num_events: list[int]) -> list[int]:
-        """Rows of K/V of histories of so many events, in the order of the histories."""
+    def num_kv_rows(self, num_events: list[int]) -> list[int]:
+        """Return for each history the rows of K/V that this many events have."""
         pairs = zip(self.encoders, num_events, strict=True)
-        return [encoder.num_rows(number) for encoder, number in pairs]
+        return [encoder.num_kv_rows(number) for encoder, number in pairs]
 
     def reusable(
         self, num_matched: list[int], cached_events: list[int], num_events: list[int]
     ) -> list[tuple[int, int]]:
-        """For each history events and rows of cached K/V that are right for another history."""
+        """Return for each history how many cached events and rows can be reused."""
         numbers = zip(self.encoders, num_matched, cached_events, num_events, strict=True)
         events = [encoder.reusable_events(*others) for encoder, *others in numbers]
         pairs = zip(self.encoders, events, strict=True)
         return [(number, encoder.reusable_rows(number)) for encoder, number in pairs]
 
     def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """Refused: what candidates are before they meet a user is inside the graph."""
+        """Refuse: the projection of candidates is inside the graph."""
         raise ConfigError("cache.items must be off: a .pt2 graph projects candidates itself")
 
     def score(
@@ -392,7 +398,7 @@ class CompiledRanking:
         kv_pages: list[Tensor],
         items: list[Tensor] | None = None,
     ) -> Tensor:
-        """Logits [C] over K/V in pages.
+        """Return logits [C] over K/V in pages.
 
         Raises:
             ConfigError: if there are projected items.
@@ -409,7 +415,7 @@ class CompiledRanking:
         return logits
 
     def _inputs(self, features: KeyedJaggedTensor) -> Inputs:
-        """The batch's tensors by name; refused is a row that no table has."""
+        """Return the batch's tensors by name; refuse a row that no table has."""
         inputs: Inputs = {}
         for key, bags in self._jagged(features):
             if key in self.range_by_key:
@@ -418,7 +424,7 @@ class CompiledRanking:
         return inputs
 
     def _jagged(self, features: KeyedJaggedTensor) -> Iterator[tuple[str, JaggedTensor]]:
-        """The batch by key, with those keys that a batch may lack."""
+        """Yield the batch by key, and the keys that a graph needs and a batch may lack."""
         jagged_by_key = features.to_dict(compute_offsets=False)
         yield from jagged_by_key.items()
         if USER in jagged_by_key and REQUEST_HISTORY not in jagged_by_key:
@@ -427,35 +433,35 @@ class CompiledRanking:
         for history in self.schema.histories:
             if visible_key(history.name) in jagged_by_key:
                 raise ValueError("a .pt2 graph shows candidates whole histories, not prefixes")
-            if first_place_key(history.name) not in jagged_by_key:
+            if first_index_key(history.name) not in jagged_by_key:
                 lengths = jagged_by_key[history_key(history.name, TIME)].lengths()
                 ones = torch.ones_like(lengths)
-                yield first_place_key(history.name), JaggedTensor(ones - 1, lengths=ones)
+                yield first_index_key(history.name), JaggedTensor(ones - 1, lengths=ones)
 
 
-# Of a conversion that batches whose sizes are given do not need, and of a flag not read here.
-NOTICES = ("Trying to non-strict torch.export KJT to_dict", "is_fx_tracing will return true")
+# Neither applies: batches with known sizes need no conversion, and the flag is not read here.
+IRRELEVANT = ("Trying to non-strict torch.export KJT to_dict", "is_fx_tracing will return true")
 
 
 @contextmanager
-def _notices_left_out() -> Iterator[None]:
-    """Without upstream's notices about what an export does."""
+def _log_filtered() -> Iterator[None]:
+    """Drop torch's and torchrec's log records that do not apply to this export."""
     loggers = [logging.getLogger(), logging.getLogger("torch.fx._symbolic_trace")]
 
-    def is_told(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(NOTICES)
+    def is_relevant(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(IRRELEVANT)
 
     for logger in loggers:
-        logger.addFilter(is_told)
+        logger.addFilter(is_relevant)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(is_told)
+            logger.removeFilter(is_relevant)
 
 
 def _check_tables(model: RankingModel) -> None:
-    """Refuse tables that no graph of torch's own operators reads."""
+    """Refuse tables that torch's own operators cannot read."""
     collection = model.collection
     bags = [one for one in collection.bags.modules() if isinstance(one, EmbeddingBagCollection)]
     configs = [config for one in bags for config in one.embedding_bag_configs()]
@@ -471,8 +477,8 @@ def _check_tables(model: RankingModel) -> None:
         )
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    """What ``graphs.json`` says, as far as it is read here."""
+def _read_graphs_json(folder: Path) -> dict[str, Any]:
+    """Read ``graphs.json`` and check the fields that are used here."""
     path = folder / GRAPHS
     try:
         about: dict[str, Any] = json.loads(path.read_text())
@@ -480,19 +486,19 @@ def _described(folder: Path) -> dict[str, Any]:
         for one in about["graphs"].values():
             texts += [one["file"], *(each["name"] for each in one["inputs"])]
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("a name in it is no text")
+            raise TypeError("a name in it is not a string")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is broken: {error!r}") from error
     return about
 
 
 def load_graph(path: Path, names: Sequence[str], weights: Mapping[str, Tensor]) -> Graph:
-    """A graph that ``compile_graph`` wrote.
+    """Load a graph that ``compile_graph`` wrote.
 
     Args:
         path: of its file.
-        names: of its inputs, in their order.
-        weights: by name, as the program has them; whoever calls the graph keeps them alive.
+        names: of its inputs, in order.
+        weights: by the program's names; the caller must keep them alive.
 
     Raises:
         ArtifactError: if it cannot be loaded.
@@ -514,10 +520,10 @@ def _bags(key: str, ids: str, rows: str) -> list[GraphInput]:
 
 
 def example_sizes(inputs: Sequence[GraphInput], schema: FeatureSchema) -> dict[str, int]:
-    """What stands for each free size while a graph is exported.
+    """Choose an example value for each dynamic size of an export.
 
-    No size is small, and no two are near each other: what holds for the examples, such as that two
-    sizes are equal or that one is less than 2, the compiler takes to hold always, without a word.
+    No size is small, and no two are close: the compiler silently assumes that whatever holds for
+    the examples, such as equal sizes or a size below 2, always holds.
     """
     windows = {
         history_key(history.name, rows): history.window.max_history

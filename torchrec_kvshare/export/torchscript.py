@@ -1,8 +1,8 @@
 """The TorchScript runtime: one program file that any libtorch process loads, without Python.
 
-All that is TorchScript's stays in this file. The program is a ``program.RankingProgram`` and holds
-the weights; a process that loads it needs fbgemm's operators, those of ``attention/``, and none of
-the model's code.
+Scripting, saving and loading stay in this file. The program is a ``program.RankingProgram`` with
+its weights; a process that loads it needs fbgemm's operators and those of ``attention/``, but none
+of the model's code.
 """
 
 import warnings
@@ -39,19 +39,25 @@ def write_torchscript(
     Args:
         model: in eval mode.
         schema: its columns.
-        model_version: what answers call it.
+        model_version: the version that answers have.
         audit: of the model.
-        folder: where the program goes.
+        folder: gets the program.
 
     Returns:
         Names of the files written.
 
     Raises:
-        ParityError: if the program, loaded again, scores other than the model.
+        ParityError: if the program, loaded again, does not score as the model does.
     """
-    allowed = (audit.scope == CROSS_REQUEST, audit.append == EXACT)
-    scripted = script_model(RankingProgram(model, schema, model_version, *allowed).eval())
-    with _notices_accepted():
+    program = RankingProgram(
+        model,
+        schema,
+        model_version,
+        may_keep=audit.scope == CROSS_REQUEST,
+        may_extend=audit.append == EXACT,
+    )
+    scripted = script_model(program.eval())
+    with _warnings_ignored():
         torch.jit.save(scripted, str(folder / PROGRAM))
     check_program(load_program(folder / PROGRAM), model, schema)
     return [PROGRAM]
@@ -60,23 +66,23 @@ def write_torchscript(
 def load_torchscript(
     folder: Path, schema: FeatureSchema, encoder: dict[str, Any]
 ) -> RankingFunctions:
-    """The ranking functions of a program; schema and encoder are in it.
+    """Load the ranking functions of a program, which holds its schema and encoder itself.
 
     Raises:
-        ArtifactError: if it cannot be loaded.
+        ArtifactError: if the program cannot be loaded.
     """
     ranking: RankingFunctions = load_program(folder / PROGRAM).ranking
     return ranking
 
 
 def load_program(path: Path) -> RankingProgram:
-    """The whole program, as a host of another language has it.
+    """Load a whole program, as a host in another language does.
 
     Raises:
-        ArtifactError: if it cannot be loaded.
+        ArtifactError: if the program cannot be loaded.
     """
     try:
-        with _notices_accepted():
+        with _warnings_ignored():
             program: RankingProgram = torch.jit.load(str(path), map_location="cpu").eval()
     except RuntimeError as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
@@ -84,22 +90,22 @@ def load_program(path: Path) -> RankingProgram:
 
 
 def write_cached_forward(program: Path, destination: Path) -> None:
-    """Write a program whose ``forward`` is ``rank``, for servers that call nothing else.
+    """Write a program whose ``forward`` is ``rank``, for servers that only call ``forward``.
 
     Args:
-        program: as ``write_torchscript`` wrote it.
-        destination: the file.
+        program: a file of ``write_torchscript``.
+        destination: the new file.
 
     Raises:
-        ArtifactError: if it cannot be loaded.
+        ArtifactError: if the program cannot be loaded.
     """
     scripted = script_model(CachedForward(load_program(program)).eval())
-    with _notices_accepted():
+    with _warnings_ignored():
         torch.jit.save(scripted, str(destination))
 
 
 class CachedForward(nn.Module):
-    """A program seen through its cache.
+    """A program whose ``forward`` goes through its cache.
 
     Args:
         program: a loaded ``RankingProgram``.
@@ -115,15 +121,15 @@ class CachedForward(nn.Module):
 
 
 def script_model(model: nn.Module) -> torch.jit.ScriptModule:
-    """The model as a TorchScript program, without upstream's notices about it."""
-    with _notices_accepted():
+    """Compile a model to TorchScript, without torch's warnings about that."""
+    with _warnings_ignored():
         scripted: torch.jit.ScriptModule = torch.jit.script(model)
     return scripted
 
 
 @contextmanager
-def _notices_accepted() -> Iterator[None]:
-    """TorchScript is deprecated upstream, and torchrec's batches are annotated with IntTensor."""
+def _warnings_ignored() -> Iterator[None]:
+    """Ignore that TorchScript is deprecated, and that torchrec annotates batches with IntTensor."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", "TorchScript will treat type annotations", UserWarning)
@@ -137,10 +143,10 @@ def check_program(
     """Compare a program's probabilities, uncached and through its own cache, with the model's.
 
     Args:
-        program: as a fresh load gives it; its cache is used.
-        eager: the model that was exported, in eval mode.
+        program: freshly loaded; its cache is used.
+        eager: the exported model, in eval mode.
         schema: its columns.
-        seed: of the requests drawn.
+        seed: of the drawn requests.
 
     Raises:
         ParityError: if an uncached score is not bit-equal, a cached one differs by more than
@@ -154,12 +160,12 @@ def check_program(
     expected = torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
     compared = [("uncached", program(request_tensors(requests, schema)), expected, 0.0)]
     if program.may_keep:
-        # Everyone twice in one batch: the second time K/V is there. Not in a second call, at which
-        # TorchScript rewrites a program for seconds.
+        # Every request twice in one batch, so that the second one hits. A second call would cost
+        # seconds: TorchScript optimises the program then.
         scores, _ = program.rank(request_tensors(requests * 2, schema))
         compared.append(("cached", scores, expected.repeat(2), LOGIT_TOLERANCE))
-    for name, got, right, allowed in compared:
-        difference = float((got - right).abs().max())
+    for name, scores, wanted, allowed in compared:
+        difference = float((scores - wanted).abs().max())
         if not difference <= allowed:
             raise ParityError(
                 f"{name} scores of the program differ by {difference}; at most {allowed} is allowed"

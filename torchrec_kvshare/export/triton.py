@@ -1,8 +1,8 @@
-"""A model repository for Triton Inference Server: two models, both from one artifact.
+"""Write a model repository for Triton Inference Server: two models from one artifact.
 
-``NAME`` is the program with its own cache, for the ``pytorch_libtorch`` platform: plain tensors in,
-no Python. ``NAME_engine`` is the engine with all its tiers, for the Python backend: requests and
-answers are the project's JSON. The configs are Triton's own messages, written as text.
+``NAME`` is the program with its own cache, for the ``pytorch_libtorch`` platform: plain tensors, no
+Python. ``NAME_engine`` is the engine with all its tiers, for the Python backend: requests and
+answers are the project's JSON. The configs are Triton's own messages as text.
 """
 
 import shutil
@@ -25,11 +25,11 @@ CONFIG = "config.pbtxt"
 VERSION = "1"
 ARTIFACT = "artifact"
 MODEL_FILE = "model.py"
-# What Triton's Python backend looks for in a model's folder.
+# Triton's Python backend looks for this class in a model's folder.
 MODEL_SOURCE = (
     "from torchrec_kvshare.export.triton_model import TritonPythonModel as TritonPythonModel\n"
 )
-# <name>__<index> is the convention of Triton's PyTorch backend for results in their order.
+# Triton's PyTorch backend names results in their order: <name>__<index>.
 SCORES, CACHE = "scores__0", "cache__1"
 REQUEST, ANSWER = "request", "answer"
 KEY_FILE = "artifact_key_file"  # a parameter of the engine's config
@@ -44,8 +44,8 @@ def write_repository(
         artifact: of runtime TorchScript; it is copied.
         destination: the repository; must not exist.
         name: of the models.
-        key_file: what the artifact must be signed with, here and, at the same path, where Triton
-            runs the engine.
+        key_file: holds the key that the artifact must be signed with; Triton's host needs it at the
+            same path.
 
     Raises:
         ArtifactError: if the artifact is broken or not signed with the key, or ``destination``
@@ -56,7 +56,7 @@ def write_repository(
     key = read_key(key_file, KEY_FILE)
     manifest, schema = read_artifact(artifact, key)
     if PROGRAM not in manifest.sha256_by_file:
-        raise ConfigError(f"{artifact} is of runtime {manifest.runtime}; Triton needs torchscript")
+        raise ConfigError(f"{artifact} has runtime {manifest.runtime}; Triton needs torchscript")
     if manifest.audit["scope"] != CROSS_REQUEST:
         raise ConfigError(f"{artifact} failed its audit: no K/V may be kept between requests")
     with artifact_folder(destination) as folder:
@@ -64,7 +64,7 @@ def write_repository(
         program.mkdir(parents=True)
         engine = folder / f"{name}_engine" / VERSION
         shutil.copytree(artifact, engine / ARTIFACT)
-        read_artifact(engine / ARTIFACT, key)  # The copy is what is loaded.
+        read_artifact(engine / ARTIFACT, key)  # Check the copy: Triton loads that one.
         write_cached_forward(engine / ARTIFACT / PROGRAM, program / PROGRAM)
         _write_config(folder / name, program_config(name, input_specs(schema)))
         (engine / MODEL_FILE).write_text(MODEL_SOURCE)
@@ -72,7 +72,12 @@ def write_repository(
 
 
 def program_config(name: str, inputs: Sequence[TensorSpec]) -> "ModelConfig":
-    """Config of the program: one tensor for each input, scores and what the cache did."""
+    """Return the program's config: a tensor for each input; scores and use of the cache as outputs.
+
+    Args:
+        name: of the model.
+        inputs: of the program.
+    """
     config = _new_config(name)
     config.platform = "pytorch_libtorch"
     config.default_model_filename = PROGRAM
@@ -85,7 +90,12 @@ def program_config(name: str, inputs: Sequence[TensorSpec]) -> "ModelConfig":
 
 
 def engine_config(name: str, key_file: str | None = None) -> "ModelConfig":
-    """Config of the engine: requests as JSON texts, an answer for each."""
+    """Return the engine's config: requests as JSON texts in, one answer for each out.
+
+    Args:
+        name: of the model.
+        key_file: holds the key that the artifact must be signed with.
+    """
     config = _new_config(name)
     config.backend = "python"
     config.input.add(name=REQUEST, data_type=_pb().TYPE_STRING, dims=[-1])
@@ -96,9 +106,9 @@ def engine_config(name: str, key_file: str | None = None) -> "ModelConfig":
 
 
 def _new_config(name: str) -> "ModelConfig":
-    """Triton does not batch: rows differ in number from input to input."""
+    # No batching by Triton: the inputs differ in their number of rows.
     config = _pb().ModelConfig(name=name, max_batch_size=0)
-    # One instance, as the cache is in it; calls of a program must not overlap.
+    # One instance, because it holds the cache; calls of a program must not overlap.
     config.instance_group.add(count=1, kind=_pb().ModelInstanceGroup.KIND_CPU)
     return config
 

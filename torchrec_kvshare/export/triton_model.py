@@ -1,6 +1,6 @@
-"""The engine behind Triton's Python backend: requests and answers are the project's JSON.
+"""The engine as a model of Triton's Python backend: requests and answers are the project's JSON.
 
-Triton gives each model the module ``triton_python_backend_utils``; it exists nowhere else.
+The module ``triton_python_backend_utils`` exists only in a process that Triton starts.
 """
 
 import importlib
@@ -20,10 +20,10 @@ MAX_BATCH = 64  # requests scored together
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls; the names are Triton's."""
+    """The class that Triton's Python backend calls; its method names are Triton's."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the artifact that lies beside this model's file."""
+        """Load the artifact in this model's folder."""
         self._backend = importlib.import_module("triton_python_backend_utils")
         folder = Path(args["model_repository"]) / args["model_version"]
         parameters = json.loads(args.get("model_config", "{}")).get("parameters", {})
@@ -32,16 +32,16 @@ class TritonPythonModel:
         self._engine = new_engine(load_artifact(folder / ARTIFACT, key))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer the lines of each of Triton's requests; a bad line gets its error in place."""
+        """Answer the lines of each Triton request; a bad line gets its error in place of scores."""
         return [self._answer(request) for request in requests]
 
     def finalize(self) -> None:
-        """Let go of the store."""
+        """Close the engine."""
         self._engine.close()
 
     def _answer(self, request: Any) -> Any:
         tensor = self._backend.get_input_tensor_by_name(request, REQUEST)
-        # A blank line is no request, but what Triton sends wants an answer each.
+        # score_lines skips blank lines, but every line that Triton sends needs an answer.
         lines = [bytes(line).strip() or b"null" for line in tensor.as_numpy().flatten()]
         answers = [
             json.dumps(answer, allow_nan=False)

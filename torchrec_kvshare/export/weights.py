@@ -1,7 +1,6 @@
-"""Refuses a model whose weights are not all finite: one NaN in a table is a user without scores.
+"""Refuse a model with weights that are not finite: one NaN in a table costs a user its scores.
 
-Quantised tables are checked by what they hold beside whole numbers, which fewer bits may overflow:
-float16 ends at 65504.
+Of quantised tables the scales, biases and float16 rows are checked: float16 overflows at 65504.
 """
 
 from collections.abc import Iterator
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 
 from torchrec_kvshare.errors import ArtifactError
 
-SCALES_AND_BIASES = 2  # upstream's mode of taking each apart
+SCALES_AND_BIASES = 2  # fbgemm's mode of returning rows, scales and biases separately
 
 
 def check_weights(model: nn.Module) -> None:
     """Refuse weights, tables and buffers that are not finite.
 
     Raises:
-        ArtifactError: naming the first such tensor and how many of its numbers are not finite.
+        ArtifactError: naming the first such tensor and the count of its bad numbers.
     """
     for name, numbers in _numbers(model):
         num_wrong = int((~numbers.isfinite()).sum())
@@ -34,7 +33,7 @@ def check_weights(model: nn.Module) -> None:
 
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Floating numbers of a model by name."""
+    """Yield a model's floating-point tensors by name."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             yield name, tensor.detach()

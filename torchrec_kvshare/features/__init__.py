@@ -1,1 +1,1 @@
-"""Which columns there are, requests checked, rows gathered into TorchRec batches."""
+"""Schema of the columns, checks of requests, and collation into TorchRec batches."""

@@ -1,4 +1,4 @@
-"""A column with several ids a row, as TorchRec has it: values and lengths."""
+"""A column with several ids per row, laid out as in TorchRec: values and lengths."""
 
 from typing import NamedTuple
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 class Bags(NamedTuple):
-    """One key's rows: ``values`` are their ids one after the other, ``lengths`` ids per row."""
+    """The rows of one key: ``values`` holds their ids in order, ``lengths`` the ids per row."""
 
     values: Tensor
     lengths: Tensor
 
 
 def single(values: Tensor) -> Bags:
-    """Bags of one id each."""
+    """Return bags of one id each."""
     return Bags(values, torch.ones_like(values))
 
 
 def jagged(rows: list[Tensor]) -> Bags:
-    """Bags of the ids of each row."""
+    """Return one bag per row, of the row's ids."""
     return Bags(torch.cat(rows), torch.tensor([row.numel() for row in rows]))
 
 
 def joined(parts: list[Bags]) -> Bags:
-    """The bags of some parts one after the other."""
+    """Concatenate bags."""
     return Bags(torch.cat([b.values for b in parts]), torch.cat([b.lengths for b in parts]))

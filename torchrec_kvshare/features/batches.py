@@ -1,4 +1,4 @@
-"""Columns of users, events and candidates into one TorchRec ``Batch``.
+"""Collate parsed requests into one TorchRec ``Batch``.
 
 Keys with different numbers of rows in one ``KeyedJaggedTensor`` are what TorchRec calls variable
 batch per key (VBE): users' keys have B rows, candidates' keys C rows, and ``inverse_indices`` say
@@ -6,6 +6,8 @@ which user each candidate belongs to. Multi-valued event columns have T rows, on
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_kvshare.features.bags import Bags, jagged, joined, single
-from torchrec_kvshare.features.request import Events, Request, distinct_histories
+from torchrec_kvshare.features.request import Events, Request
 from torchrec_kvshare.features.schema import (
     ITEM,
     REQUEST_HISTORY,
@@ -23,16 +25,124 @@ from torchrec_kvshare.features.schema import (
     FeatureSchema,
     candidate_key,
     context_key,
-    first_place_key,
+    first_index_key,
     has_candidate_rows,
     history_key,
+    pages_key,
 )
+
+
+class RequestBatch(tuple[Request, ...]):
+    """Requests that are scored together, and which of them share their histories.
+
+    Requests of one user with equal events share one prefill and one copy of K/V.
+    """
+
+    @property
+    def users(self) -> list[Request]:
+        """The first request of each group that shares its histories."""
+        return [self[row] for row in self._groups[0]]
+
+    @property
+    def user_of_request(self) -> list[int]:
+        """The index among ``users`` of each request."""
+        return self._groups[1]
+
+    @cached_property
+    def request_of_candidate(self) -> Tensor:
+        """[C] int64, the index of the request that each candidate belongs to."""
+        counts = torch.tensor([request.num_candidates for request in self])
+        return torch.repeat_interleave(torch.arange(len(self)), counts)
+
+    def select(self, rows: Sequence[int]) -> "RequestBatch":
+        """Return some of the requests."""
+        return self if len(rows) == len(self) else RequestBatch(self[row] for row in rows)
+
+    @cached_property
+    def _groups(self) -> tuple[list[int], list[int]]:
+        """The row of each group's first request, and the group of each request."""
+        firsts: list[int] = []
+        group_of_request: list[int] = []
+        groups_by_user: dict[str, list[int]] = {}
+        for row, request in enumerate(self):
+            known = groups_by_user.setdefault(request.user_id, [])
+            same = [group for group in known if _same_events(self[firsts[group]], request)]
+            if not same:
+                known.append(len(firsts))
+                firsts.append(row)
+            group_of_request.append(same[0] if same else known[-1])
+        return firsts, group_of_request
+
+
+def collate(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
+    """Collate histories and candidates, for a model that encodes them all.
+
+    Args:
+        requests: at least one.
+        schema: the model's columns.
+
+    Returns:
+        A batch for ``model(dense, features)``.
+    """
+    batch = _grouped(requests)
+    histories = history_bags([user.events_by_history for user in batch.users], schema)
+    return _collate(batch, _request_bags(batch, schema) | histories)
+
+
+def collate_candidates(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
+    """Collate candidates with their users and contexts; of the histories only the times.
+
+    Args:
+        requests: at least one.
+        schema: the model's columns.
+
+    Returns:
+        A batch for ``model.score`` once ``with_key`` has added the page ids.
+    """
+    batch = _grouped(requests)
+    return _collate(batch, _request_bags(batch, schema))
+
+
+def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
+    """Collate histories alone, for ``model.prefill``.
+
+    Args:
+        requests: at least one.
+        schema: the model's columns.
+
+    Returns:
+        A batch with the histories' keys; one row for each of ``RequestBatch.users``.
+    """
+    users = _grouped(requests).users
+    bags = history_bags([user.events_by_history for user in users], schema)
+    return _without_candidates(bags, schema)
+
+
+def collate_tails(
+    events_by_history: Sequence[Mapping[str, Events]],
+    first_indices: Mapping[str, Sequence[int]],
+    schema: FeatureSchema,
+) -> Batch:
+    """Collate the new events of some histories, for ``model.extend``.
+
+    Args:
+        events_by_history: each user's new events by history; there may be none.
+        first_indices: by history, the index in the window of each user's first new event.
+        schema: the model's columns.
+
+    Returns:
+        A batch with the histories' keys and their ``first_index_key``.
+    """
+    bags = history_bags(events_by_history, schema)
+    for name, indices in first_indices.items():
+        bags[first_index_key(name)] = single(torch.tensor(indices))
+    return _without_candidates(bags, schema)
 
 
 def assemble(
     bags_by_key: dict[str, Bags], candidate_user: Tensor, dense: Tensor, labels: Tensor
 ) -> Batch:
-    """One batch in TorchRec's types.
+    """Assemble a batch in TorchRec's types.
 
     ::
 
@@ -42,7 +152,7 @@ def assemble(
         # candidate_user  0   0         1   1   1
 
     Args:
-        bags_by_key: rows of every key; those of ``has_candidate_rows`` have C rows.
+        bags_by_key: rows of every key; keys with ``has_candidate_rows`` have C rows.
         candidate_user: [C] int64, the user of each candidate, in any order.
         dense: [C, num_dense] float32.
         labels: [C] float32.
@@ -56,29 +166,50 @@ def assemble(
     return Batch(dense_features=dense, sparse_features=features, labels=labels)
 
 
-def with_key(
-    features: KeyedJaggedTensor, key: str, bags: Bags, candidate_user: Tensor
-) -> KeyedJaggedTensor:
-    """The same features and one key more, with the users' stride.
+def with_key(features: KeyedJaggedTensor, key: str, bags: Bags) -> KeyedJaggedTensor:
+    """Add a key with one row per user.
 
     Args:
-        features: a batch as ``assemble`` makes it.
+        features: of a batch as ``assemble`` returns it.
         key: name of the new key.
         bags: its rows, one per user.
-        candidate_user: [C] int64, the user of each candidate.
 
     Returns:
-        A new ``KeyedJaggedTensor``; nothing of the old one is copied N-fold.
+        A new ``KeyedJaggedTensor``; no rows are repeated per candidate.
     """
     old_keys, inverse = features.inverse_indices()
+    of_users = next(row for row, old in enumerate(old_keys) if not has_candidate_rows(old))
     rows = features.to_dict(compute_offsets=False)
     bags_by_key = {key: Bags(one.values(), one.lengths()) for key, one in rows.items()}
     assert list(old_keys) == list(bags_by_key)
-    return _keyed(bags_by_key | {key: bags}, torch.cat([inverse, candidate_user[None]]))
+    return _keyed(bags_by_key | {key: bags}, torch.cat([inverse, inverse[of_users, None]]))
+
+
+def with_pages(
+    features: KeyedJaggedTensor,
+    schema: FeatureSchema,
+    pages_by_history: Sequence[Sequence[list[int]]],
+) -> KeyedJaggedTensor:
+    """Tell candidates where their users' K/V is: one key per history, whose values are page ids.
+
+    Args:
+        features: as ``collate_candidates`` returns them.
+        schema: the model's columns.
+        pages_by_history: for each history the page ids of each of ``RequestBatch.users``, oldest
+            rows first.
+
+    Returns:
+        The features with each history's ``pages_key`` at the users' stride. No K/V is copied.
+    """
+    for history, pages_by_user in zip(schema.histories, pages_by_history, strict=True):
+        pages = torch.tensor([*chain.from_iterable(pages_by_user)], dtype=torch.int64)
+        lengths = torch.tensor([len(pages) for pages in pages_by_user])
+        features = with_key(features, pages_key(history.name), Bags(pages, lengths))
+    return features
 
 
 def _keyed(bags_by_key: Mapping[str, Bags], inverse: Tensor) -> KeyedJaggedTensor:
-    """Keys with a stride each, as a batch that knows its sizes, on any device."""
+    """Return keys with their own strides; all sizes are given, so that no device is read."""
     keys, all_bags = list(bags_by_key), list(bags_by_key.values())
     return KeyedJaggedTensor(
         keys=keys,
@@ -91,79 +222,8 @@ def _keyed(bags_by_key: Mapping[str, Bags], inverse: Tensor) -> KeyedJaggedTenso
     )
 
 
-def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
-    """The histories of some requests, as prefill wants them: no candidates.
-
-    Args:
-        requests: at least one.
-        schema: the model's columns.
-
-    Returns:
-        A batch with the histories' keys alone.
-    """
-    firsts, _ = distinct_histories(requests)
-    return _without_candidates(
-        history_bags([requests[row].events_by_history for row in firsts], schema), schema
-    )
-
-
-def collate_tails(
-    events_by_history: Sequence[Mapping[str, Events]],
-    first_places: Mapping[str, Sequence[int]],
-    schema: FeatureSchema,
-) -> Batch:
-    """The new events of some histories, as ``extend`` wants them.
-
-    Args:
-        events_by_history: new events of each user by the history's name; maybe none.
-        first_places: by the history's name, the window's place of each user's first new event.
-        schema: the model's columns.
-
-    Returns:
-        A batch with the histories' keys, and with ``first_place``, alone.
-    """
-    bags = history_bags(events_by_history, schema)
-    for name, places in first_places.items():
-        bags[first_place_key(name)] = single(torch.tensor(places))
-    return _without_candidates(bags, schema)
-
-
-def collate_candidates(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
-    """Candidates with their users and contexts, and of the histories the times alone.
-
-    Args:
-        requests: at least one.
-        schema: the model's columns.
-
-    Returns:
-        A batch that can be scored once page ids are added.
-    """
-    return _collate(requests, _request_bags(requests, schema))
-
-
-def collate(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
-    """Histories and candidates, as the uncached model wants them.
-
-    Args:
-        requests: at least one.
-        schema: the model's columns.
-
-    Returns:
-        A batch for ``model(dense, features)``.
-    """
-    firsts, _ = distinct_histories(requests)
-    events = history_bags([requests[row].events_by_history for row in firsts], schema)
-    return _collate(requests, _request_bags(requests, schema) | events)
-
-
-def user_of_candidates(requests: Sequence[Request]) -> Tensor:
-    """[C] int64: the request each candidate belongs to."""
-    counts = torch.tensor([request.num_candidates for request in requests])
-    return torch.repeat_interleave(torch.arange(len(requests)), counts)
-
-
 def context_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
-    """Context of all requests by its key, a bag for each request."""
+    """Return the context columns by key, one bag per request."""
     return {
         context_key(column): jagged([request.context[column] for request in requests])
         for column in schema.context
@@ -171,7 +231,7 @@ def context_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str
 
 
 def candidate_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
-    """Multi-valued columns of all candidates by their keys, a bag for each candidate."""
+    """Return the candidates' multi-valued columns by key, one bag per candidate."""
     return {
         candidate_key(column): joined([request.candidate_bags[column] for request in requests])
         for column in schema.item_attributes
@@ -181,7 +241,7 @@ def candidate_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[s
 def history_bags(
     events_by_history: Sequence[Mapping[str, Events]], schema: FeatureSchema
 ) -> dict[str, Bags]:
-    """Events by their keys: a bag for each user, of multi-valued columns one for each event."""
+    """Return event columns by key: one bag per user, or per event if multi-valued."""
     bags = {}
     for history in schema.histories:
         events = [by_history[history.name] for by_history in events_by_history]
@@ -192,25 +252,43 @@ def history_bags(
     return bags
 
 
-def _collate(requests: Sequence[Request], bags: dict[str, Bags]) -> Batch:
-    dense = torch.cat([request.dense for request in requests])
-    return assemble(bags, user_of_candidates(requests), dense, torch.zeros(dense.size(0)))
+def _grouped(requests: Sequence[Request]) -> RequestBatch:
+    return requests if isinstance(requests, RequestBatch) else RequestBatch(requests)
 
 
-def _request_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Bags]:
-    """Everything but the events, of which there are the times alone."""
-    firsts, row_of_request = distinct_histories(requests)
-    bags = {USER: single(torch.tensor([request.user_row for request in requests]))}
-    bags |= context_bags(requests, schema)
-    bags[REQUEST_TIME] = single(torch.tensor([request.time for request in requests]))
-    bags[REQUEST_HISTORY] = single(torch.tensor(row_of_request))
+def _collate(batch: RequestBatch, bags: dict[str, Bags]) -> Batch:
+    dense = torch.cat([request.dense for request in batch])
+    return assemble(bags, batch.request_of_candidate, dense, torch.zeros(dense.size(0)))
+
+
+def _request_bags(batch: RequestBatch, schema: FeatureSchema) -> dict[str, Bags]:
+    """Return all columns of users and candidates, and the times of the events."""
+    bags = {USER: single(torch.tensor([request.user_row for request in batch]))}
+    bags |= context_bags(batch, schema)
+    bags[REQUEST_TIME] = single(torch.tensor([request.time for request in batch]))
+    bags[REQUEST_HISTORY] = single(torch.tensor(batch.user_of_request))
     for history in schema.histories:
-        times = [requests[row].events_by_history[history.name].columns[TIME] for row in firsts]
+        times = [user.events_by_history[history.name].columns[TIME] for user in batch.users]
         bags[history_key(history.name, TIME)] = jagged(times)
-    bags[candidate_key(ITEM)] = single(torch.cat([r.candidate_items for r in requests]))
-    return bags | candidate_bags(requests, schema)
+    bags[candidate_key(ITEM)] = single(torch.cat([r.candidate_items for r in batch]))
+    return bags | candidate_bags(batch, schema)
 
 
 def _without_candidates(bags: dict[str, Bags], schema: FeatureSchema) -> Batch:
-    nobody = torch.empty(0, dtype=torch.int64)
-    return assemble(bags, nobody, torch.empty(0, schema.num_dense), torch.empty(0))
+    no_candidates = torch.empty(0, dtype=torch.int64)
+    return assemble(bags, no_candidates, torch.empty(0, schema.num_dense), torch.empty(0))
+
+
+def _same_events(one: Request, other: Request) -> bool:
+    if one.events_by_history is other.events_by_history:
+        return True
+    for name, events in one.events_by_history.items():
+        columns, bags = other.events_by_history[name].columns, other.events_by_history[name].bags
+        if not all(torch.equal(values, columns[c]) for c, values in events.columns.items()):
+            return False
+        for column, (values, lengths) in events.bags.items():
+            if not torch.equal(lengths, bags[column].lengths):
+                return False
+            if not torch.equal(values, bags[column].values):
+                return False
+    return True

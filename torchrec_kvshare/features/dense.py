@@ -1,4 +1,4 @@
-"""Dense features of a candidate: the clock of its request, and squashed floats."""
+"""Dense features of a candidate: the time of its request and squashed floats."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0.
 
 
 def clock_features(time: np.ndarray) -> np.ndarray:
-    """Hour of day and day of week of Unix times, UTC, as points on two circles.
+    """Return the hour of day and day of week (UTC) as points on two circles.
 
     Args:
         time: [N] int64 Unix seconds.
@@ -26,5 +26,5 @@ def clock_features(time: np.ndarray) -> np.ndarray:
 
 
 def squash(values: np.ndarray) -> np.ndarray:
-    """Signed logarithm, so that prices and counts of any scale reach the dense arch near one."""
+    """Return the signed logarithm, which brings prices and counts of any scale near one."""
     return (np.sign(values) * np.log1p(np.abs(values))).astype(np.float32)

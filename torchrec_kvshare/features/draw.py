@@ -1,6 +1,6 @@
-"""Requests drawn from a schema alone, so that a model can be tried where no data set is.
+"""Random requests drawn from a schema alone, to try a model without a data set.
 
-Ids are known, unknown and missing ones; bags are ragged.
+Ids are known, unknown or missing; bags are ragged.
 """
 
 from typing import Any
@@ -25,23 +25,23 @@ SHORT = 4  # events
 def draw_raw_request(
     schema: FeatureSchema, num_events: int, num_candidates: int, seed: int
 ) -> dict[str, Any]:
-    """A request of the project's format with random known, unknown and missing ids.
+    """Draw a raw request with random known, unknown and missing ids.
 
     Args:
         schema: the columns to fill.
         num_events: length of the history.
-        num_candidates: candidates to score.
-        seed: same seed, same request.
+        num_candidates: number of candidates.
+        seed: the same seed gives the same request.
 
     Returns:
-        A raw request, as a client would send it.
+        A raw request, as a client sends it.
     """
     rng = np.random.default_rng(seed)
 
     def ids(key: str, count: int) -> list[Any]:
         known = schema.vocabulary_by_column[key].ids
         drawn = rng.integers(-1, len(known), count)
-        return [known[place] if place >= 0 else "never seen before" for place in drawn]
+        return [known[index] if index >= 0 else "never seen before" for index in drawn]
 
     def bags(key: str, count: int) -> list[list[Any]]:
         return [ids(key, int(length)) for length in rng.integers(0, 3, count)]
@@ -68,15 +68,15 @@ def draw_raw_request(
 
 
 def draw_ragged_raws(schema: FeatureSchema, seed: int) -> list[dict[str, Any]]:
-    """Raw requests with empty, short and cut histories and unequal candidates."""
+    """Draw raw requests with empty, short and cut histories and different numbers of candidates."""
     longest = max(history.window.max_history for history in schema.histories)
     sizes = [(0, 3), (1, 1), (SHORT, 5), (longest // 2, 2), (longest + 3, 7)]
     return [
-        draw_raw_request(schema, num_events, num_candidates, seed + place)
-        for place, (num_events, num_candidates) in enumerate(sizes)
+        draw_raw_request(schema, num_events, num_candidates, seed + index)
+        for index, (num_events, num_candidates) in enumerate(sizes)
     ]
 
 
 def draw_ragged_requests(schema: FeatureSchema, seed: int) -> list[Request]:
-    """The same requests, parsed."""
+    """Return the requests of ``draw_ragged_raws``, parsed."""
     return [parse_request(raw, schema) for raw in draw_ragged_raws(schema, seed)]

@@ -1,7 +1,7 @@
-"""How an id is spelt: one rule for every reader of logs and every face of a request.
+"""The canonical spelling of an id: one rule for every log reader and every request format.
 
-A log's text file has texts, Parquet and JSON have numbers and booleans too, and pandas writes
-integers beside a missing value as floats. All of them mean the same id.
+Text files hold texts, Parquet and JSON also numbers and booleans, and pandas writes integers as
+floats in a column with missing values. All of them mean the same id.
 """
 
 import re
@@ -9,24 +9,24 @@ from collections.abc import Iterable
 
 from torchrec_kvshare.features.limits import MAX_ID_CHARACTERS
 
-MAX_DIGITS = 4300  # of an integer that Python reads from text
+MAX_DIGITS = 4300  # the longest integer that Python reads from text
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 _INTEGRAL = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+|-0")
-_FLOAT_REPR = re.compile(r"-?[1-9](?:\.[0-9]+)?e\+[0-9]{2,3}")  # as floats from 1e16 on are printed
+_FLOAT_REPR = re.compile(r"-?[1-9](?:\.[0-9]+)?e\+[0-9]{2,3}")  # printed floats from 1e16 on
 _BOOLEAN_BY_TEXT = {"True": "true", "False": "false"}
 
 
 def canonical_id(raw: str | int | float | bool) -> str:
-    """Spell an id the one way it is compared.
+    """Return the canonical spelling of an id, by which ids are compared.
 
     Args:
-        raw: an id as it stands in a file or a request; a number is finite.
+        raw: an id as a file or a request holds it; numbers must be finite.
 
     Returns:
-        A text without space around it; of a whole number its digits, with a minus before them where
-        it is negative; of a boolean ``true`` or ``false``, as JSON has it. ``007`` and ``85123A``
-        are not spellings of numbers and stay. Empty where there is no id.
+        The text without surrounding space; the digits of a whole number, with a minus if it is
+        negative; ``true`` or ``false`` for a boolean, as in JSON. ``007`` and ``85123A`` do not
+        spell numbers and stay as they are. Empty for no id.
 
     Raises:
         ValueError: for an integer of more than ``MAX_DIGITS`` digits.
@@ -53,19 +53,19 @@ def canonical_id(raw: str | int | float | bool) -> str:
 
 
 def is_long_id(text: str) -> bool:
-    """Whether the id that a text spells has more than ``MAX_ID_CHARACTERS``.
+    """Return whether a text's canonical id has more than ``MAX_ID_CHARACTERS``.
 
     Example:
         >>> [is_long_id(text) for text in ("7", "x" * 257, "7." + "0" * 257, "1e+300")]
         [False, True, False, True]
     """
-    # Only a float with a large exponent is longer as it is compared than as it is written.
+    # Only a float with a large exponent has a canonical id longer than its text.
     may_be_long = len(text) > MAX_ID_CHARACTERS or "e+" in text
     return may_be_long and len(canonical_id(text)) > MAX_ID_CHARACTERS
 
 
 def is_integer_id(spelt: str) -> bool:
-    """Whether a canonical id is that of some integer.
+    """Return whether a canonical id spells an integer.
 
     Example:
         >>> [is_integer_id(spelt) for spelt in ("7", "-7", "007", "7.5", "a", "٣")]
@@ -75,7 +75,7 @@ def is_integer_id(spelt: str) -> bool:
 
 
 def sorted_ids(ids: Iterable[str]) -> list[str]:
-    """Canonical ids in the one order that no file decides: integers by value, then texts.
+    """Sort canonical ids, independent of file order: integers by value, then texts.
 
     Example:
         >>> sorted_ids(["b", "10", "9", "a", "007"])

@@ -1,7 +1,7 @@
-"""Requests in, TorchRec batches out; the one place where outside input is checked.
+"""Check raw requests: the one place where outside input is validated.
 
-A request that passed ``parse_request`` holds table rows and finite numbers only, cut to the model's
-window, so that nothing behind this file checks again. Raw ids are spelt as ``canonical_id`` does.
+A request that passed ``parse_request`` holds only table rows and finite numbers, its histories cut
+to their windows, so that no later code checks again. Raw ids are spelt as ``canonical_id`` does.
 """
 
 import math
@@ -43,26 +43,26 @@ from torchrec_kvshare.features.schema import (
     item_key,
 )
 
-MAX_FIRST_EVENT = 2**62  # with the events behind it still an int64
+MAX_FIRST_EVENT = 2**62  # plus the number of events still an int64
 MAX_CANDIDATES = 100_000
 MAX_REQUEST_ID = 200  # characters
-MAX_BITS = 14_000  # of an integer id: a few less than Python prints
+MAX_BITS = 14_000  # of an integer id, a few less than Python prints
 
 UNKNOWN_IDS = "unknown_ids"
-REPORTS = (UNKNOWN_IDS,)  # what a request may ask its answer to tell
+REPORTS = (UNKNOWN_IDS,)  # what a request may ask its answer to include
 ID_KINDS = {str, int, float, bool, NoneType}
 
-# A raw column: a list as JSON has it, an array, or Ragged.
+# A raw column: a list as in JSON, an array, or Ragged.
 Column = Any
 
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """A multi-valued raw column as tensors have it: a request may hold it in place of lists.
+    """A multi-valued raw column as values and lengths, which a request may hold instead of lists.
 
     Attributes:
-        values: ids of all cells, one cell behind the other.
-        lengths: [rows] int64, ids of each cell.
+        values: ids of all cells, in order.
+        lengths: [rows] int64, number of ids of each cell.
     """
 
     values: list[Any] | IntArray
@@ -77,7 +77,7 @@ class Ragged:
         return Ragged(self.values[ends[first] : ends[last]], self.lengths[rows])
 
     def cells(self) -> list[list[Any]]:
-        """The same as lists."""
+        """Return the column as lists."""
         ends = self.lengths.cumsum().tolist()
         values = self.values if isinstance(self.values, list) else self.values.tolist()
         return [values[first:last] for first, last in pairwise([0, *ends])]
@@ -86,17 +86,17 @@ class Ragged:
 def parse_request(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
     """Check one request and turn it into table rows.
 
-    Columns that the schema does not name are ignored: models that read different columns may share
-    one request. Events are given oldest first, all of them before the request's time, as training
-    has them. A column is a list, an array or ``Ragged``; ids and times in arrays of int64 are read
-    without a Python object for each.
+    Columns that the schema does not name are ignored, so that models that read different columns
+    can share one request. Events must be given oldest first and be strictly before the request's
+    time, as in training. A column is a list, an array or ``Ragged``; ids and times in int64 arrays
+    are read without a Python object for each.
 
     Args:
         raw: the decoded request, in the project's one request format.
         schema: the model's columns.
 
     Returns:
-        The request, its history cut to the window.
+        The request, its histories cut to their windows.
 
     Raises:
         RequestError: naming the column, what came and what was allowed.
@@ -108,20 +108,20 @@ def parse_candidates(raw: Mapping[str, Any], user: Request, schema: FeatureSchem
     """Check candidates of a user that was parsed before.
 
     Args:
-        raw: ``candidates`` as in a request, and maybe another ``time``.
-        user: whose candidates they are.
+        raw: ``candidates`` as in a request, and optionally another ``time``.
+        user: the parsed user.
         schema: the model's columns.
 
     Returns:
         The user's request with these candidates.
 
     Raises:
-        RequestError: naming the column, what came and what was allowed; a time must come from
-            somewhere, and be after the user's events.
+        RequestError: naming the column, what came and what was allowed; also if neither ``raw`` nor
+            the user has a time, or the time is not after the user's events.
     """
     time = _time(raw[TIME], TIME) if TIME in raw else user.time
     if time == NO_TIME:
-        raise RequestError(f"there is no {TIME!r} of the candidates, and their user came without")
+        raise RequestError(f"the candidates have no {TIME!r}, and neither has their user")
     if time <= user.newest:
         raise RequestError(f"time is {time}, not after the user's newest event at {user.newest}")
     return _checked(replace(user, time=time, **_candidates(raw, schema, time)))
@@ -131,12 +131,11 @@ def parse_user(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
     """Check a user whose history is to be encoded: a request without candidates.
 
     Args:
-        raw: as a request; ``time`` may be missing, and bounds the events no more then; candidates
-            are not read.
+        raw: as a request; without ``time``, event times are not bounded; candidates are not read.
         schema: the model's columns.
 
     Returns:
-        The request, its history cut to the window.
+        The request, its histories cut to their windows.
 
     Raises:
         RequestError: naming the column, what came and what was allowed.
@@ -147,7 +146,7 @@ def parse_user(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
 
 
 def parse_forget(raw: Mapping[str, Any]) -> str:
-    """The user whom a message asks to forget, ``{"user_id": …}``, spelt as ``canonical_id`` does.
+    """Return the canonical id of the user to forget, from a message ``{"user_id": …}``.
 
     Raises:
         RequestError: naming the key, what came and what was allowed.
@@ -159,14 +158,14 @@ def parse_forget(raw: Mapping[str, Any]) -> str:
 
 
 def user_columns(raw: Mapping[str, Any], schema: FeatureSchema) -> dict[str, Any]:
-    """What ``parse_user`` reads of a request that passed ``parse_request``, still raw.
+    """Return the raw columns that ``parse_user`` reads.
 
     Args:
-        raw: the request.
+        raw: a request that passed ``parse_request``.
         schema: the model's columns.
 
     Returns:
-        The user, the time, the context columns and all events with the columns of the schema.
+        The user, the time, the context, and all events with the schema's columns.
     """
     names = (*schema.event_columns, *schema.item_attributes, TIME, FIRST_EVENT)
     history = {name: raw["history"][name] for name in names if name in raw["history"]}
@@ -175,26 +174,26 @@ def user_columns(raw: Mapping[str, Any], schema: FeatureSchema) -> dict[str, Any
 
 
 def check_request_id(request_id: str | int, name: str) -> None:
-    """Refuse the id of a request or a message that has more than ``MAX_REQUEST_ID`` characters.
+    """Refuse an id of a request or a message with more than ``MAX_REQUEST_ID`` characters.
 
     Args:
         request_id: as it came.
-        name: of what holds it, for the error.
+        name: the field that holds it, for the error.
 
     Raises:
-        RequestError: naming the length and what is allowed.
+        RequestError: naming the length and the limit.
     """
     _check_length(request_id, name, MAX_REQUEST_ID)
 
 
 def request_id_of(raw: Any) -> str | int | None:
-    """The id that the answer to a request tells, of one that may be refused too.
+    """Return the request id for the answer, also where the request itself is refused.
 
     Args:
-        raw: what came for a request.
+        raw: what came as a request.
 
     Returns:
-        The id, or None where there is none or it would be refused.
+        The id, or None if it is missing or invalid.
     """
     try:
         return _request_id(raw.get("request_id") if isinstance(raw, dict) else None)
@@ -203,14 +202,14 @@ def request_id_of(raw: Any) -> str | int | None:
 
 
 def sort_history(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A raw request with its events oldest first; events of one time stay in their order.
+    """Sort the events of a raw request by time, stably.
 
     Args:
-        raw: a request, or what came for one; ``parse_request`` checks it afterwards.
+        raw: a request, or what came as one; ``parse_request`` checks it afterwards.
 
     Returns:
-        The request, every column of its history sorted alike; the very object that came where
-        events are in order, or no order can be told.
+        The request with all columns of its history sorted; ``raw`` itself if the events are in
+        order or the times cannot be compared.
 
     Example:
         >>> sort_history({"history": {"time": [30, 10, 30], "item_id": ["a", "b", "c"]}})
@@ -224,27 +223,27 @@ def sort_history(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         times = times.tolist()
     if not isinstance(times, list) or not set(map(type, times)) <= {int, float}:
         return raw
-    places = sorted(range(len(times)), key=lambda place: times[place] // 1)  # in whole seconds
-    if places == list(range(len(times))):
+    order = sorted(range(len(times)), key=lambda index: times[index] // 1)  # in whole seconds
+    if order == list(range(len(times))):
         return raw
     columns = {
-        name: _taken(column, places)
-        if isinstance(column, list | np.ndarray | Ragged) and len(column) == len(places)
+        name: _taken(column, order)
+        if isinstance(column, list | np.ndarray | Ragged) and len(column) == len(order)
         else column
         for name, column in history.items()
     }
     return {**raw, "history": columns}
 
 
-def _taken(values: Column, places: list[int]) -> Column:
+def _taken(values: Column, indices: list[int]) -> Column:
     if isinstance(values, np.ndarray):
-        return values[places]
+        return values[indices]
     cells = values.cells() if isinstance(values, Ragged) else values
-    return [cells[place] for place in places]
+    return [cells[index] for index in indices]
 
 
 def _request(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> Request:
-    """A request, or a user without candidates, at a time that is known or ``NO_TIME``."""
+    """Parse a request; ``time`` may be ``NO_TIME``."""
     user_id = _id(_need(raw, USER, "the request"), USER)
     context = _group(raw, "context", schema.context)
     names = (*schema.event_columns, *schema.item_attributes, TIME)
@@ -255,12 +254,14 @@ def _request(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> Reques
     first_event = _first_event(group.get(FIRST_EVENT), schema)
     return _checked(
         Request(
-            _request_id(raw.get("request_id")),
-            user_id,
-            schema.vocabulary_by_column[USER].row(user_id),
-            time,
-            {c: _bag(context[c], schema, context_key(c)) for c in schema.context},
-            {one.name: _events(one, history, first_event, schema) for one in schema.histories},
+            request_id=_request_id(raw.get("request_id")),
+            user_id=user_id,
+            user_row=schema.vocabulary_by_column[USER].row(user_id),
+            time=time,
+            context={c: _bag(context[c], schema, context_key(c)) for c in schema.context},
+            events_by_history={
+                one.name: _events(one, history, first_event, schema) for one in schema.histories
+            },
             newest=int(times[-1]) if times.size else NO_TIME,
             report=_report(raw.get("report")),
             **_candidates(raw, schema, time),
@@ -269,7 +270,7 @@ def _request(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> Reques
 
 
 def _checked(request: Request) -> Request:
-    """The request, or an error if its bags are too much together."""
+    """Return the request; refuse one whose bags hold too many ids together."""
     if request.num_bag_ids > MAX_REQUEST_IDS:
         raise RequestError(
             f"the request has {request.num_bag_ids} ids in multi-valued columns; at most "
@@ -281,11 +282,11 @@ def _checked(request: Request) -> Request:
 def _events(
     history: History, columns: dict[str, Column], first_event: int, schema: FeatureSchema
 ) -> Events:
-    """One history of a request, as rows."""
+    """Return one history of a request, as rows."""
     if history.actions:
-        places = _places(history, columns[ACTION])
-        start = history.window.start(len(places))
-        read = {column: _taken(values, places[start:]) for column, values in columns.items()}
+        indices = _indices(history, columns[ACTION])
+        start = history.window.start(len(indices))
+        read = {column: _taken(values, indices[start:]) for column, values in columns.items()}
     else:
         start = history.window.start_among(first_event, len(columns[TIME]))
         read = {column: values[start - first_event :] for column, values in columns.items()}
@@ -297,23 +298,23 @@ def _events(
     )
 
 
-def _places(history: History, actions: Column) -> list[int]:
-    """Which of a user's events are of the history's actions."""
+def _indices(history: History, actions: Column) -> list[int]:
+    """Return the indices of the events whose action the history keeps."""
     listed = actions.tolist() if isinstance(actions, np.ndarray) else actions
     if not set(map(type, listed)) <= {str, NoneType}:
         listed = [None if raw is None else _id(raw, f"history.{ACTION}") for raw in listed]
     chosen = {raw for raw in set(listed) if raw and canonical_id(raw) in history.actions}
-    return [place for place, raw in enumerate(listed) if raw in chosen]
+    return [index for index, raw in enumerate(listed) if raw in chosen]
 
 
 def _check_order(times: IntArray, before: int) -> None:
-    """Refuse a history that training cannot have seen: out of order, or not before the request."""
+    """Refuse events out of order or not before the request: training never sees such histories."""
     steps_back = times[1:] < times[:-1]
     num_ordered = int(steps_back.argmax()) + 1 if steps_back.any() else times.size
-    place = int(np.searchsorted(times[:num_ordered], before))
-    if place < num_ordered:
+    late = int(np.searchsorted(times[:num_ordered], before))
+    if late < num_ordered:
         raise RequestError(
-            f"history.{TIME}[{place}] is {times[place]}, not before the request's time {before}"
+            f"history.{TIME}[{late}] is {times[late]}, not before the request's time {before}"
         )
     if num_ordered < times.size:
         raise RequestError(
@@ -323,7 +324,7 @@ def _check_order(times: IntArray, before: int) -> None:
 
 
 def _first_event(value: Any, schema: FeatureSchema) -> int:
-    """Place of the first event given among all of the user's; 0 where a request does not say."""
+    """Return the index of the first given event among all of the user's; 0 if not stated."""
     if value is None:
         return 0
     if type(value) is not int or not 0 <= value <= MAX_FIRST_EVENT:
@@ -331,11 +332,11 @@ def _first_event(value: Any, schema: FeatureSchema) -> int:
             f"history.{FIRST_EVENT} is {shown(value)}; an integer from 0 to {MAX_FIRST_EVENT} is "
             "allowed: how many of the user's events are older than those given"
         )
-    of_actions = [history.name for history in schema.histories if history.actions]
-    if value and of_actions:
+    filtered = [history.name for history in schema.histories if history.actions]
+    if value and filtered:
         raise RequestError(
-            f"history.{FIRST_EVENT} is {value}; the model's histories {of_actions} are of some "
-            "actions only, and cannot know how many of theirs came before: send all events"
+            f"history.{FIRST_EVENT} is {value}; the model's histories {filtered} keep some actions "
+            "only, so how many of their events came before is unknown: send all events"
         )
     return value
 
@@ -349,7 +350,7 @@ def _report(value: Any) -> tuple[str, ...]:
 
 
 def _candidates(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> dict[str, Any]:
-    """What a request has of its candidates, by the names of its attributes."""
+    """Return the candidates as keyword arguments of ``Request``."""
     names = (ITEM, *schema.item_attributes, *schema.item_floats)
     columns = _columns(_group(raw, "candidates", names), "candidates", names)
     if len(columns[ITEM]) > MAX_CANDIDATES:
@@ -384,7 +385,7 @@ def _group(raw: Mapping[str, Any], name: str, columns: Sequence[str]) -> Mapping
 
 
 def _columns(group: Mapping[str, Any], name: str, columns: Sequence[str]) -> dict[str, Column]:
-    """The wanted columns, each a list, all of one length."""
+    """Return the wanted columns, all of the same length."""
     for column in columns:
         if not isinstance(group[column], list | np.ndarray | Ragged):
             raise RequestError(
@@ -405,13 +406,13 @@ def _request_id(value: Any) -> str | int | None:
 
 
 def _id(value: Any, column: str) -> str:
-    """One raw id, spelt the one way that ids are compared."""
+    """Return the canonical form of a raw id."""
     _check_id(value, column)
     return canonical_id(value)
 
 
 def _check_id(value: Any, column: str) -> None:
-    # The type itself: what only derives from one of these is no id of a message.
+    # The exact type: an instance of a subclass, such as np.float64, is not an id.
     kind = type(value)
     is_text, is_number = kind is str and value.strip(), kind is float and math.isfinite(value)
     if kind is bool or (is_text and not is_long_id(value)):
@@ -425,9 +426,9 @@ def _check_id(value: Any, column: str) -> None:
 
 
 def _check_length(value: str | int, name: str, most: int) -> None:
-    """Refuse a text, or an integer as it is printed, that has too many characters."""
+    """Refuse a text, or an integer as printed, that has too many characters."""
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        length = int(math.log10(abs(value))) + 1  # Python does not print it.
+        length = int(math.log10(abs(value))) + 1  # too long for Python to print
     else:
         length = len(str(value))
     if length > most:
@@ -446,18 +447,18 @@ def _rows(values: Column, schema: FeatureSchema, column: str, name: str) -> Tens
             if value is not None:
                 _check_id(value, name)
     rows = np.array(vocabulary.rows(values), dtype=np.int64)
-    # A history has thousands of ids, and what the table knows is one: only the others are checked.
-    for place in np.flatnonzero(rows == UNKNOWN_ROW).tolist():
-        _check_id(values[place], name)
+    # A history has thousands of ids. Known ones are valid, so only the others are checked.
+    for index in np.flatnonzero(rows == UNKNOWN_ROW).tolist():
+        _check_id(values[index], name)
     return torch.from_numpy(rows)
 
 
 def _integers(values: list[int]) -> Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.int64))  # 2 x as fast as torch.tensor
+    return torch.from_numpy(np.array(values, dtype=np.int64))  # twice as fast as torch.tensor
 
 
 def _bag(value: Any, schema: FeatureSchema, column: str) -> Tensor:
-    """Rows of one multi-valued cell; a single id stands for a list of one, null for none."""
+    """Return the rows of one multi-valued cell; a single id is a list of one, null is empty."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     _check_bags([len(values)], column)
     return _rows(values, schema, column, column)
@@ -505,7 +506,7 @@ def _times(values: Column) -> IntArray:
 
 
 def _number(value: Any, column: str) -> float:
-    # Integers of any length are JSON; those beyond a float are no number of ours.
+    # JSON has integers of any length; those beyond MAX_FLOAT are refused.
     if type(value) in (int, float) and abs(value) <= MAX_FLOAT and math.isfinite(value):
         return value
     raise RequestError(f"{column} holds {shown(value)}; a finite number is allowed")
@@ -516,7 +517,7 @@ def _floats(values: Column, column: str) -> Column:
         is_good = np.abs(values) <= MAX_FLOAT
         return values if is_good.all() else [_number(value, column) for value in values.tolist()]
     is_plain = values and set(map(type, values)) <= {int, float}
-    # NaN compares with nothing, but it is in every sum that it is in.
+    # A comparison misses NaN; a sum does not.
     if is_plain and max(map(abs, values)) <= MAX_FLOAT and not math.isnan(sum(values)):
         return values
     return [_number(value, column) for value in values]

@@ -1,6 +1,5 @@
-"""A request that was checked: ids are table rows, histories are cut to the model's window."""
+"""A checked request: ids are table rows, histories are cut to their windows."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torchrec_kvshare.features.schema import (
     history_key,
 )
 
-NO_TIME = -1  # of a user that came without a request
+NO_TIME = -1  # time of a user without a request
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +27,9 @@ class Events:
     """One history of a user, cut to the window.
 
     Attributes:
-        columns: one [L] int64 per event column, and ``time``.
+        columns: [L] int64 by event column, and ``time``.
         bags: rows of each event by multi-valued item attribute.
-        first_event: place of the first of them among all of the history's events.
+        first_event: index of the first one among all events of the history.
     """
 
     columns: dict[str, Tensor]
@@ -39,11 +38,11 @@ class Events:
 
     @property
     def num_events(self) -> int:
-        """Events that the model reads."""
+        """Number of events that the model reads."""
         return self.columns[TIME].numel()
 
     def part(self, first: int, last: int) -> "Events":
-        """The events from one place of the window to another."""
+        """Return events ``first`` to ``last`` (exclusive) of the window."""
         columns = {column: values[first:last] for column, values in self.columns.items()}
         bags = {column: _part(bag, first, last) for column, bag in self.bags.items()}
         return Events(columns, bags, self.first_event + first)
@@ -57,16 +56,16 @@ class Request:
         request_id: as it came.
         user_id: the raw id, spelt as ``canonical_id`` does.
         user_row: row of the user's table.
-        time: Unix seconds; ``NO_TIME`` of a user that came without.
+        time: Unix seconds; ``NO_TIME`` where a user came without a time.
         context: rows by context column.
-        events_by_history: what the model reads, by the history's name.
+        events_by_history: the events that the model reads, by the history's name.
         candidate_items: [N] int64.
         candidate_bags: rows of each candidate by multi-valued item attribute.
         dense: [N, num_dense] float32.
-        newest: Unix seconds of the newest event given; ``NO_TIME`` where there is none.
-        report: of ``REPORTS`` those that the answer is to tell.
-        came_at: when it came, by ``steady_clock``: nothing of it is kept for a user who was
-            forgotten since. None for when it is scored.
+        newest: Unix seconds of the newest event given; ``NO_TIME`` without events.
+        report: the ``REPORTS`` that the answer includes.
+        came_at: time of arrival by ``steady_clock``; a later ``forget`` of the user keeps its K/V
+            out of the cache. None: the time of scoring.
     """
 
     request_id: str | int | None
@@ -84,28 +83,28 @@ class Request:
 
     @property
     def num_events(self) -> int:
-        """Events that the model reads, of all histories."""
+        """Number of events that the model reads, over all histories."""
         return sum(events.num_events for events in self.events_by_history.values())
 
     @property
     def num_events_by_history(self) -> list[int]:
-        """Events that the model reads, of each history in the schema's order."""
+        """Number of events that the model reads of each history, in the schema's order."""
         return [events.num_events for events in self.events_by_history.values()]
 
     @property
     def num_candidates(self) -> int:
-        """Candidates to score."""
+        """Number of candidates to score."""
         return self.candidate_items.numel()
 
     @property
     def num_bag_ids(self) -> int:
-        """Ids in multi-valued columns, of events those that the model reads."""
+        """Number of ids in multi-valued columns; of events, only those that the model reads."""
         groups = [self.candidate_bags, *(e.bags for e in self.events_by_history.values())]
-        of_bags = sum(bag.values.numel() for bags in groups for bag in bags.values())
-        return of_bags + sum(rows.numel() for rows in self.context.values())
+        in_bags = sum(bag.values.numel() for bags in groups for bag in bags.values())
+        return in_bags + sum(rows.numel() for rows in self.context.values())
 
     def part(self, first: int, last: int) -> "Request":
-        """The request with the candidates from one place to another alone."""
+        """Return the request with candidates ``first`` to ``last`` (exclusive) only."""
         return replace(
             self,
             candidate_items=self.candidate_items[first:last],
@@ -115,16 +114,16 @@ class Request:
 
 
 class IdCount(NamedTuple):
-    """Ids of one column: how many were given, and how many of them no table knows."""
+    """Ids of one column: how many were given, and how many of them are unknown."""
 
     given: int
     unknown: int
 
 
 def count_ids(request: Request) -> dict[str, IdCount]:
-    """Ids of a request by column, named as in the request: those given, and the unknown ones.
+    """Count the given and the unknown ids of a request, by column as the request names it.
 
-    Of events only those that the model reads are counted; one that two histories read counts twice.
+    Only events that the model reads are counted; an event that two histories read counts twice.
     """
     rows_by_column = {USER: [torch.tensor(request.user_row)]}
     for column, rows in request.context.items():
@@ -148,46 +147,8 @@ def count_ids(request: Request) -> dict[str, IdCount]:
 
 
 def unknown_ids(request: Request) -> dict[str, int]:
-    """How many ids of each column no table knows; columns without are left out."""
+    """Return the number of unknown ids by column, without columns that have none."""
     return {column: count.unknown for column, count in count_ids(request).items() if count.unknown}
-
-
-def distinct_histories(requests: Sequence[Request]) -> tuple[list[int], list[int]]:
-    """Requests whose histories are to be encoded: one for each user and content.
-
-    Args:
-        requests: in a batch.
-
-    Returns:
-        Places of the first request with each of the histories, and for every request the index
-        among these.
-    """
-    firsts: list[int] = []
-    row_of_request: list[int] = []
-    rows_by_user: dict[str, list[int]] = {}
-    for place, request in enumerate(requests):
-        known = rows_by_user.setdefault(request.user_id, [])
-        same = [row for row in known if _same_events(requests[firsts[row]], request)]
-        if not same:
-            known.append(len(firsts))
-            firsts.append(place)
-        row_of_request.append(same[0] if same else known[-1])
-    return firsts, row_of_request
-
-
-def _same_events(one: Request, other: Request) -> bool:
-    if one.events_by_history is other.events_by_history:
-        return True
-    for name, events in one.events_by_history.items():
-        columns, bags = other.events_by_history[name].columns, other.events_by_history[name].bags
-        if not all(torch.equal(values, columns[c]) for c, values in events.columns.items()):
-            return False
-        for column, (values, lengths) in events.bags.items():
-            if not torch.equal(lengths, bags[column].lengths):
-                return False
-            if not torch.equal(values, bags[column].values):
-                return False
-    return True
 
 
 def _part(bag: Bags, first: int, last: int) -> Bags:

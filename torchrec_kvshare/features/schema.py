@@ -1,12 +1,12 @@
-"""Which columns a model reads, and which row of a table each raw id has.
+"""The columns that a model reads, and the table row of each raw id.
 
-One schema is made from the training split, stored with the model, and used by training and serving
-alike, so that a raw id means the same row everywhere. Two rows of every table are reserved.
+The schema is built from the training split, stored with the model, and used by training and serving
+alike, so that a raw id maps to the same row everywhere. Two rows of every table are reserved.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import cached_property
 from itertools import repeat
 from typing import Any
@@ -18,7 +18,7 @@ from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.ids import canonical_id, is_integer_id
 
 MISSING_ROW = 0  # the event or candidate has no value in this column
-UNKNOWN_ROW = 1  # a value never seen in training: out of vocabulary, or cold
+UNKNOWN_ROW = 1  # a value not seen in training: out of vocabulary
 NUM_RESERVED_ROWS = 2
 MAX_INT64 = 2**63 - 1
 
@@ -27,19 +27,19 @@ ITEM = "item_id"
 ACTION = "action"
 TIME = "time"
 
-HISTORY = "history"  # the usual name of the one history that has all events
+HISTORY = "history"  # the usual name of a single history of all events
 
-# Columns of a request's history that are none of the model's item attributes.
+# Columns of a request's history that are not item attributes.
 FIRST_EVENT = "first_event"
 RESERVED_COLUMNS = (ITEM, ACTION, TIME, FIRST_EVENT)
 
-# Keys of the KeyedJaggedTensor beside the columns' own, in groups of theirs: a column has any name.
+# Further keys of the KeyedJaggedTensor, in groups of their own because a column may have any name.
 REQUEST_TIME = "request.time"
-REQUEST_HISTORY = "request.history"  # row of each request's histories: two may share one
+REQUEST_HISTORY = "request.history"  # row of each request's histories; requests may share one
 CANDIDATE_TIME = "targets.time"
 RESERVED_GROUPS = ("context", "candidates", "request", "targets")
 
-# Sine and cosine of the hour of day and of the day of week, known of every request.
+# Sine and cosine of the hour of day and the day of week of the request.
 CLOCK_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
 
 RawId = str | int | float | bool
@@ -60,7 +60,7 @@ class Vocabulary:
 
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = tuple(ids)
-        # An integer is a key beside its text, so that the usual spellings are found at once.
+        # An integer id is a key as text and as int, so that usual spellings need no conversion.
         self._row_by_id: dict[RawId | None, int] = {None: MISSING_ROW}
         for row, spelt in enumerate(self.ids, NUM_RESERVED_ROWS):
             self._row_by_id[spelt] = row
@@ -68,38 +68,38 @@ class Vocabulary:
                 self._row_by_id[int(spelt)] = row
 
     @property
-    def num_rows(self) -> int:
-        """Rows that a table needs, reserved ones included."""
+    def num_table_rows(self) -> int:
+        """Rows of the table, including the reserved ones."""
         return len(self.ids) + NUM_RESERVED_ROWS
 
     def row(self, raw: RawId | None) -> int:
-        """Row of one raw id."""
+        """Return the row of one raw id."""
         return self.rows([raw])[0]
 
     def rows(self, raws: Iterable[RawId | None]) -> list[int]:
-        """Rows of many raw ids, in their order."""
+        """Return the rows of raw ids, in their order."""
         raws = list(raws)
         kinds = set(map(type, raws))
-        if bool in kinds:  # To a dictionary True is 1.
+        if bool in kinds:  # A dictionary takes True for 1.
             raws = [canonical_id(raw) if isinstance(raw, bool) else raw for raw in raws]
         rows = list(map(self._row_by_id.get, raws, repeat(UNKNOWN_ROW)))
         if UNKNOWN_ROW in rows and kinds & {str, float}:
-            for place, row in enumerate(rows):
-                raw = raws[place]
+            for index, row in enumerate(rows):
+                raw = raws[index]
                 if row == UNKNOWN_ROW and isinstance(raw, str | float):
-                    rows[place] = self._row_by_id.get(canonical_id(raw), UNKNOWN_ROW)
+                    rows[index] = self._row_by_id.get(canonical_id(raw), UNKNOWN_ROW)
         return rows
 
     def rows_of_array(self, raws: IntArray) -> IntArray:
-        """Rows of an int64 array of raw ids: ``rows``, without a Python object for each."""
+        """Return the rows of an int64 array of raw ids, without a Python object per id."""
         integers, rows = self._sorted_integers
-        places = np.searchsorted(integers, raws)
-        places[places == integers.size] = 0
-        return np.where(integers[places] == raws, rows[places], UNKNOWN_ROW)
+        indices = np.searchsorted(integers, raws)
+        indices[indices == integers.size] = 0
+        return np.where(integers[indices] == raws, rows[indices], UNKNOWN_ROW)
 
     @cached_property
     def _sorted_integers(self) -> tuple[IntArray, IntArray]:
-        """The ids that are int64 in ascending order, and their rows; at least one."""
+        """The int64 ids in ascending order and their rows; never empty."""
         row_by_integer = {
             raw: row
             for raw, row in self._row_by_id.items()
@@ -111,11 +111,11 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Window:
-    """How much of a history the model reads: the last events, from a block boundary on.
+    """How much of a history the model reads: the last events, starting on a block boundary.
 
     Attributes:
-        max_history: most events the model reads.
-        block: events between two places where a window may start; divides ``max_history``.
+        max_history: maximum number of events the model reads.
+        block: events between possible window starts; divides ``max_history``.
     """
 
     max_history: int
@@ -130,26 +130,29 @@ class Window:
             )
 
     def start(self, num_events: Any) -> Any:
-        """First event that the model reads of a history of ``num_events`` (an int, or an array).
+        """Return the index of the first event that the model reads.
+
+        Args:
+            num_events: length of the history, an int or an array.
 
         Example:
             >>> window = Window(max_history=8, block=4)
             >>> [window.start(n) for n in (0, 8, 9, 12, 13)]
             [0, 0, 4, 4, 8]
         """
-        # The surplus over max_history, rounded up to whole blocks; negative surpluses vanish.
+        # The surplus over max_history, rounded up to whole blocks; a negative surplus counts as 0.
         blocks = -((self.max_history - num_events) // self.block)
         return blocks * self.block * (blocks > 0)
 
     def start_among(self, first_event: int, num_given: int) -> int:
-        """First event that the model reads where a request gives only the last of a user's.
+        """Return the index of the first event that the model reads of a partial history.
 
-        Where too few are given, the window starts with the first block that is there whole, so
-        that it stays where it is while more events come.
+        Where the window starts before the given events, it starts with the first whole block
+        given instead, so that it does not move while events are appended.
 
         Args:
-            first_event: place of the first event given.
-            num_given: events given.
+            first_event: index of the first event given, among all of the user's.
+            num_given: number of events given, the user's last ones.
 
         Example:
             >>> window = Window(max_history=8, block=4)
@@ -168,13 +171,13 @@ class Window:
 
 @dataclass(frozen=True)
 class History:
-    """One history of a user, which a tower of its own reads.
+    """One history of a user, with its own tower.
 
     Attributes:
-        name: first part of its keys, and the name of the feature that it is pooled to.
+        name: first part of its keys, and the name of its pooled feature.
         window: how much of it the model reads.
-        actions: actions of its events, such as ``("buy",)``, spelt as ``canonical_id`` does; empty
-            for all events.
+        actions: the actions whose events it keeps, such as ``("buy",)``, spelt as ``canonical_id``
+            does; empty for all events.
     """
 
     name: str
@@ -184,27 +187,28 @@ class History:
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """The columns that a model reads and the vocabulary of each.
+    """The columns that a model reads, and their vocabularies.
 
     Attributes:
         vocabulary_by_column: for ``user_id``, ``item_id``, ``action``, every ``context_key`` and
             every ``item_key``.
         context: id columns of the user or the request, multi-valued.
         has_action: whether events carry an ``action`` column.
-        item_attributes: id columns of an item, multi-valued, on events and candidates alike.
+        item_attributes: id columns of an item, multi-valued, of events and candidates alike.
         item_floats: float columns of a candidate.
-        histories: what the model reads of a user's events, at least one.
+        histories: the histories that the model reads, at least one.
 
     Raises:
-        ConfigError: if columns or histories cannot be told apart, or histories need actions that
-            events do not have.
+        ConfigError: if names of columns or histories clash, or a history needs actions that events
+            do not have.
     """
 
     vocabulary_by_column: dict[str, Vocabulary]
-    context: tuple[str, ...]
-    has_action: bool
-    item_attributes: tuple[str, ...]
-    item_floats: tuple[str, ...]
+    _: KW_ONLY
+    context: tuple[str, ...] = ()
+    has_action: bool = False
+    item_attributes: tuple[str, ...] = ()
+    item_floats: tuple[str, ...] = ()
     histories: tuple[History, ...]
 
     def __post_init__(self) -> None:
@@ -213,19 +217,19 @@ class FeatureSchema:
         reserved = {*RESERVED_GROUPS, USER, ""}
         if not names or len(set(names)) < len(names) or reserved & set(names):
             raise ConfigError(
-                f"histories are {names}; names that differ and are none of {reserved}"
+                f"histories are {names}; at least one, with distinct names other than {reserved}"
             )
         for history in self.histories:
             if "." in history.name:
-                raise ConfigError(f"histories has {history.name!r}; a name has no dot")
+                raise ConfigError(f"history {history.name!r}: no dot is allowed in its name")
             if history.actions and not self.has_action:
                 raise ConfigError(
-                    f"history {history.name} is of actions {history.actions}; events have no action"
+                    f"history {history.name} keeps actions {history.actions}; events have no action"
                 )
 
     @property
     def event_columns(self) -> tuple[str, ...]:
-        """Id columns with one value per event, the item first."""
+        """Id columns with one value per event, ``item_id`` first."""
         return (ITEM, ACTION) if self.has_action else (ITEM,)
 
     @property
@@ -233,12 +237,12 @@ class FeatureSchema:
         """Width of the dense features of a candidate."""
         return len(CLOCK_FEATURES) + len(self.item_floats)
 
-    def num_rows(self, column: str) -> int:
-        """Rows that the table of a column needs, a key of ``vocabulary_by_column``."""
-        return self.vocabulary_by_column[column].num_rows
+    def num_table_rows(self, column: str) -> int:
+        """Return the rows of a column's table; ``column`` is a key of the vocabularies."""
+        return self.vocabulary_by_column[column].num_table_rows
 
     def to_json(self) -> dict[str, Any]:
-        """Everything needed to build the schema again, as JSON values."""
+        """Return the schema as JSON values, for ``from_json``."""
         return {
             "vocabulary_by_column": {c: list(v.ids) for c, v in self.vocabulary_by_column.items()},
             "context": list(self.context),
@@ -253,14 +257,16 @@ class FeatureSchema:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "FeatureSchema":
-        """The schema that ``to_json`` wrote."""
+        """Return the schema that ``to_json`` wrote."""
         return cls(
-            {c: Vocabulary(ids) for c, ids in values["vocabulary_by_column"].items()},
-            tuple(values["context"]),
-            values["has_action"],
-            tuple(values["item_attributes"]),
-            tuple(values["item_floats"]),
-            tuple(
+            vocabulary_by_column={
+                c: Vocabulary(ids) for c, ids in values["vocabulary_by_column"].items()
+            },
+            context=tuple(values["context"]),
+            has_action=values["has_action"],
+            item_attributes=tuple(values["item_attributes"]),
+            item_floats=tuple(values["item_floats"]),
+            histories=tuple(
                 History(h["name"], Window(**h["window"]), tuple(h["actions"]))
                 for h in values["histories"]
             ),
@@ -270,36 +276,36 @@ class FeatureSchema:
 def check_columns(
     item_attributes: Sequence[str], item_floats: Sequence[str], context: Sequence[str]
 ) -> None:
-    """Refuse columns that requests could not tell apart.
+    """Refuse column names that clash in a request.
 
     Raises:
         ConfigError: naming the column and the names that are taken.
     """
-    of_items = (*item_attributes, *item_floats)
-    for kind, names in (("an item", of_items), ("a user", context)):
+    item_columns = (*item_attributes, *item_floats)
+    for kind, names in (("item", item_columns), ("user", context)):
         for name in names:
             if not name or names.count(name) > 1:
                 came = "empty" if not name else "there twice"
-                raise ConfigError(f"the columns of {kind} are {list(names)}; {name!r} is {came}")
-    if taken := [name for name in of_items if name in RESERVED_COLUMNS]:
+                raise ConfigError(f"the {kind} columns are {list(names)}; {name!r} is {came}")
+    if taken := [name for name in item_columns if name in RESERVED_COLUMNS]:
         raise ConfigError(
-            f"columns of an item are called {taken}; in a request {list(RESERVED_COLUMNS)} are an "
-            "event's own: rename them in the data"
+            f"item columns are named {taken}; requests reserve {list(RESERVED_COLUMNS)} for "
+            "events: rename the columns in the data"
         )
 
 
 def context_key(column: str) -> str:
-    """Key of a context column in the batch, and of its vocabulary."""
+    """Return the key of a context column in the batch, and of its vocabulary."""
     return f"context.{column}"
 
 
 def item_key(column: str) -> str:
-    """Key of the vocabulary of an item attribute, which histories and candidates share."""
+    """Return the key of an item attribute's vocabulary, shared by histories and candidates."""
     return f"items.{column}"
 
 
 def table_name(key: str) -> str:
-    """The key of a vocabulary, or the name of a history, as a module may be called.
+    """Return a vocabulary's key, or a history's name, as a valid module name.
 
     Example:
         >>> [table_name(key) for key in ("item_id", "items.price band", "context.a.b")]
@@ -309,35 +315,35 @@ def table_name(key: str) -> str:
 
 
 def history_key(history: str, column: str) -> str:
-    """Key of an event column of a history in the batch."""
+    """Return the key of an event column of a history in the batch."""
     return f"{history}.{column}"
 
 
 def pages_key(history: str) -> str:
-    """Key of the page ids of a history's K/V."""
+    """Return the key of the page ids of a history's K/V."""
     return f"request.pages.{history}"
 
 
 def position_key(history: str) -> str:
-    """Key of the positions of a history's events."""
+    """Return the key of the positions of a history's events."""
     return f"request.position.{history}"
 
 
-def first_place_key(history: str) -> str:
-    """Key of the place in the window of the first event given; 0 where the batch has none."""
-    return f"request.first_place.{history}"
+def first_index_key(history: str) -> str:
+    """Return the key of the first given event's index in the window; a batch without it means 0."""
+    return f"request.first_index.{history}"
 
 
 def visible_key(history: str) -> str:
-    """Key of how many events of a history each candidate may see."""
+    """Return the key of how many events of a history each candidate may see."""
     return f"targets.visible_events.{history}"
 
 
 def has_candidate_rows(key: str) -> bool:
-    """Whether a key has a row for each candidate, and not one for each user or event."""
+    """Return whether a key has one row per candidate, not per user or event."""
     return key.startswith(("candidates.", "targets."))
 
 
 def candidate_key(column: str) -> str:
-    """Key of a candidate column in the batch."""
+    """Return the key of a candidate column in the batch."""
     return f"candidates.{column}"

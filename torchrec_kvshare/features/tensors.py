@@ -1,7 +1,7 @@
-"""Requests as plain tensors by name: what an exported model takes from a host of any language.
+"""Requests as plain named tensors, the inputs of an exported model in a host of any language.
 
-Every feature is two tensors, its values and how many of them each row has, as in TorchRec's
-``KeyedJaggedTensor``, which the program builds inside.
+Every feature is two tensors, its values and the number of values per row, as in TorchRec's
+``KeyedJaggedTensor``, which the exported program builds itself.
 """
 
 import hashlib
@@ -39,11 +39,11 @@ class TensorSpec:
     """One input of an exported model.
 
     Attributes:
-        name: in the dictionary of inputs.
+        name: key in the dictionary of inputs.
         dtype: ``int64`` or ``float32``.
-        shape: sizes, -1 for one that requests decide.
-        least: smallest value allowed; None for any.
-        most: greatest value allowed; None for any.
+        shape: sizes, -1 for a dynamic one.
+        least: smallest allowed value; None for no limit.
+        most: greatest allowed value; None for no limit.
     """
 
     name: str
@@ -53,16 +53,16 @@ class TensorSpec:
     most: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """As a manifest holds it."""
+        """Return the specification as a manifest holds it."""
         return vars(self) | {"shape": list(self.shape)}
 
 
 def input_specs(schema: FeatureSchema) -> list[TensorSpec]:
-    """The inputs of a model that reads these columns.
+    """Return the inputs of a model that reads these columns.
 
     ::
 
-        # B requests with C candidates in all; history has T events of all requests
+        # B requests with C candidates and T events of a history in total
         # user_key, user_id, time                                [B]
         # context.<column>.values, .lengths                      [ids], [B]
         # history.item_id.values, .lengths; action, time alike   [T], [B]
@@ -73,24 +73,24 @@ def input_specs(schema: FeatureSchema) -> list[TensorSpec]:
         # candidates.dense                                       [C, num_dense]
 
     Args:
-        schema: the model's columns. Ids are rows of its vocabularies; events are cut to its windows
-            and ``first_event`` is the place of the first of them among all of the user's.
+        schema: the model's columns. Ids are table rows, events are cut to the windows, and
+            ``first_event`` is the index of the first one among all of the history's.
 
     Returns:
         The specifications, in the order above.
     """
 
     def feature(key: str, column: str, max_length: int) -> list[TensorSpec]:
-        most = MAX_TIME if column == TIME else schema.num_rows(column) - 1
+        most = MAX_TIME if column == TIME else schema.num_table_rows(column) - 1
         return [
             TensorSpec(f"{key}.values", INT64, (-1,), 0, most),
             TensorSpec(f"{key}.lengths", INT64, (-1,), 0, max_length),
         ]
 
     specs = [
-        # Any number that tells users apart; equal numbers cost reuse, not scores.
+        # A number per user. If two users share one, reuse is lost but scores stay right.
         TensorSpec(USER_KEY, INT64, (-1,), None, None),
-        TensorSpec(USER, INT64, (-1,), 0, schema.num_rows(USER) - 1),
+        TensorSpec(USER, INT64, (-1,), 0, schema.num_table_rows(USER) - 1),
         TensorSpec(TIME, INT64, (-1,), 0, MAX_TIME),
     ]
     for column in schema.context:
@@ -110,7 +110,7 @@ def input_specs(schema: FeatureSchema) -> list[TensorSpec]:
 
 
 def request_tensors(requests: Sequence[Request], schema: FeatureSchema) -> dict[str, Tensor]:
-    """Parsed requests as the inputs that ``input_specs`` names, in its order.
+    """Convert parsed requests to the inputs of ``input_specs``, in its order.
 
     Args:
         requests: at least one.
@@ -139,6 +139,6 @@ def request_tensors(requests: Sequence[Request], schema: FeatureSchema) -> dict[
 
 
 def user_key(user_id: str) -> int:
-    """A number for a raw user id, the same in every process: 64 bits, signed."""
+    """Return a signed 64-bit number for a canonical user id, the same in every process."""
     digest = hashlib.blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

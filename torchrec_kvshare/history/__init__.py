@@ -1,1 +1,1 @@
-"""History encoders: prefill turns a history into K/V, attend scores candidates over it."""
+"""History encoders: prefill turns a history into K/V, attend runs candidates over it."""

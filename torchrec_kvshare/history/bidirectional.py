@@ -1,6 +1,6 @@
 """Bidirectional history: every event sees all events of its user.
 
-A new event changes the K/V of all earlier ones, so nothing of a shorter history can be reused, and
+A new event changes the K/V of all earlier ones, so K/V of a shorter history cannot be reused, and
 candidates that see a prefix need a prefill of that prefix.
 """
 
@@ -16,7 +16,7 @@ class BidirectionalEncoder(TransformerEncoder):
     """See ``TransformerEncoder``.
 
     Source:
-        LONGER (arXiv:2505.04421), its unmasked reading without merging.
+        LONGER (arXiv:2505.04421), unmasked and without merging.
     """
 
     def __init__(self, dim: int, num_layers: int, num_heads: int, dropout: float) -> None:
@@ -24,11 +24,11 @@ class BidirectionalEncoder(TransformerEncoder):
         self.takes_prefixes = False
 
     def reusable_events(self, num_matched: int, cached_events: int, num_events: int) -> int:
-        """None: every event sees those that come."""
+        """Return 0: a new event changes the K/V of all others."""
         return 0
 
     def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """K/V [planes, T, H, D] of events [T, E]."""
+        """Return K/V [planes, T, H, D] of events [T, E]."""
         rows = events
         planes: list[Tensor] = []
         for depth, layer in enumerate(self.layers):
@@ -36,16 +36,16 @@ class BidirectionalEncoder(TransformerEncoder):
                 key, value = layer.project_kv(rows)
             else:
                 query, key, value = layer.heads(layer.project(rows))
-                nothing = flat_rows(key[:0], value[:0], torch.zeros_like(event_offsets))
+                no_cached = flat_rows(key[:0], value[:0], torch.zeros_like(event_offsets))
                 attended = history_attention(
                     query,
                     event_offsets,
                     key,
                     value,
                     event_offsets,
-                    nothing,
+                    no_cached,
                     0,
-                    1 << 40,  # globals: all rows see all
+                    1 << 40,  # all rows are globals, so all see all
                     "softmax",
                 )
                 rows = layer.finish(rows, attended)
@@ -54,5 +54,5 @@ class BidirectionalEncoder(TransformerEncoder):
         return torch.stack(planes)
 
     def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """Refused: a new event changes the K/V of every earlier one."""
+        """Raise ValueError: a new event changes the K/V of every earlier one."""
         raise ValueError("bidirectional histories cannot be extended: prefill the whole history")

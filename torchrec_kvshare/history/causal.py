@@ -1,7 +1,7 @@
-"""Causal history: an event sees itself and earlier events, all of them or the last few.
+"""Causal history: an event sees itself and earlier events, all of them or the last ``window``.
 
-So K/V of an event never changes by what follows it, and new events extend what is cached. With a
-sliding window nothing depends on where the history starts either: old rows may be dropped.
+Later events never change the K/V of an event, so new events extend cached K/V. With a sliding
+window nothing depends on where the history starts either: old rows may be dropped.
 """
 
 import torch
@@ -16,15 +16,15 @@ class CausalEncoder(TransformerEncoder):
     """See ``TransformerEncoder``.
 
     Source:
-        LONGER (arXiv:2505.04421), its causal reading without merging.
+        LONGER (arXiv:2505.04421), causal and without merging.
     """
 
     def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """K/V [planes, T, H, D] of new events [T, E] that follow cached ones."""
+        """Return K/V [planes, T, H, D] of new events [T, E] that follow cached ones."""
         rows = events
         planes: list[Tensor] = []
         for depth, layer in enumerate(self.layers):
-            # Nothing is above the last layer: its events need keys and values only.
+            # No layer follows the last one, so its events need keys and values only.
             if depth + 1 == self.num_layers:
                 key, value = layer.project_kv(rows)
             else:

@@ -1,7 +1,7 @@
-"""What every kind of history encoder has: a stack of layers, and what of cached K/V stays right.
+"""The base of all history encoders: a stack of layers, and which cached K/V may be reused.
 
-An encoder has four verbs and no state: ``prefill`` and ``extend`` make K/V of events, ``enter`` and
-``attend`` take candidates through the layers over it. A kind overrides what is its own.
+An encoder has four verbs and no state: ``prefill`` and ``extend`` compute K/V of events, ``enter``
+and ``attend`` run candidates through the layers over that K/V. Each kind overrides what differs.
 """
 
 import torch
@@ -21,12 +21,12 @@ class Encoder(nn.Module):
     Args:
         layers: one or more, of one kind.
         num_heads: H.
-        start_bias: of every time bucket.
+        start_bias: initial bias of every time bucket.
         window: events that a row and a candidate see at every layer; 0 for all.
 
     Attributes:
         takes_prefixes: whether candidates may see prefixes of one prefill.
-        num_planes: tensors [R, H, D] that are kept of a history.
+        num_planes: number of tensors [R, H, D] in the K/V of a history.
 
     Raises:
         ConfigError: if there are no layers.
@@ -48,60 +48,60 @@ class Encoder(nn.Module):
         self.takes_prefixes: bool = True
         self.num_planes: int = 2 * len(layers)
 
-    def num_rows(self, num_events: int) -> int:
-        """Rows of K/V that a history of so many events has."""
+    def num_kv_rows(self, num_events: int) -> int:
+        """Return how many rows of K/V a history of ``num_events`` events has."""
         return num_events
 
     def reusable_events(self, num_matched: int, cached_events: int, num_events: int) -> int:
-        """Events whose cached K/V is right for another history that begins in the same way.
+        """Return how many events of a cached history have K/V that is valid for another history.
 
         Args:
-            num_matched: events that both histories begin with.
-            cached_events: of the cached history.
-            num_events: of the other one.
+            num_matched: length of the histories' common prefix, in events.
+            cached_events: length of the cached history, in events.
+            num_events: length of the other history, in events.
         """
         return num_matched
 
     def reusable_rows(self, reusable_events: int) -> int:
-        """Rows that so many reusable events have."""
+        """Return how many rows of K/V ``reusable_events`` events have."""
         return reusable_events
 
     def row_offsets(self, event_offsets: Tensor) -> Tensor:
-        """Offsets [B + 1] of the rows of K/V that histories with these offsets have."""
+        """Return offsets [B + 1] of K/V rows, for histories with these event offsets."""
         return event_offsets
 
     def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """K/V [planes, R, H, D] of events [T, E], users one after the other."""
+        """Return K/V [planes, R, H, D] of events [T, E], both grouped by user."""
         head_dim = events.size(1) // self.num_heads
-        nothing = events.new_zeros([self.num_planes, 0, self.num_heads, head_dim])
-        cached = flat_pages(nothing, torch.zeros_like(event_offsets))
+        no_rows = events.new_zeros([self.num_planes, 0, self.num_heads, head_dim])
+        cached = flat_pages(no_rows, torch.zeros_like(event_offsets))
         return self.extend(cached, events, event_offsets)
 
     def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """K/V [planes, new rows, H, D] of new events [T, E] behind cached rows.
+        """Return K/V [planes, new rows, H, D] of new events [T, E] that follow cached rows.
 
         Args:
-            cached: of each user, its ``reusable_rows``.
-            events: those behind the reusable ones.
+            cached: the ``reusable_rows`` of each user.
+            events: the events after the reusable ones.
             event_offsets: [B + 1], in T.
         """
         raise NotImplementedError
 
     def enter(self, candidates: Tensor) -> Tensor:
-        """Candidates [C, M, E] projected for the first layer, the same for every user."""
+        """Project candidates [C, M, E] for the first layer; the result is the same for any user."""
         return self.layers[0].project(candidates)
 
 
 class Projection(nn.Linear):
-    """A linear layer of which the first results are not always needed."""
+    """A linear layer that can compute its last outputs only."""
 
-    def behind(self, rows: Tensor, first: int) -> Tensor:
-        """The results from one on, [..., N - first], of rows [..., K]."""
+    def outputs_from(self, rows: Tensor, first: int) -> Tensor:
+        """Return the outputs from index ``first`` on, [..., N - first], of rows [..., K]."""
         return nn.functional.linear(rows, self.weight[first:], self.bias[first:])
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Refuse heads that do not divide the width.
+    """Check that ``num_heads`` divides ``dim``.
 
     Raises:
         ConfigError: naming both.
@@ -111,11 +111,11 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 @torch.no_grad()
-def project_alike(query_weight: Tensor, key_weight: Tensor) -> None:
-    """Start with keys projected as queries are: rows attend to what is like them at once.
+def tie_query_and_key(query_weight: Tensor, key_weight: Tensor) -> None:
+    """Initialise the query and key projections alike, so attention starts as similarity.
 
-    Finding the like of a candidate in a history is most of what has to be learned, and from two
-    unrelated projections it takes thousands of steps to be found.
+    Most of what has to be learned is to find events similar to a candidate, and from two unrelated
+    projections that takes thousands of training steps.
     """
     nn.init.orthogonal_(query_weight, gain=START_GAIN)
     key_weight.copy_(query_weight)

@@ -1,7 +1,7 @@
 """HSTU history: SiLU attention that is not normalised, gated, without a feed-forward part.
 
-An event sees itself and earlier events without any bias; candidates add a bias for the time since
-an event and for its place from the newest. The scale is a constant of the model, not one over the
+An event sees itself and earlier events without any bias; candidates add a bias by the time since
+an event and by its position from the newest. The scale is a constant of the model, not one over the
 longest history of a batch, so that batchmates do not matter.
 """
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_kvshare.attention.operators import (
-    Sights,
+    Visibility,
     candidate_attention,
     history_attention,
 )
-from torchrec_kvshare.history.encoder import Encoder, Projection, check_heads, project_alike
+from torchrec_kvshare.history.encoder import Encoder, Projection, check_heads, tie_query_and_key
 from torchrec_kvshare.history.pages import KVPages, layer_rows
 
-NUM_POSITION_BUCKETS = 16  # of doubling width, from the newest event to the 2**14th and beyond
+NUM_POSITION_BUCKETS = 16  # of doubling width: the newest event to the 2**14th and older
 
 
 class HSTULayer(nn.Module):
@@ -47,14 +47,14 @@ class HSTULayer(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
         weight = self.gate_query_key_value.weight
-        project_alike(weight[dim : 2 * dim], weight[2 * dim : 3 * dim])
+        tie_query_and_key(weight[dim : 2 * dim], weight[2 * dim : 3 * dim])
 
     def project(self, rows: Tensor) -> Tensor:
-        """Gate, queries, keys and values side by side, [..., 4E], of rows [..., E]."""
+        """Return gate, queries, keys and values side by side, [..., 4E], of rows [..., E]."""
         return silu_of_twice(0.5 * self.gate_query_key_value(self.norm(rows)))
 
     def heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gate [..., E], and queries, keys and values, each [..., H, D]."""
+        """Split ``project``'s result: gate [..., E]; queries, keys and values, each [..., H, D]."""
         gate, query, key, value = projected.chunk(4, dim=-1)
         shape = [self.num_heads, self.dim // self.num_heads]
         return (
@@ -65,14 +65,14 @@ class HSTULayer(nn.Module):
         )
 
     def project_kv(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [R, H, D], of rows [R, E] whose queries nobody needs."""
-        behind = self.gate_query_key_value.behind(self.norm(rows), 2 * self.dim)
-        projected = silu_of_twice(0.5 * behind)
+        """Return keys and values only, each [R, H, D], of rows [R, E]."""
+        key_value = self.gate_query_key_value.outputs_from(self.norm(rows), 2 * self.dim)
+        projected = silu_of_twice(0.5 * key_value)
         key, value = projected.unflatten(-1, [2, self.num_heads, -1]).unbind(-3)
         return key, value
 
     def finish(self, rows: Tensor, attended: Tensor, gate: Tensor) -> Tensor:
-        """Add what was attended to, [..., H, D], through the gate: [..., E]."""
+        """Add the attention's result [..., H, D], gated, to the rows: [..., E]."""
         return rows + self.dropout(self.out(self.attended_norm(attended.flatten(-2)) * gate))
 
 
@@ -84,16 +84,16 @@ class HSTUEncoder(Encoder):
         num_layers: layers in the stack.
         num_heads: H; must divide ``dim``.
         dropout: share of activations dropped in training.
-        max_history: most events a row sees; the attention's scale is one over its square root.
+        max_history: maximum events a row sees; the attention's scale is one over its square root.
         window: events that a row and a candidate see at every layer; 0 for all.
 
     Raises:
         ConfigError: if the sizes do not fit each other.
 
     Source:
-        HSTU, Zhai et al. 2024 (arXiv:2402.17152); its relative bias on candidate rows only. The
-        source divides by the greatest length; its square root keeps short histories above the
-        epsilon of the norm that follows.
+        HSTU, Zhai et al. 2024 (arXiv:2402.17152), with the relative bias on candidate rows only.
+        The source divides by the maximum length; dividing by its square root keeps short histories
+        above the epsilon of the norm that follows.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class HSTUEncoder(Encoder):
         self.position_bias = nn.Parameter(torch.zeros(num_layers, NUM_POSITION_BUCKETS, num_heads))
 
     def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """K/V [planes, T, H, D] of new events [T, E] that follow cached ones."""
+        """Return K/V [planes, T, H, D] of new events [T, E] that follow cached ones."""
         rows = events
         planes: list[Tensor] = []
         for depth, layer in enumerate(self.layers):
-            # Nothing is above the last layer: its events need keys and values only.
+            # No layer follows the last one, so its events need keys and values only.
             if depth + 1 == self.num_layers:
                 key, value = layer.project_kv(rows)
             else:
@@ -142,10 +142,10 @@ class HSTUEncoder(Encoder):
         entered: Tensor,
         candidate_offsets: Tensor,
         kv: KVPages,
-        sights: Sights,
+        visibility: Visibility,
         event_offsets: Tensor,
     ) -> Tensor:
-        """Candidates [C, M, E] through all layers, over the K/V of their users: [C, M, E]."""
+        """Run candidates [C, M, E] through all layers, over the K/V of their users: [C, M, E]."""
         rows = candidates
         for depth, layer in enumerate(self.layers):
             projected = entered if depth == 0 else layer.project(rows)
@@ -156,7 +156,7 @@ class HSTUEncoder(Encoder):
                 own_value,
                 candidate_offsets,
                 layer_rows(kv, depth),
-                sights,
+                visibility,
                 self.time_bias[depth],
                 self.position_bias[depth],
                 self.window,
@@ -167,9 +167,9 @@ class HSTUEncoder(Encoder):
 
 
 def silu_of_twice(halves: Tensor) -> Tensor:
-    """SiLU of twice the values: ``x * sigmoid(x)`` at ``x = 2 h`` is ``h * (1 + tanh(h))``.
+    """Return SiLU of twice the values: ``x * sigmoid(x)`` at ``x = 2 h`` is ``h * (1 + tanh(h))``.
 
-    Not ``torch.sigmoid`` or ``silu``: their vectorised forms give other bits than the plain ones,
-    which compute the last few values of a tensor.
+    Not ``torch.sigmoid`` or ``silu``: their vectorised code gives other bits than the scalar code
+    that computes the last few values of a tensor.
     """
     return (torch.tanh(halves) + 1.0) * halves

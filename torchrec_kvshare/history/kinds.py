@@ -1,18 +1,20 @@
-"""The kinds of history encoders, each registered once, and what a tower of a kind is built from.
+"""The registry of history encoders, and the spec that a tower is built from.
 
-A new kind is a file of its own, a row of ``KIND_BY_NAME`` and its meaning in ``reference.py``;
-benchmarks ask ``profiling/cost_model.py`` for what it computes.
+A new kind takes a file of its own, a row of ``KIND_BY_NAME`` and its definition in
+``reference.py``. If it has options of its own, its file declares and checks them, as
+``longer.LongerOptions``, and ``TowerSpec`` inherits them. Benchmarks need its operation count in
+``benchmark/cost_model.py``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.history.bidirectional import BidirectionalEncoder
 from torchrec_kvshare.history.causal import CausalEncoder
 from torchrec_kvshare.history.hstu import HSTUEncoder
-from torchrec_kvshare.history.longer import LongerEncoder
+from torchrec_kvshare.history.longer import LongerEncoder, LongerOptions
 from torchrec_kvshare.history.target_only import TargetOnlyEncoder
 
 CAUSAL = "causal"
@@ -26,8 +28,10 @@ HistoryEncoder = (
 
 
 @dataclass(frozen=True)
-class TowerSpec:
-    """What a tower is, whatever history it reads.
+class TowerSpec(LongerOptions):
+    """Kind and sizes of a tower, and the options of single kinds.
+
+    The options are flat fields, as in configs and manifests; other kinds ignore them.
 
     Attributes:
         kind: one of ``KINDS``.
@@ -37,24 +41,19 @@ class TowerSpec:
         dropout: share of activations dropped in training.
         num_tokens: M, tokens of one candidate.
         window: events that a row and a candidate see at every layer; 0 for all.
-        merge: ``longer``: events in a group.
-        recent: ``longer``: newest events whose groups go on to deeper layers.
-        num_globals: ``longer``: learned rows that see the whole history.
 
     Raises:
-        ConfigError: naming the field, if a value or the combination cannot work.
+        ConfigError: naming the field, if a value is not allowed or not for this kind.
     """
 
     kind: str
     dim: int
     num_layers: int
     num_heads: int
+    _: KW_ONLY
     dropout: float = 0.0
     num_tokens: int = 1
     window: int = 0
-    merge: int = 8
-    recent: int = 128
-    num_globals: int = 4
 
     def __post_init__(self) -> None:
         if self.kind not in KIND_BY_NAME:
@@ -70,17 +69,17 @@ class TowerSpec:
 
     @property
     def has_positions(self) -> bool:
-        """Whether event tokens say how far from the oldest event they are."""
+        """Whether event tokens have a position, counted from the oldest event."""
         return KIND_BY_NAME[self.kind].mixes_events and self.window == 0
 
     @property
     def extends(self) -> bool:
-        """Whether new events can be encoded behind cached ones."""
+        """Whether new events can be encoded on top of cached ones."""
         return KIND_BY_NAME[self.kind].extends
 
     @property
     def events_read(self) -> int:
-        """Events back that a candidate's vector depends on under a sliding window."""
+        """How many newest events a candidate depends on with a sliding window, over all layers."""
         depth = self.num_layers if KIND_BY_NAME[self.kind].mixes_events else 1
         return depth * (self.window - 1) + 1
 
@@ -89,10 +88,10 @@ class Kind(NamedTuple):
     """One kind of encoder.
 
     Attributes:
-        new: an encoder of a spec, for ``max_history`` events in a window and blocks of so many.
+        new: makes an encoder from spec, ``max_history`` and ``block``; see ``new_encoder``.
         slides: whether it can have a sliding window.
-        extends: whether new events can be encoded behind cached ones.
-        mixes_events: whether an event's K/V depends on other events, and on its own place.
+        extends: whether new events can be encoded on top of cached ones.
+        mixes_events: whether an event's K/V depends on other events, and on its own position.
     """
 
     new: Callable[[TowerSpec, int, int], HistoryEncoder]
@@ -106,35 +105,31 @@ def _sizes(spec: TowerSpec) -> tuple[int, int, int, float]:
 
 
 KIND_BY_NAME = {
-    CAUSAL: Kind(lambda spec, *_: CausalEncoder(*_sizes(spec), spec.window), slides=True),
+    CAUSAL: Kind(lambda spec, *_: CausalEncoder(*_sizes(spec), window=spec.window), slides=True),
     BIDIRECTIONAL: Kind(lambda spec, *_: BidirectionalEncoder(*_sizes(spec)), extends=False),
     TARGET_ONLY: Kind(
-        lambda spec, *_: TargetOnlyEncoder(*_sizes(spec), spec.window),
+        lambda spec, *_: TargetOnlyEncoder(*_sizes(spec), window=spec.window),
         slides=True,
         mixes_events=False,
     ),
     HSTU: Kind(
         lambda spec, max_history, _: HSTUEncoder(
-            *_sizes(spec), spec.window or max_history, spec.window
+            *_sizes(spec), max_history=spec.window or max_history, window=spec.window
         ),
         slides=True,
     ),
-    LONGER: Kind(
-        lambda spec, _, block: LongerEncoder(
-            *_sizes(spec), spec.merge, spec.recent, block, spec.num_globals
-        )
-    ),
+    LONGER: Kind(lambda spec, _, block: LongerEncoder(*_sizes(spec), options=spec, block=block)),
 }
 KINDS = tuple(KIND_BY_NAME)
 
 
 def new_encoder(spec: TowerSpec, max_history: int, block: int) -> HistoryEncoder:
-    """A freshly drawn encoder.
+    """Make an encoder with freshly drawn weights.
 
     Args:
-        spec: what it is.
-        max_history: most events of its history that it reads.
-        block: events between two places where that may start.
+        spec: kind and sizes.
+        max_history: maximum events of a history that it reads.
+        block: what it reads starts at a multiple of this many events.
 
     Returns:
         The encoder.
@@ -143,7 +138,7 @@ def new_encoder(spec: TowerSpec, max_history: int, block: int) -> HistoryEncoder
         ConfigError: naming the field, if the sizes do not fit each other.
 
     Example:
-        >>> new_encoder(TowerSpec("longer", 16, 2, 4, merge=4), 256, 64).num_rows(30)
+        >>> new_encoder(TowerSpec("longer", 16, 2, 4, merge=4), 256, 64).num_kv_rows(30)
         12
     """
     return KIND_BY_NAME[spec.kind].new(spec, max_history, block)

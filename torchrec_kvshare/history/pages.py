@@ -1,4 +1,4 @@
-"""K/V of all layers of B users: planes of rows, in pages or one after the other."""
+"""K/V of all layers of B users: planes of rows, in pages or flat."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torchrec_kvshare.attention.operators import UserRows
 
 
 class KVPages(NamedTuple):
-    """Where the K/V of B users is.
+    """The K/V of B users, in pages.
 
     Attributes:
         planes: [planes, P, S, H, D], tables of pages of S rows.
@@ -26,22 +26,22 @@ class KVPages(NamedTuple):
 
 
 def flat_pages(planes: Tensor, row_offsets: Tensor) -> KVPages:
-    """Planes [planes, R, H, D] of users one after the other, as pages of one row."""
+    """Return planes [planes, R, H, D], grouped by user, as pages of one row each."""
     page_ids = torch.arange(planes.size(1), device=planes.device)
     return KVPages(planes.unsqueeze(2), page_ids, row_offsets, row_offsets)
 
 
 def layer_rows(kv: KVPages, depth: int) -> UserRows:
-    """Keys and values of one layer."""
+    """Return keys and values of one layer."""
     key, value = kv.planes[2 * depth], kv.planes[2 * depth + 1]
     return UserRows(key, value, kv.page_ids, kv.page_offsets, kv.row_offsets)
 
 
 def split_users(planes: Tensor, num_rows: list[int]) -> list[Tensor]:
-    """Each user's rows of planes [planes, R, H, D] in which they stand one after the other.
+    """Split planes [planes, R, H, D], grouped by user, into the rows of each user.
 
-    Behind the last user's may be rows that are no user's: an encoder knows on the host how many
-    there are at most.
+    Rows after the last user's are padding and are dropped: an encoder knows on the host only an
+    upper bound of the number of rows.
     """
     return list(torch.split(planes[:, : sum(num_rows)], num_rows, dim=1))
 
@@ -49,11 +49,11 @@ def split_users(planes: Tensor, num_rows: list[int]) -> list[Tensor]:
 def split_histories(
     kv_by_history: Sequence[Tensor], num_rows: Sequence[Sequence[int]]
 ) -> list[list[Tensor]]:
-    """K/V [planes, R, H, D] of each history of each user.
+    """Return K/V [planes, R, H, D] by user, then by history.
 
     Args:
         kv_by_history: of all users, see ``split_users``.
-        num_rows: of each history of each user.
+        num_rows: by user, then by history.
     """
     by_history = zip(*num_rows, strict=True)
     parts = [split_users(kv, [*rows]) for kv, rows in zip(kv_by_history, by_history, strict=True)]
@@ -61,23 +61,23 @@ def split_histories(
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
-    """Offsets [B + 1] of lengths [B]; both int64.
+    """Return offsets [B + 1] of lengths [B]; both int64.
 
     Example:
         >>> offsets_of(torch.tensor([2, 0, 3]))
         tensor([0, 2, 2, 5])
     """
-    # Not padded: a compiled graph's vectors read past the end of what is.
+    # Not F.pad: vectorised code of a compiled graph would read past the end of a padded tensor.
     ends = lengths.to(torch.int64).cumsum(0)
     return torch.cat([ends.new_zeros([1]), ends])
 
 
 def users_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
-    """The user of each row, [R] int64; the last one's for rows that are no user's.
+    """Return the user of each row, [R] int64; padding gets the last user.
 
     Args:
         offsets: [B + 1] int64.
-        num_rows: R, which the host knows.
+        num_rows: R, known on the host; rows after the last offset are padding.
 
     Example:
         >>> users_of_rows(torch.tensor([0, 2, 2, 5]), 6)
@@ -88,16 +88,16 @@ def users_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
     return users.clamp(max=offsets.size(0) - 2)
 
 
-def place_in_user(offsets: Tensor, users: Tensor) -> Tensor:
-    """The place of each row among its user's, [R] int64, from 0."""
+def position_in_user(offsets: Tensor, users: Tensor) -> Tensor:
+    """Return the position of each row among its user's rows, [R] int64, from 0."""
     return torch.arange(users.size(0), device=users.device) - offsets.index_select(0, users)
 
 
-def row_places(kv: KVPages, users: Tensor, place: Tensor) -> Tensor:
-    """Where users' rows [R] are in planes [planes, P x S, H, D]: [R] int64."""
+def row_indices(kv: KVPages, users: Tensor, position: Tensor) -> Tensor:
+    """Return the index of users' rows [R] in planes [planes, P x S, H, D]: [R] int64."""
     page_size = kv.planes.size(2)
-    page = kv.page_offsets.index_select(0, users) + place // page_size
-    # A row that is no user's has no page: it gets a place that is not read.
+    page = kv.page_offsets.index_select(0, users) + position // page_size
+    # Padding has no page: an appended page id keeps its index in range.
     page_ids = torch.cat([kv.page_ids, kv.page_ids.new_zeros([1])])
     page_id = page_ids.index_select(0, page.clamp(max=kv.page_ids.size(0)))
-    return page_id * page_size + place % page_size
+    return page_id * page_size + position % page_size

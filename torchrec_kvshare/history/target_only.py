@@ -1,18 +1,18 @@
 """Target attention only: events do not see each other, candidates see them at every layer.
 
-K/V of every layer comes straight from the event's token, so the token is what is kept: one plane
-instead of two for each layer. Keys and values are projected from it when candidates attend.
+K/V of every layer is a projection of the event's token, so only the token is cached: one plane
+instead of two per layer. Keys and values are projected from it when candidates attend.
 """
 
 from torch import Tensor
 
-from torchrec_kvshare.attention.operators import Sights, UserRows, flat_rows
-from torchrec_kvshare.history.pages import KVPages, place_in_user, row_places, users_of_rows
+from torchrec_kvshare.attention.operators import UserRows, Visibility, flat_rows
+from torchrec_kvshare.history.pages import KVPages, position_in_user, row_indices, users_of_rows
 from torchrec_kvshare.history.transformer import TransformerEncoder
 
 
 class TargetOnlyEncoder(TransformerEncoder):
-    """See ``TransformerEncoder``; the tokens say nothing of their place or of each other.
+    """See ``TransformerEncoder``; event tokens have no positions and do not depend on each other.
 
     Args:
         dim: width E of tokens.
@@ -32,11 +32,11 @@ class TargetOnlyEncoder(TransformerEncoder):
         self.num_planes = 1
 
     def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """Events [T, E] as one plane [1, T, H, D]."""
+        """Return events [T, E] as one plane [1, T, H, D]."""
         return events.unflatten(-1, [self.num_heads, -1]).unsqueeze(0)
 
     def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """New events as one plane; what is cached does not matter to them."""
+        """Return new events as one plane; they do not depend on what is cached."""
         return self.prefill(events, event_offsets)
 
     def attend(
@@ -45,17 +45,17 @@ class TargetOnlyEncoder(TransformerEncoder):
         entered: Tensor,
         candidate_offsets: Tensor,
         kv: KVPages,
-        sights: Sights,
+        visibility: Visibility,
         event_offsets: Tensor,
     ) -> Tensor:
-        """Candidates [C, M, E] through all layers, over the events of their users: [C, M, E]."""
-        # A page table holds other users' events too: only this batch's are projected.
-        users = users_of_rows(event_offsets, sights.row_times.size(0))
-        places = row_places(kv, users, place_in_user(event_offsets, users))
-        events = kv.planes[0].flatten(0, 1).index_select(0, places).flatten(1)
+        """Run candidates [C, M, E] through all layers, over their users' events: [C, M, E]."""
+        # The pages hold other users' events too: only this batch's are projected.
+        users = users_of_rows(event_offsets, visibility.row_times.size(0))
+        rows = row_indices(kv, users, position_in_user(event_offsets, users))
+        events = kv.planes[0].flatten(0, 1).index_select(0, rows).flatten(1)
         layers: list[UserRows] = []
         for layer in self.layers:
             key, value = layer.project_kv(events)
             layers.append(flat_rows(key, value, event_offsets))
-        seen = [sights for _ in layers]
+        seen = [visibility for _ in layers]
         return self.attend_layers(candidates, entered, candidate_offsets, layers, seen)

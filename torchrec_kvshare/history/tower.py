@@ -1,7 +1,7 @@
 """The history tower: an encoder between tokens and one vector per candidate, with no state.
 
-``prefill`` turns the events of all users into K/V, ``extend`` adds the K/V of new events to what is
-cached, ``attend`` turns candidates into one vector each over that K/V. K/V is an argument and a
+``prefill`` turns the events of all users into K/V, ``extend`` adds the K/V of new events to cached
+K/V, ``attend`` turns candidates into one vector each over that K/V. K/V is an argument and a
 result, never an attribute. The training forward is ``prefill`` then ``attend`` over the same K/V:
 what is trained is what is served.
 """
@@ -9,18 +9,18 @@ what is trained is what is served.
 import torch
 from torch import Tensor, nn
 
-from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.history.kinds import TowerSpec, new_encoder
 from torchrec_kvshare.history.pages import KVPages
 
 
 class HistoryTower(nn.Module):
-    """Event tokens into K/V, and candidates of M tokens over it into one vector each.
+    """Turns event tokens into K/V, and candidates of M tokens over it into one vector each.
 
     Args:
-        spec: what the tower is.
-        max_history: most events of its history that it reads.
-        block: events between two places where that may start.
+        spec: kind and sizes.
+        max_history: maximum events of a history that it reads.
+        block: what it reads starts at a multiple of this many events.
 
     Raises:
         ConfigError: naming the field, if the sizes do not fit each other.
@@ -42,31 +42,32 @@ class HistoryTower(nn.Module):
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Planes, heads and head width of the K/V."""
+        """Number of planes, heads and head width of the K/V."""
         return self.encoder.num_planes, self.spec.num_heads, self.dim // self.spec.num_heads
 
     def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """K/V of the histories of all users.
+        """Return the K/V of the histories of all users.
 
         Args:
-            events: [T, E] event tokens, oldest first, users one after the other.
+            events: [T, E] event tokens, grouped by user, oldest first.
             event_offsets: [B + 1] int64, in events.
 
         Returns:
-            [planes, R, H, D], users one after the other, ``encoder.num_rows`` rows for each.
+            [planes, R, H, D], grouped by user, ``encoder.num_kv_rows`` rows for each; rows after
+            the last user's are padding.
         """
         return self.encoder.prefill(self.dropout(events), event_offsets)
 
     def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
-        """K/V of what follows cached rows, as a prefill of the whole history would give it.
+        """Return the K/V that follows cached rows, as a prefill of the whole history would give it.
 
         Args:
-            cached: of each user, the rows of its ``encoder.reusable_events``.
-            events: [T, E] event tokens behind the reusable ones.
+            cached: for each user the rows of its ``encoder.reusable_events``.
+            events: [T, E] tokens of the events after the reusable ones.
             event_offsets: [B + 1] int64, in events.
 
         Returns:
-            [planes, new rows, H, D], users one after the other.
+            [planes, new rows, H, D], grouped by user.
 
         Raises:
             ValueError: if histories of this kind cannot be extended.
@@ -74,7 +75,7 @@ class HistoryTower(nn.Module):
         return self.encoder.extend(cached, self.dropout(events), event_offsets)
 
     def enter(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """What a candidate is before it meets a user, to be computed once for each item.
+        """Compute the part of a candidate that does not depend on the user.
 
         Args:
             candidates: [C, M, E] candidate tokens.
@@ -91,17 +92,17 @@ class HistoryTower(nn.Module):
         entered: Tensor,
         candidate_offsets: Tensor,
         kv: KVPages,
-        sights: Sights,
+        visibility: Visibility,
         event_offsets: Tensor,
     ) -> Tensor:
-        """One vector for each candidate over what it sees of its user's history.
+        """Return one vector for each candidate over the events that it sees of its user's history.
 
         Args:
-            candidates: [C, M, E] rows that ``enter`` gave, users one after the other.
-            entered: their projections.
+            candidates: [C, M, E] rows that ``enter`` gave, grouped by user.
+            entered: their projections, from ``enter`` too.
             candidate_offsets: [B + 1] int64, in candidates.
             kv: of the users' histories, in the same order.
-            sights: when the candidates look, and how much they see; its rows are events.
+            visibility: times, and how many events each candidate sees; its rows are events.
             event_offsets: [B + 1] int64, in events. An encoder that does not take prefixes shows
                 every candidate the whole history.
 
@@ -109,6 +110,6 @@ class HistoryTower(nn.Module):
             [C, E]; differentiable.
         """
         rows = self.encoder.attend(
-            candidates, entered, candidate_offsets, kv, sights, event_offsets
+            candidates, entered, candidate_offsets, kv, visibility, event_offsets
         )
         return self.head(self.norm(rows[:, 0]))

@@ -1,24 +1,24 @@
-"""The pre-norm layer that four of the five encoders are made of, and how candidates pass it.
+"""The pre-norm layer that four of the five encoders are made of, and how candidates run through it.
 
-Nothing on an event's row depends on candidates or on the time of the request, and the scale is
-fixed. Time since an event is a bias on the candidate's side only.
+An event's row does not depend on candidates or on the time of the request, and the scale is fixed.
+The time since an event is a bias on the candidate's attention only.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchrec_kvshare.attention.operators import Sights, UserRows, candidate_attention
-from torchrec_kvshare.history.encoder import Encoder, Projection, check_heads, project_alike
+from torchrec_kvshare.attention.operators import UserRows, Visibility, candidate_attention
+from torchrec_kvshare.history.encoder import Encoder, Projection, check_heads, tie_query_and_key
 from torchrec_kvshare.history.pages import KVPages, layer_rows
 
-# Starting values. With keys projected as queries are, a candidate is most like itself: without a
-# bias towards events its own key would leave them next to nothing, and on Online Retail the history
-# then lost to the plain DLRM.
+# Initial time bias. Query and key projections start tied, so a candidate is most similar to itself:
+# without a bias towards events its own key would take nearly all the weight. On Online Retail the
+# model with history then lost to the plain DLRM.
 START_EVENT_BIAS = 4.0
 
 
 class TransformerLayer(nn.Module):
-    """Projections, norms and feed-forward part of one layer; what attends to what is the encoder's.
+    """Projections, norms and feed-forward part of one layer; the encoder does the attention.
 
     Args:
         dim: model width E.
@@ -44,32 +44,33 @@ class TransformerLayer(nn.Module):
         self.feedforward_in = nn.Linear(dim, 4 * dim)
         self.feedforward_out = nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(dropout)
-        project_alike(self.query_key_value.weight[:dim], self.query_key_value.weight[dim : 2 * dim])
+        weight = self.query_key_value.weight
+        tie_query_and_key(weight[:dim], weight[dim : 2 * dim])
 
     def project(self, rows: Tensor) -> Tensor:
-        """Queries, keys and values side by side, [..., 3E], of rows [..., E]."""
+        """Return queries, keys and values side by side, [..., 3E], of rows [..., E]."""
         return self.query_key_value(self.attention_norm(rows))
 
     def heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [..., H, D], of what ``project`` gave."""
+        """Split ``project``'s result into queries, keys and values, each [..., H, D]."""
         query, key, value = projected.unflatten(-1, [3, self.num_heads, -1]).unbind(-3)
         return query, key, value
 
     def project_kv(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [R, H, D], of rows [R, E] whose queries nobody needs."""
-        projected = self.query_key_value.behind(self.attention_norm(rows), self.dim)
+        """Return keys and values only, each [R, H, D], of rows [R, E]."""
+        projected = self.query_key_value.outputs_from(self.attention_norm(rows), self.dim)
         key, value = projected.unflatten(-1, [2, self.num_heads, -1]).unbind(-3)
         return key, value
 
     def finish(self, rows: Tensor, attended: Tensor) -> Tensor:
-        """Add what was attended to, [..., H, D], then the feed-forward part: [..., E]."""
+        """Add the attention's result [..., H, D], then the feed-forward part: [..., E]."""
         rows = rows + self.dropout(self.attention_out(attended.flatten(-2)))
         hidden = functional.gelu(self.feedforward_in(self.feedforward_norm(rows)))
         return rows + self.dropout(self.feedforward_out(hidden))
 
 
 class TransformerEncoder(Encoder):
-    """Transformer layers whose K/V candidates attend to; the kinds add the history's side.
+    """Transformer layers whose K/V candidates attend to; subclasses add ``prefill`` and ``extend``.
 
     Args:
         dim: width E of tokens.
@@ -96,12 +97,12 @@ class TransformerEncoder(Encoder):
         entered: Tensor,
         candidate_offsets: Tensor,
         kv: KVPages,
-        sights: Sights,
+        visibility: Visibility,
         event_offsets: Tensor,
     ) -> Tensor:
-        """Candidates [C, M, E] through all layers, over the K/V of their users: [C, M, E]."""
+        """Run candidates [C, M, E] through all layers, over the K/V of their users: [C, M, E]."""
         layers = [layer_rows(kv, depth) for depth in range(self.num_layers)]
-        seen = [sights for _ in layers]
+        seen = [visibility for _ in layers]
         return self.attend_layers(candidates, entered, candidate_offsets, layers, seen)
 
     def attend_layers(
@@ -110,9 +111,9 @@ class TransformerEncoder(Encoder):
         entered: Tensor,
         candidate_offsets: Tensor,
         layers: list[UserRows],
-        sights: list[Sights],
+        visibility: list[Visibility],
     ) -> Tensor:
-        """Candidates through all layers, each over its own rows."""
+        """Run candidates through all layers, each layer with its own rows and visibility."""
         rows = candidates
         for depth, layer in enumerate(self.layers):
             projected = entered if depth == 0 else layer.project(rows)
@@ -124,7 +125,7 @@ class TransformerEncoder(Encoder):
                 own_value,
                 candidate_offsets,
                 layers[depth],
-                sights[depth],
+                visibility[depth],
                 time_bias,
                 time_bias[:0],
                 self.window,

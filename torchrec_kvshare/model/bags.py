@@ -1,10 +1,10 @@
 """The ranking stage's own embedding bags, with users' features pooled once per user.
 
-TorchRec's EmbeddingBagCollection takes a batch of user and candidate rows as it is, and expands
+TorchRec's EmbeddingBagCollection takes a batch of user and candidate rows unchanged, and expands
 users to candidates itself. Two collections, one at the users' stride and one at the candidates',
-with one gather after the first, give the same vectors: quantised tables can do it too, which
-TorchRec's expansion cannot, and on CPU the backward of a gather is quick where that of the
-expansion goes value by value.
+with one gather after the first, give the same vectors. Unlike TorchRec's expansion this works with
+quantised tables too, and on CPU the backward of a gather is fast, while the expansion's goes value
+by value.
 """
 
 from functools import partial
@@ -32,10 +32,10 @@ from torchrec_kvshare.features.schema import (
 def batch_of_one_stride(
     keys: list[str], rows: list[JaggedTensor], stride: int
 ) -> KeyedJaggedTensor:
-    """Keys of one stride as a batch that knows its sizes: nothing reads them from a device."""
+    """Make a batch of keys of one stride, with its sizes given: none are read from a device."""
     by_key: dict[str, JaggedTensor] = {}
-    for place, key in enumerate(keys):
-        by_key[key] = rows[place]
+    for index, key in enumerate(keys):
+        by_key[key] = rows[index]
     return KeyedJaggedTensor(
         keys=keys,
         values=torch.cat([bags.values() for bags in rows]),
@@ -47,7 +47,7 @@ def batch_of_one_stride(
 
 
 class OneStride(nn.Module):
-    """Those keys of a batch that have one number of rows, as a batch of their own."""
+    """Selects keys of a batch that have the same number of rows, as a batch of their own."""
 
     def __init__(self, keys: list[str]) -> None:
         super().__init__()
@@ -87,10 +87,10 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
         ]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Pool every feature for every candidate: [C, features x E], users' features first."""
+        """Pool each feature for each candidate: [C, features x E], users' features first."""
         keys, inverse_indices = features.inverse_indices()
         candidate_user = inverse_indices[keys.index(self.user_key)]
-        # By name: a sharded collection returns its features in the order of its shards.
+        # By name: a sharded collection returns its features in shard order.
         users = self.user_bags(self.user_features(features)).to_dict()
         candidates = self.candidate_bags(self.candidate_features(features)).to_dict()
         values: list[Tensor] = []
@@ -106,25 +106,25 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
 
     @torch.jit.ignore
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """All tables, the users' first."""
+        """Return all tables, the users' first."""
         return self._configs
 
     @torch.jit.ignore
     def is_weighted(self) -> bool:
-        """Never: features carry no weights."""
+        """Return False: features have no weights."""
         return False
 
 
 def feature_names(bags: EmbeddingBagCollectionInterface) -> list[str]:
-    """What a collection pools, in the order of its tables."""
+    """Return the features that a collection pools, in the order of its tables."""
     return [key for config in bags.embedding_bag_configs() for key in config.feature_names]
 
 
 def user_candidate_bags(schema: FeatureSchema, dim: int) -> UserCandidateBags:
-    """Tables for a schema: user and context for users, item and attributes for candidates.
+    """Make the tables for a schema: user and context for users, item and attributes for candidates.
 
     Args:
-        schema: which columns there are and how many rows each needs.
+        schema: columns and table sizes.
         dim: width E of every table.
 
     Returns:
@@ -146,7 +146,7 @@ def _tables(
         EmbeddingBagConfig(
             name=f"bag_{table_name(column)}",
             embedding_dim=dim,
-            num_embeddings=schema.num_rows(column),
+            num_embeddings=schema.num_table_rows(column),
             feature_names=[key],
             init_fn=partial(nn.init.normal_, std=dim**-0.5),
         )

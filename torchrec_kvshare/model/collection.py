@@ -1,9 +1,9 @@
 """History attention as one more pooling of an ``EmbeddingBagCollection``.
 
 To everything around it the module is an EBC: ids in, one vector per candidate and feature out; the
-pooled history is the last feature. So TorchRec's ranking models take it as it is. K/V comes either
-from the history in the batch (prefill, then attend) or, through page ids in the batch, from a table
-of pages.
+pooled histories are the last features. So TorchRec's ranking models take it unmodified. K/V comes
+either from the history in the batch (prefill, then attend) or, through page ids in the batch, from
+a table of pages.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import (
     ACTION,
@@ -31,7 +31,7 @@ from torchrec_kvshare.features.schema import (
     USER,
     FeatureSchema,
     candidate_key,
-    first_place_key,
+    first_index_key,
     history_key,
     item_key,
     pages_key,
@@ -44,27 +44,27 @@ from torchrec_kvshare.history.pages import (
     KVPages,
     flat_pages,
     offsets_of,
-    place_in_user,
+    position_in_user,
     users_of_rows,
 )
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.model.bags import batch_of_one_stride, feature_names, user_candidate_bags
 from torchrec_kvshare.model.stages import ATTEND, PREFILL
 
-START_POSITION_SCALE = 0.25  # against the other tables: what an event is matters most
+START_POSITION_SCALE = 0.25  # relative to the other tables: an event's content matters most
 
 
 class TokenFeatures(nn.Module):
     """The keys that tokens are made of, each as one bag of stride 1.
 
-    A sharded EmbeddingCollection expands every key of a VBE batch to candidate rows without a word;
-    with one bag per key there is nothing to expand, and row lengths are taken from the batch
-    itself. A key that the batch does not have gets an empty bag: prefill has no candidates, a
-    cached score no history.
+    A sharded EmbeddingCollection silently expands every key of a VBE batch to candidate rows. With
+    one bag per key there is nothing to expand, and row lengths are taken from the batch itself. A
+    key that is not in the batch gets an empty bag: a prefill batch has no candidates, a batch
+    scored over cached K/V no history.
 
     Args:
-        keys: of all token tables.
-        histories: names; their positions are counted here, from the lengths of their items.
+        keys: the keys of all token tables.
+        histories: names; events' positions are computed here, from the lengths of their items.
     """
 
     position_keys: list[str]
@@ -74,7 +74,7 @@ class TokenFeatures(nn.Module):
         self.keys = keys
         self.position_keys = [position_key(name) for name in histories]
         self.item_keys: list[str] = [history_key(name, ITEM) for name in histories]
-        self.first_keys: list[str] = [first_place_key(name) for name in histories]
+        self.first_keys: list[str] = [first_index_key(name) for name in histories]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         jagged_by_key = features.to_dict(compute_offsets=False)
@@ -94,14 +94,14 @@ class TokenFeatures(nn.Module):
     def positions(
         self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor], history: int
     ) -> Tensor:
-        """Place of each event of a history from the oldest that its user's window holds: [T]."""
+        """Return each event's position, from the oldest event in its user's window: [T]."""
         item_key, first_key = self.item_keys[history], self.first_keys[history]
         if item_key not in jagged_by_key:
             return features.values()[:0]
         events = jagged_by_key[item_key]
         offsets = offsets_of(events.lengths())
         users = users_of_rows(offsets, events.values().size(0))
-        position = place_in_user(offsets, users)
+        position = position_in_user(offsets, users)
         if first_key in jagged_by_key:
             position += jagged_by_key[first_key].values().index_select(0, users)
         return position
@@ -115,10 +115,10 @@ class CandidateTokens(nn.Module):
         num_tokens: 1 for the sum of all columns, or one for the item and one for each attribute.
 
     Raises:
-        ConfigError: if there are neither 1 nor as many tokens as columns.
+        ConfigError: if ``num_tokens`` is neither.
     """
 
-    # TorchScript cannot tell the type of an empty list: a schema may have no multi-valued columns.
+    # TorchScript cannot infer the type of an empty list, and a schema may have no attributes.
     attribute_keys: list[str]
 
     def __init__(self, item_attributes: tuple[str, ...], num_tokens: int) -> None:
@@ -138,8 +138,8 @@ class CandidateTokens(nn.Module):
         item = embedded[self.item_key].values()
         tokens: list[Tensor] = []
         for key in self.attribute_keys:
-            nothing = torch.zeros_like(item) if self.num_tokens > 1 else item
-            token = add_bags(nothing, embedded[key].values(), features[key].lengths())
+            start = torch.zeros_like(item) if self.num_tokens > 1 else item
+            token = add_bags(start, embedded[key].values(), features[key].lengths())
             if self.num_tokens > 1:
                 tokens.append(token)
             else:
@@ -148,17 +148,17 @@ class CandidateTokens(nn.Module):
 
 
 def add_bags(rows: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """Rows [R, E], each plus the sum of its bag of values; ``lengths`` [R] are the bags'."""
+    """Add to each row [R, E] the sum of its bag of values; ``lengths`` [R] are bag lengths."""
     return rows.index_add(0, users_of_rows(offsets_of(lengths), values.size(0)), values)
 
 
-class CandidateUsers(NamedTuple):
-    """Whose the candidates of a batch are, and their order in which users follow each other.
+class CandidateGroups(NamedTuple):
+    """The candidates of a batch, grouped by user.
 
     Attributes:
-        order: [C] int64, the place of each candidate in the batch.
-        requests: [C] int64, the request of each, in that order.
-        users: [C] int64, the history that each looks at, likewise; never falling.
+        order: [C] int64, for each candidate in grouped order, its index in the batch.
+        requests: [C] int64, the request of each candidate, in grouped order.
+        users: [C] int64, the history that each candidate sees, in grouped order; never falling.
         offsets: [B + 1] int64, in candidates.
     """
 
@@ -169,16 +169,16 @@ class CandidateUsers(NamedTuple):
 
 
 class HistoryPooling(nn.Module):
-    """One history's events and K/V into one vector per candidate.
+    """Pools one history into one vector per candidate.
 
     Args:
         tower: the encoder.
-        history: name of what the tower reads.
-        event_keys: of columns with one id per event, the item's first.
-        event_bag_keys: of multi-valued columns of events.
+        history: name of the history that the tower reads.
+        event_keys: keys of columns with one id per event, the item's first.
+        event_bag_keys: keys of multi-valued columns of events.
     """
 
-    # TorchScript sees no module globals: what the forward reads by name are constants of the class.
+    # TorchScript cannot read module globals, so the forward's keys are constants of the class.
     request_time: Final[str] = REQUEST_TIME
     candidate_time: Final[str] = CANDIDATE_TIME
     event_bag_keys: list[str]
@@ -201,7 +201,7 @@ class HistoryPooling(nn.Module):
     def event_tokens(
         self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
     ) -> Tensor:
-        """Sum of what one event is made of: [T, E]."""
+        """Return event tokens, the sum of each event's columns: [T, E]."""
         token = embedded[self.event_keys[0]].values()
         for key in self.event_keys[1:]:
             token = token + embedded[key].values()
@@ -210,13 +210,13 @@ class HistoryPooling(nn.Module):
         return token
 
     def event_offsets(self, features: dict[str, JaggedTensor]) -> Tensor:
-        """Offsets [B + 1] of each history's events in the batch."""
+        """Return the offsets [B + 1] of each user's events."""
         return offsets_of(features[self.time_key].lengths())
 
     def prefill(
         self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
     ) -> Tensor:
-        """K/V of all users' histories: [planes, R, H, D]."""
+        """Return K/V of all users' histories: [planes, R, H, D]."""
         events = self.event_tokens(embedded, features)
         return self.tower.prefill(events, self.event_offsets(features))
 
@@ -227,13 +227,13 @@ class HistoryPooling(nn.Module):
         cached: Tensor,
         cached_rows: Tensor,
     ) -> Tensor:
-        """K/V of new events behind cached rows, ``cached_rows`` [B] of each user."""
+        """Return K/V of new events that follow cached rows; ``cached_rows`` [B] counts these."""
         events = self.event_tokens(embedded, features)
         rows = flat_pages(cached, offsets_of(cached_rows))
         return self.tower.extend(rows, events, self.event_offsets(features))
 
     def read_pages(self, kv_pages: Tensor, features: dict[str, JaggedTensor]) -> KVPages:
-        """K/V of the batch's users in a table of pages [planes, P, S, H, D]."""
+        """Return the K/V of the batch's users in a table of pages [planes, P, S, H, D]."""
         pages = features[self.pages_key]
         row_offsets = self.tower.encoder.row_offsets(self.event_offsets(features))
         return KVPages(kv_pages, pages.values(), offsets_of(pages.lengths()), row_offsets)
@@ -242,35 +242,35 @@ class HistoryPooling(nn.Module):
         self,
         candidates: Tensor,
         entered: Tensor,
-        whose: CandidateUsers,
+        groups: CandidateGroups,
         kv: KVPages,
         features: dict[str, JaggedTensor],
     ) -> Tensor:
-        """One vector per candidate, users one after the other: [C, E]."""
+        """Return one vector per candidate, grouped by user: [C, E]."""
         event_offsets = self.event_offsets(features)
-        visible = event_offsets.diff().index_select(0, whose.users)
+        visible = event_offsets.diff().index_select(0, groups.users)
         if self.visible_key in features:
-            time = features[self.candidate_time].values().index_select(0, whose.order)
+            time = features[self.candidate_time].values().index_select(0, groups.order)
             whole, visible = visible, features[self.visible_key].values()
-            visible = visible.index_select(0, whose.order)
-            # Looked at on a CPU alone: elsewhere that would wait for the device.
+            visible = visible.index_select(0, groups.order)
+            # Checked on a CPU only: elsewhere reading the values would wait for the device.
             is_checked = visible.is_cpu and not self.tower.encoder.takes_prefixes
             if is_checked and not torch.equal(visible, whole):
                 raise ValueError("this encoder shows candidates whole histories, not prefixes")
         else:
-            time = features[self.request_time].values().index_select(0, whose.requests)
-        sights = Sights(features[self.time_key].values(), time, visible)
-        return self.tower.attend(candidates, entered, whose.offsets, kv, sights, event_offsets)
+            time = features[self.request_time].values().index_select(0, groups.requests)
+        visibility = Visibility(features[self.time_key].values(), time, visible)
+        return self.tower.attend(candidates, entered, groups.offsets, kv, visibility, event_offsets)
 
 
 class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """An EmbeddingBagCollection with one more feature for each history, pooled by attention.
 
     Args:
-        bags: the ranking stage's own collection; TorchRec's own kind will do.
+        bags: the ranking stage's own collection; may be TorchRec's EmbeddingBagCollection.
         token_embeddings: tables of the tokens' columns; histories and candidates share the item's.
         towers: an encoder for each history of the schema; their width is that of the pooled vector.
-        schema: which columns events and candidates have.
+        schema: columns of events and candidates.
 
     Raises:
         ConfigError: if the widths of the tables differ from the towers', or a history has no tower.
@@ -279,7 +279,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Vocabulary, Window
         >>> vocabularies = {"user_id": Vocabulary(["u"]), "item_id": Vocabulary(["a", "b"])}
         >>> histories = (History("history", Window(8, 4)),)
-        >>> schema = FeatureSchema(vocabularies, (), False, (), (), histories)
+        >>> schema = FeatureSchema(vocabularies, histories=histories)
         >>> collection = kvshare_collection(schema, TowerSpec("causal", 16, 2, 4))
         >>> [config.feature_names for config in collection.embedding_bag_configs()]
         [['user_id'], ['candidates.item_id'], ['history']]
@@ -287,8 +287,8 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     user_key: Final[str] = USER
     request_history: Final[str] = REQUEST_HISTORY
-    prefill_label: Final[str] = PREFILL
-    attend_label: Final[str] = ATTEND
+    prefill_stage: Final[str] = PREFILL
+    attend_stage: Final[str] = ATTEND
 
     def __init__(
         self,
@@ -300,7 +300,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         super().__init__()
         names = [history.name for history in schema.histories]
         if names != list(towers):
-            raise ConfigError(f"towers are of {list(towers)}; the schema's histories are {names}")
+            raise ConfigError(f"towers are for {list(towers)}; the schema's histories are {names}")
         dim = towers[names[0]].dim
         for config in [*bags.embedding_bag_configs(), *token_embeddings.embedding_configs()]:
             if config.embedding_dim != dim:
@@ -336,7 +336,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     @torch.jit.ignore
     def towers(self) -> list[HistoryTower]:
-        """The encoders, in the order of the schema's histories."""
+        """Return the towers, in the order of the schema's histories."""
         return [p.tower for p in self.poolings if isinstance(p, HistoryPooling)]
 
     def forward(
@@ -348,11 +348,11 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Pool every feature for every candidate.
 
         Args:
-            features: a VBE batch as ``data.batches.assemble`` makes it. Each candidate sees all
-                events of its user, or, with a key ``visible_key``, that many of the oldest.
-            kv_pages: for each history [planes, P, S, H, D]; with them the K/V is read through the
-                keys ``pages`` and the histories' columns, but for the times, are not needed.
-            items: for each history what ``project_candidates`` gave for these candidates; None
+            features: a VBE batch as ``features.batches.assemble`` makes it. Each candidate sees all
+                events of its user or, with a key ``visible_key``, that many of the oldest.
+            kv_pages: for each history [planes, P, S, H, D]. If given, K/V is read through the keys
+                ``pages``, and of the histories' columns only the times are needed.
+            items: for each history the result of ``project_candidates`` for these candidates; None
                 computes it.
 
         Returns:
@@ -360,42 +360,42 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """
         jagged_by_key = features.to_dict(compute_offsets=False)
         embedded = self.token_embeddings(self.token_features(features))
-        whose = self.candidate_users(features, jagged_by_key)
+        groups = self.group_candidates(features, jagged_by_key)
         pooled_bags = self.bags(features).to_dict()
-        # By name: a sharded collection returns its features in the order of its shards.
+        # By name: a sharded collection returns its features in shard order.
         values: list[Tensor] = [pooled_bags[key] for key in self.bag_keys]
         tokens: list[Tensor] = []
         if items is None:
             tokens.append(
-                self.candidate_tokens(embedded, jagged_by_key).index_select(0, whose.order)
+                self.candidate_tokens(embedded, jagged_by_key).index_select(0, groups.order)
             )
-        for place, pooling in enumerate(self.poolings):
+        for index, pooling in enumerate(self.poolings):
             if kv_pages is not None:
-                kv = pooling.read_pages(kv_pages[place], jagged_by_key)
+                kv = pooling.read_pages(kv_pages[index], jagged_by_key)
             else:
-                # Labelled here, not in prefill: who calls that for its own sake has a label there.
-                with torch.autograd.profiler.record_function(self.prefill_label):
+                # Recorded here, not in prefill: callers of prefill record the stage themselves.
+                with torch.autograd.profiler.record_function(self.prefill_stage):
                     planes = pooling.prefill(embedded, jagged_by_key)
                 event_offsets = pooling.event_offsets(jagged_by_key)
                 kv = flat_pages(planes, pooling.tower.encoder.row_offsets(event_offsets))
-            with torch.autograd.profiler.record_function(self.attend_label):
+            with torch.autograd.profiler.record_function(self.attend_stage):
                 if items is None:
                     rows, entered = pooling.tower.enter(tokens[0])
                 else:
-                    both = items[place].index_select(0, whose.order)
+                    both = items[index].index_select(0, groups.order)
                     rows, entered = both[:, :, : pooling.tower.dim], both[:, :, pooling.tower.dim :]
-                pooled = pooling(rows, entered, whose, kv, jagged_by_key)
-            values.append(torch.empty_like(pooled).index_copy(0, whose.order, pooled))
+                pooled = pooling(rows, entered, groups, kv, jagged_by_key)
+            values.append(torch.empty_like(pooled).index_copy(0, groups.order, pooled))
         return KeyedTensor(
             keys=self._output_keys,
             length_per_key=self._output_dims,
             values=torch.cat(values, dim=1),
         )
 
-    def candidate_users(
+    def group_candidates(
         self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor]
-    ) -> CandidateUsers:
-        """The batch's candidates ordered by the history that they look at."""
+    ) -> CandidateGroups:
+        """Group the batch's candidates by the history that they see."""
         keys, inverse_indices = features.inverse_indices()
         request = inverse_indices[keys.index(self.user_key)]
         user = request
@@ -405,17 +405,17 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         num_histories = jagged_by_key[self.first_time_key].lengths().size(0)
         ends = torch.arange(num_histories + 1, device=users.device)
         offsets = torch.searchsorted(users, ends)
-        return CandidateUsers(order, request.index_select(0, order), users, offsets)
+        return CandidateGroups(order, request.index_select(0, order), users, offsets)
 
     @torch.jit.export
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """K/V of all users' histories in the batch.
+        """Return K/V of all users' histories in the batch.
 
         Args:
-            features: the histories' keys; others are not looked at.
+            features: the histories' keys; others are ignored.
 
         Returns:
-            For each history [planes, R, H, D], users one after the other.
+            For each history [planes, R, H, D], grouped by user.
         """
         jagged_by_key = features.to_dict(compute_offsets=False)
         embedded = self.token_embeddings(self.token_features(features))
@@ -425,14 +425,14 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def extend(
         self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
     ) -> list[Tensor]:
-        """K/V of new events on top of what is cached of the events before them.
+        """Return K/V of new events on top of the cached K/V of the events before them.
 
         Args:
-            features: the histories' keys with the new events alone, and with ``first_place``, the
-                place of the first of them in the window.
-            cached: for each history [planes, R, H, D], users one after the other: the rows of
+            features: the histories' keys with the new events alone, and with ``first_index``, the
+                position of the first of them in the window.
+            cached: for each history [planes, R, H, D], grouped by user: the rows of
                 ``reusable_events``.
-            cached_rows: for each history [B] int64, rows of each user.
+            cached_rows: for each history [B] int64, how many of these rows each user has.
 
         Returns:
             For each history [planes, new rows, H, D].
@@ -443,18 +443,18 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         jagged_by_key = features.to_dict(compute_offsets=False)
         embedded = self.token_embeddings(self.token_features(features))
         extended: list[Tensor] = []
-        for place, pooling in enumerate(self.poolings):
+        for index, pooling in enumerate(self.poolings):
             extended.append(
-                pooling.extend(embedded, jagged_by_key, cached[place], cached_rows[place])
+                pooling.extend(embedded, jagged_by_key, cached[index], cached_rows[index])
             )
         return extended
 
     @torch.jit.export
     def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """What candidates are before they meet a user: the same for every request.
+        """Compute the part of candidates that does not depend on the user or request.
 
         Args:
-            features: the candidates' keys; others are not looked at.
+            features: the candidates' keys; others are ignored.
 
         Returns:
             For each history [C, M, 4E or 5E]: tokens and their projections in the first layer.
@@ -468,65 +468,66 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return projected
 
     @torch.jit.export
-    def num_rows(self, num_events: list[int]) -> list[int]:
-        """Rows of K/V that histories of so many events have, in the order of the histories."""
+    def num_kv_rows(self, num_events: list[int]) -> list[int]:
+        """Return how many rows of K/V each history has, given its number of events."""
         rows: list[int] = []
-        for place, pooling in enumerate(self.poolings):
-            rows.append(pooling.tower.encoder.num_rows(num_events[place]))
+        for index, pooling in enumerate(self.poolings):
+            rows.append(pooling.tower.encoder.num_kv_rows(num_events[index]))
         return rows
 
     @torch.jit.export
     def reusable(
         self, num_matched: list[int], cached_events: list[int], num_events: list[int]
     ) -> list[tuple[int, int]]:
-        """What of cached K/V is right for histories that begin as the cached ones do.
+        """Return how much cached K/V is valid for histories with the same beginning.
 
         Args:
-            num_matched: events that the cached and the other history begin with, by history.
-            cached_events: events of the cached histories.
-            num_events: events of the others.
+            num_matched: length of the common prefix of cached and new history, by history.
+            cached_events: length of the cached history, by history.
+            num_events: length of the new history, by history.
 
         Returns:
-            For each history its events, and the rows of K/V that they have.
+            For each history the number of reusable events, and of their rows of K/V.
         """
         reusable: list[tuple[int, int]] = []
-        for place, pooling in enumerate(self.poolings):
+        for index, pooling in enumerate(self.poolings):
             events = pooling.tower.encoder.reusable_events(
-                num_matched[place], cached_events[place], num_events[place]
+                num_matched[index], cached_events[index], num_events[index]
             )
             reusable.append((events, pooling.tower.encoder.reusable_rows(events)))
         return reusable
 
     @torch.jit.ignore
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The ranking stage's tables, and one entry for each pooled history."""
+        """Return the ranking stage's tables, and one entry for each pooled history."""
         return self._configs
 
     @torch.jit.ignore
     def is_weighted(self) -> bool:
-        """Never: the attention makes its own weights."""
+        """Return False: features have no weights."""
         return False
 
 
 def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[EmbeddingConfig]:
-    """Tables of the tokens: what events and candidates have in common they share.
+    """Make the token tables; events and candidates share the tables of common columns.
 
-    All but positions start on one scale: TorchRec's own start shrinks with the number of rows, and
-    in a sum of columns the item would drown among columns of few values.
+    All tables but positions are initialised on one scale. TorchRec's default shrinks with the
+    number of rows: in a sum of columns the item would be small next to columns of few values.
 
     Args:
-        schema: which columns there are and how many rows each needs.
+        schema: columns and table sizes.
         dim: width E of every table.
-        has_positions: whether event tokens say how far from the oldest event they are.
+        has_positions: whether event tokens have a position, counted from the oldest event.
     """
-    vocabulary_of_column = {column: column for column in schema.event_columns}
-    vocabulary_of_column |= {column: item_key(column) for column in schema.item_attributes}
+    vocabulary_by_column = {column: column for column in schema.event_columns}
+    vocabulary_by_column |= {column: item_key(column) for column in schema.item_attributes}
     tables = []
-    for column, vocabulary in vocabulary_of_column.items():
+    for column, vocabulary in vocabulary_by_column.items():
         keys = [history_key(history.name, column) for history in schema.histories]
         keys += [candidate_key(column)] if column != ACTION else []
         name = table_name(vocabulary)
-        tables.append(_token_table(name, dim, schema.num_rows(vocabulary), keys, dim**-0.5))
+        num_rows = schema.num_table_rows(vocabulary)
+        tables.append(_token_table(name, dim, num_rows, keys=keys, std=dim**-0.5))
     if has_positions:
         for history in schema.histories:
             tables.append(
@@ -534,19 +535,19 @@ def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[E
                     f"position_{table_name(history.name)}",
                     dim,
                     history.window.max_history,
-                    [position_key(history.name)],
-                    START_POSITION_SCALE * dim**-0.5,
+                    keys=[position_key(history.name)],
+                    std=START_POSITION_SCALE * dim**-0.5,
                 )
             )
     return tables
 
 
 def kvshare_collection(schema: FeatureSchema, spec: TowerSpec) -> KVShareEmbeddingBagCollection:
-    """The collection for a schema, every table as wide as its towers.
+    """Make the collection for a schema; every table is as wide as the towers.
 
     Args:
-        schema: which columns and histories there are, and how many rows each column needs.
-        spec: of the towers, one for each history.
+        schema: columns, table sizes and histories.
+        spec: of the towers, one tower for each history.
 
     Returns:
         A collection with freshly drawn weights.

@@ -1,9 +1,9 @@
-"""Embedding tables in fewer bits: TorchRec's own quantised collections in the places of a model's.
+"""Quantised embedding tables: replaces a model's collections by TorchRec's quantised ones.
 
-``torchrec.inference.modules`` quantises and shards; dense weights stay as they are. Each collection
-is traced alone, before its first run, and becomes scriptable by it. A quantised bag collection has
-no inverse indices (torchrec issue 1894), so it must be fed at one stride, as those of
-``bags.UserCandidateBags`` are; token tables are fed one bag per key.
+``torchrec.inference.modules`` quantises and shards; dense weights stay unchanged. Each collection
+is traced by itself before its first run, which makes it scriptable. A quantised bag collection does
+not handle inverse indices (torchrec issue 1894), so its batch must have one stride, as those of
+``bags.UserCandidateBags`` have; token tables get one bag per key.
 """
 
 import copy
@@ -46,9 +46,9 @@ WEIGHT_DTYPE_BY_NAME = {
     "int4": torch.quint4x2,
 }
 TABLE_DTYPES = (FLOAT32, *WEIGHT_DTYPE_BY_NAME)
-# A row's scale and bias are float16 behind its numbers, which must fill whole pairs of bytes.
+# A row's scale and bias are float16 after its values, which must fill a multiple of two bytes.
 WIDTH_MULTIPLE_BY_NAME = {"float16": 1, "int8": 2, "int4": 4}
-# Upstream's defaults keep scale and bias apart, which float16 tables have not.
+# TorchRec's defaults store scale and bias separately, and float16 tables have none.
 FUSED_PARAMS = {FUSED_PARAM_REGISTER_TBE_BOOL: True}
 SHARDERS: list[ModuleSharder[Any]] = [
     QuantEmbeddingBagCollectionSharder(FUSED_PARAMS),
@@ -60,7 +60,7 @@ Tables = EmbeddingBagCollection | EmbeddingCollection
 
 @torch.fx.wrap
 def without_negative_rows(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """The same batch; refused if it holds a negative row, which fbgemm takes for a pruned one."""
+    """Return the batch; raise ValueError on a negative row, which fbgemm takes for a pruned row."""
     if features.values().numel() > 0 and int(features.values().min()) < 0:
         for key in features.keys():  # noqa: SIM118  # a KeyedJaggedTensor is no dictionary
             rows = features[key].values()
@@ -70,12 +70,12 @@ def without_negative_rows(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
 
 
 class OrderedBags(nn.Module):
-    """A bag collection that pools in the order of its configs: sharding puts rank before rank.
+    """A bag collection whose output has the order of its configs: sharding orders by rank.
 
     Args:
         tables: quantised, maybe sharded.
-        keys: in the order wanted.
-        dims: width of each.
+        keys: in output order.
+        dims: width of each key.
     """
 
     def __init__(self, tables: nn.Module, keys: list[str], dims: list[int]) -> None:
@@ -91,7 +91,7 @@ class OrderedBags(nn.Module):
 
 
 class RowsByKey(nn.Module):
-    """An embedding collection whose types TorchScript can read: a sharded one takes anything."""
+    """An embedding collection with types that TorchScript needs: a sharded one has none."""
 
     def __init__(self, tables: nn.Module) -> None:
         super().__init__()
@@ -102,19 +102,19 @@ class RowsByKey(nn.Module):
 
 
 def quantise_tables(model: RankingModel, dtype: str) -> RankingModel:
-    """A model over tables in another dtype; what it computes is called and scripted as before.
+    """Return a model with its tables in another dtype; it is called and scripted as before.
 
     Args:
-        model: with float tables; it stays as it is.
+        model: with float tables; it is not changed.
         dtype: of ``TABLE_DTYPES``. int8 and int4 keep a scale and a bias for each row.
 
     Returns:
-        A new model with weights of its own; for ``float32`` the one given.
+        A new model with weights of its own; for ``float32`` the given model.
 
     Raises:
         ConfigError: if there is no such dtype, if a table's width does not fit it, if the tables
-            are quantised already, or if the model's bags are TorchRec's own over users and
-            candidates.
+            are quantised already, or if the model's bags are one EmbeddingBagCollection over users
+            and candidates.
     """
     if dtype == FLOAT32:
         return model
@@ -123,19 +123,19 @@ def quantise_tables(model: RankingModel, dtype: str) -> RankingModel:
 
 
 def shard_tables(model: RankingModel, dtype: str, world_size: int) -> RankingModel:
-    """A model over quantised tables that are spread over the ranks of one process, on CPU.
+    """Return a model with quantised tables sharded over the ranks of one process, on CPU.
 
-    A rank gets whole tables, which is how ``shard_quant_model`` shards bags unless told otherwise.
-    Shards of rows or columns do not work: it leaves their weights to ``assign_weights_to_tbe``,
-    which hands the whole table to each of them.
+    A rank gets whole tables, as ``shard_quant_model`` shards bags by default. Shards of rows or
+    columns do not work: their weights come from ``assign_weights_to_tbe``, which gives the whole
+    table to each shard.
 
     Args:
-        model: with float tables; it stays as it is.
-        dtype: of ``TABLE_DTYPES`` but ``float32``.
+        model: with float tables; it is not changed.
+        dtype: of ``TABLE_DTYPES`` except ``float32``.
         world_size: ranks, at least 1.
 
     Returns:
-        A new model, whose scores are those of ``quantise_tables`` to the bit.
+        A new model, with the scores of ``quantise_tables`` to the bit.
 
     Raises:
         ConfigError: as ``quantise_tables``, if ``dtype`` is ``float32``, or if ``world_size`` is
@@ -149,7 +149,7 @@ def shard_tables(model: RankingModel, dtype: str, world_size: int) -> RankingMod
 
 
 def table_bytes(model: nn.Module) -> int:
-    """Bytes of a model's embedding tables: numbers, and of quantised rows scale, bias, padding."""
+    """Return the bytes of a model's tables, including scale, bias and padding of quantised rows."""
     num_bytes = 0
     for module in model.modules():
         if isinstance(module, Tables):
@@ -166,13 +166,13 @@ def _check(model: RankingModel, dtype: str) -> None:
         )
     if isinstance(model.collection.bags, EmbeddingBagCollection):
         raise ConfigError(
-            "the model's bags are one EmbeddingBagCollection over users and candidates; quantised "
-            "it has no inverse indices and mixes up their rows (torchrec issue 1894); "
+            "the model's bags are one EmbeddingBagCollection over users and candidates; quantised, "
+            "it ignores inverse indices and mixes up their rows (torchrec issue 1894); "
             "UserCandidateBags, one collection for each, is allowed"
         )
     configs = [config for tables in _tables_of(model) for config in _configs(tables)]
     if not configs:
-        raise ConfigError("the model has no float tables; quantised ones are not quantised again")
+        raise ConfigError("the model has no float tables; quantised tables are not quantised again")
     multiple = WIDTH_MULTIPLE_BY_NAME[dtype]
     for config in configs:
         if config.embedding_dim % multiple:
@@ -193,17 +193,17 @@ def _configs(tables: Tables) -> Sequence[BaseEmbeddingConfig]:
 
 
 def _replace_tables(model: RankingModel, replace: Callable[[Tables], nn.Module]) -> RankingModel:
-    """A copy of the model with other modules in the places of its tables, traced."""
+    """Copy the model with its tables replaced by other modules, traced."""
     traced_by_id = {id(tables): _traced(tables, replace(tables)) for tables in _tables_of(model)}
-    # What deepcopy finds in its memo it takes for the copy, so that no float table is copied along.
+    # deepcopy takes objects in its memo as already copied, so that no float table is copied.
     return copy.deepcopy(model, traced_by_id)
 
 
 def _quantised(tables: Tables, dtype: str) -> nn.Module:
-    # The copy is for upstream, which leaves its settings on what it quantises.
+    # A copy, because TorchRec leaves attributes on the module that it quantises.
     holder = nn.Sequential(copy.deepcopy(tables))
     with warnings.catch_warnings():
-        # What upstream quantises with is deprecated in torch.
+        # TorchRec quantises with an API that is deprecated in torch.
         warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
         quantize_inference_model(holder, quantization_dtype=WEIGHT_DTYPE_BY_NAME[dtype])
     return holder[0]
@@ -225,12 +225,13 @@ def _sharded(tables: Tables, dtype: str, world_size: int) -> nn.Module:
         constraints={config.name: whole_tables for config in _configs(tables)},
     )
     assign_weights_to_tbe(holder, weights_by_table)
-    holder(_nothing(_keys(tables)))  # The parts that spread keys over ranks are made in a run.
+    # The first run makes the modules that distribute keys over ranks.
+    holder(_empty_batch(_keys(tables)))
     return holder[0]
 
 
 def _traced(tables: Tables, quantised: nn.Module) -> nn.Module:
-    """Quantised tables as a graph that TorchScript reads, their bytes in its state."""
+    """Trace quantised tables to a scriptable graph with their bytes in its state."""
     root: nn.Module = RowsByKey(quantised)
     if isinstance(tables, EmbeddingBagCollection):
         dims = [c.embedding_dim for c in _configs(tables) for _ in c.feature_names]
@@ -243,10 +244,10 @@ def _traced(tables: Tables, quantised: nn.Module) -> nn.Module:
 
 
 def _own_weights(tables: IntNBitTableBatchedEmbeddingBagsCodegen) -> None:
-    """Make the bytes of tables a part of their state, and a row that they have not an error.
+    """Register the bytes of tables as buffers, and make an unknown row an error.
 
-    Upstream keeps them as a plain attribute: two models that differ in them alone would have equal
-    states, and K/V of one would pass for that of the other. A wrong row it reads as row 0.
+    fbgemm keeps them as a plain attribute: two models that differ only in their tables would have
+    equal states, and K/V of one would pass for K/V of the other. It reads an unknown row as row 0.
     """
     for name in ("weights_host", "weights_dev"):
         weights = getattr(tables, name)
@@ -259,15 +260,15 @@ def _keys(tables: Tables) -> list[str]:
     return [key for config in _configs(tables) for key in config.feature_names]
 
 
-def _nothing(keys: list[str]) -> KeyedJaggedTensor:
-    """A batch of one row without ids."""
+def _empty_batch(keys: list[str]) -> KeyedJaggedTensor:
+    """Make a batch of one row without ids."""
     lengths = torch.zeros(len(keys), dtype=torch.int64)
     return KeyedJaggedTensor(keys, torch.empty(0, dtype=torch.int64), lengths=lengths, stride=1)
 
 
 @contextmanager
 def _devices_propagated() -> Iterator[None]:
-    """Upstream's switch of the process, without which sharded tables look for a GPU."""
+    """Set TorchRec's global device propagation, without which sharded tables look for a GPU."""
     before = get_propogate_device()
     set_propogate_device(True)
     try:

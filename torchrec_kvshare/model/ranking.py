@@ -1,9 +1,8 @@
 """An unmodified TorchRec ranking model, with the K/V it reads as an argument.
 
-The model is given to us whole and calls its EmbeddingBagCollection with the features alone. Tracing
-it with our collection as a leaf lets K/V pages and projected items become two more inputs of the
-same computation, so that scoring is a function of tensors: nothing is set on a module between
-calls.
+The model calls its EmbeddingBagCollection with the features only. It is traced with our collection
+as a leaf, and the collection's call gets two more inputs: K/V pages and projected items. So scoring
+is a function of tensors, and nothing is set on a module between calls.
 """
 
 from typing import Protocol, cast
@@ -32,7 +31,7 @@ ITEMS = "items"
 
 
 def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
-    """The same model with two more inputs, which its KVShareEmbeddingBagCollection is handed.
+    """Return the model with two more inputs, passed on to its KVShareEmbeddingBagCollection.
 
     Args:
         model: a ranking model called as ``model(dense_features, sparse_features)``.
@@ -68,29 +67,29 @@ def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
 
 
 class RankingFunctions(Protocol):
-    """What an engine asks of a model, eager or exported."""
+    """The functions of a ranking model that an engine calls, eager or exported."""
 
     def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Logits [C], histories encoded on the way."""
+        """Return logits [C]; the histories in the batch are encoded too."""
 
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """For each history K/V [planes, R, H, D]."""
+        """Return K/V [planes, R, H, D] of each history."""
 
     def extend(
         self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
     ) -> list[Tensor]:
-        """For each history K/V of new events behind cached rows."""
+        """Return K/V of new events that follow cached rows, for each history."""
 
-    def num_rows(self, num_events: list[int]) -> list[int]:
-        """Rows of K/V of histories of so many events, in the order of the histories."""
+    def num_kv_rows(self, num_events: list[int]) -> list[int]:
+        """Return how many rows of K/V each history has, given its number of events."""
 
     def reusable(
         self, num_matched: list[int], cached_events: list[int], num_events: list[int]
     ) -> list[tuple[int, int]]:
-        """For each history events and rows of cached K/V that are right for another history."""
+        """Return how many events and rows of cached K/V are valid for each new history."""
 
     def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """For each history what candidates are before they meet a user."""
+        """Return the part of candidates that does not depend on the user, for each history."""
 
     def score(
         self,
@@ -99,11 +98,11 @@ class RankingFunctions(Protocol):
         kv_pages: list[Tensor],
         items: list[Tensor] | None = None,
     ) -> Tensor:
-        """Logits [C] over K/V in pages."""
+        """Return logits [C] over K/V in pages."""
 
 
 class RankingModel(nn.Module):
-    """What a ranking model with history computes: tensors in, tensors out, no state.
+    """The functions of a ranking model with history: tensors in, tensors out, no state.
 
     Args:
         model: an unmodified ranking model that holds one KVShareEmbeddingBagCollection.
@@ -122,36 +121,36 @@ class RankingModel(nn.Module):
         )
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Logits [C], the histories in the batch encoded on the way: one prefill per request."""
+        """Return logits [C]; the batch's histories are encoded too, one prefill per request."""
         return self.ranker(dense, features, None, None).squeeze(1)
 
     @torch.jit.export
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """For each history K/V [planes, R, H, D] of the histories in the batch."""
+        """Return K/V [planes, R, H, D] of each history in the batch."""
         return self.collection.prefill(features)
 
     @torch.jit.export
     def extend(
         self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
     ) -> list[Tensor]:
-        """For each history K/V of new events; see ``KVShareEmbeddingBagCollection.extend``."""
+        """Return K/V of new events; see ``KVShareEmbeddingBagCollection.extend``."""
         return self.collection.extend(features, cached, cached_rows)
 
     @torch.jit.export
     def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """For each history what candidates are before they meet a user, [C, M, 4E or 5E]."""
+        """Return for each history [C, M, 4E or 5E]; see ``KVShareEmbeddingBagCollection``."""
         return self.collection.project_candidates(features)
 
     @torch.jit.export
-    def num_rows(self, num_events: list[int]) -> list[int]:
-        """Rows of K/V of histories of so many events, in the order of the histories."""
-        return self.collection.num_rows(num_events)
+    def num_kv_rows(self, num_events: list[int]) -> list[int]:
+        """Return how many rows of K/V each history has, given its number of events."""
+        return self.collection.num_kv_rows(num_events)
 
     @torch.jit.export
     def reusable(
         self, num_matched: list[int], cached_events: list[int], num_events: list[int]
     ) -> list[tuple[int, int]]:
-        """For each history events and rows; see ``KVShareEmbeddingBagCollection.reusable``."""
+        """Return events and rows; see ``KVShareEmbeddingBagCollection.reusable``."""
         return self.collection.reusable(num_matched, cached_events, num_events)
 
     @torch.jit.export
@@ -162,29 +161,29 @@ class RankingModel(nn.Module):
         kv_pages: list[Tensor],
         items: list[Tensor] | None = None,
     ) -> Tensor:
-        """Logits [C] over K/V read from pages through the histories' keys ``pages``."""
+        """Return logits [C] over K/V read from pages through the histories' keys ``pages``."""
         return self.ranker(dense, features, kv_pages, items).squeeze(1)
 
 
 def dlrm_with_history(schema: FeatureSchema, spec: TowerSpec, top_mlp: list[int]) -> DLRM:
-    """TorchRec's DLRM with the pooled histories as further features.
+    """Make TorchRec's DLRM with the pooled histories as additional features.
 
     Args:
         schema: columns and table sizes.
-        spec: of the towers; its width is that of every table and of the dense arch's result.
+        spec: of the towers; every table and the dense arch's output have its width.
         top_mlp: widths of the over arch, the last of them 1.
 
     Returns:
         An unmodified ``torchrec.models.dlrm.DLRM``.
     """
     collection = kvshare_collection(schema, spec)
-    # DLRM's annotation names the class, but it uses the interface only.
+    # DLRM's annotation names the class, but it uses only the interface.
     bags = cast(EmbeddingBagCollection, collection)
     return DLRM(bags, schema.num_dense, [spec.dim, spec.dim], top_mlp)
 
 
 def split_tables(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's state: dense weights, and embedding tables."""
+    """Split a model's state into dense weights and embedding tables."""
     collections = (
         EmbeddingBagCollection,
         EmbeddingCollection,
@@ -203,7 +202,7 @@ def split_tables(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
 
 def takes_prefixes(model: nn.Module) -> bool:
-    """Whether candidates at different times may see prefixes of one prefill, in every history."""
+    """Return whether candidates may see prefixes of one prefill, in every history."""
     return all(
         tower.encoder.takes_prefixes
         for module in model.modules()
@@ -213,6 +212,6 @@ def takes_prefixes(model: nn.Module) -> bool:
 
 
 def plain_dlrm(schema: FeatureSchema, dim: int, top_mlp: list[int]) -> DLRM:
-    """The same DLRM without a history, for comparison."""
+    """Make the same DLRM without a history, for comparison."""
     bags = cast(EmbeddingBagCollection, user_candidate_bags(schema, dim))
     return DLRM(bags, schema.num_dense, [dim, dim], top_mlp)

@@ -1,4 +1,4 @@
-"""Names of the stages of a request, as they stand in profiles, traces and metrics."""
+"""Names of the stages of a request, as profiles, traces and metrics show them."""
 
 LOOKUP = "kvshare/lookup"
 PREFILL = "kvshare/prefill"

@@ -1,7 +1,7 @@
 """A user encoded once and scored piece by piece: candidates come one at a time, in groups, or all.
 
-For callers that hold a user's K/V themselves: as each candidate's features become ready it is
-scored, here or in another process that loads what this one saved.
+For callers that hold a user's K/V themselves: the server scores long requests and streams this way,
+and a process may load what another one saved.
 """
 
 import json
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.codecs import get_codec
-from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of
+from torchrec_kvshare.cache.identity import NO_CONTEXT, ModelVersion, PrefixDigests, identity_of
+from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.record import KVRecord, pack, unpack
 from torchrec_kvshare.errors import RecordError
 from torchrec_kvshare.features.parse import parse_candidates, parse_user
@@ -27,76 +28,72 @@ CODEC = get_codec("float32")
 
 
 class EncodedUser:
-    """K/V of a user's histories, and what else of the user its candidates are scored with.
+    """K/V of one user's histories, held by the caller.
+
+    The histories are encoded (or copied out of the engine's store) at the first score, and again
+    after the model's weights changed.
 
     Args:
-        engine: of the model that the K/V is of.
-        raw: the user's request; its candidates are not read.
-        kv_by_history: as ``Engine.encode`` gives them.
-
-    Raises:
-        RequestError: if the user cannot be read.
+        engine: of the model.
+        user: as ``parse_user`` or ``parse_request`` returns it; its candidates are not read.
     """
 
-    def __init__(
-        self, engine: Engine, raw: Mapping[str, Any], kv_by_history: Sequence[Tensor]
-    ) -> None:
-        self._engine = engine
-        self._raw = dict(raw)
-        self._user = parse_user(raw, engine.schema)
-        self._kv_by_history = kv_by_history
-        self._version = engine.version
+    def __init__(self, engine: Engine, user: Request) -> None:
+        self.engine = engine
+        self.user = user
+        self._version: ModelVersion | None = None
+        self._kv_by_history: Sequence[Tensor] = ()
+        self._use: CacheUse | None = None
+
+    @property
+    def use(self) -> CacheUse:
+        """What the cache did when the user was encoded; not before the first score."""
+        assert self._use is not None
+        return self._use
+
+    def kv_by_history(self) -> Sequence[Tensor]:
+        """K/V [planes, R, H, D] of each history, of the model's present weights."""
+        self.engine.renew_if_changed()
+        if self._version != self.engine.version:
+            self._kv_by_history, self._use = self.engine.encode(self.user)
+            self._version = self.engine.version
+        return self._kv_by_history
+
+    def score(self, request: Request, first_candidate: int = 0) -> list[float]:
+        """Score candidates of a parsed request.
+
+        Args:
+            request: the user's request with some of its candidates.
+            first_candidate: index of the first of them among all.
+
+        Returns:
+            Probabilities, in the order of the candidates.
+
+        Raises:
+            ScoreError: listing the candidates whose scores are not finite.
+        """
+        return self.engine.score_with(request, self.kv_by_history(), first_candidate)
 
     def predict(self, candidates: Mapping[str, Any], time: int | None = None) -> list[float]:
-        """Score some candidates.
+        """Score raw candidates.
 
         Args:
             candidates: columns as in a request.
-            time: Unix seconds of the request; that of the user's request by default.
+            time: Unix seconds of the request; by default that of the user's request.
 
         Returns:
             Probabilities, in the order of the candidates.
 
         Raises:
             RequestError: naming the column, what came and what was allowed.
-            ScoreError: naming the candidates whose scores are not finite.
+            ScoreError: listing the candidates whose scores are not finite.
         """
         raw = {"candidates": candidates} | ({} if time is None else {"time": time})
-        request = parse_candidates(raw, self._user, self._engine.schema)
-        self._encode_anew_if_changed()
-        return self._engine.score_with(request, self._kv_by_history)
-
-    def save(self, path: Path) -> None:
-        """Write the user and its K/V to a file, whole or not at all.
-
-        Raises:
-            RecordError: if the K/V is not finite.
-        """
-        self._encode_anew_if_changed()
-        packets = [
-            pack(KVRecord(digests.content, steady_clock()(), kv), self._user.user_id, CODEC, None)
-            for digests, kv in zip(
-                _digests(self._engine, self._user), self._kv_by_history, strict=True
-            )
-        ]
-        raw = {name: value for name, value in self._raw.items() if name != "candidates"}
-        head = json.dumps(
-            {"user": raw, "lengths": [len(packet) for packet in packets]}, allow_nan=False
-        )
-        written = path.with_name(f".{path.name}.new")
-        written.write_bytes(b"".join([head.encode(), b"\n", *packets]))
-        os.replace(written, path)
-
-    def _encode_anew_if_changed(self) -> None:
-        """K/V of weights that the model no longer has is of no use."""
-        self._engine.renew_if_changed()
-        if self._engine.version != self._version:
-            self._kv_by_history = self._engine.encode(self._user).kv_by_history
-            self._version = self._engine.version
+        return self.score(parse_candidates(raw, self.user, self.engine.schema))
 
 
 def encode_user(engine: Engine, raw: Mapping[str, Any]) -> EncodedUser:
-    """Encode a user's histories, or find them in the engine's store.
+    """Encode a user's histories, or copy their K/V out of the engine's store.
 
     Args:
         engine: with a store or without.
@@ -105,11 +102,39 @@ def encode_user(engine: Engine, raw: Mapping[str, Any]) -> EncodedUser:
     Raises:
         RequestError: naming the column, what came and what was allowed.
     """
-    return EncodedUser(engine, raw, engine.encode(parse_user(raw, engine.schema)).kv_by_history)
+    user = EncodedUser(engine, parse_user(raw, engine.schema))
+    user.kv_by_history()
+    return user
+
+
+def save_user(user: EncodedUser, raw: Mapping[str, Any], path: Path) -> None:
+    """Write a user and its K/V to a file, whole or not at all.
+
+    Args:
+        user: encoded.
+        raw: the request that it was parsed from; candidates are left out.
+        path: the file; replaced if it exists.
+
+    Raises:
+        RecordError: if the K/V is not finite.
+    """
+    kv_by_history = user.kv_by_history()
+    packets = [
+        pack(KVRecord(digests.content, steady_clock()(), kv), user.user.user_id, CODEC, None)
+        for digests, kv in zip(_digests(user.engine, user.user), kv_by_history, strict=True)
+    ]
+    without_candidates = {name: value for name, value in raw.items() if name != "candidates"}
+    head = json.dumps(
+        {"user": without_candidates, "lengths": [len(packet) for packet in packets]},
+        allow_nan=False,
+    )
+    written = path.with_name(f".{path.name}.new")
+    written.write_bytes(b"".join([head.encode(), b"\n", *packets]))
+    os.replace(written, path)
 
 
 def load_user(engine: Engine, path: Path) -> EncodedUser:
-    """Read a user that ``EncodedUser.save`` wrote.
+    """Read a user that ``save_user`` wrote.
 
     Args:
         engine: of the same model version.
@@ -126,23 +151,25 @@ def load_user(engine: Engine, path: Path) -> EncodedUser:
     except (LookupError, TypeError, ValueError) as error:
         raise RecordError(f"{path} does not read as an encoded user: {error}") from error
     kv_by_history = []
-    first = 0
+    start = 0
     digests_by_history = _digests(engine, user)
-    rows = engine.model.num_rows([digests.num_events for digests in digests_by_history])
+    rows = engine.model.num_kv_rows([digests.num_events for digests in digests_by_history])
     for digests, num_rows, length in zip(digests_by_history, rows, lengths, strict=False):
-        packet = packets[first : first + length]
+        packet = packets[start : start + length]
         record = unpack(packet, user.user_id, digests.identity, CODEC, None)
         if record.content != digests.content or record.kv.size(1) != num_rows:
             raise RecordError(f"{path} holds K/V that is not of the history beside it")
         kv_by_history.append(record.kv)
-        first += length
-    if first != len(packets) or len(kv_by_history) != len(engine.schema.histories):
-        raise RecordError(f"{path} is {len(packets)} bytes of K/V; {first} are those of a user")
-    return EncodedUser(engine, raw, kv_by_history)
+        start += length
+    if start != len(packets) or len(kv_by_history) != len(engine.schema.histories):
+        raise RecordError(f"{path} is {len(packets)} bytes of K/V; {start} are those of a user")
+    loaded = EncodedUser(engine, user)
+    loaded._kv_by_history, loaded._version = kv_by_history, engine.version
+    return loaded
 
 
 def _digests(engine: Engine, user: Request) -> list[PrefixDigests]:
-    """What the K/V of each history is of."""
+    """Identity and content of each history's K/V."""
     return [
         PrefixDigests(
             user.events_by_history[history.name],

@@ -1,7 +1,7 @@
-"""The only place where cache meets model: look up, prefill or extend what misses, expand, score.
+"""The engine: the only place where cache meets model.
 
-The model is a function of tensors and the cache keeps K/V; this file hands one to the other. Every
-fault of the cache is a recomputation, so scores never depend on what it holds.
+Look up K/V, encode or extend what is missing, let candidates attend to it, rank. Every fault of the
+cache leads to encoding the history again, so scores never depend on what the cache holds.
 """
 
 import json
@@ -10,12 +10,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_kvshare.cache.identity import (
     NO_CONTEXT,
@@ -29,38 +28,37 @@ from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.leases import CacheUse, Lease, Wanted, acquire, not_cached
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.errors import ConfigError, ScoreError
-from torchrec_kvshare.features.bags import Bags
 from torchrec_kvshare.features.batches import (
+    RequestBatch,
     collate,
     collate_candidates,
     collate_history,
     collate_tails,
-    user_of_candidates,
-    with_key,
+    with_pages,
 )
 from torchrec_kvshare.features.parse import UNKNOWN_IDS
-from torchrec_kvshare.features.request import Events, Request, distinct_histories, unknown_ids
-from torchrec_kvshare.features.schema import FeatureSchema, RawId, pages_key
+from torchrec_kvshare.features.request import Events, Request, unknown_ids
+from torchrec_kvshare.features.schema import FeatureSchema, RawId
 from torchrec_kvshare.history.pages import split_histories
 from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
 from torchrec_kvshare.model.stages import EXPAND, PREFILL, SCORE
 
 CACHE_OFF = "cache_off"
-logger = logging.getLogger(__name__)
+MAX_NAMED = 10  # candidates without a score that an error lists
 
-MAX_NAMED = 10  # candidates without a score that an error names
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores of one request, candidates in the order they came, as probabilities.
+    """Scores of one request.
 
     Attributes:
         request_id: of the request.
-        scores: one for each candidate.
-        model_version: that scored.
-        cache: what it did.
-        unknown_ids: by column, where the request asked for them.
+        scores: probabilities, one for each candidate, in the order they came.
+        model_version: the model that scored.
+        cache: what the cache did.
+        unknown_ids: their number by column, if the request asked for it.
     """
 
     request_id: str | int | None
@@ -82,47 +80,35 @@ class Answer:
 
 @dataclass(frozen=True)
 class Unscored:
-    """What stands in the place of an answer whose scores are not all finite numbers.
+    """Stands in place of an answer if a score of the request is not finite.
 
     Attributes:
-        error: naming the candidates.
-        cache: what the cache did for it.
+        error: lists the candidates.
+        cache: what the cache did.
     """
 
     error: ScoreError
     cache: CacheUse
 
 
-class Encoded(NamedTuple):
-    """K/V of one user, in no cache's hands.
-
-    Attributes:
-        kv_by_history: [planes, R, H, D] of each history.
-        use: how much of it was in the store.
-    """
-
-    kv_by_history: list[Tensor]
-    use: CacheUse
-
-
 class Engine:
-    """Score requests, their histories encoded once per user while the store holds them.
+    """Score requests; each user's history is encoded once while the store holds its K/V.
 
     Args:
-        model: the ranking functions; read only.
+        model: the ranking functions; the engine never changes them.
         schema: the model's columns.
-        store: where K/V is kept between requests; None shares it within a request only.
-        items: where projected candidates are kept; None projects them anew.
-        version: stands in every answer and in the identity of K/V. None: digests of the model's
-            weights, which takes a pass over all of them.
-        no_store: why there is no store, for the answers.
+        store: keeps K/V between requests; None shares K/V within a request only.
+        items: keeps projected candidates; None projects them in every request.
+        version: part of every answer and of the identity of K/V. None takes digests of the model's
+            weights, which reads all of them once.
+        no_store: the reason that answers give for not using a cache.
 
     Attributes:
-        version: of the weights as they were when they were last looked at.
+        version: the model's version when its weights were last read.
 
     Raises:
-        ConfigError: if the store keeps K/V apart by a context column that the schema has not, or
-            the version is a word of the caller's, or there is none and the model is no
+        ConfigError: if the store separates K/V by a context column that the schema lacks, if the
+            version is a word made up by the caller, or if it is None and the model is not a
             ``RankingModel``.
     """
 
@@ -157,17 +143,17 @@ class Engine:
 
     @property
     def model_version(self) -> str:
-        """What answers call the model: ``<model>-<tables>``."""
+        """The version as answers show it: ``<model>-<tables>``."""
         return str(self.version)
 
     def renew(self) -> None:
-        """Read the model's weights again: K/V of what they were before is not used any more.
+        """Read the model's weights again, so that K/V of the old weights is not used any more.
 
-        Weights that were changed in place, as an optimizer's step and ``load_state_dict`` do it,
-        are noticed without it. Not while requests are scored.
+        In-place changes, as an optimizer's step or ``load_state_dict`` make them, are noticed
+        without it. Do not call it while requests are scored.
 
         Raises:
-            ConfigError: if the model is no ``RankingModel``.
+            ConfigError: if the model is not a ``RankingModel``.
         """
         num_changes = self._count_changes()
         self.version = _version_of(self.model, self.schema)
@@ -177,31 +163,33 @@ class Engine:
             self.items.clear()
 
     def renew_if_changed(self) -> None:
-        """Renew if the weights were changed in place since they were last looked at."""
+        """Call ``renew`` if the weights were changed in place since they were last read."""
         if self._count_changes() != self._num_changes:
             self.renew()
-            logger.warning("the weights were changed; the model is %s now", self.model_version)
-
-    def _count_changes(self) -> int:
-        return sum(weight._version for weight in self._weights)
+            logger.warning("the weights changed; the model is now %s", self.model_version)
 
     def rank(self, requests: Sequence[Request]) -> list[Answer]:
-        """Score requests in one batch, all or none; safe to call from several threads.
+        """Score requests in one batch, all or none; may be called from several threads.
 
         Args:
-            requests: parsed requests; users may repeat, candidates may be none.
+            requests: parsed requests; users may repeat, a request may have no candidates.
 
         Returns:
             One answer per request, in their order.
 
         Raises:
-            ScoreError: of the first request with a score that is not finite.
+            ScoreError: for the first request with a score that is not finite.
         """
-        return [_scored(answer) for answer in self.rank_each(requests)]
+        answers: list[Answer] = []
+        for answer in self.rank_each(requests):
+            if isinstance(answer, Unscored):
+                raise answer.error
+            answers.append(answer)
+        return answers
 
     @torch.no_grad()
     def rank_each(self, requests: Sequence[Request]) -> list[Answer | Unscored]:
-        """Score requests in one batch, each by itself: one that has no score fails alone.
+        """Score requests in one batch; a request without finite scores fails alone.
 
         Args:
             requests: as for ``rank``.
@@ -212,46 +200,75 @@ class Engine:
         if not requests:
             return []
         self.renew_if_changed()
+        batch = RequestBatch(requests)
         if self.store is None:
-            uses = [not_cached(request.num_events, self.no_store) for request in requests]
-            return self._answers(requests, self._score_uncached(requests), uses)
-        with self._leased(requests, self.store) as leases:
-            scores = self._score_leased(requests, leases, self.store)
-            return self._answers(requests, scores, [lease.use for lease in leases])
+            uses = [not_cached(request.num_events, self.no_store) for request in batch]
+            return self._answers(batch, self._score_uncached(batch), uses)
+        with self._leased(batch, self.store) as leases:
+            scores = self._score_leased(batch, leases, self.store)
+            return self._answers(batch, scores, [lease.use for lease in leases])
 
     @torch.no_grad()
     def prefetch(self, users: Sequence[Request]) -> None:
-        """Bring the K/V of users to the device before they are ranked, encoded if it is nowhere.
+        """Bring users' K/V into pages before they are ranked; encode what no tier has.
 
         Args:
-            users: as ``parse_user`` gives them; candidates are not read.
+            users: as ``parse_user`` returns them; candidates are not read.
         """
         self.renew_if_changed()
         if self.store is not None:
-            with self._leased(users, self.store):
+            with self._leased(RequestBatch(users), self.store):
                 pass
 
     @torch.no_grad()
-    def encode(self, user: Request) -> Encoded:
-        """The K/V of a user, taken out of the store or into it.
+    def encode(self, user: Request) -> tuple[list[Tensor], CacheUse]:
+        """Copy a user's K/V out of the store, or encode it (and keep it there).
 
         Args:
-            user: as ``parse_user`` gives it; candidates are not read.
+            user: as ``parse_user`` returns it; candidates are not read.
+
+        Returns:
+            K/V [planes, R, H, D] of each history, and what the cache did.
         """
         self.renew_if_changed()
         use = not_cached(user.num_events, self.no_store)
         if self.store is not None:
-            with self._leased([user], self.store) as [lease]:
+            with self._leased(RequestBatch([user]), self.store) as [lease]:
                 if lease.is_admitted:
-                    return Encoded(lease.copies(), lease.use)
+                    return lease.copies(), lease.use
                 use = lease.use
         planes = self.model.prefill(collate_history([user], self.schema).sparse_features)
-        num_rows = self.model.num_rows(user.num_events_by_history)
-        return Encoded(split_histories(planes, [num_rows])[0], use)
+        return split_histories(planes, [self.model.num_kv_rows(user.num_events_by_history)])[0], use
+
+    @torch.no_grad()
+    def score_with(
+        self, request: Request, kv_by_history: Sequence[Tensor], first_candidate: int = 0
+    ) -> list[float]:
+        """Score candidates over K/V that the caller holds.
+
+        Args:
+            request: of its events only the times are read.
+            kv_by_history: [planes, R, H, D] of each history.
+            first_candidate: index of its first candidate, where the request is a part of another.
+
+        Returns:
+            Probabilities, in the order of the candidates.
+
+        Raises:
+            ScoreError: listing the candidates whose scores are not finite.
+        """
+        scores = self._score_kv(request, kv_by_history)
+        _check_scores(request, scores, first_candidate)
+        return scores
+
+    def answer(self, request: Request, scores: list[float], use: CacheUse) -> Answer:
+        """The answer to a request, with the reports it asked for."""
+        unknown = unknown_ids(request) if UNKNOWN_IDS in request.report else None
+        return Answer(request.request_id, scores, self.model_version, use, unknown)
 
     def events_to_encode(self, request: Request) -> int:
-        """An estimate, without a look-up: none of a user that the device knows, else all."""
-        if self.store is not None and self.store.knows(request.user_id):
+        """Estimate without a look-up: 0 for a user that has pages, else all events."""
+        if self.store is not None and self.store.contains(request.user_id):
             return 0
         return request.num_events
 
@@ -260,24 +277,26 @@ class Engine:
         return {} if self.store is None else self.store.forget(user_id)
 
     def close(self) -> None:
-        """Let go of the store; see ``KVStore.close``."""
+        """Close the store; see ``KVStore.close``."""
         if self.store is not None:
             self.store.close()
 
+    def _count_changes(self) -> int:
+        return sum(weight._version for weight in self._weights)
+
     @contextmanager
-    def _leased(self, requests: Sequence[Request], store: KVStore) -> Iterator[list[Lease]]:
-        """K/V of every request; those of one user and history share a lease, as they share rows."""
-        firsts, row_of_request = distinct_histories(requests)
-        users = [requests[first] for first in firsts]
+    def _leased(self, batch: RequestBatch, store: KVStore) -> Iterator[list[Lease]]:
+        """Lease the K/V of every request; requests that share their histories share the lease."""
+        users = batch.users
 
         def encode(leases: list[Lease]) -> list[list[Tensor]]:
             with record_function(PREFILL):
                 return self._encode([users[lease.index] for lease in leases], leases)
 
-        store.metrics.count("hits_by_scope", len(requests) - len(users), scope="request")
+        store.metrics.count("hits_by_scope", len(batch) - len(users), scope="request")
         wanted = [self._wanted(user, store) for user in users]
         with acquire(store, self.model, wanted, encode) as leases:
-            yield [leases[row] for row in row_of_request]
+            yield [leases[user] for user in batch.user_of_request]
 
     def _wanted(self, user: Request, store: KVStore) -> Wanted:
         context = _context_digest(user, store.context)
@@ -290,34 +309,32 @@ class Engine:
         return Wanted(user.user_id, digests, user.came_at)
 
     def _encode(self, users: Sequence[Request], leases: Sequence[Lease]) -> list[list[Tensor]]:
-        """The K/V that leases lack, all of it in one batch."""
+        """Encode all K/V that the leases lack, in one batch."""
         if any(one.kept_rows for lease in leases for one in lease.histories):
             kv_by_history = self._extend(users, leases)
         else:
             kv_by_history = self.model.prefill(collate_history(users, self.schema).sparse_features)
         new_rows = []
         for user, lease in zip(users, leases, strict=True):
-            num_rows = self.model.num_rows(user.num_events_by_history)
-            kept = [one.kept_rows for one in lease.histories]
-            new_rows.append(
-                [rows - of_these for rows, of_these in zip(num_rows, kept, strict=True)]
-            )
+            num_rows = self.model.num_kv_rows(user.num_events_by_history)
+            kept_rows = [one.kept_rows for one in lease.histories]
+            new_rows.append([rows - kept for rows, kept in zip(num_rows, kept_rows, strict=True)])
         return split_histories(kv_by_history, new_rows)
 
     def _extend(self, users: Sequence[Request], leases: Sequence[Lease]) -> list[Tensor]:
         tails: list[dict[str, Events]] = [{} for _ in users]
-        first_places: dict[str, list[int]] = {}
+        first_indices: dict[str, list[int]] = {}
         cached, cached_rows = [], []
         for number, history in enumerate(self.schema.histories):
             of_history = [lease.histories[number] for lease in leases]
-            first_places[history.name] = [one.kept_events for one in of_history]
+            first_indices[history.name] = [one.kept_events for one in of_history]
             for tail, user, one in zip(tails, users, of_history, strict=True):
                 events = user.events_by_history[history.name]
                 tail[history.name] = events.part(one.kept_events, events.num_events)
             rows = [lease.cached_rows(number) for lease in leases]
             cached.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
             cached_rows.append(torch.tensor([one.kept_rows for one in of_history]))
-        batch = collate_tails(tails, first_places, self.schema)
+        batch = collate_tails(tails, first_indices, self.schema)
         return self.model.extend(batch.sparse_features, cached, cached_rows)
 
     def _answers(
@@ -336,90 +353,88 @@ class Engine:
                 answers.append(self.answer(request, of_request, use))
         return answers
 
-    def answer(self, request: Request, scores: list[float], use: CacheUse) -> Answer:
-        """A request's scores, and what it asked to be told beside them."""
-        unknown = unknown_ids(request) if UNKNOWN_IDS in request.report else None
-        return Answer(request.request_id, scores, self.model_version, use, unknown)
-
-    @torch.no_grad()
-    def score_with(
-        self, request: Request, kv_by_history: Sequence[Tensor], first_candidate: int = 0
-    ) -> list[float]:
-        """Probabilities of a request's candidates over K/V that lies in no cache.
-
-        Args:
-            request: its events are not read, but for their times.
-            kv_by_history: [planes, R, H, D] of each history.
-            first_candidate: place of its first candidate, where it is a part of others.
-
-        Raises:
-            ScoreError: naming the candidates whose scores are not finite.
-        """
-        scores = self._score_kv(request, kv_by_history)
-        _check_scores(request, scores, first_candidate)
+    def _score_leased(
+        self, batch: RequestBatch, leases: Sequence[Lease], store: KVStore
+    ) -> list[list[float]]:
+        """Score over pages, over K/V that the store had no room for, or without a cache."""
+        scores: list[list[float]] = [[] for _ in batch]
+        in_pages = [row for row, lease in enumerate(leases) if lease.pages is not None]
+        # Requests that share their histories share a lease: one list of pages for each of them.
+        distinct = dict.fromkeys(leases[row] for row in in_pages)
+        pages_by_user = [lease.pages or [] for lease in distinct]
+        tables = [cache.pool.kv_pages for cache in store.caches]
+        pages_by_history = [*zip(*pages_by_user, strict=True)]
+        of_pages = self._score_pages(batch.select(in_pages), pages_by_history, tables)
+        uncached = [row for row, lease in enumerate(leases) if not lease.is_admitted]
+        of_uncached = self._score_uncached(batch.select(uncached))
+        for row, of_request in zip([*in_pages, *uncached], [*of_pages, *of_uncached], strict=True):
+            scores[row] = of_request
+        for row, lease in enumerate(leases):
+            if lease.kv_by_history is not None:
+                scores[row] = self._score_kv(batch[row], lease.kv_by_history)
         return scores
 
     def _score_kv(self, request: Request, kv_by_history: Sequence[Tensor]) -> list[float]:
-        # A history's K/V is a table of one page.
+        # Each history's K/V is a table of one page.
         pages = [[[0] if kv.size(1) else []] for kv in kv_by_history]
         tables = [kv.unsqueeze(1) for kv in kv_by_history]
-        return self._score_pages([request], pages, tables)[0]
-
-    def _score_leased(
-        self, requests: Sequence[Request], leases: Sequence[Lease], store: KVStore
-    ) -> list[list[float]]:
-        """Scores over K/V in pages, K/V that the store had no room for, or none at all."""
-        scores: list[list[float]] = [[] for _ in requests]
-        in_pages = [place for place, lease in enumerate(leases) if lease.pages is not None]
-        chosen = [requests[place] for place in in_pages]
-        firsts, _ = distinct_histories(chosen)
-        pages_by_user = [leases[in_pages[first]].pages or [] for first in firsts]
-        tables = [cache.pool.kv_pages for cache in store.caches]
-        in_order = self._score_pages(chosen, [*zip(*pages_by_user, strict=True)], tables)
-        for place, of_request in zip(in_pages, in_order, strict=True):
-            scores[place] = of_request
-        nowhere = [place for place, lease in enumerate(leases) if not lease.is_admitted]
-        in_order = self._score_uncached([requests[place] for place in nowhere])
-        for place, of_request in zip(nowhere, in_order, strict=True):
-            scores[place] = of_request
-        for place, lease in enumerate(leases):
-            if lease.kv_by_history is not None:
-                scores[place] = self._score_kv(requests[place], lease.kv_by_history)
-        return scores
+        return self._score_pages(RequestBatch([request]), pages, tables)[0]
 
     def _score_pages(
         self,
-        requests: Sequence[Request],
+        batch: RequestBatch,
         pages_by_history: Sequence[Sequence[list[int]]],
-        tables: list[Tensor],
+        tables: Sequence[Tensor],
     ) -> list[list[float]]:
-        """Probabilities over K/V in tables of pages, those of each distinct history."""
-        if not any(request.num_candidates for request in requests):
-            return [[] for _ in requests]
-        with record_function(EXPAND):
-            batch = collate_candidates(requests, self.schema)
-            features = batch.sparse_features
-            candidate_user = user_of_candidates(requests)
-            for history, pages in zip(self.schema.histories, pages_by_history, strict=True):
-                features = expand(features, history.name, pages, candidate_user)
-            items = None
-            if self.items is not None:
-                items = self.items.project(features, self.model.project_candidates)
-        with record_function(SCORE):
-            logits = self.model.score(batch.dense_features, features, tables, items)
-        return _probabilities(requests, logits)
+        if not any(request.num_candidates for request in batch):
+            return [[] for _ in batch]
+        logits = score_pages(
+            self.model, batch, self.schema, pages_by_history, tables, items=self.items
+        )
+        return _probabilities(batch, logits)
 
-    def _score_uncached(self, requests: Sequence[Request]) -> list[list[float]]:
-        if not any(request.num_candidates for request in requests):
-            return [[] for _ in requests]
-        batch = collate(requests, self.schema)
+    def _score_uncached(self, batch: RequestBatch) -> list[list[float]]:
+        if not any(request.num_candidates for request in batch):
+            return [[] for _ in batch]
+        collated = collate(batch, self.schema)
         with record_function(SCORE):
-            logits = self.model(batch.dense_features, batch.sparse_features)
-        return _probabilities(requests, logits)
+            logits = self.model(collated.dense_features, collated.sparse_features)
+        return _probabilities(batch, logits)
+
+
+def score_pages(
+    model: RankingFunctions,
+    requests: Sequence[Request],
+    schema: FeatureSchema,
+    pages_by_history: Sequence[Sequence[list[int]]],
+    tables: Sequence[Tensor],
+    *,
+    items: ItemCache | None = None,
+) -> Tensor:
+    """Score requests over K/V in tables of pages.
+
+    Args:
+        model: the ranking functions.
+        requests: at least one, with at least one candidate among them.
+        schema: the model's columns.
+        pages_by_history: for each history the page ids of each of ``RequestBatch.users``, oldest
+            rows first.
+        tables: for each history its pages [planes, P, S, H, D].
+        items: keeps projected candidates between requests; None projects them here.
+
+    Returns:
+        Logits [C].
+    """
+    with record_function(EXPAND):
+        batch = collate_candidates(requests, schema)
+        features = with_pages(batch.sparse_features, schema, pages_by_history)
+        projected = None if items is None else items.project(features, model.project_candidates)
+    with record_function(SCORE):
+        return model.score(batch.dense_features, features, [*tables], projected)
 
 
 def _weights_of(model: RankingFunctions) -> list[Tensor]:
-    """Those whose changes PyTorch counts."""
+    """The weights whose in-place changes PyTorch counts."""
     if not isinstance(model, nn.Module):
         return []
     return [w for w in (*model.parameters(), *model.buffers()) if not w.is_inference()]
@@ -428,32 +443,10 @@ def _weights_of(model: RankingFunctions) -> list[Tensor]:
 def _version_of(model: RankingFunctions, schema: FeatureSchema) -> ModelVersion:
     if not isinstance(model, RankingModel):
         raise ConfigError(
-            f"{type(model).__name__} has no version; a RankingModel is its weights' own, and an "
-            "artifact's stands in its manifest"
+            f"{type(model).__name__} has no version; a RankingModel's weights have digests, an "
+            "artifact's manifest has a version"
         )
     return version_of(model, schema)
-
-
-def expand(
-    features: KeyedJaggedTensor,
-    history: str,
-    pages_by_user: Sequence[list[int]],
-    candidate_user: Tensor,
-) -> KeyedJaggedTensor:
-    """Give every candidate its user's K/V: one key more, whose values are page ids.
-
-    Args:
-        features: candidates and users as ``collate_candidates`` makes them.
-        history: whose pages they are.
-        pages_by_user: page ids of each user's history, oldest rows first.
-        candidate_user: [C] int64, the user of each candidate.
-
-    Returns:
-        The features with the history's key ``pages`` at the users' stride. No K/V is copied.
-    """
-    pages = torch.tensor([page for pages in pages_by_user for page in pages], dtype=torch.int64)
-    lengths = torch.tensor([len(pages) for pages in pages_by_user])
-    return with_key(features, pages_key(history), Bags(pages, lengths), candidate_user)
 
 
 def _context_digest(request: Request, columns: Sequence[str]) -> str:
@@ -470,19 +463,13 @@ def _probabilities(requests: Sequence[Request], logits: Tensor) -> list[list[flo
 
 
 def _check_scores(request: Request, scores: Sequence[float], first_candidate: int = 0) -> None:
-    """Refuse scores that are no finite numbers, by their candidates' places."""
+    """Refuse scores that are not finite, listing their candidates' indices."""
     if all(map(math.isfinite, scores)):
         return
-    wrong = [place for place, score in enumerate(scores) if not math.isfinite(score)]
-    named = ", ".join(str(first_candidate + place) for place in wrong[:MAX_NAMED])
+    wrong = [index for index, score in enumerate(scores) if not math.isfinite(score)]
+    listed = ", ".join(str(first_candidate + index) for index in wrong[:MAX_NAMED])
     more = f" and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
     raise ScoreError(
-        f"the model gave no finite score for candidates {named}{more} of request "
+        f"the model gave no finite score for candidates {listed}{more} of request "
         f"{request.request_id}"
     )
-
-
-def _scored(answer: Answer | Unscored) -> Answer:
-    if isinstance(answer, Unscored):
-        raise answer.error
-    return answer

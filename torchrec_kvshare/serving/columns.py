@@ -1,7 +1,7 @@
-"""Raw requests as named tensors, for protocols that carry tensors and no JSON.
+"""Raw requests as named tensors, for protocols that carry tensors.
 
-Ids stay raw, as in the JSON format; an empty text is JSON's null. Here names, datatypes and lengths
-are checked, so that the tensors can be cut into requests; ``parse_request`` checks what they hold.
+Ids stay raw, as in the JSON format; an empty text is JSON's null. This file checks names, datatypes
+and lengths, so that the tensors can be cut into requests; ``parse_request`` checks the values.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.errors import RequestError
+from torchrec_kvshare.features.decode import cut, shown
 from torchrec_kvshare.features.ids import is_integer_id
 from torchrec_kvshare.features.parse import UNKNOWN_IDS, Ragged
 from torchrec_kvshare.features.schema import (
@@ -43,18 +44,18 @@ DATATYPE_BY_DTYPE = {dtype: datatype for datatype, dtype in DTYPE_BY_DATATYPE.it
 
 INTEGER_IDS, TEXT_IDS = (INT64, BYTES, FP64, BOOL), (BYTES, INT64, FP64, BOOL)
 FLOATS = (FP32, FP64)
-PLACE_OF_FIRST = history_key(HISTORY, FIRST_EVENT)
+FIRST_EVENT_COLUMN = history_key(HISTORY, FIRST_EVENT)
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """One tensor that comes in or goes out.
+    """One input or output tensor.
 
     Attributes:
-        name: as messages have it.
-        datatypes: names of the Open Inference Protocol; the metadata tells the first.
-        shape: sizes, -1 for one that requests decide.
-        is_optional: whether a message may come without it.
+        name: in messages.
+        datatypes: allowed names of the Open Inference Protocol; the metadata name the first.
+        shape: sizes, -1 for a size that depends on the request.
+        is_optional: whether a message may omit it.
     """
 
     name: str
@@ -65,14 +66,13 @@ class ColumnSpec:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Most that may come, whatever the model would read of it.
+    """The most that one message or request may hold, whatever the model reads of it.
 
     Attributes:
-        requests: in one message.
+        requests: of one message.
         candidates: of one request.
         events: of one request, before its history is cut to the window.
-        values: ids of one request in one multi-valued column, all its events' or candidates'
-            together.
+        values: ids of one request in one multi-valued column, over all events or candidates.
     """
 
     requests: int
@@ -82,7 +82,7 @@ class RequestLimits:
 
 
 def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
-    """The tensors that requests to a model are made of.
+    """Return the input tensors of a model.
 
     ::
 
@@ -91,7 +91,7 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
         # context.<column>.values, .lengths                      [ids], [B]
         # history.item_id.values, .lengths; action, time alike   [T], [B]
         # history.<attribute>.values, .lengths                   [ids], [T]
-        # history.first_event, which may be missing              [B]
+        # history.first_event, optional                          [B]
         # candidates.item_id.values, .lengths; floats alike      [C], [B]
         # candidates.<attribute>.values, .lengths                [ids], [C]
 
@@ -99,8 +99,8 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
         schema: the model's columns.
 
     Returns:
-        The specifications, in the order above. The first datatype of ids is BYTES where the
-        vocabulary has a text that is no integer.
+        The specifications, in the order above. The first datatype of ids is BYTES if the vocabulary
+        has a text that is no integer.
     """
 
     def ids(key: str) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
     for column in schema.item_attributes:
         add(history_key(HISTORY, column), ids(item_key(column)))
     if not any(history.actions for history in schema.histories):
-        specs.append(ColumnSpec(PLACE_OF_FIRST, (INT64,), is_optional=True))
+        specs.append(ColumnSpec(FIRST_EVENT_COLUMN, (INT64,), is_optional=True))
     add(candidate_key(ITEM), ids(ITEM))
     for column in schema.item_floats:
         add(candidate_key(column), FLOATS)
@@ -131,7 +131,7 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
 
 
 def output_specs() -> list[ColumnSpec]:
-    """The tensors that answers are made of: scores of all candidates, and what the cache did."""
+    """Return the output tensors: scores of all candidates, and what the cache did."""
     return [
         ColumnSpec("scores", (FP64,)),
         ColumnSpec("scores.lengths", (INT64,)),
@@ -147,24 +147,24 @@ def output_specs() -> list[ColumnSpec]:
 def column_tensors(
     raws: Sequence[Mapping[str, Any]], schema: FeatureSchema
 ) -> dict[str, NDArray[Any]]:
-    """Raw requests as the tensors that ``column_specs`` names, in its order.
+    """Convert raw requests to the tensors of ``column_specs``, in its order.
 
     Args:
-        raws: such as ``parse_request`` takes; of a fraction of a second nothing is kept.
+        raws: as ``parse_request`` takes them; fractions of a second are cut off.
         schema: the model's columns.
 
     Returns:
-        Tensors by name. A column of integers alone is INT64; one with anything else, or an integer
-        beyond 64 bits, is BYTES. ``history.first_event`` is there if any request says it.
+        Tensors by name. A column of integers only is INT64; one with anything else, or an integer
+        beyond 64 bits, is BYTES. ``history.first_event`` is there if any request has it.
 
     Raises:
-        RequestError: if a text has no UTF-8, or an id is no finite number.
+        RequestError: if a text has no UTF-8 form, or an id is not a finite number.
 
     Example:
         >>> from torchrec_kvshare.features.schema import History, Vocabulary, Window
         >>> vocabularies = {"user_id": Vocabulary([]), "item_id": Vocabulary([])}
         >>> histories = (History("history", Window(8, 4)),)
-        >>> schema = FeatureSchema(vocabularies, (), False, (), (), histories)
+        >>> schema = FeatureSchema(vocabularies, histories=histories)
         >>> raw = {"user_id": 7, "time": 50, "history": {"item_id": [3, 9], "time": [10, 40]},
         ...        "candidates": {"item_id": ["new", None]}}
         >>> for name, tensor in column_tensors([raw], schema).items():
@@ -197,7 +197,8 @@ def column_tensors(
         add(context_key(column), [_cell(raw["context"][column]) for raw in raws])
     add_group(HISTORY, (*schema.event_columns, TIME))
     if any(FIRST_EVENT in raw[HISTORY] for raw in raws):
-        tensors[PLACE_OF_FIRST] = _integers([raw[HISTORY].get(FIRST_EVENT) or 0 for raw in raws])
+        first_events = [raw[HISTORY].get(FIRST_EVENT) or 0 for raw in raws]
+        tensors[FIRST_EVENT_COLUMN] = _integers(first_events)
     add_group("candidates", (ITEM, *schema.item_floats))
     return tensors
 
@@ -205,15 +206,15 @@ def column_tensors(
 def raw_requests(
     tensors: Mapping[str, NDArray[Any]], schema: FeatureSchema, max_requests: int
 ) -> list[dict[str, Any]]:
-    """The raw requests that tensors hold, for ``parse_request`` to check what they say.
+    """Cut tensors into raw requests, whose values ``parse_request`` checks.
 
     Args:
-        tensors: by name, those of ``column_specs``; elements of an object array are bytes.
+        tensors: by the names of ``column_specs``; elements of an object array are bytes.
         schema: the model's columns.
-        max_requests: most that one message may hold.
+        max_requests: of one message.
 
     Returns:
-        One request for each element of ``user_id``, without a ``request_id``. Columns of texts are
+        One request per element of ``user_id``, without a ``request_id``. Columns of texts are
         lists, others arrays or ``Ragged``.
 
     Raises:
@@ -221,17 +222,15 @@ def raw_requests(
     """
     _check_inputs(tensors, column_specs(schema))
     num_requests = tensors[USER].size
-    first_events = tensors.get(PLACE_OF_FIRST, np.zeros(num_requests, np.int64))
+    first_events = tensors.get(FIRST_EVENT_COLUMN, np.zeros(num_requests, np.int64))
     if not 1 <= num_requests <= max_requests:
         raise RequestError(
-            f"{USER} has {num_requests} elements; 1 to {max_requests} are allowed, "
-            "one for each request"
+            f"{USER} has {num_requests} elements; 1 to {max_requests} are allowed, one per request"
         )
-    for name, tensor in ((TIME, tensors[TIME]), (PLACE_OF_FIRST, first_events)):
+    for name, tensor in ((TIME, tensors[TIME]), (FIRST_EVENT_COLUMN, first_events)):
         if tensor.size != num_requests:
             raise RequestError(
-                f"{name} has {tensor.size} elements; {USER} has {num_requests}, and they are one "
-                "for each request"
+                f"{name} has {tensor.size} elements; {USER} has {num_requests}, one per request"
             )
     context = {c: _rows(tensors, context_key(c), num_requests) for c in schema.context}
     history = _group(tensors, HISTORY, (*schema.event_columns, TIME), schema, num_requests)
@@ -241,22 +240,22 @@ def raw_requests(
         {
             USER: user_id,
             TIME: time,
-            "context": {column: _plain(rows[place]) for column, rows in context.items()},
-            "history": {column: rows[place] for column, rows in history.items()}
-            | {FIRST_EVENT: int(first_events[place])},
-            "candidates": {column: rows[place] for column, rows in candidates.items()},
+            "context": {column: _as_list(rows[row]) for column, rows in context.items()},
+            "history": {column: rows[row] for column, rows in history.items()}
+            | {FIRST_EVENT: int(first_events[row])},
+            "candidates": {column: rows[row] for column, rows in candidates.items()},
         }
-        for place, (user_id, time) in enumerate(
-            zip(_plain(_listed(tensors, USER)), tensors[TIME].tolist(), strict=True)
+        for row, (user_id, time) in enumerate(
+            zip(_as_list(_listed(tensors, USER)), tensors[TIME].tolist(), strict=True)
         )
     ]
 
 
 def raw_candidates(tensors: Mapping[str, NDArray[Any]], schema: FeatureSchema) -> dict[str, Any]:
-    """The candidates that tensors hold, of a user who came before.
+    """Convert the tensors of one group of candidates, whose user came before.
 
     Args:
-        tensors: by name, those of ``column_specs`` that are of candidates.
+        tensors: by the names of ``column_specs``, of candidates only.
         schema: the model's columns.
 
     Returns:
@@ -272,13 +271,16 @@ def raw_candidates(tensors: Mapping[str, NDArray[Any]], schema: FeatureSchema) -
 
 
 def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
-    """Answers as the tensors that ``output_specs`` names, in its order.
+    """Convert answers to the tensors of ``output_specs``, in its order.
 
-    Behind them ``unknown_ids``, each element a JSON object, where the requests asked for it.
+    ``unknown_ids``, one JSON object per request, comes last if any request asked for it.
     """
     uses = [answer.cache for answer in answers]
-    reported = [answer.unknown_ids for answer in answers]
-    told = {UNKNOWN_IDS: byte_elements([json.dumps(ids or {}) for ids in reported], UNKNOWN_IDS)}
+    unknown_ids = [answer.unknown_ids for answer in answers]
+    report = {}
+    if any(ids is not None for ids in unknown_ids):
+        objects = [json.dumps(ids or {}) for ids in unknown_ids]
+        report = {UNKNOWN_IDS: byte_elements(objects, UNKNOWN_IDS)}
     return {
         "scores": np.concatenate([np.array(answer.scores) for answer in answers]),
         "scores.lengths": _integers([len(answer.scores) for answer in answers]),
@@ -288,15 +290,15 @@ def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
         "cache.cached_events": _integers([use.cached_events for use in uses]),
         "cache.computed_events": _integers([use.computed_events for use in uses]),
         "cache.staleness_s": np.array([use.staleness_s for use in uses], dtype=np.float64),
-    } | (told if any(ids is not None for ids in reported) else {})
+    } | report
 
 
 def check_limits(raw: Mapping[str, Any], limits: RequestLimits) -> None:
-    """Refuse a request that is too long, before anything reads it.
+    """Refuse a request that is too long, before its columns are parsed.
 
     Args:
-        raw: a raw request, or a part of one; what is no column is left to ``parse_request``.
-        limits: most that may come.
+        raw: a raw request, or a part of one; ``parse_request`` refuses anything that is no column.
+        limits: of one request.
 
     Raises:
         RequestError: naming the column, what came and what was allowed.
@@ -312,19 +314,19 @@ def check_limits(raw: Mapping[str, Any], limits: RequestLimits) -> None:
 
 
 def datatype_of(tensor: NDArray[Any]) -> str:
-    """The protocol's name of an array's dtype, or the dtype's own if the protocol has none."""
+    """Return the protocol's name of an array's dtype, or NumPy's name if the protocol has none."""
     return DATATYPE_BY_DTYPE.get(tensor.dtype) or str(tensor.dtype)
 
 
 def byte_elements(texts: Sequence[str], name: str) -> NDArray[Any]:
-    """Texts as a BYTES tensor.
+    """Convert texts to a BYTES tensor.
 
     Args:
-        texts: one for each element.
+        texts: one per element.
         name: of the tensor, for the error.
 
     Returns:
-        [len(texts)], each the text's UTF-8.
+        [len(texts)] object, the texts in UTF-8.
 
     Raises:
         RequestError: if a text has a lone surrogate.
@@ -333,7 +335,7 @@ def byte_elements(texts: Sequence[str], name: str) -> NDArray[Any]:
         return np.array([text.encode() for text in texts], dtype=object)
     except UnicodeEncodeError as error:
         letter = error.object[error.start]
-        raise RequestError(f"{name} holds {letter!r}, of which UTF-8 has no form") from error
+        raise RequestError(f"{name} holds {letter!r}, which UTF-8 cannot encode") from error
 
 
 # --- raw requests to tensors
@@ -348,7 +350,7 @@ def _tensor(values: list[Any], key: str, schema: FeatureSchema) -> NDArray[Any]:
 
 
 def _cell(value: Any) -> list[Any]:
-    """One multi-valued cell; as in JSON, a single id stands for a list of one, null for none."""
+    """Return a multi-valued cell as a list; a single id is a list of one, null an empty list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -364,7 +366,7 @@ def _ids(values: list[Any], name: str) -> NDArray[Any]:
             pass  # An integer and its text are the same id.
     for value in values:
         if isinstance(value, float) and not math.isfinite(value):
-            raise RequestError(f"{name} holds {value}; a number that is an id is finite")
+            raise RequestError(f"{name} holds {value}; an id must be finite")
     return byte_elements(["" if value is None else str(value) for value in values], name)
 
 
@@ -376,7 +378,7 @@ def _check_inputs(tensors: Mapping[str, NDArray[Any]], specs: list[ColumnSpec]) 
     for name, tensor in tensors.items():
         if name not in datatypes_by_name:
             raise RequestError(
-                f"{name!r:.200} is no input of the model; its inputs are {list(datatypes_by_name)}"
+                f"{shown(name)} is no input of the model; its inputs are {list(datatypes_by_name)}"
             )
         datatypes = datatypes_by_name[name]
         if datatype_of(tensor) not in datatypes:
@@ -397,63 +399,63 @@ def _group(
     schema: FeatureSchema,
     num_requests: int,
 ) -> dict[str, list[Any]]:
-    """Columns of events or candidates, cut into requests."""
+    """Cut the columns of events or candidates into requests."""
     rows = {column: _rows(tensors, f"{group}.{column}", num_requests) for column in columns}
-    item_ends = _ends(tensors, f"{group}.{ITEM}", num_requests)
+    item_offsets = _offsets(tensors, f"{group}.{ITEM}", num_requests)
     for column in schema.item_attributes:
         key = f"{group}.{column}"
-        ends = _ends(tensors, key, item_ends[-1])
+        offsets = _offsets(tensors, key, item_offsets[-1])
         values, lengths = _listed(tensors, f"{key}.values"), tensors[f"{key}.lengths"]
         rows[column] = [
-            Ragged(values[ends[first] : ends[last]], lengths[first:last])
-            for first, last in pairwise(item_ends)
+            Ragged(values[offsets[first] : offsets[last]], lengths[first:last])
+            for first, last in pairwise(item_offsets)
         ]
     return rows
 
 
 def _rows(tensors: Mapping[str, NDArray[Any]], key: str, num_rows: int) -> list[Any]:
-    """The values of one feature, cut into the rows that its lengths tell."""
+    """Cut the values of one feature into rows by its lengths."""
     values = _listed(tensors, f"{key}.values")
-    return [values[first:last] for first, last in pairwise(_ends(tensors, key, num_rows))]
+    return [values[first:last] for first, last in pairwise(_offsets(tensors, key, num_rows))]
 
 
-def _ends(tensors: Mapping[str, NDArray[Any]], key: str, num_rows: int) -> list[int]:
-    """Where each row of a feature ends, behind a 0."""
+def _offsets(tensors: Mapping[str, NDArray[Any]], key: str, num_rows: int) -> list[int]:
+    """Return the offsets of a feature's rows, starting at 0."""
     num_values, lengths = tensors[f"{key}.values"].size, tensors[f"{key}.lengths"]
     if lengths.size != num_rows:
         raise RequestError(
-            f"{key}.lengths has {lengths.size} elements; {num_rows} are allowed, one for each "
-            "request, or event, or candidate"
+            f"{key}.lengths has {lengths.size} elements; {num_rows} are allowed, one per request, "
+            "event or candidate"
         )
     if lengths.min(initial=0) < 0:
         raise RequestError(f"{key}.lengths holds {lengths.min()}; a length is 0 or more")
-    ends = list(accumulate(lengths.tolist(), initial=0))  # NumPy's integers would wrap.
-    if ends[-1] != num_values:
+    offsets = list(accumulate(lengths.tolist(), initial=0))  # NumPy's integers would wrap.
+    if offsets[-1] != num_values:
         raise RequestError(
-            f"{key}.lengths sums to {ends[-1]}; {key}.values has {num_values} elements"
+            f"{key}.lengths sums to {offsets[-1]}; {key}.values has {num_values} elements"
         )
-    return ends
+    return offsets
 
 
 def _listed(tensors: Mapping[str, NDArray[Any]], name: str) -> Any:
-    """Texts as JSON has them; numbers stay an array."""
+    """Return texts as a list, as in JSON, and numbers as an array."""
     tensor = tensors[name]
     return _texts(tensor.tolist(), name) if tensor.dtype == object else tensor
 
 
-def _plain(values: Any) -> list[Any]:
+def _as_list(values: Any) -> list[Any]:
     return values if isinstance(values, list) else values.tolist()
 
 
 def _texts(elements: list[bytes], name: str) -> list[Any]:
     try:
-        # One call for all of them takes half the time, as long as none has the separator.
+        # Decoding all at once takes half the time; the count tells if a text has the separator.
         texts: list[Any] = b"\0".join(elements).decode().split("\0")
         if len(texts) != len(elements):
             texts = [element.decode() for element in elements]
     except UnicodeDecodeError as error:
         byte = error.object[error.start : error.start + 1]
-        raise RequestError(f"{name} holds the byte {byte!r}, which is no UTF-8 there") from error
+        raise RequestError(f"{name} holds the byte {byte!r}, which is not UTF-8") from error
     return [text or None for text in texts] if "" in texts else texts
 
 
@@ -461,19 +463,19 @@ def _texts(elements: list[bytes], name: str) -> list[Any]:
 
 
 def _columns(raw: Mapping[str, Any], group: str) -> list[tuple[str, Any]]:
-    """The columns of a group that are lists, or arrays."""
+    """Return the columns of a group that are lists or arrays."""
     columns = raw.get(group)
     if not isinstance(columns, dict):
         return []
     return [
-        (f"{group}.{name!s:.200}", column)
+        (f"{group}.{cut(str(name))}", column)
         for name, column in columns.items()
         if isinstance(column, list | np.ndarray | Ragged)
     ]
 
 
 def _num_ids(column: Any) -> int:
-    """Ids in a multi-valued column."""
+    """Return the number of ids in a multi-valued column."""
     if isinstance(column, Ragged):
         return len(column.values)
     cells = column if isinstance(column, list) else []

@@ -1,7 +1,7 @@
-"""Connections of the HTTP face: how many there may be, and how long one may keep others waiting.
+"""HTTP connections: a limit of their number, and timeouts for headers and for reading answers.
 
-aiohttp bounds none of it: a connection that says nothing stays for an hour, one that sends its
-headers byte by byte or reads no answer for ever.
+aiohttp has none of these: a silent connection stays open for an hour, and one that sends its
+headers byte by byte or reads no answer stays open for ever.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ REFUSAL = (
 
 
 class BoundedSite(web.TCPSite):
-    """Where HTTP listens, for so many connections at once.
+    """The HTTP listener, with a limit of open connections.
 
     Args:
         runner: of the application.
-        config: its host, port and limits.
-        metrics: where connections, and those that were refused or ended, are counted.
+        config: host, port and limits.
+        metrics: counts open, refused and ended connections.
         ssl_context: None for plain text.
         backlog: connections that wait to be accepted.
     """
@@ -45,10 +45,10 @@ class BoundedSite(web.TCPSite):
         self.config = config
         self.metrics = metrics
         self.num_open = 0
-        metrics.connections_open.set_function(lambda: self.num_open)
+        metrics.read("connections_open", lambda: self.num_open)
 
     async def start(self) -> None:
-        """Listen."""
+        """Start to listen."""
         await web.BaseSite.start(self)
         handshake_s = None if self._ssl_context is None else self.config.header_timeout_s
         self._server = await asyncio.get_running_loop().create_server(
@@ -66,7 +66,7 @@ class BoundedSite(web.TCPSite):
 
 
 class _Connection(RequestHandler):
-    """One client's; a timer runs for each thing that it is waited for."""
+    """A client's connection; a timer runs for each limit that it must meet."""
 
     __slots__ = ("_is_counted", "_site", "_timer_by_limit")
 
@@ -77,7 +77,7 @@ class _Connection(RequestHandler):
         self._timer_by_limit: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for a request, or say that there are too many."""
+        """Wait for a request, or refuse a connection beyond the limit."""
         assert isinstance(transport, asyncio.Transport)
         if self._site.num_open >= self._site.config.max_connections:
             self._site.metrics.refuse(CONNECTIONS)
@@ -86,45 +86,45 @@ class _Connection(RequestHandler):
             return
         self._is_counted = True
         self._site.num_open += 1
-        # Nothing is buffered without our knowing: a rest that is never read is waited for too.
+        # With no write buffer, pause_writing is called for any rest that the client does not read.
         transport.set_write_buffer_limits(high=0)
         super().connection_made(transport)
-        self._expect(HEADER_TIME, self._site.config.header_timeout_s)
+        self._start_timer(HEADER_TIME, self._site.config.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:
-        """Read on; of a request that has begun the headers are waited for."""
+        """Read; a request that has begun must send its headers in time."""
         super().data_received(data)
         if self._messages:
-            self._came(HEADER_TIME)
+            self._stop_timer(HEADER_TIME)
         elif self._waiter is not None and not self._waiter.done():
-            self._expect(HEADER_TIME, self._site.config.header_timeout_s)
+            self._start_timer(HEADER_TIME, self._site.config.header_timeout_s)
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as it is answered."""
+        """Start the timer of a client that reads more slowly than it is answered."""
         super().pause_writing()
-        self._expect(ANSWER_TIME, self._site.config.body_timeout_s)
+        self._start_timer(ANSWER_TIME, self._site.config.body_timeout_s)
 
     def resume_writing(self) -> None:
-        """It has read all that was sent."""
+        """Stop the timer: the client has read everything that was sent."""
         super().resume_writing()
-        self._came(ANSWER_TIME)
+        self._stop_timer(ANSWER_TIME)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """It is gone."""
+        """Stop all timers and stop counting the connection."""
         for limit in [*self._timer_by_limit]:
-            self._came(limit)
+            self._stop_timer(limit)
         if self._is_counted:
             self._site.num_open -= 1
         super().connection_lost(exc)
 
-    def _expect(self, limit: str, timeout_s: float) -> None:
+    def _start_timer(self, limit: str, timeout_s: float) -> None:
         if limit not in self._timer_by_limit:
             transport = self.transport
             assert transport is not None
             timer = self._loop.call_later(timeout_s, self._expire, limit, transport)
             self._timer_by_limit[limit] = timer
 
-    def _came(self, limit: str) -> None:
+    def _stop_timer(self, limit: str) -> None:
         timer = self._timer_by_limit.pop(limit, None)
         if timer is not None:
             timer.cancel()

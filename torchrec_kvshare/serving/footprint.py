@@ -1,8 +1,9 @@
-"""What scoring takes of memory at most: a figure from the limits of a step and the model's sizes.
+"""Peak memory of scoring: a bound from the limits of a batch and the model's sizes.
 
-It is known before the first request, so that a server that cannot hold it does not start. Each row
-is counted with what is alive beside it when most is; the factors are the operators' own, rounded up
-(a layer's projections and its feed-forward arch, the ranking stage's copies of its features).
+It is known before the first request, so that a server without enough memory does not start. Each
+row is counted with everything that is alive with it at the peak; the factors are those of the
+operators, rounded up (a layer's projections and feed-forward, the ranking stage's copies of its
+features).
 """
 
 import logging
@@ -15,33 +16,34 @@ from torchrec_kvshare.export.artifact import Manifest
 from torchrec_kvshare.features.limits import MAX_BAG_IDS, MAX_REQUEST_IDS
 from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.history.kinds import TowerSpec
-from torchrec_kvshare.serving.scheduler import StepLimits
+from torchrec_kvshare.serving.scheduler import BatchLimits
 
 logger = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
 ROW_BYTES = 256  # of a candidate or an event: its ids, times, offsets and dense features
 ID_BYTES = 64  # of an id in a bag, beside its row of a table: it is copied from list to batch
-TOKEN_WIDTHS = 16  # widths of the model that a candidate's token takes in a layer
-RANKING_WIDTHS = 16  # that the ranking stage's arches take
-FEATURE_WIDTHS = 3  # and each of its features, which are gathered, joined and met with each other
-EVENT_WIDTHS = 12  # that an event takes in a layer
-EVENT_LAYER_WIDTHS = 6  # and its K/V in each of them, twice for what is joined or split
+# In multiples of the model's width:
+TOKEN_WIDTHS = 16  # a candidate's token in a layer
+RANKING_WIDTHS = 16  # a candidate in the arches of the ranking stage
+FEATURE_WIDTHS = 3  # a feature of the ranking stage: gathered, concatenated, interacted
+EVENT_WIDTHS = 12  # an event in a layer
+EVENT_LAYER_WIDTHS = 6  # K/V of an event per layer, twice for copies when joined or split
 
 
-def step_bytes(manifest: Manifest, schema: FeatureSchema, limits: StepLimits) -> int:
-    """Most memory that scoring one step takes, whatever its requests are.
+def batch_bytes(manifest: Manifest, schema: FeatureSchema, limits: BatchLimits) -> int:
+    """Return the most memory that scoring one batch takes, whatever its requests are.
 
     Args:
-        manifest: of the artifact that scores it.
+        manifest: of the artifact.
         schema: its columns.
-        limits: of a step; ``ids`` of it those of one request in one column, too.
+        limits: of a batch; ``ids`` is also the limit of one request in one column.
 
     Returns:
-        Bytes, the requests' tensors among them.
+        Bytes, including the requests' tensors.
     """
     spec = TowerSpec(**manifest.encoder)
-    # Users that the device knows are taken for free, and may all have edited their histories.
+    # Cached users count as no work, but all of them may have edited their histories.
     events_of_one = sum(history.window.max_history for history in schema.histories)
     num_bags = len(schema.item_attributes) * (1 + len(schema.histories))
     ids = min(limits.ids * num_bags + MAX_BAG_IDS * len(schema.context), MAX_REQUEST_IDS)
@@ -54,31 +56,33 @@ def step_bytes(manifest: Manifest, schema: FeatureSchema, limits: StepLimits) ->
     return FLOAT_BYTES * floats + ROW_BYTES * (limits.candidates + events) + ID_BYTES * ids
 
 
-def check_memory(cache: CacheConfig, server: ServerConfig, resident_bytes: int, step: int) -> None:
-    """Refuse a server that its memory cannot hold, and say what it will take.
+def check_memory(
+    cache: CacheConfig, server: ServerConfig, resident_bytes: int, scoring_bytes: int
+) -> None:
+    """Check that the server fits into its memory, and log how much it takes at most.
 
     Args:
-        cache: what its tiers may hold.
-        server: its limits; ``memory_bytes`` or else what the machine grants bounds the whole.
-        resident_bytes: of the process, its model loaded.
-        step: bytes that scoring a step takes, see ``step_bytes``.
+        cache: capacities of the tiers.
+        server: its limits; the bound is ``memory_bytes``, or what the machine grants.
+        resident_bytes: of the process with its model loaded.
+        scoring_bytes: for scoring a batch, see ``batch_bytes``.
 
     Raises:
-        ConfigError: naming each part, what they are together and what there is.
+        ConfigError: naming each part, their sum and what is granted.
     """
     held = 0 if cache.name == OFF else cache.capacity_bytes
     if cache.name == TIERED:
         held += cache.host.capacity_bytes + 2 * cache.queue_bytes  # of the disk and the remote tier
-    needed = resident_bytes + held + server.hot_bytes + step
+    needed = resident_bytes + held + server.hot_bytes + scoring_bytes
     granted = server.memory_bytes or granted_bytes()
     parts = (
-        f"{resident_bytes} resident, {held} in the cache, {server.hot_bytes} for hot users, {step} "
-        "for a step of scoring"
+        f"{resident_bytes} resident, {held} in the cache, {server.hot_bytes} for hot users, "
+        f"{scoring_bytes} for scoring a batch"
     )
     if needed > granted:
         raise ConfigError(
             f"{needed} bytes of memory are needed ({parts}) and {granted} are granted; lower "
             "cache.capacity_bytes, server.batch_requests, server.batch_candidates or "
-            "server.max_values, or say more in server.memory_bytes"
+            "server.max_values, or raise server.memory_bytes"
         )
     logger.info("memory: at most %d of %d bytes (%s)", needed, granted, parts)

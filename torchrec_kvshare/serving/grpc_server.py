@@ -1,8 +1,8 @@
-"""The gRPC face: the Open Inference Protocol, with the stubs of Triton's client.
+"""The gRPC server: the Open Inference Protocol, with the stubs of Triton's client.
 
-A stream takes requests of their own, or sequences as Triton has them: the first message of one has
-the user and its history, those behind it have candidates alone, and all are scored over one K/V.
-Beside it stands gRPC's own health protocol, ``grpc.health.v1``.
+A stream takes single requests and Triton's sequences: the first message of a sequence has the user
+and the history, later messages have only candidates, and all are scored over the same K/V. The
+server also answers gRPC's health protocol, ``grpc.health.v1``.
 """
 
 import asyncio
@@ -32,10 +32,11 @@ from torchrec_kvshare.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from torchrec_kvshare.features.decode import cut
 from torchrec_kvshare.features.parse import check_request_id
 from torchrec_kvshare.scoring.engine import Answer
 from torchrec_kvshare.serving.columns import output_tensors, raw_candidates, raw_requests
-from torchrec_kvshare.serving.intake import Held
+from torchrec_kvshare.serving.intake import InflightBytes
 from torchrec_kvshare.serving.metrics import (
     ANSWER_TIME,
     BODY_TIME,
@@ -49,16 +50,16 @@ from torchrec_kvshare.serving.models import Served
 from torchrec_kvshare.serving.oip import (
     decode_infer,
     encode_infer,
-    model_metadata_message,
+    model_metadata,
     parse_infer,
     requested_report,
-    server_metadata_message,
+    server_metadata,
 )
-from torchrec_kvshare.serving.service import Call, Group, Service, Stream
+from torchrec_kvshare.serving.service import INTERNAL_ERROR, Call, Group, Service, Stream
 
 logger = logging.getLogger(__name__)
 
-FACE = "grpc"
+GRPC = "grpc"
 CODE_BY_ERROR: dict[type[KVShareError], grpc.StatusCode] = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModelError: grpc.StatusCode.NOT_FOUND,
@@ -68,34 +69,32 @@ CODE_BY_ERROR: dict[type[KVShareError], grpc.StatusCode] = {
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     ScoreError: grpc.StatusCode.INTERNAL,
 }
-INTERNAL_ERROR = "an error inside the server; its log has more"
 Message: TypeAlias = service_pb2.ModelInferRequest
 Reply: TypeAlias = service_pb2.ModelInferResponse
 Context: TypeAlias = grpc.aio.ServicerContext
 Pending: TypeAlias = "asyncio.Queue[tuple[Incoming, asyncio.Future[Reply]] | None]"
 SERVICE = "inference.GRPCInferenceService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
-WATCH_S = 0.1  # between two looks at what a watcher is told
-# Of the methods that take one message and score nothing.
-KIND_BY_METHOD = {
+WATCH_S = 0.1  # between two checks of a watched status
+# Methods that take one message and score nothing.
+REQUEST_BY_METHOD = {
     "ServerLive": service_pb2.ServerLiveRequest,
     "ServerReady": service_pb2.ServerReadyRequest,
     "ServerMetadata": service_pb2.ServerMetadataRequest,
     "ModelReady": service_pb2.ModelReadyRequest,
     "ModelMetadata": service_pb2.ModelMetadataRequest,
 }
-# Of the methods that take long.
+# Methods whose calls may stay open for long.
 LIMIT_BY_METHOD = {
     f"/{SERVICE}/ModelInfer": CALLS,
     f"/{SERVICE}/ModelStreamInfer": CALLS,
     f"/{HEALTH_SERVICE}/Watch": WATCHERS,
 }
 KEY_BY_LIMIT = {BODY_TIME: "server.body_timeout_s", IDLE_TIME: "server.idle_timeout_s"}
-MAX_SHOWN = 200  # characters of a name in a message
 
 
-class GrpcFace:
-    """The methods of the protocol.
+class GrpcServer:
+    """The methods of the protocols.
 
     Args:
         service: that answers.
@@ -106,51 +105,84 @@ class GrpcFace:
         self._num_open = 0
         self._is_closed = False
 
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register the methods with a gRPC server.
+
+        Requests are read and parsed in this file: the library waits for a message for ever, and
+        reports bytes that are no message as an error of the server.
+        """
+        service = self._service
+        handlers = {
+            name: _answering(service, getattr(self, name), partial(_parsed, kind=kind))
+            for name, kind in REQUEST_BY_METHOD.items()
+        }
+        handlers["ModelInfer"] = _answering(service, self.ModelInfer, self._decode)
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self.ModelStreamInfer, response_serializer=_serialized
+        )
+        parse_health = partial(_parsed, kind=health_pb2.HealthCheckRequest)
+        health_handlers = {
+            "Check": _answering(service, self.Check, parse_health),
+            "Watch": grpc.stream_stream_rpc_method_handler(self.Watch),
+        }
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(SERVICE, handlers),
+                grpc.method_handlers_generic_handler(HEALTH_SERVICE, health_handlers),
+            )
+        )
+
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new calls as UNAVAILABLE and wait for those that were accepted."""
+        """Refuse new calls as UNAVAILABLE and wait for the accepted ones."""
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
         while self._num_open and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
     def _accept(self, context: Context) -> None:
-        """Have the server end only after the answer to a call has left.
+        """Count a call until its answer has left; ``drain`` waits for it.
 
         Raises:
-            UnavailableError: if no more are accepted.
+            UnavailableError: if the server drains.
         """
-        if self._is_closed:
-            raise UnavailableError("the server is about to stop")
+        self._check_open()
         self._num_open += 1
         context.add_done_callback(self._note_end)
 
     def _note_end(self, _: Context) -> None:
         self._num_open -= 1
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UnavailableError("the server is about to stop")
+
+    def _decode(self, request: bytes) -> "Incoming":
+        """Decode a message, unless the server drains."""
+        self._check_open()
+        return _decode_admitted(request, self._service)
+
     async def ServerLive(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """The process answers."""
+        """Answer that the process is alive."""
         return service_pb2.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """A request that comes now will be answered."""
+        """Answer whether a request that comes now is answered."""
         return service_pb2.ServerReadyResponse(ready=self._service.is_ready)
 
     async def ModelReady(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """A model, or one version of it, answers."""
-        try:
-            self._service.models.get(request.name, request.version)
-        except (UnavailableError, UnknownModelError):
-            return service_pb2.ModelReadyResponse(ready=False)
-        return service_pb2.ModelReadyResponse(ready=True)
+        """Answer whether a model, or one version of it, is served."""
+        ready = self._service.models.has(request.name, request.version)
+        return service_pb2.ModelReadyResponse(ready=ready)
 
     async def ServerMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """What this server is."""
-        return server_metadata_message()
+        """Answer with the metadata of this server."""
+        return service_pb2.ServerMetadataResponse(**server_metadata())
 
     async def ModelMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """What a model takes and gives."""
+        """Answer with the inputs and outputs of a model."""
         served = self._service.models.get(request.name, request.version)
-        return model_metadata_message(served.name, [served.version], served.engine.schema)
+        metadata = model_metadata(served.name, [served.version], served.engine.schema)
+        return service_pb2.ModelMetadataResponse(**metadata)
 
     async def ModelInfer(self, request: "Incoming", context: Context) -> Reply:  # noqa: N802
         """Score the requests of one message, all or none."""
@@ -160,35 +192,35 @@ class GrpcFace:
     async def ModelStreamInfer(  # noqa: N802
         self, messages: AsyncIterator[bytes], context: Context
     ) -> None:
-        """Score messages as they come; an error takes the place of its answer and no more."""
+        """Score messages as they come; an error takes its answer's place and the call goes on."""
         async with _errors_as_status(context):
             self._accept(context)
-            with self._service.intake.message() as held:
-                await self._stream(messages, held, context)
+            with self._service.intake.message() as inflight:
+                await self._stream(messages, inflight, context)
 
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """Whether the server, its protocol or a model answers."""
+        """Answer the health of the server, its protocol or a model."""
         status = self._health(request.service)
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
-            name = request.service[:MAX_SHOWN]
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {name}")
+            text = f"there is no service {cut(request.service)}"
+            await context.abort(grpc.StatusCode.NOT_FOUND, text)
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(  # noqa: N802
         self, messages: AsyncIterator[bytes], context: Context
     ) -> None:
-        """The same, told again whenever it changes.
+        """Answer the health, and again whenever it changes.
 
-        The library's own servicer tells a second watcher nothing more once a first one has left.
+        The library's own servicer stops updating a second watcher once a first one has left.
         """
         async with _errors_as_status(context):
             message = await _only_message(messages, self._service)
             request = _parsed(message, health_pb2.HealthCheckRequest)
-            told = None
+            last_status = None
             while True:
                 status = self._health(request.service)
-                if status != told:
-                    told = status
+                if status != last_status:
+                    last_status = status
                     await context.write(_serialized(health_pb2.HealthCheckResponse(status=status)))
                 await asyncio.sleep(WATCH_S)
 
@@ -202,40 +234,45 @@ class GrpcFace:
         is_known = name in {standing.name for standing in models.standings()}
         return status.NOT_SERVING if is_known else status.SERVICE_UNKNOWN
 
-    async def _stream(self, messages: AsyncIterator[bytes], held: Held, context: Context) -> None:
-        # As many answers wait here as may: the client is read on when one has left.
+    async def _stream(
+        self, messages: AsyncIterator[bytes], inflight: InflightBytes, context: Context
+    ) -> None:
+        # Backpressure: at most stream_depth messages wait; each answer sent makes room for one.
         room = asyncio.Semaphore(self._service.config.stream_depth)
         pending: Pending = asyncio.Queue()
         sequences = _Sequences(self._service, context.time_remaining())
-        reading = _Reading(self._service, sequences, held, room, pending)
-        reader = asyncio.ensure_future(reading.read(messages))
+        reader = _Reader(self._service, sequences, inflight=inflight, room=room, pending=pending)
+        reading = asyncio.ensure_future(reader.read(messages))
         try:
-            while await self._answer_next(pending, sequences, context, held):
+            while await self._answer_next(pending, sequences, context, inflight):
                 room.release()
-            await reader
+            await reading
         finally:
-            reading.is_over = True
-            reader.cancel()
+            reader.is_over = True
+            reading.cancel()
             while not pending.empty():
                 if (left := pending.get_nowait()) is not None:
                     left[1].cancel()
             sequences.close()
 
     async def _answer_next(
-        self, pending: Pending, sequences: "_Sequences", context: Context, held: Held
+        self, pending: Pending, sequences: "_Sequences", context: Context, inflight: InflightBytes
     ) -> bool:
-        """Whether there was a message; it is let go of at the end, and not with the next one."""
-        one = await pending.get()
-        if one is None:
+        """Answer the next message; return whether there was one.
+
+        A function of its own: it keeps no reference to the message while the next one is awaited.
+        """
+        item = await pending.get()
+        if item is None:
             return False
-        incoming, reply = one
+        incoming, reply = item
         await self._write(await _stream_reply(incoming.message, reply), context)
         sequences.answered(incoming)
-        held.drop(incoming.num_bytes)
+        inflight.drop(incoming.num_bytes)
         return True
 
     async def _write(self, reply: Any, context: Context) -> None:
-        """Have a client read an answer, which it is not waited for any longer than it may take."""
+        """Send an answer, or fail if the client does not read it in time."""
         timeout_s = self._service.config.body_timeout_s
         try:
             await asyncio.wait_for(context.write(reply), timeout_s)
@@ -246,46 +283,18 @@ class GrpcFace:
             ) from error
 
 
-def add_face(face: GrpcFace, service: Service, server: grpc.aio.Server) -> None:
-    """Have a server answer by a face.
-
-    Requests are read and parsed here and not by the library, which waits for a message for ever,
-    and to which bytes that are no message are an error of the server.
-    """
-    handlers = {
-        name: _answering(service, getattr(face, name), partial(_parsed, kind=kind))
-        for name, kind in KIND_BY_METHOD.items()
-    }
-    handlers["ModelInfer"] = _answering(service, face.ModelInfer, _decoded)
-    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        face.ModelStreamInfer, response_serializer=_serialized
-    )
-    health = {
-        "Check": _answering(
-            service, face.Check, partial(_parsed, kind=health_pb2.HealthCheckRequest)
-        ),
-        "Watch": grpc.stream_stream_rpc_method_handler(face.Watch),
-    }
-    server.add_generic_rpc_handlers(
-        (
-            grpc.method_handlers_generic_handler(SERVICE, handlers),
-            grpc.method_handlers_generic_handler(HEALTH_SERVICE, health),
-        )
-    )
-
-
 def _answering(
     service: Service,
     method: Callable[[Any, Context], Awaitable[Any]],
     parse: Callable[[bytes], Any],
 ) -> Any:
-    """The handler of a method that takes one message."""
+    """Return the handler of a method that takes one message."""
 
     async def answer(messages: AsyncIterator[bytes], context: Context) -> Any:
         async with _errors_as_status(context):
             request = await _only_message(messages, service)
-            with service.intake.message() as held:
-                held.add(len(request))
+            with service.intake.message() as inflight:
+                inflight.add(len(request))
                 parsed = await service.intake.parse(len(request), parse, request)
                 return await method(parsed, context)
 
@@ -302,10 +311,10 @@ async def _only_message(messages: AsyncIterator[bytes], service: Service) -> byt
 async def _next_message(
     messages: AsyncIterator[bytes], timeout_s: float, service: Service, limit: str
 ) -> bytes | None:
-    """What a client sends next; None where it sends no more.
+    """Return the next message of a client; None at the end.
 
     Raises:
-        DeadlineError: after so long; it is counted by the name of the limit.
+        DeadlineError: if none comes in time; it is counted under the name of the limit.
     """
     try:
         return await asyncio.wait_for(anext(messages, None), timeout_s)
@@ -324,33 +333,38 @@ class Incoming(NamedTuple):
     """A message to score.
 
     Attributes:
-        message: empty where the bytes were none.
-        inputs: of it, or why it has none.
-        num_bytes: that it came in.
+        message: empty if the bytes could not be parsed.
+        inputs: by name; an error if they are broken; None if they are not decoded yet.
+        num_bytes: in flight.
     """
 
     message: Message
-    inputs: dict[str, NDArray[Any]] | KVShareError
+    inputs: dict[str, NDArray[Any]] | KVShareError | None
     num_bytes: int
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """Its inputs.
+        """Return the inputs.
 
         Raises:
-            KVShareError: if it cannot be scored.
+            KVShareError: if the message cannot be scored.
         """
         if isinstance(self.inputs, KVShareError):
             raise self.inputs
-        return self.inputs
+        return decode_infer(self.message) if self.inputs is None else self.inputs
 
 
-def _decoded(request: bytes) -> Incoming:
-    """Parse a message; what is wrong with its inputs is told to those who ask for them.
+def _decode_admitted(request: bytes, service: Service) -> Incoming:
+    """Parse a message, and decode its inputs if it would be admitted.
+
+    The model's name is in the message, so that admission needs the parsed message. A message that
+    is refused is never decoded; the rare one that finds room after all is decoded on admission.
 
     Raises:
         RequestError: if the bytes are no message.
     """
     message = parse_infer(request)
+    if not service.would_admit(message.model_name or None, message.model_version or None):
+        return Incoming(message, None, len(request))
     try:
         return Incoming(message, decode_infer(message), len(request))
     except RequestError as error:
@@ -359,12 +373,12 @@ def _decoded(request: bytes) -> Incoming:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A stream of candidates inside a call.
+    """A sequence of a call.
 
     Attributes:
         served: the version that answers.
         stream: of its groups.
-        exits: what is closed when it ends.
+        exits: closed when the sequence ends.
     """
 
     served: Served
@@ -373,10 +387,10 @@ class _Sequence:
 
 
 class _Sequences:
-    """Messages of one stream: each a request of its own, or of a sequence over one K/V.
+    """Messages of one call: single requests, or parts of sequences over one K/V.
 
-    A sequence ends at its deadline, whatever becomes of the call: what it holds, its place among
-    the streams and its model version are let go.
+    A sequence ends at its deadline, even if the call goes on: its K/V, its slot among the streams
+    and its model version are released.
     """
 
     def __init__(self, service: Service, timeout_s: float | None) -> None:
@@ -386,7 +400,7 @@ class _Sequences:
         self._ended_by_message: dict[int, _Sequence] = {}
 
     async def reply(self, incoming: Incoming) -> Reply:
-        """The answer to a message; those of a sequence are queued in the order of the calls."""
+        """Score a message; messages of a sequence are queued in the order of the calls."""
         message = incoming.message
         sequence_id = _sequence_id(message)
         if sequence_id is None:
@@ -402,13 +416,13 @@ class _Sequences:
         return _reply(message, message.model_name, [replace(part, scores=scores)])
 
     def answered(self, incoming: Incoming) -> None:
-        """Let go of a sequence after the answer to its last message, and so to all of them."""
+        """Release a sequence after the answer to its last message."""
         ended = self._ended_by_message.pop(id(incoming), None)
         if ended is not None:
             ended.exits.close()
 
     def close(self) -> None:
-        """Let go of all."""
+        """Release all sequences."""
         for sequence in [*self._sequence_by_id.values(), *self._ended_by_message.values()]:
             sequence.exits.close()
 
@@ -417,29 +431,30 @@ class _Sequences:
             return self._open(sequence_id, incoming)
         if sequence_id not in self._sequence_by_id:
             raise RequestError(
-                f"sequence {str(sequence_id)[:MAX_SHOWN]} was not started in this stream, or its "
-                "deadline has passed"
+                f"sequence {sequence_id} was not started in this stream, or its deadline has passed"
             )
         sequence = self._sequence_by_id[sequence_id]
+        sequence.stream.check_room()
         schema = sequence.served.engine.schema
         return sequence.stream.next(raw_candidates(incoming.tensors(), schema))
 
     def _end(self, sequence_id: int | str, incoming: Incoming) -> None:
-        """No more of it may come."""
+        """Close a sequence to further messages."""
         if sequence_id in self._sequence_by_id:
             self._ended_by_message[id(incoming)] = self._sequence_by_id.pop(sequence_id)
 
     def _open(self, sequence_id: int | str, incoming: Incoming) -> Group:
         if sequence_id in self._sequence_by_id:
-            raise RequestError(f"sequence {str(sequence_id)[:MAX_SHOWN]} was started already")
+            raise RequestError(f"sequence {sequence_id} was started already")
         message = incoming.message
         call = _call(message, self._timeout_s)
         with ExitStack() as exits:
-            served = exits.enter_context(self._service.counted(call))
+            served = exits.enter_context(self._service.admit(call))
+            self._service.check_streams()
             schema = served.engine.schema
             raws = raw_requests(incoming.tensors(), schema, self._service.limits.requests)
             if len(raws) != 1:
-                raise RequestError(f"a sequence is of one request; {len(raws)} came")
+                raise RequestError(f"a sequence has one request; {len(raws)} came")
             raw = raws[0] | {"request_id": call.request_id, "report": requested_report(message)}
             stream = exits.enter_context(self._service.stream(call, served, raw))
             group = stream.first()
@@ -452,7 +467,7 @@ class _Sequences:
         return group
 
     def _expire(self, sequence_id: int | str, sequence: _Sequence) -> None:
-        """Let go of a sequence whose deadline has passed, also of one whose answers wait."""
+        """Release a sequence whose deadline has passed, even if answers are pending."""
         if self._sequence_by_id.get(sequence_id) is sequence:
             del self._sequence_by_id[sequence_id]
         error = sequence.stream.expire()
@@ -467,30 +482,30 @@ def _parsed(request: bytes, kind: Any) -> Any:
 
 
 @dataclass(eq=False)
-class _Reading:
-    """Reads the messages of a stream, as long as its answers leave.
+class _Reader:
+    """Reads the messages of a stream while there is room for their answers.
 
     Attributes:
         service: that answers.
         sequences: of the stream.
-        held: by its messages.
-        room: for answers that wait.
-        pending: messages and their answers, in their order; None at the end.
+        inflight: bytes of its messages.
+        room: for pending answers.
+        pending: messages and their answers in order; None at the end.
         is_over: whether the stream has ended.
     """
 
     service: Service
     sequences: _Sequences
-    held: Held
+    inflight: InflightBytes
     room: asyncio.Semaphore
     pending: Pending
     is_over: bool = False
 
     async def read(self, messages: AsyncIterator[bytes]) -> None:
-        """Until the last.
+        """Read all messages.
 
         Raises:
-            DeadlineError: if none came for too long.
+            DeadlineError: if none comes for too long.
         """
         try:
             while await self._read_next(messages):
@@ -499,30 +514,35 @@ class _Reading:
             self.pending.put_nowait(None)
 
     async def _read_next(self, messages: AsyncIterator[bytes]) -> bool:
-        """Whether there was a message; nothing of it is kept here while the next one is awaited."""
+        """Read a message and start to score it; return whether there was one.
+
+        A function of its own: it keeps no reference to the message while the next one is awaited.
+        """
         timeout_s = self.service.config.idle_timeout_s
         request = await _next_message(messages, timeout_s, self.service, IDLE_TIME)
-        # ``wait_for`` forgets that it was cancelled if what it waits for comes at the same time.
+        # wait_for can lose a cancellation if a message comes at the same time.
         if request is None or self.is_over:
             return False
         incoming = await self._incoming(request)
-        # Tasks begin in the order in which they were made.
+        # Tasks start in the order of their creation.
         reply = asyncio.ensure_future(self._reply(incoming))
-        # A reply that nobody takes, for its client has gone, is no error of ours.
+        # Fetch the error of a reply whose client has gone: asyncio would log it.
         reply.add_done_callback(lambda done: done.cancelled() or done.exception())
         self.pending.put_nowait((incoming, reply))
         return True
 
     async def _incoming(self, request: bytes) -> Incoming:
         try:
-            self.held.add(len(request))
+            self.inflight.add(len(request))
         except NoRoomError as error:
             await self.room.acquire()
             return Incoming(Message(), error, 0)
-        # Room comes first: whoever lets go of the queue has let go of every reply.
+        # Before there is a reply: clearing the queue then cancels every reply.
         await self.room.acquire()
         try:
-            return await self.service.intake.parse(len(request), _decoded, request)
+            return await self.service.intake.parse(
+                len(request), _decode_admitted, request, self.service
+            )
         except RequestError as error:
             return Incoming(Message(), error, len(request))
 
@@ -550,26 +570,35 @@ async def _infer(service: Service, incoming: Incoming, timeout_s: float | None) 
     """Score the requests of one message, all or none."""
     message = incoming.message
     call = _call(message, timeout_s)
-    with service.counted(call) as served:
+    with service.admit(call) as served:
         raws = raw_requests(incoming.tensors(), served.engine.schema, service.limits.requests)
-        ids = [call.request_id, *(f"{call.request_id}/{place}" for place in range(1, len(raws)))]
-        said = {"report": requested_report(message)}
-        named = [raw | said | {"request_id": one} for raw, one in zip(raws, ids, strict=True)]
-        answers = await service.rank_all(call, served, named)
+        ids = [call.request_id, *(f"{call.request_id}/{index}" for index in range(1, len(raws)))]
+        report = {"report": requested_report(message)}
+        raws = [raw | report | {"request_id": one} for raw, one in zip(raws, ids, strict=True)]
+        answers = await service.rank_all(call, served, raws)
         return _reply(message, served.name, answers)
 
 
 def _reply(message: Message, model: str, answers: list[Answer]) -> Reply:
-    requested = [output.name for output in message.outputs]
-    outputs = output_tensors(answers)
-    return encode_infer(model, answers[0].model_version, message.id, outputs, requested)
+    return encode_infer(
+        model_name=model,
+        model_version=answers[0].model_version,
+        request_id=message.id,
+        outputs=output_tensors(answers),
+        requested=[output.name for output in message.outputs],
+    )
 
 
 def _call(message: Message, timeout_s: float | None) -> Call:
     check_request_id(message.id, "id")
-    request_id = message.id or uuid.uuid4().hex
-    model, version = message.model_name or None, message.model_version or None
-    return Call(FACE, model, version, request_id, timeout_s, time.monotonic())
+    return Call(
+        server=GRPC,
+        model=message.model_name or None,
+        version=message.model_version or None,
+        request_id=message.id or uuid.uuid4().hex,
+        timeout_s=timeout_s,
+        began_at=time.monotonic(),
+    )
 
 
 def _sequence_id(message: Message) -> int | str | None:
@@ -583,13 +612,13 @@ def _sequence_id(message: Message) -> int | str | None:
 
 @asynccontextmanager
 async def _errors_as_status(context: Context) -> AsyncIterator[None]:
-    """Every error as a status of the call."""
+    """Turn every error into a status of the call."""
     try:
         yield
     except tuple(CODE_BY_ERROR) as error:
         await context.abort(CODE_BY_ERROR[type(error)], str(error))
     except grpc.aio.BaseError:
-        raise  # The call has its status, its client has gone, or the server stops: nothing is told.
+        raise  # The call has its status, its client has gone, or the server stops.
     except Exception:
         logger.exception("a call failed")
         await context.abort(grpc.StatusCode.INTERNAL, INTERNAL_ERROR)
@@ -598,13 +627,13 @@ async def _errors_as_status(context: Context) -> AsyncIterator[None]:
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Refuses calls before their messages are read: without the token, or while too many are open.
 
-    Health needs no token, which probes cannot say, and ``Check`` is always answered.
+    Health needs no token, as probes cannot send one, and ``Check`` is always answered.
 
     Args:
-        token: what callers must say in the metadata ``authorization``, behind ``Bearer``; None for
-            nothing.
-        max_calls: that are scored at once; as many more may watch health.
-        metrics: where calls, and those that were refused, are counted.
+        token: the bearer token of callers, in the metadata ``authorization``; None if none is
+            needed.
+        max_calls: limit of open scoring calls, and of open ``Watch`` calls.
+        metrics: counts open and refused calls.
     """
 
     def __init__(self, token: bytes | None, max_calls: int, metrics: ServerMetrics) -> None:
@@ -612,13 +641,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._max_calls = max_calls
         self._metrics = metrics
         self._num_open = dict.fromkeys(LIMIT_BY_METHOD.values(), 0)
-        metrics.calls_open.set_function(lambda: self._num_open[CALLS])
+        metrics.read("calls_open", lambda: self._num_open[CALLS])
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
     ) -> Any:
-        """The method's handler, or one that refuses in its place."""
-        if not self._is_welcome(details):
+        """Return the method's handler, or one that refuses the call."""
+        if not self._is_authorized(details):
             self._metrics.refuse(TOKEN)
             return _refusing(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed")
         limit = LIMIT_BY_METHOD.get(details.method)
@@ -630,16 +659,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._open(limit)
         return await continuation(details)
 
-    def _is_welcome(self, details: Any) -> bool:
+    def _is_authorized(self, details: Any) -> bool:
         if self._expected is None or details.method.startswith(f"/{HEALTH_SERVICE}/"):
             return True
-        said = dict(details.invocation_metadata).get("authorization", "")
-        if isinstance(said, str):
-            said = said.encode("utf-8", "surrogateescape")
-        return hmac.compare_digest(said, self._expected)
+        given = dict(details.invocation_metadata).get("authorization", "")
+        if isinstance(given, str):
+            given = given.encode("utf-8", "surrogateescape")
+        return hmac.compare_digest(given, self._expected)
 
     def _open(self, limit: str) -> None:
-        """Count a call until its task has ended, which this runs in."""
+        """Count a call until its task ends, which is the current one."""
         task = asyncio.current_task()
         assert task is not None
         self._num_open[limit] += 1
@@ -650,7 +679,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def _refusing(code: grpc.StatusCode, text: str) -> Any:
-    """The handler of any method, which reads nothing of the call."""
+    """Return a handler for any method that refuses the call without reading it."""
 
     async def refuse(_: Any, context: Context) -> None:
         await context.abort(code, text)

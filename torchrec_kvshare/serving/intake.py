@@ -1,8 +1,8 @@
-"""Messages on their way in: how many bytes they may hold, and how large ones are parsed.
+"""Intake of messages: one limit of bytes in flight, and parsing of large messages in a thread.
 
-A message counts from the first byte that is read of it until it is answered, so that bodies that
-come slowly, are parsed or wait to be scored share one limit. Large ones are parsed beside the event
-loop, one at a time.
+A message counts from its first byte until it is answered, so that bodies that come slowly, are
+parsed or wait to be scored share one limit. Large messages are parsed outside the event loop, one
+at a time.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from torchrec_kvshare.serving.metrics import INFLIGHT_BYTES
 Parsed = TypeVar("Parsed")
 Arguments = ParamSpec("Arguments")
 
-# Of every message not counted: whatever others hold, a common request is read. How many there are
-# of them is bounded by connections and calls.
+# The first bytes of every message are not counted, so that a common request always has room.
+# Connections and calls bound the number of messages.
 SMALL_BYTES = 2**16
-LARGE_BYTES = 2**18  # parsed in 2 to 5 ms; of more the event loop would be held up
+LARGE_BYTES = 2**18  # parsed in 2 to 5 ms; a larger message would block the event loop for longer
 
 
 class Intake:
     """The messages of all clients of one server.
 
     Args:
-        capacity_bytes: that they may hold together, but for the first ``SMALL_BYTES`` of each.
-        refuse: told the limit, whenever there is no room.
+        capacity_bytes: of all messages together, without the first ``SMALL_BYTES`` of each.
+        refuse: called with the name of the limit whenever there is no room.
 
     Example:
         >>> intake = Intake(capacity_bytes=100, refuse=print)
@@ -49,13 +49,13 @@ class Intake:
         self._parsing = ThreadPoolExecutor(1, "kvshare-parse")
 
     @contextmanager
-    def message(self) -> Iterator["Held"]:
-        """What a message holds until the end of the block."""
-        held = Held(self)
+    def message(self) -> Iterator["InflightBytes"]:
+        """Count the bytes of a message until the end of the block."""
+        inflight = InflightBytes(self)
         try:
-            yield held
+            yield inflight
         finally:
-            self.num_bytes -= held.num_counted
+            self.num_bytes -= inflight.num_counted
 
     async def parse(
         self,
@@ -64,14 +64,14 @@ class Intake:
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Parsed:
-        """What a parser makes of a message, at once or, if it is large, in a thread.
+        """Parse a message, in a thread if it is large.
 
         Args:
             num_bytes: of the message.
             parse: called with the arguments that follow.
 
         Raises:
-            Exception: what the parser raised.
+            Exception: whatever the parser raises.
         """
         if num_bytes <= LARGE_BYTES:
             return parse(*args, **kwargs)
@@ -88,8 +88,8 @@ class Intake:
         self._parsing.shutdown(cancel_futures=True)
 
 
-class Held:
-    """What one message, or those of one stream, hold of their server's room."""
+class InflightBytes:
+    """Bytes in flight of one message, or of all messages of one stream."""
 
     def __init__(self, intake: Intake) -> None:
         self.num_counted = 0
@@ -97,23 +97,23 @@ class Held:
         self._num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
-        """More has come.
+        """Add bytes that have come.
 
         Raises:
-            NoRoomError: if all messages together hold too much; nothing is added then.
+            NoRoomError: if all messages together exceed the limit; then nothing is added.
         """
         intake = self._intake
         more = max(0, self._num_bytes + num_bytes - SMALL_BYTES) - self.num_counted
         if more > 0 and intake.num_bytes + more > intake.capacity_bytes:
             intake.refuse(INFLIGHT_BYTES)
             raise NoRoomError(
-                f"messages that are read or answered hold {intake.num_bytes} bytes, and {more} "
-                f"more came; {intake.capacity_bytes} are allowed by server.max_inflight_bytes"
+                f"messages in flight hold {intake.num_bytes} bytes, and {more} more came; "
+                f"{intake.capacity_bytes} are allowed by server.max_inflight_bytes"
             )
         self._change(num_bytes)
 
     def drop(self, num_bytes: int) -> None:
-        """A message of so many bytes is answered."""
+        """Drop the bytes of a message that is answered."""
         self._change(-num_bytes)
 
     def _change(self, num_bytes: int) -> None:
@@ -124,7 +124,7 @@ class Held:
 
 
 class _Pauses:
-    """How many want no garbage collection now, in all threads."""
+    """Counts the open pauses of garbage collection in all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -150,11 +150,11 @@ _PAUSES = _Pauses()
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """No garbage collection until the last of those who want none has left its block.
+    """Pause garbage collection until the last open block ends, in whichever thread.
 
-    A parser makes objects by the million and no garbage; the collector, which runs with the
-    interpreter's lock, looks at all of them again and again: 1.2 to 1.9 s of 15 MiB of JSON that
-    take 0.1 s without it.
+    A parser makes millions of objects and no garbage. The collector, which holds the interpreter's
+    lock, visits all of them again and again: 15 MiB of JSON take 1.2 to 1.9 s with it and 0.1 s
+    without it.
     """
     _PAUSES.begin()
     try:

@@ -11,7 +11,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 
 def log_as_json() -> None:
-    """Have all loggers write JSON: time, level, logger, message, and a call's ``extra``."""
+    """Make all loggers write JSON: time, level, logger, message, and a call's ``extra``."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         JsonFormatter(
@@ -22,19 +22,19 @@ def log_as_json() -> None:
         )
     )
     logging.getLogger().handlers[:] = [handler]
-    # It tells with a traceback what of a client's bytes is not HTTP; the client is told as well.
+    # It logs a traceback for bytes that are not HTTP; the client gets an error as well.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
-    # So it is with a call whose client has gone: no status can be sent, or nothing had begun.
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
+    # It logs a traceback for a call whose client has gone.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_server_error)
 
 
-def _is_ours(record: logging.LogRecord) -> bool:
+def _is_server_error(record: logging.LogRecord) -> bool:
     kind = record.exc_info[0] if record.exc_info else None
     return kind is None or not issubclass(kind, asyncio.CancelledError | ExecuteBatchError)
 
 
 def _dumps(fields: Any, **options: Any) -> str:
-    """JSON, with null for what would be NaN: a line is for readers of JSON, whoever logged it."""
+    """Return JSON, with null for NaN and infinity."""
     try:
         return json.dumps(fields, allow_nan=False, **options)
     except ValueError:

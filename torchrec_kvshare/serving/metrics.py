@@ -1,9 +1,9 @@
-"""What the server counts, as Prometheus reads it, and what a person wants to see of it now."""
+"""Metrics of the server: Prometheus counters, and the live figures of the page."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,14 +16,14 @@ from torchrec_kvshare.features.request import IdCount
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# How requests end; Prometheus gets one series of each.
+# Outcomes of requests, values of a Prometheus label.
 OK, INVALID, OVERLOADED, DEADLINE = "ok", "invalid", "overloaded", "deadline"
 CANCELLED, UNAVAILABLE, UNKNOWN, INTERNAL = "cancelled", "unavailable", "unknown_model", "internal"
 NOT_FINITE = "not_finite"
 OUTCOMES = (
     *(OK, INVALID, OVERLOADED, DEADLINE, CANCELLED, UNAVAILABLE, UNKNOWN, INTERNAL, NOT_FINITE),
 )
-# Limits of which the server counts what they refuse or end.
+# Limits whose refusals are counted.
 CONNECTIONS, HEADER_TIME, BODY_TIME = "connections", "header_time", "body_time"
 ANSWER_TIME, IDLE_TIME, STREAM_TIME = "answer_time", "idle_time", "stream_time"
 REQUEST_BYTES, INFLIGHT_BYTES, CALLS = "request_bytes", "inflight_bytes", "calls"
@@ -48,162 +48,196 @@ MAX_LATENCIES = 1000
 MAX_MISSES = 20
 
 
+class Metric(NamedTuple):
+    """A row of ``METRICS``; its name in Prometheus is ``kvshare_<name>``."""
+
+    kind: type[Counter | Gauge | Histogram]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] | None = None
+
+
+METRICS = (
+    Metric(
+        Counter, "requests", "Requests by how they ended.", labels=("model", "server", "outcome")
+    ),
+    Metric(
+        Histogram,
+        "request_seconds",
+        "From a request's last byte to its answer.",
+        labels=("model", "server"),
+        buckets=SECONDS,
+    ),
+    Metric(
+        Histogram,
+        "stage_seconds",
+        "Where the time of answered requests went: parse, queue, score.",
+        labels=("model", "stage"),
+        buckets=SECONDS,
+    ),
+    Metric(Histogram, "batch_requests", "Requests in a batch.", buckets=REQUESTS),
+    Metric(Histogram, "batch_candidates", "Candidates in a batch.", buckets=CANDIDATES),
+    Metric(
+        Counter,
+        "ids",
+        "Ids of requests; of events, those that the model reads.",
+        labels=("model", "column"),
+    ),
+    Metric(
+        Counter,
+        "unknown_ids",
+        "Those of them that no table of the model knows.",
+        labels=("model", "column"),
+    ),
+    Metric(
+        Counter,
+        "sorted_histories",
+        "Histories that came out of order and were sorted.",
+        labels=("model",),
+    ),
+    Metric(
+        Counter,
+        "not_finite_scores",
+        "Requests with a score that is NaN or infinite, in a list or a stream too.",
+    ),
+    Metric(
+        Counter,
+        "refusals",
+        "Connections, calls and requests that were refused or ended, by the limit.",
+        labels=("limit",),
+    ),
+    Metric(Gauge, "connections_open", "Connections of HTTP."),
+    Metric(Gauge, "calls_open", "Calls of gRPC that are read or answered."),
+    Metric(
+        Gauge,
+        "inflight_bytes",
+        "Of messages that are read or answered, beyond the first 64 KiB of each.",
+    ),
+    Metric(Gauge, "queue_requests", "Requests that wait."),
+    Metric(Gauge, "streams_open", "Streams that hold K/V."),
+    Metric(
+        Gauge,
+        "model_version_info",
+        "1 for the version that answers.",
+        labels=("model", "version", "model_version"),
+    ),
+    Metric(
+        Counter,
+        "model_loads",
+        "Versions that were loaded: served, refused.",
+        labels=("model", "outcome"),
+    ),
+    Metric(
+        Gauge,
+        "model_refused",
+        "1 while a version that was refused stands in the folder.",
+        labels=("model", "version"),
+    ),
+    Metric(
+        Counter,
+        "parity_checks",
+        "Cached answers that were scored again without the cache.",
+        labels=("model",),
+    ),
+    Metric(
+        Gauge,
+        "parity_drift",
+        "Greatest difference of a probability; infinite where one of two was no number.",
+        labels=("model",),
+    ),
+    Metric(
+        Gauge,
+        "parity_alarm",
+        "1 while the cache is left alone because its scores were wrong.",
+        labels=("model",),
+    ),
+)
+
+
 class ServerMetrics:
-    """Counters, gauges and histograms of one server.
+    """Counters, gauges and histograms of one server, by their names in ``METRICS``.
 
     Args:
-        cache: what its caches count; shown as ``kvshare_cache_*``.
+        cache: counters of the caches; exported as ``kvshare_cache_*``.
+
+    Example:
+        >>> from torchrec_kvshare.cache.metrics import CacheMetrics
+        >>> metrics = ServerMetrics(CacheMetrics())
+        >>> metrics.count("requests", "shop", "grpc", OK)
+        >>> [line for line in metrics.text().decode().splitlines() if "shop" in line][0]
+        'kvshare_requests_total{model="shop",outcome="ok",server="grpc"} 1.0'
     """
 
     def __init__(self, cache: CacheMetrics) -> None:
         self.cache = cache
-        self.registry = registry = CollectorRegistry()
-        registry.register(PrometheusCollector(cache))
-        self.requests = Counter(
-            "kvshare_requests",
-            "Requests by how they ended.",
-            ("model", "face", "outcome"),
-            registry=registry,
-        )
-        self.request_seconds = Histogram(
-            "kvshare_request_seconds",
-            "From a request's last byte to its answer.",
-            ("model", "face"),
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.stage_seconds = Histogram(
-            "kvshare_stage_seconds",
-            "Where the time of answered requests went: parse, queue, score.",
-            ("model", "stage"),
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.batch_requests = Histogram(
-            "kvshare_batch_requests",
-            "Requests in a step.",
-            buckets=REQUESTS,
-            registry=registry,
-        )
-        self.batch_candidates = Histogram(
-            "kvshare_batch_candidates",
-            "Candidates in a step.",
-            buckets=CANDIDATES,
-            registry=registry,
-        )
-        self.ids = Counter(
-            "kvshare_ids",
-            "Ids of requests; of events, those that the model reads.",
-            ("model", "column"),
-            registry=registry,
-        )
-        self.unknown_ids = Counter(
-            "kvshare_unknown_ids",
-            "Those of them that no table of the model knows.",
-            ("model", "column"),
-            registry=registry,
-        )
-        self.sorted_histories = Counter(
-            "kvshare_sorted_histories",
-            "Histories that came out of order and were sorted.",
-            ("model",),
-            registry=registry,
-        )
-        self.not_finite = Counter(
-            "kvshare_not_finite_scores",
-            "Requests with a score that is NaN or infinite, in a list or a stream too.",
-            registry=registry,
-        )
-        self.refusals = Counter(
-            "kvshare_refusals",
-            "Connections, calls and requests that were refused or ended, by the limit.",
-            ("limit",),
-            registry=registry,
-        )
+        self.registry = CollectorRegistry()
+        self.registry.register(PrometheusCollector(cache))
+        self._metric_by_name: dict[str, Any] = {}
+        for row in METRICS:
+            options: dict[str, Any] = {} if row.buckets is None else {"buckets": row.buckets}
+            self._metric_by_name[row.name] = row.kind(
+                f"kvshare_{row.name}", row.help, row.labels, registry=self.registry, **options
+            )
         for limit in LIMITS:
-            self.refusals.labels(limit)
-        self.connections_open = Gauge(
-            "kvshare_connections_open", "Connections of HTTP.", registry=registry
-        )
-        self.calls_open = Gauge(
-            "kvshare_calls_open", "Calls of gRPC that are read or answered.", registry=registry
-        )
-        self.inflight_bytes = Gauge(
-            "kvshare_inflight_bytes",
-            "Of messages that are read or answered, beyond the first 64 KiB of each.",
-            registry=registry,
-        )
-        self.queue_requests = Gauge(
-            "kvshare_queue_requests", "Requests that wait.", registry=registry
-        )
-        self.streams_open = Gauge(
-            "kvshare_streams_open", "Streams that hold K/V.", registry=registry
-        )
-        self.version_info = Gauge(
-            "kvshare_model_version_info",
-            "1 for the version that answers.",
-            ("model", "version", "model_version"),
-            registry=registry,
-        )
-        self.loads = Counter(
-            "kvshare_model_loads",
-            "Versions that were loaded: served, refused.",
-            ("model", "outcome"),
-            registry=registry,
-        )
-        self.refused = Gauge(
-            "kvshare_model_refused",
-            "1 while a version that was refused stands in the folder.",
-            ("model", "version"),
-            registry=registry,
-        )
-        self.parity_checks = Counter(
-            "kvshare_parity_checks",
-            "Cached answers that were scored again without the cache.",
-            ("model",),
-            registry=registry,
-        )
-        self.parity_drift = Gauge(
-            "kvshare_parity_drift",
-            "Greatest difference of a probability; infinite where one of two was no number.",
-            ("model",),
-            registry=registry,
-        )
-        self.parity_alarm = Gauge(
-            "kvshare_parity_alarm",
-            "1 while the cache is left alone because its scores were wrong.",
-            ("model",),
-            registry=registry,
-        )
+            self._series("refusals", limit)
+
+    def count(self, name: str, *labels: str, amount: int = 1) -> None:
+        """Add to a counter; its labels are given in the order of the table."""
+        self._series(name, *labels).inc(amount)
+
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """Put a value into a histogram."""
+        self._series(name, *labels).observe(value)
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """Set a gauge."""
+        self._series(name, *labels).set(value)
+
+    def read(self, name: str, read: Callable[[], float]) -> None:
+        """Have a gauge read by a function whenever it is exported."""
+        self._series(name).set_function(read)
+
+    def remove(self, name: str, *labels: str) -> None:
+        """Remove one series of a metric, or all of them if no labels are given."""
+        metric = self._metric_by_name[name]
+        if labels:
+            metric.remove(*labels)
+        else:
+            metric.clear()
 
     def refuse(self, limit: str) -> None:
-        """Something was refused or ended, to keep within this one of ``LIMITS``."""
-        self.refusals.labels(limit).inc()
+        """Count something that was refused or ended, by which of ``LIMITS`` did it."""
+        self.count("refusals", limit)
 
     def count_ids(self, model: str, count_by_column: Mapping[str, IdCount]) -> None:
-        """Count a request's ids; columns are those of the model's schema, and no more."""
+        """Count a request's ids; columns are those of the model's schema only."""
         for column, count in count_by_column.items():
-            self.ids.labels(model, column).inc(count.given)
-            self.unknown_ids.labels(model, column).inc(count.unknown)
+            self.count("ids", model, column, amount=count.given)
+            self.count("unknown_ids", model, column, amount=count.unknown)
 
     def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """Return everything in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def write(self, writer: "SummaryWriter", step: int) -> None:
-        """Write every sample to TensorBoard; buckets of histograms are left out."""
+        """Write every sample to TensorBoard, except buckets of histograms."""
         for family in self.registry.collect():
             for sample in family.samples:
                 if not sample.name.endswith(("_bucket", "_created")):
                     tag = "/".join((sample.name, *sample.labels.values()))
                     writer.add_scalar(tag, sample.value, step)
 
+    def _series(self, name: str, *labels: str) -> Any:
+        metric = self._metric_by_name[name]
+        return metric.labels(*labels) if labels else metric
+
 
 class LiveView:
     """The last requests, for the page: rates, quantiles, misses with their reasons.
 
     Args:
-        clock: seconds that only go forward.
+        clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -216,7 +250,7 @@ class LiveView:
         self._misses: deque[dict[str, Any]] = deque(maxlen=MAX_MISSES)
 
     def end(self, outcome: str, latency_ms: float) -> None:
-        """A request has ended."""
+        """Record the end of a request."""
         self._num_by_outcome[outcome] += 1
         if outcome == OK:
             self._latencies_ms.append(latency_ms)
@@ -224,18 +258,18 @@ class LiveView:
         while self._ends and self._ends[0] < self._clock() - QPS_WINDOW_S:
             self._ends.popleft()
 
-    def step(self, num_requests: int) -> None:
-        """So many requests were scored together."""
+    def batch(self, num_requests: int) -> None:
+        """Record the size of a batch that is scored."""
         self._batches.append(num_requests)
 
     def miss(self, model: str, request_id: object, use: CacheUse) -> None:
-        """An answer whose K/V was not all there."""
+        """Record an answer whose K/V was not all cached."""
         miss = {"at": time.time(), "request_id": request_id, "model": model, "status": use.status}
         miss |= {"reason": use.reason, "cached_events": use.cached_events}
         self._misses.appendleft(miss | {"computed_events": use.computed_events})
 
     def to_json(self) -> dict[str, Any]:
-        """What it saw, as JSON values."""
+        """Return the figures as JSON values."""
         now = self._clock()
         window_s = min(QPS_WINDOW_S, max(now - self._started_at, 1.0))
         return {
@@ -249,7 +283,7 @@ class LiveView:
 
 
 def cache_to_json(cache: CacheMetrics) -> dict[str, Any]:
-    """Hit rates, as the page shows them."""
+    """Return the hit rate and the hits by tier, for the page."""
     snapshot = cache.snapshot()
     by_tier: dict[str, int] = {}
     for series, value in snapshot.values.items():

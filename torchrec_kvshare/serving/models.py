@@ -1,8 +1,8 @@
-"""Models by name, each in the version that answers now, and how another version takes over.
+"""Served models by name, and how a new version takes over from an old one.
 
-A new version is loaded beside the old one, scores its golden requests, with the cache too, is given
-the K/V of the users that ask most, and answers from one request to the next. One that fails at any
-of this is refused, and the old one stays.
+A new version is loaded beside the old one, scores its golden requests without and with the cache,
+gets the K/V of the users that ask most, and takes over between two requests. A version that fails
+at any of this is refused, and the old one stays.
 """
 
 import logging
@@ -34,13 +34,14 @@ from torchrec_kvshare.errors import (
 from torchrec_kvshare.export.artifact import MANIFEST
 from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.export.open import new_engine
+from torchrec_kvshare.features.decode import cut
 from torchrec_kvshare.features.draw import draw_raw_request
 from torchrec_kvshare.features.parse import parse_user
 from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.scoring.engine import Engine
-from torchrec_kvshare.serving.footprint import check_memory, step_bytes
+from torchrec_kvshare.serving.footprint import batch_bytes, check_memory
 from torchrec_kvshare.serving.metrics import ServerMetrics
-from torchrec_kvshare.serving.scheduler import step_limits
+from torchrec_kvshare.serving.scheduler import batch_limits
 from torchrec_kvshare.verify.golden import check_golden
 
 logger = logging.getLogger(__name__)
@@ -48,22 +49,21 @@ logger = logging.getLogger(__name__)
 DEFAULT_NAME, DEFAULT_VERSION = "kvshare", "1"
 EXAMPLE_EVENTS, EXAMPLE_CANDIDATES = 6, 5
 WARM_BATCH = 8  # users encoded together
-WARM_ROUNDS = 3  # of the golden requests: a program is compiled in its first two calls
-WARM_CAPACITY_BYTES = 64 * 2**20  # for the K/V of golden requests, while they are scored
+WARM_ROUNDS = 3  # of golden requests: TorchScript compiles a program in its first two calls
+WARM_CAPACITY_BYTES = 64 * 2**20  # for the K/V of golden requests while they are scored
 LOADING, SERVING, DRAINING, REFUSED = "loading", "serving", "draining", "refused"
-Content: TypeAlias = list[tuple[str, int, int]]  # of a folder: names, bytes, times of change
+Content: TypeAlias = list[tuple[str, int, int]]  # of a folder: names, bytes, modification times
 
 
 class HotUsers:
     """Last requests of the users that ask most often.
 
-    A request is kept as the bytes of its columns: arrays would hold on to the message that they
-    were cut from, and the size of bytes is known. It stays raw: another version has other rows.
+    A request is kept as bytes: arrays would keep the whole message alive that they are views of,
+    and the size of bytes is known. It is kept raw, as another version has other table rows.
 
     Args:
-        num_users: that are remembered.
-        capacity_bytes: for all of them; a request that takes more than its user's share of it is
-            not remembered.
+        num_users: remembered at most.
+        capacity_bytes: for all users; a request beyond its user's share is not remembered.
 
     Example:
         >>> hot = HotUsers(num_users=2, capacity_bytes=1000)
@@ -80,7 +80,7 @@ class HotUsers:
         self._lock = threading.Lock()
 
     def remember(self, user_id: str, raw: Mapping[str, Any]) -> None:
-        """A user has asked."""
+        """Remember a user's last request."""
         packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
         with self._lock:
             times, _ = self._recent.pop(user_id, (0, b""))
@@ -88,17 +88,17 @@ class HotUsers:
                 return
             self._recent[user_id] = (times + 1, packed)
             if len(self._recent) > self._num_users:
-                # Of the older half, who asked least: a newcomer has a chance to become hot.
+                # Drop from the older half only, so that a new user has a chance to become hot.
                 older = list(self._recent)[: (len(self._recent) + 1) // 2]
                 del self._recent[min(older, key=lambda user_id: self._recent[user_id][0])]
 
     def forget(self, user_id: str) -> None:
-        """Remember nothing of a user."""
+        """Drop a user's request."""
         with self._lock:
             self._recent.pop(user_id, None)
 
     def hottest(self) -> list[Mapping[str, Any]]:
-        """Last requests, of whom asked most often first."""
+        """Return the last requests, most frequent user first."""
         with self._lock:
             ranked = sorted(self._recent.values(), key=lambda one: one[0], reverse=True)
         return [pickle.loads(packed) for _, packed in ranked]
@@ -106,15 +106,15 @@ class HotUsers:
 
 @dataclass(eq=False)
 class Served:
-    """A version of a model that is loaded.
+    """A loaded version of a model.
 
     Attributes:
         name: of the model.
-        version: of it.
-        engine: that answers; another one without a cache once that was found wrong.
-        num_open: requests that it is answering.
-        drift: the greatest difference that was found of a probability with and without the cache.
-        store: where its K/V is, also once its cache was found wrong.
+        version: of the model.
+        engine: that answers; replaced by one without a cache if the cache is found wrong.
+        num_open: requests in flight.
+        drift: greatest difference found between a probability with and without the cache.
+        store: of the first engine, also after that engine is replaced.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Served:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Answer a request."""
+        """Count a request in flight until the block ends."""
         self.num_open += 1
         try:
             yield
@@ -137,40 +137,40 @@ class Served:
             self.num_open -= 1
 
     def example(self) -> dict[str, Any]:
-        """A request that it can score."""
+        """Return a request that the model can score."""
         drawn = draw_raw_request(self.engine.schema, EXAMPLE_EVENTS, EXAMPLE_CANDIDATES, seed=0)
         return drawn | {"request_id": "example"}
 
 
 class Standing(NamedTuple):
-    """What became of a version that is, or was, in the folder."""
+    """State of a version that is, or was, in the folder."""
 
     name: str
     version: str
-    model_version: str
-    state: str
-    message: str
+    model_version: str = ""
+    state: str = LOADING
+    message: str = ""
 
 
 class Loader(Protocol):
-    """Makes engines of artifacts; what their caches count is counted together."""
+    """Loads artifacts as engines whose caches share one ``CacheMetrics``."""
 
     metrics: CacheMetrics
 
     def load(self, folder: Path) -> Engine:
-        """An engine that is ready to answer, or an error."""
+        """Return an engine that is ready to answer, or raise."""
 
     def close(self) -> None:
-        """No engine answers any more."""
+        """Close the loader when no engine is in use."""
 
 
 class EngineLoader:
-    """Makes engines of artifacts, over tiers that all of them share.
+    """Loads artifacts as engines over shared tiers.
 
     Args:
-        cache: where K/V is kept.
-        server: its limits; what it can take of memory at most must be there.
-        deterministic: scores bit-equal whatever else is scored, or no start.
+        cache: config of the cache.
+        server: its limits; the memory that they can take must be granted.
+        deterministic: make scores bit-equal in any batch, or refuse to load.
         key: that artifacts must be signed with; None loads any.
     """
 
@@ -189,15 +189,16 @@ class EngineLoader:
         self.metrics = CacheMetrics()
 
     def load(self, folder: Path) -> Engine:
-        """An engine whose scores are those of the golden requests, with the cache and without.
+        """Load an engine and check it against the golden requests, without and with the cache.
 
         Raises:
-            KVShareError: naming what is broken, missing or wrong, or takes more memory than there
-                is.
+            KVShareError: naming what is broken, missing or wrong, or takes more memory than is
+                granted.
         """
         artifact = load_artifact(folder, self._key)
-        step = step_bytes(artifact.manifest, artifact.schema, step_limits(self._server))
-        check_memory(self._cache, self._server, resident_bytes(), step)
+        limits = batch_limits(self._server)
+        scoring_bytes = batch_bytes(artifact.manifest, artifact.schema, limits)
+        check_memory(self._cache, self._server, resident_bytes(), scoring_bytes)
         name = OFF if self._cache.name == OFF else MEMORY
         trial = replace(self._cache, name=name, capacity_bytes=WARM_CAPACITY_BYTES, pinned_bytes=0)
         engine = new_engine(artifact, trial)
@@ -206,22 +207,28 @@ class EngineLoader:
         if self._cache.name == TIERED and self._stack is None:
             measured = artifact.manifest.break_even_events
             self._stack = new_stack(self._cache, measured, self.metrics)
-        return new_engine(artifact, self._cache, self._deterministic, self._stack, self.metrics)
+        return new_engine(
+            artifact,
+            self._cache,
+            deterministic=self._deterministic,
+            stack=self._stack,
+            metrics=self.metrics,
+        )
 
     def close(self) -> None:
-        """Write what waits, and let go of the tiers."""
+        """Flush pending writes and close the tiers."""
         if self._stack is not None:
             self._stack.close()
 
 
 class Models:
-    """What is served.
+    """The served models.
 
     Args:
-        load: an engine of an artifact that is ready to answer, or an error.
-        metrics: where versions are shown.
+        load: returns the engine of an artifact, or raises.
+        metrics: of the server.
         num_hot: users whose K/V a new version starts with.
-        hot_bytes: for the last requests of those users, of each model.
+        hot_bytes: of each model, for the last requests of those users.
     """
 
     def __init__(
@@ -242,15 +249,16 @@ class Models:
         self._standing: dict[tuple[str, str], Standing] = {}
         self._refused: dict[tuple[str, str], Content] = {}
         self._forgotten_at: OrderedDict[int, float] = OrderedDict()
-        # Of what is loaded and stands: the watcher's thread changes it, and who asks drops from it.
+        # Guards the loaded versions and their standings: the watching thread changes them, and a
+        # reader of the standings drops versions that have drained.
         self._lock = threading.RLock()
 
     def get(self, name: str | None = None, version: str | None = None) -> Served:
-        """The version that answers.
+        """Return the version that answers.
 
         Args:
-            name: of the model; None where there is only one.
-            version: None for the one that answers now; another is not there.
+            name: of the model; None if there is only one.
+            version: None for the one that answers now; no other version is available.
 
         Raises:
             UnavailableError: if no model is loaded yet.
@@ -265,33 +273,41 @@ class Models:
         if one is None or version not in (None, "", one.version):
             known = [f"{known.name}/{known.version}" for known in served.values()]
             asked = "no model" if name is None else f"{name}/{version}" if version else name
-            raise UnknownModelError(f"{asked:.200} was asked for; {known} are served")
+            raise UnknownModelError(f"{cut(asked)} was asked for; {known} are served")
         return one
 
+    def has(self, name: str | None, version: str | None) -> bool:
+        """Whether ``get`` returns a version."""
+        try:
+            self.get(name, version)
+        except (UnavailableError, UnknownModelError):
+            return False
+        return True
+
     def all(self) -> list[Served]:
-        """Those that answer now."""
+        """Return the versions that answer now."""
         return list(self._served.values())
 
     def hot(self, name: str) -> HotUsers:
-        """Who asks a model."""
+        """Return the hot users of a model."""
         return self._hot_by_name.setdefault(name, HotUsers(self._num_hot, self._hot_bytes))
 
     def remember(self, name: str, request: Request, raw: Mapping[str, Any]) -> None:
-        """A user has asked a model, unless that was before the user was forgotten."""
+        """Remember a user's request, unless it came before the user was forgotten."""
         with self._lock:
             if not self.has_forgotten(request):
                 self.hot(name).remember(request.user_id, raw)
 
     def has_forgotten(self, request: Request) -> bool:
-        """Whether the user of a request was forgotten since it came."""
+        """Whether the user of a request was forgotten after the request came."""
         forgotten_at = self._forgotten_at.get(hash(request.user_id))
         came_at = request.came_at
         return forgotten_at is not None and came_at is not None and came_at <= forgotten_at
 
     def forget(self, user_id: str) -> dict[str, int | None]:
-        """Forget a user: its last requests, and its K/V of every version that is in memory.
+        """Forget a user: its last requests, and its K/V of every loaded version.
 
-        Requests that came before are answered, and nothing of them is kept.
+        Earlier requests are answered, and nothing of them is kept.
 
         Args:
             user_id: as ``canonical_id`` spells it.
@@ -317,13 +333,13 @@ class Models:
         return dropped
 
     def standings(self) -> list[Standing]:
-        """Every version that is known, by name and version."""
+        """Return all known versions, sorted by name and version."""
         with self._lock:
-            self._let_go()
+            self._drop_drained()
             return sorted(self._standing.values())
 
     def bypass(self, engine: Engine) -> None:
-        """Score without the cache from now on, if it is this engine that answers."""
+        """Score without the cache from now on, if this engine still answers."""
         for served in self.all():
             if served.engine is engine:
                 served.engine = Engine(
@@ -333,16 +349,16 @@ class Models:
 
     @property
     def names_without_cache(self) -> list[str]:
-        """Models whose cache was found wrong."""
+        """Names of models whose cache was found wrong."""
         return [served.name for served in self.all() if served.engine.no_store == DRIFT]
 
     def publish(self, name: str, version: str, folder: Path) -> None:
-        """Load a version and let it answer in place of another.
+        """Load a version and let it take over.
 
         Raises:
-            Exception: whatever loading raised; nothing has changed then.
+            Exception: whatever loading raises; then nothing has changed.
         """
-        self._stand(Standing(name, version, "", LOADING, ""))
+        self._set_standing(Standing(name, version, state=LOADING))
         engine = self._load(folder)
         new = Served(name, version, engine)
         with self._lock:
@@ -353,14 +369,14 @@ class Models:
         finally:
             with self._lock:
                 self._warming.remove(new)
-        self._stand(Standing(name, version, engine.model_version, SERVING, ""))
+        self._set_standing(Standing(name, version, engine.model_version, SERVING))
         self._show()
-        self._metrics.loads.labels(name, "served").inc()
+        self._metrics.count("model_loads", name, "served")
         logger.info("model %s version %s answers: %s", name, version, engine.model_version)
 
     def refresh(self, folder: Path) -> None:
-        """Serve of each model in a folder the newest version that is not broken."""
-        self._let_go()
+        """Serve the newest version of each model in a folder that is not broken."""
+        self._drop_drained()
         found = versions_in(folder)
         for key in [*self._refused]:
             if key[1] not in found.get(key[0], {}):
@@ -374,7 +390,7 @@ class Models:
             logger.info("model %s is gone", name)
 
     def _refresh(self, name: str, folder_by_version: dict[str, Path]) -> None:
-        """Try a model's versions, the newest first, until one answers."""
+        """Try the versions of a model, newest first, until one answers."""
         for version in sorted(folder_by_version, key=int, reverse=True):
             current = self._served.get(name)
             if current is not None and current.version == version:
@@ -388,78 +404,78 @@ class Models:
                 self._refused.pop((name, version), None)
                 return
             except Exception as error:
-                # Not of ours alone: what a broken program makes torch raise can be anything.
+                # Any exception: torch may raise anything on a broken program.
                 is_ours = isinstance(error, KVShareError)
                 message = str(error) if is_ours else f"{type(error).__name__}: {error}"
                 self._refused[name, version] = content
-                self._metrics.loads.labels(name, REFUSED).inc()
-                self._stand(Standing(name, version, "", REFUSED, message))
+                self._metrics.count("model_loads", name, REFUSED)
+                self._set_standing(Standing(name, version, state=REFUSED, message=message))
                 logger.error("model %s version %s is refused: %s", name, version, message)
 
     def _warm(self, name: str, engine: Engine) -> None:
         users = []
-        came_at = steady_clock()()  # A user who is forgotten from now on is not kept.
+        came_at = steady_clock()()  # A user who is forgotten from now on is not warmed up.
         for raw in self.hot(name).hottest():
             try:
                 users.append(replace(parse_user(raw, engine.schema), came_at=came_at))
             except RequestError:
-                continue  # It is of a user whom the new model will refuse as well.
+                continue  # The new version will refuse this user's requests as well.
         for first in range(0, len(users), WARM_BATCH):
             engine.prefetch(users[first : first + WARM_BATCH])
 
     def _take_over(self, name: str, new: Served | None) -> None:
-        """Let a version answer in place of another, or none; whoever forgets a user meets both."""
+        """Let a version, or none, take over; a concurrent ``forget`` sees the old and the new."""
         with self._lock:
             old = self._served.get(name)
             others = {one: served for one, served in self._served.items() if one != name}
             self._served = others if new is None else others | {name: new}
             if old is not None:
                 self._draining.append(old)
-                self._stand(Standing(name, old.version, old.engine.model_version, DRAINING, ""))
+                model_version = old.engine.model_version
+                self._set_standing(Standing(name, old.version, model_version, DRAINING))
 
-    def _let_go(self) -> None:
-        """Of old versions those that have answered their last request."""
+    def _drop_drained(self) -> None:
+        """Drop old versions without requests in flight."""
         with self._lock:
             for old in [*self._draining]:
-                if not old.num_open:  # Asked once: requests end while this runs.
+                if not old.num_open:  # Read once: requests end while this runs.
                     self._draining.remove(old)
                     self._drop_standing((old.name, old.version), DRAINING)
 
     def _show(self) -> None:
-        """Tell the metrics what answers now, and what the engines that answer hold together."""
+        """Update the metrics: which versions answer, and the sizes of all their caches."""
         metrics = self._metrics
-        for gauge in (metrics.version_info, metrics.parity_alarm, metrics.parity_drift):
-            gauge.clear()
+        for gauge in ("model_version_info", "parity_alarm", "parity_drift"):
+            metrics.remove(gauge)
         for served in self.all():
-            labels = (served.name, served.version, served.engine.model_version)
-            metrics.version_info.labels(*labels).set(1)
-            is_alarming = served.name in self.names_without_cache
-            metrics.parity_alarm.labels(served.name).set(is_alarming)
-            metrics.parity_drift.labels(served.name).set(served.drift)
+            name, model_version = served.name, served.engine.model_version
+            metrics.set("model_version_info", 1, name, served.version, model_version)
+            metrics.set("parity_alarm", name in self.names_without_cache, name)
+            metrics.set("parity_drift", served.drift, name)
         stores = [served.engine.store for served in self.all() if served.engine.store is not None]
         caches = [cache for store in stores for cache in store.caches]
         show = metrics.cache.gauge
         show("held_bytes", lambda: sum(one.held_bytes for one in caches), tier=PAGES)
-        show("pinned_entries", lambda: sum(one.num_held for one in caches))
+        show("pinned_entries", lambda: sum(one.num_leased for one in caches))
         capacity_bytes = sum(one.pool.capacity_bytes for one in caches)
         show("capacity_bytes", lambda: capacity_bytes, tier=PAGES)
 
-    def _stand(self, standing: Standing) -> None:
-        is_refused = standing.state == REFUSED
+    def _set_standing(self, standing: Standing) -> None:
+        key, is_refused = (standing.name, standing.version), standing.state == REFUSED
         with self._lock:
-            self._standing[standing.name, standing.version] = standing
-            self._metrics.refused.labels(standing.name, standing.version).set(is_refused)
+            self._standing[key] = standing
+            self._metrics.set("model_refused", is_refused, *key)
 
     def _drop_standing(self, key: tuple[str, str], state: str) -> None:
         with self._lock:
             standing = self._standing.get(key)
             if standing is not None and standing.state == state:
                 del self._standing[key]
-                self._metrics.refused.remove(*key)
+                self._metrics.remove("model_refused", *key)
 
 
 def versions_in(folder: Path) -> dict[str, dict[str, Path]]:
-    """Artifacts in a folder of models, ``<name>/<version>``, by name and version.
+    """Return the artifacts in a folder of models, ``<name>/<version>``, by name and version.
 
     A version is an integer; a folder without a manifest is not a version yet.
 
@@ -469,7 +485,7 @@ def versions_in(folder: Path) -> dict[str, dict[str, Path]]:
     try:
         manifests = sorted(folder.glob(f"*/*/{MANIFEST}"))
         if not folder.is_dir():
-            raise NotADirectoryError(f"{str(folder)!r} is no folder")
+            raise NotADirectoryError(f"{str(folder)!r} is not a folder")
     except OSError as error:
         raise ArtifactError(f"models cannot be read: {error}") from error
     found: dict[str, dict[str, Path]] = {}
@@ -481,7 +497,7 @@ def versions_in(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def _content(folder: Path) -> Content:
-    """What tells its content from another: a version that was refused is tried again then."""
+    """Return names, sizes and times of files; a refused version is tried again if they change."""
     try:
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
         return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -1,8 +1,8 @@
 """Messages of the Open Inference Protocol, version 2, to and from arrays by name.
 
-Both faces are here, gRPC and JSON, the latter with Triton's binary tensor data extension. A model's
-inputs are vectors, so that other shapes are refused. Nothing is allocated for what a message only
-claims to hold: elements are counted in the data, and the shape must agree.
+Messages are gRPC, or JSON with Triton's binary tensor data extension. A model's inputs are vectors;
+other shapes are refused. Nothing is allocated by the claims of a message: elements are counted in
+the data, and the shape must agree.
 """
 
 import json
@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2
 
 from torchrec_kvshare import __version__
 from torchrec_kvshare.errors import RequestError
+from torchrec_kvshare.features.decode import cut
 from torchrec_kvshare.features.parse import REPORTS, UNKNOWN_IDS
 from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.serving.columns import (
@@ -35,10 +36,10 @@ from torchrec_kvshare.serving.columns import (
 SERVER = PLATFORM = "torchrec_kvshare"
 EXTENSIONS = ["binary_tensor_data", "sequence"]
 
-MAX_NAME = 200  # characters of an input's name, or of a text shown in an error
-MAX_FIELDS = 4096  # of a message: inputs, their data, outputs and parameters, each counted
+MAX_NAME = 200  # characters of an input's name
+MAX_FIELDS = 4096  # of a message: inputs, their data, outputs and parameters together
 LENGTH_BYTES = 4  # before each element of a BYTES tensor, little-endian
-# Of a field on protobuf's wire.
+# Wire types of protobuf.
 VARINT, LENGTH_DELIMITED = 0, 2
 FIXED_BYTES = {1: 8, 5: 4}
 CONTENTS_BY_DATATYPE = {
@@ -58,18 +59,18 @@ JSON_TYPES_BY_DATATYPE: dict[str, set[type]] = {
 
 
 def parse_infer(request: bytes) -> service_pb2.ModelInferRequest:
-    """A gRPC message, of which no more is made than its bytes allow.
+    """Parse a gRPC message, counting its fields first.
 
-    An output without a name is two bytes and becomes an object of 48: two MiB of them were 48. The
-    fields are counted before anything is made of them.
+    An output without a name takes two bytes on the wire and 48 in memory, so that a message of
+    2 MiB would take 48.
 
     Raises:
         RequestError: if the bytes are no message, or it has more than ``MAX_FIELDS`` fields.
     """
-    place, num_fields = 0, 0
-    while place < len(request) and num_fields <= MAX_FIELDS:
+    position, num_fields = 0, 0
+    while position < len(request) and num_fields <= MAX_FIELDS:
         num_fields += 1
-        place = _end_of_field(request, place)
+        position = _end_of_field(request, position)
     if num_fields > MAX_FIELDS:
         raise RequestError(
             f"the message has more than {MAX_FIELDS} inputs, outputs and parameters; "
@@ -82,10 +83,10 @@ def parse_infer(request: bytes) -> service_pb2.ModelInferRequest:
 
 
 def decode_infer(request: service_pb2.ModelInferRequest) -> dict[str, NDArray[Any]]:
-    """The inputs of a gRPC message.
+    """Decode the inputs of a gRPC message.
 
     Args:
-        request: its data in ``raw_input_contents`` or in each input's ``contents``.
+        request: with data in ``raw_input_contents`` or in the ``contents`` of each input.
 
     Returns:
         Vectors by name, in the message's order; elements of BYTES are bytes.
@@ -97,10 +98,10 @@ def decode_infer(request: service_pb2.ModelInferRequest) -> dict[str, NDArray[An
     if buffers and len(buffers) != len(request.inputs):
         raise RequestError(
             f"raw_input_contents has {len(buffers)} entries; the request has "
-            f"{len(request.inputs)} inputs, and they are one for each"
+            f"{len(request.inputs)} inputs, one entry per input"
         )
     tensors: dict[str, NDArray[Any]] = {}
-    for place, tensor in enumerate(request.inputs):
+    for index, tensor in enumerate(request.inputs):
         name = _new_name(tensor.name, tensors)
         datatype = _datatype(name, tensor.datatype)
         if not buffers:
@@ -108,7 +109,7 @@ def decode_infer(request: service_pb2.ModelInferRequest) -> dict[str, NDArray[An
         elif tensor.contents.ByteSize():
             raise RequestError(f"{name} has both contents and raw_input_contents; one is allowed")
         else:
-            elements = _from_buffer(name, datatype, buffers[place])
+            elements = _from_buffer(name, datatype, buffers[index])
         tensors[name] = _shaped(name, elements, list(tensor.shape))
     return tensors
 
@@ -120,25 +121,25 @@ def encode_infer(
     outputs: Mapping[str, NDArray[Any]],
     requested: Sequence[str],
 ) -> service_pb2.ModelInferResponse:
-    """The gRPC message of an answer.
+    """Encode an answer as a gRPC message.
 
     Args:
-        model_name: as it was asked for.
+        model_name: as in the request.
         model_version: of the model that scored.
         request_id: of the request; may be empty.
         outputs: vectors by name.
-        requested: names of those that are wanted; none for all.
+        requested: names of the outputs to send; empty for all.
 
     Returns:
-        The message, its data in ``raw_output_contents``.
+        The message, with data in ``raw_output_contents``.
 
     Raises:
-        RequestError: if an output is requested that there is not.
+        RequestError: if a requested output does not exist.
     """
     response = service_pb2.ModelInferResponse(
         model_name=model_name, model_version=model_version, id=request_id
     )
-    # An output that is asked for twice is sent once.
+    # An output that is requested twice is sent once.
     for name in dict.fromkeys(requested or outputs):
         tensor = outputs[_output(name, outputs)]
         response.outputs.add(name=name, datatype=datatype_of(tensor), shape=tensor.shape)
@@ -147,11 +148,11 @@ def encode_infer(
 
 
 def decode_infer_json(head: Mapping[str, Any], binary: bytes) -> dict[str, NDArray[Any]]:
-    """The inputs of an HTTP message.
+    """Decode the inputs of an HTTP message.
 
     Args:
         head: the decoded JSON object.
-        binary: what follows it: the data of inputs with a ``binary_data_size``, in their order.
+        binary: bytes after the JSON: data of inputs with a ``binary_data_size``, in their order.
 
     Returns:
         As ``decode_infer``.
@@ -179,13 +180,13 @@ def decode_infer_json(head: Mapping[str, Any], binary: bytes) -> dict[str, NDArr
 
 
 def requested_outputs_json(head: Mapping[str, Any]) -> dict[str, bool]:
-    """Which outputs an HTTP message asks for, and which of them as binary data.
+    """Return the outputs that an HTTP message requests, and which of them as binary data.
 
     Args:
         head: the decoded JSON object.
 
     Returns:
-        Whether it is binary, by the output's name; all outputs where the message names none.
+        Whether the output is binary, by its name; all outputs if the message names none.
 
     Raises:
         RequestError: naming the output, what came and what was allowed.
@@ -201,10 +202,10 @@ def requested_outputs_json(head: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def requested_report(request: service_pb2.ModelInferRequest) -> list[str]:
-    """What a gRPC message asks its answer to tell, as a request's ``report``.
+    """Return the parameter ``report`` of a gRPC message, as a request's ``report``.
 
     Raises:
-        RequestError: if its parameter ``report`` says anything else.
+        RequestError: if the parameter has an unknown value.
     """
     if "report" not in request.parameters:
         return []
@@ -212,7 +213,7 @@ def requested_report(request: service_pb2.ModelInferRequest) -> list[str]:
 
 
 def requested_report_json(head: Mapping[str, Any]) -> list[str]:
-    """The same, of an HTTP message."""
+    """Return the parameter ``report`` of an HTTP message, as ``requested_report`` does."""
     report = _parameters(head, "the request").get("report")
     return [] if report is None else _report(report)
 
@@ -224,14 +225,14 @@ def encode_infer_json(
     outputs: Mapping[str, NDArray[Any]],
     binary_by_output: Mapping[str, bool],
 ) -> tuple[bytes, int | None]:
-    """The body of an HTTP answer.
+    """Encode an answer as an HTTP body.
 
     Args:
-        model_name: as it was asked for.
+        model_name: as in the request.
         model_version: of the model that scored.
         request_id: of the request; may be empty.
         outputs: vectors by name.
-        binary_by_output: as ``requested_outputs_json`` gives it.
+        binary_by_output: from ``requested_outputs_json``.
 
     Returns:
         The body, and the length of its JSON if binary data follow it.
@@ -256,10 +257,8 @@ def encode_infer_json(
     return b"".join([text, *buffers]), len(text) if buffers else None
 
 
-def model_metadata_json(
-    name: str, versions: Sequence[str], schema: FeatureSchema
-) -> dict[str, Any]:
-    """What a model takes and gives, as the HTTP face tells it."""
+def model_metadata(name: str, versions: Sequence[str], schema: FeatureSchema) -> dict[str, Any]:
+    """Return the metadata of a model: the fields of ``ModelMetadataResponse``."""
     return {
         "name": name,
         "versions": list(versions),
@@ -269,28 +268,16 @@ def model_metadata_json(
     }
 
 
-def model_metadata_message(
-    name: str, versions: Sequence[str], schema: FeatureSchema
-) -> service_pb2.ModelMetadataResponse:
-    """The same, as the gRPC face tells it."""
-    return service_pb2.ModelMetadataResponse(**model_metadata_json(name, versions, schema))
-
-
-def server_metadata_json() -> dict[str, Any]:
-    """What this server is, as the HTTP face tells it."""
+def server_metadata() -> dict[str, Any]:
+    """Return the metadata of this server: the fields of ``ServerMetadataResponse``."""
     return {"name": SERVER, "version": __version__, "extensions": EXTENSIONS}
-
-
-def server_metadata_message() -> service_pb2.ServerMetadataResponse:
-    """The same, as the gRPC face tells it."""
-    return service_pb2.ServerMetadataResponse(**server_metadata_json())
 
 
 def _spec_json(spec: ColumnSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatypes[0], "shape": list(spec.shape)}
 
 
-# --- checks of either face
+# --- checks of gRPC and HTTP messages
 
 
 def _report(word: Any) -> list[str]:
@@ -306,7 +293,7 @@ def _new_name(name: Any, tensors: Mapping[str, Any]) -> str:
         came = f"{len(name)} characters" if isinstance(name, str) else type(name).__name__
         raise RequestError(f"an input's name is {came}; a text of {MAX_NAME} at most is allowed")
     if name in tensors:
-        raise RequestError(f"the input {name!r} stands twice in the request")
+        raise RequestError(f"the input {name!r} appears twice")
     return name
 
 
@@ -325,7 +312,7 @@ def _output(name: Any, known: Collection[str]) -> str:
 
 
 def _shaped(name: str, elements: NDArray[Any], shape: Any) -> NDArray[Any]:
-    """The elements, if the shape is theirs."""
+    """Return the elements if their shape is right."""
     if shape != [elements.size]:
         sizes = [_short(size) for size in shape[:8]] if isinstance(shape, list) else _short(shape)
         raise RequestError(
@@ -336,14 +323,14 @@ def _shaped(name: str, elements: NDArray[Any], shape: Any) -> NDArray[Any]:
 
 
 def _short(value: Any) -> Any:
-    """A number or the start of a text; of anything else, which may be large or deep, the type."""
+    """Return a number, the start of a text, or the type of anything else, which may be large."""
     if isinstance(value, str):
-        return value[:MAX_NAME]
+        return cut(value)
     is_small = type(value) is int and abs(value) < 2**64
     return value if is_small else type(value).__name__
 
 
-# --- buffers, which both faces have
+# --- buffers of gRPC and HTTP messages
 
 
 def _from_buffer(name: str, datatype: str, buffer: bytes) -> NDArray[Any]:
@@ -380,30 +367,30 @@ def _to_buffer(tensor: NDArray[Any]) -> bytes:
 # --- gRPC
 
 
-def _end_of_field(message: bytes, place: int) -> int:
-    """Where the field of a message that begins here ends."""
-    tag, place = _varint(message, place)
+def _end_of_field(message: bytes, position: int) -> int:
+    """Return the end of the field that starts at a position."""
+    tag, position = _varint(message, position)
     kind = tag & 7
     if kind == VARINT:
-        return _varint(message, place)[1]
+        return _varint(message, position)[1]
     if kind == LENGTH_DELIMITED:
-        length, place = _varint(message, place)
-        return place + length
+        length, position = _varint(message, position)
+        return position + length
     if kind not in FIXED_BYTES:
         raise RequestError(f"the bytes are no ModelInferRequest: a field has wire type {kind}")
-    return place + FIXED_BYTES[kind]
+    return position + FIXED_BYTES[kind]
 
 
-def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """A number and where it ends."""
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """Return a number and its end."""
     value = shift = 0
-    while place < len(message) and shift < 64:
-        byte = message[place]
+    while position < len(message) and shift < 64:
+        byte = message[position]
         value |= (byte & 127) << shift
-        place, shift = place + 1, shift + 7
+        position, shift = position + 1, shift + 7
         if byte < 128:
             break
-    return value, place
+    return value, position
 
 
 def _from_contents(
@@ -431,7 +418,7 @@ def _from_json(name: str, datatype: str, elements: Any) -> NDArray[Any]:
     if datatype == BYTES:
         return byte_elements(elements, name)
     try:
-        # A number beyond FP32 becomes infinity, which no column takes.
+        # A number beyond FP32 becomes infinity, which the column then refuses.
         with np.errstate(over="ignore"):
             return np.array(elements, dtype=DTYPE_BY_DATATYPE[datatype])
     except OverflowError as error:
@@ -443,7 +430,7 @@ def _names(types: set[type]) -> str:
 
 
 def _binary_size(name: str, tensor: Mapping[str, Any], left: int) -> int | None:
-    """How many of the bytes behind the JSON are this input's; None if its data are in the JSON."""
+    """Return the number of bytes after the JSON of an input; None if its data are in the JSON."""
     size = _parameters(tensor, name).get("binary_data_size")
     if (size is None) == (tensor.get("data") is None):
         raise RequestError(f"{name} has data or binary_data_size; one of them is allowed")

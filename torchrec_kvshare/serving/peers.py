@@ -1,7 +1,6 @@
-"""The replicas of one service, each of which must forget a user: whichever is asked asks them all.
+"""Replicas of one service: the one that is asked to forget a user asks all of them.
 
-They are asked in plain text, as the proxy in front of them asks, and by the token that the caller
-said.
+It asks in plain text, as the proxy in front of the replicas does, with the caller's token.
 """
 
 import asyncio
@@ -15,20 +14,20 @@ from torchrec_kvshare.config import ServerConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import USER
 
-LOCAL = "local"  # in the query: only the replica that is asked
-FORGOTTEN = "forgotten_bytes"  # in its answer, by tier
-MAX_SHOWN = 300  # characters of what a replica says
+LOCAL = "local"  # in the query: forget at this replica only
+FORGOTTEN = "forgotten_bytes"  # in the answer, by tier
+MAX_REASON = 300  # characters of a replica's error in a message
 ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}", re.ASCII)
 
 
 class Peers:
-    """All replicas, this one too; none where there is only this one.
+    """All replicas including this one; empty if the config names none.
 
     Args:
-        config: names them, and how long each may take.
+        config: addresses, and the timeout of one replica.
 
     Raises:
-        ConfigError: if one is no address, or they are behind TLS.
+        ConfigError: if an address is malformed, or the replicas speak TLS.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -49,14 +48,14 @@ class Peers:
     async def forget(
         self, user_id: str, authorization: str
     ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Let every replica forget a user.
+        """Ask every replica to forget a user.
 
         Args:
             user_id: as ``canonical_id`` spells it.
-            authorization: the header that the caller said.
+            authorization: header of the caller.
 
         Returns:
-            By address what each has answered, and why each of the others has not.
+            Answers by address, and reasons by address of the replicas that failed.
         """
         headers = {"Authorization": authorization}
         done, failed = {}, {}
@@ -73,13 +72,13 @@ class Peers:
     async def _ask(
         self, session: aiohttp.ClientSession, address: str, user_id: str
     ) -> dict[str, Any] | str:
-        """A replica's answer, or why there is none."""
+        """Return a replica's answer, or why there is none."""
         url = f"http://{address}/v1/forget?{LOCAL}=1"
         try:
             async with session.post(url, json={USER: user_id}, allow_redirects=False) as response:
                 body = await response.json()
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
-            return f"{type(error).__name__} {error}".strip()[:MAX_SHOWN]
+            return f"{type(error).__name__} {error}".strip()[:MAX_REASON]
         if response.status == 200 and isinstance(body, dict) and FORGOTTEN in body:
             return body
-        return f"status {response.status}, {json.dumps(body)[:MAX_SHOWN]}"
+        return f"status {response.status}, {json.dumps(body)[:MAX_REASON]}"

@@ -1,8 +1,7 @@
-"""Which requests are scored next, and with which: steps of bounded size, by deadline.
+"""The scheduler: a bounded queue and a thread that scores it in batches, by deadline.
 
-One thread scores. Between two steps it takes what waits: whole requests side by side, of long ones
-and of streams a part, so that nobody waits for 5,000 candidates of somebody else. A request that is
-scored in parts has its K/V read once, at the first of them.
+A batch holds whole requests, and parts of long requests and streams, so that no request waits for
+5,000 candidates of another one. The K/V of a request in parts is read once, at its first part.
 """
 
 import asyncio
@@ -17,23 +16,24 @@ from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.config import ServerConfig
 from torchrec_kvshare.errors import OverloadError, ScoreError
 from torchrec_kvshare.features.request import Request
-from torchrec_kvshare.scoring.engine import Answer, Encoded, Engine, Unscored
+from torchrec_kvshare.scoring.encoded_user import EncodedUser
+from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
 
 logger = logging.getLogger(__name__)
 
-IDLE_S = 0.02  # without a request, before time is spent on anything else
+IDLE_S = 0.02  # without a request, before other work starts
 
 
 @dataclass(frozen=True)
-class StepLimits:
-    """What one step may hold.
+class BatchLimits:
+    """Limits of one batch.
 
     Attributes:
-        requests: scored together.
-        candidates: scored together; one request gets half of them at most.
-        events: encoded together, if more than one request needs it.
-        ids: in bags that are read together, if more than one request has some.
-        max_wait_s: for a step to fill.
+        requests: at most.
+        candidates: at most; one request gets half of them.
+        events: to encode, if more than one request needs it.
+        ids: in bags, if more than one request has some.
+        max_wait_s: for a batch to fill.
     """
 
     requests: int
@@ -44,66 +44,43 @@ class StepLimits:
 
     @property
     def part_candidates(self) -> int:
-        """Candidates of one request that are scored together."""
+        """The most candidates that one request gets of a batch."""
         return max(1, self.candidates // 2)
 
 
-def step_limits(config: ServerConfig) -> StepLimits:
-    """The limits of a server's steps."""
-    return StepLimits(
-        config.batch_requests,
-        config.batch_candidates,
-        config.batch_events,
-        config.max_values,
-        config.max_wait_ms / 1e3,
+def batch_limits(config: ServerConfig) -> BatchLimits:
+    """Return the limits of a server's batches."""
+    return BatchLimits(
+        requests=config.batch_requests,
+        candidates=config.batch_candidates,
+        events=config.batch_events,
+        ids=config.max_values,
+        max_wait_s=config.max_wait_ms / 1e3,
     )
-
-
-class Reading:
-    """A user whose candidates come in parts: what is encoded at the first of them, for them all.
-
-    Args:
-        user: the request that the parts are of.
-    """
-
-    def __init__(self, user: Request) -> None:
-        self.user = user
-        self.encoded: Encoded | None = None
-
-    def score(self, part: Request, engine: Engine, first_candidate: int) -> list[float]:
-        """Probabilities of some candidates, the first of which has this place among all."""
-        self.encoded = encoded = self.encoded or engine.encode(self.user)
-        return engine.score_with(part, encoded.kv_by_history, first_candidate)
-
-    @property
-    def use(self) -> CacheUse:
-        """What the cache did, once something was scored."""
-        assert self.encoded is not None
-        return self.encoded.use
 
 
 @dataclass(eq=False)
 class Job:
-    """A request, or a group of a stream's candidates, on its way.
+    """A request, or a group of a stream's candidates, to score.
 
     Attributes:
-        engine: that answers.
-        request: what is to be scored.
+        engine: that scores it.
+        request: to score.
         deadline: monotonic seconds.
-        reading: of a stream; a long request gets one of its own.
-        first_candidate: place of its first candidate among all of a stream.
-        on_scores: called in the event loop with each part's scores as they are ready.
-        answer: what comes of it.
+        encoded: K/V that the parts of a stream or of a long request share.
+        first_candidate: index of its first candidate among all of the stream.
+        on_scores: called in the event loop with the scores of each part.
+        answer: resolves to the answer or the error.
         scores: of the candidates that are done.
         queued_at: monotonic seconds.
-        started_at: of the first step that has a part of it.
-        score_s: that the engine took for it and what it was batched with.
+        started_at: monotonic seconds; start of the first batch with a part of it.
+        score_s: seconds in the engine, of whole batches.
     """
 
     engine: Engine
     request: Request
     deadline: float
-    reading: Reading | None = None
+    encoded: EncodedUser | None = None
     first_candidate: int = 0
     on_scores: Callable[[list[float], CacheUse], None] | None = None
     answer: "asyncio.Future[Answer]" = field(
@@ -116,49 +93,49 @@ class Job:
 
     @property
     def num_left(self) -> int:
-        """Candidates that are not scored yet."""
+        """Number of candidates that are not scored yet."""
         return self.request.num_candidates - len(self.scores)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a step does of a job: all of it, or its next candidates."""
+    """The share of a job in one batch: all of it, or its next candidates."""
 
     job: Job
     num_candidates: int
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing of the job was or will be scored elsewhere."""
-        return self.job.reading is None and self.num_candidates == self.job.request.num_candidates
+        """Whether the whole job is in this batch."""
+        return self.job.encoded is None and self.num_candidates == self.job.request.num_candidates
 
 
 class Observer(Protocol):
-    """Who is told what the scoring thread does, in that thread."""
+    """Callbacks of the scoring thread, called in that thread."""
 
-    def stepped(self, parts: Sequence[Part]) -> None:
-        """A step begins."""
+    def batched(self, parts: Sequence[Part]) -> None:
+        """Called when a batch starts."""
 
     def answered(self, job: Job, answer: Answer) -> None:
-        """A request was scored."""
+        """Called when a request was scored."""
 
     def unscored(self, job: Job, unscored: Unscored) -> None:
-        """A request got no finite scores."""
+        """Called when a request got no finite scores."""
 
     def idle(self) -> bool:
-        """Nothing waits; returns whether there is more to do while that is so."""
+        """Called when no job waits; returns whether there is more idle work."""
 
 
 class Scheduler:
     """A bounded queue of jobs and the thread that scores them.
 
     Args:
-        limits: of a step.
-        queue_requests: jobs that wait, at most.
-        observer: told what happens.
+        limits: of a batch.
+        queue_requests: the most jobs that may wait.
+        observer: of batches and answers.
     """
 
-    def __init__(self, limits: StepLimits, queue_requests: int, observer: Observer) -> None:
+    def __init__(self, limits: BatchLimits, queue_requests: int, observer: Observer) -> None:
         self._limits = limits
         self._queue_requests = queue_requests
         self._observer = observer
@@ -171,8 +148,24 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that are not done, but for what the current step does."""
+        """Number of jobs in the queue; a job leaves it when its last part is in a batch."""
         return len(self._jobs)
+
+    def has_room(self, num_jobs: int = 1) -> bool:
+        """Whether the queue has room for more jobs."""
+        return len(self._jobs) + num_jobs <= self._queue_requests
+
+    def check_room(self, num_jobs: int = 1) -> None:
+        """Check that the queue has room for more jobs, all of them or none.
+
+        Raises:
+            OverloadError: if it has not.
+        """
+        if not self.has_room(num_jobs):
+            raise OverloadError(
+                f"{len(self._jobs)} requests wait, {num_jobs} more came; at most "
+                f"{self._queue_requests} may wait"
+            )
 
     def submit(self, job: Job) -> None:
         """Queue a job of this event loop.
@@ -181,15 +174,12 @@ class Scheduler:
             OverloadError: if the queue is full.
         """
         with self._changed:
-            if len(self._jobs) >= self._queue_requests:
-                raise OverloadError(
-                    f"{len(self._jobs)} requests wait; at most {self._queue_requests} may"
-                )
+            self.check_room()
             self._jobs.append(job)
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread; what still waits is cancelled."""
+        """End the thread and cancel the jobs that wait."""
         with self._changed:
             self._is_closed = True
             left, self._jobs = self._jobs, []
@@ -203,7 +193,7 @@ class Scheduler:
         while not self._is_closed:
             parts = self._take(IDLE_S if has_more else None)
             if parts:
-                self._observer.stepped(parts)
+                self._observer.batched(parts)
                 self._run(parts)
                 has_more = True
             elif not self._is_closed:
@@ -213,11 +203,11 @@ class Scheduler:
         try:
             return self._observer.idle()
         except Exception:
-            logger.exception("work in idle time failed")
+            logger.exception("idle work failed")
             return False
 
     def _take(self, timeout_s: float | None) -> list[Part]:
-        """The next step, or nothing after so long without a job."""
+        """Return the next batch, or nothing if no job came in time."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_closed, timeout_s)
             if self._jobs:
@@ -227,9 +217,9 @@ class Scheduler:
                     max(0.0, fill_until - time.monotonic()),
                 )
             now = time.monotonic()
-            # Of what nobody waits for any more nothing is scored.
+            # Drop cancelled and expired jobs.
             self._jobs = [j for j in self._jobs if not j.answer.done() and j.deadline > now]
-            parts = next_step(self._jobs, self._limits)
+            parts = next_batch(self._jobs, self._limits)
             for part in parts:
                 if part.num_candidates == part.job.num_left:
                     self._jobs.remove(part.job)
@@ -245,7 +235,7 @@ class Scheduler:
                 self._score(part)
 
     def _rank(self, jobs: Sequence[Job]) -> None:
-        """Whole requests, in one batch; where that fails one by one, so that one alone fails."""
+        """Score whole requests together; if that fails, one by one: only the bad one fails."""
         if not jobs:
             return
         start = time.monotonic()
@@ -269,17 +259,17 @@ class Scheduler:
                 self._end(job, answer)
 
     def _score(self, part: Part) -> None:
-        """Some candidates of a job whose K/V is held."""
+        """Score the next candidates of a job, over K/V that its parts share."""
         job = part.job
-        job.reading = reading = job.reading or Reading(job.request)
+        job.encoded = encoded = job.encoded or EncodedUser(job.engine, job.request)
         first = len(job.scores)
         request = job.request.part(first, first + part.num_candidates)
         start = time.monotonic()
         try:
-            scores = reading.score(request, job.engine, job.first_candidate + first)
+            scores = encoded.score(request, job.first_candidate + first)
         except Exception as error:
             if isinstance(error, ScoreError):
-                self._observer.unscored(job, Unscored(error, reading.use))
+                self._observer.unscored(job, Unscored(error, encoded.use))
             with self._changed:
                 self._jobs = [other for other in self._jobs if other is not job]
             self._end(job, error)
@@ -287,9 +277,9 @@ class Scheduler:
         job.scores += scores
         job.score_s += time.monotonic() - start
         if job.on_scores is not None:
-            self._loop.call_soon_threadsafe(job.on_scores, scores, reading.use)
+            self._loop.call_soon_threadsafe(job.on_scores, scores, encoded.use)
         if not job.num_left:
-            answer = job.engine.answer(job.request, job.scores, reading.use)
+            answer = job.engine.answer(job.request, job.scores, encoded.use)
             self._observer.answered(job, answer)
             self._end(job, answer)
 
@@ -297,20 +287,20 @@ class Scheduler:
         self._loop.call_soon_threadsafe(_resolve, job.answer, result)
 
 
-def next_step(jobs: Sequence[Job], limits: StepLimits) -> list[Part]:
-    """What to score next of what waits.
+def next_batch(jobs: Sequence[Job], limits: BatchLimits) -> list[Part]:
+    """Choose the next batch of the jobs that wait.
 
-    By deadline, all of one engine. A job gets half of the step's candidates at most; jobs that have
-    begun get half of them together, as long as others wait for their first turn.
+    By deadline, all of one engine. A job gets at most half of the batch's candidates. Jobs that
+    have started get half together while other jobs wait for their first part.
 
     Args:
-        jobs: those that wait.
-        limits: of the step.
+        jobs: that wait.
+        limits: of the batch.
     """
     by_deadline = sorted(jobs, key=lambda job: job.deadline)
     half = limits.part_candidates
     room = limits.candidates
-    room_for_begun = half if any(not job.scores for job in by_deadline) else room
+    room_for_started = half if any(not job.scores for job in by_deadline) else room
     room_for_events, room_for_ids = limits.events, limits.ids
     parts: list[Part] = []
     for job in by_deadline:
@@ -319,15 +309,15 @@ def next_step(jobs: Sequence[Job], limits: StepLimits) -> list[Part]:
         if job.engine is not by_deadline[0].engine:
             continue
         share = min(job.num_left, half)
-        events = 0 if job.reading else job.engine.events_to_encode(job.request)
+        events = 0 if job.encoded else job.engine.events_to_encode(job.request)
         ids = job.request.num_bag_ids
-        if share > (room_for_begun if job.scores else room):
+        if share > (room_for_started if job.scores else room):
             continue
         if parts and (events > room_for_events or ids > room_for_ids):
             continue
         parts.append(Part(job, share))
         room -= share
-        room_for_begun = min(room, room_for_begun - (share if job.scores else 0))
+        room_for_started = min(room, room_for_started - (share if job.scores else 0))
         room_for_events -= events
         room_for_ids -= ids
     return parts
@@ -335,7 +325,7 @@ def next_step(jobs: Sequence[Job], limits: StepLimits) -> list[Part]:
 
 def _resolve(answer: "asyncio.Future[Answer]", result: Answer | Exception) -> None:
     if answer.done():
-        return  # Nobody waits for it any more.
+        return  # It was cancelled.
     if isinstance(result, Exception):
         answer.set_exception(result)
     else:

@@ -1,4 +1,4 @@
-"""The server: both faces over one service, from the first model to the last answer."""
+"""The server process: HTTP and gRPC over one service, from loading models to draining."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec_kvshare.config import ServeConfig, ServerConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.serving.connections import BoundedSite
-from torchrec_kvshare.serving.grpc_server import Gate, GrpcFace, add_face
+from torchrec_kvshare.serving.grpc_server import Gate, GrpcServer
 from torchrec_kvshare.serving.http_server import http_app
 from torchrec_kvshare.serving.metrics import ServerMetrics
 from torchrec_kvshare.serving.models import (
@@ -33,13 +33,13 @@ from torchrec_kvshare.serving.service import Service
 logger = logging.getLogger(__name__)
 
 BACKLOG = 4096  # connections that wait to be accepted
-LAST_CALLS_S = 0.2  # for the calls of those who had connected before the port was closed
+LAST_CALLS_S = 0.2  # for calls of clients that had connected before the port was closed
 OTHER_FILES = 256  # of models, tiers, logs
 TENSORBOARD_S = 10.0  # between two writes
 
 
 class Ports(NamedTuple):
-    """Where the faces listen."""
+    """Ports of the two servers."""
 
     http: int
     grpc: int
@@ -51,14 +51,14 @@ async def serve(
     """Serve until told to stop, then answer what was accepted.
 
     Args:
-        config: what is served, and how.
-        loader: makes engines of artifacts; closed at the end.
-        stop: set from outside.
-        show: told the ports once a request will be answered.
+        config: of the server and its models.
+        loader: loads artifacts; closed at the end.
+        stop: set by the caller.
+        show: called with the ports once requests are answered.
 
     Raises:
         ConfigError: if the config cannot work.
-        ArtifactError: if the one artifact that was named is broken.
+        ArtifactError: if the artifact of the config is broken.
         MissingExtraError: if a tier's packages are not installed.
     """
     if (config.artifact is None) == (config.models is None):
@@ -88,10 +88,10 @@ async def serve(
 async def listening(
     service: Service, config: ServerConfig
 ) -> AsyncIterator[Callable[[], Awaitable[Ports]]]:
-    """HTTP at once, gRPC when the yielded function is called; at the end what came is answered.
+    """Listen over HTTP at once, over gRPC when the yielded function is called; drain at the end.
 
-    HTTP has words for "not yet" that a proxy understands. gRPC has not: who asks a server without a
-    model gets an answer, and would have got a better one from another that takes connections.
+    Over HTTP a proxy understands "not ready yet". Over gRPC it does not: a call would fail here
+    instead of going to a replica that is ready.
 
     Raises:
         ConfigError: if a port is taken, or a secret or a certificate cannot be read.
@@ -112,8 +112,8 @@ async def listening(
     await runner.setup()
     gate = Gate(token, config.max_calls, service.metrics)
     server = grpc.aio.server(interceptors=[gate], options=_grpc_options(config))
-    face = GrpcFace(service)
-    add_face(face, service, server)
+    grpc_server = GrpcServer(service)
+    grpc_server.add_to(server)
     grpc_ports: list[int] = []
 
     async def open_grpc() -> Ports:
@@ -125,34 +125,34 @@ async def listening(
         yield open_grpc
     finally:
         service.is_draining = True
-        # Who can no longer connect goes elsewhere.
+        # A client that can no longer connect asks another replica.
         for port in grpc_ports:
             _shut_down(port, are_listening=True)
             await asyncio.sleep(LAST_CALLS_S)
-        await asyncio.gather(runner.cleanup(), face.drain(config.drain_s))
-        # To grpc what comes while it stops is CANCELLED; of a lost connection it is UNAVAILABLE.
+        await asyncio.gather(runner.cleanup(), grpc_server.drain(config.drain_s))
+        # grpc's stop() ends new calls as CANCELLED; a lost connection ends them as UNAVAILABLE.
         for port in grpc_ports:
             _shut_down(port, are_listening=False)
         await server.stop(None)
 
 
 def _check_room(config: ServerConfig) -> None:
-    """Have room for every connection that is allowed, and for every request.
+    """Check that the largest request fits in flight, and allow enough open files.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if the limits contradict each other, or the system allows too few files.
     """
     if config.max_inflight_bytes < config.max_request_bytes:
         raise ConfigError(
             f"server.max_inflight_bytes is {config.max_inflight_bytes}, less than "
-            f"server.max_request_bytes = {config.max_request_bytes}: no such request had room"
+            f"server.max_request_bytes = {config.max_request_bytes}: such a request would never fit"
         )
     needed = 2 * config.max_connections + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise ConfigError(
             f"server.max_connections is {config.max_connections}, for which {needed} open files "
-            f"are needed; this process may have {hard} (ulimit -Hn)"
+            f"are needed; {hard} are allowed (ulimit -Hn)"
         )
     if soft != resource.RLIM_INFINITY and needed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -164,12 +164,12 @@ def _grpc_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # A port that is taken is an error.
         ("grpc.max_receive_message_length", config.max_request_bytes),
         ("grpc.max_allowed_incoming_connections", config.max_connections),
-        # Of one connection; more wait at the client.
+        # Per connection; more calls wait at the client.
         ("grpc.max_concurrent_streams", config.max_calls),
         # TLS and HTTP/2's first frames.
         ("grpc.server_handshake_timeout_ms", header_ms),
         ("grpc.max_connection_idle_ms", idle_ms),
-        # A client that is gone, or reads nothing at all, does not answer a ping.
+        # A client that has gone, or reads nothing at all, does not answer a ping.
         ("grpc.keepalive_time_ms", idle_ms),
         ("grpc.keepalive_timeout_ms", header_ms),
     ]
@@ -177,7 +177,9 @@ def _grpc_options(config: ServerConfig) -> list[tuple[str, int]]:
 
 async def _listen_http(runner: web.AppRunner, config: ServerConfig, metrics: ServerMetrics) -> None:
     try:
-        site = BoundedSite(runner, config, metrics, _ssl_context(config), BACKLOG)
+        site = BoundedSite(
+            runner, config, metrics, ssl_context=_ssl_context(config), backlog=BACKLOG
+        )
         await site.start()
     except OSError as error:
         raise ConfigError(f"server.http_port is {config.http_port}: {error}") from error
@@ -197,10 +199,10 @@ async def _listen_grpc(server: grpc.aio.Server, config: ServerConfig) -> int:
     return grpc_port
 
 
-def _shut_down(port: int, are_listening: bool) -> None:
-    """Refuse connections to a port of this process, or end those that are open."""
+def _shut_down(port: int, *, are_listening: bool) -> None:
+    """Shut down the listening sockets of a port of this process, or its open connections."""
     for link in Path("/proc/self/fd").iterdir():
-        # Another thread may close one of them in the meantime.
+        # Another thread may close one in the meantime.
         with suppress(OSError):
             if not os.readlink(link).startswith("socket:"):
                 continue
@@ -228,8 +230,8 @@ def _ssl_context(config: ServerConfig) -> ssl.SSLContext | None:
         if config.tls_client_ca_file is not None:
             context.load_verify_locations(config.tls_client_ca_file)
             context.verify_mode = ssl.CERT_REQUIRED
-    except OSError as error:  # ssl.SSLError is one.
-        raise ConfigError(f"server.tls_cert_file and the others cannot be used: {error}") from error
+    except OSError as error:  # A superclass of ssl.SSLError.
+        raise ConfigError(f"the files of server.tls_* cannot be used: {error}") from error
     return context
 
 
@@ -255,7 +257,7 @@ def _read(path: str, name: str) -> bytes:
 async def _background(
     config: ServeConfig, models: Models, metrics: ServerMetrics
 ) -> AsyncIterator["asyncio.Task[None]"]:
-    """Loading and watching models, and writing to TensorBoard; yields the loading of the first."""
+    """Run the tasks that load and watch models and write to TensorBoard; yield the first load."""
     first_model = asyncio.create_task(_load_first(config, models))
     tasks = [first_model]
     if config.models is not None:
@@ -276,7 +278,7 @@ async def _load_first(config: ServeConfig, models: Models) -> None:
         await asyncio.to_thread(models.publish, DEFAULT_NAME, DEFAULT_VERSION, folder)
         return
     assert config.models is not None
-    versions_in(Path(config.models))  # A folder that cannot be read is told at once.
+    versions_in(Path(config.models))  # Raise at once if the folder cannot be read.
     while not models.all():
         await asyncio.sleep(0.01)
 
@@ -286,7 +288,7 @@ async def _watch(folder: Path, models: Models, poll_s: float) -> None:
         try:
             await asyncio.to_thread(models.refresh, folder)
         except Exception:
-            logger.exception("the folder of models could not be looked at")
+            logger.exception("the folder of models could not be read")
         await asyncio.sleep(poll_s)
 
 
@@ -300,7 +302,7 @@ async def _write_tensorboard(folder: str, metrics: ServerMetrics) -> None:
 
 
 async def _either(task: "asyncio.Task[None]", stop: asyncio.Event) -> None:
-    """Wait for one of the two; what the task raised is raised."""
+    """Wait for the task or the stop; raise what the task raised."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -1,6 +1,6 @@
-"""What both faces of the server do with a request: check it, queue it, wait for its scores, say so.
+"""The service behind the HTTP and the gRPC server: admit, check, queue, answer, count, log.
 
-The faces translate their protocols to calls of this file and its errors to theirs.
+The servers translate their protocols to calls of this file, and its errors to their statuses.
 """
 
 import asyncio
@@ -33,13 +33,14 @@ from torchrec_kvshare.features.parse import (
 )
 from torchrec_kvshare.features.request import Request, count_ids
 from torchrec_kvshare.features.schema import candidate_key
+from torchrec_kvshare.scoring.encoded_user import EncodedUser
 from torchrec_kvshare.scoring.engine import Answer, Unscored
 from torchrec_kvshare.serving import metrics as outcomes
 from torchrec_kvshare.serving.columns import RequestLimits, check_limits
 from torchrec_kvshare.serving.intake import Intake
 from torchrec_kvshare.serving.metrics import LiveView, ServerMetrics, cache_to_json
 from torchrec_kvshare.serving.models import Models, Served
-from torchrec_kvshare.serving.scheduler import Job, Part, Reading, Scheduler, step_limits
+from torchrec_kvshare.serving.scheduler import Job, Part, Scheduler, batch_limits
 from torchrec_kvshare.serving.shadow import ShadowParity
 
 Anything = TypeVar("Anything")
@@ -47,6 +48,7 @@ Anything = TypeVar("Anything")
 logger = logging.getLogger(__name__)
 request_logger = logging.getLogger("torchrec_kvshare.requests")
 
+INTERNAL_ERROR = "an error inside the server; its log has more"
 OUTCOME_BY_ERROR: dict[type[BaseException], str] = {
     RequestError: outcomes.INVALID,
     OverloadError: outcomes.OVERLOADED,
@@ -61,18 +63,18 @@ OUTCOME_BY_ERROR: dict[type[BaseException], str] = {
 
 @dataclass(frozen=True)
 class Call:
-    """What a face knows of a request beside the request.
+    """What a server knows of a request besides its body.
 
     Attributes:
-        face: that it came by, ``http`` or ``grpc``.
-        model: that it names; None for the only one.
-        version: that it names; None for the one that answers.
+        server: that received it, ``http`` or ``grpc``.
+        model: name; None for the only model.
+        version: of the model; None for the one that answers.
         request_id: of the message, for the log.
         timeout_s: of the caller; None for the server's.
         began_at: monotonic seconds.
     """
 
-    face: str
+    server: str
     model: str | None
     version: str | None
     request_id: str
@@ -81,11 +83,11 @@ class Call:
 
 
 class Service:
-    """Requests in, answers out; made and used in one event loop.
+    """Scores requests; made and used in one event loop.
 
     Args:
         models: that answer.
-        metrics: where requests are counted.
+        metrics: of the server.
         config: limits and shares.
     """
 
@@ -94,38 +96,100 @@ class Service:
         self.metrics = metrics
         self.config = config
         self.limits = RequestLimits(
-            config.max_requests, config.max_candidates, config.max_events, config.max_values
+            requests=config.max_requests,
+            candidates=config.max_candidates,
+            events=config.max_events,
+            values=config.max_values,
         )
         self.intake = Intake(config.max_inflight_bytes, metrics.refuse)
         self.view = LiveView()
         self.is_draining = False
         self._num_checks = 0
         self._streams: set[Stream] = set()
-        limits = step_limits(config)
+        limits = batch_limits(config)
         seed = random.randrange(2**32)
         self._shadow = ShadowParity(config.shadow_share, limits.part_candidates, seed)
         self._scheduler = Scheduler(limits, config.queue_requests, self)
-        metrics.queue_requests.set_function(lambda: self._scheduler.num_waiting)
-        metrics.streams_open.set_function(lambda: len(self._streams))
-        metrics.inflight_bytes.set_function(lambda: self.intake.num_bytes)
+        metrics.read("queue_requests", lambda: self._scheduler.num_waiting)
+        metrics.read("streams_open", lambda: len(self._streams))
+        metrics.read("inflight_bytes", lambda: self.intake.num_bytes)
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request that comes now will be answered."""
+        """Whether a request that comes now is answered."""
         return not self.is_draining and bool(self.models.all())
+
+    @contextmanager
+    def admit(self, call: Call) -> Iterator[Served]:
+        """Yield the version that answers a call; count and log the call however it ends.
+
+        Admission comes before the body of a request is decoded: refusing it must cost little.
+
+        Raises:
+            UnavailableError: if no model is loaded.
+            UnknownModelError: naming what is served.
+            OverloadError: if the queue is full.
+        """
+        outcome, model, message = outcomes.OK, "", ""
+        try:
+            served = self.models.get(call.model, call.version)
+            model = served.name
+            with served.open():
+                self.check_queue()
+                yield served
+        except BaseException as error:
+            known = (of for kind, of in OUTCOME_BY_ERROR.items() if isinstance(error, kind))
+            outcome = next(known, outcomes.INTERNAL)
+            message = str(error)
+            raise
+        finally:
+            seconds = time.monotonic() - call.began_at
+            self.metrics.count("requests", model, call.server, outcome)
+            self.metrics.observe("request_seconds", seconds, model, call.server)
+            self.view.end(outcome, seconds * 1e3)
+            if outcome != outcomes.OK:
+                _log(call, call.request_id, model, outcome, error=message)
+
+    def would_admit(self, model: str | None, version: str | None) -> bool:
+        """Whether ``admit`` would let a request pass now; nothing is counted."""
+        return self.models.has(model, version) and self._scheduler.has_room()
+
+    def check_queue(self, num_requests: int = 1) -> None:
+        """Check that the queue has room for requests, and count a refusal.
+
+        Raises:
+            OverloadError: if it has not.
+        """
+        try:
+            self._scheduler.check_room(num_requests)
+        except OverloadError:
+            self.metrics.refuse(outcomes.QUEUE_LENGTH)
+            raise
+
+    def check_streams(self) -> None:
+        """Check that another stream may be opened, and count a refusal.
+
+        Raises:
+            OverloadError: if too many streams are open.
+        """
+        if len(self._streams) >= self.config.max_streams:
+            self.metrics.refuse(outcomes.STREAMS)
+            raise OverloadError(
+                f"{len(self._streams)} streams are open; at most {self.config.max_streams} may be"
+            )
 
     async def rank(self, call: Call, served: Served, raw: Mapping[str, Any]) -> Answer:
         """Score one request.
 
         Args:
-            call: how it came.
+            call: that it came with.
             served: the version that answers.
             raw: the decoded request, in the project's one request format.
 
         Raises:
             RequestError: naming what came and what was allowed.
-            OverloadError: if too many wait.
-            DeadlineError: if its time has passed.
+            OverloadError: if the queue is full.
+            DeadlineError: if the deadline has passed.
             ScoreError: if a score is not finite.
         """
         [answer] = await self.rank_all(call, served, [raw])
@@ -139,6 +203,7 @@ class Service:
         Raises:
             KVShareError: as ``rank``, for the first that cannot be scored.
         """
+        self.check_queue(len(raws))  # The queue may have filled since the call was admitted.
         deadline = self._deadline(call)
         jobs = [Job(served.engine, self._parse(call, raw, served), deadline) for raw in raws]
         try:
@@ -147,28 +212,25 @@ class Service:
             answers = await asyncio.gather(*map(self.finish, jobs))
         finally:
             for job in jobs:
-                job.answer.cancel()  # Of those that fail, the others are wanted no more.
+                job.answer.cancel()  # If one failed, the others are not needed.
         for job, answer in zip(jobs, answers, strict=True):
-            self._tell(call, served.name, job, answer)
+            self._record(call, served.name, job, answer)
         return answers
 
     def queue(self, job: Job) -> None:
-        """Send a job on its way.
+        """Submit a job to the scheduler.
 
         Raises:
-            OverloadError: if too many wait.
+            OverloadError: if the queue is full.
         """
-        try:
-            self._scheduler.submit(job)
-        except OverloadError:
-            self.metrics.refuse(outcomes.QUEUE_LENGTH)
-            raise
+        self.check_queue()
+        self._scheduler.submit(job)
 
     async def finish(self, job: Job) -> Answer:
-        """What comes of a job; if nobody waits for it any more, no more of it is scored.
+        """Wait for the answer of a job, or cancel it at its deadline.
 
         Raises:
-            DeadlineError: if its time has passed.
+            DeadlineError: if the deadline has passed.
             ScoreError: if a score is not finite.
         """
         try:
@@ -182,24 +244,21 @@ class Service:
 
     @contextmanager
     def stream(self, call: Call, served: Served, raw: Mapping[str, Any]) -> Iterator["Stream"]:
-        """A user whose candidates come in groups; its K/V is held until the block ends.
+        """Open a stream: a user whose candidates come in groups, its K/V held until the block ends.
 
-        The block must end by the stream's deadline: until then it counts as open.
+        The block must end by the stream's deadline; the stream counts as open until then.
 
         Args:
-            call: how it came.
+            call: that it came with.
             served: the version that answers.
-            raw: a request; its candidates are those of the first group.
+            raw: a request with the candidates of the first group.
 
         Raises:
-            OverloadError: if too many streams are open.
+            OverloadError: if too many streams are open, or the queue is full.
             RequestError: naming what came and what was allowed.
         """
-        if len(self._streams) >= self.config.max_streams:
-            self.metrics.refuse(outcomes.STREAMS)
-            raise OverloadError(
-                f"{len(self._streams)} streams are open; at most {self.config.max_streams} may be"
-            )
+        self.check_streams()
+        self.check_queue()
         most_s = self.config.stream_timeout_s
         timeout_s = most_s if call.timeout_s is None else min(call.timeout_s, most_s)
         user = self._parse(call, raw, served)
@@ -216,7 +275,7 @@ class Service:
             stream.release()
 
     async def forget(self, user_id: str) -> dict[str, int]:
-        """Forget a user here; nothing of requests that came before is kept.
+        """Forget a user on this server; nothing of earlier requests is kept.
 
         Args:
             user_id: as ``canonical_id`` spells it.
@@ -226,9 +285,9 @@ class Service:
 
         Raises:
             UnavailableError: naming the tiers that could not be reached, or if no model is loaded;
-                to be asked again.
+                the caller should ask again.
         """
-        # Not in the event loop: disk and Redis are waited for.
+        # Outside the event loop: it waits for disk and Redis.
         dropped = await asyncio.to_thread(self.models.forget, user_id)
         self._shadow.forget(user_id)
         failed = [tier for tier, num_bytes in dropped.items() if num_bytes is None]
@@ -242,16 +301,16 @@ class Service:
         return bytes_by_tier
 
     def close(self) -> None:
-        """Stop scoring; nobody may be waiting for it any more."""
+        """Stop scoring; call it when no request is in flight."""
         self._scheduler.close()
         self.intake.close()
 
     def to_json(self) -> dict[str, Any]:
-        """The live state, for the page."""
+        """Return the live state, for the page."""
         drift = max((served.drift for served in self.models.all()), default=0.0)
         parity = {
             "checks": self._num_checks,
-            # JSON has no infinity: null where one of the two scores was no number.
+            # JSON has no infinity: null if one of the two scores was not finite.
             "drift": drift if math.isfinite(drift) else None,
             "limit": self.config.shadow_limit,
             "alarm": bool(self.models.names_without_cache),
@@ -269,28 +328,30 @@ class Service:
             "parity": parity,
         }
 
-    def stepped(self, parts: Sequence[Part]) -> None:
-        """A step begins; see ``Observer``."""
-        self.view.step(len(parts))
-        self.metrics.batch_requests.observe(len(parts))
-        self.metrics.batch_candidates.observe(sum(part.num_candidates for part in parts))
+    def batched(self, parts: Sequence[Part]) -> None:
+        """Observe the size of a batch; see ``Observer``."""
+        num_candidates = sum(part.num_candidates for part in parts)
+        self.view.batch(len(parts))
+        self.metrics.observe("batch_requests", len(parts))
+        self.metrics.observe("batch_candidates", num_candidates)
 
     def answered(self, job: Job, answer: Answer) -> None:
-        """A request was scored."""
+        """Offer an answer to the shadow check."""
         self._offer(job, answer)
 
     def unscored(self, job: Job, unscored: Unscored) -> None:
-        """A request got no finite scores."""
-        self.metrics.not_finite.inc()
+        """Count scores that are not finite, and offer them to the shadow check."""
+        self.metrics.count("not_finite_scores")
         self._offer(job, unscored)
 
     def _offer(self, job: Job, answer: Answer | Unscored) -> None:
         self._shadow.offer(job.engine, job.request, answer)
-        if self.models.has_forgotten(job.request):  # Asked last: whoever forgets asks it first.
+        # Checked after the offer: forget() marks the user before it clears the samples.
+        if self.models.has_forgotten(job.request):
             self._shadow.forget(job.request.user_id)
 
     def idle(self) -> bool:
-        """Check an answer against what the model says without the cache."""
+        """Check a cached answer against the scores without the cache; see ``Observer``."""
         checked = self._shadow.check()
         if checked is not None:
             sample, drift = checked
@@ -302,48 +363,21 @@ class Service:
     def _note_drift(self, served: Served, drift: float) -> None:
         self._num_checks += 1
         served.drift = max(drift, served.drift)
-        self.metrics.parity_checks.labels(served.name).inc()
-        self.metrics.parity_drift.labels(served.name).set(served.drift)
+        self.metrics.count("parity_checks", served.name)
+        self.metrics.set("parity_drift", served.drift, served.name)
         if not drift <= self.config.shadow_limit:
             self.models.bypass(served.engine)
             logger.error(
-                "cached scores of model %s were off by %g, %g is allowed: it is scored without its "
-                "cache from now on",
+                "cached scores of model %s were off by %g, %g is allowed: its cache is off from "
+                "now on",
                 *(served.name, drift, self.config.shadow_limit),
             )
-
-    @contextmanager
-    def counted(self, call: Call) -> Iterator[Served]:
-        """The version that answers a call, which is counted and logged however it ends.
-
-        Raises:
-            UnavailableError: if no model is loaded.
-            UnknownModelError: naming what is served.
-        """
-        outcome, model, message = outcomes.OK, "", ""
-        try:
-            served = self.models.get(call.model, call.version)
-            model = served.name
-            with served.open():
-                yield served
-        except BaseException as error:
-            known = (of for kind, of in OUTCOME_BY_ERROR.items() if isinstance(error, kind))
-            outcome = next(known, outcomes.INTERNAL)
-            message = str(error)
-            raise
-        finally:
-            seconds = time.monotonic() - call.began_at
-            self.metrics.requests.labels(model, call.face, outcome).inc()
-            self.metrics.request_seconds.labels(model, call.face).observe(seconds)
-            self.view.end(outcome, seconds * 1e3)
-            if outcome != outcomes.OK:
-                _log(call, call.request_id, model, outcome, error=message)
 
     def _parse(self, call: Call, raw: Mapping[str, Any], served: Served) -> Request:
         check_limits(raw, self.limits)
         given, raw = raw, sort_history(raw) if self.config.history_order == SORT else raw
         request = parse_request(raw, served.engine.schema)
-        self.metrics.sorted_histories.labels(served.name).inc(raw is not given)
+        self.metrics.count("sorted_histories", served.name, amount=int(raw is not given))
         self.metrics.count_ids(served.name, count_ids(request))
         if request.request_id is None:
             request = replace(request, request_id=call.request_id)
@@ -356,8 +390,8 @@ class Service:
         most_s = self.config.timeout_ms / 1e3
         return call.began_at + (most_s if call.timeout_s is None else min(call.timeout_s, most_s))
 
-    def _tell(self, call: Call, model: str, job: Job, answer: Answer) -> None:
-        """Where an answered request's time went, and what the cache did."""
+    def _record(self, call: Call, model: str, job: Job, answer: Answer) -> None:
+        """Record the stages of an answered request, and what the cache did."""
         assert job.started_at is not None
         parse_s = job.queued_at - call.began_at
         queue_s = job.started_at - job.queued_at
@@ -366,12 +400,15 @@ class Service:
             (outcomes.QUEUE, queue_s),
             (outcomes.SCORING, job.score_s),
         ):
-            self.metrics.stage_seconds.labels(model, stage).observe(seconds)
+            self.metrics.observe("stage_seconds", seconds, model, stage)
         if answer.cache.status != HIT:
             self.view.miss(model, answer.request_id, answer.cache)
         if self.config.log_requests:
             _log(
-                *(call, answer.request_id, model, outcomes.OK),
+                call,
+                answer.request_id,
+                model,
+                outcomes.OK,
                 model_version=answer.model_version,
                 candidates=len(answer.scores),
                 cache=vars(answer.cache),
@@ -380,25 +417,25 @@ class Service:
 
 
 def _log(call: Call, request_id: str | int | None, model: str, outcome: str, **more: Any) -> None:
-    """One line for one request, however it ended."""
+    """Log one line for one request, however it ended."""
     ms = round((time.monotonic() - call.began_at) * 1e3, 3)
-    fields = {"request_id": request_id, "face": call.face, "model": model, "outcome": outcome}
-    is_ours = outcome in (outcomes.INTERNAL, outcomes.NOT_FINITE)
-    level = logging.ERROR if is_ours else logging.INFO
+    fields = {"request_id": request_id, "server": call.server, "model": model, "outcome": outcome}
+    is_our_error = outcome in (outcomes.INTERNAL, outcomes.NOT_FINITE)
+    level = logging.ERROR if is_our_error else logging.INFO
     request_logger.log(level, outcome, extra={**fields, "ms": ms, **more})
 
 
-def _see_error(done: "asyncio.Future[Answer]") -> None:
-    """What failed for a client that has gone is no error of ours."""
+def _ignore_error(done: "asyncio.Future[Answer]") -> None:
+    """Fetch the error of a job whose client has gone: asyncio would log it as never retrieved."""
     if not done.cancelled():
         done.exception()
 
 
 class Group:
-    """Candidates of a stream that are on their way; their scores come in parts.
+    """A group of a stream's candidates; its scores come in parts.
 
     Attributes:
-        job: that scores them.
+        job: that scores it.
     """
 
     def __init__(self, service: Service, job: Job) -> None:
@@ -409,35 +446,35 @@ class Group:
         job.answer.add_done_callback(lambda _: self._parts.put_nowait(None))
 
     async def parts(self) -> AsyncIterator[tuple[int, Answer]]:
-        """The place of a part's first candidate in the stream, and its scores as an answer.
+        """Yield the index of a part's first candidate in the stream, and its scores as an answer.
 
         Raises:
-            DeadlineError: if the stream's time has passed.
+            DeadlineError: if the stream's deadline has passed.
             ScoreError: if a score is not finite.
         """
-        place = self.job.first_candidate
+        first_candidate = self.job.first_candidate
         finishing = asyncio.ensure_future(self._service.finish(self.job))
-        finishing.add_done_callback(_see_error)
+        finishing.add_done_callback(_ignore_error)
         try:
             while (part := await self._parts.get()) is not None:
-                yield place, part
-                place += len(part.scores)
+                yield first_candidate, part
+                first_candidate += len(part.scores)
             await finishing
         finally:
             finishing.cancel()
 
     def _take(self, scores: list[float], use: CacheUse) -> None:
-        """Called by the scheduler as a part is done."""
+        """Receive the scores of a part from the scheduler."""
         self._parts.put_nowait(self.job.engine.answer(self.job.request, scores, use))
 
 
 class Stream:
-    """A user whose candidates come in groups, all scored over the K/V that the first of them read.
+    """A user whose candidates come in groups, all scored over the K/V of the first group.
 
     Args:
-        service: that scores them.
-        served: the version that answers, from the first group to the last.
-        user: the request that opened it, with the candidates of the first group.
+        service: that scores the groups.
+        served: the version that answers all groups.
+        user: the request that opened the stream, with the candidates of the first group.
         deadline: monotonic seconds, of the whole stream.
     """
 
@@ -446,52 +483,62 @@ class Stream:
         self.deadline = deadline
         self._service = service
         self._served = served
-        self._reading = Reading(user)
+        self._encoded = EncodedUser(served.engine, user)
         self._num_candidates = 0
         self._open: set[asyncio.Future[Answer]] = set()
 
     def first(self) -> Group:
-        """The group that came with the user.
+        """Queue the group that came with the user.
 
         Raises:
-            OverloadError: if too many wait.
+            OverloadError: if the queue is full.
         """
         return self._queued(self.user)
 
+    def check_room(self) -> None:
+        """Check that another group may come; called before the group is decoded.
+
+        Raises:
+            DeadlineError: if the stream's deadline has passed.
+            OverloadError: if the queue is full.
+        """
+        if time.monotonic() > self.deadline:
+            raise DeadlineError("the stream's deadline passed")
+        self._service.check_queue()
+
     def next(self, raw: Mapping[str, Any]) -> Group:
-        """Another group.
+        """Queue another group.
 
         Args:
             raw: ``candidates`` as in a request, and nothing of the user.
 
         Raises:
             RequestError: naming what came and what was allowed.
-            OverloadError: if too many wait.
-            DeadlineError: if its time has passed.
+            OverloadError: if the queue is full.
+            DeadlineError: if the stream's deadline has passed.
         """
-        if time.monotonic() > self.deadline:
-            raise DeadlineError("the stream's deadline passed")
+        self.check_room()
         check_limits(raw, self._service.limits)
         request = parse_candidates(raw, self.user, self._served.engine.schema)
         of_group = {
             column: count
             for column, count in count_ids(request).items()
-            if column.startswith(candidate_key(""))  # The user was counted with the first group.
+            if column.startswith(candidate_key(""))  # The first group counted the user's ids.
         }
         self._service.metrics.count_ids(self._served.name, of_group)
         return self._queued(request)
 
     def cancel(self) -> None:
-        """Score no more of it."""
+        """Cancel all groups in flight."""
         for answer in [*self._open]:
             answer.cancel()
 
     def release(self) -> None:
-        """Let go of its K/V."""
-        self._reading = Reading(self.user)
+        """Release its K/V."""
+        self._encoded = EncodedUser(self._served.engine, self.user)
 
     def expire(self) -> DeadlineError:
-        """Score no more of it, and tell those that wait why; returns what they are told."""
+        """Fail all groups in flight as past the deadline; return that error."""
         error = DeadlineError("the stream's deadline passed")
         for answer in [*self._open]:
             if not answer.done():
@@ -499,10 +546,10 @@ class Stream:
         return error
 
     async def wait(self, awaited: Coroutine[Any, Any, Anything]) -> Anything:
-        """Wait for its client, until its deadline.
+        """Wait for the client, until the stream's deadline.
 
         Raises:
-            DeadlineError: if that has passed.
+            DeadlineError: if the deadline has passed.
         """
         try:
             return await asyncio.wait_for(awaited, self.deadline - time.monotonic())
@@ -510,12 +557,17 @@ class Stream:
             raise DeadlineError("the stream's deadline passed") from error
 
     def _queued(self, request: Request) -> Group:
-        first = self._num_candidates
-        job = Job(self._served.engine, request, self.deadline, self._reading, first)
+        job = Job(
+            self._served.engine,
+            request,
+            self.deadline,
+            encoded=self._encoded,
+            first_candidate=self._num_candidates,
+        )
         group = Group(self._service, job)
         self._service.queue(job)
         self._open.add(job.answer)
-        job.answer.add_done_callback(_see_error)
+        job.answer.add_done_callback(_ignore_error)
         job.answer.add_done_callback(self._open.discard)
         self._num_candidates += request.num_candidates
         return group

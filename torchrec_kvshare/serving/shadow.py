@@ -1,29 +1,27 @@
-"""Proof in production: cached answers are scored again without the cache, in idle time.
+"""Shadow parity: a share of cached answers is scored again without the cache, in idle time.
 
-What is found wrong is never explained away: the model is scored without its cache from then on, and
-the alarm stands until another version takes over.
+If the scores differ, the model is scored without its cache from then on, and an alarm is set until
+another version takes over.
 """
 
 import math
 import random
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-from torch import Tensor
 
 from torchrec_kvshare.cache.reasons import BYPASS, MISS
 from torchrec_kvshare.errors import ScoreError
 from torchrec_kvshare.features.request import Request
+from torchrec_kvshare.scoring.encoded_user import EncodedUser
 from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
 
-MAX_WAITING = 32  # answers that wait for an idle moment; the oldest are given up
+MAX_WAITING = 32  # answers that wait to be checked; the oldest are dropped
 
 
 class Sample(NamedTuple):
-    """An answer that is to be checked; None stands for scores that were not finite."""
+    """An answer to check; its scores are None if they were not finite."""
 
     engine: Engine
     request: Request
@@ -32,21 +30,20 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class _Begun:
-    """A sample of which some candidates were scored again."""
+    """A sample that is partly scored again."""
 
     sample: Sample
-    engine: Engine  # without the cache
-    kv_by_history: Sequence[Tensor]
+    user: EncodedUser  # of an engine without a cache
     scores: list[float] = field(default_factory=list)
 
 
 class ShadowParity:
-    """Samples of cached answers, and how far they are from uncached ones.
+    """Samples cached answers and compares them with uncached scores.
 
     Args:
-        share: of the cached answers that are kept to be checked, 0 to 1.
-        part_candidates: scored together: nobody who comes meanwhile waits for more.
-        seed: of the draw.
+        share: of cached answers that are checked, 0 to 1.
+        part_candidates: scored at a time; a request that comes meanwhile waits for no more.
+        seed: of the sampling.
 
     Example:
         >>> ShadowParity(share=0.01, part_candidates=1024).check() is None
@@ -58,13 +55,13 @@ class ShadowParity:
         self._part_candidates = part_candidates
         self._draw = random.Random(seed)
         self._waiting: deque[Sample] = deque(maxlen=MAX_WAITING)
-        self._lock = threading.Lock()  # The scoring thread checks, and others forget users.
+        self._lock = threading.Lock()  # The scoring thread checks, other threads forget users.
         self._begun: _Begun | None = None
 
     def offer(self, engine: Engine, request: Request, answer: Answer | Unscored) -> None:
-        """Maybe keep an answer for later; one that read nothing from the cache proves nothing.
+        """Sample an answer, unless it read nothing from the cache.
 
-        Where cached K/V gave no finite scores, the cache may be why: that is always checked.
+        Cached K/V whose scores are not finite is always checked: the cache may be the cause.
         """
         if answer.cache.status in (MISS, BYPASS) and answer.cache.cached_events == 0:
             return
@@ -77,7 +74,7 @@ class ShadowParity:
                 self._waiting.append(Sample(engine, request, scores))
 
     def forget(self, user_id: str) -> None:
-        """Keep no answer of a user."""
+        """Drop all answers of a user."""
         with self._lock:
             others = [one for one in self._waiting if one.request.user_id != user_id]
             self._waiting = deque(others, MAX_WAITING)
@@ -85,14 +82,15 @@ class ShadowParity:
                 self._begun = None
 
     def check(self) -> tuple[Sample, float] | None:
-        """Score a sample's next candidates without the cache, as many as a step has of a request.
+        """Score the next part of a sample without the cache.
 
         Returns:
-            Once all are scored, the sample and the greatest difference of a probability, infinite
-            if only one of the two is a number; None before that, and if there is no sample.
+            None until all candidates of a sample are scored, and if there is no sample. Then the
+            sample and the greatest difference of a probability, infinite if only one of the two is
+            finite.
         """
         with self._lock:
-            begun, self._begun = self._begun, None  # Whatever is raised below, another is next.
+            begun, self._begun = self._begun, None  # If this one raises, the next call goes on.
             if begun is None and not self._waiting:
                 return None
             waiting = None if begun is not None else self._waiting.popleft()
@@ -102,9 +100,9 @@ class ShadowParity:
         sample, first = begun.sample, len(begun.scores)
         part = sample.request.part(first, first + self._part_candidates)
         try:
-            begun.scores.extend(begun.engine.score_with(part, begun.kv_by_history, first))
+            begun.scores.extend(begun.user.score(part, first))
         except ScoreError:
-            # The model itself has none; the cache is wrong only if it had some.
+            # The model has no finite scores; the cache is wrong only if it gave some.
             return sample, 0.0 if sample.scores is None else math.inf
         if len(begun.scores) < sample.request.num_candidates:
             self._begun = begun
@@ -116,11 +114,11 @@ class ShadowParity:
 
     @property
     def has_more(self) -> bool:
-        """Whether a sample waits, or was begun."""
+        """Whether a sample waits or is partly scored."""
         return bool(self._waiting) or self._begun is not None
 
 
 def _begin(sample: Sample) -> _Begun:
     engine = sample.engine
     uncached = Engine(engine.model, engine.schema, None, version=engine.version)
-    return _Begun(sample, uncached, uncached.encode(sample.request).kv_by_history)
+    return _Begun(sample, EncodedUser(uncached, sample.request))

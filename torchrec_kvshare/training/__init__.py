@@ -1,1 +1,1 @@
-"""Train and evaluate: loops, metrics, and the run that joins them."""
+"""Train and evaluate: the loop, metrics, evaluation, and the run that joins them."""

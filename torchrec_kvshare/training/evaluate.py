@@ -1,7 +1,7 @@
 """Evaluate a scorer on a split: against sampled negatives, and against the whole catalogue.
 
-A scorer is anything that gives a batch of candidates their logits: a trained model, or popularity.
-Catalogues are ranked in chunks, so that memory does not grow with them.
+A scorer returns the logits of a batch's candidates: a trained model, or popularity. The catalogue
+is ranked in chunks, so that memory does not grow with it.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,14 +31,14 @@ from torchrec_kvshare.training.metrics import (
 
 Scorer = Callable[[Batch], Tensor]  # logits [C]
 
-EVALUATION_SEED = 20_240_101  # every scorer meets the same negatives
+EVALUATION_SEED = 20_240_101  # every scorer gets the same negatives
 TARGETS_AT_A_TIME = 1024
 CATALOGUE_ROWS_AT_A_TIME = 32_768
-FIRST_CHUNK_ITEMS = 4096  # most held-out items are found to be far behind among them
+FIRST_CHUNK_ITEMS = 4096  # enough to rank most held-out items beyond CUTOFF
 
 
 def model_scorer(model: nn.Module) -> Scorer:
-    """A ranking model as a scorer, in eval mode; scores that are not finite are a TrainingError."""
+    """Put a model in eval mode and return its scorer, which raises TrainingError for NaN."""
     model.eval()
 
     def score(batch: Batch) -> Tensor:
@@ -52,42 +52,42 @@ def model_scorer(model: nn.Module) -> Scorer:
 
 
 def popularity_scorer(dataset: Dataset, num_negatives: int) -> Scorer:
-    """The log odds that a candidate is the positive one, from training counts alone.
+    """Return a scorer that scores an item by its number of positive training events.
 
     Args:
         dataset: its training split is counted.
-        num_negatives: sampled for every target, so that the odds are those of the task.
+        num_negatives: negatives per target, so that the logits are the log odds of the task.
 
     Returns:
-        A scorer that looks at the candidate's item only; its scores are finite.
+        A scorer that reads the candidate's item only; its logits are finite.
     """
     trained = (dataset.split == TRAIN) & (dataset.label > 0)
     rows = dataset.item_row[dataset.item[trained]]
-    counts = np.bincount(rows, minlength=dataset.schema.num_rows(ITEM))
+    counts = np.bincount(rows, minlength=dataset.schema.num_table_rows(ITEM))
     expected_negatives = num_negatives * max(len(rows), 1) / len(dataset.known_items)
-    # One pseudo-event: an item never bought gets small odds, not none.
+    # One pseudo-event: an item never bought gets small odds, not zero.
     log_odds = torch.from_numpy(np.log((counts + 1.0) / expected_negatives)).float()
     return lambda batch: log_odds[batch.sparse_features[candidate_key(ITEM)].values()]
 
 
 def evaluate_sampled(
-    score: Scorer, dataset: Dataset, split: int, num_negatives: int, share_prefill: bool = True
+    score: Scorer, dataset: Dataset, split: int, num_negatives: int, *, share_prefill: bool = True
 ) -> Values:
-    """AUC, GAUC and NE of every target of a split against sampled negatives.
+    """Compute AUC, GAUC and NE of every target of a split against sampled negatives.
 
     Args:
-        score: what is evaluated.
-        dataset: its targets.
+        score: the scorer to evaluate.
+        dataset: holds the targets.
         split: ``VALID`` or ``TEST``.
-        num_negatives: sampled for every target.
-        share_prefill: whether the scorer lets targets see prefixes of one prefill.
+        num_negatives: negatives sampled per target.
+        share_prefill: whether targets of a user may see prefixes of one prefill.
 
     Returns:
-        ``AUC``, ``GAUC``, ``NE``; None where one means nothing.
+        ``AUC``, ``GAUC``, ``NE``; None where a metric is undefined.
     """
     rng = np.random.default_rng(EVALUATION_SEED)
     targets = np.flatnonzero(dataset.split == split)
-    windows = windows_of(dataset, targets, share_prefill)
+    windows = windows_of(dataset, targets, share_prefill=share_prefill)
     logits, labels = [], []
     for chosen in batches_of(windows, TARGETS_AT_A_TIME, None):
         part = windows.take(chosen)
@@ -103,17 +103,17 @@ def evaluate_sampled(
 
 
 def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -> Values:
-    """HR@10 and NDCG@10 of each user's last positive event among the whole catalogue.
+    """Compute HR@10 and NDCG@10 of each user's last positive event among the whole catalogue.
 
-    Where a label rule tells liked from disliked, finding what was disliked is no hit.
-    Items that the user has met strictly before are excluded. If the held-out item is one of them,
-    bought again, nothing is excluded: among unmet items alone it would be given away by having been
-    met. A held-out item that training never met counts as not found.
+    Only positive events are held out: finding an item that a user disliked is not a hit. Items that
+    the user met strictly before are excluded. If the held-out item is one of them (a repurchase),
+    nothing is excluded: among items the user never met, a met one would be easy to find. A held-out
+    item that is not in the training split counts as not found.
 
     Args:
-        score: what is evaluated.
+        score: the scorer to evaluate.
         dataset: the last positive event of every user in its test split is held out.
-        max_users: rank for that many users only, spread evenly; None ranks for all.
+        max_users: number of users to rank for, spread evenly; None for all.
 
     Returns:
         ``HR@10`` and ``NDCG@10``; None if nothing is held out.
@@ -132,13 +132,14 @@ def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -
 
 
 def _popular_first(dataset: Dataset) -> Ints:
-    """The catalogue, those items first that are likely to stand before a held-out one."""
+    """Return the catalogue, the items most likely to rank before a held-out one first."""
     trained = dataset.item[dataset.split == TRAIN]
     counts = np.bincount(trained, minlength=len(dataset.item_row))[dataset.known_items]
     return dataset.known_items[np.argsort(-counts, kind="stable")]
 
 
 def _last_positives(dataset: Dataset) -> Ints:
+    """Return each user's last positive event of the test split."""
     tested = np.flatnonzero((dataset.split == TEST) & (dataset.label > 0))
     users = dataset.event_user[tested]
     return (
@@ -149,17 +150,17 @@ def _last_positives(dataset: Dataset) -> Ints:
 
 
 def _ranks(score: Scorer, dataset: Dataset, held_out: Ints, catalogue: Ints) -> list[int]:
-    """Places of the held-out items, from 0; from ``CUTOFF`` on a place is not counted out.
+    """Return ranks of the held-out items, from 0; a rank of ``CUTOFF`` or more is a lower bound.
 
-    A chunk encodes the histories anew: of a history of 256 events among 32,768 candidates that is
-    1 % of the arithmetic.
+    Every chunk encodes the histories again: 1 % of the arithmetic for a history of 256 events
+    among 32,768 candidates.
     """
     windows = windows_of(dataset, held_out)
     targets = dataset.item[held_out]
     seen = [_seen_before(dataset, event) for event in held_out.tolist()]
     ahead = torch.zeros(len(held_out), dtype=torch.int64)
     for chunk in _chunks(catalogue):
-        # The target beside each chunk: what is compared is computed together.
+        # Score the target with each chunk: scores to compare are computed in one batch.
         rows = np.broadcast_to(chunk, (len(held_out), len(chunk)))
         candidates = np.concatenate([rows, targets[:, None]], axis=1)
         batch = build_catalogue_batch(dataset, windows, candidates)
@@ -182,7 +183,7 @@ def _chunks(catalogue: Ints) -> Iterator[Ints]:
 
 
 def _seen_before(dataset: Dataset, event: int) -> Ints:
-    """Items that the user of an event met strictly before; none if the event's is among them."""
+    """Return items that a user met strictly before an event, or none if its item is among them."""
     first = dataset.user_offsets[dataset.event_user[event]]
     seen = dataset.item[first : first + dataset.num_earlier[event]]
     return seen[:0] if dataset.item[event] in seen else np.unique(seen)

@@ -1,9 +1,9 @@
 """The training loop: TorchRec's ``DLRMTrain`` over whole windows, resumable at any batch.
 
-Embedding tables get sparse gradients and a sparse Adam, so that a step costs what its batch holds
-and not what the catalogue holds; the rest gets AdamW. Chance is seeded by epoch and batch, and a
-checkpoint holds the generator of the dropout, so that a run that was killed and started again ends
-with the weights, and the TensorBoard curves, of one that was not.
+Embedding tables get sparse gradients and SparseAdam, so that the cost of a step grows with its
+batch, not with the catalogue; dense parameters get AdamW. Sampling is seeded by epoch and batch,
+and a checkpoint holds the dropout's generator state, so that a run that was killed and restarted
+ends with the weights and the TensorBoard curves of an uninterrupted one.
 """
 
 import math
@@ -43,14 +43,15 @@ class TrainSettings:
 
     Attributes:
         epochs: passes over the training split.
-        learning_rate: of AdamW on the dense parts, falling to zero by a half cosine.
-        table_learning_rate: the same for embedding tables, whose rows see few gradients each.
-        weight_decay: of AdamW on the dense parts; on tables it would wear down rows that nobody
-            meets.
-        batch_targets: targets in a batch, each with its negatives.
-        negatives: sampled for every target.
-        seed: of everything drawn.
-        checkpoint_seconds: most time between two checkpoints.
+        learning_rate: first rate of AdamW on dense parameters; falls to zero along a half cosine.
+        table_learning_rate: the same of SparseAdam on embedding tables, whose rows get few
+            gradients each.
+        weight_decay: of AdamW on dense parameters; on tables it would shrink rows that
+            no batch holds.
+        batch_targets: targets per batch, each with its negatives.
+        negatives: negatives sampled per target.
+        seed: of negatives, order and dropout.
+        checkpoint_seconds: longest time between two checkpoints, in seconds.
     """
 
     epochs: int
@@ -65,12 +66,12 @@ class TrainSettings:
 
 @dataclass
 class Progress:
-    """Where training stands.
+    """How far training has come.
 
     Attributes:
-        epoch: of the next batch; the epochs before it are validated too.
-        batch: the next one of the epoch.
-        step: batches done in all epochs.
+        epoch: epoch of the next batch, from 0; earlier epochs are trained and validated.
+        batch: index of the next batch in its epoch.
+        step: batches trained in all epochs.
     """
 
     epoch: int = 0
@@ -81,14 +82,15 @@ class Progress:
 def train(
     model: DLRM, dataset: Dataset, settings: TrainSettings, folder: Path, log_folder: Path
 ) -> None:
-    """Train a model in place, from the folder's checkpoint on if there is one.
+    """Train a model in place, resuming from the folder's checkpoint if there is one.
 
     Args:
         model: with or without a history.
-        dataset: its training split is learned, its validation split watched.
+        dataset: the model is trained on its training split and evaluated on its validation split.
         settings: how to train.
-        folder: of the checkpoint; the last one is the trained model.
-        log_folder: gets loss, NE, AUC, GAUC and examples per second for TensorBoard, by batch.
+        folder: holds the checkpoint; the last one is the trained model.
+        log_folder: gets loss and examples per second by batch, and NE, AUC and GAUC by epoch, for
+            TensorBoard.
 
     Raises:
         TrainingError: at the first loss or weight that is not finite; the checkpoint before it
@@ -96,16 +98,16 @@ def train(
     """
     trainer = Trainer(model, dataset, settings, folder)
     trainer.resume()
-    # What a killed run logged beyond its checkpoint is logged again: TensorBoard drops the first.
+    # Points that a killed run logged after its checkpoint are logged again and replaced.
     with open_writer(log_folder, trainer.progress.step) as writer:
         trainer.run(writer)
 
 
 def open_writer(folder: Path, purge_step: int) -> SummaryWriter:
-    """A writer whose points from a step on take the place of those that the folder has.
+    """Open a writer whose points replace the folder's points from ``purge_step`` on.
 
-    TensorBoard reads event files in the order of their names, which begin with a second and go on
-    with numbers that are ordered as text: a new file needs a second of its own.
+    TensorBoard reads event files in the order of their names. A name starts with the second it was
+    opened in, followed by numbers that sort as text, so each file needs a second of its own.
     """
     seconds = {path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")}
     while f"{int(time.time()):010d}" in seconds:
@@ -114,10 +116,10 @@ def open_writer(folder: Path, purge_step: int) -> SummaryWriter:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give a model the weights of a folder's checkpoint.
+    """Load the weights of a folder's checkpoint into a model.
 
     Raises:
-        TrainingError: if one of them is not finite.
+        TrainingError: if a weight is not finite.
     """
     weights = torch.load(folder / CHECKPOINT, weights_only=True)["model"]
     if broken := non_finite(weights):
@@ -126,7 +128,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def non_finite(weights: dict[str, Tensor]) -> str:
-    """Name the first tensor that has a NaN or an infinity; empty if all are finite.
+    """Describe the first tensor with a NaN or an infinity; empty if all tensors are finite.
 
     Example:
         >>> non_finite({"bias": torch.tensor([1.0, float("nan")])})
@@ -140,13 +142,13 @@ def non_finite(weights: dict[str, Tensor]) -> str:
 
 
 class Trainer:
-    """A model in training: its batches, its optimizers, and where it stands.
+    """A model in training, with its batches, optimizers and progress.
 
     Args:
         model: trained in place; its tables get sparse gradients.
-        dataset: what it learns.
-        settings: how.
-        folder: of the checkpoint.
+        dataset: the data to train on.
+        settings: how to train.
+        folder: holds the checkpoint.
     """
 
     def __init__(
@@ -159,17 +161,17 @@ class Trainer:
         self.train_model = DLRMTrain(model)
         self.share_prefill = takes_prefixes(model)
         training = np.flatnonzero(dataset.split == TRAIN)
-        self.windows = windows_of(dataset, training, self.share_prefill)
+        self.windows = windows_of(dataset, training, share_prefill=self.share_prefill)
         self.optimizers = _optimizers(model, settings)
-        # Epochs differ by a batch or so: windows are not of equal size.
-        total = sum(len(self.epoch_batches(epoch)) for epoch in range(settings.epochs))
-        self.schedules = [CosineAnnealingLR(one, total) for one in self.optimizers]
+        # Windows differ in size, so epochs differ by a batch or so.
+        total_steps = sum(len(self.epoch_batches(epoch)) for epoch in range(settings.epochs))
+        self.schedules = [CosineAnnealingLR(one, total_steps) for one in self.optimizers]
         self.progress = Progress()
-        self.saved = "none"
+        self.last_saved = "none"
         self.saved_at = time.monotonic()
 
     def resume(self) -> None:
-        """Go back to the last checkpoint, if there is one."""
+        """Load the last checkpoint, if there is one."""
         torch.manual_seed(self.settings.seed)
         if not (self.folder / CHECKPOINT).is_file():
             return
@@ -179,32 +181,32 @@ class Trainer:
             one.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
         self.progress = Progress(**state["progress"])
-        self.saved = self._place(self.progress)
+        self.last_saved = _position(self.progress)
 
     def run(self, writer: SummaryWriter) -> None:
-        """Train what is left."""
+        """Train the remaining epochs, validating after each."""
         for epoch in range(self.progress.epoch, self.settings.epochs):
             self._run_epoch(epoch, writer)
-            watched = evaluate_sampled(
+            values = evaluate_sampled(
                 model_scorer(self.model),
                 self.dataset,
                 VALID,
                 self.settings.negatives,
-                self.share_prefill,
+                share_prefill=self.share_prefill,
             )
-            # At the step of the epoch's last batch: what is logged again after a kill is what
-            # stands at the checkpoint's step or later.
-            for name, value in watched.items():
+            # Logged at the step of the epoch's last batch: a run that was killed logs again from
+            # its checkpoint's step on.
+            for name, value in values.items():
                 if value is not None:
                     writer.add_scalar(f"valid/{name}", value, self.progress.step - 1)
             self.progress = Progress(epoch + 1, 0, self.progress.step)
             self._save(writer)
 
     def step(self, batch: Batch) -> float:
-        """Learn from a batch: its loss before.
+        """Take one optimizer step on a batch; return the loss before it.
 
         Raises:
-            TrainingError: if the loss is not finite; nothing is learned then.
+            TrainingError: if the loss is not finite; the weights are unchanged then.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -219,13 +221,13 @@ class Trainer:
         return loss.item()
 
     def epoch_batches(self, epoch: int) -> list[Ints]:
-        """The windows of each batch of an epoch."""
+        """Return the windows of each batch of an epoch."""
         rng = np.random.default_rng([self.settings.seed, epoch])
         return list(batches_of(self.windows, self.settings.batch_targets, rng))
 
-    def batch(self, chosen: Ints, epoch: int, place: int) -> Batch:
-        """The batch of some windows, with the negatives of its place in the epoch."""
-        rng = np.random.default_rng([self.settings.seed, epoch, place])
+    def batch(self, chosen: Ints, epoch: int, index: int) -> Batch:
+        """Build the batch of some windows; its index in the epoch seeds its negatives."""
+        rng = np.random.default_rng([self.settings.seed, epoch, index])
         part: Windows = self.windows.take(chosen)
         negatives = sample_negatives(self.dataset, part.targets, self.settings.negatives, rng)
         candidates = np.concatenate([self.dataset.item[part.targets][:, None], negatives], axis=1)
@@ -234,11 +236,12 @@ class Trainer:
     def _run_epoch(self, epoch: int, writer: SummaryWriter) -> None:
         self.train_model.train()
         batches = self.epoch_batches(epoch)
-        left = range(self.progress.batch, len(batches))
+        remaining = range(self.progress.batch, len(batches))
         title = f"{self.folder.name} epoch {epoch + 1}/{self.settings.epochs}"
-        for place in (bar := tqdm(left, title, initial=left.start, total=len(batches))):
+        bar = tqdm(remaining, title, initial=remaining.start, total=len(batches))
+        for index in bar:
             started = time.monotonic()
-            batch = self.batch(batches[place], epoch, place)
+            batch = self.batch(batches[index], epoch, index)
             loss = self.step(batch)
             seconds = time.monotonic() - started
             writer.add_scalar("train/loss", loss, self.progress.step)
@@ -246,28 +249,25 @@ class Trainer:
                 "train/examples_per_s", batch.labels.numel() / seconds, self.progress.step
             )
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self.progress = Progress(epoch, place + 1, self.progress.step + 1)
-            # Not after the last batch: an epoch is done when it is validated.
+            self.progress = Progress(epoch, index + 1, self.progress.step + 1)
+            # Not after the last batch: an epoch ends with its validation.
             is_due = time.monotonic() - self.saved_at > self.settings.checkpoint_seconds
-            if is_due and place + 1 < len(batches):
+            if is_due and index + 1 < len(batches):
                 self._save(writer)
 
     def _diverged(self, what: str) -> TrainingError:
         rates = [f"{one.param_groups[0]['lr']:.3g}" for one in self.optimizers]
         return TrainingError(
-            f"{self.folder.name}, {self._place(self.progress)}: {what}; learning_rate is "
+            f"{self.folder.name}, {_position(self.progress)}: {what}; learning_rate is "
             f"{rates[0]} there, table_learning_rate {rates[1]}. Last finite checkpoint, kept in "
-            f"{self.folder}: {self.saved}. Lower rates may help, in a folder of their own"
+            f"{self.folder}: {self.last_saved}. Try lower rates, with another output"
         )
-
-    def _place(self, progress: Progress) -> str:
-        return f"epoch {progress.epoch + 1}, batch {progress.batch + 1}"
 
     def _stateful(self) -> list[Any]:
         return [*self.optimizers, *self.schedules]
 
     def _save(self, writer: SummaryWriter) -> None:
-        """Replace the checkpoint as a whole: a killed run finds the old one or the new one."""
+        """Replace the checkpoint atomically: a killed run finds the old one or the new one."""
         weights = self.model.state_dict()
         if broken := non_finite(weights):
             raise self._diverged(broken)
@@ -277,25 +277,29 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "progress": vars(self.progress),
         }
-        # What was logged before the checkpoint will not be logged again.
+        # Points logged before the checkpoint are not logged again.
         writer.flush()
         self.folder.mkdir(parents=True, exist_ok=True)
         written = self.folder / f"{CHECKPOINT}.new"
         torch.save(state, written)
         os.replace(written, self.folder / CHECKPOINT)
-        self.saved = self._place(self.progress)
+        self.last_saved = _position(self.progress)
         self.saved_at = time.monotonic()
 
 
+def _position(progress: Progress) -> str:
+    return f"epoch {progress.epoch + 1}, batch {progress.batch + 1}"
+
+
 def _optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """AdamW of the dense parts, and Adam of just those table rows that a batch holds."""
+    """Return AdamW for dense parameters and SparseAdam, which updates only a batch's table rows."""
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     for table in tables:
         table.sparse = True
-    of_tables = [parameter for table in tables for parameter in table.parameters()]
-    known = {id(parameter) for parameter in of_tables}
-    dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    sparse = [parameter for table in tables for parameter in table.parameters()]
+    sparse_ids = {id(parameter) for parameter in sparse}
+    dense = [parameter for parameter in model.parameters() if id(parameter) not in sparse_ids]
     return [
         torch.optim.AdamW(dense, settings.learning_rate, weight_decay=settings.weight_decay),
-        torch.optim.SparseAdam(of_tables, settings.table_learning_rate),
+        torch.optim.SparseAdam(sparse, settings.table_learning_rate),
     ]

@@ -1,9 +1,9 @@
-"""Quality of scores, from torchrec.metrics where it has the measure.
+"""Quality of scores, from torchrec.metrics where it has the metric.
 
-AUC, GAUC (the mean of the users' AUCs) and NE (log loss over that of the mean label) are
-TorchRec's; hit rate and NDCG of one held-out item in a whole catalogue are counted from its rank.
-A measure that means nothing for the rows given, such as the AUC of positives alone, is None, and
-the log says why.
+AUC, GAUC (mean of the users' AUCs) and NE (log loss over the log loss of the mean label) are
+TorchRec's. Hit rate and NDCG of one held-out item in the whole catalogue are computed from its
+rank. A metric that is undefined for the given rows, such as the AUC of positives alone, is None,
+and the log says why.
 """
 
 import logging
@@ -17,24 +17,24 @@ from torchrec.metrics.ne import compute_ne, get_ne_states
 
 logger = logging.getLogger(__name__)
 
-Values = dict[str, float | None]  # by name of the measure
+Values = dict[str, float | None]  # by name of the metric
 
-CUTOFF = 10  # length of the list shown, in the rank metrics
+CUTOFF = 10  # items: length of the list shown to a user, for the rank metrics
 ETA = 1e-12  # torchrec.metrics' own guard against log(0)
-USERS_AT_A_TIME = 64  # their rows are padded to the longest; bounds that memory
+USERS_AT_A_TIME = 64  # bounds memory: TorchRec pads their rows to the longest
 
 
 def classification_metrics(probabilities: Tensor, labels: Tensor, rows_per_user: Tensor) -> Values:
-    """AUC, GAUC and NE of predicted probabilities.
+    """Compute AUC, GAUC and NE of predicted probabilities.
 
     Args:
-        probabilities: [R] float, users one after the other.
+        probabilities: [R] float, grouped by user.
         labels: [R] float, 0 or 1.
-        rows_per_user: [U] int64, together R.
+        rows_per_user: [U] int64, with sum R.
 
     Returns:
-        ``AUC``, ``GAUC`` and ``NE``; None for all where the labels are of one class, and for GAUC
-        where no user has both classes and different scores.
+        ``AUC``, ``GAUC`` and ``NE``. All are None if the labels are of one class; GAUC is None if
+        no user has both classes and different scores.
 
     Source:
         torchrec.metrics; NE: He et al. 2014, "Practical Lessons from Predicting Clicks on Ads".
@@ -45,21 +45,19 @@ def classification_metrics(probabilities: Tensor, labels: Tensor, rows_per_user:
             "no AUC, GAUC or NE: %d of %d labels are positive", num_positive, len(labels)
         )
         return {"AUC": None, "GAUC": None, "NE": None}
-    predicted, labelled, weights = probabilities[None], labels[None], torch.ones(1, len(labels))
-    auc = compute_auc(1, [predicted], [labelled], [weights])
-    ne = _ne(labelled, predicted, weights)
+    predictions, labels, weights = probabilities[None], labels[None], torch.ones(1, len(labels))
     return {
-        "AUC": float(auc[0]),
-        "GAUC": _gauc(labelled, predicted, weights, rows_per_user),
-        "NE": ne,
+        "AUC": float(compute_auc(1, [predictions], [labels], [weights])[0]),
+        "GAUC": _gauc(labels, predictions, weights, rows_per_user),
+        "NE": _ne(labels, predictions, weights),
     }
 
 
 def rank_metrics(ranks: list[int]) -> Values:
-    """Hit rate and NDCG of one relevant item per user.
+    """Compute hit rate and NDCG of one relevant item per user.
 
     Args:
-        ranks: place of the held-out item in its user's ranking, from 0.
+        ranks: rank of the held-out item in its user's ranking, from 0.
 
     Returns:
         ``HR@10`` and ``NDCG@10``, means over users; None if there are no users.
@@ -77,22 +75,22 @@ def rank_metrics(ranks: list[int]) -> Values:
 
 
 def num_ahead(scores: Tensor, target: Tensor, excluded: Tensor) -> Tensor:
-    """How many items stand before each user's target; ties count against it.
+    """Count the items that rank before each user's target; ties rank before it.
 
     Args:
-        scores: [W, I] float.
-        target: [W] float, the target's own score.
-        excluded: [W, I] bool, items that do not count; the target is one of them if it is there.
+        scores: [W, I] float, one row per user.
+        target: [W] float, score of the target.
+        excluded: [W, I] bool, items that do not count; True for the target if it is among them.
 
     Returns:
-        [W] int64. Summed over the chunks of a catalogue it is the target's place, from 0.
+        [W] int64. Summed over the chunks of a catalogue it is the target's rank, from 0.
 
     Example:
         >>> scores, target = torch.tensor([[0.9, 0.5, 0.5, 0.1]]), torch.tensor([0.5])
         >>> num_ahead(scores, target, torch.tensor([[False, True, False, False]]))
         tensor([2])
     """
-    # Not `scores >= target`: a NaN, of a model that diverged, would stand first then.
+    # Not `scores >= target`: with NaN scores of a diverged model the target would rank first.
     return (~(scores < target[:, None]) & ~excluded).sum(1)
 
 

@@ -1,9 +1,8 @@
-"""One training run: the model and its baselines on one budget, measured on the same test split.
+"""One training run: a model and its baselines, trained on one budget, tested on one test split.
 
-A run's folder holds the config, the schema, a digest of the data, a checkpoint for each trained
-model and, at the end, ``metrics.json``. Started again with the same folder, a run goes on where it
-was killed; one that is finished is never touched, and neither is one of another config or of other
-data.
+A run's folder holds the config, the schema, a digest of the data, a checkpoint of each trained
+model and, at the end, ``metrics.json``. Started again in the same folder, a killed run resumes. A
+finished run, or a run of another config or other data, is never overwritten.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ import torch
 from torchrec.models.dlrm import DLRM
 
 from torchrec_kvshare.config import ModelConfig, TrainConfig
-from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset, users_to_test
+from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset, keep_users
 from torchrec_kvshare.data.digest import DataDigest, data_digest
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.split_report import crowded_moments, split_sizes, unknown_shares
@@ -55,10 +54,10 @@ Metrics = dict[str, Values]
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Compute with kernels that do for any number of rows.
+    """Compute without oneDNN, whose cache of compiled kernels fragments the heap.
 
-    oneDNN compiles a GELU for each new number of rows, of which an epoch has thousands. It keeps
-    the last 1,024 of them where large tensors would go, so that the heap is in pieces and grows.
+    oneDNN compiles a GELU for each new number of rows, and an epoch has thousands. It keeps the
+    last 1,024 of them between large tensors, so that the heap fragments and grows.
     """
     is_enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.set_flags(False)
@@ -70,20 +69,20 @@ def _without_onednn() -> Iterator[None]:
 
 @_without_onednn()
 def train_run(config: TrainConfig) -> Metrics:
-    """Train a model, and on the same budget its baselines; measure all on the test split.
+    """Train a model and its baselines on the same budget; evaluate all on the test split.
 
     Args:
         config: the whole run; ``output`` is its folder.
 
     Returns:
-        Test metrics by model: the history's kind, ``none`` (the plain DLRM) and ``popularity``. Of
-        a run that is finished, what it wrote; nothing of it is written again.
+        Test metrics by model: the history's kind, ``none`` (the plain DLRM) and ``popularity``. A
+        finished run returns the metrics it wrote, and writes nothing.
 
     Raises:
         ConfigError: if the folder holds a run of another config, or a value cannot work.
-        DataError: if the data cannot be read, has nothing to train or test on, or is not that of
-            the run in the folder.
-        TrainingError: if the training diverges.
+        DataError: if the data cannot be read, has nothing to train or test on, or differs from the
+            data of the run in the folder.
+        TrainingError: if training diverges.
     """
     _check_model(config.model)
     dataset = load_dataset(config)
@@ -102,11 +101,11 @@ def train_run(config: TrainConfig) -> Metrics:
         model = new_model(dataset.schema, config.model, kind, config.seed)
         train(model, dataset, _settings(config), folder / kind, folder / "tensorboard" / kind)
         scorer = model_scorer(model)
-        metrics[kind] = _evaluate(scorer, dataset, config, takes_prefixes(model))
+        metrics[kind] = _evaluate(scorer, dataset, config, share_prefill=takes_prefixes(model))
     if config.budget.baselines:
         popularity = popularity_scorer(dataset, config.negatives)
         metrics["popularity"] = _evaluate(popularity, dataset, config, share_prefill=True)
-    # A run that was killed here is measured again: TensorBoard drops what it had said.
+    # A run that was killed here is evaluated again and replaces its points in TensorBoard.
     with open_writer(folder / "tensorboard", 0) as summary:
         for kind, values in metrics.items():
             for name, value in values.items():
@@ -117,16 +116,16 @@ def train_run(config: TrainConfig) -> Metrics:
 
 
 def load_dataset(config: TrainConfig) -> Dataset:
-    """The data set of a run, read and encoded anew; the log says how it was split.
+    """Read and encode the data set of a run, and log how it was split.
 
     Raises:
-        DataError: if nothing is left to train or test on.
+        DataError: if there is nothing to train or test on.
     """
     name = config.data.name
     log = load_log(config.data)
     logger.info("%s: %s", name, log.report)
     if config.budget.max_users is not None:
-        log = users_to_test(log, config.budget.max_users)
+        log = keep_users(log, config.budget.max_users)
     dataset = build_dataset(log, histories_of(config.model))
     for split_name, split in (("training", TRAIN), ("test", TEST)):
         if not (dataset.split == split).any():
@@ -150,7 +149,7 @@ def load_dataset(config: TrainConfig) -> Dataset:
 
 
 def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
-    """The trained model of a run, in eval mode, and its schema; the data is not read.
+    """Load the trained model of a run, in eval mode, and its schema; the data is not read.
 
     Raises:
         ConfigError: if the folder holds no finished run, or one without a history.
@@ -169,7 +168,7 @@ def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
 
 
 def provenance_of(folder: Path) -> dict[str, str]:
-    """What a run's config says of a model's origin: its data, its seed, the digest of all of it."""
+    """Return a model's origin by its run's config: data name, seed, and digest of the config."""
     config = (folder / CONFIG).read_bytes()
     values = json.loads(config)
     return {
@@ -180,7 +179,7 @@ def provenance_of(folder: Path) -> dict[str, str]:
 
 
 def new_model(schema: FeatureSchema, sizes: ModelConfig, kind: str, seed: int) -> DLRM:
-    """A freshly drawn DLRM, with the history of a kind or with none."""
+    """Build a DLRM with random weights and a history of a kind, or none."""
     torch.manual_seed(seed)
     if kind == NO_HISTORY:
         return plain_dlrm(schema, sizes.dim, sizes.top_mlp)
@@ -188,41 +187,41 @@ def new_model(schema: FeatureSchema, sizes: ModelConfig, kind: str, seed: int) -
 
 
 def tower_spec(sizes: ModelConfig) -> TowerSpec:
-    """What the towers of a model are.
+    """Return the spec of a model's history towers.
 
     Raises:
-        ConfigError: if a value or the combination cannot work.
+        ConfigError: if a value or a combination of values cannot work.
     """
     return TowerSpec(
-        sizes.history,
-        sizes.dim,
-        sizes.num_layers,
-        sizes.num_heads,
-        sizes.dropout,
-        sizes.candidate_tokens,
-        sizes.max_history if sizes.window == "sliding" else 0,
-        sizes.merge,
-        sizes.recent,
-        sizes.num_globals,
+        kind=sizes.history,
+        dim=sizes.dim,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        dropout=sizes.dropout,
+        num_tokens=sizes.candidate_tokens,
+        window=sizes.max_history if sizes.window == "sliding" else 0,
+        merge=sizes.merge,
+        recent=sizes.recent,
+        num_globals=sizes.num_globals,
     )
 
 
 def histories_of(sizes: ModelConfig) -> list[History]:
-    """What a model reads of its users' events.
+    """Return the histories that a model reads, with their windows.
 
-    A sliding window reads as much as its layers see together, and up to a block more, so that what
-    is read starts at a block boundary too.
+    With sliding windows a model reads the events that its layers see together, rounded up so that
+    the window starts at a block boundary.
     """
     max_history = sizes.max_history
     if sizes.window == "sliding" and sizes.history != NO_HISTORY:
-        read = tower_spec(sizes).events_read + sizes.block - 1
-        max_history = -(-read // sizes.block) * sizes.block
+        num_events = tower_spec(sizes).events_read + sizes.block - 1
+        max_history = -(-num_events // sizes.block) * sizes.block
     window = Window(max_history, sizes.block)
     return [History(name, window, tuple(actions)) for name, actions in sizes.histories.items()]
 
 
 def _check_model(sizes: ModelConfig) -> None:
-    """Refuse what cannot work before any data is read."""
+    """Refuse a model config that cannot work, before any data is read."""
     if sizes.history not in HISTORY_KINDS:
         raise ConfigError(f"model.history is {sizes.history!r}; one of {HISTORY_KINDS}")
     if sizes.window not in WINDOWS:
@@ -237,52 +236,54 @@ def _check_model(sizes: ModelConfig) -> None:
 
 
 def _check_tokens(sizes: ModelConfig, schema: FeatureSchema) -> None:
-    """Refuse tokens that the data's columns cannot make before anything is written."""
+    """Refuse a number of tokens that the data's columns cannot make, before anything is written."""
     allowed = (1, 1 + len(schema.item_attributes))
     if sizes.history != NO_HISTORY and sizes.candidate_tokens not in allowed:
         raise ConfigError(
-            f"model.candidate_tokens is {sizes.candidate_tokens}; one of {allowed} is allowed: all "
-            f"columns in one, or the item and each of its attributes {list(schema.item_attributes)}"
+            f"model.candidate_tokens is {sizes.candidate_tokens}; one of {allowed} is allowed: one "
+            f"token for all columns, or one each for the item and {list(schema.item_attributes)}"
         )
 
 
-def _evaluate(score: Scorer, dataset: Dataset, config: TrainConfig, share_prefill: bool) -> Values:
-    sampled = evaluate_sampled(score, dataset, TEST, config.negatives, share_prefill)
+def _evaluate(
+    score: Scorer, dataset: Dataset, config: TrainConfig, *, share_prefill: bool
+) -> Values:
+    sampled = evaluate_sampled(score, dataset, TEST, config.negatives, share_prefill=share_prefill)
     return sampled | evaluate_catalogue(score, dataset, config.budget.eval_users)
 
 
 def _settings(config: TrainConfig) -> TrainSettings:
     return TrainSettings(
-        config.budget.epochs,
-        config.learning_rate,
-        config.table_learning_rate,
-        config.weight_decay,
-        config.batch_targets,
-        config.negatives,
-        config.seed,
-        config.checkpoint_seconds,
+        epochs=config.budget.epochs,
+        learning_rate=config.learning_rate,
+        table_learning_rate=config.table_learning_rate,
+        weight_decay=config.weight_decay,
+        batch_targets=config.batch_targets,
+        negatives=config.negatives,
+        seed=config.seed,
+        checkpoint_seconds=config.checkpoint_seconds,
     )
 
 
 def _claim(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Write down what the run is, or find that the folder is this very run, started before."""
+    """Write the run's config, schema and data digest, or check that the folder holds this run."""
     values = dataclasses.asdict(config)
     digest = data_digest(dataset)
     if (folder / CONFIG).is_file():
         _check_same_run(folder, values, digest)
         return
     if (folder / METRICS).is_file():
-        raise ConfigError(f"{folder} has a {METRICS} but no {CONFIG}: it is not of a run")
+        raise ConfigError(f"{folder} has a {METRICS} but no {CONFIG}: it is not a run")
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / SCHEMA, json.dumps(dataset.schema.to_json()))
     _write(folder / DATA, json.dumps(digest.to_json(), indent=2) + "\n")
-    # Last: a folder with a config has all of them.
+    # The config goes last: a folder that has it has the other files too.
     _write(folder / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
 def _check_same_run(folder: Path, values: dict[str, Any], digest: DataDigest) -> None:
     before: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    # Where a run lies and how many threads it has do not make it another run.
+    # A run stays the same in another folder or with other threads.
     differing = sorted(
         key
         for key in {*values, *before} - {"output", "threads"}
@@ -296,12 +297,12 @@ def _check_same_run(folder: Path, values: dict[str, Any], digest: DataDigest) ->
     if changes:
         raise DataError(
             f"the data of the run in {folder} has changed: {', '.join(changes)}; nothing was "
-            "written. Train on it in a folder of its own"
+            "written. Train on it with another output"
         )
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file as a whole: a killed run leaves the old one or none."""
+    """Write a file atomically: a killed run leaves the old file or none."""
     written = path.with_name(f"{path.name}.new")
     written.write_text(text)
     os.replace(written, path)

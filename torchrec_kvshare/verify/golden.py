@@ -1,7 +1,7 @@
-"""Requests with their scores, kept in an artifact: whoever loads it can tell if it scores right.
+"""Proof that a loaded artifact scores as it did when it was exported.
 
-Requests are drawn from the schema alone and stand there raw, so that a host of any language checks
-its own way from JSON to scores with them.
+An artifact holds requests with their scores. They are drawn from the schema alone and kept as raw
+JSON, so that a host in any language checks its whole path from JSON to scores with them.
 """
 
 import json
@@ -23,7 +23,7 @@ SEED = 0
 
 
 def write_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -> str:
-    """Write drawn requests and what a model says of them; returns the file's name."""
+    """Write drawn requests with the model's scores; return the file's name."""
     engine = Engine(model, schema, None, version=UNNAMED)
     raws = draw_ragged_raws(schema, SEED)
     answers = engine.rank([parse_request(raw, schema) for raw in raws])
@@ -35,27 +35,27 @@ def write_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -
 
 
 def read_golden(folder: Path) -> list[Any]:
-    """What ``write_golden`` wrote."""
+    """Read what ``write_golden`` wrote."""
     golden: list[Any] = json.loads((folder / GOLDEN).read_text())
     return golden
 
 
 def check_golden(golden: Sequence[Any], engine: Engine, folder: Path) -> None:
-    """Refuse a loaded model that scores other than it did when it was exported.
+    """Refuse a loaded model whose scores differ from those at export by over ``LOGIT_TOLERANCE``.
 
     Args:
-        golden: of ``read_golden``.
-        engine: that scores.
-        folder: of the artifact, for the error.
+        golden: what ``read_golden`` returned.
+        engine: scores the requests with the loaded model.
+        folder: the artifact, for the error message.
 
     Raises:
-        ArtifactError: naming the request and the scores.
+        ArtifactError: naming the request, the candidate and both scores.
     """
     answers = engine.rank([parse_request(one["request"], engine.schema) for one in golden])
     for one, answer in zip(golden, answers, strict=True):
-        for place, (expected, got) in enumerate(zip(one["scores"], answer.scores, strict=True)):
+        for index, (expected, got) in enumerate(zip(one["scores"], answer.scores, strict=True)):
             if not abs(got - expected) <= LOGIT_TOLERANCE:
                 raise ArtifactError(
-                    f"{folder} scores candidate {place} of golden request {answer.request_id} "
+                    f"{folder} scores candidate {index} of golden request {answer.request_id} "
                     f"{got} here; it was exported with {expected}"
                 )

@@ -1,6 +1,7 @@
-"""Proof, before an artifact is kept, that its scores are the model's: cached and uncached alike.
+"""Proof that an exported model scores as the eager one, cached, uncached and one by one.
 
-Requests are drawn from the schema alone, so that no data set is needed.
+It runs before an artifact is kept. Requests are drawn from the schema alone, so that no data set
+is needed.
 """
 
 import math
@@ -15,20 +16,15 @@ from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.errors import ParityError
-from torchrec_kvshare.features.batches import (
-    collate,
-    collate_candidates,
-    collate_history,
-    user_of_candidates,
-)
+from torchrec_kvshare.features.batches import RequestBatch, collate, collate_history
 from torchrec_kvshare.features.draw import draw_ragged_requests
-from torchrec_kvshare.features.request import Request, distinct_histories
+from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.history.pages import split_histories
 from torchrec_kvshare.model.ranking import RankingFunctions
-from torchrec_kvshare.scoring.engine import Engine, expand
+from torchrec_kvshare.scoring.engine import Engine, score_pages
 
-# float32 against the float64 reference: the worst of 800 drawn batches was 1.1e-6.
+# float32 against the float64 reference; worst of 800 drawn batches: 1.1e-6.
 LOGIT_TOLERANCE = 2e-5
 PARITY_PAGE_SIZE = 4
 
@@ -36,25 +32,20 @@ PARITY_PAGE_SIZE = 4
 def score_through_pages(
     model: RankingFunctions, requests: list[Request], schema: FeatureSchema
 ) -> Tensor:
-    """Logits [C] of requests whose K/V went into pages, as the engine does it."""
-    firsts, _ = distinct_histories(requests)
-    kv_by_history = model.prefill(collate_history(requests, schema).sparse_features)
-    rows = [model.num_rows(requests[first].num_events_by_history) for first in firsts]
+    """Return logits [C] of requests whose K/V went through pages, as in the engine."""
+    batch = RequestBatch(requests)
+    kv_by_history = model.prefill(collate_history(batch, schema).sparse_features)
+    rows = [model.num_kv_rows(user.num_events_by_history) for user in batch.users]
     kv_by_user = split_histories(kv_by_history, rows)
-    batch = collate_candidates(requests, schema)
-    features = batch.sparse_features
-    tables = []
-    for history, parts in zip(schema.histories, zip(*kv_by_user, strict=True), strict=True):
-        table, pages = write_pages(parts)
-        features = expand(features, history.name, pages, user_of_candidates(requests))
-        tables.append(table)
-    return model.score(batch.dense_features, features, tables)
+    written = [_write_pages(parts) for parts in zip(*kv_by_user, strict=True)]
+    tables, pages_by_history = zip(*written, strict=True)
+    return score_pages(model, batch, schema, pages_by_history, tables)
 
 
 def score_extended(
     model: RankingFunctions, requests: Sequence[Request], schema: FeatureSchema
 ) -> Tensor:
-    """Logits [C] of requests of which the engine had cached half of each history before."""
+    """Return logits [C] of requests scored after the engine cached half of each history."""
     halves = [
         replace(
             request,
@@ -65,7 +56,7 @@ def score_extended(
         )
         for request in requests
     ]
-    num_pages = sum(request.num_events + 1 for request in requests)  # a page each is plenty
+    num_pages = sum(request.num_events + 1 for request in requests)  # one page per event: plenty
     caches = []
     for kv in model.prefill(collate_history(requests, schema).sparse_features):
         shape = (kv.size(0), kv.size(2), kv.size(3))
@@ -79,13 +70,17 @@ def score_extended(
     ).logit()
 
 
-def write_pages(parts: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
-    """A table of small pages that holds some histories' K/V, and the pages of each."""
+def _write_pages(parts: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
+    """Write histories' K/V into small pages; return the page table and the pages of each user."""
     num_planes, _, num_heads, head_dim = parts[0].shape
     num_pages = sum(-(-part.size(1) // PARITY_PAGE_SIZE) for part in parts)
     page_bytes = num_planes * PARITY_PAGE_SIZE * num_heads * head_dim * 4
     pool = PagePool(
-        max(num_pages, 1) * page_bytes, PARITY_PAGE_SIZE, num_planes, num_heads, head_dim
+        capacity_bytes=max(num_pages, 1) * page_bytes,
+        page_size=PARITY_PAGE_SIZE,
+        num_planes=num_planes,
+        num_heads=num_heads,
+        head_dim=head_dim,
     )
     pages_by_user = []
     for part in parts:
@@ -101,6 +96,7 @@ def check_parity(
     exported: RankingFunctions,
     eager: RankingFunctions,
     schema: FeatureSchema,
+    *,
     extends: bool,
     tolerance: float,
     seed: int = 0,
@@ -108,19 +104,19 @@ def check_parity(
     """Compare an exported model with the eager one, and its own paths with each other.
 
     Args:
-        exported: the model as a fresh load of the artifact gives it.
+        exported: the model, freshly loaded from the artifact.
         eager: the model that was exported, in eval mode.
-        schema: its columns.
-        extends: whether its K/V may be extended, so that this is compared too.
-        tolerance: of the exported logits against the eager ones; the others have
+        schema: columns of the model.
+        extends: whether cached K/V may be extended, so that this path is compared too.
+        tolerance: allowed difference of exported and eager logits; for the other comparisons it is
             ``LOGIT_TOLERANCE``.
-        seed: of the requests drawn.
+        seed: seed of the drawn requests.
 
     Returns:
-        The greatest absolute differences of logits, by what was compared.
+        The greatest absolute difference of logits, by comparison.
 
     Raises:
-        ParityError: naming what differs by more than is allowed.
+        ParityError: naming the comparison that differs by more than is allowed.
     """
     requests = draw_ragged_requests(schema, seed)
     batch = collate(requests, schema)

@@ -1,9 +1,9 @@
 """Other ways to score N candidates over one history with the weights of a causal tower.
 
-They are what one would write, or find in libraries, without a kernel of shared history: K/V copied
-for every candidate, or one long sequence with a mask. Each starts from event and candidate tokens,
-as prefill and attend do, and gives the same vectors. Each is given what can be given: masks are
-made beforehand, and the last layer computes candidates' queries only.
+They are what one would write, or find in libraries, without a kernel for a shared history: K/V
+copied for every candidate, or one long sequence with a mask. Each starts from event and candidate
+tokens, as prefill and attend do, and gives the same vectors. Each is as fast as it can be: masks
+are made beforehand, and the last layer computes the candidates' queries only.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.history.transformer import TransformerLayer
 
-REPEATED_AT_A_TIME = 64  # candidates: as many copies of the K/V are in memory at once
+REPEATED_AT_A_TIME = 64  # candidates, and copies of the K/V in memory at once
 
 # Queries [1, H, Q, D] of the last Q rows and K/V [1, H, R, D] of all rows; the layer.
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def repeat_kv(tower: HistoryTower, events: Tensor, candidates: Tensor, elapsed: Tensor) -> Tensor:
-    """Prefill once, then a copy of the K/V for every candidate, and SDPA over the copies: [N, E].
+    """Prefill once, copy the K/V for every candidate, and use SDPA over the copies: [N, E].
 
     Args:
         tower: causal, one token per candidate, in eval mode.
@@ -62,13 +62,13 @@ def _repeat_kv(tower: HistoryTower, kv: Tensor, biases: list[Tensor], rows: Tens
 def one_sequence(
     tower: HistoryTower, events: Tensor, candidates: Tensor, attention: Attention
 ) -> Tensor:
-    """Candidates behind the history in one sequence, through all layers together: [N, E].
+    """Append the candidates to the history and send one sequence through all layers: [N, E].
 
     Args:
         tower: causal, one token per candidate, in eval mode.
         events: [L, E] event tokens.
         candidates: [N, E] candidate tokens.
-        attention: knows the mask.
+        attention: attends with a mask that hides the candidates from each other.
     """
     num_events, layers = events.size(0), transformer_layers(tower)
     rows = torch.cat([events, candidates + tower.candidate_token])
@@ -83,7 +83,7 @@ def one_sequence(
 
 
 def sdpa_with_mask(tower: HistoryTower, elapsed: Tensor, num_candidates: int) -> Attention:
-    """SDPA over a mask of the whole sequence, made once, the time bias in it."""
+    """Return SDPA with a mask of the whole sequence, made once, that includes the time bias."""
     num_events = elapsed.numel()
     size = num_events + num_candidates
     row = torch.arange(size).unsqueeze(1)
@@ -103,11 +103,12 @@ def sdpa_with_mask(tower: HistoryTower, elapsed: Tensor, num_candidates: int) ->
 
 
 def compiled_flex(tower: HistoryTower, elapsed: Tensor, num_candidates: int) -> Attention:
-    """FlexAttention, compiled: the same mask as a function, block by block."""
+    """Return compiled FlexAttention: the same mask as a function, block by block."""
     num_events = elapsed.numel()
     size = num_events + num_candidates
     biases = [functional.pad(b, (0, num_candidates)) for b in event_biases(tower, elapsed)]
-    # Of sizes that vary inductor's C++ does not compile; and it keeps eight cases, then gives up.
+    # Inductor's C++ does not compile with dynamic sizes, and after eight cases torch recompiles no
+    # more.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     calls: dict[tuple[int, int], Callable[..., Any]] = {}
@@ -115,7 +116,9 @@ def compiled_flex(tower: HistoryTower, elapsed: Tensor, num_candidates: int) -> 
     def attend(query: Tensor, key: Tensor, value: Tensor, depth: int) -> Tensor:
         case = (query.size(2), depth)
         if case not in calls:
-            calls[case] = _flex_call(compiled, biases[depth], num_events, size, query.size(2))
+            calls[case] = _flex_call(
+                compiled, biases[depth], num_events=num_events, size=size, num_queries=query.size(2)
+            )
         return calls[case](query, key, value)
 
     return attend
@@ -133,16 +136,16 @@ def _flex_call(
     def biased(score: Tensor, _batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return torch.where(query + first >= num_events, score + bias[head, key], score)
 
-    mask = create_block_mask(sees, None, None, num_queries, size, "cpu")
+    mask = create_block_mask(sees, B=None, H=None, Q_LEN=num_queries, KV_LEN=size, device="cpu")
     return partial(compiled, score_mod=biased, block_mask=mask)
 
 
 def event_biases(tower: HistoryTower, elapsed: Tensor) -> list[Tensor]:
-    """Of each layer [H, L], from the time since each event."""
+    """Return the bias [H, L] of each layer, from the time since each event."""
     bucket = doubling_bucket(elapsed, NUM_TIME_BUCKETS)
     return [bias[bucket].t().contiguous() for bias in tower.encoder.time_bias]
 
 
 def transformer_layers(tower: HistoryTower) -> list[TransformerLayer]:
-    """The layers of a causal tower."""
+    """Return the layers of a causal tower."""
     return [layer for layer in tower.encoder.layers if isinstance(layer, TransformerLayer)]

@@ -1,8 +1,9 @@
-"""The baseline that anyone would write: for every candidate its user's history is encoded again.
+"""The obvious baseline: the user's history is encoded again for every candidate.
 
 Every candidate becomes the last row of its own copy of the history and goes through the same
-weights, inside the same ranking model. It is given what can be given without sharing: chunks that
-stay in cache, causal attention that skips what is masked, a last layer with one query per row.
+weights, inside the same ranking model. It is as fast as it can be without sharing: chunks that fit
+in the processor's cache, causal attention that skips what is masked, a last layer with one query
+per row.
 """
 
 import copy
@@ -15,7 +16,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from torchrec_kvshare.attention.operators import Sights
+from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.attention.plain import doubling_bucket
 from torchrec_kvshare.features.schema import REQUEST_HISTORY, REQUEST_TIME, USER
 from torchrec_kvshare.history.causal import CausalEncoder
@@ -34,7 +35,7 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """A KVShareEmbeddingBagCollection that pools the history without sharing; inference only.
 
     Args:
-        collection: the tables and the tower; they are used, not copied.
+        collection: its tables and tower are used, not copied.
         chunk_rows: events and candidates computed at once; at least one candidate always is.
     """
 
@@ -47,7 +48,7 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Pool every feature for every candidate.
 
         Args:
-            features: a VBE batch as ``data.batches.assemble`` makes it, users' candidates in order.
+            features: a VBE batch from ``features.batches.assemble``, users' candidates in order.
 
         Returns:
             [C, features x E], the pooled history last.
@@ -71,11 +72,11 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         jagged_by_key: dict[str, JaggedTensor],
         counts: Tensor,
     ) -> Tensor:
-        """One vector per candidate, each from a sequence of its own: [C, E]."""
+        """Return one vector per candidate, each from its own sequence: [C, E]."""
         [pooling] = self.collection.poolings
         assert isinstance(pooling, HistoryPooling)
         embedded = self.collection.token_embeddings(self.collection.token_features(features))
-        # The tokens are made once for all rows, which is more than such a baseline would get.
+        # The tokens are made once for all rows, which favours the baseline.
         events = pooling.event_tokens(embedded, jagged_by_key)
         candidates = self.collection.candidate_tokens(embedded, jagged_by_key)
         lengths = jagged_by_key[pooling.time_key].lengths().tolist()
@@ -89,23 +90,25 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             elapsed = jagged_by_key[REQUEST_TIME].values()[request] - times_of[rows[request]]
             own_events = events_of[rows[request]]
             pooled.append(
-                pool_without_sharing(pooling.tower, own_events, elapsed, chosen, self.chunk_rows)
+                pool_without_sharing(
+                    pooling.tower, own_events, elapsed, chosen, chunk_rows=self.chunk_rows
+                )
             )
         return torch.cat(pooled)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The wrapped collection's."""
+        """Return the configs of the wrapped collection."""
         return self.collection.embedding_bag_configs()
 
     def is_weighted(self) -> bool:
-        """Never, as the wrapped collection."""
+        """Return False, like the wrapped collection."""
         return False
 
 
 def pool_without_sharing(
     tower: HistoryTower, events: Tensor, elapsed: Tensor, candidates: Tensor, chunk_rows: int
 ) -> Tensor:
-    """One user's candidates, each over a history that is encoded for it alone: [N, E].
+    """Return one user's candidates [N, E], each over a history that is encoded for it alone.
 
     Args:
         tower: the encoder, in eval mode.
@@ -127,24 +130,24 @@ def _is_plain_causal(tower: HistoryTower) -> bool:
 
 
 def _pool_alone(tower: HistoryTower, events: Tensor, elapsed: Tensor, candidates: Tensor) -> Tensor:
-    """One user's candidates [N, M, E], each a user of its own: [N, E]."""
+    """Score candidates [N, M, E] as if each were a user of its own: [N, E]."""
     num_candidates, num_events = candidates.size(0), events.size(0)
     event_offsets = torch.arange(num_candidates + 1) * num_events
     planes = tower.prefill(events.repeat(num_candidates, 1), event_offsets)
     kv = flat_pages(planes, tower.encoder.row_offsets(event_offsets))
     now = torch.full([num_candidates], NOW)
-    sights = Sights(
+    visibility = Visibility(
         (NOW - elapsed).repeat(num_candidates), now, torch.full([num_candidates], num_events)
     )
     rows, entered = tower.enter(candidates)
     users = torch.arange(num_candidates + 1)
-    return tower.attend(rows, entered, users, kv, sights, event_offsets)
+    return tower.attend(rows, entered, users, kv, visibility, event_offsets)
 
 
 def _pool_causal(
     tower: HistoryTower, events: Tensor, elapsed: Tensor, candidates: Tensor
 ) -> Tensor:
-    """The same for causal histories, the candidate the last row of its copy: [N, E].
+    """Score candidates of a causal tower, each the last row of its copy of the history: [N, E].
 
     Args:
         tower: the encoder, in eval mode.
@@ -164,13 +167,24 @@ def _pool_causal(
     return tower.head(tower.norm(rows[:, -1]))
 
 
+def merged_ranker(model: Ranker, chunk_rows: int) -> Ranker:
+    """Return the same ranking model over the same weights, its history encoded per candidate.
+
+    Args:
+        model: a ranking model with one history; it stays as it is.
+        chunk_rows: events and candidates computed at once; at least one candidate always is.
+    """
+    collection = next(m for m in model.modules() if isinstance(m, KVShareEmbeddingBagCollection))
+    return share_weights(model, collection, MergedEmbeddingBagCollection(collection, chunk_rows))
+
+
 def share_weights(model: Ranker, replaced: nn.Module, replacement: nn.Module) -> Ranker:
-    """A copy of a model that owns no weights and has one module exchanged.
+    """Copy a model without its weights, with one module exchanged.
 
     Args:
         model: the model; it stays as it is.
-        replaced: a module of it.
-        replacement: what the copy has in its place.
+        replaced: one of its modules.
+        replacement: the module that the copy has instead.
 
     Returns:
         A model whose parameters and buffers are those of ``model``.
@@ -181,10 +195,10 @@ def share_weights(model: Ranker, replaced: nn.Module, replacement: nn.Module) ->
 
 
 def _inner_layer(layer: TransformerLayer, rows: Tensor, bias: Tensor) -> Tensor:
-    """All rows one layer up: [N, L + 1, E]."""
+    """Compute one layer for all rows: [N, L + 1, E]."""
     query, key, value = (part.transpose(1, 2) for part in layer.heads(layer.project(rows)))
     num_events = rows.size(1) - 1
-    # Two calls instead of one with a full mask: only the causal form skips the upper triangle.
+    # Two calls instead of one with a full mask: only causal attention skips the upper triangle.
     over_candidate = functional.scaled_dot_product_attention(query[:, :, -1:], key, value, bias)
     attended = [over_candidate]
     if num_events > 0:
@@ -195,7 +209,7 @@ def _inner_layer(layer: TransformerLayer, rows: Tensor, bias: Tensor) -> Tensor:
 
 
 def _last_layer(layer: TransformerLayer, rows: Tensor, bias: Tensor) -> Tensor:
-    """The candidates' rows one layer up, of all other rows keys and values only: [N, 1, E]."""
+    """Compute one layer for the candidates' rows; others give keys and values only: [N, 1, E]."""
     key, value = (part.transpose(1, 2) for part in layer.project_kv(rows))
     query, _, _ = layer.heads(layer.project(rows[:, -1:]))
     attended = functional.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias)

@@ -1,28 +1,33 @@
-"""What a cache answers of requests in time order, by its capacity, its policy and what it shares.
+"""Hit rates of requests in time order, by the cache's capacity, its policy and what it shares.
 
-Whose K/V stays depends on how many pages it has and not on what is in them. So a trace is replayed
-without a model, on the store itself and with one number a row, looked up and put as the engine does
-it. A stretch of it goes through an engine too, which must find the same, for the times of its
-stages.
+Which K/V stays depends on the number of its pages and not on their content. So a trace is replayed
+without a model, on the store itself with one number per row, looked up and put as the engine does
+it. The first requests go through an engine too, which must find the same; its stages are timed.
 """
 
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
+from torchrec_kvshare.benchmark.options import (
+    DataOptions,
+    ModelSizes,
+    PageSize,
+    TimedOptions,
+)
+from torchrec_kvshare.benchmark.plots import BLUE, GREEN, GREY, RED, Axis, Line, Picture
 from torchrec_kvshare.benchmark.results import Case, Record
-from torchrec_kvshare.benchmark.workload import BYTES, fill_zeros, make_schema
+from torchrec_kvshare.benchmark.timing import timed
+from torchrec_kvshare.benchmark.workload import BYTES, draw_users, make_dlrm, make_schema
 from torchrec_kvshare.cache.identity import NO_CONTEXT, UNNAMED, PrefixDigests, identity_of
 from torchrec_kvshare.cache.kv_cache import CONTENT, PAGES, USER, KVCache, Lookup, Rules
 from torchrec_kvshare.cache.pages import PagePool
@@ -49,30 +54,30 @@ from torchrec_kvshare.features.schema import (
     item_key,
 )
 from torchrec_kvshare.history.kinds import CAUSAL
-from torchrec_kvshare.model.ranking import RankingModel, dlrm_with_history
+from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 
 CACHE_TRACE = "cache_trace"
 ZIPF = "zipf"
-# moka alone, without pages and holders.
+# moka alone, without pages and leases.
 LIBRARY_LRU = "library_lru"
 LIBRARY_TINY_LFU = "library_tiny_lfu"
-LOOKUP, ENCODE, SCORE = "lookup", "encode", "score"
+# Metrics of the engine's stages.
+LOOKUP_MS, ENCODE_MS, SCORE_MS = "lookup_ms", "encode_ms", "score_ms"
 
-CAPACITY_PERCENTS = (5, 10, 25, 50, 100)  # of what the K/V of all users of a trace takes
-ONE_CAPACITY = 10  # percent, where sharing, expiry and the engine are tried
+CAPACITY_PERCENTS = (5, 10, 25, 50, 100)  # of the K/V of all users of a trace
+ONE_CAPACITY = 10  # percent, for sharing, expiry and the engine
 TTL_S = 300  # of trace time, where K/V expires
 NO_TTL = 0
-ENGINE_REQUESTS = 300  # of a trace, through an engine
-BLOCKS_PER_WINDOW = 4  # as pipelines.train has it: 256 events in blocks of 64
-LATE_SHARE = 4  # of a log, the part that is replayed: its last fourth
+ENGINE_REQUESTS = 300  # the first of a trace, through an engine
+BLOCKS_PER_WINDOW = 4  # as in configs/train.yaml: 256 events in blocks of 64
+LATE_SHARE = 4  # of a log, the part that is replayed: the last fourth
 
-ZIPF_EXPONENT = 1.1
 REQUESTS_PER_USER = 10  # mean
-VISITS_PER_EVENT = 5  # of a user, until its history has one event more
+VISITS_PER_EVENT = 5  # visits of a user until the history has one more event
 SECONDS_PER_REQUEST = 1.0  # mean
-SHORTEST_SHARE = 8  # of a window, the least that a user comes with: an eighth
-TWINS = 10  # every tenth user has the events of the one before: the second account of a household
+SHORTEST_SHARE = 8  # of a window, the shortest first history: an eighth
+TWINS = 10  # every tenth user has the events of the user before: a second account of a household
 ZIPF_START = 1_700_000_000  # Unix seconds
 FIRST_EVENT_S = 365 * 86_400  # before that
 SECONDS_PER_EVENT = 3600
@@ -82,21 +87,56 @@ UNIT_BY_METRIC = {
     "evictions": "entries",
     "held_bytes": "bytes",
     "capacity_bytes": "bytes",
-    f"{LOOKUP}_ms": "ms",
-    f"{ENCODE}_ms": "ms",
-    f"{SCORE}_ms": "ms",
+    LOOKUP_MS: "ms",
+    ENCODE_MS: "ms",
+    SCORE_MS: "ms",
 }
+LINE_BY_PATH = {
+    LRU: Line("least recently used", BLUE),
+    TINY_LFU: Line("TinyLFU", GREEN),
+    LIBRARY_LRU: Line("moka alone, least recently used", GREY, is_dashed=True),
+    LIBRARY_TINY_LFU: Line("moka alone, TinyLFU", RED, is_dashed=True),
+}
+
+Result = TypeVar("Result")
 Figures = dict[str, float]
+
+
+def _over_capacity(metric: str, label: str) -> Picture:
+    return Picture(
+        metrics=(metric,),
+        label=label,
+        panels=Axis("data", "data {}"),
+        across=Axis("capacity_percent", "capacity [% of the K/V of all users]"),
+        line_by_path=LINE_BY_PATH,
+        case={"share": USER, "ttl_s": NO_TTL},
+        is_logarithmic=False,
+    )
+
+
+PICTURE_BY_NAME = {
+    "hit_rate": _over_capacity("hit_rate", "requests of which all K/V was cached [share]"),
+    "event_hit_rate": _over_capacity("event_hit_rate", "events whose K/V was cached [share]"),
+}
+
+
+@dataclass
+class CacheTraceOptions(TimedOptions, DataOptions, ModelSizes, PageSize):
+    """Options of ``scenario=cache_trace``."""
+
+    histories: list[int] = field(default_factory=lambda: [256])  # the first is the window
+    candidates: list[int] = field(default_factory=lambda: [100])  # the first is used
+    requests: int = 20_000  # of each trace, at most
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Requests in the order in which they came.
+    """Requests in the order in which they arrive.
 
     Attributes:
-        data: where they are from.
-        schema: their columns; one history.
-        requests: each with an event at least; those whose history is the same share its ``Events``.
+        data: name of the data.
+        schema: the columns; one history.
+        requests: each has at least one event; equal histories share one ``Events``.
     """
 
     data: str
@@ -108,10 +148,10 @@ class Setting(NamedTuple):
     """A cache that a trace is replayed on.
 
     Attributes:
-        capacity_percent: of what the K/V of all users takes.
-        policy: who leaves.
+        capacity_percent: of the K/V of all users.
+        policy: eviction policy.
         share: whose K/V a history may use.
-        ttl_s: seconds after which K/V is encoded anew; ``NO_TTL`` for never.
+        ttl_s: seconds until K/V expires; ``NO_TTL`` for never.
     """
 
     capacity_percent: int
@@ -120,8 +160,8 @@ class Setting(NamedTuple):
     ttl_s: int = NO_TTL
 
 
-def measure_cache_trace(plan: Plan, sizes: Sizes) -> list[Record]:
-    """Hit rates of two traces, the data's own and a Zipf trace; times of the engine's stages.
+def measure_cache_trace(options: CacheTraceOptions) -> list[Record]:
+    """Measure hit rates of two traces, the data's own and a Zipf trace, and the engine's stages.
 
     A trace starts with an empty cache, so a user's first request always misses. ``hit_rate`` is the
     share of requests of which all K/V was cached, ``hits_*`` by whose it was; the ``miss_*`` shares
@@ -129,32 +169,25 @@ def measure_cache_trace(plan: Plan, sizes: Sizes) -> list[Record]:
     the share of events. Figures of ``tiny_lfu`` are means over ``repeats``: its sketch is seeded at
     random.
 
-    Args:
-        plan: ``data``; ``requests``, how many of each trace; the first of ``histories``, which is
-            the window; the first of ``candidates``; ``repeats``; ``seed``.
-        sizes: of the tower, of K/V and of pages.
-
     Returns:
         The records; of the library only ``hit_rate``.
 
     Raises:
-        ConfigError: if there is no request to replay.
-        DataError: if the data cannot be read, or no late event of it has one before.
+        ConfigError: if there is no window.
+        DataError: if the data cannot be read, or no late event has an earlier one of its user.
         MissingExtraError: if moka-py is not installed.
         ParityError: if the engine found something else than the replay.
     """
-    if plan.requests < 1 or not plan.histories:
-        raise ConfigError(
-            f"requests is {plan.requests} and histories {list(plan.histories)}; scenario "
-            f"{CACHE_TRACE} needs at least one of each"
-        )
-    max_history = plan.histories[0]
-    num_candidates = plan.candidates[0]
-    traces = [zipf_trace(max_history, plan.requests, num_candidates, plan.seed)]
-    if plan.data is not None:
-        history = History(HISTORY, Window(max_history, _block(max_history)))
-        traces.insert(0, log_trace(plan.data, history, plan.requests, num_candidates, plan.seed))
-    return [record for trace in traces for record in _trace_records(trace, plan, sizes)]
+    if not options.histories:
+        raise ConfigError("histories is []; its first number is the window")
+    max_history = options.histories[0]
+    history = History(HISTORY, Window(max_history, _block(max_history)))
+    num_requests, num_candidates, seed = options.requests, options.candidates[0], options.seed
+    traces = (
+        log_trace(options.data, history, num_requests, num_candidates, seed=seed),
+        zipf_trace(max_history, num_requests, num_candidates, seed),
+    )
+    return [record for trace in traces for record in _trace_records(trace, options)]
 
 
 # --- traces
@@ -163,16 +196,16 @@ def measure_cache_trace(plan: Plan, sizes: Sizes) -> list[Record]:
 def log_trace(
     data: DataConfig, history: History, num_requests: int, num_candidates: int, seed: int
 ) -> Trace:
-    """The first requests of a log's last fourth.
+    """Return the first requests of the last fourth of a log.
 
-    Every event is a request of its user at its time, whose history is the strictly earlier events,
-    cut to the window. First events of users have none and are left out.
+    Every event is a request of its user at its time; the history is the strictly earlier events,
+    cut to the window. A user's first event has none and is left out.
 
     Args:
         data: the log.
-        history: its window.
+        history: the window.
         num_requests: at most.
-        num_candidates: of every request, the same for all.
+        num_candidates: candidates of every request, the same for all.
         seed: of the candidates.
 
     Raises:
@@ -183,12 +216,14 @@ def log_trace(
     late = np.argsort(dataset.time, kind="stable")[num_early:]
     late = late[dataset.num_earlier[late] > 0][:num_requests]
     if not len(late):
-        raise DataError(f"no event of the last fourth of data {data.name} has one before")
+        raise DataError(
+            f"no event of the last fourth of data {data.name} has an earlier one of its user"
+        )
     template = _template(dataset.schema, num_candidates, seed)
     known: dict[tuple[int, int], dict[str, Events]] = {}
     requests = []
-    for place, user in zip(late.tolist(), dataset.event_user[late].tolist(), strict=True):
-        num_earlier = int(dataset.num_earlier[place])
+    for event, user in zip(late.tolist(), dataset.event_user[late].tolist(), strict=True):
+        num_earlier = int(dataset.num_earlier[event])
         if (user, num_earlier) not in known:
             events = _events_of(dataset, history.window, user, num_earlier)
             known[user, num_earlier] = {history.name: events}
@@ -197,7 +232,7 @@ def log_trace(
                 template,
                 user_id=dataset.log.users.ids[user],
                 user_row=int(dataset.user_row[user]),
-                time=int(dataset.time[place]),
+                time=int(dataset.time[event]),
                 events_by_history=known[user, num_earlier],
             )
         )
@@ -205,18 +240,17 @@ def log_trace(
 
 
 def zipf_trace(max_history: int, num_requests: int, num_candidates: int, seed: int) -> Trace:
-    """Users who come by Zipf's law, and whose histories grow by an event every few visits.
+    """Draw requests by Zipf's law of users whose histories grow by an event every few visits.
 
     Args:
-        max_history: of the window; users come with an eighth of it or more.
+        max_history: of the window; a first history fills an eighth of it or more.
         num_requests: one a second, on average.
-        num_candidates: of every request, the same for all.
+        num_candidates: candidates of every request, the same for all.
         seed: same seed, same trace.
     """
     num_users = max(1, num_requests // REQUESTS_PER_USER)
     rng = np.random.default_rng(seed)
-    weights = np.arange(1, num_users + 1) ** -ZIPF_EXPONENT
-    users = rng.choice(num_users, num_requests, p=weights / weights.sum())
+    users = draw_users(rng, num_users, num_requests)
     times = ZIPF_START + rng.exponential(SECONDS_PER_REQUEST, num_requests).cumsum().astype(int)
     shortest = max(1, max_history // SHORTEST_SHARE)
     num_first = rng.integers(shortest, max_history + 1, num_users)
@@ -233,8 +267,8 @@ def zipf_trace(max_history: int, num_requests: int, num_candidates: int, seed: i
         num_events = int(num_first[owner]) + num_visits[user] // VISITS_PER_EVENT
         num_visits[user] += 1
         if (owner, num_events) not in known:
-            of_owner = np.random.default_rng([seed, owner])
-            events = _drawn_events(schema, window, of_owner, num_events)
+            owner_rng = np.random.default_rng([seed, owner])
+            events = _drawn_events(schema, window, owner_rng, num_events)
             known[owner, num_events] = {HISTORY: events}
         requests.append(
             replace(
@@ -253,7 +287,7 @@ def _block(max_history: int) -> int:
 
 
 def _template(schema: FeatureSchema, num_candidates: int, seed: int) -> Request:
-    """A request without events: what candidates cost depends on their number alone."""
+    """Return a request without events; the cost of candidates depends on their number only."""
     return parse_request(draw_raw_request(schema, 0, num_candidates, seed), schema)
 
 
@@ -275,17 +309,17 @@ def _events_of(dataset: Dataset, window: Window, user: int, num_earlier: int) ->
 def _drawn_events(
     schema: FeatureSchema, window: Window, rng: np.random.Generator, num_events: int
 ) -> Events:
-    """The window of a user's first events; a longer history begins as the shorter ones do."""
+    """Draw the window of a user's first events; a longer history begins like a shorter one."""
     start = window.start(num_events)
     numbers = rng.integers(2**31, size=num_events)[start:]
 
     def drawn(key: str) -> Ints:
-        return NUM_RESERVED_ROWS + numbers % (schema.num_rows(key) - NUM_RESERVED_ROWS)
+        return NUM_RESERVED_ROWS + numbers % (schema.num_table_rows(key) - NUM_RESERVED_ROWS)
 
     rows = {column: drawn(column) for column in schema.event_columns}
     bags = {c: single(torch.from_numpy(drawn(item_key(c)))) for c in schema.item_attributes}
-    places = np.arange(start, num_events)
-    rows[TIME] = ZIPF_START - FIRST_EVENT_S + SECONDS_PER_EVENT * places
+    event = np.arange(start, num_events)
+    rows[TIME] = ZIPF_START - FIRST_EVENT_S + SECONDS_PER_EVENT * event
     return Events(_tensors(rows), bags, start)
 
 
@@ -307,15 +341,15 @@ class _Clock:
 
 
 class Replay:
-    """A trace that can be replayed on any cache, its digests made once.
+    """A trace that can be replayed on any cache; its digests are made once.
 
     Args:
-        trace: what comes, in order.
-        page_size: rows per page; one row an event.
-        row_bytes: of the K/V of one event, for the figures in bytes.
+        trace: the requests.
+        page_size: rows per page; one row per event.
+        row_bytes: bytes of the K/V of one event, for the figures in bytes.
 
     Attributes:
-        num_pages: that the K/V of all users takes, each at its longest.
+        num_pages: pages of the K/V of all users, each at its longest.
     """
 
     def __init__(self, trace: Trace, page_size: int, row_bytes: int) -> None:
@@ -341,7 +375,7 @@ class Replay:
         """Replay the trace on an empty cache.
 
         Returns:
-            What ``measure_cache_trace`` says of it.
+            The figures that ``measure_cache_trace`` names.
         """
         clock = _Clock()
         store = KVStore([KVCache(*self._parts(setting, (1, 1, 1)), clock)])
@@ -349,15 +383,16 @@ class Replay:
         for request, history in zip(self.trace.requests, self._digests, strict=True):
             clock.now = float(request.time)
             lookup = store.caches[0].lookup(request.user_id, history)
-            held = [lookup.entry]
+            entries = [lookup.entry]
             num_missing = history.num_events - lookup.num_matched
             if lookup.reason == HIT:
                 store.count_hit(request.user_id, [lookup])
             else:
                 kv = zeros[:, :num_missing]
                 content, num_kept = history.content, lookup.num_matched
-                held.append(store.put(0, request.user_id, content, kv, lookup, num_kept))
-            for entry in held:
+                entry = store.put(0, request.user_id, content, kv, lookup=lookup, num_kept=num_kept)
+                entries.append(entry)
+            for entry in entries:
                 if entry is not None:
                     store.release(0, entry)
             store.metrics.count("events", lookup.num_matched, source="cached")
@@ -365,7 +400,7 @@ class Replay:
         return self._read(store, setting)
 
     def library_figures(self, setting: Setting) -> Figures:
-        """Replay the trace on moka alone: who is there with all of a history's events is a hit."""
+        """Replay the trace on moka alone: a user's entry with the same history is a hit."""
         try:
             from moka_py import Moka
         except ImportError as error:
@@ -383,7 +418,7 @@ class Replay:
                 num_hits += 1
             else:
                 cache.set(request.user_id, history)
-                cache.run_pending_tasks()  # Until then it may hold more than its capacity.
+                cache.run_pending_tasks()  # Before, it may hold more than its capacity.
         return {"hit_rate": num_hits / len(self._digests)}
 
     @torch.no_grad()
@@ -391,23 +426,23 @@ class Replay:
         """Rank the trace with an engine.
 
         Args:
-            setting: of its cache; the policy must be one that does not draw.
-            model: a ranking model of the trace's columns, whose history is causal.
+            setting: of the engine's cache; its policy must not be seeded at random.
+            model: a causal ranking model with the trace's columns.
 
         Returns:
-            Median milliseconds of a look-up, digests included; of encoding, whole or the rest,
-            where something missed; of scoring.
+            Median milliseconds of a look-up, digests included; of encoding what was missing; of
+            scoring.
 
         Raises:
-            ParityError: if what it found is not what ``figures`` gives.
+            ParityError: if the engine's cache found something else than ``figures``.
         """
         stages = _Stages()
         clock = _Clock()
-        timed = _TimedModel(model, stages).eval()
-        [tower] = timed.collection.towers()
+        timed_model = _TimedModel(model, stages).eval()
+        [tower] = timed_model.collection.towers()
         cache = _TimedCache(stages, *self._parts(setting, tower.kv_shape), clock)
         store = KVStore([cache])
-        engine = Engine(timed, self.trace.schema, store, version=UNNAMED)
+        engine = Engine(timed_model, self.trace.schema, store, version=UNNAMED)
         for request in self.trace.requests:
             clock.now = float(request.time)
             engine.rank([request])
@@ -425,14 +460,14 @@ class Replay:
     def _parts(self, setting: Setting, kv_shape: tuple[int, int, int]) -> "_Parts":
         page_bytes = self.page_size * math.prod(kv_shape) * BYTES
         num_pages = self._capacity_pages(setting)
-        # Beyond the capacity one history for the request in flight, even if it is not admitted.
+        # One history more, for the request in flight, even if it is not admitted.
         num_in_flight = self._pages_for(self._max_history)
         pool = PagePool((num_pages + num_in_flight) * page_bytes, self.page_size, *kv_shape)
         rules = Rules(setting.ttl_s or math.inf, share=setting.share)
         return _Parts(pool, rules, new_policy(setting.policy, num_pages * page_bytes))
 
     def _read(self, store: KVStore, setting: Setting) -> Figures:
-        """What a store has counted over the whole trace."""
+        """Return what a store counted over the whole trace."""
         snapshot = store.metrics.snapshot()
         num_requests = len(self.trace.requests)
         outcomes = {
@@ -458,7 +493,7 @@ class Replay:
 
 
 class _Parts(NamedTuple):
-    """What a cache is made of."""
+    """The parts of a cache."""
 
     pool: PagePool
     rules: Rules
@@ -466,19 +501,18 @@ class _Parts(NamedTuple):
 
 
 class _Stages:
-    """Milliseconds of every call, by stage."""
+    """Milliseconds of every call, by metric."""
 
     def __init__(self) -> None:
-        self._samples_by_stage: dict[str, list[float]] = defaultdict(list)
+        self._samples_by_metric: dict[str, list[float]] = defaultdict(list)
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._samples_by_stage[stage].append((time.perf_counter() - start) * 1e3)
+    def timed(self, metric: str, call: Callable[[], Result]) -> Result:
+        result, latency_ms = timed(call)
+        self._samples_by_metric[metric].append(latency_ms)
+        return result
 
     def medians(self) -> Figures:
-        return {f"{stage}_ms": median(each) for stage, each in self._samples_by_stage.items()}
+        return {metric: median(samples) for metric, samples in self._samples_by_metric.items()}
 
 
 class _TimedCache(KVCache):
@@ -489,8 +523,7 @@ class _TimedCache(KVCache):
         self._stages = stages
 
     def lookup(self, user_id: str, history: PrefixDigests) -> Lookup:
-        with self._stages.timed(LOOKUP):
-            return super().lookup(user_id, history)
+        return self._stages.timed(LOOKUP_MS, partial(super().lookup, user_id, history))
 
 
 class _TimedModel(RankingModel):
@@ -501,14 +534,13 @@ class _TimedModel(RankingModel):
         self._stages = stages
 
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        with self._stages.timed(ENCODE):
-            return super().prefill(features)
+        return self._stages.timed(ENCODE_MS, partial(super().prefill, features))
 
     def extend(
         self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
     ) -> list[Tensor]:
-        with self._stages.timed(ENCODE):
-            return super().extend(features, cached, cached_rows)
+        call = partial(super().extend, features, cached, cached_rows)
+        return self._stages.timed(ENCODE_MS, call)
 
     def score(
         self,
@@ -517,38 +549,37 @@ class _TimedModel(RankingModel):
         kv_pages: list[Tensor],
         items: list[Tensor] | None = None,
     ) -> Tensor:
-        with self._stages.timed(SCORE):
-            return super().score(dense, features, kv_pages, items)
+        call = partial(super().score, dense, features, kv_pages, items)
+        return self._stages.timed(SCORE_MS, call)
 
 
 # --- records
 
 
-def _trace_records(trace: Trace, plan: Plan, sizes: Sizes) -> Iterator[Record]:
-    row_bytes = 2 * sizes.num_layers * sizes.dim * BYTES  # keys and values of each layer
-    replay = Replay(trace, sizes.page_size, row_bytes)
+def _trace_records(trace: Trace, options: CacheTraceOptions) -> Iterator[Record]:
+    row_bytes = 2 * options.num_layers * options.dim * BYTES  # keys and values of each layer
+    replay = Replay(trace, options.page_size, row_bytes)
     max_history = trace.schema.histories[0].window.max_history
 
     def records(path: str, setting: Setting, figures: Figures, more: Case) -> Iterator[Record]:
         case: Case = {"path": path, "data": trace.data, "history": max_history}
         for metric, value in figures.items():
             unit = UNIT_BY_METRIC.get(metric, "x")
-            yield Record(CACHE_TRACE, case | setting._asdict() | more, metric, value, unit)
+            yield Record(CACHE_TRACE, case | setting._asdict() | more, metric, value, unit=unit)
 
     for setting in _settings():
-        num_repeats = plan.repeats if setting.policy == TINY_LFU else 1
+        num_repeats = options.repeats if setting.policy == TINY_LFU else 1
         figures = [replay.figures(setting) for _ in range(num_repeats)]
         yield from records(setting.policy, setting, _means(figures), {})
         if setting.share == USER and setting.ttl_s == NO_TTL:
             figures = [replay.library_figures(setting) for _ in range(num_repeats)]
             yield from records(LIBRARY_BY_POLICY[setting.policy], setting, _means(figures), {})
-    stretch = replace(trace, requests=trace.requests[:ENGINE_REQUESTS])
+    first = replace(trace, requests=trace.requests[:ENGINE_REQUESTS])
     setting = Setting(ONE_CAPACITY)
-    stages_ms = Replay(stretch, sizes.page_size, row_bytes).stages_ms(
-        setting, _drawn_model(trace.schema, sizes, plan.seed)
-    )
+    model = make_dlrm(trace.schema, options, options.seed)
+    stages_ms = Replay(first, options.page_size, row_bytes).stages_ms(setting, model)
     num_candidates = trace.requests[0].num_candidates
-    model_case = sizes.case(CAUSAL) | {"candidates": num_candidates, "users": 1}
+    model_case = options.case(CAUSAL) | {"candidates": num_candidates, "users": 1}
     yield from records(setting.policy, setting, stages_ms, model_case)
 
 
@@ -561,12 +592,6 @@ def _settings() -> list[Setting]:
 
 
 def _means(figures: Sequence[Figures]) -> Figures:
-    """Of each metric; a reason that a replay never had counts as 0 there."""
+    """Return the mean of each metric; a reason that a replay never had counts as 0."""
     metrics = dict.fromkeys(metric for each in figures for metric in each)
     return {metric: fmean(each.get(metric, 0.0) for each in figures) for metric in metrics}
-
-
-def _drawn_model(schema: FeatureSchema, sizes: Sizes, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return fill_zeros(dlrm_with_history(schema, sizes.spec(CAUSAL), [sizes.dim, 1]))

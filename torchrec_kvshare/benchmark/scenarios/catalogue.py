@@ -1,11 +1,12 @@
-"""What a large catalogue costs: a training step, and ranking all of it for one user.
+"""The cost of a large catalogue: a training step, and ranking all of it for one user.
 
-A step costs what its batch holds. Ranking costs what the items scored cost: all of them for a
-held-out item that is among the first ten, and a few thousand for one that is found to be further
-behind.
+The cost of a step depends on its batch. The cost of ranking depends on the items that are scored:
+all of them if the held-out item is among the first ten, and a few thousand if it is found to be
+behind them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
+from torchrec_kvshare.benchmark.options import EncoderOptions, ModelSizes, TimedOptions
 from torchrec_kvshare.benchmark.results import Record
 from torchrec_kvshare.benchmark.timing import interleaved_medians
 from torchrec_kvshare.data.dataset import Dataset, build_dataset
@@ -34,36 +35,50 @@ NUM_USERS = 60
 NUM_CATEGORIES = 40
 START_TIME = 1_700_000_000
 SECONDS_BETWEEN_EVENTS = 3600
-# Of configs/train.yaml.
-SETTINGS = TrainSettings(1, 3e-3, 5e-3, 1e-5, 256, 7, 0, 60.0)
+# As in configs/train.yaml.
+SETTINGS = TrainSettings(
+    epochs=1,
+    learning_rate=3e-3,
+    table_learning_rate=5e-3,
+    weight_decay=1e-5,
+    batch_targets=256,
+    negatives=7,
+    seed=0,
+    checkpoint_seconds=60.0,
+)
 
 
-def measure_catalogue(plan: Plan, sizes: Sizes) -> list[Record]:
-    """Milliseconds of a step and of ranking, by size of the catalogue.
+@dataclass
+class CatalogueOptions(TimedOptions, EncoderOptions, ModelSizes):
+    """Options of ``scenario=catalogue``."""
 
-    Args:
-        plan: ``encoders``, ``histories`` (events of each user), ``repeats``, ``seed``.
-        sizes: of the model.
+    histories: list[int] = field(default_factory=lambda: [256])  # events of each user
+    dim: int = 64
+
+
+def measure_catalogue(options: CatalogueOptions) -> list[Record]:
+    """Measure the time of a step and of ranking, by size of the catalogue.
 
     Returns:
         Records of ``latency`` by path; ``candidates`` is the size of the catalogue. And
-        ``ratio_to_smallest``, of each path to its own at the smallest catalogue.
+        ``ratio_to_smallest``, of each path to the same path at the smallest catalogue.
     """
     records = []
-    for encoder in plan.encoders:
-        for history in plan.histories:
-            records += _case_records(plan, sizes, encoder, history)
+    for encoder in options.encoders:
+        for history in options.histories:
+            records += _case_records(options, encoder, history)
     return records
 
 
-def _case_records(plan: Plan, sizes: Sizes, encoder: str, history: int) -> list[Record]:
+def _case_records(options: CatalogueOptions, encoder: str, history: int) -> list[Record]:
     call_by_path: dict[tuple[str, int], Callable[[], object]] = {}
+    spec = options.spec(encoder, history)
     for num_items in NUM_ITEMS:
-        dataset = catalogue_dataset(num_items, history, plan.seed)
-        torch.manual_seed(plan.seed)
-        model = dlrm_with_history(dataset.schema, sizes.spec(encoder, history), [sizes.dim, 1])
+        dataset = catalogue_dataset(num_items, history, options.seed)
+        torch.manual_seed(options.seed)
+        model = dlrm_with_history(dataset.schema, spec, [options.dim, 1])
         trainer = Trainer(model, dataset, SETTINGS, Path())
-        # The windows of the user that met the whole catalogue are at the start.
+        # The windows of the user that has the whole catalogue come first.
         chosen = np.flatnonzero(trainer.windows.user > 0)[: max(1, 256 // history)]
         call_by_path[STEP, num_items] = partial(train_step, trainer, chosen)
         for path, moved_by in ((RANK_BEHIND, -1e6), (RANK_FIRST, 1e6)):
@@ -71,32 +86,35 @@ def _case_records(plan: Plan, sizes: Sizes, encoder: str, history: int) -> list[
             call_by_path[path, num_items] = partial(evaluate_catalogue, scorer, dataset, 1)
     for call in call_by_path.values():
         call()
-    names = {f"{path} {num_items}": (path, num_items) for path, num_items in call_by_path}
-    medians = interleaved_medians(
-        {name: call_by_path[key] for name, key in names.items()}, plan.repeats
-    )
+    latency_ms = interleaved_medians(call_by_path, options.repeats)
     records = []
-    for name, (path, num_items) in names.items():
-        case = sizes.case(encoder) | {"path": path, "history": history, "candidates": num_items}
-        ratio = medians[name] / medians[f"{path} {NUM_ITEMS[0]}"]
-        records.append(Record(CATALOGUE, case, "latency", medians[name], "ms"))
-        records.append(Record(CATALOGUE, case, "ratio_to_smallest", ratio, "x"))
+    for (path, num_items), value in latency_ms.items():
+        case = options.case(encoder) | {"path": path, "history": history, "candidates": num_items}
+        ratio = value / latency_ms[path, NUM_ITEMS[0]]
+        records.append(Record(CATALOGUE, case, "latency", value, unit="ms"))
+        records.append(Record(CATALOGUE, case, "ratio_to_smallest", ratio, unit="x"))
     return records
 
 
 def catalogue_dataset(num_items: int, history: int, seed: int) -> Dataset:
-    """One user who met every item at one time, and users of so many events each."""
+    """Return a data set of one user with every item, all at one time, and of ordinary users.
+
+    Args:
+        num_items: size of the catalogue.
+        history: events of each ordinary user.
+        seed: of their items.
+    """
     rng = np.random.default_rng(seed)
     first = np.zeros(num_items, np.int64)
     users = np.concatenate([first, np.repeat(np.arange(1, NUM_USERS + 1), history)])
     items = np.concatenate(
         [np.arange(num_items), rng.integers(num_items, size=NUM_USERS * history)]
     )
-    place = np.concatenate([first, np.tile(np.arange(history), NUM_USERS)])
+    event = np.concatenate([first, np.tile(np.arange(history), NUM_USERS)])
     log = InteractionLog(
         users=IdColumn(users, [str(user) for user in range(NUM_USERS + 1)]),
         items=IdColumn(items, [str(item) for item in range(num_items)]),
-        time=START_TIME + SECONDS_BETWEEN_EVENTS * place,
+        time=START_TIME + SECONDS_BETWEEN_EVENTS * event,
         label=np.ones(len(users), np.float32),
         action=None,
         item_attributes={"category": [(str(item % NUM_CATEGORIES),) for item in range(num_items)]},
@@ -108,13 +126,13 @@ def catalogue_dataset(num_items: int, history: int, seed: int) -> Dataset:
 
 
 def train_step(trainer: Trainer, chosen: np.ndarray) -> None:
-    """Make a batch and learn from it."""
+    """Make a batch and train on it."""
     trainer.train_model.train()
     trainer.step(trainer.batch(chosen, 0, 0))
 
 
 def _moved(model: nn.Module, moved_by: float, batch: Batch) -> Tensor:
-    """The model's scores, the held-out item, which stands last, moved behind or before all."""
+    """Score, with the held-out item, which is the last one, moved before or behind all others."""
     logits = model_scorer(model)(batch)
     logits[-1] += moved_by
     return logits

@@ -1,13 +1,14 @@
-"""What a hit saves in a process without Python: the C++ host over a program with its own cache.
+"""A miss against a hit in a process without Python: the C++ host and its program's own cache.
 
-The host is ``examples/cpp`` of a checkout, compiled for the occasion. Users ask twice with one
-history; the host says what each call of the program took, and what its cache did.
+The host is ``examples/cpp`` of a checkout, compiled first. Each user asks twice with the same
+history; the host reports how long each call of the program took, and the status of its cache.
 """
 
 import json
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +17,7 @@ import fbgemm_gpu
 import torch
 
 import torchrec_kvshare
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
+from torchrec_kvshare.benchmark.options import ModelSizes, TimedOptions
 from torchrec_kvshare.benchmark.results import Case, Record
 from torchrec_kvshare.benchmark.workload import make_dlrm, make_schema
 from torchrec_kvshare.cache.reasons import HIT, MISS
@@ -24,6 +25,7 @@ from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.exporter import export_model
 from torchrec_kvshare.features.draw import draw_raw_request
 from torchrec_kvshare.features.schema import USER
+from torchrec_kvshare.history.kinds import CAUSAL
 from torchrec_kvshare.model.ranking import RankingModel
 
 HOST = "host"
@@ -32,42 +34,49 @@ SOURCES = Path(torchrec_kvshare.__file__).parents[1] / "examples" / "cpp"
 Raw = dict[str, Any]
 
 
-def measure_host(plan: Plan, sizes: Sizes) -> list[Record]:
-    """Latency of a miss and of a hit in the C++ host, one request a call.
+@dataclass
+class HostOptions(TimedOptions, ModelSizes):
+    """Options of ``scenario=host``."""
 
-    Args:
-        plan: ``long_histories``, ``candidates``, ``repeats`` (users of each case), ``seed``.
-        sizes: of the model.
+    long_histories: list[int] = field(default_factory=lambda: [1000, 4096])  # events
+    candidates: list[int] = field(default_factory=lambda: [100, 500])
+    repeats: int = 15  # users of each case
+
+
+def measure_host(options: HostOptions) -> list[Record]:
+    """Measure the latency of a miss and of a hit in the C++ host, one request per call.
 
     Returns:
         Records of ``latency_ms``, and of ``hit`` its ``speedup_vs_miss``.
 
     Raises:
-        ConfigError: if the sources are not there, or cannot be compiled.
+        ConfigError: if the sources are missing or cannot be compiled.
     """
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as name:
         host = build_host(Path(name) / "host")
-        for history in plan.long_histories:
+        for history in options.long_histories:
             folder = Path(name) / str(history)
-            schema = make_schema(history, num_users=plan.repeats)
-            model = RankingModel(make_dlrm(schema, sizes, plan.seed)).eval()
+            schema = make_schema(history, num_users=options.repeats)
+            model = RankingModel(make_dlrm(schema, options, options.seed)).eval()
             export_model(model, schema, folder)
-            for num_candidates in plan.candidates:
+            for num_candidates in options.candidates:
                 raws = [
-                    draw_raw_request(schema, history, num_candidates, plan.seed + user)
+                    draw_raw_request(schema, history, num_candidates, options.seed + user)
                     | {USER: user}
-                    for user in range(plan.repeats)
+                    for user in range(options.repeats)
                 ]
                 latency_ms = _latencies(host, folder, raws)
-                case: Case = sizes.case("causal") | {"tier": "pages"}
+                case: Case = options.case(CAUSAL) | {"tier": "pages"}
                 case |= {"history": history, "candidates": num_candidates}
                 records += [
-                    Record(HOST, case | {"path": path}, "latency_ms", value, "ms")
+                    Record(HOST, case | {"path": path}, "latency_ms", value, unit="ms")
                     for path, value in latency_ms.items()
                 ]
                 speedup = latency_ms[MISS] / latency_ms[HIT]
-                records.append(Record(HOST, case | {"path": HIT}, "speedup_vs_miss", speedup, "x"))
+                records.append(
+                    Record(HOST, case | {"path": HIT}, "speedup_vs_miss", speedup, unit="x")
+                )
     return records
 
 
@@ -75,16 +84,16 @@ def build_host(folder: Path) -> Path:
     """Compile the host against the torch and fbgemm of this process.
 
     Args:
-        folder: for what is built.
+        folder: the build folder.
 
     Returns:
         The program.
 
     Raises:
-        ConfigError: if the sources are not there, or cannot be compiled.
+        ConfigError: if the sources are missing or cannot be compiled.
     """
     if not SOURCES.is_dir():
-        raise ConfigError(f"the C++ host is built from a checkout's {SOURCES}, which is not there")
+        raise ConfigError(f"{SOURCES} is missing; the C++ host is built in a checkout only")
     configure = [
         *("cmake", "-S", str(SOURCES), "-B", str(folder)),
         f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
@@ -99,7 +108,7 @@ def build_host(folder: Path) -> Path:
 
 
 def _latencies(host: Path, artifact: Path, raws: Sequence[Raw]) -> dict[str, float]:
-    """Median milliseconds of users' first and second requests."""
+    """Return the median milliseconds of users' first and second requests."""
     paths = [artifact.parent / name for name in ("requests.jsonl", "answers.jsonl", "times.json")]
     requests, answers, times = paths
     requests.write_text("".join(json.dumps(raw) + "\n" for raw in raws for _ in (MISS, HIT)))
@@ -109,5 +118,5 @@ def _latencies(host: Path, artifact: Path, raws: Sequence[Raw]) -> dict[str, flo
     )
     statuses = [json.loads(line)["cache"]["status"] for line in answers.read_text().splitlines()]
     assert statuses == [MISS, HIT] * len(raws)
-    by_line = json.loads(times.read_text())
-    return {MISS: median(by_line[::2]), HIT: median(by_line[1::2])}
+    latencies_ms = json.loads(times.read_text())
+    return {MISS: median(latencies_ms[::2]), HIT: median(latencies_ms[1::2])}

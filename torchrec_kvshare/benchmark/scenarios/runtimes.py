@@ -1,4 +1,4 @@
-"""One model in every runtime: what prefill and scoring cost, and what the runtime itself does.
+"""One model in every runtime: latency of prefill and scoring, time to export and to load.
 
 One export serves all lengths: nothing is compiled for the sizes that are measured.
 """
@@ -6,93 +6,99 @@ One export serves all lengths: nothing is compiled for the sizes that are measur
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
-from torchrec_kvshare.benchmark.results import Case, Record
+from torchrec_kvshare.benchmark.options import MERGE, EncoderOptions, ModelSizes, TimedOptions
+from torchrec_kvshare.benchmark.results import PREFILL_PATH, Case, Record
 from torchrec_kvshare.benchmark.timing import interleaved_medians
-from torchrec_kvshare.benchmark.workload import draw_requests, fill_zeros, make_schema
-from torchrec_kvshare.errors import ParityError
+from torchrec_kvshare.benchmark.workload import draw_requests, make_dlrm, make_schema
+from torchrec_kvshare.errors import ConfigError, ParityError
 from torchrec_kvshare.export.exporter import RUNTIMES
 from torchrec_kvshare.features.batches import (
     collate_candidates,
     collate_history,
-    user_of_candidates,
+    with_pages,
 )
 from torchrec_kvshare.features.request import Request
-from torchrec_kvshare.features.schema import HISTORY, FeatureSchema
+from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.history.kinds import LONGER
-from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel, dlrm_with_history
-from torchrec_kvshare.scoring.engine import expand
+from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
 from torchrec_kvshare.verify.audit import audit_model
 from torchrec_kvshare.verify.deterministic import compute_rows_alone
 from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
 
 RUNTIMES_SCENARIO = "runtimes"
 EAGER, DETERMINISTIC = "eager", "eager, deterministic"
-PREFILL, SCORE = "prefill", "score"
+SCORE_PATH = "score"
 WARM_CALLS = 3  # TorchScript rewrites a program after its first calls.
 
 
-@torch.no_grad()
-def measure_runtimes(plan: Plan, sizes: Sizes) -> list[Record]:
-    """Latency of one user's prefill, and of its candidates over K/V in pages, by runtime.
+@dataclass
+class RuntimesOptions(TimedOptions, EncoderOptions, ModelSizes):
+    """Options of ``scenario=runtimes``."""
 
-    Args:
-        plan: ``encoders``, ``histories``, ``candidates``, ``repeats``, ``seed``.
-        sizes: of the model.
+    histories: list[int] = field(default_factory=lambda: [256, 1000])  # events
+    candidates: list[int] = field(default_factory=lambda: [100, 500, 1000])
+
+
+@torch.no_grad()
+def measure_runtimes(options: RuntimesOptions) -> list[Record]:
+    """Measure one user's prefill, and scoring its candidates over K/V in pages, by runtime.
 
     Returns:
         Records of ``latency_ms`` and ``ratio_to_eager`` (eager's time over the runtime's) for the
         paths ``prefill`` and ``score``; of ``export_s``, ``load_s`` and ``artifact_bytes``.
 
     Raises:
-        ParityError: if a runtime's K/V or logits are not the eager model's.
+        ConfigError: if there is no history.
+        ParityError: if K/V or logits of a runtime differ from the eager model's.
     """
+    if not options.histories:
+        raise ConfigError("histories is []; at least one is needed")
     records: list[Record] = []
-    for encoder in plan.encoders:
-        longest = max(plan.histories)
-        spec = sizes.spec(encoder, longest)
+    for encoder in options.encoders:
+        longest = max(options.histories)
         # Groups of ``longer`` must fill a block.
-        schema = make_schema(longest, num_users=1, block=spec.merge if encoder == LONGER else None)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(plan.seed)
-            ranker = dlrm_with_history(schema, spec, [sizes.dim, 1])
-        eager = RankingModel(fill_zeros(ranker)).eval()
+        schema = make_schema(longest, num_users=1, block=MERGE if encoder == LONGER else None)
+        eager = RankingModel(make_dlrm(schema, options, options.seed, encoder)).eval()
         models: dict[str, RankingFunctions] = {
             EAGER: eager,
             DETERMINISTIC: compute_rows_alone(eager),
         }
-        case: Case = sizes.case(encoder)
+        model_case: Case = options.case(encoder)
         for runtime in RUNTIMES:
             models[runtime], costs = _exported(runtime, eager, schema)
-            of_runtime = case | {"path": "export", "runtime": runtime}
+            export_case = model_case | {"path": "export", "runtime": runtime}
             records += [
-                Record(RUNTIMES_SCENARIO, of_runtime, metric, value, unit)
+                Record(RUNTIMES_SCENARIO, export_case, metric, value, unit=unit)
                 for metric, value, unit in costs
             ]
-        for history in plan.histories:
-            requests = draw_requests(schema, plan.candidates, 0, plan.seed, history)
+        for history in options.histories:
+            requests = draw_requests(
+                schema, options.candidates, user=0, seed=options.seed, history=history
+            )
             calls = {name: _prefill(model, requests[0], schema) for name, model in models.items()}
-            records += _compared(case | {"path": PREFILL, "history": history}, calls, plan.repeats)
+            case: Case = model_case | {"path": PREFILL_PATH, "history": history}
+            records += _compared(case, calls, options.repeats)
             for request in requests:
                 calls = {
                     name: _score(model, eager, request, schema) for name, model in models.items()
                 }
-                of_score: Case = {"history": history, "candidates": request.num_candidates}
-                records += _compared(case | {"path": SCORE} | of_score, calls, plan.repeats)
+                case = model_case | {"path": SCORE_PATH, "history": history}
+                case |= {"candidates": request.num_candidates}
+                records += _compared(case, calls, options.repeats)
     return records
 
 
 def _exported(
     runtime: str, eager: RankingModel, schema: FeatureSchema
 ) -> tuple[RankingFunctions, list[tuple[str, float, str]]]:
-    """The model as a runtime has it, and what that took."""
+    """Export and load the model; return it with the costs: metric, value and unit."""
     chosen = RUNTIMES[runtime]
     audit = audit_model(eager, schema)
     with tempfile.TemporaryDirectory() as name:
@@ -112,7 +118,7 @@ def _exported(
 
 
 def _compared(case: Case, calls: dict[str, Callable[[], Tensor]], repeats: int) -> list[Record]:
-    """Latencies, after the results were found equal."""
+    """Time the runtimes, once their results are found equal."""
     expected = calls[EAGER]()
     for runtime, call in calls.items():
         for _ in range(WARM_CALLS):
@@ -122,10 +128,10 @@ def _compared(case: Case, calls: dict[str, Callable[[], Tensor]], repeats: int) 
     latency_ms = interleaved_medians(calls, repeats)
     records = []
     for runtime, value in latency_ms.items():
-        of_runtime = case | {"runtime": runtime}
+        own = case | {"runtime": runtime}
         ratio = latency_ms[EAGER] / value
-        records.append(Record(RUNTIMES_SCENARIO, of_runtime, "latency_ms", value, "ms"))
-        records.append(Record(RUNTIMES_SCENARIO, of_runtime, "ratio_to_eager", ratio, "x"))
+        records.append(Record(RUNTIMES_SCENARIO, own, "latency_ms", value, unit="ms"))
+        records.append(Record(RUNTIMES_SCENARIO, own, "ratio_to_eager", ratio, unit="x"))
     return records
 
 
@@ -139,9 +145,8 @@ def _prefill(
 def _score(
     model: RankingFunctions, eager: RankingModel, request: Request, schema: FeatureSchema
 ) -> Callable[[], Tensor]:
-    """Scoring over K/V that lies in pages: a table of one page."""
+    """Return the call that scores over K/V in pages: a table of one page."""
     [kv] = eager.prefill(collate_history([request], schema).sparse_features)
     batch = collate_candidates([request], schema)
-    candidate_user = user_of_candidates([request])
-    features = expand(batch.sparse_features, HISTORY, [[0]], candidate_user)
+    features = with_pages(batch.sparse_features, schema, [[[0]]])
     return partial(model.score, batch.dense_features, features, [kv.unsqueeze(1)])

@@ -1,9 +1,9 @@
-"""What a server gives with K/V kept between requests and without, its clients coming as they like.
+"""Throughput of servers under Poisson load, with K/V kept between requests and without.
 
 ``cached`` and ``uncached`` are ``pipelines.serve`` on one artifact; ``merged`` is the same server
-around a model that encodes the history again for every candidate. Each is a process of its own,
-asked over gRPC by a client that is one too. Users come by Zipf's law, each with a whole window, so
-a cache that has room for a part of them hits as often as that law has it.
+around a model that encodes the history again for every candidate. Each server is a process of its
+own, and so is the client, which asks over gRPC. Users come by Zipf's law, each with a full window,
+so that law decides the hit rate of a cache with room for a part of them.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import count
 from math import ceil
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.benchmark.baselines.merged import MergedEmbeddingBagCollection, share_weights
+from torchrec_kvshare.benchmark.baselines.merged import merged_ranker
 from torchrec_kvshare.benchmark.load import (
     CALL_TIMEOUT_S,
     LEAST_QPS,
@@ -43,15 +43,15 @@ from torchrec_kvshare.benchmark.load import (
     measure_server,
     saturated_qps,
 )
-from torchrec_kvshare.benchmark.plan import Plan, Sizes
-from torchrec_kvshare.benchmark.results import Case, Record
-from torchrec_kvshare.benchmark.scenarios.cache_trace import ZIPF_EXPONENT
-from torchrec_kvshare.benchmark.scenarios.queue_length import (
-    CHUNK_TRIAL_CANDIDATES,
-    Paths,
-    fastest_chunk_rows,
+from torchrec_kvshare.benchmark.options import (
+    MergedOptions,
+    ModelSizes,
+    PageSize,
+    TimedOptions,
 )
-from torchrec_kvshare.benchmark.workload import draw_requests, make_dlrm, make_schema
+from torchrec_kvshare.benchmark.paths import Paths, fastest_chunk_rows
+from torchrec_kvshare.benchmark.results import Case, Record
+from torchrec_kvshare.benchmark.workload import draw_users, make_dlrm, make_schema
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.open import MEMORY, OFF
 from torchrec_kvshare.cache.reasons import HIT
@@ -71,21 +71,21 @@ from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
 
 SERVING = "serving"
 CACHED, UNCACHED, MERGED = "cached", "uncached", "merged"
-MODEL = "kvshare"  # as a server names the one model of an artifact
+MODEL = "kvshare"  # name of an artifact's one model in a server
 
 NUM_USERS = 128
-NUM_SAMPLES = 4096  # draws of who comes
+NUM_SAMPLES = 4096  # draws of users
 UNKNOWN_ID = 10**9
-NUM_COMPARED = 16  # users, the most frequent ones, whose scores are compared between servers
-CAPACITY_PERCENTS = (100, 25)  # of the K/V of all users, that a cache has room for at rest
-NUM_ENCODED = 16  # users whose K/V has room besides, while their requests are answered
+NUM_COMPARED = 16  # most frequent users, whose scores are compared between servers
+CAPACITY_PERCENTS = (100, 25)  # of the K/V of all users: room of a cache at rest
+NUM_ENCODED = 16  # more users whose K/V fits, while their requests are answered
 TTL_S = 3600.0  # longer than any run
 
-RUN_S = 8.0  # of each rate that is tried
+RUN_S = 8.0  # for each rate that is tried
 SATURATED_S = 5.0
 SEEDS_PER_TURN = 1000  # more than a search has runs
 IN_FLIGHT = 4
-START_S = 120.0  # until a server is ready: a busy machine loads slowly
+START_S = 120.0  # until a server must be ready: a busy machine loads slowly
 STOP_S = 30.0
 POLL_S = 0.05
 HTTP_TIMEOUT_S = 10.0
@@ -100,15 +100,15 @@ class Setup(NamedTuple):
     """A way to serve.
 
     Attributes:
-        path: its name.
-        capacity_percent: of the K/V of all users, what it keeps between requests.
+        path: name of the server.
+        capacity_percent: of the K/V of all users: what it keeps between requests.
     """
 
     path: str
     capacity_percent: int = 0
 
     def case(self) -> Case:
-        """It, as it stands in a record."""
+        """Return the setup as it stands in a record."""
         if self.path == CACHED:
             return {"path": self.path, "capacity_percent": self.capacity_percent}
         return {"path": self.path}
@@ -125,7 +125,7 @@ class Server(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """Seconds since a server started, of all its requests together."""
+    """Seconds that a server has spent on all its requests since it started."""
 
     scoring_s: float
     requests_s: float
@@ -133,12 +133,12 @@ class Spent(NamedTuple):
 
 @dataclass
 class Turns:
-    """What one server gave, turn by turn.
+    """Figures of one server, turn by turn.
 
     Attributes:
-        highest: at the highest rate that met the target; None where none did.
-        saturations: when it was never without work.
-        engine_shares: of the time of requests that come one at a time, what scoring took.
+        highest: at the highest rate that met the target; None where no rate did.
+        saturations: at saturation.
+        engine_shares: share of scoring in the time of requests that come one at a time.
     """
 
     highest: list[LoadResult | None] = field(default_factory=list)
@@ -147,7 +147,7 @@ class Turns:
 
     @property
     def met(self) -> list[LoadResult]:
-        """Of the turns in which a rate met the target."""
+        """The highest rates of the turns that have one."""
         return [result for result in self.highest if result is not None]
 
     @property
@@ -157,105 +157,114 @@ class Turns:
 
     @property
     def saturated_qps(self) -> float:
-        """Median."""
+        """Median of the saturation throughput."""
         return median(saturation.qps for saturation in self.saturations)
 
     @property
     def hit_rate(self) -> float:
-        """Median at the highest rates; without one, of the saturated server."""
+        """Median at the highest rates; without one, at saturation."""
         return median(each.hit_rate for each in self.met or self.saturations)
 
     def first_qps(self) -> float:
-        """Where the next search for the highest rate begins, the server being saturated before."""
+        """Return where the next search for the highest rate starts; saturation is known."""
         if not self.highest:
             return self.saturations[-1].qps / 2
         last = self.highest[-1]
         return LEAST_QPS if last is None else last.qps
 
 
-def measure_serving(plan: Plan, sizes: Sizes) -> list[Record]:
-    """Rates that servers keep up with, with K/V kept and without.
+@dataclass
+class ServingOptions(TimedOptions, ModelSizes, PageSize, MergedOptions):
+    """Options of ``scenario=serving``; ``repeats`` are turns of each server."""
 
-    All servers of a case run at once, and take turns in being asked.
+    histories: list[int] = field(default_factory=lambda: [1000])  # events; all servers
+    long_histories: list[int] = field(  # events; without the merged server
+        default_factory=lambda: [4096]
+    )
+    candidates: list[int] = field(default_factory=lambda: [100, 500])
+    merged_max_candidates: int = 100
 
-    Args:
-        plan: ``histories``; ``long_histories``, without the merged server, as all numbers of
-            ``candidates`` beyond ``merged_max_candidates``; ``merged_chunk_rows``; ``repeats``,
-            turns of each server; ``seed``.
-        sizes: of the model, which is drawn.
+
+def measure_serving(options: ServingOptions) -> list[Record]:
+    """Measure the rates that servers keep up with, with K/V kept and without.
+
+    All servers of a case run at once, and are asked in turns.
 
     Returns:
         Medians over the turns. ``qps_at_50ms``: the highest Poisson rate whose 99th percentile is
         within 50 ms without a failure, 0 if there is none; ``p99_ms`` at that rate, if there is
         one; ``hit_rate``; ``saturated_qps``, with 4 requests always in flight; ``engine_share``,
-        what scoring takes of the time of requests that come one at a time; and
+        the share of scoring in the time of requests that come one at a time; and
         ``qps_vs_uncached``, ``saturated_vs_uncached``, ``qps_vs_merged``, ``saturated_vs_merged``
         where the other server has such a rate.
 
     Raises:
         ConfigError: if a server does not start, or refuses a request.
-        MissingExtraError: if what a client needs is not installed.
+        MissingExtraError: if a package of the client is not installed.
         ParityError: if scores of two servers differ.
     """
     check_installed()
-    histories = (*plan.histories, *plan.long_histories)
-    return [record for history in histories for record in _measure_history(history, plan, sizes)]
+    histories = (*options.histories, *options.long_histories)
+    return [record for history in histories for record in _measure_history(history, options)]
 
 
-def _measure_history(history: int, plan: Plan, sizes: Sizes) -> Iterator[Record]:
+def _measure_history(history: int, options: ServingOptions) -> Iterator[Record]:
     schema = make_schema(history, NUM_USERS)
-    paths = Paths(schema, make_dlrm(schema, sizes, plan.seed), sizes)
+    paths = Paths(schema, make_dlrm(schema, options, options.seed), options.page_size)
     with TemporaryDirectory() as name:
         folder = Path(name)
         artifact = folder / "artifact"
         export_model(paths.model, schema, artifact)
         # The cache of the paths has room for one user.
         user_bytes = paths.cache.pool.capacity_bytes
-        commands = serve_commands(artifact, user_bytes, sizes.page_size)
+        commands = serve_commands(artifact, user_bytes, options.page_size)
         merged = {}
-        if history in plan.histories:
-            trial = min(max(plan.candidates), CHUNK_TRIAL_CANDIDATES)
-            [request] = draw_requests(schema, [trial], user=0, seed=plan.seed)
-            chunk_rows = fastest_chunk_rows(paths, request, plan.merged_chunk_rows)
-            merged[Setup(MERGED)] = merged_command(artifact, sizes, plan.seed, chunk_rows)
-        for num_candidates in plan.candidates:
-            is_short = num_candidates <= plan.merged_max_candidates
-            by_user = [
-                message_of(schema, user, num_candidates, plan.seed) for user in range(NUM_USERS)
+        if history in options.histories:
+            chunk_rows = fastest_chunk_rows(
+                paths, options.candidates, options.seed, options.merged_chunk_rows
+            )
+            merged[Setup(MERGED)] = merged_command(artifact, options, options.seed, chunk_rows)
+        for num_candidates in options.candidates:
+            is_short = num_candidates <= options.merged_max_candidates
+            messages = [
+                message_of(schema, user, num_candidates, options.seed) for user in range(NUM_USERS)
             ]
             turns = _measure_case(
-                commands | merged if is_short else commands, by_user, plan, folder
+                commands | merged if is_short else commands, messages, options, folder
             )
-            case = sizes.case(CAUSAL) | {"history": history, "candidates": num_candidates}
+            case = options.case(CAUSAL) | {"history": history, "candidates": num_candidates}
             yield from _records(case | {"users": NUM_USERS}, turns)
 
 
 def _measure_case(
-    commands: Mapping[Setup, Sequence[str]], by_user: Sequence[bytes], plan: Plan, folder: Path
+    commands: Mapping[Setup, Sequence[str]],
+    message_by_user: Sequence[bytes],
+    options: ServingOptions,
+    folder: Path,
 ) -> dict[Setup, Turns]:
     with ExitStack() as stack:
         server_by_setup = {
             setup: stack.enter_context(running(command, folder))
             for setup, command in commands.items()
         }
-        check_parity(server_by_setup, by_user)
-        return _take_turns(server_by_setup, by_user, plan, folder)
+        check_parity(server_by_setup, message_by_user)
+        return _take_turns(server_by_setup, message_by_user, options, folder)
 
 
 # --- servers
 
 
 def serve_commands(artifact: Path, user_bytes: int, page_size: int) -> dict[Setup, list[str]]:
-    """Command lines of ``pipelines.serve``, with each of the caches and without.
+    """Return command lines of ``pipelines.serve`` with each cache and without one.
 
     Args:
-        artifact: what is served.
-        user_bytes: of the K/V of one user.
+        artifact: the artifact to serve.
+        user_bytes: bytes of the K/V of one user.
         page_size: rows per page.
     """
     ports = ["server.http_port=0", "server.grpc_port=0"]
     shared = [f"artifact={artifact}", f"threads={torch.get_num_threads()}", *ports]
-    # What a server is late with is seen in its latencies; cut off, it would count as a failure.
+    # A late answer shows in the latencies; refused by the server, it would count as a failure.
     shared.append(f"server.timeout_ms={CALL_TIMEOUT_S * 1e3}")
     start = [*process_command("serve"), *shared]
     commands = {Setup(UNCACHED): [*start, f"cache={OFF}"]}
@@ -267,7 +276,7 @@ def serve_commands(artifact: Path, user_bytes: int, page_size: int) -> dict[Setu
             f"cache={MEMORY}",
             f"cache.page_size={page_size}",
             f"cache.capacity_bytes={num_users * user_bytes}",
-            # A bit more than the users at rest take, so that rounding leaves none of them out.
+            # A bit more than the users at rest take, so that rounding evicts none of them.
             f"++cache.watermark={(num_at_rest + 0.01) / num_users}",
             f"cache.ttl_s={TTL_S}",
             f"cache.idle_ttl_s={TTL_S}",
@@ -275,18 +284,18 @@ def serve_commands(artifact: Path, user_bytes: int, page_size: int) -> dict[Setu
     return commands
 
 
-def merged_command(artifact: Path, sizes: Sizes, seed: int, chunk_rows: int) -> list[str]:
-    """Command line of ``serve_merged`` in a process of its own.
+def merged_command(artifact: Path, sizes: ModelSizes, seed: int, chunk_rows: int) -> list[str]:
+    """Return the command line of ``serve_merged`` in a process of its own.
 
     Args:
-        artifact: of the model that ``make_dlrm`` draws of the other arguments.
-        sizes: of it.
-        seed: of it.
+        artifact: artifact of the model that ``make_dlrm`` draws.
+        sizes: of that model.
+        seed: of that model.
         chunk_rows: rows that are computed at once.
     """
     arguments = {
         "artifact": str(artifact),
-        "sizes": asdict(sizes),
+        "sizes": {size.name: getattr(sizes, size.name) for size in fields(ModelSizes)},
         "seed": seed,
         "chunk_rows": chunk_rows,
         "num_threads": torch.get_num_threads(),
@@ -296,17 +305,17 @@ def merged_command(artifact: Path, sizes: Sizes, seed: int, chunk_rows: int) -> 
 
 @contextmanager
 def running(command: Sequence[str], folder: Path) -> Iterator[Server]:
-    """Run a server, on free ports of this machine, until the block ends.
+    """Run a server on free ports of this machine until the block ends.
 
     Args:
-        command: its command line; it says where it serves, as ``pipelines.serve`` does.
-        folder: for what it prints.
+        command: its command line; the server prints its addresses, as ``pipelines.serve`` does.
+        folder: for its log.
 
     Yields:
         Where it listens, once it is ready.
 
     Raises:
-        ConfigError: if it ends before, or is not ready in time.
+        ConfigError: if it ends before it is ready, or is not ready in time.
     """
     with TemporaryDirectory(dir=folder) as own:
         log = Path(own) / LOG
@@ -327,7 +336,7 @@ def _wait_for(process: "subprocess.Popen[bytes]", log: Path) -> Server:
     status = process.poll()
     happened = f"is not ready after {START_S:g} s" if status is None else f"ended with {status}"
     last_line = log.read_text().strip().rpartition("\n")[2]
-    raise ConfigError(f"the server {happened}; the last that it said: {last_line}")
+    raise ConfigError(f"the server {happened}; its last line: {last_line}")
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
@@ -343,11 +352,11 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def message_of(schema: FeatureSchema, user: int, num_candidates: int, seed: int) -> bytes:
-    """What a user sends, ready for the wire.
+    """Return the request of a user, ready for the wire.
 
     Args:
-        schema: the model's columns; the history fills its window.
-        user: which of the schema's users.
+        schema: the model's columns; the history fills the window.
+        user: id of the user, a number below the schema's number of users.
         num_candidates: candidates to score.
         seed: same seed, same events and candidates.
 
@@ -373,7 +382,7 @@ def message_of(schema: FeatureSchema, user: int, num_candidates: int, seed: int)
 
 
 def _as_integers(cells: Any) -> Any:
-    """Ids as most systems have them; one that was drawn unknown is beyond all others."""
+    """Turn ids into integers, as most systems have them; an unknown id becomes a large one."""
     if isinstance(cells, list):
         return [_as_integers(cell) for cell in cells]
     if isinstance(cells, str):
@@ -381,35 +390,34 @@ def _as_integers(cells: Any) -> Any:
     return cells
 
 
-def draw_samples(by_user: Sequence[bytes], seed: int) -> list[bytes]:
-    """Messages as often as their users come: by Zipf's law, the first user most often.
+def draw_samples(message_by_user: Sequence[bytes], seed: int) -> list[bytes]:
+    """Draw messages by Zipf's law, that of the first user most often.
 
     Args:
-        by_user: one message each.
+        message_by_user: one message per user.
         seed: same seed, same samples.
     """
-    weights = np.arange(1, len(by_user) + 1) ** -ZIPF_EXPONENT
-    rng = np.random.default_rng(seed)
-    users = rng.choice(len(by_user), NUM_SAMPLES, p=weights / weights.sum())
-    return [by_user[user] for user in users]
+    users = draw_users(np.random.default_rng(seed), len(message_by_user), NUM_SAMPLES)
+    return [message_by_user[user] for user in users]
 
 
-def check_parity(server_by_setup: Mapping[Setup, Server], by_user: Sequence[bytes]) -> None:
+def check_parity(server_by_setup: Mapping[Setup, Server], message_by_user: Sequence[bytes]) -> None:
     """Check that all servers give the uncached scores; the caches are full afterwards.
 
     Args:
         server_by_setup: the servers, one of them uncached.
-        by_user: messages, the most frequent user's first.
+        message_by_user: one message per user, the most frequent user first.
 
     Raises:
         ParityError: naming the server and by how much a probability differs, or the user whose K/V
             was not kept, so that there is nothing to compare.
     """
-    compared = by_user[:NUM_COMPARED]
+    compared = message_by_user[:NUM_COMPARED]
     expected = ask_each(server_by_setup[Setup(UNCACHED)].grpc, compared)
     for setup, server in server_by_setup.items():
         if setup.path == CACHED:
-            ask_each(server.grpc, by_user[::-1])  # The most frequent ones last, so that they stay.
+            # The most frequent users last, so that their K/V stays.
+            ask_each(server.grpc, message_by_user[::-1])
         replies = ask_each(server.grpc, compared)
         for user, (reply, uncached) in enumerate(zip(replies, expected, strict=True)):
             if setup.path == CACHED and reply.status != HIT:
@@ -430,18 +438,23 @@ def _worst_difference(reply: Reply, expected: Reply) -> float:
 
 
 def _take_turns(
-    server_by_setup: Mapping[Setup, Server], by_user: Sequence[bytes], plan: Plan, folder: Path
+    server_by_setup: Mapping[Setup, Server],
+    message_by_user: Sequence[bytes],
+    options: ServingOptions,
+    folder: Path,
 ) -> dict[Setup, Turns]:
-    samples = draw_samples(by_user, plan.seed)
+    samples = draw_samples(message_by_user, options.seed)
     turns_by_setup = {setup: Turns() for setup in server_by_setup}
-    for turn in range(plan.repeats):
-        seed = plan.seed + turn
+    for turn in range(options.repeats):
+        seed = options.seed + turn
         for setup, server in server_by_setup.items():
             turns = turns_by_setup[setup]
-            saturated = saturated_qps(server.grpc, samples, IN_FLIGHT, SATURATED_S, seed)
+            saturated = saturated_qps(
+                server.grpc, samples, in_flight=IN_FLIGHT, duration_s=SATURATED_S, seed=seed
+            )
             turns.saturations.append(saturated)
             turns.engine_shares.append(engine_share(server, samples, seed))
-            # Others come in each run: those of the run before are the ones that a cache still has.
+            # Other users in each run: a cache still has those of the run before.
             seeds = count(seed * SEEDS_PER_TURN)
             measure_at = partial(_measure_at, server, samples, seeds, folder)
             turns.highest.append(highest_qps(measure_at, turns.first_qps()))
@@ -452,25 +465,27 @@ def _measure_at(
     server: Server, samples: Sequence[bytes], seeds: Iterator[int], folder: Path, qps: float
 ) -> LoadResult:
     with TemporaryDirectory(dir=folder) as logs:
-        return measure_server(server.grpc, samples, qps, RUN_S, next(seeds), Path(logs))
+        return measure_server(
+            server.grpc, samples, qps=qps, duration_s=RUN_S, seed=next(seeds), log_folder=Path(logs)
+        )
 
 
 def engine_share(server: Server, samples: Sequence[bytes], seed: int) -> float:
-    """Of the time that a server spends on requests one at a time, what scoring takes.
+    """Return the share of scoring in the time of requests that come one at a time.
 
     Args:
-        server: it; nobody else asks it meanwhile.
+        server: a server without other clients.
         samples: messages.
-        seed: of what is asked.
+        seed: of the order of the messages.
     """
     before = read_spent(server)
-    saturated_qps(server.grpc, samples, 1, SATURATED_S, seed)
+    saturated_qps(server.grpc, samples, in_flight=1, duration_s=SATURATED_S, seed=seed)
     after = read_spent(server)
     return (after.scoring_s - before.scoring_s) / (after.requests_s - before.requests_s)
 
 
 def read_spent(server: Server) -> Spent:
-    """What a server's metrics say of its time."""
+    """Read the time a server has spent from its metrics."""
     from prometheus_client.parser import text_string_to_metric_families
 
     url = f"http://{server.http}/metrics"
@@ -503,7 +518,7 @@ def _records(case: Case, turns_by_setup: Mapping[Setup, Turns]) -> Iterator[Reco
             if baseline in turns_by_setup and setup.path not in (baseline.path, MERGED):
                 figures += _ratios(turns, turns_by_setup[baseline], baseline.path)
         for metric, value, unit in figures:
-            yield Record(SERVING, case | setup.case(), metric, value, unit)
+            yield Record(SERVING, case | setup.case(), metric, value, unit=unit)
 
 
 def _ratios(turns: Turns, baseline: Turns, name: str) -> Iterator[tuple[str, float, str]]:
@@ -526,11 +541,10 @@ class MergedModel(RankingModel):
 
     def __init__(self, model: nn.Module, chunk_rows: int) -> None:
         super().__init__(model)
-        merged = MergedEmbeddingBagCollection(self.collection, chunk_rows)
-        self.merged = share_weights(model, self.collection, merged)
+        self.merged = merged_ranker(model, chunk_rows)
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Logits [C], the history of each candidate encoded for it alone."""
+        """Return logits [C]; the history is encoded once per candidate."""
         return self.merged(dense, features).squeeze(1)
 
 
@@ -539,47 +553,47 @@ class MergedLoader:
 
     Args:
         sizes: of the model.
-        seed: likewise.
+        seed: of the model.
         chunk_rows: rows that are computed at once.
     """
 
-    def __init__(self, sizes: Sizes, seed: int, chunk_rows: int) -> None:
+    def __init__(self, sizes: ModelSizes, seed: int, chunk_rows: int) -> None:
         self._sizes = sizes
         self._seed = seed
         self._chunk_rows = chunk_rows
         self.metrics = CacheMetrics()
 
     def load(self, folder: Path) -> Engine:
-        """An engine with the artifact's columns and version."""
+        """Return an engine with the artifact's columns and version."""
         manifest, schema = read_artifact(folder)
         ranker = make_dlrm(schema, self._sizes, self._seed)
         model = MergedModel(ranker, self._chunk_rows).eval()
         return Engine(model, schema, None, version=manifest.version)
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: no resource is held."""
 
 
 def serve_merged(
     artifact: str, sizes: dict[str, Any], seed: int, chunk_rows: int, num_threads: int
 ) -> None:
-    """Serve a drawn model that shares nothing until SIGTERM; it says where, as the others do.
+    """Serve a drawn model that shares nothing until SIGTERM; print the addresses first.
 
     Args:
-        artifact: of the same model.
-        sizes: fields of ``Sizes``.
+        artifact: artifact of the same model.
+        sizes: fields of ``ModelSizes``.
         seed: of the model.
         chunk_rows: rows that are computed at once.
         num_threads: of torch.
     """
     torch.set_num_threads(num_threads)
     limits = ServerConfig(http_port=0, grpc_port=0, timeout_ms=CALL_TIMEOUT_S * 1e3)
-    loader = MergedLoader(Sizes(**sizes), seed, chunk_rows)
+    loader = MergedLoader(ModelSizes(**sizes), seed, chunk_rows)
     asyncio.run(_serve(ServeConfig(artifact=artifact, server=limits), loader))
 
 
 async def _serve(config: ServeConfig, loader: MergedLoader) -> None:
-    # What it needs is of the extra [server].
+    # Its packages come with the extra [server].
     from torchrec_kvshare.serving.server import Ports, serve
 
     def show(ports: Ports) -> None:

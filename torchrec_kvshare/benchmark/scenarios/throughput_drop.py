@@ -1,14 +1,14 @@
-"""What a history costs an established ranking stage: MLPerf's DLRM-DCNv2 with and without one.
+"""The cost of a history in an established ranking stage: MLPerf's DLRM-DCNv2 with and without one.
 
-The dense part has MLPerf's sizes; tables are small, so that its matrix products are what a history
-is compared with. There are two baselines, which score the same requests: the model alone, and with
-one plain feature more, the history's items pooled into one vector, as a DLRM reads them today.
-Eager, and with all three as compiled graphs.
+The dense part has MLPerf's sizes; tables are small, so that a history is compared with the matrix
+products. Two baselines score the same requests: the model alone, and with one more plain feature,
+the history's items pooled into one vector, as a DLRM reads them today. All three are measured eager
+and as compiled graphs.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -21,13 +21,15 @@ from torchrec.modules.embedding_modules import (
     EmbeddingBagCollectionInterface,
 )
 
-from torchrec_kvshare.benchmark.plan import MERGE, Plan, Sizes
-from torchrec_kvshare.benchmark.results import Case, Record
-from torchrec_kvshare.benchmark.scenarios.queue_length import (
-    CROSS_REQUEST_HIT,
-    Paths,
-    assert_parity,
+from torchrec_kvshare.benchmark.options import (
+    MERGE,
+    Layers,
+    ModelSizes,
+    PageSize,
+    TimedOptions,
 )
+from torchrec_kvshare.benchmark.paths import CROSS_REQUEST_HIT, Paths, assert_parity
+from torchrec_kvshare.benchmark.results import Case, Record
 from torchrec_kvshare.benchmark.timing import interleaved_medians
 from torchrec_kvshare.benchmark.workload import draw_requests, fill_zeros
 from torchrec_kvshare.export.program import batch_of
@@ -65,7 +67,7 @@ from torchrec_kvshare.model.collection import kvshare_collection
 THROUGHPUT_DROP = "throughput_drop"
 WITHOUT_HISTORY, POOLED_HISTORY = "without_history", "pooled_history"
 EAGER, PT2 = "eager", "pt2"
-# Metric of the throughput lost, by what it is lost to.
+# Metric of the throughput that is lost against each baseline.
 DROP_BY_BASELINE = {
     WITHOUT_HISTORY: "throughput_drop_percent",
     POOLED_HISTORY: "drop_to_pooled_percent",
@@ -85,13 +87,17 @@ NUM_IDS = 1000  # of each sparse feature
 CASES = ((LONGER, 2000), (CAUSAL, 256), (CAUSAL, 1000))
 
 
-@torch.no_grad()
-def measure_throughput_drop(plan: Plan, sizes: Sizes) -> list[Record]:
-    """Throughput lost by adding a history, by the path that scores it.
+@dataclass
+class ThroughputDropOptions(TimedOptions, Layers, PageSize):
+    """Options of ``scenario=throughput_drop``; encoders, histories and the width are fixed."""
 
-    Args:
-        plan: ``candidates``, ``repeats``, ``seed``; encoders and histories are fixed.
-        sizes: ``num_layers``, ``num_heads``, ``page_size``; the width is MLPerf's.
+    candidates: list[int] = field(default_factory=lambda: [500])
+    merged_chunk_rows: list[int] = field(default_factory=lambda: [16384])  # the smallest is used
+
+
+@torch.no_grad()
+def measure_throughput_drop(options: ThroughputDropOptions) -> list[Record]:
+    """Measure the throughput lost by adding a history, by the path that scores it.
 
     Returns:
         Records of ``latency_ms``, and by runtime of ``throughput_drop_percent`` against
@@ -100,26 +106,24 @@ def measure_throughput_drop(plan: Plan, sizes: Sizes) -> list[Record]:
     Raises:
         ParityError: if two paths differ.
     """
-    sizes = replace(sizes, dim=DIM, num_tokens=1)
     return [
-        record
-        for encoder, history in CASES
-        for record in _case_records(plan, sizes, encoder, history)
+        record for encoder, history in CASES for record in _case_records(options, encoder, history)
     ]
 
 
-def _case_records(plan: Plan, sizes: Sizes, encoder: str, history: int) -> Iterator[Record]:
+def _case_records(options: ThroughputDropOptions, encoder: str, history: int) -> Iterator[Record]:
+    sizes = ModelSizes(dim=DIM, num_layers=options.num_layers, num_heads=options.num_heads)
     schema = mlperf_schema(history)
     pooled_schema = mlperf_schema(history, POOLED_HISTORY)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed)
+        torch.manual_seed(options.seed)
         plain, pooled = (
             fill_zeros(dlrm_dcn(user_candidate_bags(one, DIM), one)).eval()
             for one in (schema, pooled_schema)
         )
         spec = sizes.spec(encoder, history)
         ranker = fill_zeros(dlrm_dcn(kvshare_collection(schema, spec), schema))
-    paths = Paths(schema, ranker, sizes)
+    paths = Paths(schema, ranker, options.page_size)
     graph = compiled(
         graphs_of(paths.model, schema)[SCORE], graph_inputs(paths.model, schema)[SCORE], schema
     )
@@ -128,9 +132,9 @@ def _case_records(plan: Plan, sizes: Sizes, encoder: str, history: int) -> Itera
         compiled_baseline(model, paths, one)
         for model, one in ((plain, schema), (pooled, pooled_schema))
     )
-    for request in draw_requests(schema, plan.candidates, user=0, seed=plan.seed):
+    for request in draw_requests(schema, options.candidates, user=0, seed=options.seed):
         paths.put(request)
-        hits = paths.calls(request, paths.merged(min(plan.merged_chunk_rows)))
+        hits = paths.calls(request, paths.merged(min(options.merged_chunk_rows)))
         hits[PT2] = partial(paths.cross_request_hit, request, compiled_hit)
         assert_parity({path: call() for path, call in hits.items()})
         pools = with_pooled_history(request)
@@ -149,30 +153,30 @@ def _case_records(plan: Plan, sizes: Sizes, encoder: str, history: int) -> Itera
             "candidates": request.num_candidates,
             "users": 1,
         }
-        yield from _records(case, interleaved_medians(calls, plan.repeats))
+        yield from _records(case, interleaved_medians(calls, options.repeats))
 
 
 def _records(case: Case, latency_ms: dict[tuple[str, str], float]) -> Iterator[Record]:
     for (runtime, path), value in latency_ms.items():
-        of_path: Case = case | {"path": path, "runtime": runtime}
-        yield Record(THROUGHPUT_DROP, of_path, "latency_ms", value, "ms")
+        own: Case = case | {"path": path, "runtime": runtime}
+        yield Record(THROUGHPUT_DROP, own, "latency_ms", value, unit="ms")
         if path in DROP_BY_BASELINE:
             continue
         for baseline, metric in DROP_BY_BASELINE.items():
             drop = 100 * (1 - latency_ms[runtime, baseline] / value)
-            yield Record(THROUGHPUT_DROP, of_path, metric, drop, "%")
+            yield Record(THROUGHPUT_DROP, own, metric, drop, unit="%")
 
 
 @torch.no_grad()
 def score_plain(model: nn.Module, request: Request, schema: FeatureSchema) -> Tensor:
-    """Logits [N] of a model that has no history."""
+    """Return logits [N] of a model without a history."""
     batch = collate_candidates([request], schema)
     logits: Tensor = model(batch.dense_features, batch.sparse_features).squeeze(1)
     return logits
 
 
 def score_compiled(graph: Graph, request: Request, schema: FeatureSchema) -> Tensor:
-    """The same of its compiled graph."""
+    """Return logits [N] of a compiled graph without a history."""
     batch = collate_candidates([request], schema)
     features = batch.sparse_features
     keys, inverse_indices = features.inverse_indices()
@@ -184,11 +188,11 @@ def score_compiled(graph: Graph, request: Request, schema: FeatureSchema) -> Ten
 
 
 class PlainGraph(nn.Module):
-    """Logits [C] of a model that has no history, over the inputs of a graph.
+    """A model without a history over the inputs of a graph: logits [C].
 
     Args:
-        model: of features alone.
-        keys: of its features.
+        model: a ranking model over features.
+        keys: the features.
     """
 
     def __init__(self, model: nn.Module, keys: Sequence[str]) -> None:
@@ -203,10 +207,10 @@ class PlainGraph(nn.Module):
 
 
 def compiled_baseline(model: nn.Module, paths: Paths, schema: FeatureSchema) -> Graph:
-    """A model without history as a compiled graph, of the same inputs but for the history's."""
-    rooms = (USER, *(key.split(".")[0] for key in (context_key(""), candidate_key(""))))
+    """Compile a model without a history, over the inputs that are not the history's."""
+    groups = (USER, *(key.split(".")[0] for key in (context_key(""), candidate_key(""))))
     inputs = [
-        one for one in graph_inputs(paths.model, schema)[SCORE] if one.name.split(".")[0] in rooms
+        one for one in graph_inputs(paths.model, schema)[SCORE] if one.name.split(".")[0] in groups
     ]
     names = [one.name for one in inputs if one.name.endswith(".values")]
     graph = PlainGraph(model, [name.removesuffix(".values") for name in names])
@@ -214,7 +218,7 @@ def compiled_baseline(model: nn.Module, paths: Paths, schema: FeatureSchema) -> 
 
 
 def compiled(graph: nn.Module, inputs: Sequence[GraphInput], schema: FeatureSchema) -> Graph:
-    """A module of tensors as AOTInductor compiles it."""
+    """Compile a module of tensors with AOTInductor."""
     program = export_graph(graph, inputs, schema)
     weights = {name: tensor.detach() for name, tensor in program.state_dict.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -224,37 +228,37 @@ def compiled(graph: nn.Module, inputs: Sequence[GraphInput], schema: FeatureSche
 
 
 def with_pooled_history(request: Request) -> Request:
-    """The request with its history's items as a column of context."""
+    """Return the request with its history's items as a column of context."""
     items = request.events_by_history[HISTORY].columns[ITEM]
     return replace(request, context=request.context | {POOLED_HISTORY: items})
 
 
 def dlrm_dcn(bags: EmbeddingBagCollectionInterface, schema: FeatureSchema) -> DLRM_DCN:
-    """TorchRec's DLRM_DCN at MLPerf's sizes."""
+    """Return TorchRec's DLRM_DCN at MLPerf's sizes."""
     return DLRM_DCN(
-        cast(EmbeddingBagCollection, bags),
-        schema.num_dense,
-        DENSE_ARCH,
-        OVER_ARCH,
-        DCN_LAYERS,
-        DCN_RANK,
+        embedding_bag_collection=cast(EmbeddingBagCollection, bags),
+        dense_in_features=schema.num_dense,
+        dense_arch_layer_sizes=DENSE_ARCH,
+        over_arch_layer_sizes=OVER_ARCH,
+        dcn_num_layers=DCN_LAYERS,
+        dcn_low_rank_dim=DCN_RANK,
     )
 
 
 def mlperf_schema(history: int, *more: str) -> FeatureSchema:
-    """As many sparse and dense features as DLRM-DCNv2 has: of the user, of the item, of context.
+    """Return a schema with the sparse and dense features of DLRM-DCNv2: user, item, context.
 
     Args:
         history: events of its window.
-        more: columns of context.
+        more: more columns of context.
     """
-    context = (*(f"context_{place}" for place in range(NUM_SPARSE - 2)), *more)
+    context = (*(f"context_{index}" for index in range(NUM_SPARSE - 2)), *more)
     vocabulary = Vocabulary([str(i) for i in range(NUM_IDS)])
     return FeatureSchema(
         dict.fromkeys((USER, ITEM, *map(context_key, context)), vocabulary),
         context=context,
         has_action=False,
         item_attributes=(),
-        item_floats=tuple(f"float_{place}" for place in range(NUM_FLOATS)),
+        item_floats=tuple(f"float_{index}" for index in range(NUM_FLOATS)),
         histories=(History(HISTORY, Window(history, MERGE)),),
     )
