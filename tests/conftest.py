@@ -4,6 +4,11 @@ import os
 import warnings
 
 import pytest
+
+# For the processes that tests start: their waiting threads would spin on the cores that the other
+# worker needs, and a test of 10 s took 67 s. libgomp reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from hypothesis import HealthCheck, settings
 

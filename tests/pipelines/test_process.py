@@ -27,9 +27,10 @@ kvshare()
     ],
 )
 def test_waiting_threads_of_a_command_sleep_unless_the_user_has_set_it(
-    program: str, given: dict[str, str], spins: str
+    program: str, given: dict[str, str], spins: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside a busy process spinning threads made a training step take 1.61 s instead of 0.07 s."""
+    monkeypatch.delenv(WAIT_POLICY, raising=False)
     _, errors = fresh_process(program, **VERBOSE, **given).communicate()
     assert f"GOMP_SPINCOUNT = '{spins}'" in errors
 

@@ -133,7 +133,7 @@ class KVCache:
     Example:
         >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Window
         >>> from torchrec_kvshare.cache.identity import Identity
-        >>> from torchrec_kvshare.features.parse import Events
+        >>> from torchrec_kvshare.features.request import Events
         >>> schema = FeatureSchema({}, histories=(History("history", Window(8, 4)),))
         >>> identity = Identity("model", "tables", "", "history", 4)
         >>> three = PrefixDigests(Events({"time": torch.arange(3)}, {}, 0), schema, identity)
