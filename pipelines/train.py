@@ -17,8 +17,9 @@ def main(config: TrainConfig) -> None:
     output = Path(config.output)
     verb = "finished before, see" if (output / METRICS).is_file() else "wrote"
     metrics = train_run(config)
-    print(json.dumps(metrics, indent=2))
-    print(f"{verb} {output / METRICS}; TensorBoard: {output / 'tensorboard'}")
+    if metrics is not None:  # Under torchrun only the first rank has them.
+        print(json.dumps(metrics, indent=2))
+        print(f"{verb} {output / METRICS}; TensorBoard: {output / 'tensorboard'}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ TINY = 1e-12  # least value of a number that must be above 0
 LEAST_BY_KEY = {
     **dict.fromkeys(("threads", "dim", "num_layers", "num_heads", "batch_targets", "negatives"), 1),
     **dict.fromkeys(("max_users", "eval_users", "max_history", "block", "merge", "top_mlp"), 1),
-    **dict.fromkeys(("candidate_tokens", "num_tokens", "recent", "epochs"), 1),
+    **dict.fromkeys(("candidate_tokens", "num_tokens", "recent", "epochs", "keep_checkpoints"), 1),
     **dict.fromkeys(("seed", "weight_decay", "dropout", "checkpoint_seconds"), 0),
     **dict.fromkeys(("learning_rate", "table_learning_rate"), TINY),
     **dict.fromkeys(("positive_rating", "min_events", "items", "num_globals"), 0),
@@ -188,11 +188,16 @@ class TrainConfig:
     seed: int = 0  # of weights, negatives and the order of users
     threads: int | None = None  # None: one per granted core
     learning_rate: float = 3e-3  # of dense parameters
-    table_learning_rate: float = 5e-3  # of embedding tables
+    table_learning_rate: float = 2e-2  # of embedding tables
+    table_optimizer: str = "rowwise_adagrad"  # or adagrad, sgd; on CUDA also adam
+    # By table, or "*" for all others: sharding types that the planner may choose from.
+    sharding: dict[str, list[str]] = field(default_factory=dict)
+    kernels: dict[str, list[str]] = field(default_factory=dict)  # likewise; CUDA only
     weight_decay: float = 1e-5  # of dense parameters
     batch_targets: int = 256  # targets per batch, each with its negatives
     negatives: int = 7  # sampled per target
     checkpoint_seconds: float = 60.0  # seconds between two checkpoints
+    keep_checkpoints: int = 1  # older ones are removed
 
 
 @dataclass

@@ -26,6 +26,7 @@ from tests.data.logs import (
 from tests.worlds import LOGIT_TOLERANCE, make_dlrm
 from torchrec_kvshare.data import targets as targets_module
 from torchrec_kvshare.data.dataset import Dataset, Ints, build_dataset
+from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.data.targets import (
     UNKNOWN_SHARE,
@@ -337,8 +338,7 @@ def test_negatives_are_of_the_catalogue_and_never_the_target(events: Events, see
     dataset = dataset_of(events)
     if len(dataset.known_items) < 2:
         return
-    rng = np.random.default_rng(seed)
-    negatives = sample_negatives(dataset, all_targets(dataset), 5, rng)
+    negatives = sample_negatives(dataset, all_targets(dataset), 5, Draws(seed))
     assert negatives.shape == (len(events), 5)
     assert not (negatives == dataset.item[:, None]).any()
     assert np.isin(negatives, dataset.known_items).all()
@@ -348,13 +348,14 @@ def test_a_catalogue_of_one_item_has_no_negatives() -> None:
     """Its negatives were the target itself, labelled 0 beside the same item labelled 1."""
     dataset = build_dataset(one_user([1, 2, 3, 4], ["100"] * 4), all_events(8, 4))
     with pytest.raises(DataError, match="training split, has 1 item; negatives need at least 2"):
-        sample_negatives(dataset, np.array([0]), 1, np.random.default_rng(0))
+        sample_negatives(dataset, np.array([0]), 1, Draws(0))
 
 
 def test_negatives_cover_the_catalogue_evenly() -> None:
     dataset = build_dataset(one_user(list(range(12)), [*ITEMS[:9], *ITEMS[:3]]), all_events(8, 4))
-    targets = np.zeros(2000, np.int64)
-    negatives = sample_negatives(dataset, targets, 8, np.random.default_rng(0))
+    targets = np.zeros(1, np.int64)
+    epochs = [sample_negatives(dataset, targets, 8, Draws(0, epoch)) for epoch in range(2000)]
+    negatives = np.concatenate(epochs)
     counts = np.bincount(negatives.ravel(), minlength=len(ITEMS))[dataset.known_items]
     expected = negatives.size / len(dataset.known_items)
     assert counts[dataset.item[0]] == 0
@@ -370,7 +371,7 @@ def test_some_ids_are_shown_as_unknown_in_training_alone() -> None:
     plain = build_batch(dataset, windows, candidates, None).sparse_features
     again = build_batch(dataset, windows, candidates, None).sparse_features
     assert torch.equal(plain.values(), again.values())
-    drawn = build_batch(dataset, windows, candidates, np.random.default_rng(2)).sparse_features
+    drawn = build_batch(dataset, windows, candidates, Draws(2)).sparse_features
     for key in plain.keys():  # noqa: SIM118  # a KeyedJaggedTensor is no dict
         before, after = plain[key].values(), drawn[key].values()
         changed = before != after

@@ -17,6 +17,7 @@ from tests.worlds import (
 )
 from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.data.dataset import TRAIN, build_dataset
+from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
 from torchrec_kvshare.data.tables import encode
 from torchrec_kvshare.data.targets import build_batch, sample_negatives, windows_of
@@ -123,10 +124,10 @@ def test_a_log_of_odd_columns_trains_on_each_column_s_own_ids() -> None:
     for name in ATTRIBUTES:
         assert vocabularies[item_key(name)].ids == (f"{name} of item",)
     windows = windows_of(dataset, np.flatnonzero(dataset.split == TRAIN))
-    rng = np.random.default_rng(0)
-    negatives = sample_negatives(dataset, windows.targets, 1, rng)
+    draws = Draws(0)
+    negatives = sample_negatives(dataset, windows.targets, 1, draws)
     candidates = np.concatenate([dataset.item[windows.targets][:, None], negatives], axis=1)
-    batch = build_batch(dataset, windows, candidates, rng)
+    batch = build_batch(dataset, windows, candidates, draws)
     model = dlrm_with_history(dataset.schema, CAUSAL_SPEC, [9, 1])
     logits = model(batch.dense_features, batch.sparse_features)
     assert logits.shape == (candidates.size, 1)

@@ -30,6 +30,7 @@ from torchrec_kvshare.training.evaluate import (
     model_scorer,
     popularity_scorer,
 )
+from torchrec_kvshare.training.ranks import ALONE
 
 NUM_ITEMS = 30
 NEVER_TRAINED = "200"
@@ -144,18 +145,18 @@ def test_a_catalogue_in_chunks_is_ranked_as_a_whole(
             return (batch.sparse_features[candidate_key(ITEM)].values() % 3).float()
         return model(batch)
 
-    monkeypatch.setattr(evaluate, "CUTOFF", NUM_ITEMS + 1)  # Every rank is exact.
+    monkeypatch.setattr(evaluate, "CUTOFF", NUM_ITEMS + 1)  # Every position is exact.
     held_out = np.flatnonzero(dataset.split == TEST)[:3]
-    ranks = [evaluate._ranks(score, dataset, held_out, dataset.known_items)]
+    found = [evaluate._positions(score, dataset, held_out, dataset.known_items, ALONE)]
     assert sizes == [3 * (NUM_ITEMS + 1)]  # The target is scored with the catalogue.
-    assert len({*ranks[0]}) > 1
+    assert len({*found[0]}) > 1
     sizes.clear()
     monkeypatch.setattr(evaluate, "FIRST_CHUNK_ITEMS", 4)
     monkeypatch.setattr(evaluate, "CATALOGUE_ROWS_AT_A_TIME", 12)
-    ranks += [evaluate._ranks(score, dataset, held_out, dataset.known_items)]
+    found += [evaluate._positions(score, dataset, held_out, dataset.known_items, ALONE)]
     assert sizes == [3 * 5, 3 * 9, 3 * 13, 3 * 7]
-    ranks += [evaluate._ranks(score, dataset, held_out, dataset.known_items[::-1])]
-    assert ranks[0] == ranks[1] == ranks[2]
+    found += [evaluate._positions(score, dataset, held_out, dataset.known_items[::-1], ALONE)]
+    assert found[0] == found[1] == found[2]
 
 
 def test_ranking_stops_once_the_held_out_item_is_beyond_the_cutoff(

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torchrec.models.dlrm import DLRMTrain
 
 from tests.training.worlds import BUDGET, DATA, MODEL, tiny_config
 from tests.worlds import fresh_process
@@ -25,10 +30,24 @@ from torchrec_kvshare.config import Columns, InteractionsData, TrainConfig
 from torchrec_kvshare.data.dataset import TEST
 from torchrec_kvshare.errors import ConfigError, DataError, TrainingError
 from torchrec_kvshare.features.schema import HISTORY, FeatureSchema
-from torchrec_kvshare.training import loop
+from torchrec_kvshare.training import checkpoints, loop
+from torchrec_kvshare.training.checkpoints import (
+    PROGRESS,
+    checkpoints_of,
+    load_progress,
+    load_weights,
+    non_finite,
+)
 from torchrec_kvshare.training.evaluate import evaluate_catalogue, evaluate_sampled, model_scorer
-from torchrec_kvshare.training.loop import CHECKPOINT, load_weights, non_finite
-from torchrec_kvshare.training.run import load_dataset, load_trained, new_model, train_run
+from torchrec_kvshare.training.ranks import Ranks, joined_ranks
+from torchrec_kvshare.training.run import (
+    load_dataset,
+    load_trained,
+    new_model,
+    settings_of,
+    train_run,
+)
+from torchrec_kvshare.training.sharding import ADAGRAD, TableSettings, local_weights
 
 METRIC_NAMES = ("AUC", "GAUC", "NE", "HR@10", "NDCG@10")
 
@@ -62,7 +81,24 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def checkpoint(folder: Path, kind: str = "causal") -> dict[str, Any]:
-    return torch.load(folder / kind / CHECKPOINT, weights_only=True)
+    """Return the last checkpoint: progress, and the tensors of model and optimizer by key."""
+    found = checkpoints_of(folder / kind)[-1]
+    state: dict[str, Any] = {}
+    _load_state_dict(
+        state, FileSystemReader(found), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    return state | {"progress": load_progress(found)}
+
+
+def tensors(state: Mapping[str, Any], path: str = "") -> dict[str, torch.Tensor]:
+    """Return all tensors of nested dictionaries by their path."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            found |= tensors(value, f"{path}{name}/")
+        elif isinstance(value, torch.Tensor):
+            found[f"{path}{name}"] = value
+    return found
 
 
 def test_points_of_a_writer_replace_those_of_one_opened_in_the_same_second(tmp_path: Path) -> None:
@@ -79,17 +115,11 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert (folder / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
     found, wanted = checkpoint(folder), checkpoint(expected)
     assert found["progress"] == wanted["progress"]
-    assert list(found["model"]) == list(wanted["model"])
-    for name, tensor in wanted["model"].items():
-        assert torch.equal(found["model"][name], tensor), name
-    for optimizer, expected_optimizer in zip(
-        found["optimizers"][:2], wanted["optimizers"][:2], strict=True
-    ):
-        for parameter, state in expected_optimizer["state"].items():
-            for name, value in state.items():
-                assert torch.equal(
-                    torch.as_tensor(optimizer["state"][parameter][name]), torch.as_tensor(value)
-                )
+    assert set(found) == {"progress", "model", "optimizer"}
+    ours, theirs = tensors(found), tensors(wanted)
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
 
 
 # --- learning
@@ -123,7 +153,7 @@ def test_a_run_is_reproducible_and_its_seed_matters(finished: Path, tmp_path: Pa
 
 
 def test_how_often_checkpoints_are_written_does_not_matter(finished: Path, tmp_path: Path) -> None:
-    metrics = train_run(tiny_config(tmp_path / "run", checkpoint_seconds=1e9))
+    metrics = train_run(tiny_config(tmp_path / "run", checkpoint_seconds=0.0))
     assert {"test": metrics} == json.loads((finished / "metrics.json").read_text())
 
 
@@ -142,7 +172,7 @@ def test_the_trained_model_is_loaded_without_its_data(finished: Path) -> None:
     assert schema.to_json() == dataset.schema.to_json()
     assert not model.training
     for name, tensor in checkpoint(finished)["model"].items():
-        assert torch.equal(model.state_dict()[name], tensor)
+        assert torch.equal(model.state_dict()[name.removeprefix("model.")], tensor)
 
 
 def test_the_schema_survives_being_written(finished: Path) -> None:
@@ -153,29 +183,34 @@ def test_the_schema_survives_being_written(finished: Path) -> None:
 def test_weights_do_not_fit_another_model(finished: Path) -> None:
     _, schema = load_trained(finished)
     wider = new_model(schema, replace(MODEL, dim=32), "causal", 0)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        load_weights(wider, finished / "causal")
+    with pytest.raises(TrainingError, match="does not fit the model: "):
+        load_weights(DLRMTrain(wider), finished / "causal")
 
 
 def test_a_step_changes_the_table_rows_of_its_batch_alone(tmp_path: Path) -> None:
     """AdamW wrote every row of every table at each step: 1.06 s with a million items."""
+    with joined_ranks(torch.device("cpu")) as ranks:
+        check_changed_rows(tmp_path, ranks)
+
+
+def check_changed_rows(tmp_path: Path, ranks: Ranks) -> None:
     dataset = load_dataset(tiny_config(tmp_path))
     model = new_model(dataset.schema, MODEL, "causal", 0)
     settings = loop.TrainSettings(
         epochs=1,
         learning_rate=1e-2,
-        table_learning_rate=1e-2,
+        tables=TableSettings(ADAGRAD, learning_rate=1e-2),
         weight_decay=0.0,
         batch_targets=8,
         negatives=2,
         seed=0,
         checkpoint_seconds=1e9,
     )
-    trainer = loop.Trainer(model, dataset, settings, tmp_path)
+    trainer = loop.Trainer(model, dataset, settings, tmp_path, ranks)
     batches = trainer.epoch_batches(0)
-    trainer.step(trainer.batch(batches[0], 0, 0))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batch = trainer.batch(batches[1], 0, 1)
+    trainer.step(trainer.batch(batches[0], 0))
+    before = {k: v.clone() for k, v in local_weights(trainer.sharded.state_dict()).items()}
+    batch = trainer.batch(batches[1], 0)
     trainer.step(batch)
     features = batch.sparse_features
     keys = ["candidates.item_id", f"{HISTORY}.item_id"]
@@ -185,63 +220,78 @@ def test_a_step_changes_the_table_rows_of_its_batch_alone(tmp_path: Path) -> Non
         "user_bags.embedding_bags.bag_user_id.weight": ["user_id"],
     }
     for suffix, met_keys in met_by_table.items():
-        name = next(name for name in before if name.endswith(suffix))
-        changed = (before[name] != model.state_dict()[name]).any(1).nonzero().flatten()
+        name = next(name for name in before if name.removesuffix("[0]").endswith(suffix))
+        after = local_weights(trainer.sharded.state_dict())[name]
+        changed = (before[name] != after).any(1).nonzero().flatten()
         met = torch.cat([features[key].values() for key in met_keys]).unique()
         assert 0 < len(changed) < len(before[name])
         assert np.isin(changed, met).all()
 
 
-def test_learning_rates_end_at_zero(finished: Path) -> None:
+def test_learning_rates_end_at_zero(tmp_path: Path) -> None:
     """They rose again at the end if later epochs had more batches than the first."""
-    for optimizer in checkpoint(finished)["optimizers"][:2]:
-        assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.0, abs=1e-12)
+    dataset = load_dataset(tiny_config(tmp_path))
+    model = new_model(dataset.schema, MODEL, "causal", 0)
+    with joined_ranks(torch.device("cpu")) as ranks:
+        folders = tmp_path / "run", tmp_path / "tensorboard"
+        trainer = loop.train(model, dataset, settings_of(tiny_config(tmp_path)), *folders, ranks)
+    assert trainer.progress.step == trainer.num_steps
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert len(rates) > 1
+    # Of the last of 69 steps: 3e-3 for dense parameters and 2e-2 for tables at the first one.
+    assert all(0.0 < rate < 2e-5 for rate in rates)
 
 
 # --- a run that was stopped
 
 
 def interrupted(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Stop a run in the middle of its ``at``-th checkpoint, with half of the file written."""
+    """Stop a run in the middle of its ``at``-th checkpoint, with half of a file written."""
     num_saves = 0
 
-    def save(state: dict[str, Any], path: Path) -> None:
+    def save(state: dict[str, Any], checkpoint_id: Path) -> None:
         nonlocal num_saves
         num_saves += 1
-        real_save(state, path)
+        real_save(state, checkpoint_id=checkpoint_id)
         if num_saves == at:
+            path = next(checkpoint_id.glob("*.distcp"))
             written = path.read_bytes()
             path.write_bytes(written[: len(written) // 2])
             raise KeyboardInterrupt
 
-    real_save = torch.save
+    real_save = checkpoints.dcp.save
     with monkeypatch.context() as patch:
-        patch.setattr(loop.torch, "save", save)
+        patch.setattr(checkpoints.dcp, "save", save)
         with pytest.raises(KeyboardInterrupt):
             train_run(config)
+
+
+def torn(folder: Path) -> list[Path]:
+    """Return checkpoints that were not written to their end."""
+    return list((folder / "causal").glob(".*.new"))
 
 
 def test_a_checkpoint_is_never_torn(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(tmp_path / "run")
+    config = tiny_config(tmp_path / "run", checkpoint_seconds=0.0)
     # In the first epoch; at its end, after its validation; in the second epoch.
     for at in (8, 16, 10):
         interrupted(config, monkeypatch, at)
-        assert (tmp_path / "run" / "causal" / f"{CHECKPOINT}.new").exists()
+        assert len(torn(tmp_path / "run")) == 1
         checkpoint(tmp_path / "run")
         assert not (tmp_path / "run" / "metrics.json").exists()
     train_run(config)
     assert_same_run(tmp_path / "run", finished)
-    assert not (tmp_path / "run" / "causal" / f"{CHECKPOINT}.new").exists()
+    assert torn(tmp_path / "run") == []
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_anew(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(tmp_path / "run")
+    config = tiny_config(tmp_path / "run", checkpoint_seconds=0.0)
     interrupted(config, monkeypatch, 1)
-    assert not (tmp_path / "run" / "causal" / CHECKPOINT).exists()
+    assert checkpoints_of(tmp_path / "run" / "causal") == []
     train_run(config)
     assert_same_run(tmp_path / "run", finished)
 
@@ -278,6 +328,11 @@ train_run(TrainConfig(**{k: kinds[k](**v) if k in kinds else v for k, v in value
 """
 
 
+def num_steps_of(folder: Path) -> int:
+    """Return the step of the last checkpoint, 0 if there is none."""
+    return max((int(path.name) for path in checkpoints_of(folder)), default=0)
+
+
 def killed_in_process(config: TrainConfig, patch: str) -> int:
     """Run a config in a process that a patch kills; return its exit status."""
     process = fresh_process(
@@ -290,12 +345,10 @@ def killed_in_process(config: TrainConfig, patch: str) -> int:
 @pytest.fixture
 def killed(tmp_path: Path) -> TrainConfig:
     """A run whose process was killed by SIGKILL after some twenty batches."""
-    config = tiny_config(tmp_path / "run")
+    config = tiny_config(tmp_path / "run", checkpoint_seconds=0.0)
     process = fresh_process(RUN_CONFIG + TRAIN, json.dumps(asdict(config)), OMP_NUM_THREADS="1")
-    path = tmp_path / "run" / "causal" / CHECKPOINT
-    while process.poll() is None and (
-        not path.exists() or checkpoint(tmp_path / "run")["progress"]["batch"] < 20
-    ):
+    folder = tmp_path / "run" / "causal"
+    while process.poll() is None and num_steps_of(folder) < 20:
         time.sleep(0.002)
     process.kill()
     _, errors = process.communicate()
@@ -313,10 +366,10 @@ def test_a_killed_run_resumes_to_the_same_result(
     num_steps = 0
     real_step = loop.Trainer.step
 
-    def step(self: loop.Trainer, batch: Any) -> float:
+    def step(self: loop.Trainer, batch: Any, **given: Any) -> float:
         nonlocal num_steps
         num_steps += 1
-        return real_step(self, batch)
+        return real_step(self, batch, **given)
 
     monkeypatch.setattr(loop.Trainer, "step", step)
     train_run(killed)
@@ -343,7 +396,7 @@ def test_a_run_killed_at_a_validation_neither_repeats_nor_loses_it(
     finished: Path, tmp_path: Path, at: str
 ) -> None:
     """The checkpoint was written before the validation: a run killed in between never had it."""
-    config = tiny_config(tmp_path / "run", checkpoint_seconds=1e9)
+    config = tiny_config(tmp_path / "run")
     died_of = killed_in_process(
         config,
         f"""
@@ -369,7 +422,7 @@ Trainer._save = save
 def test_a_run_killed_during_its_test_logs_its_test_metrics_once(
     finished: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(tmp_path / "run", checkpoint_seconds=1e9)
+    config = tiny_config(tmp_path / "run")
     died_of = killed_in_process(
         config,
         """
@@ -404,7 +457,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
         str(error.value),
     )
     assert not (tmp_path / "run" / "metrics.json").exists()
-    if (tmp_path / "run" / "causal" / CHECKPOINT).exists():
+    if checkpoints_of(tmp_path / "run" / "causal"):
         assert non_finite(checkpoint(tmp_path / "run")["model"]) == ""
 
 
@@ -414,17 +467,17 @@ def test_the_checkpoint_before_a_weight_that_is_not_finite_stays(
     """A checkpoint with NaN weights was written."""
     real_step = loop.Trainer.step
 
-    def step(self: loop.Trainer, batch: Any) -> float:
-        loss = real_step(self, batch)
+    def step(self: loop.Trainer, batch: Any, **given: Any) -> float:
+        loss = real_step(self, batch, **given)
         if self.progress.step == 9:
             with torch.no_grad():
-                next(self.model.over_arch.parameters()).fill_(math.nan)
+                next(self.ranker.over_arch.parameters()).fill_(math.nan)
         return loss
 
-    config = tiny_config(tmp_path / "run")
+    config = tiny_config(tmp_path / "run", checkpoint_seconds=0.0)
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "step", step)
-        with pytest.raises(TrainingError, match=r"batch 11: .* values of over_arch\..* not finite"):
+        with pytest.raises(TrainingError, match=r"batch 11: .* values of model\.over_arch\."):
             train_run(config)
     kept = checkpoint(tmp_path / "run")
     assert kept["progress"] == {"epoch": 0, "batch": 9, "step": 9}
@@ -442,10 +495,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(
 ) -> None:
     """A NaN row passed export and ended scoring."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    state = torch.load(run / "causal" / CHECKPOINT, weights_only=True)
+    state = checkpoint(run)
     name = next(name for name in state["model"] if name.endswith("item_id.weight"))
     state["model"][name][3, 1] = value
-    torch.save(state, run / "causal" / CHECKPOINT)
+    found = checkpoints_of(run / "causal")[-1]
+    progress = (found / PROGRESS).read_text()
+    shutil.rmtree(found)
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.save({"model": state["model"]}, checkpoint_id=found, no_dist=True)
+    (found / PROGRESS).write_text(progress)
     count = state["model"][name].numel()
     with pytest.raises(TrainingError, match=rf"1 of the {count} values of {re.escape(name)} are"):
         load_trained(run)
@@ -547,10 +605,11 @@ def test_other_data_is_refused_by_a_run_that_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = log_config(tmp_path, tmp_path / "run", rows_of_a_log())
-    interrupted(config, monkeypatch, 2)
+    interrupted(replace(config, checkpoint_seconds=0.0), monkeypatch, 2)
     before = files_of(tmp_path / "run")
+    fewer = log_config(tmp_path, tmp_path / "run", rows_of_a_log()[1:])
     with pytest.raises(DataError, match="has changed: 1 event fewer"):
-        train_run(log_config(tmp_path, tmp_path / "run", rows_of_a_log()[1:]))
+        train_run(replace(fewer, checkpoint_seconds=0.0))
     assert files_of(tmp_path / "run") == before
 
 

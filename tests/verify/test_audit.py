@@ -180,7 +180,7 @@ class ToldTheCandidates(HistoryPooling):
 
 def with_pooling(pooling: type) -> Callable[[RankingModel], None]:
     def plant(model: RankingModel) -> None:
-        model.collection.poolings[0].__class__ = pooling
+        model.collection.histories.poolings[0].__class__ = pooling
 
     return plant
 

@@ -66,7 +66,10 @@ MEANING_BY_ERROR = {
     "read only replica": "it is a read-only replica",
 }
 # Errors that point to the configuration only if no call has succeeded yet.
-ENDED = ("Connection reset", "Connection closed", "Connection not ready", "Broken pipe")
+ENDED = (
+    *("Connection reset", "Connection closed", "Connection not ready", "Broken pipe"),
+    "EOF occurred",
+)
 
 # A server that is out of memory refuses only the first write of a script. In PUT that is SET, so
 # nothing is written. In FORGET it comes last, after UNLINK has freed memory, so it does not fail.
@@ -306,7 +309,12 @@ class RemoteTier:
             return ""
         if self._is_tls and error.startswith("Timeout"):
             return "it may speak no TLS; then cache.remote.url must begin with redis://: "
-        if not self._is_tls and any(mark in error for mark in ENDED):
+        if self._is_tls and any(mark in error for mark in ENDED):
+            return (
+                "it asks for a certificate (cache.remote.tls_cert_file and "
+                "cache.remote.tls_key_file), or ended the handshake for another reason: "
+            )
+        if any(mark in error for mark in ENDED):
             return (
                 "it asks for a password (cache.remote.password_file), speaks TLS (rediss:// in "
                 "cache.remote.url) or is not Redis: "

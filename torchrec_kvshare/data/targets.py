@@ -17,6 +17,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch
 
 from torchrec_kvshare.data.dataset import Dataset, Ints, ranges
+from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.errors import DataError
 from torchrec_kvshare.features.bags import Bags, single
 from torchrec_kvshare.features.batches import assemble
@@ -39,6 +40,8 @@ MAX_TARGETS_PER_WINDOW = 256  # further targets get a copy of the window, so tha
 MIN_CATALOGUE = 2  # items: the target's own and a negative
 # Training shows this share of ids as unknown, so that the row of unknown ids is trained.
 UNKNOWN_SHARE = 0.01
+# Second keys of draws that choose unknown ids; those of candidates are their slots, from 0.
+OF_USERS, OF_EVENTS = np.array([-1]), np.array([-2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,16 +142,14 @@ def batches_of(
     yield from np.split(order, np.flatnonzero(np.diff(batch)) + 1)
 
 
-def sample_negatives(
-    dataset: Dataset, targets: Ints, num_negatives: int, rng: np.random.Generator
-) -> Ints:
+def sample_negatives(dataset: Dataset, targets: Ints, num_negatives: int, draws: Draws) -> Ints:
     """Draw negatives from the catalogue at random, never the target's own item.
 
     Args:
         dataset: holds the catalogue.
         targets: [P] event indices of the targets.
         num_negatives: number of negatives per target.
-        rng: random generator.
+        draws: random numbers by target.
 
     Returns:
         [P, num_negatives] item codes.
@@ -162,23 +163,21 @@ def sample_negatives(
             f"the catalogue, the items of the training split, has {len(catalogue)} item; negatives "
             f"need at least {MIN_CATALOGUE}"
         )
-    drawn = rng.integers(0, len(catalogue), (len(targets), num_negatives))
+    drawn = draws.below(len(catalogue), targets[:, None], np.arange(num_negatives))
     negatives = catalogue[drawn]
     own = negatives == dataset.item[targets][:, None]
     # The next item of the catalogue replaces the target's own, so it comes twice as often.
     return np.where(own, catalogue[(drawn + 1) % len(catalogue)], negatives)
 
 
-def build_batch(
-    dataset: Dataset, windows: Windows, candidates: Ints, rng: np.random.Generator | None
-) -> Batch:
+def build_batch(dataset: Dataset, windows: Windows, candidates: Ints, draws: Draws | None) -> Batch:
     """Build a TorchRec batch: every target with its negatives over its window's history.
 
     Args:
         dataset: holds the windows.
         windows: W windows, which become the user rows of the batch.
         candidates: [P, 1 + negatives] item codes of each target's candidates, its own item first.
-        rng: in training, draws the ids to show as unknown; None shows all ids.
+        draws: in training, chooses the ids to show as unknown; None shows all ids.
 
     Returns:
         A VBE batch with C = P x (1 + negatives) candidates; the first of each target has its label.
@@ -192,7 +191,7 @@ def build_batch(
         key: single(_tensor(np.repeat(values, candidates.shape[1])))
         for key, values in moments.items()
     }
-    return _assemble(dataset, windows, candidates, window_of_target, bags=bags, rng=rng)
+    return _assemble(dataset, windows, candidates, window_of_target, bags=bags, draws=draws)
 
 
 def build_catalogue_batch(dataset: Dataset, windows: Windows, candidates: Ints) -> Batch:
@@ -209,7 +208,7 @@ def build_catalogue_batch(dataset: Dataset, windows: Windows, candidates: Ints) 
     assert (windows.num_targets == 1).all()
     bags = {REQUEST_TIME: single(_tensor(dataset.time[windows.targets]))}
     window_of_target = np.arange(len(windows.user))
-    return _assemble(dataset, windows, candidates, window_of_target, bags=bags, rng=None)
+    return _assemble(dataset, windows, candidates, window_of_target, bags=bags, draws=None)
 
 
 def _assemble(
@@ -218,14 +217,17 @@ def _assemble(
     candidates: Ints,
     window_of_target: Ints,
     bags: dict[str, Bags],
-    rng: np.random.Generator | None,
+    draws: Draws | None,
 ) -> Batch:
     num_candidates = candidates.shape[1]
     codes = candidates.ravel()
-    bags |= _user_bags(dataset, windows, rng)
+    slots = np.tile(np.arange(num_candidates), len(windows.targets))
+    bags |= _user_bags(dataset, windows, draws)
     for history in windows.first_event:
-        bags |= _event_bags(dataset, windows, history, rng)
-    bags[candidate_key(ITEM)] = single(_hidden(dataset.item_row[codes], rng))
+        bags |= _event_bags(dataset, windows, history, draws)
+    bags[candidate_key(ITEM)] = single(
+        _hidden(dataset.item_row[codes], draws, np.repeat(windows.targets, num_candidates), slots)
+    )
     for name, rows in dataset.item_attributes.items():
         bags[candidate_key(name)] = _bags(*rows.take(codes))
     labels = np.zeros(candidates.shape, np.float32)
@@ -239,24 +241,24 @@ def _assemble(
     )
 
 
-def _user_bags(
-    dataset: Dataset, windows: Windows, rng: np.random.Generator | None
-) -> dict[str, Bags]:
-    bags = {USER: single(_hidden(dataset.user_row[windows.user], rng))}
+def _user_bags(dataset: Dataset, windows: Windows, draws: Draws | None) -> dict[str, Bags]:
+    bags = {USER: single(_hidden(dataset.user_row[windows.user], draws, windows.user, OF_USERS))}
     for name, rows in dataset.context.items():
         bags[context_key(name)] = _bags(*rows.take(windows.user))
     return bags
 
 
 def _event_bags(
-    dataset: Dataset, windows: Windows, history: str, rng: np.random.Generator | None
+    dataset: Dataset, windows: Windows, history: str, draws: Draws | None
 ) -> dict[str, Bags]:
     read = ranges(windows.first_event[history], windows.num_events[history])
     events = dataset.indices_by_history[history][read]
     lengths = _tensor(windows.num_events[history])
     items = dataset.item[events]
     bags = {
-        history_key(history, ITEM): Bags(_hidden(dataset.item_row[items], rng), lengths),
+        history_key(history, ITEM): Bags(
+            _hidden(dataset.item_row[items], draws, events, OF_EVENTS), lengths
+        ),
         history_key(history, TIME): Bags(_tensor(dataset.time[events]), lengths),
     }
     if dataset.schema.has_action:
@@ -272,9 +274,10 @@ def _dense(dataset: Dataset, items: Ints, time: Ints) -> Tensor:
     return torch.from_numpy(np.concatenate(columns, axis=1))
 
 
-def _hidden(rows: Ints, rng: np.random.Generator | None) -> Tensor:
-    if rng is not None:
-        rows = np.where(rng.random(len(rows)) < UNKNOWN_SHARE, UNKNOWN_ROW, rows)
+def _hidden(rows: Ints, draws: Draws | None, *keys: Ints) -> Tensor:
+    """Show a share of rows as unknown, chosen by their keys."""
+    if draws is not None:
+        rows = np.where(draws.uniform(*keys) < UNKNOWN_SHARE, UNKNOWN_ROW, rows)
     return _tensor(rows)
 
 

@@ -59,6 +59,38 @@ class OneStride(nn.Module):
         return batch_of_one_stride(self.keys, rows, rows[0].lengths().size(0))
 
 
+class FeatureOrder(nn.Module):
+    """Pooled features side by side in one order: a sharded collection returns them in shard order.
+
+    Args:
+        keys: the features.
+    """
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def forward(self, pooled: KeyedTensor) -> Tensor:
+        by_key = pooled.to_dict()
+        return torch.cat([by_key[key] for key in self.keys], dim=1)
+
+
+class RepeatForCandidates(nn.Module):
+    """Rows of users, each repeated for every candidate of the user: [C, features x E].
+
+    Args:
+        user_key: a feature with a row per user.
+    """
+
+    def __init__(self, user_key: str) -> None:
+        super().__init__()
+        self.user_key = user_key
+
+    def forward(self, users: Tensor, features: KeyedJaggedTensor) -> Tensor:
+        keys, inverse_indices = features.inverse_indices()
+        return users.index_select(0, inverse_indices[keys.index(self.user_key)])
+
+
 class UserCandidateBags(EmbeddingBagCollectionInterface):
     """An EmbeddingBagCollection over a batch of B user rows and C candidate rows.
 
@@ -76,32 +108,26 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
         self._configs: list[EmbeddingBagConfig] = (
             user_bags.embedding_bag_configs() + candidate_bags.embedding_bag_configs()
         )
-        self.user_keys: list[str] = feature_names(user_bags)
-        self.candidate_keys: list[str] = feature_names(candidate_bags)
-        self.user_features = OneStride(self.user_keys)
-        self.candidate_features = OneStride(self.candidate_keys)
-        self.user_key: str = self.user_keys[0]
-        self._output_keys: list[str] = self.user_keys + self.candidate_keys
+        user_keys, candidate_keys = feature_names(user_bags), feature_names(candidate_bags)
+        self.user_features = OneStride(user_keys)
+        self.user_order = FeatureOrder(user_keys)
+        self.repeat_for_candidates = RepeatForCandidates(user_keys[0])
+        self.candidate_features = OneStride(candidate_keys)
+        self.candidate_order = FeatureOrder(candidate_keys)
+        self._output_keys: list[str] = user_keys + candidate_keys
         self._output_dims: list[int] = [
             c.embedding_dim for c in self._configs for _ in c.feature_names
         ]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pool each feature for each candidate: [C, features x E], users' features first."""
-        keys, inverse_indices = features.inverse_indices()
-        candidate_user = inverse_indices[keys.index(self.user_key)]
-        # By name: a sharded collection returns its features in shard order.
-        users = self.user_bags(self.user_features(features)).to_dict()
-        candidates = self.candidate_bags(self.candidate_features(features)).to_dict()
-        values: list[Tensor] = []
-        for key in self.user_keys:
-            values.append(users[key].index_select(0, candidate_user))
-        for key in self.candidate_keys:
-            values.append(candidates[key])
+        users = self.user_order(self.user_bags(self.user_features(features)))
+        candidates = self.candidate_order(self.candidate_bags(self.candidate_features(features)))
+        repeated = self.repeat_for_candidates(users, features)
         return KeyedTensor(
             keys=self._output_keys,
             length_per_key=self._output_dims,
-            values=torch.cat(values, dim=1),
+            values=torch.cat([repeated, candidates], dim=1),
         )
 
     @torch.jit.ignore
@@ -120,12 +146,15 @@ def feature_names(bags: EmbeddingBagCollectionInterface) -> list[str]:
     return [key for config in bags.embedding_bag_configs() for key in config.feature_names]
 
 
-def user_candidate_bags(schema: FeatureSchema, dim: int) -> UserCandidateBags:
+def user_candidate_bags(
+    schema: FeatureSchema, dim: int, table_device: torch.device | None = None
+) -> UserCandidateBags:
     """Make the tables for a schema: user and context for users, item and attributes for candidates.
 
     Args:
         schema: columns and table sizes.
         dim: width E of every table.
+        table_device: of the tables; ``meta`` for tables that are drawn when they are sharded.
 
     Returns:
         The collection with freshly drawn weights.
@@ -134,8 +163,8 @@ def user_candidate_bags(schema: FeatureSchema, dim: int) -> UserCandidateBags:
     candidate_keys = {ITEM: candidate_key(ITEM)}
     candidate_keys |= {item_key(c): candidate_key(c) for c in schema.item_attributes}
     return UserCandidateBags(
-        EmbeddingBagCollection(tables=_tables(schema, user_keys, dim)),
-        EmbeddingBagCollection(tables=_tables(schema, candidate_keys, dim)),
+        EmbeddingBagCollection(tables=_tables(schema, user_keys, dim), device=table_device),
+        EmbeddingBagCollection(tables=_tables(schema, candidate_keys, dim), device=table_device),
     )
 
 

@@ -48,7 +48,12 @@ from torchrec_kvshare.history.pages import (
     users_of_rows,
 )
 from torchrec_kvshare.history.tower import HistoryTower
-from torchrec_kvshare.model.bags import batch_of_one_stride, feature_names, user_candidate_bags
+from torchrec_kvshare.model.bags import (
+    FeatureOrder,
+    batch_of_one_stride,
+    feature_names,
+    user_candidate_bags,
+)
 from torchrec_kvshare.model.stages import ATTEND, PREFILL
 
 START_POSITION_SCALE = 0.25  # relative to the other tables: an event's content matters most
@@ -263,26 +268,15 @@ class HistoryPooling(nn.Module):
         return self.tower.attend(candidates, entered, groups.offsets, kv, visibility, event_offsets)
 
 
-class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
-    """An EmbeddingBagCollection with one more feature for each history, pooled by attention.
+class Histories(nn.Module):
+    """All histories of the schema: K/V from events, and one vector per candidate and history.
+
+    One module, so that TorchRec's train pipelines, which trace the collection, take it as a leaf.
 
     Args:
-        bags: the ranking stage's own collection; may be TorchRec's EmbeddingBagCollection.
-        token_embeddings: tables of the tokens' columns; histories and candidates share the item's.
-        towers: an encoder for each history of the schema; their width is that of the pooled vector.
+        towers: an encoder for each history of the schema.
+        token_keys: features of the token tables.
         schema: columns of events and candidates.
-
-    Raises:
-        ConfigError: if the widths of the tables differ from the towers', or a history has no tower.
-
-    Example:
-        >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Vocabulary, Window
-        >>> vocabularies = {"user_id": Vocabulary(["u"]), "item_id": Vocabulary(["a", "b"])}
-        >>> histories = (History("history", Window(8, 4)),)
-        >>> schema = FeatureSchema(vocabularies, histories=histories)
-        >>> collection = kvshare_collection(schema, TowerSpec("causal", 16, 2, 4))
-        >>> [config.feature_names for config in collection.embedding_bag_configs()]
-        [['user_id'], ['candidates.item_id'], ['history']]
     """
 
     user_key: Final[str] = USER
@@ -291,29 +285,12 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     attend_stage: Final[str] = ATTEND
 
     def __init__(
-        self,
-        bags: EmbeddingBagCollectionInterface,
-        token_embeddings: EmbeddingCollection,
-        towers: Mapping[str, HistoryTower],
-        schema: FeatureSchema,
+        self, towers: Mapping[str, HistoryTower], token_keys: list[str], schema: FeatureSchema
     ) -> None:
         super().__init__()
-        names = [history.name for history in schema.histories]
-        if names != list(towers):
-            raise ConfigError(f"towers are for {list(towers)}; the schema's histories are {names}")
-        dim = towers[names[0]].dim
-        for config in [*bags.embedding_bag_configs(), *token_embeddings.embedding_configs()]:
-            if config.embedding_dim != dim:
-                raise ConfigError(
-                    f"table {config.name} is {config.embedding_dim} wide; the tower is {dim}"
-                )
-        self.bags = bags
-        self.bag_keys: list[str] = feature_names(bags)
-        self.token_embeddings = token_embeddings
-        token_keys = [k for c in token_embeddings.embedding_configs() for k in c.feature_names]
-        self.token_features = TokenFeatures(token_keys, names)
-        self.candidate_tokens = CandidateTokens(schema.item_attributes, towers[names[0]].num_tokens)
-        self.first_time_key: str = history_key(names[0], TIME)
+        first = schema.histories[0].name
+        self.candidate_tokens = CandidateTokens(schema.item_attributes, towers[first].num_tokens)
+        self.first_time_key: str = history_key(first, TIME)
         self.poolings = nn.ModuleList()
         for history in schema.histories:
             event_keys = [history_key(history.name, column) for column in schema.event_columns]
@@ -322,48 +299,18 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             self.poolings.append(
                 HistoryPooling(towers[history.name], history.name, event_keys, bag_keys)
             )
-        self._configs: list[EmbeddingBagConfig] = [
-            *bags.embedding_bag_configs(),
-            *[
-                EmbeddingBagConfig(
-                    name=name, embedding_dim=dim, num_embeddings=1, feature_names=[name]
-                )
-                for name in names
-            ],
-        ]
-        self._output_keys: list[str] = [key for c in self._configs for key in c.feature_names]
-        self._output_dims: list[int] = [dim] * len(self._output_keys)
-
-    @torch.jit.ignore
-    def towers(self) -> list[HistoryTower]:
-        """Return the towers, in the order of the schema's histories."""
-        return [p.tower for p in self.poolings if isinstance(p, HistoryPooling)]
 
     def forward(
         self,
+        embedded: dict[str, JaggedTensor],
         features: KeyedJaggedTensor,
-        kv_pages: list[Tensor] | None = None,
-        items: list[Tensor] | None = None,
-    ) -> KeyedTensor:
-        """Pool every feature for every candidate.
-
-        Args:
-            features: a VBE batch as ``features.batches.assemble`` makes it. Each candidate sees all
-                events of its user or, with a key ``visible_key``, that many of the oldest.
-            kv_pages: for each history [planes, P, S, H, D]. If given, K/V is read through the keys
-                ``pages``, and of the histories' columns only the times are needed.
-            items: for each history the result of ``project_candidates`` for these candidates; None
-                computes it.
-
-        Returns:
-            [C, features x E], the pooled histories last.
-        """
+        kv_pages: list[Tensor] | None,
+        items: list[Tensor] | None,
+    ) -> Tensor:
+        """Return the pooled histories [C, histories x E]; see ``KVShareEmbeddingBagCollection``."""
         jagged_by_key = features.to_dict(compute_offsets=False)
-        embedded = self.token_embeddings(self.token_features(features))
         groups = self.group_candidates(features, jagged_by_key)
-        pooled_bags = self.bags(features).to_dict()
-        # By name: a sharded collection returns its features in shard order.
-        values: list[Tensor] = [pooled_bags[key] for key in self.bag_keys]
+        values: list[Tensor] = []
         tokens: list[Tensor] = []
         if items is None:
             tokens.append(
@@ -386,11 +333,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                     rows, entered = both[:, :, : pooling.tower.dim], both[:, :, pooling.tower.dim :]
                 pooled = pooling(rows, entered, groups, kv, jagged_by_key)
             values.append(torch.empty_like(pooled).index_copy(0, groups.order, pooled))
-        return KeyedTensor(
-            keys=self._output_keys,
-            length_per_key=self._output_dims,
-            values=torch.cat(values, dim=1),
-        )
+        return torch.cat(values, dim=1)
 
     def group_candidates(
         self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor]
@@ -407,41 +350,22 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         offsets = torch.searchsorted(users, ends)
         return CandidateGroups(order, request.index_select(0, order), users, offsets)
 
-    @torch.jit.export
-    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """Return K/V of all users' histories in the batch.
-
-        Args:
-            features: the histories' keys; others are ignored.
-
-        Returns:
-            For each history [planes, R, H, D], grouped by user.
-        """
+    def prefill(
+        self, embedded: dict[str, JaggedTensor], features: KeyedJaggedTensor
+    ) -> list[Tensor]:
+        """Return K/V [planes, R, H, D] of each history, grouped by user."""
         jagged_by_key = features.to_dict(compute_offsets=False)
-        embedded = self.token_embeddings(self.token_features(features))
         return [pooling.prefill(embedded, jagged_by_key) for pooling in self.poolings]
 
-    @torch.jit.export
     def extend(
-        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
+        self,
+        embedded: dict[str, JaggedTensor],
+        features: KeyedJaggedTensor,
+        cached: list[Tensor],
+        cached_rows: list[Tensor],
     ) -> list[Tensor]:
-        """Return K/V of new events on top of the cached K/V of the events before them.
-
-        Args:
-            features: the histories' keys with the new events alone, and with ``first_index``, the
-                position of the first of them in the window.
-            cached: for each history [planes, R, H, D], grouped by user: the rows of
-                ``reusable_events``.
-            cached_rows: for each history [B] int64, how many of these rows each user has.
-
-        Returns:
-            For each history [planes, new rows, H, D].
-
-        Raises:
-            ValueError: if a history is of a kind that cannot be extended.
-        """
+        """Return K/V of new events on top of cached rows, ``cached_rows`` [B] of each history."""
         jagged_by_key = features.to_dict(compute_offsets=False)
-        embedded = self.token_embeddings(self.token_features(features))
         extended: list[Tensor] = []
         for index, pooling in enumerate(self.poolings):
             extended.append(
@@ -449,17 +373,10 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             )
         return extended
 
-    @torch.jit.export
-    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
-        """Compute the part of candidates that does not depend on the user or request.
-
-        Args:
-            features: the candidates' keys; others are ignored.
-
-        Returns:
-            For each history [C, M, 4E or 5E]: tokens and their projections in the first layer.
-        """
-        embedded = self.token_embeddings(self.token_features(features))
+    def project_candidates(
+        self, embedded: dict[str, JaggedTensor], features: KeyedJaggedTensor
+    ) -> list[Tensor]:
+        """Return for each history [C, M, 4E or 5E]: tokens and their projections."""
         tokens = self.candidate_tokens(embedded, features.to_dict(compute_offsets=False))
         projected: list[Tensor] = []
         for pooling in self.poolings:
@@ -467,7 +384,6 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             projected.append(torch.cat([rows, entered], dim=2))
         return projected
 
-    @torch.jit.export
     def num_kv_rows(self, num_events: list[int]) -> list[int]:
         """Return how many rows of K/V each history has, given its number of events."""
         rows: list[int] = []
@@ -475,7 +391,6 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             rows.append(pooling.tower.encoder.num_kv_rows(num_events[index]))
         return rows
 
-    @torch.jit.export
     def reusable(
         self, num_matched: list[int], cached_events: list[int], num_events: list[int]
     ) -> list[tuple[int, int]]:
@@ -496,6 +411,157 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             )
             reusable.append((events, pooling.tower.encoder.reusable_rows(events)))
         return reusable
+
+
+class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
+    """An EmbeddingBagCollection with one more feature for each history, pooled by attention.
+
+    Args:
+        bags: the ranking stage's own collection; may be TorchRec's EmbeddingBagCollection.
+        token_embeddings: tables of the tokens' columns; histories and candidates share the item's.
+        towers: an encoder for each history of the schema; their width is that of the pooled vector.
+        schema: columns of events and candidates.
+
+    Raises:
+        ConfigError: if the widths of the tables differ from the towers', or a history has no tower.
+
+    Example:
+        >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Vocabulary, Window
+        >>> vocabularies = {"user_id": Vocabulary(["u"]), "item_id": Vocabulary(["a", "b"])}
+        >>> histories = (History("history", Window(8, 4)),)
+        >>> schema = FeatureSchema(vocabularies, histories=histories)
+        >>> collection = kvshare_collection(schema, TowerSpec("causal", 16, 2, 4))
+        >>> [config.feature_names for config in collection.embedding_bag_configs()]
+        [['user_id'], ['candidates.item_id'], ['history']]
+    """
+
+    def __init__(
+        self,
+        bags: EmbeddingBagCollectionInterface,
+        token_embeddings: EmbeddingCollection,
+        towers: Mapping[str, HistoryTower],
+        schema: FeatureSchema,
+    ) -> None:
+        super().__init__()
+        names = [history.name for history in schema.histories]
+        if names != list(towers):
+            raise ConfigError(f"towers are for {list(towers)}; the schema's histories are {names}")
+        dim = towers[names[0]].dim
+        for config in [*bags.embedding_bag_configs(), *token_embeddings.embedding_configs()]:
+            if config.embedding_dim != dim:
+                raise ConfigError(
+                    f"table {config.name} is {config.embedding_dim} wide; the tower is {dim}"
+                )
+        self.bags = bags
+        self.bag_order = FeatureOrder(feature_names(bags))
+        self.token_embeddings = token_embeddings
+        token_keys = [k for c in token_embeddings.embedding_configs() for k in c.feature_names]
+        self.token_features = TokenFeatures(token_keys, names)
+        self.histories = Histories(towers, token_keys, schema)
+        self._configs: list[EmbeddingBagConfig] = [
+            *bags.embedding_bag_configs(),
+            *[
+                EmbeddingBagConfig(
+                    name=name, embedding_dim=dim, num_embeddings=1, feature_names=[name]
+                )
+                for name in names
+            ],
+        ]
+        self._output_keys: list[str] = [key for c in self._configs for key in c.feature_names]
+        self._output_dims: list[int] = [dim] * len(self._output_keys)
+
+    @torch.jit.ignore
+    def towers(self) -> list[HistoryTower]:
+        """Return the towers, in the order of the schema's histories."""
+        return [p.tower for p in self.histories.poolings if isinstance(p, HistoryPooling)]
+
+    def forward(
+        self,
+        features: KeyedJaggedTensor,
+        kv_pages: list[Tensor] | None = None,
+        items: list[Tensor] | None = None,
+    ) -> KeyedTensor:
+        """Pool every feature for every candidate.
+
+        Args:
+            features: a VBE batch as ``features.batches.assemble`` makes it. Each candidate sees all
+                events of its user or, with a key ``visible_key``, that many of the oldest.
+            kv_pages: for each history [planes, P, S, H, D]. If given, K/V is read through the keys
+                ``pages``, and of the histories' columns only the times are needed.
+            items: for each history the result of ``project_candidates`` for these candidates; None
+                computes it.
+
+        Returns:
+            [C, features x E], the pooled histories last.
+        """
+        embedded = self.token_embeddings(self.token_features(features))
+        pooled_bags = self.bag_order(self.bags(features))
+        pooled_histories = self.histories(embedded, features, kv_pages, items)
+        return KeyedTensor(
+            keys=self._output_keys,
+            length_per_key=self._output_dims,
+            values=torch.cat([pooled_bags, pooled_histories], dim=1),
+        )
+
+    @torch.jit.export
+    def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """Return K/V of all users' histories in the batch.
+
+        Args:
+            features: the histories' keys; others are ignored.
+
+        Returns:
+            For each history [planes, R, H, D], grouped by user.
+        """
+        embedded = self.token_embeddings(self.token_features(features))
+        return self.histories.prefill(embedded, features)
+
+    @torch.jit.export
+    def extend(
+        self, features: KeyedJaggedTensor, cached: list[Tensor], cached_rows: list[Tensor]
+    ) -> list[Tensor]:
+        """Return K/V of new events on top of the cached K/V of the events before them.
+
+        Args:
+            features: the histories' keys with the new events alone, and with ``first_index``, the
+                position of the first of them in the window.
+            cached: for each history [planes, R, H, D], grouped by user: the rows of
+                ``reusable_events``.
+            cached_rows: for each history [B] int64, how many of these rows each user has.
+
+        Returns:
+            For each history [planes, new rows, H, D].
+
+        Raises:
+            ValueError: if a history is of a kind that cannot be extended.
+        """
+        embedded = self.token_embeddings(self.token_features(features))
+        return self.histories.extend(embedded, features, cached, cached_rows)
+
+    @torch.jit.export
+    def project_candidates(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        """Compute the part of candidates that does not depend on the user or request.
+
+        Args:
+            features: the candidates' keys; others are ignored.
+
+        Returns:
+            For each history [C, M, 4E or 5E]: tokens and their projections in the first layer.
+        """
+        embedded = self.token_embeddings(self.token_features(features))
+        return self.histories.project_candidates(embedded, features)
+
+    @torch.jit.export
+    def num_kv_rows(self, num_events: list[int]) -> list[int]:
+        """Return how many rows of K/V each history has, given its number of events."""
+        return self.histories.num_kv_rows(num_events)
+
+    @torch.jit.export
+    def reusable(
+        self, num_matched: list[int], cached_events: list[int], num_events: list[int]
+    ) -> list[tuple[int, int]]:
+        """Return reusable events and rows; see ``Histories.reusable``."""
+        return self.histories.reusable(num_matched, cached_events, num_events)
 
     @torch.jit.ignore
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
@@ -542,7 +608,9 @@ def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[E
     return tables
 
 
-def kvshare_collection(schema: FeatureSchema, spec: TowerSpec) -> KVShareEmbeddingBagCollection:
+def kvshare_collection(
+    schema: FeatureSchema, spec: TowerSpec, table_device: torch.device | None = None
+) -> KVShareEmbeddingBagCollection:
     """Make the collection for a schema; every table is as wide as the towers.
 
     Args:
@@ -553,8 +621,10 @@ def kvshare_collection(schema: FeatureSchema, spec: TowerSpec) -> KVShareEmbeddi
         A collection with freshly drawn weights.
     """
     return KVShareEmbeddingBagCollection(
-        user_candidate_bags(schema, spec.dim),
-        EmbeddingCollection(tables=token_tables(schema, spec.dim, spec.has_positions)),
+        user_candidate_bags(schema, spec.dim, table_device),
+        EmbeddingCollection(
+            tables=token_tables(schema, spec.dim, spec.has_positions), device=table_device
+        ),
         {
             h.name: HistoryTower(spec, h.window.max_history, h.window.block)
             for h in schema.histories

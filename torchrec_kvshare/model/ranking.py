@@ -165,18 +165,24 @@ class RankingModel(nn.Module):
         return self.ranker(dense, features, kv_pages, items).squeeze(1)
 
 
-def dlrm_with_history(schema: FeatureSchema, spec: TowerSpec, top_mlp: list[int]) -> DLRM:
+def dlrm_with_history(
+    schema: FeatureSchema,
+    spec: TowerSpec,
+    top_mlp: list[int],
+    table_device: torch.device | None = None,
+) -> DLRM:
     """Make TorchRec's DLRM with the pooled histories as additional features.
 
     Args:
         schema: columns and table sizes.
         spec: of the towers; every table and the dense arch's output have its width.
         top_mlp: widths of the over arch, the last of them 1.
+        table_device: of the tables; ``meta`` for tables that are drawn when they are sharded.
 
     Returns:
         An unmodified ``torchrec.models.dlrm.DLRM``.
     """
-    collection = kvshare_collection(schema, spec)
+    collection = kvshare_collection(schema, spec, table_device)
     # DLRM's annotation names the class, but it uses only the interface.
     bags = cast(EmbeddingBagCollection, collection)
     return DLRM(bags, schema.num_dense, [spec.dim, spec.dim], top_mlp)
@@ -211,7 +217,9 @@ def takes_prefixes(model: nn.Module) -> bool:
     )
 
 
-def plain_dlrm(schema: FeatureSchema, dim: int, top_mlp: list[int]) -> DLRM:
+def plain_dlrm(
+    schema: FeatureSchema, dim: int, top_mlp: list[int], table_device: torch.device | None = None
+) -> DLRM:
     """Make the same DLRM without a history, for comparison."""
-    bags = cast(EmbeddingBagCollection, user_candidate_bags(schema, dim))
+    bags = cast(EmbeddingBagCollection, user_candidate_bags(schema, dim, table_device))
     return DLRM(bags, schema.num_dense, [dim, dim], top_mlp)

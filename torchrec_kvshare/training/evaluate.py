@@ -5,6 +5,8 @@ is ranked in chunks, so that memory does not grow with it.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 
 from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, Ints
+from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.targets import (
     batches_of,
     build_batch,
@@ -28,8 +31,18 @@ from torchrec_kvshare.training.metrics import (
     num_ahead,
     rank_metrics,
 )
+from torchrec_kvshare.training.ranks import ALONE, Ranks
 
 Scorer = Callable[[Batch], Tensor]  # logits [C]
+
+
+class Scored(NamedTuple):
+    """Targets with the logits and labels [P, 1 + negatives] of their candidates."""
+
+    targets: Ints
+    logits: Tensor
+    labels: Tensor
+
 
 EVALUATION_SEED = 20_240_101  # every scorer gets the same negatives
 TARGETS_AT_A_TIME = 1024
@@ -71,7 +84,13 @@ def popularity_scorer(dataset: Dataset, num_negatives: int) -> Scorer:
 
 
 def evaluate_sampled(
-    score: Scorer, dataset: Dataset, split: int, num_negatives: int, *, share_prefill: bool = True
+    score: Scorer,
+    dataset: Dataset,
+    split: int,
+    num_negatives: int,
+    *,
+    share_prefill: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Values:
     """Compute AUC, GAUC and NE of every target of a split against sampled negatives.
 
@@ -81,28 +100,38 @@ def evaluate_sampled(
         split: ``VALID`` or ``TEST``.
         num_negatives: negatives sampled per target.
         share_prefill: whether targets of a user may see prefixes of one prefill.
+        ranks: the processes that evaluate together, each the targets of its users; all of them must
+            call this.
 
     Returns:
-        ``AUC``, ``GAUC``, ``NE``; None where a metric is undefined.
+        ``AUC``, ``GAUC``, ``NE``; None where a metric is undefined. The same on every rank.
     """
-    rng = np.random.default_rng(EVALUATION_SEED)
+    draws = Draws(EVALUATION_SEED)
     targets = np.flatnonzero(dataset.split == split)
     windows = windows_of(dataset, targets, share_prefill=share_prefill)
-    logits, labels = [], []
+    scored: list[Scored] = []
     for chosen in batches_of(windows, TARGETS_AT_A_TIME, None):
-        part = windows.take(chosen)
-        negatives = sample_negatives(dataset, part.targets, num_negatives, rng)
+        own = chosen[windows.user[chosen] % ranks.world_size == ranks.rank]
+        # A sharded model's ranks call it together: a rank without targets scores some again.
+        part = windows.take(own if len(own) else chosen[:1])
+        negatives = sample_negatives(dataset, part.targets, num_negatives, draws)
         candidates = np.concatenate([dataset.item[part.targets][:, None], negatives], axis=1)
         batch = build_batch(dataset, part, candidates, None)
-        logits.append(score(batch))
-        labels.append(batch.labels)
+        logits = score(batch)
+        if len(own):
+            rows = (len(part.targets), 1 + num_negatives)
+            scored.append(Scored(part.targets, logits.view(rows), batch.labels.view(rows)))
+    everyone = [one for of_rank in ranks.gather(scored) for one in of_rank]
+    order = np.argsort(np.concatenate([one.targets for one in everyone]))
+    logits = torch.cat([one.logits for one in everyone])[order].flatten()
+    labels = torch.cat([one.labels for one in everyone])[order].flatten()
     per_user = np.unique(dataset.event_user[targets], return_counts=True)[1] * (1 + num_negatives)
-    return classification_metrics(
-        torch.sigmoid(torch.cat(logits)), torch.cat(labels), torch.from_numpy(per_user)
-    )
+    return classification_metrics(torch.sigmoid(logits), labels, torch.from_numpy(per_user))
 
 
-def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -> Values:
+def evaluate_catalogue(
+    score: Scorer, dataset: Dataset, max_users: int | None, ranks: Ranks = ALONE
+) -> Values:
     """Compute HR@10 and NDCG@10 of each user's last positive event among the whole catalogue.
 
     Only positive events are held out: finding an item that a user disliked is not a hit. Items that
@@ -114,9 +143,11 @@ def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -
         score: the scorer to evaluate.
         dataset: the last positive event of every user in its test split is held out.
         max_users: number of users to rank for, spread evenly; None for all.
+        ranks: the processes that evaluate together, each some of the users; all of them must call
+            this.
 
     Returns:
-        ``HR@10`` and ``NDCG@10``; None if nothing is held out.
+        ``HR@10`` and ``NDCG@10``; None if nothing is held out. The same on every rank.
     """
     held_out = _last_positives(dataset)
     if max_users is not None and max_users < len(held_out):
@@ -125,10 +156,14 @@ def evaluate_catalogue(score: Scorer, dataset: Dataset, max_users: int | None) -
     never_found = [CUTOFF] * (len(held_out) - len(known))
     users_at_a_time = max(1, CATALOGUE_ROWS_AT_A_TIME // len(dataset.known_items))
     popular_first = _popular_first(dataset)
-    ranks: list[int] = []
-    for first in range(0, len(known), users_at_a_time):
-        ranks += _ranks(score, dataset, known[first : first + users_at_a_time], popular_first)
-    return rank_metrics(ranks + never_found)
+    own = known[ranks.rank :: ranks.world_size]
+    positions: list[int] = []
+    # As many groups on every rank: a rank that has no user left ranks one again.
+    for first in range(0, -(-len(known) // ranks.world_size), users_at_a_time):
+        group = own[first : first + users_at_a_time]
+        found = _positions(score, dataset, group if len(group) else known[:1], popular_first, ranks)
+        positions += found[: len(group)]
+    return rank_metrics([*chain.from_iterable(ranks.gather(positions)), *never_found])
 
 
 def _popular_first(dataset: Dataset) -> Ints:
@@ -149,8 +184,10 @@ def _last_positives(dataset: Dataset) -> Ints:
     )
 
 
-def _ranks(score: Scorer, dataset: Dataset, held_out: Ints, catalogue: Ints) -> list[int]:
-    """Return ranks of the held-out items, from 0; a rank of ``CUTOFF`` or more is a lower bound.
+def _positions(
+    score: Scorer, dataset: Dataset, held_out: Ints, catalogue: Ints, ranks: Ranks
+) -> list[int]:
+    """Return positions of the held-out items, from 0; ``CUTOFF`` or more is a lower bound.
 
     Every chunk encodes the histories again: 1 % of the arithmetic for a history of 256 events
     among 32,768 candidates.
@@ -169,7 +206,7 @@ def _ranks(score: Scorer, dataset: Dataset, held_out: Ints, catalogue: Ints) -> 
         for row, items in enumerate(seen):
             excluded[row] |= np.isin(chunk, items)
         ahead += num_ahead(scores[:, :-1], scores[:, -1], torch.from_numpy(excluded))
-        if bool((ahead >= CUTOFF).all()):
+        if not ranks.sum((ahead < CUTOFF).sum()):
             break
     return ahead.tolist()
 

@@ -1,28 +1,33 @@
 """The training loop: TorchRec's ``DLRMTrain`` over whole windows, resumable at any batch.
 
-Embedding tables get sparse gradients and SparseAdam, so that the cost of a step grows with its
-batch, not with the catalogue; dense parameters get AdamW. Sampling is seeded by epoch and batch,
-and a checkpoint holds the dropout's generator state, so that a run that was killed and restarted
-ends with the weights and the TensorBoard curves of an uninterrupted one.
+The same loop runs in one process and on several ranks. A batch is the same whatever the number of
+ranks: each rank trains on the windows of its users, and losses are weighted so that the ranks
+together learn what one process would. Tables get fused optimizers, so that the cost of a step grows
+with its batch, not with the catalogue; dense parameters get AdamW. Everything random depends on the
+seed and the step, so that a run that was killed and restarted ends with the weights and the
+TensorBoard curves of an uninterrupted one.
 """
 
+import logging
 import math
-import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchrec.datasets.utils import Batch
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
 
 from torchrec_kvshare.data.dataset import TRAIN, VALID, Dataset, Ints
+from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.targets import (
     Windows,
     batches_of,
@@ -32,9 +37,23 @@ from torchrec_kvshare.data.targets import (
 )
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.model.ranking import takes_prefixes
+from torchrec_kvshare.training.checkpoints import (
+    MODEL,
+    OPTIMIZER,
+    checkpoints_of,
+    load_checkpoint,
+    load_progress,
+    non_finite,
+    save_checkpoint,
+)
 from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
+from torchrec_kvshare.training.ranks import Ranks
+from torchrec_kvshare.training.sharding import TableSettings, local_weights, plan_table, shard
 
-CHECKPOINT = "checkpoint.pt"
+logger = logging.getLogger(__name__)
+
+LEARNING_RATE, FIRST_RATE = "lr", "first_lr"
+TABLES, DENSE = "tables", "dense"  # optimizers, in a checkpoint's keys
 
 
 @dataclass(frozen=True)
@@ -43,25 +62,27 @@ class TrainSettings:
 
     Attributes:
         epochs: passes over the training split.
-        learning_rate: first rate of AdamW on dense parameters; falls to zero along a half cosine.
-        table_learning_rate: the same of SparseAdam on embedding tables, whose rows get few
-            gradients each.
+        learning_rate: first rate of AdamW on dense parameters; falls to zero along a half cosine,
+            as that of the tables does.
+        tables: how embedding tables are spread and trained.
         weight_decay: of AdamW on dense parameters; on tables it would shrink rows that
             no batch holds.
-        batch_targets: targets per batch, each with its negatives.
+        batch_targets: targets per batch of all ranks together, each with its negatives.
         negatives: negatives sampled per target.
         seed: of negatives, order and dropout.
         checkpoint_seconds: longest time between two checkpoints, in seconds.
+        keep_checkpoints: number of checkpoints that stay.
     """
 
     epochs: int
     learning_rate: float
-    table_learning_rate: float
+    tables: TableSettings
     weight_decay: float
     batch_targets: int
     negatives: int
     seed: int
     checkpoint_seconds: float
+    keep_checkpoints: int = 1
 
 
 @dataclass
@@ -80,27 +101,42 @@ class Progress:
 
 
 def train(
-    model: DLRM, dataset: Dataset, settings: TrainSettings, folder: Path, log_folder: Path
-) -> None:
-    """Train a model in place, resuming from the folder's checkpoint if there is one.
+    model: DLRM,
+    dataset: Dataset,
+    settings: TrainSettings,
+    folder: Path,
+    log_folder: Path,
+    ranks: Ranks,
+) -> "Trainer":
+    """Train a model, resuming from the folder's checkpoint if there is one.
 
     Args:
-        model: with or without a history.
+        model: with or without a history; its tables are sharded in place.
         dataset: the model is trained on its training split and evaluated on its validation split.
         settings: how to train.
-        folder: holds the checkpoint; the last one is the trained model.
+        folder: holds the checkpoints; the last one is the trained model.
         log_folder: gets loss and examples per second by batch, and NE, AUC and GAUC by epoch, for
             TensorBoard.
+        ranks: the processes that train together; all of them must call this.
+
+    Returns:
+        The trainer, whose ``ranker`` is the trained model.
 
     Raises:
+        ConfigError: if a table cannot be sharded as configured.
         TrainingError: at the first loss or weight that is not finite; the checkpoint before it
             stays.
     """
-    trainer = Trainer(model, dataset, settings, folder)
+    trainer = Trainer(model, dataset, settings, folder, ranks)
     trainer.resume()
+    if not ranks.is_first:
+        trainer.run(None)
+        return trainer
+    logger.info("%s: tables\n%s", folder.name, plan_table(trainer.plan))
     # Points that a killed run logged after its checkpoint are logged again and replaced.
     with open_writer(log_folder, trainer.progress.step) as writer:
         trainer.run(writer)
+    return trainer
 
 
 def open_writer(folder: Path, purge_step: int) -> SummaryWriter:
@@ -115,191 +151,201 @@ def open_writer(folder: Path, purge_step: int) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load the weights of a folder's checkpoint into a model.
-
-    Raises:
-        TrainingError: if a weight is not finite.
-    """
-    weights = torch.load(folder / CHECKPOINT, weights_only=True)["model"]
-    if broken := non_finite(weights):
-        raise TrainingError(f"{folder / CHECKPOINT} cannot be used: {broken}")
-    model.load_state_dict(weights)
-
-
-def non_finite(weights: dict[str, Tensor]) -> str:
-    """Describe the first tensor with a NaN or an infinity; empty if all tensors are finite.
-
-    Example:
-        >>> non_finite({"bias": torch.tensor([1.0, float("nan")])})
-        '1 of the 2 values of bias are not finite'
-    """
-    for name, tensor in weights.items():
-        finite = torch.isfinite(tensor)
-        if not bool(finite.all()):
-            return f"{int((~finite).sum())} of the {finite.numel()} values of {name} are not finite"
-    return ""
-
-
 class Trainer:
-    """A model in training, with its batches, optimizers and progress.
+    """A model in training, its optimizers, its batches and its progress.
 
     Args:
-        model: trained in place; its tables get sparse gradients.
-        dataset: the data to train on.
+        model: its tables are sharded in place.
+        dataset: holds the training split.
         settings: how to train.
-        folder: holds the checkpoint.
+        folder: holds the checkpoints.
+        ranks: the processes that train together.
     """
 
     def __init__(
-        self, model: DLRM, dataset: Dataset, settings: TrainSettings, folder: Path
+        self, model: DLRM, dataset: Dataset, settings: TrainSettings, folder: Path, ranks: Ranks
     ) -> None:
-        self.model = model
         self.dataset = dataset
         self.settings = settings
         self.folder = folder
-        self.train_model = DLRMTrain(model)
+        self.ranks = ranks
         self.share_prefill = takes_prefixes(model)
+        self.ranker = model
+        self.sharded, self.plan = shard(DLRMTrain(model), settings.tables, ranks)
+        self.optimizer = _optimizer(self.sharded, settings)
         training = np.flatnonzero(dataset.split == TRAIN)
         self.windows = windows_of(dataset, training, share_prefill=self.share_prefill)
-        self.optimizers = _optimizers(model, settings)
-        # Windows differ in size, so epochs differ by a batch or so.
-        total_steps = sum(len(self.epoch_batches(epoch)) for epoch in range(settings.epochs))
-        self.schedules = [CosineAnnealingLR(one, total_steps) for one in self.optimizers]
+        # Epochs differ by a batch or so, because windows differ in size.
+        self.num_steps = sum(len(self.epoch_batches(epoch)) for epoch in range(settings.epochs))
         self.progress = Progress()
         self.last_saved = "none"
         self.saved_at = time.monotonic()
 
     def resume(self) -> None:
-        """Load the last checkpoint, if there is one."""
-        torch.manual_seed(self.settings.seed)
-        if not (self.folder / CHECKPOINT).is_file():
+        """Return to the last checkpoint, if there is one."""
+        found = checkpoints_of(self.folder)
+        if not found:
             return
-        state = torch.load(self.folder / CHECKPOINT, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for one, saved in zip(self._stateful(), state["optimizers"], strict=True):
-            one.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        self.progress = Progress(**state["progress"])
-        self.last_saved = _position(self.progress)
+        for name, optimizer in self.optimizer.optimizers:
+            if name == DENSE:
+                # Only state that is there is loaded, and AdamW makes it in its first step.
+                optimizer.init_state()
+        state = self._state()
+        load_checkpoint(found[-1], state)
+        self.sharded.load_state_dict(state[MODEL])
+        self.optimizer.load_state_dict(state[OPTIMIZER])
+        self.progress = Progress(**load_progress(found[-1]))
+        self.last_saved = self._name(self.progress)
 
-    def run(self, writer: SummaryWriter) -> None:
-        """Train the remaining epochs, validating after each."""
+    def run(self, writer: SummaryWriter | None) -> None:
+        """Train the remaining batches; the first rank logs them."""
         for epoch in range(self.progress.epoch, self.settings.epochs):
             self._run_epoch(epoch, writer)
-            values = evaluate_sampled(
-                model_scorer(self.model),
+            watched = evaluate_sampled(
+                model_scorer(self.ranker),
                 self.dataset,
                 VALID,
                 self.settings.negatives,
                 share_prefill=self.share_prefill,
+                ranks=self.ranks,
             )
-            # Logged at the step of the epoch's last batch: a run that was killed logs again from
-            # its checkpoint's step on.
-            for name, value in values.items():
-                if value is not None:
+            # Logged at the step of the epoch's last batch: points that are logged again after a
+            # kill are those of the checkpoint's step or later.
+            for name, value in watched.items():
+                if writer is not None and value is not None:
                     writer.add_scalar(f"valid/{name}", value, self.progress.step - 1)
             self.progress = Progress(epoch + 1, 0, self.progress.step)
             self._save(writer)
 
-    def step(self, batch: Batch) -> float:
-        """Take one optimizer step on a batch; return the loss before it.
+    def step(self, batch: Batch, *, num_trained: int | None = None) -> float:
+        """Train on a batch.
+
+        Args:
+            batch: of this rank.
+            num_trained: number of its candidates that count: 0 for a rank that has no windows and
+                pads. All by default.
+
+        Returns:
+            The loss before the step, over the batches of all ranks.
 
         Raises:
-            TrainingError: if the loss is not finite; the weights are unchanged then.
+            TrainingError: if the loss is not finite; the weights are not changed.
         """
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        loss: Tensor = self.train_model(batch)[0]
-        if not math.isfinite(loss.item()):
-            raise self._diverged(f"the loss is {loss.item()}")
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for schedule in self.schedules:
-            schedule.step()
-        return loss.item()
+        for group in self.optimizer.param_groups:
+            first = group.setdefault(FIRST_RATE, group[LEARNING_RATE])  # type: ignore[attr-defined]
+            group[LEARNING_RATE] = first * self._rate_share()  # type: ignore[index]
+        self.optimizer.zero_grad()
+        # Dropout depends on the step only, so that no generator's state has to be saved.
+        torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.ranks.rank))
+        loss: Tensor = self.sharded(batch)[0]
+        own = batch.labels.numel() if num_trained is None else num_trained
+        # Padding counts for nothing, unless its loss is NaN: 0 x NaN would reach all weights.
+        sums = self.ranks.sum(torch.tensor([loss.item() * own, own], dtype=torch.float64))
+        mean = float(sums[0] / sums[1])
+        if not math.isfinite(mean):
+            raise self._diverged(f"the loss is {mean}")
+        # DistributedDataParallel takes the mean of the ranks' gradients.
+        (loss * (self.ranks.world_size * own / float(sums[1]))).backward()
+        self.optimizer.step()
+        return mean
 
     def epoch_batches(self, epoch: int) -> list[Ints]:
-        """Return the windows of each batch of an epoch."""
+        """Return the windows of each batch of an epoch, those of all ranks."""
         rng = np.random.default_rng([self.settings.seed, epoch])
         return list(batches_of(self.windows, self.settings.batch_targets, rng))
 
-    def batch(self, chosen: Ints, epoch: int, index: int) -> Batch:
-        """Build the batch of some windows; its index in the epoch seeds its negatives."""
-        rng = np.random.default_rng([self.settings.seed, epoch, index])
+    def batch(self, chosen: Ints, epoch: int) -> Batch:
+        """Build a batch from windows."""
+        draws = Draws(self.settings.seed, epoch)
         part: Windows = self.windows.take(chosen)
-        negatives = sample_negatives(self.dataset, part.targets, self.settings.negatives, rng)
+        negatives = sample_negatives(self.dataset, part.targets, self.settings.negatives, draws)
         candidates = np.concatenate([self.dataset.item[part.targets][:, None], negatives], axis=1)
-        return build_batch(self.dataset, part, candidates, rng)
+        return build_batch(self.dataset, part, candidates, draws)
 
-    def _run_epoch(self, epoch: int, writer: SummaryWriter) -> None:
-        self.train_model.train()
+    def own_part(self, chosen: Ints) -> Ints:
+        """Return those windows whose users are this rank's."""
+        return chosen[self.windows.user[chosen] % self.ranks.world_size == self.ranks.rank]
+
+    def _run_epoch(self, epoch: int, writer: SummaryWriter | None) -> None:
+        self.sharded.train()
         batches = self.epoch_batches(epoch)
-        remaining = range(self.progress.batch, len(batches))
+        left = range(self.progress.batch, len(batches))
         title = f"{self.folder.name} epoch {epoch + 1}/{self.settings.epochs}"
-        bar = tqdm(remaining, title, initial=remaining.start, total=len(batches))
+        bar = tqdm(
+            left, title, initial=left.start, total=len(batches), disable=not self.ranks.is_first
+        )
         for index in bar:
             started = time.monotonic()
-            batch = self.batch(batches[index], epoch, index)
-            loss = self.step(batch)
+            own = self.own_part(batches[index])
+            # Every rank takes part in every step: without windows of its own it pads.
+            batch = self.batch(own if len(own) else batches[index][:1], epoch)
+            loss = self.step(batch, num_trained=None if len(own) else 0)
             seconds = time.monotonic() - started
-            writer.add_scalar("train/loss", loss, self.progress.step)
-            writer.add_scalar(
-                "train/examples_per_s", batch.labels.numel() / seconds, self.progress.step
-            )
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if writer is not None:
+                num_examples = self.windows.num_targets[batches[index]].sum()
+                per_second = num_examples * (1 + self.settings.negatives) / seconds
+                writer.add_scalar("train/loss", loss, self.progress.step)
+                writer.add_scalar("train/examples_per_s", per_second, self.progress.step)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self.progress = Progress(epoch, index + 1, self.progress.step + 1)
-            # Not after the last batch: an epoch ends with its validation.
-            is_due = time.monotonic() - self.saved_at > self.settings.checkpoint_seconds
-            if is_due and index + 1 < len(batches):
+            # After an epoch's last batch the checkpoint is written once validation is done.
+            if self._is_due() and index + 1 < len(batches):
                 self._save(writer)
 
+    def _is_due(self) -> bool:
+        """Whether the first rank's clock says that a checkpoint is due; the same on every rank."""
+        is_due = time.monotonic() - self.saved_at > self.settings.checkpoint_seconds
+        return bool(self.ranks.sum(torch.tensor([float(is_due and self.ranks.is_first)])) > 0)
+
+    def _rate_share(self) -> float:
+        """Share of the first learning rates: a half cosine over all steps."""
+        return 0.5 * (1.0 + math.cos(math.pi * self.progress.step / max(self.num_steps, 1)))
+
     def _diverged(self, what: str) -> TrainingError:
-        rates = [f"{one.param_groups[0]['lr']:.3g}" for one in self.optimizers]
+        share = self._rate_share()
         return TrainingError(
-            f"{self.folder.name}, {_position(self.progress)}: {what}; learning_rate is "
-            f"{rates[0]} there, table_learning_rate {rates[1]}. Last finite checkpoint, kept in "
-            f"{self.folder}: {self.last_saved}. Try lower rates, with another output"
+            f"{self.folder.name}, {self._name(self.progress)}: {what}; learning_rate is "
+            f"{self.settings.learning_rate * share:.3g} there, table_learning_rate "
+            f"{self.settings.tables.learning_rate * share:.3g}. Last finite checkpoint, kept in "
+            f"{self.folder}: {self.last_saved}. Lower rates may help, in a folder of their own"
         )
 
-    def _stateful(self) -> list[Any]:
-        return [*self.optimizers, *self.schedules]
+    def _name(self, progress: Progress) -> str:
+        return f"epoch {progress.epoch + 1}, batch {progress.batch + 1}"
 
-    def _save(self, writer: SummaryWriter) -> None:
-        """Replace the checkpoint atomically: a killed run finds the old one or the new one."""
-        weights = self.model.state_dict()
-        if broken := non_finite(weights):
-            raise self._diverged(broken)
-        state: dict[str, Any] = {
-            "model": weights,
-            "optimizers": [one.state_dict() for one in self._stateful()],
-            "rng": torch.get_rng_state(),
-            "progress": vars(self.progress),
-        }
-        # Points logged before the checkpoint are not logged again.
-        writer.flush()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        written = self.folder / f"{CHECKPOINT}.new"
-        torch.save(state, written)
-        os.replace(written, self.folder / CHECKPOINT)
-        self.last_saved = _position(self.progress)
+    def _state(self) -> dict[str, Any]:
+        return {MODEL: self.sharded.state_dict(), OPTIMIZER: self.optimizer.state_dict()}
+
+    def _save(self, writer: SummaryWriter | None) -> None:
+        """Write a checkpoint that a killed run finds whole or not at all."""
+        state = self._state()
+        broken = non_finite(local_weights(state[MODEL]))
+        if any(found := self.ranks.gather(broken)):
+            raise self._diverged(next(text for text in found if text))
+        # Points before the checkpoint are not logged again.
+        if writer is not None:
+            writer.flush()
+        save_checkpoint(
+            self.folder,
+            state,
+            asdict(self.progress),
+            self.ranks,
+            keep=self.settings.keep_checkpoints,
+        )
+        self.last_saved = self._name(self.progress)
         self.saved_at = time.monotonic()
 
 
-def _position(progress: Progress) -> str:
-    return f"epoch {progress.epoch + 1}, batch {progress.batch + 1}"
+def _optimizer(sharded: DistributedModelParallel, settings: TrainSettings) -> CombinedOptimizer:
+    """The tables' fused optimizers, and AdamW for the dense parameters."""
+    dense = KeyedOptimizerWrapper(
+        dict(in_backward_optimizer_filter(sharded.named_parameters())),
+        lambda parameters: torch.optim.AdamW(
+            parameters, settings.learning_rate, weight_decay=settings.weight_decay
+        ),
+    )
+    return CombinedOptimizer([(TABLES, sharded.fused_optimizer), (DENSE, dense)])
 
 
-def _optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """Return AdamW for dense parameters and SparseAdam, which updates only a batch's table rows."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    for table in tables:
-        table.sparse = True
-    sparse = [parameter for table in tables for parameter in table.parameters()]
-    sparse_ids = {id(parameter) for parameter in sparse}
-    dense = [parameter for parameter in model.parameters() if id(parameter) not in sparse_ids]
-    return [
-        torch.optim.AdamW(dense, settings.learning_rate, weight_decay=settings.weight_decay),
-        torch.optim.SparseAdam(sparse, settings.table_learning_rate),
-    ]
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchrec.models.dlrm import DLRM
+from torchrec.models.dlrm import DLRM, DLRMTrain
 
 from torchrec_kvshare.config import ModelConfig, TrainConfig
 from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset, keep_users
@@ -29,6 +29,7 @@ from torchrec_kvshare.features.schema import FeatureSchema, History, Window
 from torchrec_kvshare.history.kinds import KINDS, TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.model.ranking import dlrm_with_history, plain_dlrm, takes_prefixes
+from torchrec_kvshare.training.checkpoints import load_weights
 from torchrec_kvshare.training.evaluate import (
     Scorer,
     evaluate_catalogue,
@@ -36,8 +37,10 @@ from torchrec_kvshare.training.evaluate import (
     model_scorer,
     popularity_scorer,
 )
-from torchrec_kvshare.training.loop import TrainSettings, load_weights, open_writer, train
+from torchrec_kvshare.training.loop import TrainSettings, open_writer, train
 from torchrec_kvshare.training.metrics import Values
+from torchrec_kvshare.training.ranks import Ranks, joined_ranks
+from torchrec_kvshare.training.sharding import TableSettings, check_tables
 
 CONFIG = "config.json"
 SCHEMA = "schema.json"
@@ -68,15 +71,18 @@ def _without_onednn() -> Iterator[None]:
 
 
 @_without_onednn()
-def train_run(config: TrainConfig) -> Metrics:
+def train_run(config: TrainConfig) -> Metrics | None:
     """Train a model and its baselines on the same budget; evaluate all on the test split.
 
+    Under ``torchrun`` all ranks call it; one process alone is a world of one rank.
+
     Args:
-        config: the whole run; ``output`` is its folder.
+        config: the whole run; ``output`` is its folder, that of the first rank for all.
 
     Returns:
-        Test metrics by model: the history's kind, ``none`` (the plain DLRM) and ``popularity``. A
-        finished run returns the metrics it wrote, and writes nothing.
+        On the first rank test metrics by model: the history's kind, ``none`` (the plain DLRM) and
+        ``popularity``; None on the others. A finished run returns the metrics it wrote, and writes
+        nothing.
 
     Raises:
         ConfigError: if the folder holds a run of another config, or a value cannot work.
@@ -85,26 +91,43 @@ def train_run(config: TrainConfig) -> Metrics:
         TrainingError: if training diverges.
     """
     _check_model(config.model)
+    with joined_ranks(torch.device("cpu")) as ranks:
+        # The default output holds the time, which ranks may read differently.
+        config = dataclasses.replace(config, output=ranks.gather(config.output)[0])
+        metrics = _train_run(config, ranks)
+        return metrics if ranks.is_first else None
+
+
+def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     dataset = load_dataset(config)
     _check_tokens(config.model, dataset.schema)
+    kinds = [config.model.history]
+    if config.budget.baselines and config.model.history != NO_HISTORY:
+        kinds.append(NO_HISTORY)
+    meta = torch.device("meta")
+    models = [new_model(dataset.schema, config.model, kind, config.seed, meta) for kind in kinds]
+    check_tables(models, settings_of(config).tables, ranks)
     folder = Path(config.output)
-    _claim(folder, config, dataset)
+    if ranks.is_first:
+        _claim(folder, config, dataset)
+    ranks.wait()
     if (folder / METRICS).is_file():
         logger.info("%s is finished: nothing is trained or written", folder)
         finished: Metrics = json.loads((folder / METRICS).read_text())["test"]
         return finished
-    kinds = [config.model.history]
-    if config.budget.baselines and config.model.history != NO_HISTORY:
-        kinds.append(NO_HISTORY)
     metrics: Metrics = {}
     for kind in kinds:
         model = new_model(dataset.schema, config.model, kind, config.seed)
-        train(model, dataset, _settings(config), folder / kind, folder / "tensorboard" / kind)
-        scorer = model_scorer(model)
-        metrics[kind] = _evaluate(scorer, dataset, config, share_prefill=takes_prefixes(model))
+        share_prefill = takes_prefixes(model)
+        log_folder = folder / "tensorboard" / kind
+        trainer = train(model, dataset, settings_of(config), folder / kind, log_folder, ranks)
+        scorer = model_scorer(trainer.ranker)
+        metrics[kind] = _evaluate(scorer, dataset, config, ranks, share_prefill=share_prefill)
     if config.budget.baselines:
         popularity = popularity_scorer(dataset, config.negatives)
-        metrics["popularity"] = _evaluate(popularity, dataset, config, share_prefill=True)
+        metrics["popularity"] = _evaluate(popularity, dataset, config, ranks, share_prefill=True)
+    if not ranks.is_first:
+        return metrics
     # A run that was killed here is evaluated again and replaces its points in TensorBoard.
     with open_writer(folder / "tensorboard", 0) as summary:
         for kind, values in metrics.items():
@@ -163,7 +186,8 @@ def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
         raise ConfigError(f"{folder} was trained with history=none; there is no K/V to share")
     schema = FeatureSchema.from_json(json.loads((folder / SCHEMA).read_text()))
     model = new_model(schema, model_config, model_config.history, values["seed"])
-    load_weights(model, folder / model_config.history)
+    # Under DLRMTrain, as it was trained: its keys are those of the checkpoint.
+    load_weights(DLRMTrain(model), folder / model_config.history)
     return model.eval(), schema
 
 
@@ -178,12 +202,18 @@ def provenance_of(folder: Path) -> dict[str, str]:
     }
 
 
-def new_model(schema: FeatureSchema, sizes: ModelConfig, kind: str, seed: int) -> DLRM:
+def new_model(
+    schema: FeatureSchema,
+    sizes: ModelConfig,
+    kind: str,
+    seed: int,
+    table_device: torch.device | None = None,
+) -> DLRM:
     """Build a DLRM with random weights and a history of a kind, or none."""
     torch.manual_seed(seed)
     if kind == NO_HISTORY:
-        return plain_dlrm(schema, sizes.dim, sizes.top_mlp)
-    return dlrm_with_history(schema, tower_spec(sizes), sizes.top_mlp)
+        return plain_dlrm(schema, sizes.dim, sizes.top_mlp, table_device)
+    return dlrm_with_history(schema, tower_spec(sizes), sizes.top_mlp, table_device)
 
 
 def tower_spec(sizes: ModelConfig) -> TowerSpec:
@@ -246,22 +276,31 @@ def _check_tokens(sizes: ModelConfig, schema: FeatureSchema) -> None:
 
 
 def _evaluate(
-    score: Scorer, dataset: Dataset, config: TrainConfig, *, share_prefill: bool
+    score: Scorer, dataset: Dataset, config: TrainConfig, ranks: Ranks, *, share_prefill: bool
 ) -> Values:
-    sampled = evaluate_sampled(score, dataset, TEST, config.negatives, share_prefill=share_prefill)
-    return sampled | evaluate_catalogue(score, dataset, config.budget.eval_users)
+    sampled = evaluate_sampled(
+        score, dataset, TEST, config.negatives, share_prefill=share_prefill, ranks=ranks
+    )
+    return sampled | evaluate_catalogue(score, dataset, config.budget.eval_users, ranks)
 
 
-def _settings(config: TrainConfig) -> TrainSettings:
+def settings_of(config: TrainConfig) -> TrainSettings:
+    """Return the training settings of a config."""
     return TrainSettings(
         epochs=config.budget.epochs,
         learning_rate=config.learning_rate,
-        table_learning_rate=config.table_learning_rate,
+        tables=TableSettings(
+            optimizer=config.table_optimizer,
+            learning_rate=config.table_learning_rate,
+            sharding=config.sharding,
+            kernels=config.kernels,
+        ),
         weight_decay=config.weight_decay,
         batch_targets=config.batch_targets,
         negatives=config.negatives,
         seed=config.seed,
         checkpoint_seconds=config.checkpoint_seconds,
+        keep_checkpoints=config.keep_checkpoints,
     )
 
 

@@ -73,12 +73,12 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         counts: Tensor,
     ) -> Tensor:
         """Return one vector per candidate, each from its own sequence: [C, E]."""
-        [pooling] = self.collection.poolings
+        [pooling] = self.collection.histories.poolings
         assert isinstance(pooling, HistoryPooling)
         embedded = self.collection.token_embeddings(self.collection.token_features(features))
         # The tokens are made once for all rows, which favours the baseline.
         events = pooling.event_tokens(embedded, jagged_by_key)
-        candidates = self.collection.candidate_tokens(embedded, jagged_by_key)
+        candidates = self.collection.histories.candidate_tokens(embedded, jagged_by_key)
         lengths = jagged_by_key[pooling.time_key].lengths().tolist()
         events_of = events.split(lengths)
         times_of = jagged_by_key[pooling.time_key].values().split(lengths)

@@ -25,6 +25,8 @@ from torchrec_kvshare.features.schema import HISTORY, History, Window
 from torchrec_kvshare.model.ranking import dlrm_with_history
 from torchrec_kvshare.training.evaluate import evaluate_catalogue, model_scorer
 from torchrec_kvshare.training.loop import Trainer, TrainSettings
+from torchrec_kvshare.training.ranks import Ranks, joined_ranks
+from torchrec_kvshare.training.sharding import ROWWISE_ADAGRAD, TableSettings
 
 CATALOGUE = "catalogue"
 STEP = "training_step"
@@ -39,7 +41,7 @@ SECONDS_BETWEEN_EVENTS = 3600
 SETTINGS = TrainSettings(
     epochs=1,
     learning_rate=3e-3,
-    table_learning_rate=5e-3,
+    tables=TableSettings(ROWWISE_ADAGRAD, 5e-3),
     weight_decay=1e-5,
     batch_targets=256,
     negatives=7,
@@ -64,20 +66,23 @@ def measure_catalogue(options: CatalogueOptions) -> list[Record]:
         ``ratio_to_smallest``, of each path to the same path at the smallest catalogue.
     """
     records = []
-    for encoder in options.encoders:
-        for history in options.histories:
-            records += _case_records(options, encoder, history)
+    with joined_ranks(torch.device("cpu")) as ranks:
+        for encoder in options.encoders:
+            for history in options.histories:
+                records += _case_records(options, encoder, history, ranks)
     return records
 
 
-def _case_records(options: CatalogueOptions, encoder: str, history: int) -> list[Record]:
+def _case_records(
+    options: CatalogueOptions, encoder: str, history: int, ranks: Ranks
+) -> list[Record]:
     call_by_path: dict[tuple[str, int], Callable[[], object]] = {}
     spec = options.spec(encoder, history)
     for num_items in NUM_ITEMS:
         dataset = catalogue_dataset(num_items, history, options.seed)
         torch.manual_seed(options.seed)
         model = dlrm_with_history(dataset.schema, spec, [options.dim, 1])
-        trainer = Trainer(model, dataset, SETTINGS, Path())
+        trainer = Trainer(model, dataset, SETTINGS, Path(), ranks)
         # The windows of the user that has the whole catalogue come first.
         chosen = np.flatnonzero(trainer.windows.user > 0)[: max(1, 256 // history)]
         call_by_path[STEP, num_items] = partial(train_step, trainer, chosen)
@@ -127,8 +132,8 @@ def catalogue_dataset(num_items: int, history: int, seed: int) -> Dataset:
 
 def train_step(trainer: Trainer, chosen: np.ndarray) -> None:
     """Make a batch and train on it."""
-    trainer.train_model.train()
-    trainer.step(trainer.batch(chosen, 0, 0))
+    trainer.sharded.train()
+    trainer.step(trainer.batch(chosen, 0))
 
 
 def _moved(model: nn.Module, moved_by: float, batch: Batch) -> Tensor:

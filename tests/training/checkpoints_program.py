@@ -1,0 +1,86 @@
+"""What ``test_checkpoints`` checks on each rank; see ``on_ranks``.
+
+Two ranks save a checkpoint in the middle of an epoch and train on. Then any number of ranks resume.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.training.on_ranks import (
+    logits_of,
+    meeting,
+    plain_model,
+    run_config,
+    tell,
+    trainer_of,
+)
+from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.training.loop import Trainer
+from torchrec_kvshare.training.ranks import Ranks
+from torchrec_kvshare.training.run import load_dataset
+from torchrec_kvshare.training.sharding import (
+    ADAGRAD,
+    ROWWISE_ADAGRAD,
+    SGD,
+    TableSettings,
+)
+
+KIND = "longer"  # the one with the most kinds of parameters
+SAVED_AT, NUM_STEPS = 5, 9  # in the middle of the first epoch
+OTHER_SEED = 7  # of models that are to be overwritten
+# By name: sharding types of tables, with their optimizer.
+SETTINGS = {
+    "rowwise_adagrad": TableSettings(ROWWISE_ADAGRAD, 0.05),
+    "adagrad, column_wise": TableSettings(ADAGRAD, 0.05, {"*": ["column_wise"]}),
+    "sgd": TableSettings(SGD, 0.5),
+}
+
+
+def steps(trainer: Trainer, first: int, end: int) -> list[float]:
+    """Train batches ``first`` to ``end - 1`` of the first epoch; return their losses."""
+    losses = []
+    for index in range(first, end):
+        chosen = trainer.epoch_batches(0)[index]
+        own = trainer.own_part(chosen)
+        batch = trainer.batch(own if len(own) else chosen[:1], 0)
+        losses.append(trainer.step(batch, num_trained=None if len(own) else 0))
+        trainer.progress.batch, trainer.progress.step = index + 1, index + 1
+    return losses
+
+
+def probe(trainer: Trainer) -> list[float]:
+    """Return logits of a batch that every rank holds."""
+    batch = trainer.batch(trainer.epoch_batches(1)[0], 1)
+    return logits_of(trainer.ranker, batch).tolist()
+
+
+def save(name: str, dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+    trainer = trainer_of(KIND, dataset, folder / name, ranks, tables=SETTINGS[name])
+    steps(trainer, 0, SAVED_AT)
+    trainer._save(None)
+    logits = probe(trainer)
+    keys = set(trainer.sharded.state_dict()) == set(plain_model(KIND, dataset).state_dict())
+    losses = steps(trainer, SAVED_AT, NUM_STEPS)
+    tell(case="saved", name=name, logits=logits, losses=losses, same_keys=keys)
+
+
+def resume(name: str, dataset: Dataset, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Resume in a trainer with other weights; return what it gives and how it goes on."""
+    trainer = trainer_of(
+        KIND, dataset, folder / name, ranks, tables=SETTINGS[name], seed=OTHER_SEED
+    )
+    before = probe(trainer)
+    trainer.resume()
+    logits, step = probe(trainer), trainer.progress.step
+    losses = steps(trainer, SAVED_AT, NUM_STEPS)
+    return {"before": before, "logits": logits, "losses": losses, "step": step}
+
+
+if __name__ == "__main__":
+    with meeting(sys.argv[1:]) as (ranks, folder):
+        dataset = load_dataset(run_config(folder))
+        for name in SETTINGS:
+            if ranks.world_size == 2:
+                save(name, dataset, folder, ranks)
+            tell(case="resumed", name=name, **resume(name, dataset, folder, ranks))

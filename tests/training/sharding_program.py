@@ -1,0 +1,269 @@
+"""What ``test_sharding`` checks on each rank; see ``on_ranks``."""
+
+import sys
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchrec.optim
+from torch import Tensor, nn
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
+from torchrec.models.dlrm import DLRMTrain
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from tests.training.on_ranks import (
+    is_table,
+    largest_difference,
+    meeting,
+    plain_model,
+    run_config,
+    tell,
+    trainer_of,
+    whole_tensors,
+)
+from tests.training.worlds import MODEL
+from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.features.schema import position_key
+from torchrec_kvshare.training.loop import Trainer
+from torchrec_kvshare.training.ranks import Ranks
+from torchrec_kvshare.training.run import load_dataset, new_model
+from torchrec_kvshare.training.sharding import (
+    ADAGRAD,
+    ROWWISE_ADAGRAD,
+    SGD,
+    TableSettings,
+    shard,
+    tables_of,
+)
+
+EPS = 1e-8  # fbgemm's, of both Adagrads
+RATES = {SGD: 0.5, ADAGRAD: 0.05, ROWWISE_ADAGRAD: 0.05}
+# Sharding types by table. Row-wise Adagrad keeps a sum for each column-wise shard of a row, so that
+# it differs from the optimizer of whole rows.
+FORCED: dict[str, dict[str, list[str]]] = {
+    "table_wise": {"*": ["table_wise"]},
+    "column_wise": {"*": ["column_wise"]},
+    "row_wise": {
+        "*": ["table_wise"],
+        **{f"token_{name}": ["row_wise"] for name in ("item_id", "action", "items_category")},
+    },
+    "mixed": {
+        "bag_item_id": ["column_wise"],
+        "token_item_id": ["row_wise"],
+        "token_position_history": ["column_wise"],
+        "*": ["table_wise"],
+    },
+    "chosen by the planner": {},
+}
+NUM_STEPS = 6
+
+
+def plain_optimizers(plain: nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    """The optimizers of a Trainer, of tables and of the rest, as PyTorch and TorchRec have them."""
+    tables = [p for key, p in plain.named_parameters() if is_table(key)]
+    dense = [p for key, p in plain.named_parameters() if not is_table(key)]
+    makers: dict[str, Any] = {
+        SGD: lambda: torch.optim.SGD(tables, RATES[SGD]),
+        ADAGRAD: lambda: torch.optim.Adagrad(tables, RATES[ADAGRAD], eps=EPS),
+        ROWWISE_ADAGRAD: lambda: torchrec.optim.RowWiseAdagrad(
+            tables, RATES[ROWWISE_ADAGRAD], eps=EPS
+        ),
+    }
+    return [makers[name](), torch.optim.AdamW(dense, 3e-3, weight_decay=1e-5)]
+
+
+def check_losses(forced: str, optimizer: str, dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+    """Train on all ranks, and the plain model on the batches of all ranks."""
+    settings = TableSettings(optimizer, RATES[optimizer], FORCED[forced])
+    trainer = trainer_of("causal", dataset, folder / "unused", ranks, tables=settings)
+    plain = plain_model("causal", dataset)
+    optimizers = plain_optimizers(plain, optimizer)
+    first_rates = [one.param_groups[0]["lr"] for one in optimizers]
+    losses, expected = [], []
+    for step, chosen in zip(range(NUM_STEPS), trainer.epoch_batches(0), strict=False):
+        trainer.progress.step = step
+        for one, rate in zip(optimizers, first_rates, strict=True):
+            one.param_groups[0]["lr"] = rate * trainer._rate_share()
+            one.zero_grad()
+        loss, _ = plain(trainer.batch(chosen, 0))
+        loss.backward()
+        for one in optimizers:
+            one.step()
+        expected.append(loss.item())
+        own = trainer.own_part(chosen)
+        batch = trainer.batch(own if len(own) else chosen[:1], 0)
+        losses.append(trainer.step(batch, num_trained=None if len(own) else 0))
+    tell(
+        case="losses",
+        forced=forced,
+        optimizer=optimizer,
+        types=types_of(trainer.plan),
+        num_ranks=ranks_of(trainer.plan),
+        losses=losses,
+        expected=expected,
+        tables=largest_difference(
+            tables_in(whole_tensors(trainer.sharded.state_dict())), tables_in(plain.state_dict())
+        ),
+    )
+
+
+def tables_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out dense weights: AdamW amplifies the rounding of gradients that are zero."""
+    return {name: tensor for name, tensor in state.items() if is_table(name)}
+
+
+def types_of(plan: ShardingPlan) -> dict[str, str]:
+    return {
+        table: placed.sharding_type
+        for module_plan in plan.plan.values()
+        for table, placed in module_plan.items()  # type: ignore[attr-defined]
+    }
+
+
+def ranks_of(plan: ShardingPlan) -> dict[str, int]:
+    """Return on how many ranks each table lies."""
+    return {
+        table: len(set(placed.ranks))
+        for module_plan in plan.plan.values()
+        for table, placed in module_plan.items()  # type: ignore[attr-defined]
+    }
+
+
+def keys_by_table(model: nn.Module) -> dict[str, list[str]]:
+    """Return the features of each table, but for positions, which are no feature of a batch."""
+    found: dict[str, list[str]] = {}
+    for module in dict.fromkeys(tables_of(model).values()):
+        configs = (
+            module.embedding_bag_configs()
+            if isinstance(module, EmbeddingBagCollection)
+            else module.embedding_configs()  # type: ignore[operator]
+        )
+        found |= {config.name: config.feature_names for config in configs}
+    return {table: keys for table, keys in found.items() if position_key("history") not in keys}
+
+
+def check_changed_rows(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+    """Count rows that the second step changed, in its batch and outside of it."""
+    settings = TableSettings(ROWWISE_ADAGRAD, 0.05)
+    trainer = trainer_of(
+        "causal", dataset, folder / "unused", ranks, tables=settings, batch_targets=8
+    )
+    for step in (0, 1):
+        chosen = trainer.epoch_batches(0)[step]
+        own = trainer.own_part(chosen)
+        before = whole_tensors(trainer.sharded.state_dict())
+        batch = trainer.batch(own if len(own) else chosen[:1], 0)
+        trainer.step(batch, num_trained=None if len(own) else 0)
+    after = whole_tensors(trainer.sharded.state_dict())
+    features = trainer.batch(chosen, 0).sparse_features  # of all ranks
+    changed = {}
+    for table, keys in keys_by_table(plain_model("causal", dataset)).items():
+        (name,) = [name for name in before if name.endswith(f".{table}.weight")]
+        rows = (before[name] != after[name]).any(1).nonzero().flatten().tolist()
+        met = torch.cat([features[key].values() for key in keys]).tolist()
+        changed[table] = {
+            "inside": len(set(rows) & set(met)),
+            "outside": len(set(rows) - set(met)),
+            "rows": len(before[name]),
+        }
+    tell(case="changed rows", changed=changed)
+
+
+def own_batches(trainer: Trainer, num_batches: int) -> list[Batch]:
+    """Return batches of this rank, one of each in which it has windows."""
+    parts = [trainer.own_part(chosen) for chosen in trainer.epoch_batches(0)]
+    return [trainer.batch(part, 0) for part in parts if len(part)][:num_batches]
+
+
+def check_pipeline(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+    """Train with TorchRec's pipeline, and the same model in a plain loop."""
+    plain = trainer_of("causal", dataset, folder / "unused", ranks)
+    batches = own_batches(plain, 5)
+    expected = []
+    for batch in batches:
+        plain.optimizer.zero_grad()
+        loss, _ = plain.sharded(batch)
+        loss.backward()
+        plain.optimizer.step()
+        expected.append(loss.item())
+    piped = trainer_of("causal", dataset, folder / "unused", ranks)
+    pipeline = TrainPipelineSparseDist(
+        piped.sharded,
+        piped.optimizer,
+        torch.device("cpu"),
+        execute_all_batches=True,
+        pipeline_postproc=True,
+    )
+    left, losses = iter(batches), []
+    for _ in count():
+        try:
+            (loss, *_) = pipeline.progress(left)
+        except StopIteration:
+            break
+        losses.append(loss.item())
+    modules = sorted(type(module).__name__ for module in pipeline._pipelined_modules)
+    tell(
+        case="pipeline",
+        losses=losses,
+        expected=expected,
+        modules=modules,
+        weights=largest_difference(
+            whole_tensors(piped.sharded.state_dict()), whole_tensors(plain.sharded.state_dict())
+        ),
+    )
+
+
+def check_meta(dataset: Dataset, ranks: Ranks) -> None:
+    """Shard tables that are on meta: their rows are drawn, the dense weights stay."""
+    meta = torch.device("meta")
+    model = DLRMTrain(new_model(dataset.schema, MODEL, "causal", 3, meta))
+    state = model.state_dict()
+    dense = {name: value.clone() for name, value in state.items() if not is_table(name)}
+    settings = TableSettings(SGD, 0.5, {"token_item_id": ["row_wise"], "*": ["column_wise"]})
+    generator = torch.get_rng_state()
+    sharded, _ = shard(model, settings, ranks)
+    same_generator = torch.equal(generator, torch.get_rng_state())
+    weights = whole_tensors(sharded.state_dict())
+    scales = {
+        name.split(".")[-2]: weight.std().item() for name, weight in tables_in(weights).items()
+    }
+    (items,) = [weight for name, weight in weights.items() if "token_item_id" in name]
+    half = -(-len(items) // ranks.world_size)
+    number = min(half, len(items) - half)
+    tell(
+        case="meta",
+        dense=largest_difference({name: weights[name] for name in dense}, dense),
+        scales=scales,
+        equal_rows=int((items[:number] == items[half : half + number]).all(1).sum()),
+        finite=all(bool(weight.isfinite().all()) for weight in weights.values()),
+        same_generator=same_generator,
+        num_on_meta=[
+            sum(value.is_meta for value in tables_in(state).values()),
+            sum(parameter.is_meta for parameter in sharded.parameters()),
+        ],
+        loss=loss_of(sharded, dataset, ranks),
+    )
+
+
+def loss_of(sharded: nn.Module, dataset: Dataset, ranks: Ranks) -> float:
+    batch = own_batches(trainer_of("causal", dataset, Path("unused"), ranks), 1)[0]
+    loss: Tensor = sharded(batch)[0]
+    loss.backward()
+    return loss.item()
+
+
+if __name__ == "__main__":
+    with meeting(sys.argv[1:]) as (ranks, folder):
+        dataset = load_dataset(run_config(folder))
+        for forced in FORCED:
+            check_losses(forced, SGD, dataset, folder, ranks)
+            check_losses(forced, ADAGRAD, dataset, folder, ranks)
+        for forced in ("table_wise", "row_wise", "chosen by the planner"):
+            check_losses(forced, ROWWISE_ADAGRAD, dataset, folder, ranks)
+        check_changed_rows(dataset, folder, ranks)
+        check_pipeline(dataset, folder, ranks)
+        check_meta(dataset, ranks)
