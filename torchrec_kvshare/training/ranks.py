@@ -3,6 +3,7 @@
 One process is a world of size 1: the same engine, without a network.
 """
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,8 +77,12 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    ranks = _ranks(get_local_size() if is_launched else 1, device)
     try:
-        yield _ranks(get_local_size() if is_launched else 1, device)
+        yield ranks
+        # A rank that ends while others still talk to it aborts in gloo's threads.
+        ranks.wait()
+        gc.collect()  # Sharded modules hold groups of their own.
     finally:
         dist.destroy_process_group()
 
