@@ -68,24 +68,21 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     Args:
         device: ``cpu``, or ``cuda`` with one GPU for each process of a machine.
     """
-    if dist.is_initialized():  # The caller has a group of its own.
-        yield _ranks(dist.get_world_size(), device)
-        return
     backend = "nccl" if device.type == "cuda" else "gloo"
     is_launched = dist.is_torchelastic_launched()
-    if is_launched:
+    is_joined = dist.is_initialized()  # The caller has a group of its own.
+    if not is_joined and is_launched:
         dist.init_process_group(backend)
-    else:
+    elif not is_joined:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    ranks = _ranks(get_local_size() if is_launched else 1, device)
+    world_size = dist.get_world_size()
+    local_world_size = get_local_size() if is_launched else world_size
+    ranks = Ranks(dist.get_rank(), world_size, local_world_size, device)
     try:
         yield ranks
         # A rank that ends while others still talk to it aborts in gloo's threads.
         ranks.wait()
         gc.collect()  # Sharded modules hold groups of their own.
     finally:
-        dist.destroy_process_group()
-
-
-def _ranks(local_world_size: int, device: torch.device) -> Ranks:
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_world_size, device)
+        if not is_joined:
+            dist.destroy_process_group()
