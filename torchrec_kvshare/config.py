@@ -44,7 +44,7 @@ LEAST_BY_KEY = {
     "memory_bytes": 1,
     **dict.fromkeys(("max_wait_ms", "shadow_share", "shadow_limit", "drain_s"), 0),
     **dict.fromkeys(("http_port", "grpc_port"), 0),
-    **dict.fromkeys(("replicas", "redis_bytes", "replica_port"), 1),
+    **dict.fromkeys(("replicas", "redis_bytes", "replica_port", "num_shards"), 1),
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
 }
 # Greatest allowed value by key; for other keys every finite value is allowed.
@@ -129,10 +129,10 @@ class Columns:
 
 @dataclass
 class InteractionsData:
-    """Any interaction log: CSV, TSV or Parquet at ``path``."""
+    """Any interaction log: CSV, TSV, Parquet or JSONL at ``path``."""
 
     name: str = "interactions"
-    path: str = MISSING  # file, may be .gz
+    path: Any = MISSING  # file (may be .gz), folder, glob, or a list of these
     format: Format = field(default_factory=Format)
     columns: Columns = field(default_factory=Columns)
     label: str | None = None  # rule for positives, such as "rating>=8"; None: every row is one
@@ -380,6 +380,17 @@ class ServeClusterConfig(ServeConfig):
     redis_bytes: int = 2**30  # memory of the Redis that is started if cache.remote.url is None
     access_log: bool = False  # nginx logs one JSON line per request
     run: bool = True  # False: write the files and print the commands only
+
+
+@dataclass
+class PrepareConfig:
+    """``python -m pipelines.prepare``."""
+
+    output: str = MISSING  # folder for the prepared log
+    data: Any = MISSING  # one of DATA_SCHEMAS
+    memory_bytes: int = 1_000_000_000  # limit of the process for logs in files
+    num_shards: int | None = None  # None: a million events each
+    threads: int | None = None  # of DuckDB; None: one per granted core
 
 
 @dataclass

@@ -5,11 +5,12 @@ The log is digested in its canonical order: the same rows in another order are t
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchrec_kvshare.data.dataset import Dataset
 from torchrec_kvshare.data.interactions import InteractionLog
@@ -74,19 +75,41 @@ def _parts(log: InteractionLog) -> dict[str, str]:
     if log.action is not None:
         columns.append(log.action.codes)
         digest_by_part["actions"] = _digest(log.action.ids)
-    events = hashlib.sha256()
-    for column in columns:
-        events.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
-    digest_by_part["events"] = events.hexdigest()
+    digest_by_part["events"] = digest_of_events([column] for column in columns)
     for name, values in log.item_attributes.items():
         digest_by_part[f"{name} of items"] = _digest(values)
     for name, floats in log.item_floats.items():
-        raw = np.ascontiguousarray(floats, dtype="<f4").tobytes()
-        digest_by_part[f"{name} of items"] = hashlib.sha256(raw).hexdigest()
+        digest_by_part[f"{name} of items"] = digest_of_events([[floats]], "<f4")
     for name, values in log.user_attributes.items():
         digest_by_part[f"{name} of users"] = _digest(values)
     return digest_by_part
 
 
 def _digest(values: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return digest_of_values([values])
+
+
+def digest_of_values(chunks: Iterable[Sequence[Any]]) -> str:
+    """Return the digest of a column of ids, or of lists of ids, that comes in chunks.
+
+    Example:
+        >>> digest_of_values([["a"], ["b", "c"]]) == digest_of_values([["a", "b"], [], ["c"]])
+        True
+    """
+    digest = hashlib.sha256(b"[")
+    between = b""
+    for chunk in chunks:
+        if chunk:
+            digest.update(between + json.dumps(chunk)[1:-1].encode())
+            between = b", "
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def digest_of_events(columns: Iterable[Iterable[NDArray[Any]]], dtype: str = "<i8") -> str:
+    """Return the digest of columns of numbers, one after the other, each in chunks."""
+    digest = hashlib.sha256()
+    for column in columns:
+        for chunk in column:
+            digest.update(np.ascontiguousarray(chunk, dtype=dtype).tobytes())
+    return digest.hexdigest()

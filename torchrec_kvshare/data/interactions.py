@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.files import FileFormat
+from torchrec_kvshare.data.sources import SourceFile
 from torchrec_kvshare.data.tables import (
     EXAMPLE_CHARACTERS,
     EXAMPLES_PER_REASON,
@@ -44,6 +45,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 _LABEL_RULE = re.compile(r"\s*([^=<>!]+?)\s*(>=|<=|==|!=|>|<)\s*([^=<>!]+?)\s*")
 VALUES_SHOWN = 5  # most frequent values of a label's column in a message
+BAD_FLOATS = ("not a number", f"beyond {MAX_FLOAT:g}")  # reasons to leave a float out
 # Ids that may mean a missing value in some logs.
 DUBIOUS_IDS = ("NA", "N/A", "n/a", "none", "?", "-")
 
@@ -141,7 +143,32 @@ class ColumnMapping:
         if not self.list_separator:
             raise ConfigError("list_separator is ''; allowed is any text of at least one character")
         if self.label is not None:
-            _parse_label_rule(self.label)
+            label_rule(self.label)
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Columns of attributes of items and users."""
+        return (*self.item_attributes, *self.user_attributes)
+
+    def exclusions_before_time(self, others: Sequence[Exclusion] = ()) -> list[Exclusion]:
+        """Return the reasons to drop a row that are tested before its time.
+
+        Args:
+            others: further reasons, tested after "no user" and "no item".
+        """
+        ids = [one for one in (self.user, self.item, self.action) if one is not None]
+        has_long_id = partial(_has_long_id, separator=self.list_separator)
+        return [
+            Exclusion("no user", self.user, is_blank),
+            Exclusion("no item", self.item, is_blank),
+            *others,
+            *(Exclusion("id too long", column, is_long_id) for column in ids),
+            *(Exclusion("id too long", column, has_long_id) for column in self.attributes),
+        ]
+
+    def exclusions_after_time(self) -> list[Exclusion]:
+        """Return the reasons to drop a row that are tested between its time and its label."""
+        return [] if self.action is None else [Exclusion("no action", self.action, is_blank)]
 
     def names(self) -> list[str]:
         """Return the columns to read, without duplicates."""
@@ -149,7 +176,7 @@ class ColumnMapping:
         if self.action is not None:
             single.append(self.action)
         if self.label is not None:
-            single.append(_parse_label_rule(self.label).column)
+            single.append(label_rule(self.label).column)
         several = (*self.item_attributes, *self.item_floats, *self.user_attributes)
         return list(dict.fromkeys((*single, *several)))
 
@@ -199,7 +226,9 @@ class InteractionLog:
 
 
 def read_interactions(
-    path: Path, columns: ColumnMapping, file_format: FileFormat | None = None
+    files: Path | Sequence[SourceFile],
+    columns: ColumnMapping,
+    file_format: FileFormat | None = None,
 ) -> InteractionLog:
     """Read a log of interactions.
 
@@ -207,12 +236,13 @@ def read_interactions(
     of its rows have; a float of an item is the median.
 
     Args:
-        path: ``.csv``, ``.tsv`` or ``.parquet``, optionally followed by ``.gz``.
+        files: ``.csv``, ``.tsv``, ``.parquet``, ``.jsonl`` or ``.ndjson``, optionally followed by
+            ``.gz``; one file, or several as one log.
         columns: the columns by their role.
-        file_format: how the file is written; None: the default of its ending.
+        file_format: how the files are written; None: the default of their ending.
 
     Returns:
-        The usable rows in the order of the file. Its ``report`` counts the others by reason: no
+        The usable rows in the order of the files. Its ``report`` counts the others by reason: no
         user, no item, id too long, bad time, bad label, no action, wrong number of fields.
 
     Raises:
@@ -227,13 +257,12 @@ def read_interactions(
         >>> log.users.ids, log.items, log.time.tolist()
         (['ann', 'bob'], IdColumn(codes=array([0, 0]), ids=['7']), [1700000000, 1700002800])
     """
-    attributes = (*columns.item_attributes, *columns.user_attributes)
     table = read_table(
-        path,
+        files,
         columns.names(),
         file_format,
         list_separator=columns.list_separator,
-        lists=attributes,
+        lists=columns.attributes,
     )
     return build_log(table, columns)
 
@@ -256,22 +285,13 @@ def build_log(
             positive or a float column holds no number.
     """
     rows = _RowFilter(table)
-    rows.drop(Exclusion("no user", columns.user, _is_blank))
-    rows.drop(Exclusion("no item", columns.item, _is_blank))
-    for exclusion in exclusions:
+    for exclusion in columns.exclusions_before_time(exclusions):
         rows.drop(exclusion)
-    for column in (columns.user, columns.item, columns.action):
-        if column is not None:
-            rows.drop(Exclusion("id too long", column, is_long_id))
-    for column in (*columns.item_attributes, *columns.user_attributes):
-        has_long_id = partial(_has_long_id, separator=columns.list_separator)
-        rows.drop(Exclusion("id too long", column, has_long_id))
     time, time_form = _times(rows, columns)
-    if columns.action is not None:
-        rows.drop(Exclusion("no action", columns.action, _is_blank))
+    for exclusion in columns.exclusions_after_time():
+        rows.drop(exclusion)
     label = np.ones(len(rows.keep)) if columns.label is None else _labels(rows, columns.label)
-    if not rows.keep.any():
-        raise DataError(f"no row of {table.source} can be used: {rows.report()}")
+    check_kept(rows.report(), table.source)
     return _assemble(rows, columns, time, label, time_form=time_form)
 
 
@@ -300,18 +320,14 @@ class _RowFilter:
     def floats(self, name: str) -> NDArray[np.float64]:  # [kept rows]
         """Return the numbers of a column, NaN where missing, and count the unusable values."""
         column = self.table.columns[name]
-        numbers = _numbers(column, finite_number)
-        is_given = ~np.fromiter(map(_is_blank, column.ids), np.bool_, len(column.ids))
-        is_large = np.abs(numbers) > MAX_FLOAT
-        for reason, bad in (
-            ("not a number", is_given & np.isnan(numbers)),
-            (f"beyond {MAX_FLOAT:g}", is_large),
-        ):
-            rows = self._rows_of(name, bad)
+        reasons = np.array([bad_float(text) for text in column.ids], object)
+        for reason in BAD_FLOATS:
+            rows = self._rows_of(name, reasons == reason)
             if len(rows):
                 self.bad_floats[f"{name}: {reason}"] = len(rows)
                 self._name_first(rows, reason, name)
-        numbers[is_large] = math.nan
+        numbers = _numbers(column, finite_number)
+        numbers[reasons != ""] = math.nan
         return numbers[column.codes[self.keep]]
 
     def report(self) -> ReadReport:
@@ -332,9 +348,8 @@ class _RowFilter:
     def _name_first(self, rows: NDArray[np.int64], reason: str, name: str) -> None:
         column = self.table.columns[name]
         for row in rows[:EXAMPLES_PER_REASON]:
-            where = f"{self.table.position_name} {self.table.positions[row]}"
-            text = column.ids[column.codes[row]][:EXAMPLE_CHARACTERS]
-            self.examples.append(f"{self.table.source}, {where}: {reason}: {name} is {text!r}")
+            text = column.ids[column.codes[row]]
+            self.examples.append(example_of(self.table.where(int(row)), reason, name, text))
 
 
 def _times(rows: _RowFilter, columns: ColumnMapping) -> tuple[NDArray[np.float64], str]:
@@ -353,29 +368,93 @@ def _times(rows: _RowFilter, columns: ColumnMapping) -> tuple[NDArray[np.float64
 
 def _labels(rows: _RowFilter, rule_text: str) -> NDArray[np.float64]:
     """Return 1 or 0 by row."""
-    rule = _parse_label_rule(rule_text)
+    rule = label_rule(rule_text)
     column = rows.table.columns[rule.column]
     label_by_code = _numbers(column, rule.label)
     counts = np.bincount(column.codes[rows.keep], minlength=len(column.ids))
-    has_positive = (counts[label_by_code == 1] > 0).any()
-    if rows.keep.any() and not has_positive:
-        frequent = np.argsort(-counts, kind="stable")[:VALUES_SHOWN].tolist()
-        shown = ", ".join(
-            f"{column.ids[code][:EXAMPLE_CHARACTERS]!r} ({counts[code]} rows)"
-            for code in frequent
-            if counts[code]
-        )
-        raise DataError(
-            f"label rule {rule_text!r} makes no row of {rows.table.source} positive; the most "
-            f"frequent values of column {rule.column!r}: {shown}"
-        )
-    if has_positive and not (counts[label_by_code == 0] > 0).any():
-        logger.warning("label rule %r makes every row of %s positive", rule_text, rows.table.source)
+    frequent = np.argsort(-counts, kind="stable")[:VALUES_SHOWN].tolist()
+    check_labels(
+        rule_text,
+        rows.table.source,
+        num_positive=int(counts[label_by_code == 1].sum()),
+        num_negative=int(counts[label_by_code == 0].sum()),
+        frequent=[(column.ids[code], int(counts[code])) for code in frequent if counts[code]],
+    )
     rows.drop_where("bad label", rule.column, np.isnan(label_by_code))
     return label_by_code[column.codes]
 
 
-class _LabelRule(NamedTuple):
+def check_labels(
+    rule: str,
+    source: str,
+    *,
+    num_positive: int,
+    num_negative: int,
+    frequent: Sequence[tuple[str, int]],
+) -> None:
+    """Refuse a label rule that makes no row positive; warn of one that makes every row positive.
+
+    Args:
+        rule: the rule.
+        source: the log, for messages.
+        num_positive: rows with label 1.
+        num_negative: rows with label 0.
+        frequent: most frequent values of the rule's column, with their numbers of rows; none if
+            there is no row.
+
+    Raises:
+        DataError: if there are rows and none is positive.
+    """
+    if frequent and not num_positive:
+        shown = ", ".join(
+            f"{text[:EXAMPLE_CHARACTERS]!r} ({count} rows)" for text, count in frequent
+        )
+        raise DataError(
+            f"label rule {rule!r} makes no row of {source} positive; the most frequent values of "
+            f"column {label_rule(rule).column!r}: {shown}"
+        )
+    if num_positive and not num_negative:
+        logger.warning("label rule %r makes every row of %s positive", rule, source)
+
+
+def check_kept(report: ReadReport, source: str) -> None:
+    """Refuse a log without a usable row."""
+    if not report.rows_kept:
+        raise DataError(f"no row of {source} can be used: {report}")
+
+
+def check_float(name: str, source: str, num_numbers: int, first: str) -> None:
+    """Refuse a float column that holds no number; ``first`` is its first value."""
+    if not num_numbers:
+        raise DataError(
+            f"column {name!r} of {source} holds no number; its first value is {first!r}"
+        )
+
+
+def example_of(where: str, reason: str, column: str, text: str) -> str:
+    """Return a bad row in words: its file and position, what is wrong, and the value."""
+    return f"{where}: {reason}: {column} is {text[:EXAMPLE_CHARACTERS]!r}"
+
+
+def bad_float(text: str) -> str:
+    """Return why a value of a float column is left out; "" for a number and for no value."""
+    number = finite_number(text)
+    if math.isnan(number):
+        return "" if is_blank(text) else BAD_FLOATS[0]
+    return BAD_FLOATS[1] if abs(number) > MAX_FLOAT else ""
+
+
+def dubious_note(role: str, id_: str, num_rows: int) -> str:
+    """Say that an id may mean a missing value."""
+    return (
+        f"{role} {id_!r} of {num_rows} rows is taken as an id; "
+        "list it in data.format.missing if it means no value"
+    )
+
+
+class LabelRule(NamedTuple):
+    """A rule for the positive label: a column, a comparison and its right side."""
+
     column: str
     compare: Callable[[Any, Any], bool]
     right: float | str
@@ -383,12 +462,13 @@ class _LabelRule(NamedTuple):
     def label(self, text: str) -> float:
         """Return 1 or 0; NaN if the text cannot be compared."""
         if isinstance(self.right, str):
-            return math.nan if _is_blank(text) else self.compare(canonical_id(text), self.right)
+            return math.nan if is_blank(text) else self.compare(canonical_id(text), self.right)
         number = finite_number(text)
         return math.nan if math.isnan(number) else self.compare(number, self.right)
 
 
-def _parse_label_rule(rule: str) -> _LabelRule:
+def label_rule(rule: str) -> LabelRule:
+    """Parse a rule such as ``rating>=4``."""
     match = _LABEL_RULE.fullmatch(rule)
     if match is None:
         allowed = " ".join(COMPARISONS)
@@ -396,10 +476,10 @@ def _parse_label_rule(rule: str) -> _LabelRule:
     column, sign, text = match.groups()
     number = finite_number(text)
     if not math.isnan(number):
-        return _LabelRule(column, COMPARISONS[sign], number)
+        return LabelRule(column, COMPARISONS[sign], number)
     if sign not in ("==", "!="):
         raise ConfigError(f"label rule {rule!r} orders by text {text!r}; allowed with text: == !=")
-    return _LabelRule(column, COMPARISONS[sign], canonical_id(text))
+    return LabelRule(column, COMPARISONS[sign], canonical_id(text))
 
 
 def _assemble(
@@ -420,19 +500,16 @@ def _assemble(
     item_floats = {}
     for name in columns.item_floats:
         numbers = rows.floats(name)
-        if np.isnan(numbers).all():
-            first = table.columns[name].ids[0]
-            raise DataError(
-                f"column {name!r} of {table.source} holds no number; its first value is {first!r}"
-            )
+        num_numbers = int((~np.isnan(numbers)).sum())
+        check_float(name, table.source, num_numbers, first=table.columns[name].ids[0])
         item_floats[name] = _medians(items, numbers)
-    tied, positive = _tied_share(users.codes, time), float(label.mean())
+    order = np.lexsort((time, users.codes))
     summary = LogSummary(
         time_form=time_form,
         first_time=int(time.min()),
         last_time=int(time.max()),
-        tied_share=tied,
-        positive_share=positive,
+        tied_share=num_tied(users.codes[order], time[order]) / len(time),
+        positive_share=int(label.sum(dtype=np.int64)) / len(time),
     )
     notes = (*_notes("user", users), *_notes("item", items))
     return InteractionLog(
@@ -452,21 +529,28 @@ def _assemble(
     )
 
 
-def _tied_share(users: NDArray[np.int64], time: NDArray[np.int64]) -> float:
-    """Return the share of events at the time of another event of their user."""
-    order = np.lexsort((time, users))
-    is_as_before = (np.diff(users[order]) == 0) & (np.diff(time[order]) == 0)
+def num_tied(users: NDArray[np.int64], time: NDArray[np.int64]) -> int:
+    """Return the number of events at the time of another event of their user.
+
+    Args:
+        users: [T] ascending.
+        time: [T] ascending within a user.
+
+    Example:
+        >>> num_tied(np.array([0, 0, 0, 1]), np.array([5, 5, 7, 7]))
+        2
+    """
+    is_as_before = (np.diff(users) == 0) & (np.diff(time) == 0)
     is_tied = np.zeros(len(time), np.bool_)
     is_tied[1:] |= is_as_before
     is_tied[:-1] |= is_as_before
-    return float(is_tied.mean())
+    return int(is_tied.sum())
 
 
 def _notes(role: str, column: IdColumn) -> list[str]:
     """Name the ids that may mean a missing value."""
     return [
-        f"{role} {id_!r} of {int((column.codes == code).sum())} rows is taken as an id; "
-        "list it in data.format.missing if it means no value"
+        dubious_note(role, id_, int((column.codes == code).sum()))
         for code, id_ in enumerate(column.ids)
         if id_ in DUBIOUS_IDS
     ]
@@ -488,7 +572,7 @@ def _attribute(owners: IdColumn, column: IdColumn, separator: str) -> list[tuple
 
     Rows without an id do not count, and the order of rows does not matter.
     """
-    value_by_code = [_split(text, separator) for text in column.ids]
+    value_by_code = [attribute_ids(text, separator) for text in column.ids]
     values = sorted({(), *value_by_code})
     rank_by_value = {value: rank for rank, value in enumerate(values)}
     rank_by_code = np.array([rank_by_value[value] for value in value_by_code], np.int64)
@@ -504,7 +588,8 @@ def _attribute(owners: IdColumn, column: IdColumn, separator: str) -> list[tuple
     return chosen
 
 
-def _split(text: str, separator: str) -> tuple[str, ...]:
+def attribute_ids(text: str, separator: str) -> tuple[str, ...]:
+    """Return the canonical ids that a text of an attribute's column holds."""
     return tuple(id_ for id_ in map(canonical_id, text.split(separator)) if id_)
 
 
@@ -535,7 +620,8 @@ def _counts(count_by_reason: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in count_by_reason.items()) or "none"
 
 
-def _is_blank(text: str) -> bool:
+def is_blank(text: str) -> bool:
+    """Return whether a text holds no value."""
     return not text.strip()
 
 

@@ -12,6 +12,7 @@ from torchrec_kvshare.config import (
 from torchrec_kvshare.data.files import FileFormat
 from torchrec_kvshare.data.interactions import ColumnMapping, InteractionLog, read_interactions
 from torchrec_kvshare.data.presets import read_movielens, read_online_retail
+from torchrec_kvshare.data.sources import source_files
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.data.times import TimeFormat
 
@@ -30,24 +31,12 @@ def load_log(data: DataConfig) -> InteractionLog:
         DataError: if the files are not what the config says.
     """
     if isinstance(data, OnlineRetailData):
-        return read_online_retail(Path(data.root), _file_format(data.format))
+        return read_online_retail(Path(data.root), file_format_of(data.format))
     if isinstance(data, MovieLensData):
         return read_movielens(Path(data.root), data.positive_rating)
     if isinstance(data, InteractionsData):
-        columns = data.columns
-        mapping = ColumnMapping(
-            user=columns.user,
-            item=columns.item,
-            time=columns.time,
-            action=columns.action,
-            label=data.label,
-            item_attributes=tuple(columns.item_attributes),
-            item_floats=tuple(columns.item_floats),
-            user_attributes=tuple(columns.user_attributes),
-            list_separator=columns.list_separator,
-            time_format=TimeFormat(columns.time_unit, columns.time_format),
-        )
-        return read_interactions(Path(data.path), mapping, _file_format(data.format))
+        files = source_files(data.path)
+        return read_interactions(files, mapping_of(data), file_format_of(data.format))
     return synthetic_world(
         num_users=data.num_users,
         events_per_user=data.events_per_user,
@@ -57,7 +46,25 @@ def load_log(data: DataConfig) -> InteractionLog:
     )
 
 
-def _file_format(values: Format) -> FileFormat:
+def mapping_of(data: InteractionsData) -> ColumnMapping:
+    """Return the columns of a log by their role."""
+    columns = data.columns
+    return ColumnMapping(
+        user=columns.user,
+        item=columns.item,
+        time=columns.time,
+        action=columns.action,
+        label=data.label,
+        item_attributes=tuple(columns.item_attributes),
+        item_floats=tuple(columns.item_floats),
+        user_attributes=tuple(columns.user_attributes),
+        list_separator=columns.list_separator,
+        time_format=TimeFormat(columns.time_unit, columns.time_format),
+    )
+
+
+def file_format_of(values: Format) -> FileFormat:
+    """Return how a log's files are written."""
     return FileFormat(
         # A tab is hard to write in a shell and in YAML.
         delimiter="\t" if values.delimiter == r"\t" else values.delimiter,

@@ -2,32 +2,26 @@
 
 import importlib
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from torchrec_kvshare.data.chunks import Chunk, CodedTexts, coded
 from torchrec_kvshare.data.files import HEAD_BYTES, PARQUET, check_header, check_kind, open_bytes
 from torchrec_kvshare.errors import DataError, MissingExtraError
 from torchrec_kvshare.features.ids import canonical_id
 
+PARQUET_ROWS = 131_072  # of a chunk
 ALLOWED = "numbers, booleans, text, UTF-8 bytes, dates and times; for attributes lists of these"
 
 
-class CodedTexts(NamedTuple):
-    """Row t holds ``texts[codes[t]]``; texts may repeat."""
-
-    codes: NDArray[np.int64]
-    texts: list[str]
-
-
-def read_parquet(
+def parquet_chunks(
     path: Path, names: Sequence[str], encoding: str, list_separator: str, lists: Collection[str]
-) -> dict[str, CodedTexts]:
-    """Read columns of a Parquet file.
+) -> Iterator[Chunk]:
+    """Read columns of a Parquet file, chunk by chunk.
 
     Args:
         path: the file, gzipped where it ends in ``.gz``.
@@ -36,9 +30,9 @@ def read_parquet(
         list_separator: joins the values of a list.
         lists: the columns that may hold lists.
 
-    Returns:
-        The columns by name: whole numbers without ".0" or exponent, times in ISO 8601 and UTC, ""
-        for nulls and NaN.
+    Yields:
+        Rows with their numbers, from 1: whole numbers without ".0" or exponent, times in ISO 8601
+        and UTC, "" for nulls and NaN.
 
     Raises:
         DataError: if the file or a column cannot be read.
@@ -57,20 +51,33 @@ def read_parquet(
             source = pyarrow.BufferReader(file.read()) if is_packed else path
         with parquet.ParquetFile(source) as opened:
             check_header(path, opened.schema_arrow.names, names, "")
-            table = opened.read(columns=list(dict.fromkeys(names)))
+            kind_by_name = {name: opened.schema_arrow.field(name).type for name in names}
+            for name, kind in kind_by_name.items():
+                _check_type(kind, f"column {name!r} of {path}", may_list=name in lists)
+            first_row = 1
+            for batch in opened.iter_batches(PARQUET_ROWS, columns=list(kind_by_name)):
+                columns = {}
+                for name in names:
+                    column, what = batch.column(name), f"column {name!r} of {path}"
+                    if _element_type(column.type) is None:
+                        columns[name] = _coded(column, what, encoding, first_row)
+                    else:
+                        columns[name] = _joined(column, what, encoding, list_separator, first_row)
+                yield Chunk(columns, np.arange(first_row, first_row + batch.num_rows))
+                first_row += batch.num_rows
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    coded = {}
-    for name in names:
-        column, what = table.column(name), f"column {name!r} of {path}"
-        element = _element_type(column.type)
-        if _is_readable(column.type):
-            coded[name] = _coded(column, what, encoding)
-        elif element is not None and _is_readable(element) and name in lists:
-            coded[name] = _joined(column, what, encoding, list_separator)
-        else:
-            raise DataError(f"{what} is {column.type}; allowed: {ALLOWED}")
-    return coded
+
+
+def check_separator(texts: Sequence[str], separator: str, where: str) -> None:
+    """Check that no id of a list holds the separator by which the list is joined.
+
+    Raises:
+        DataError: naming the id.
+    """
+    for text in texts:
+        if separator in text:
+            raise DataError(f"{where} has the id {text!r}; list_separator {separator!r} is in it")
 
 
 def _element_type(kind: Any) -> Any:
@@ -93,48 +100,53 @@ def _is_readable(kind: Any) -> bool:
     return any(test(kind) for test in is_readable)
 
 
-def _coded(column: Any, what: str, encoding: str) -> CodedTexts:
+def _check_type(kind: Any, what: str, may_list: bool) -> None:
+    element = _element_type(kind)
+    if not _is_readable(kind) and not (element is not None and _is_readable(element) and may_list):
+        raise DataError(f"{what} is {kind}; allowed: {ALLOWED}")
+
+
+def _coded(column: Any, what: str, encoding: str, first_row: int) -> CodedTexts:
     """Code a column; each distinct value is converted to text once."""
     pyarrow = importlib.import_module("pyarrow")
-    if pyarrow.types.is_dictionary(column.type):
+    kinds = pyarrow.types
+    if kinds.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pyarrow.types.is_timestamp(column.type):
+    if kinds.is_timestamp(column.type):
         # Arrow stores instants in UTC, with a zone or without.
         seconds = column.cast(pyarrow.timestamp("s", tz=column.type.tz), safe=False)
-        column = seconds.cast(pyarrow.int64()).cast(pyarrow.timestamp("s")).cast(pyarrow.string())
-    chunks = column.dictionary_encode("encode").unify_dictionaries().chunks
-    if not chunks:
-        return CodedTexts(np.zeros(0, np.int64), [])
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in chunks]).astype(np.int64)
-    values = chunks[0].dictionary.to_pylist()
-    digits = _float_type(column.type)
+        column = seconds.cast(pyarrow.int64()).cast(pyarrow.timestamp("s"))
+    in_codes = column.dictionary_encode("encode")
+    codes = in_codes.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    values = in_codes.dictionary
+    if any(is_kind(column.type) for is_kind in (kinds.is_integer, kinds.is_boolean,
+                                                kinds.is_timestamp, kinds.is_string)):  # fmt: skip
+        # These Arrow spells as `spelled` does.
+        values.validate(full=True)
+        return CodedTexts(codes, values)
+    float_type = _float_type(column.type)
     texts = []
-    for code, value in enumerate(values):
+    for code, value in enumerate(values.to_pylist()):
         try:
-            texts.append(_spelled(value, digits, encoding))
+            texts.append(spelled(value, float_type, encoding))
         except UnicodeDecodeError as error:
-            row = int(np.argmax(codes == code)) + 1
+            row = int(np.argmax(codes == code)) + first_row
             raise DataError(_undecodable(what, row, error, encoding)) from error
     return CodedTexts(codes, texts)
 
 
-def _joined(column: Any, what: str, encoding: str, separator: str) -> CodedTexts:
+def _joined(column: Any, what: str, encoding: str, separator: str, first_row: int) -> CodedTexts:
     """Code a column of lists, the texts of their elements joined."""
-    digits = _float_type(_element_type(column.type))
-    code_by_text: dict[str, int] = {}
-    codes = []
-    for row, values in enumerate(column.to_pylist(), start=1):
+    float_type = _float_type(_element_type(column.type))
+    joined = []
+    for row, values in enumerate(column.to_pylist(), start=first_row):
         try:
-            texts = [_spelled(value, digits, encoding) for value in values or ()]
+            texts = [spelled(value, float_type, encoding) for value in values or ()]
         except UnicodeDecodeError as error:
             raise DataError(_undecodable(what, row, error, encoding)) from error
-        for text in texts:
-            if separator in text:
-                raise DataError(
-                    f"{what}, row {row} has the id {text!r}; list_separator {separator!r} is in it"
-                )
-        codes.append(code_by_text.setdefault(separator.join(texts), len(code_by_text)))
-    return CodedTexts(np.array(codes, np.int64), list(code_by_text))
+        check_separator(texts, separator, f"{what}, row {row}")
+        joined.append(separator.join(texts))
+    return coded(joined)
 
 
 def _float_type(kind: Any) -> type[np.floating[Any]]:
@@ -145,8 +157,14 @@ def _float_type(kind: Any) -> type[np.floating[Any]]:
     return np.float32 if kinds.is_float32(kind) else np.float64
 
 
-def _spelled(value: Any, float_type: type[np.floating[Any]], encoding: str) -> str:
-    """Return a value as a text file has it."""
+def spelled(value: Any, float_type: type[np.floating[Any]], encoding: str) -> str:
+    """Return a value of a Parquet or JSON file as a text file has it.
+
+    Args:
+        value: text, bytes, a number, a boolean, a date, or None.
+        float_type: numpy type whose shortest decimal a float has.
+        encoding: of bytes.
+    """
     if value is None or value != value:
         return ""
     if isinstance(value, bytes):

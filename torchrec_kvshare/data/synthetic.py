@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.interactions import ColumnMapping, InteractionLog, build_log
-from torchrec_kvshare.data.tables import IdColumn, RawTable
+from torchrec_kvshare.data.tables import IdColumn, Part, RawTable
 from torchrec_kvshare.errors import ConfigError
 
 NUM_TASTES = 4
@@ -168,7 +168,9 @@ def _log(columns: dict[str, IdColumn], order: NDArray[np.int64], source: str) ->
         item_floats=("price",),
         user_attributes=("country",),
     )
-    return build_log(RawTable(source, ordered, np.arange(1, len(order) + 1), "row"), mapping)
+    parts = (Part(source, "row", len(order)),)
+    table = RawTable(source, ordered, np.arange(1, len(order) + 1), parts)
+    return build_log(table, mapping)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

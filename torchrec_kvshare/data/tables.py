@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from torchrec_kvshare.data.chunks import CHUNK_ROWS, Chunk, CodedTexts, coded
 from torchrec_kvshare.data.files import (
     DELIMITER_BY_ENDING,
     FileFormat,
@@ -21,11 +22,17 @@ from torchrec_kvshare.data.files import (
     open_text,
     text_rows,
 )
-from torchrec_kvshare.data.parquet import read_parquet
+from torchrec_kvshare.data.jsonl import jsonl_chunks
+from torchrec_kvshare.data.parquet import parquet_chunks
+from torchrec_kvshare.data.sources import SourceFile, source_name
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.ids import canonical_id
 
-CHUNK_ROWS = 65_536  # rows held as Python lists at once, some 30 MB of a wide file
+JSONL_ENDINGS = (".jsonl", ".ndjson")
+ALLOWED_ENDINGS = (
+    ".csv, .tsv, .parquet, .jsonl, .ndjson, with .gz or not; and any ending of a text file where "
+    "data.format.delimiter is set"
+)
 EXAMPLES_PER_REASON = 2
 EXAMPLE_CHARACTERS = 80
 
@@ -45,15 +52,27 @@ class Exclusion(NamedTuple):
     excludes: Callable[[str], bool]
 
 
+class Part(NamedTuple):
+    """The rows of a table that come from one file."""
+
+    source: str
+    position_name: str  # "line" or "row"
+    num_rows: int
+
+    def where(self, position: int) -> str:
+        """Return a row of the file in words."""
+        return f"{self.source}, {self.position_name} {position}"
+
+
 @dataclass(frozen=True, eq=False)
 class RawTable:
-    """The wanted columns of a file, coded, their texts as in the file.
+    """The wanted columns of one or several files, coded, their texts as in the files.
 
     Args:
-        source: the file, for messages.
+        source: the file or files, for messages.
         columns: coded column by name, all with the same number of rows.
         positions: [rows] int64, line (text files) or row number (Parquet) at which each row begins.
-        position_name: "line" or "row".
+        parts: the files in the order of their rows; none: all rows are lines of ``source``.
         num_misfits: number of rows dropped because of their number of fields.
         misfits: descriptions of the first of these.
     """
@@ -61,9 +80,16 @@ class RawTable:
     source: str
     columns: dict[str, IdColumn]
     positions: NDArray[np.int64]
-    position_name: str = "line"
+    parts: tuple[Part, ...] = ()
     num_misfits: int = 0
     misfits: tuple[str, ...] = ()
+
+    def where(self, row: int) -> str:
+        """Return the file of a row and its position there."""
+        parts = self.parts or (Part(self.source, "line", len(self.positions)),)
+        ends = np.cumsum([part.num_rows for part in parts])
+        part = parts[int(np.searchsorted(ends, row, side="right"))]
+        return part.where(int(self.positions[row]))
 
     def joined(self, key: str, side: "RawTable", names: Sequence[str]) -> "RawTable":
         """Join columns of another table on column ``key``.
@@ -93,9 +119,9 @@ class RawTable:
         return replace(self, columns=self.columns | added)
 
     def without(self, missing: Collection[str]) -> "RawTable":
-        """Replace texts that mean no value by "", ignoring surrounding space."""
+        """Replace texts that mean no value by ""."""
         columns = {
-            name: IdColumn(codes, ["" if text.strip() in missing else text for text in ids])
+            name: IdColumn(codes, without_missing(ids, missing))
             for name, (codes, ids) in self.columns.items()
         }
         return replace(self, columns=columns)
@@ -113,6 +139,16 @@ class RawTable:
         return replace(self, columns=columns)
 
 
+def without_missing(texts: Iterable[str], missing: Collection[str]) -> list[str]:
+    """Replace texts that mean no value by "", ignoring surrounding space.
+
+    Example:
+        >>> without_missing(["7", " NULL "], ("NULL",))
+        ['7', '']
+    """
+    return ["" if text.strip() in missing else text for text in texts]
+
+
 def encode(texts: Iterable[str]) -> IdColumn:
     """Dictionary-code texts in order of first appearance.
 
@@ -126,48 +162,78 @@ def encode(texts: Iterable[str]) -> IdColumn:
         >>> encode(["b", "a", "b"])
         IdColumn(codes=array([0, 1, 0]), ids=['b', 'a'])
     """
-    coder = _Coder()
-    coder.add(list(texts))
-    return coder.column()
+    column = coded(list(texts))
+    return IdColumn(column.codes, column.as_list())
 
 
 def read_table(
-    path: Path,
+    files: Path | Sequence[SourceFile],
     names: Sequence[str],
     file_format: FileFormat | None = None,
     list_separator: str = "|",
     lists: Collection[str] = (),
 ) -> RawTable:
-    """Read columns of a file; its ending says the kind.
+    """Read columns of one or several files; the ending of each says its kind.
 
     Args:
-        path: ``.csv``, ``.tsv`` or ``.parquet``, optionally followed by ``.gz``. If the format
-            names a delimiter, a file with any other ending is text.
+        files: ``.csv``, ``.tsv``, ``.parquet``, ``.jsonl`` or ``.ndjson``, optionally followed by
+            ``.gz``. If the format names a delimiter, a file with any other ending is text.
         names: the columns to read.
-        file_format: how the file is written; None: the default of its ending.
-        list_separator: joins the values of Parquet's list columns.
+        file_format: how the files are written; None: the default of their ending.
+        list_separator: joins the values of list columns.
         lists: the columns that may hold lists.
 
     Returns:
         The columns, with "" for missing values.
 
     Raises:
-        DataError: if the file or a column is missing, or the file cannot be read.
-        ConfigError: if the format has options of text files and the file is Parquet.
+        DataError: if a file or a column is missing, or a file cannot be read.
+        ConfigError: if the format has options of text files and a file is none.
         MissingExtraError: for Parquet without pyarrow.
     """
     file_format = file_format or FileFormat()
-    ending = Path(path.name.lower().removesuffix(".gz")).suffix
+    several = [SourceFile(files, {})] if isinstance(files, Path) else files
+    parts = [
+        (file, table_chunks(file, names, file_format, list_separator=list_separator, lists=lists))
+        for file in several
+    ]
+    return _coded_table(source_name(several), parts, names).without(file_format.missing)
+
+
+def table_chunks(
+    file: SourceFile,
+    names: Sequence[str],
+    file_format: FileFormat,
+    list_separator: str,
+    lists: Collection[str],
+) -> Iterator[Chunk]:
+    """Read columns of a file, chunk by chunk, texts as in the file; see ``read_table``."""
+    path, text_by_column = file
+    own = [name for name in names if name not in text_by_column]
+    ending = _ending(path)
     if ending == ".parquet":
-        table = _read_parquet(path, names, file_format, list_separator=list_separator, lists=lists)
+        _refuse_text_options(file_format, path, "Parquet")
+        chunks = parquet_chunks(path, own, file_format.encoding, list_separator, lists)
+    elif ending in JSONL_ENDINGS and file_format.delimiter is None:
+        _refuse_text_options(file_format, path, "JSON")
+        chunks = jsonl_chunks(path, own, file_format.encoding, list_separator, lists)
     elif ending in DELIMITER_BY_ENDING or file_format.delimiter is not None:
-        table = _read_text(path, names, file_format, ending)
+        chunks = _text_chunks(path, own, file_format, ending)
     else:
-        raise DataError(
-            f"{path} ends in {ending!r}; allowed: .csv, .tsv, .parquet, with .gz or not; and any "
-            "ending of a text file where data.format.delimiter is set"
-        )
-    return table.without(file_format.missing)
+        raise DataError(f"{path} ends in {ending!r}; allowed: {ALLOWED_ENDINGS}")
+    for chunk in chunks:
+        constant = np.zeros(len(chunk.positions), np.int64)
+        added = {
+            name: CodedTexts(constant, [text_by_column[name]])
+            for name in names
+            if name in text_by_column
+        }
+        yield chunk._replace(columns=chunk.columns | added)
+
+
+def position_name(path: Path) -> str:
+    """Return what the position of a row in a file is: its line, or its number."""
+    return "row" if _ending(path) == ".parquet" else "line"
 
 
 def code_rows(
@@ -192,30 +258,54 @@ def code_rows(
     Raises:
         DataError: if the file does not have a column exactly once.
     """
+    chunks = _row_chunks(path, header, numbered_rows, names, advice)
+    return _coded_table(str(path), [(SourceFile(path, {}), chunks)], names)
+
+
+def _row_chunks(
+    path: Path,
+    header: Sequence[str],
+    numbered_rows: Iterator[tuple[int, list[str]]],
+    names: Sequence[str],
+    advice: str,
+) -> Iterator[Chunk]:
     check_header(path, header, names, advice)
     index_by_name = {name: header.index(name) for name in names}
-    coder_by_name = {name: _Coder() for name in names}
-    lines = [np.zeros(0, np.int64)]
-    misfits: list[str] = []
-    num_misfits = 0
     while chunk := list(islice(numbered_rows, CHUNK_ROWS)):
         fitting = [row for _, row in chunk if len(row) == len(header)]
-        fitting_lines = [line for line, row in chunk if len(row) == len(header)]
-        lines.append(np.array(fitting_lines, np.int64))
-        for name, index in index_by_name.items():
-            coder_by_name[name].add([row[index] for row in fitting])
-        if len(fitting) < len(chunk):
-            num_misfits += len(chunk) - len(fitting)
-            misfits += [_misfit(path, *pair) for pair in chunk if len(pair[1]) != len(header)]
-            del misfits[EXAMPLES_PER_REASON:]
-    columns = {name: coder.column() for name, coder in coder_by_name.items()}
+        lines = [line for line, row in chunk if len(row) == len(header)]
+        columns = {
+            name: coded([row[index] for row in fitting]) for name, index in index_by_name.items()
+        }
+        misfits = [_misfit(path, *pair) for pair in chunk if len(pair[1]) != len(header)]
+        yield Chunk(columns, np.array(lines, np.int64), len(misfits), tuple(misfits))
+
+
+def _coded_table(
+    source: str, parts: Sequence[tuple[SourceFile, Iterator[Chunk]]], names: Sequence[str]
+) -> RawTable:
+    """Join the chunks of several files, in order."""
+    coder_by_name = {name: _Coder() for name in names}
+    positions = [np.zeros(0, np.int64)]
+    counted = []
+    num_misfits, misfits = 0, tuple[str, ...]()
+    for file, chunks in parts:
+        num_rows = 0
+        for chunk in chunks:
+            positions.append(chunk.positions)
+            num_rows += len(chunk.positions)
+            num_misfits += chunk.num_misfits
+            misfits = (*misfits, *chunk.misfits)[:EXAMPLES_PER_REASON]
+            for name, coder in coder_by_name.items():
+                coder.add(chunk.columns[name])
+        counted.append(Part(str(file.path), position_name(file.path), num_rows))
     return RawTable(
-        source=str(path),
-        columns=columns,
-        positions=np.concatenate(lines),
-        position_name="line",
+        source=source,
+        columns={name: coder.column() for name, coder in coder_by_name.items()},
+        positions=np.concatenate(positions),
+        parts=tuple(counted),
         num_misfits=num_misfits,
-        misfits=tuple(misfits),
+        misfits=misfits,
     )
 
 
@@ -223,14 +313,14 @@ class _Coder:
     """Codes one column, chunk by chunk."""
 
     def __init__(self) -> None:
-        self.code_by_text: dict[Any, int] = {}
+        self.code_by_text: dict[str, int] = {}
         self.chunks: list[NDArray[np.int64]] = []
 
-    def add(self, texts: Sequence[Any]) -> None:
-        for text in dict.fromkeys(texts):
-            self.code_by_text.setdefault(text, len(self.code_by_text))
-        codes = map(self.code_by_text.__getitem__, texts)
-        self.chunks.append(np.fromiter(codes, np.int64, len(texts)))
+    def add(self, chunk: CodedTexts) -> None:
+        texts = chunk.as_list()
+        code_by_text = self.code_by_text
+        codes = [code_by_text.setdefault(text, len(code_by_text)) for text in texts]
+        self.chunks.append(np.array(codes, np.int64)[chunk.codes])
 
     def column(self) -> IdColumn:
         codes = np.concatenate(self.chunks) if self.chunks else np.zeros(0, np.int64)
@@ -243,9 +333,8 @@ def _texts(column: IdColumn) -> list[str]:
 
 def read_header(path: Path, file_format: FileFormat) -> list[str]:
     """Return the column names in the first row of a text file."""
-    ending = Path(path.name.lower().removesuffix(".gz")).suffix
     with open_text(path, file_format.encoding) as lines:
-        return _header(text_rows(path, lines, *file_format.splitting(ending)))
+        return _header(text_rows(path, lines, *file_format.splitting(_ending(path))))
 
 
 def _header(numbered_rows: Iterator[tuple[int, list[str]]]) -> list[str]:
@@ -253,7 +342,13 @@ def _header(numbered_rows: Iterator[tuple[int, list[str]]]) -> list[str]:
     return [name.strip() for name in next(numbered_rows, (0, []))[1]]
 
 
-def _read_text(path: Path, names: Sequence[str], file_format: FileFormat, ending: str) -> RawTable:
+def _ending(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _text_chunks(
+    path: Path, names: Sequence[str], file_format: FileFormat, ending: str
+) -> Iterator[Chunk]:
     delimiter, quoting = file_format.splitting(ending)
     advice = (
         f". Fields are split at {delimiter!r} (data.format.delimiter), quoting is {quoting} "
@@ -262,35 +357,16 @@ def _read_text(path: Path, names: Sequence[str], file_format: FileFormat, ending
     with open_text(path, file_format.encoding) as lines:
         numbered_rows = text_rows(path, lines, delimiter, quoting)
         header = list(file_format.header) or _header(numbered_rows)
-        return code_rows(path, header, numbered_rows, names, advice)
+        yield from _row_chunks(path, header, numbered_rows, names, advice)
 
 
-def _read_parquet(
-    path: Path,
-    names: Sequence[str],
-    file_format: FileFormat,
-    list_separator: str,
-    lists: Collection[str],
-) -> RawTable:
+def _refuse_text_options(file_format: FileFormat, path: Path, kind: str) -> None:
     text_options = (file_format.delimiter, file_format.quoting, file_format.header or None)
     if text_options != (None, None, None):
         raise ConfigError(
             f"data.format has a delimiter, a quoting or a header, which only text files have; "
-            f"{path} is Parquet"
+            f"{path} is {kind}"
         )
-    coded = read_parquet(
-        path,
-        names,
-        encoding=file_format.encoding,
-        list_separator=list_separator,
-        lists=lists,
-    )
-    columns = {}
-    for name, (codes, texts) in coded.items():
-        spelled = encode(texts)
-        columns[name] = IdColumn(spelled.codes[codes], spelled.ids)
-    num_rows = len(next(iter(coded.values())).codes) if coded else 0
-    return RawTable(str(path), columns, np.arange(1, num_rows + 1), "row")
 
 
 def _misfit(path: Path, line: int, row: list[str]) -> str:

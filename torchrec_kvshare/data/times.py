@@ -7,11 +7,11 @@ error that names the option to set.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from itertools import compress, product
-from typing import NamedTuple
+from itertools import compress, islice, product
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,26 @@ class Times(NamedTuple):
     form: str  # a description of the format
 
 
+class Integers(Sequence[str]):
+    """Texts of integers, held as an array."""
+
+    def __init__(self, values: NDArray[np.int64]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return str(self.values[index])
+
+
+class Instants(Integers):
+    """Texts such as ``2019-10-01 00:00:00``, held as an array of Unix seconds."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return str(self.values[index].astype("datetime64[s]")).replace("T", " ")
+
+
 def read_times(texts: Sequence[str], written: TimeFormat, what: str) -> Times:
     """Parse the distinct times of a column; a time without a zone is UTC.
 
@@ -121,19 +141,119 @@ def read_times(texts: Sequence[str], written: TimeFormat, what: str) -> Times:
         >>> read_times(["1430622004384", "2015-05-03T03:00:04Z"], TimeFormat(), "time")
         Times(seconds=array([1.430622e+09, 1.430622e+09]), form='Unix milliseconds and ISO 8601')
     """
-    texts = [text.strip() for text in texts]
-    if written.pattern is not None:
-        # canonical_id also makes a float of pandas, such as 20101201.0, fit %Y%m%d.
-        seconds = np.array([_seconds_by(canonical_id(text), written.pattern) for text in texts])
-        form = f"time_format {written.pattern}"
-    else:
-        seconds, form = _seconds_of_numbers_and_iso(texts, written, what)
-    bad = [text for text, second in zip(texts, seconds, strict=True) if text and second != second]
-    num_given = len(texts) - texts.count("")
-    if len(bad) > num_given / 2:
-        count = f"{len(bad)} of {num_given} distinct values are not times"
-        raise DataError(f"{what}: {count}, such as {bad[0]!r}{_advice(bad, form)}; {ALLOWED}")
-    return Times(seconds, form)
+    reader = time_reader([texts], written, what)
+    seconds = reader.seconds(texts)
+    return Times(seconds, reader.checked_form())
+
+
+def time_reader(chunks: Iterable[Sequence[str]], written: TimeFormat, what: str) -> "TimeReader":
+    """Decide how the times of a column are written.
+
+    Args:
+        chunks: its distinct times, each in one of the chunks.
+        written: how the times are written.
+        what: the column, for messages.
+
+    Returns:
+        The reader of these times.
+
+    Raises:
+        DataError: if numbers look like dates or days, or units are mixed.
+    """
+    if written.pattern is not None or written.unit != AUTO:
+        return TimeReader(written, what)
+    survey = _UnitSurvey()
+    for chunk in chunks:
+        texts = _stripped(chunk)
+        survey.add(texts, _numbers_of(texts))
+    return TimeReader(TimeFormat(unit=survey.unit(what)), what)
+
+
+class TimeReader:
+    """Parses the times of a column in one format, and counts those that cannot be parsed.
+
+    Args:
+        written: the unit of numbers, or the pattern of all times.
+        what: the column, for messages.
+    """
+
+    def __init__(self, written: TimeFormat, what: str) -> None:
+        self.written, self.what = written, what
+        self._num_given = self._num_bad = 0
+        self._first_bad: list[str] = []
+        self._has_numbers = self._has_iso = False
+
+    @property
+    def per_second(self) -> int:
+        """Number of units in a second."""
+        return PER_SECOND_BY_UNIT[self.written.unit]
+
+    def seconds(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return the seconds of distinct times, NaN for what is no time."""
+        texts = _stripped(texts)
+        if self.written.pattern is None:
+            seconds = self._seconds_of_numbers_and_iso(texts)
+        else:
+            # canonical_id also makes a float of pandas, such as 20101201.0, fit %Y%m%d.
+            pattern = self.written.pattern
+            seconds = np.array([_seconds_by(canonical_id(text), pattern) for text in texts])
+        self._count(texts, seconds)
+        return seconds
+
+    def checked_form(self) -> str:
+        """Return a description of the format of what was parsed.
+
+        Raises:
+            DataError: if most of it are not times.
+        """
+        form = self._form()
+        if self._num_bad > self._num_given / 2:
+            count = f"{self._num_bad} of {self._num_given} distinct values are not times"
+            bad = self._first_bad
+            raise DataError(
+                f"{self.what}: {count}, such as {bad[0]!r}{_advice(bad, form)}; {ALLOWED}"
+            )
+        return form
+
+    def _form(self) -> str:
+        if self.written.pattern is not None:
+            return f"time_format {self.written.pattern}"
+        forms = []
+        if self._has_numbers or not self._has_iso:
+            forms.append(NAME_BY_UNIT[self.written.unit])
+        if self._has_iso:
+            forms.append("ISO 8601")
+        return " and ".join(forms)
+
+    def _count(self, texts: Sequence[str], seconds: NDArray[np.float64]) -> None:
+        num_empty = texts.count("") if isinstance(texts, list) else 0
+        self._num_given += len(texts) - num_empty
+        is_bad = np.isnan(seconds)
+        self._num_bad += int(is_bad.sum()) - num_empty  # The empty text is never a time.
+        if len(self._first_bad) < SAMPLE:
+            bad = (texts[index] for index in np.flatnonzero(is_bad).tolist())
+            given = (text for text in bad if text)
+            self._first_bad += islice(given, SAMPLE - len(self._first_bad))
+
+    def _seconds_of_numbers_and_iso(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        numbers = _numbers_of(texts)
+        is_number = ~np.isnan(numbers)
+        is_time = (numbers >= 0) & (numbers <= MAX_TIME * self.per_second)
+        seconds = np.where(is_time, np.floor_divide(numbers, self.per_second), math.nan)
+        if self.written.unit == "ns" and type(texts) is Integers:
+            seconds[is_time] = texts.values[is_time] // self.per_second
+        elif self.written.unit == "ns":  # Nanoseconds have more digits than a float.
+            for index in np.flatnonzero(is_time).tolist():
+                if is_integer_id(texts[index]):
+                    seconds[index] = int(texts[index]) // self.per_second
+        if isinstance(texts, Instants):
+            seconds = _in_range_only(texts.values.astype(np.float64))
+        elif not is_number.all():
+            seconds[~is_number] = _iso_seconds(list(compress(texts, ~is_number)))
+        is_read = ~np.isnan(seconds)
+        self._has_numbers |= bool((is_read & is_number).any())
+        self._has_iso |= bool((is_read & ~is_number).any())
+        return seconds
 
 
 def fitting_formats(texts: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -195,82 +315,100 @@ def finite_number(text: str) -> float:
     return number if math.isfinite(number) and "_" not in text else math.nan
 
 
-def _seconds_of_numbers_and_iso(
-    texts: Sequence[str], written: TimeFormat, what: str
-) -> tuple[NDArray[np.float64], str]:
-    numbers = np.fromiter(map(finite_number, texts), np.float64, len(texts))
-    unit = written.unit if written.unit != AUTO else _unit_of(texts, numbers, what)
-    per_second = PER_SECOND_BY_UNIT[unit]
-    is_number = ~np.isnan(numbers)
-    is_time = (numbers >= 0) & (numbers <= MAX_TIME * per_second)
-    seconds = np.where(is_time, np.floor_divide(numbers, per_second), math.nan)
-    if unit == "ns":  # Nanoseconds have more digits than a float.
-        for index in np.flatnonzero(is_time).tolist():
-            if is_integer_id(texts[index]):
-                seconds[index] = int(texts[index]) // per_second
-    seconds[~is_number] = _iso_seconds(list(compress(texts, ~is_number)))
-    is_read = ~np.isnan(seconds)
-    forms = []
-    if (is_read & is_number).any() or not is_read.any():
-        forms.append(NAME_BY_UNIT[unit])
-    if (is_read & ~is_number).any():
-        forms.append("ISO 8601")
-    return seconds, " and ".join(forms)
+class _UnitSurvey:
+    """What the numbers of a column say about their unit; zero fits every unit."""
 
+    def __init__(self) -> None:
+        self.num_positive = self.num_days = 0
+        self.num_stamps_by_digits = dict.fromkeys(STAMP_BY_DIGITS, 0)
+        self.stamps_by_digits: dict[int, list[str]] = {digits: [] for digits in STAMP_BY_DIGITS}
+        self.first_day: tuple[str, int] | None = None
+        self.example_by_unit: dict[str, str] = {}
 
-def _unit_of(texts: Sequence[str], numbers: NDArray[np.float64], what: str) -> str:
-    """Infer the unit of a column's numbers; zero fits every unit."""
-    is_positive = numbers > 0
-    positive_texts = list(compress(texts, is_positive))
-    positive = numbers[is_positive]
-    _refuse_stamps(positive, what)
-    _refuse_day_numbers(positive_texts, positive, what)
-    example_by_unit = {}
-    for unit, least in LEAST_BY_UNIT.items():
-        is_of_unit = (positive >= least) & (positive <= MAX_TIME * PER_SECOND_BY_UNIT[unit])
-        if is_of_unit.any():
-            example_by_unit[unit] = positive_texts[int(np.argmax(is_of_unit))]
-    if len(example_by_unit) > 1:
-        came = " and ".join(f"{text} ({NAME_BY_UNIT[u]})" for u, text in example_by_unit.items())
-        raise DataError(
-            f"{what} mixes units of time: {came}; data.columns.time_unit={'|'.join(LEAST_BY_UNIT)} "
-            "reads all values in one unit"
-        )
-    return next(iter(example_by_unit), "s")
+    def add(self, texts: Sequence[str], numbers: NDArray[np.float64]) -> None:
+        positions = np.flatnonzero(numbers > 0)
+        positive = numbers[positions]
+        self.num_positive += len(positive)
+        for digits, stamps in self.stamps_by_digits.items():
+            is_stamp = _is_stamp(positive, digits)
+            self.num_stamps_by_digits[digits] += int(is_stamp.sum())
+            few = positive[is_stamp][: SAMPLE - len(stamps)]
+            stamps += [str(int(number)) for number in few]
+        is_day = (positive >= DAY_NUMBERS[0]) & (positive <= DAY_NUMBERS[1])
+        self.num_days += int(is_day.sum())
+        if self.first_day is None and is_day.any():
+            first = int(np.argmax(is_day))
+            self.first_day = texts[int(positions[first])], int(positive[first])
+        for unit, least in LEAST_BY_UNIT.items():
+            is_of_unit = (positive >= least) & (positive <= MAX_TIME * PER_SECOND_BY_UNIT[unit])
+            if unit not in self.example_by_unit and is_of_unit.any():
+                self.example_by_unit[unit] = texts[int(positions[int(np.argmax(is_of_unit))])]
 
-
-def _refuse_stamps(numbers: NDArray[np.float64], what: str) -> None:
-    """Refuse numbers such as 20101201, which would be read as a time in August 1970."""
-    for digits, pattern in STAMP_BY_DIGITS.items():
-        dates = numbers // 10.0 ** (digits - 8)
-        year, month, day = dates // 10_000, dates // 100 % 100, dates % 100
-        is_stamp = (year >= 1970) & (year <= 2100) & (month >= 1) & (month <= 12) & (day >= 1)
-        is_stamp &= (day <= 31) & (numbers % 1 == 0)
-        if is_stamp.sum() < max(1, MOST * len(numbers)):
-            continue
-        stamps = [str(int(number)) for number in numbers[is_stamp][:SAMPLE]]
-        if fitting_formats(stamps, [pattern]):
-            raise DataError(
-                f"{what} looks like dates in digits, such as {stamps[0]}: set "
-                f"data.columns.time_format='{pattern}', or time_unit if it is a number; {ALLOWED}"
+    def unit(self, what: str) -> str:
+        self._refuse_stamps(what)
+        self._refuse_day_numbers(what)
+        in_order = [unit for unit in LEAST_BY_UNIT if unit in self.example_by_unit]
+        if len(in_order) > 1:
+            came = " and ".join(
+                f"{self.example_by_unit[unit]} ({NAME_BY_UNIT[unit]})" for unit in in_order
             )
+            raise DataError(
+                f"{what} mixes units of time: {came}; "
+                f"data.columns.time_unit={'|'.join(LEAST_BY_UNIT)} reads all values in one unit"
+            )
+        return next(iter(in_order), "s")
+
+    def _refuse_stamps(self, what: str) -> None:
+        """Refuse numbers such as 20101201, which would be read as a time in August 1970."""
+        for digits, pattern in STAMP_BY_DIGITS.items():
+            if self.num_stamps_by_digits[digits] < max(1, MOST * self.num_positive):
+                continue
+            stamps = self.stamps_by_digits[digits]
+            if fitting_formats(stamps, [pattern]):
+                raise DataError(
+                    f"{what} looks like dates in digits, such as {stamps[0]}: set "
+                    f"data.columns.time_format='{pattern}', or time_unit if it is a number; "
+                    f"{ALLOWED}"
+                )
+
+    def _refuse_day_numbers(self, what: str) -> None:
+        """Refuse numbers such as 40513.35, which would be read as a time on 1970-01-01."""
+        if self.first_day is None or self.num_days / self.num_positive < MOST:
+            return
+        text, days = self.first_day
+        meanings = [f"days since 1970 ({text} would be {iso_of(days * 86_400)[:10]})"]
+        if days >= SPREADSHEET_1970:
+            date = iso_of((days - SPREADSHEET_1970) * 86_400)[:10]
+            meanings.append(f"days as spreadsheets count them ({date})")
+        raise DataError(
+            f"{what} looks like {' or '.join(meanings)}: write it as ISO 8601, or set "
+            "data.columns.time_unit=s if these are seconds or mere positions in an order; "
+            f"{ALLOWED}"
+        )
 
 
-def _refuse_day_numbers(texts: Sequence[str], numbers: NDArray[np.float64], what: str) -> None:
-    """Refuse numbers such as 40513.35, which would be read as a time on 1970-01-01."""
-    is_day = (numbers >= DAY_NUMBERS[0]) & (numbers <= DAY_NUMBERS[1])
-    if not len(numbers) or is_day.mean() < MOST:
-        return
-    first = int(np.argmax(is_day))
-    days = int(numbers[first])
-    meanings = [f"days since 1970 ({texts[first]} would be {iso_of(days * 86_400)[:10]})"]
-    if days >= SPREADSHEET_1970:
-        date = iso_of((days - SPREADSHEET_1970) * 86_400)[:10]
-        meanings.append(f"days as spreadsheets count them ({date})")
-    raise DataError(
-        f"{what} looks like {' or '.join(meanings)}: write it as ISO 8601, or set "
-        f"data.columns.time_unit=s if these are seconds or mere positions in an order; {ALLOWED}"
-    )
+def _stripped(texts: Sequence[str]) -> Sequence[str]:
+    return texts if isinstance(texts, Integers) else [text.strip() for text in texts]
+
+
+def _numbers_of(texts: Sequence[str]) -> NDArray[np.float64]:
+    """Return the number that each text is, NaN for other texts."""
+    if isinstance(texts, Instants):
+        return np.full(len(texts), math.nan)
+    if isinstance(texts, Integers):
+        return texts.values.astype(np.float64)
+    return np.fromiter(map(finite_number, texts), np.float64, len(texts))
+
+
+def _is_stamp(numbers: NDArray[np.float64], digits: int) -> NDArray[np.bool_]:
+    per_year = 10.0 ** (digits - 4)
+    is_stamp = (numbers >= 1970 * per_year) & (numbers < 2101 * per_year)
+    inside = numbers[is_stamp]
+    dates = inside // 10.0 ** (digits - 8)
+    month, day = dates // 100 % 100, dates % 100
+    is_date = (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
+    is_stamp[is_stamp] = is_date & (inside % 1 == 0)
+    return is_stamp
 
 
 def _advice(bad: Sequence[str], form: str) -> str:
@@ -298,8 +436,12 @@ def _iso_seconds(texts: Sequence[str]) -> NDArray[np.float64]:
         except ValueError:
             pass  # Some are not dates, such as 2010-02-30.
         else:
-            return np.where((plain >= 0) & (plain <= MAX_TIME), plain, math.nan)
+            return _in_range_only(plain)
     return np.fromiter(map(_iso_second, texts), np.float64, len(texts))
+
+
+def _in_range_only(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where((seconds >= 0) & (seconds <= MAX_TIME), seconds, math.nan)
 
 
 def _iso_second(text: str) -> float:

@@ -1,0 +1,92 @@
+"""A prepared folder against the data set that ``build_dataset`` makes of the same log in memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from tests.data.logs import all_events
+from torchrec_kvshare.data.dataset import build_dataset, count_earlier, split_events
+from torchrec_kvshare.data.digest import data_digest
+from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.features.schema import table_name
+
+
+def rows_of(path: Path) -> dict[str, list[Any]]:
+    """The columns of a Parquet file."""
+    with pq.ParquetFile(path) as file:
+        return dict(file.read().to_pydict())
+
+
+def assert_equals(folder: Path, log: InteractionLog) -> None:
+    """Every array, vocabulary, count, the report and the digest are those in memory."""
+    dataset = build_dataset(log, all_events(64, 8))
+    log, counts = dataset.log, np.diff(dataset.user_offsets)
+    manifest = json.loads((folder / "prepared.json").read_text())
+
+    digest = data_digest(dataset).to_json()
+    del digest["sha256_by_part"]["schema"]
+    assert manifest["digest"] == digest
+    assert manifest["report"] == str(log.report)
+    assert manifest["has_action"] == (log.action is not None)
+    numbers = [manifest[f"num_{what}"] for what in ("users", "items", "events", "positive")]
+    assert numbers == [
+        *(len(log.users.ids), len(log.items.ids), len(log.time)),
+        int(log.label.sum()),
+    ]
+
+    items = rows_of(folder / "items.parquet")
+    in_training = dataset.split == 0
+    positive = dataset.item[in_training & (log.label == 1)]
+    assert items == {
+        "id": log.items.ids,
+        "num_training": np.bincount(dataset.item[in_training], minlength=numbers[1]).tolist(),
+        "num_positive": np.bincount(positive, minlength=numbers[1]).tolist(),
+        **{name: list(map(list, values)) for name, values in log.item_attributes.items()},
+        **{name: values.tolist() for name, values in log.item_floats.items()},
+    }
+    assert (folder / "actions.parquet").exists() == (log.action is not None)
+    if log.action is not None:
+        assert rows_of(folder / "actions.parquet") == {"id": log.action.ids}
+
+    vocabularies = {
+        table_name(key): list(vocabulary.ids)
+        for key, vocabulary in dataset.schema.vocabulary_by_column.items()
+    }
+    found = {path.stem: rows_of(path)["id"] for path in (folder / "vocabulary").iterdir()}
+    assert found == vocabularies
+
+    num_shards = manifest["num_shards"]
+    names = [f"{shard:05d}.{what}.parquet" for shard in range(num_shards)
+             for what in ("events", "users")]  # fmt: skip
+    assert sorted(path.name for path in (folder / "shards").iterdir()) == names
+    for shard in range(num_shards):
+        codes = list(range(shard, numbers[0], num_shards))
+        users = rows_of(folder / "shards" / f"{shard:05d}.users.parquet")
+        assert users == {
+            "code": codes,
+            "id": [log.users.ids[code] for code in codes],
+            "first_event": dataset.user_offsets[codes].tolist(),
+            "num_events": counts[codes].tolist(),
+            **{
+                name: [list(values[code]) for code in codes]
+                for name, values in log.user_attributes.items()
+            },
+        }
+        chosen = np.isin(dataset.event_user, codes)
+        columns = {"item": dataset.item, "time": dataset.time, "label": log.label.astype(int)}
+        if log.action is not None:
+            columns["action"] = dataset.action
+        events = pq.read_table(folder / "shards" / f"{shard:05d}.events.parquet")
+        assert events.to_pydict() == {k: v[chosen].tolist() for k, v in columns.items()}
+        types = {field.name: str(field.type) for field in events.schema}
+        kinds = {"item": "int32", "time": "int64", "label": "uint8", "action": "int32"}
+        assert types == {name: kinds[name] for name in columns}
+
+        user = np.repeat(np.arange(len(codes)), users["num_events"])
+        offsets = np.concatenate([[0], np.cumsum(users["num_events"])])
+        time = events["time"].to_numpy()
+        split = split_events(user, count_earlier(user, time, offsets), np.array(counts[codes]))
+        assert split.tolist() == dataset.split[chosen].tolist()

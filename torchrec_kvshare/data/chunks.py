@@ -1,0 +1,49 @@
+"""Parts of a log's file, a bounded number of rows each, their columns dictionary-coded.
+
+Every reader of a kind of file yields them. Reading in memory and preparing shards differ in what
+they do with a chunk, not in what is in it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK_ROWS = 65_536  # rows held as Python lists at once, some 30 MB of a wide file
+
+
+class CodedTexts(NamedTuple):
+    """Row t holds ``texts[codes[t]]``; texts may repeat."""
+
+    codes: NDArray[np.int64]
+    # A list, or an Arrow array of strings, integers, booleans or times in seconds, whose texts are
+    # those that Arrow casts it to; "" for a null.
+    texts: Any
+
+    def as_list(self) -> list[str]:
+        """Return the texts by code."""
+        if isinstance(self.texts, list):
+            return self.texts
+        return list(self.texts.cast("string").fill_null("").to_pylist())
+
+
+class Chunk(NamedTuple):
+    """Some rows of one file, and the rows dropped among them because of their number of fields."""
+
+    columns: dict[str, CodedTexts]
+    positions: NDArray[np.int64]  # line (text files) or row number (Parquet) of each row
+    num_misfits: int = 0
+    misfits: tuple[str, ...] = ()  # descriptions of all of them
+
+
+def coded(texts: Sequence[str]) -> CodedTexts:
+    """Dictionary-code texts in order of first appearance.
+
+    Example:
+        >>> coded(["b", "a", "b"])
+        CodedTexts(codes=array([0, 1, 0]), texts=['b', 'a'])
+    """
+    code_by_text = {text: code for code, text in enumerate(dict.fromkeys(texts))}
+    codes = np.fromiter(map(code_by_text.__getitem__, texts), np.int64, len(texts))
+    return CodedTexts(codes, list(code_by_text))
