@@ -163,7 +163,7 @@ def reference_dense(schema: FeatureSchema, raw: dict[str, Any], index: int) -> l
 
 def _rows(table: Tensor, schema: FeatureSchema, column: str, cells: list[Any]) -> Tensor:
     """Return the sum of a bag's rows, [E]. Row 0 is for missing ids, row 1 for unknown ids."""
-    known = list(schema.vocabulary_by_column[column].ids)
+    known = list(schema.vocabulary_by_column[column].examples)
     total = torch.zeros(table.size(1), dtype=torch.float64)
     for cell in cells:
         row = 0 if cell is None else 1

@@ -28,6 +28,8 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("seed", "weight_decay", "dropout", "checkpoint_seconds"), 0),
     **dict.fromkeys(("learning_rate", "table_learning_rate"), TINY),
     **dict.fromkeys(("positive_rating", "min_events", "items", "num_globals"), 0),
+    **dict.fromkeys(("num_rows", "eviction_steps"), 1),
+    "salt": 0,
     **dict.fromkeys(("num_users", "events_per_user", "num_items", "num_categories"), 1),
     **dict.fromkeys(("count", "candidates", "requests", "users", "rounds"), 1),
     **dict.fromkeys(("histories", "long_histories", "merged_chunk_rows", "history_length"), 1),
@@ -51,7 +53,8 @@ LEAST_BY_KEY = {
 MOST_BY_KEY = {
     "dropout": 0.99,
     "threads": 1024,
-    "seed": 2**63 - 1,
+    **dict.fromkeys(("seed", "salt"), 2**63 - 1),
+    "num_rows": 2**32 - 3,  # digests of cached histories hold rows as 32 bits
     **dict.fromkeys(("watermark", "shadow_share", "max_top10_loss", "max_auc_change"), 1),
     **dict.fromkeys(("shadow_limit", "max_score_difference"), 1),
     **dict.fromkeys(("http_port", "grpc_port", "replica_port"), 65_535),
@@ -65,7 +68,10 @@ NOT_EMPTY = (
 )
 REFUSE, SORT = "refuse", "sort"
 # Allowed words by key, in every config.
-WORDS_BY_KEY = {"history_order": (REFUSE, SORT)}
+WORDS_BY_KEY = {
+    "history_order": (REFUSE, SORT),
+    "kind": ("vocabulary", "hashed", "managed"),
+}
 
 
 @dataclass
@@ -167,6 +173,16 @@ class ModelConfig:
 
 
 @dataclass
+class IdConfig:
+    """How the ids of a column get their table rows."""
+
+    kind: str = "vocabulary"  # or hashed, managed
+    num_rows: int | None = None  # of hashed and managed ids, without the two reserved ones
+    salt: int = 0  # of hashed ids
+    eviction_steps: int = 10  # of managed ids: training steps before rows change hands again
+
+
+@dataclass
 class Budget:
     """How long training may take."""
 
@@ -185,6 +201,8 @@ class TrainConfig:
     data: Any = MISSING  # one of DATA_SCHEMAS
     model: ModelConfig = field(default_factory=ModelConfig)
     budget: Budget = field(default_factory=Budget)
+    # By column, as requests name it; other columns have a vocabulary.
+    ids: dict[str, IdConfig] = field(default_factory=dict)
     seed: int = 0  # of weights, negatives and the order of users
     threads: int | None = None  # None: one per granted core
     learning_rate: float = 3e-3  # of dense parameters
@@ -514,6 +532,10 @@ def _check_values(config: Any, prefix: str) -> None:
         name = f"{prefix}{key}"
         if is_dataclass(value):
             _check_values(value, f"{name}.")
+        elif isinstance(value, dict):
+            for entry, entry_value in value.items():
+                if is_dataclass(entry_value):
+                    _check_values(entry_value, f"{name}.{entry}.")
         elif key in NOT_EMPTY and isinstance(value, str) and not value.strip():
             raise ConfigError(f"{name} is empty; set {name}=…, or leave it out")
         elif key in WORDS_BY_KEY and value not in WORDS_BY_KEY[key]:

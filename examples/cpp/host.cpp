@@ -79,6 +79,30 @@ Json read_json_file(const fs::path& path) {
   });
 }
 
+// The numbers of a NumPy file: two rows of 64-bit integers, one after the other.
+std::vector<int64_t> read_ids_file(const fs::path& path) {
+  return with_file(path, [&] {
+    std::ifstream file(path, std::ios::binary);
+    if (!file || !fs::is_regular_file(path)) throw ArtifactError("there is no such file to read");
+    unsigned char start[10] = {};  // "\x93NUMPY", version 1.0, length of the header
+    file.read(reinterpret_cast<char*>(start), sizeof start);
+    std::string header(start[8] + 256 * start[9], ' ');
+    file.read(header.data(), static_cast<std::streamsize>(header.size()));
+    const bool is_right = file && std::string(start, start + 8) == std::string("\x93NUMPY\1\0", 8) &&
+                          header.find("'descr': '<i8'") != std::string::npos &&
+                          header.find("'fortran_order': False") != std::string::npos &&
+                          header.find("'shape': (2, ") != std::string::npos;
+    const std::size_t num_bytes = fs::file_size(path) - sizeof start - header.size();
+    if (!is_right || num_bytes % (2 * sizeof(int64_t))) {
+      throw ArtifactError("it does not hold two rows of 64-bit integers");
+    }
+    std::vector<int64_t> numbers(num_bytes / sizeof(int64_t));
+    file.read(reinterpret_cast<char*>(numbers.data()), static_cast<std::streamsize>(num_bytes));
+    if (!file) throw ArtifactError("it cannot be read to its end");
+    return numbers;
+  });
+}
+
 // The model version as answers have it.
 std::string version_of(const Json& manifest) {
   const auto start_of = [&](const char* digest) {
@@ -196,7 +220,8 @@ Host::Host(const fs::path& artifact, const std::optional<CacheLimits>& limits)
   const Json manifest = read_json_file(artifact / "manifest.json");
   const Json golden = read_json_file(artifact / "golden.json");
   const Json schema = read_json_file(artifact / "schema.json");
-  with_file(artifact / "schema.json", [&] { schema_ = Schema::from_json(schema); });
+  const std::vector<int64_t> ids = read_ids_file(artifact / "ids.npy");
+  with_file(artifact / "schema.json", [&] { schema_ = Schema::from_json(schema, ids); });
   with_file(artifact / "manifest.json", [&] { model_version_ = version_of(manifest); });
   with_file(artifact / "model.pt", [&] {
     program_ = std::make_unique<Program>(artifact / "model.pt", model_version_);

@@ -89,7 +89,41 @@ std::string spelt(double number) {
   return {text, std::to_chars(text, text + sizeof text, number, form).ptr};
 }
 
+// SplitMix64.
+uint64_t mixed(uint64_t key) {
+  key += 0x9e3779b97f4a7c15u;
+  key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9u;
+  key = (key ^ (key >> 27)) * 0x94d049bb133111ebu;
+  return key ^ (key >> 31);
+}
+
+// Whether a canonical id spells an integer of 64 bits; if so, the integer.
+bool read_integer(const std::string& id, int64_t& integer) {
+  const std::size_t sign = id[0] == '-' ? 1 : 0;
+  if (id.size() == sign || !is_digit(id[sign])) return false;
+  if (id[sign] == '0' && id.size() > 1) return false;
+  const auto [end, error] = std::from_chars(id.data(), id.data() + id.size(), integer);
+  return error == std::errc() && end == id.data() + id.size();
+}
+
 }  // namespace
+
+uint64_t fnv1a(const std::string& bytes) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : bytes) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  return hash;
+}
+
+int64_t code_of(const std::string& id) {
+  int64_t integer = 0;
+  const uint64_t key = read_integer(id, integer) ? static_cast<uint64_t>(integer) : fnv1a(id);
+  return static_cast<int64_t>(mixed(key) >> 2);
+}
+
+int64_t hashed_row(int64_t code, int64_t num_rows, int64_t salt) {
+  const uint64_t state = mixed(static_cast<uint64_t>(code) ^ static_cast<uint64_t>(salt));
+  return static_cast<int64_t>(state & INT64_MAX) % num_rows;
+}
 
 std::string canonical_id(const std::string& text) {
   const std::string_view bare = stripped(text);

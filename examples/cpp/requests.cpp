@@ -4,6 +4,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -146,12 +147,8 @@ int64_t time_of(const Json& value, const std::string& column) {
   return static_cast<int64_t>(time);
 }
 
-// 64-bit FNV-1a. The program also compares events: users with equal keys lose reuse, not scores.
-int64_t user_key(const std::string& id) {
-  uint64_t hash = 14695981039346656037u;
-  for (const char c : id) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
-  return static_cast<int64_t>(hash);
-}
+// The program also compares events: users with equal keys lose reuse, not scores.
+int64_t user_key(const std::string& id) { return static_cast<int64_t>(fnv1a(id)); }
 
 // The text or the digits of a request's id; empty for other values.
 std::string request_id_text(const Json& value) {
@@ -159,11 +156,11 @@ std::string request_id_text(const Json& value) {
   return value.is_number_integer() ? value.dump() : long_integer(value);
 }
 
-int64_t row_of(const Json& value, const Vocabulary& vocabulary, const std::string& column) {
+int64_t row_of(const Json& value, const IdMap& vocabulary, const std::string& column) {
   return value.is_null() ? kMissingRow : vocabulary.row(id_of(value, column));
 }
 
-std::vector<int64_t> rows_of(const Cells& cells, const Vocabulary& vocabulary,
+std::vector<int64_t> rows_of(const Cells& cells, const IdMap& vocabulary,
                              const std::string& column) {
   std::vector<int64_t> rows;
   rows.reserve(cells.size());
@@ -172,7 +169,7 @@ std::vector<int64_t> rows_of(const Cells& cells, const Vocabulary& vocabulary,
 }
 
 // Rows of multi-valued cells; a single id is a list of one, null an empty list.
-Bags bags_of(const Cells& cells, const Vocabulary& vocabulary, const std::string& column) {
+Bags bags_of(const Cells& cells, const IdMap& vocabulary, const std::string& column) {
   Bags bags;
   for (const Json* cell : cells) {
     const std::size_t start = bags.values.size();
@@ -312,7 +309,7 @@ void put_history(Request& request, const History& history, const Events& events,
     return read;
   };
   for (const std::string& column : schema.event_columns) {
-    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(column);
+    const IdMap& vocabulary = schema.vocabulary_by_column.at(column);
     const std::string name = "history." + column;
     put_ids(request, history.name + "." + column, name,
             of_one_request(rows_of(cells(column), vocabulary, name)));
@@ -322,7 +319,7 @@ void put_history(Request& request, const History& history, const Events& events,
   request.num_events += static_cast<int64_t>(times.size());
   put(request, history.name + "." + kTime, of_one_request(std::move(times)));
   for (const std::string& column : schema.item_attributes) {
-    const Vocabulary& vocabulary = schema.vocabulary_by_column.at("items." + column);
+    const IdMap& vocabulary = schema.vocabulary_by_column.at("items." + column);
     const std::string name = "history." + column;
     put_ids(request, history.name + "." + column, name, bags_of(cells(column), vocabulary, name));
   }
@@ -330,11 +327,11 @@ void put_history(Request& request, const History& history, const Events& events,
 }
 
 void put_candidates(Request& request, const Columns& columns, const Schema& schema) {
-  const Vocabulary& items = schema.vocabulary_by_column.at(kItem);
+  const IdMap& items = schema.vocabulary_by_column.at(kItem);
   const std::string item = "candidates." + kItem;
   put_ids(request, item, item, of_one_request(rows_of(all_of(*columns.at(kItem)), items, item)));
   for (const std::string& column : schema.item_attributes) {
-    const Vocabulary& vocabulary = schema.vocabulary_by_column.at("items." + column);
+    const IdMap& vocabulary = schema.vocabulary_by_column.at("items." + column);
     const std::string name = "candidates." + column;
     put_ids(request, name, name, bags_of(all_of(*columns.at(column)), vocabulary, name));
   }
@@ -369,16 +366,40 @@ std::vector<float> dense_of(const Columns& candidates, const Schema& schema, int
   return dense;
 }
 
-}  // namespace
-
-Vocabulary::Vocabulary(const std::vector<std::string>& ids) {
-  int64_t row = kNumReservedRows;
-  for (const std::string& id : ids) row_by_id_[id] = row++;
+// One column's map. The file has two rows of numbers, of all vocabularies: codes, then table rows.
+IdMap id_map_of(const Json& values, const std::vector<int64_t>& ids) {
+  const std::string kind = values.at("kind").get<std::string>();
+  if (kind == "hashed") {
+    return {values.at("num_rows").get<int64_t>(), values.at("salt").get<int64_t>()};
+  }
+  if (kind != "vocabulary") throw JsonError("ids are '" + kind + "'; vocabulary or hashed");
+  const std::size_t num_all = ids.size() / 2;
+  const auto first = values.at("first_id").get<std::size_t>();
+  const auto num_ids = values.at("num_ids").get<std::size_t>();
+  if (first > num_all || num_ids > num_all - first) {
+    throw JsonError("a vocabulary has " + std::to_string(num_ids) + " ids from " +
+                    std::to_string(first) + " on; ids.npy has " + std::to_string(num_all));
+  }
+  const auto codes = ids.begin() + static_cast<std::ptrdiff_t>(first);
+  const auto rows = codes + static_cast<std::ptrdiff_t>(num_all);
+  const auto size = static_cast<std::ptrdiff_t>(num_ids);
+  return {std::vector<int64_t>(codes, codes + size), std::vector<int64_t>(rows, rows + size)};
 }
 
-int64_t Vocabulary::row(const std::string& id) const {
-  const auto found = row_by_id_.find(id);
-  return found == row_by_id_.end() ? kUnknownRow : found->second;
+}  // namespace
+
+IdMap::IdMap(std::vector<int64_t> codes, std::vector<int64_t> rows)
+    : codes_(std::move(codes)), rows_(std::move(rows)) {}
+
+IdMap::IdMap(int64_t num_rows, int64_t salt) : num_hashed_rows_(num_rows), salt_(salt) {
+  if (num_rows < 1) throw JsonError("num_rows is " + std::to_string(num_rows) + "; at least 1");
+}
+
+int64_t IdMap::row(const std::string& id) const {
+  const int64_t code = code_of(id);
+  if (num_hashed_rows_) return kNumReservedRows + hashed_row(code, num_hashed_rows_, salt_);
+  const auto found = std::lower_bound(codes_.begin(), codes_.end(), code);
+  return found == codes_.end() || *found != code ? kUnknownRow : rows_[found - codes_.begin()];
 }
 
 int64_t Window::start(int64_t num_events) const {
@@ -399,10 +420,10 @@ int64_t Schema::num_dense() const {
   return kNumClockFeatures + static_cast<int64_t>(item_floats.size());
 }
 
-Schema Schema::from_json(const Json& values) {
+Schema Schema::from_json(const Json& values, const std::vector<int64_t>& ids) {
   Schema schema;
   for (const auto& item : values.at("vocabulary_by_column").items()) {
-    schema.vocabulary_by_column.emplace(item.key(), Vocabulary(item.value().get<Names>()));
+    schema.vocabulary_by_column.emplace(item.key(), id_map_of(item.value(), ids));
   }
   schema.context = values.at("context").get<Names>();
   schema.event_columns = {kItem};
@@ -478,7 +499,7 @@ Request parse_request(const Json& raw, const Schema& schema) {
   };
   for (const std::string& column : schema.context) {
     const std::string name = "context." + column;
-    const Vocabulary& vocabulary = schema.vocabulary_by_column.at(name);
+    const IdMap& vocabulary = schema.vocabulary_by_column.at(name);
     put_ids(request, name, name, bags_of({&raw["context"][column]}, vocabulary, name));
   }
   for (const History& one : schema.histories) put_history(request, one, events, schema);

@@ -18,14 +18,21 @@ struct RequestError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Rows of an embedding table by canonical id.
-class Vocabulary {
+// Rows of an embedding table by canonical id: those of a vocabulary, or of a hash.
+class IdMap {
  public:
-  explicit Vocabulary(const std::vector<std::string>& ids);
+  // The codes of known ids in ascending order, and the row of each.
+  IdMap(std::vector<int64_t> codes, std::vector<int64_t> rows);
+
+  // Hashed ids; the reserved rows come on top of num_rows.
+  IdMap(int64_t num_rows, int64_t salt);
+
   int64_t row(const std::string& id) const;
 
  private:
-  std::unordered_map<std::string, int64_t> row_by_id_;
+  std::vector<int64_t> codes_, rows_;
+  int64_t num_hashed_rows_ = 0;  // 0: a vocabulary
+  int64_t salt_ = 0;
 };
 
 // The last events of a history, starting on a block boundary.
@@ -47,9 +54,9 @@ struct History {
   std::set<std::string> actions;
 };
 
-// The columns that a model reads, and their vocabularies.
+// The columns that a model reads, and the rows of their ids.
 struct Schema {
-  std::unordered_map<std::string, Vocabulary> vocabulary_by_column;
+  std::unordered_map<std::string, IdMap> vocabulary_by_column;
   std::vector<std::string> context;
   std::vector<std::string> event_columns;
   std::vector<std::string> item_attributes;
@@ -59,11 +66,11 @@ struct Schema {
   // Number of dense features of a candidate.
   int64_t num_dense() const;
 
-  // From the JSON of FeatureSchema.to_json.
-  static Schema from_json(const Json& values);
+  // From schema.json, and the numbers of ids.npy beside it.
+  static Schema from_json(const Json& values, const std::vector<int64_t>& ids);
 };
 
-// Number of ids in one column, and of those that the vocabulary does not have.
+// Number of ids in one column, and of those that its vocabulary does not have.
 struct IdCount {
   int64_t given = 0, unknown = 0;
 };

@@ -1,7 +1,7 @@
 """Whatever changes K/V changes its identity, and nothing else does."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,13 @@ from torchrec.models.dlrm import DLRM
 from tests.worlds import CAUSAL_SPEC, SCHEMA, draw_raw, fresh_process
 from torchrec_kvshare.cache.identity import NO_CONTEXT, Identity, PrefixDigests, model_digest
 from torchrec_kvshare.features.parse import parse_request
-from torchrec_kvshare.features.schema import HISTORY
+from torchrec_kvshare.features.schema import (
+    HISTORY,
+    MAX_EXAMPLES,
+    FeatureSchema,
+    Hashed,
+    Vocabulary,
+)
 
 RawRequest = dict[str, Any]
 
@@ -167,8 +173,8 @@ print(model_digest(make_dlrm(4).state_dict(), {"schema": SCHEMA.to_json(), "enco
     assert outputs[0].split()[0] == digest_of(draw_raw(9, 2, 5)).hex()
 
 
-def description() -> dict[str, Any]:
-    return {"encoder": asdict(CAUSAL_SPEC), "schema": SCHEMA.to_json()}
+def description(schema: FeatureSchema = SCHEMA) -> dict[str, Any]:
+    return {"encoder": asdict(CAUSAL_SPEC), "schema": schema.to_json()}
 
 
 @pytest.mark.parametrize(
@@ -191,11 +197,35 @@ def test_another_window_is_another_model(dlrm: DLRM) -> None:
     assert model_digest(state, other) != model_digest(state, description())
 
 
-def test_another_vocabulary_is_another_model(dlrm: DLRM) -> None:
-    other = description()
-    other["schema"]["vocabulary_by_column"]["item_id"][:2] = ["101", "100"]
-    state = dlrm.state_dict()
-    assert model_digest(state, other) != model_digest(state, description())
+def test_another_map_from_ids_to_rows_is_another_model(dlrm: DLRM) -> None:
+    """Each of these has the weights of the others; only the rows of some ids differ."""
+    known = [f"item {number}" for number in range(MAX_EXAMPLES + 50)]
+    one, two = known[1:3]  # only one of them is among the examples
+    maps = [
+        Vocabulary(known),
+        Vocabulary([known[0], two, one, *known[3:]]),
+        Vocabulary([*known[:-1], "another"]),
+        Hashed(7, salt=0),
+        Hashed(7, salt=1),
+        Hashed(8, salt=0),
+    ]
+    vocabularies = SCHEMA.vocabulary_by_column
+    digests = [
+        model_digest(
+            dlrm.state_dict(),
+            description(
+                replace(SCHEMA, vocabulary_by_column=vocabularies | {"item_id": map_of_ids})
+            ),
+        )
+        for map_of_ids in maps
+    ]
+    assert len(set(digests)) == len(maps)
+    assert digests[0] == model_digest(
+        dlrm.state_dict(),
+        description(
+            replace(SCHEMA, vocabulary_by_column=vocabularies | {"item_id": Vocabulary(known)})
+        ),
+    )
 
 
 def test_the_same_bytes_under_another_shape_type_or_name_are_another_model() -> None:

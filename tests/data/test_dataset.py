@@ -115,7 +115,7 @@ def test_ids_are_numbered_by_their_own_order() -> None:
     ordered = ["-2", "9", "10", "007", "a", "b"]
     assert dataset.log.items.ids == ordered
     for column in (ITEM, "items.genres"):
-        assert list(dataset.schema.vocabulary_by_column[column].ids) == ordered
+        assert list(dataset.schema.vocabulary_by_column[column].examples) == ordered
     assert dataset.log.item_attributes["genres"] == [(item,) for item in ordered]
     assert dataset.log.item_floats["price"].tolist() == [items.index(item) for item in ordered]
 
@@ -249,7 +249,7 @@ def test_vocabularies_know_the_training_split_alone(events: list[Event]) -> None
         "context.country": {country for event in trained for country in countries_of(event.user)},
     }
     vocabularies = dataset.schema.vocabulary_by_column
-    assert {column: set(vocabularies[column].ids) for column in vocabularies} == known
+    assert {column: set(vocabularies[column].examples) for column in vocabularies} == known
     assert {dataset.log.items.ids[code] for code in dataset.known_items} == known[ITEM]
     assert dataset.known_items.tolist() == sorted(dataset.known_items)
 

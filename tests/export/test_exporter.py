@@ -50,7 +50,7 @@ from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.verify.audit import audit_model
 from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE, check_parity, score_through_pages
 
-FILES = ["golden.json", "manifest.json", "model.pt", "schema.json"]
+FILES = ["golden.json", "ids.npy", "manifest.json", "model.pt", "schema.json"]
 VOUCHED = [name for name in FILES if name != "manifest.json"]
 # Sizes that the export did not see: one request, many candidates, more users than it drew.
 BATCHES = [
@@ -149,7 +149,7 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
         ),
         *("codecs", "break_even_events"),
     }
-    assert (written["format"], written["encoder"]) == (6, asdict(CAUSAL_SPEC))
+    assert (written["format"], written["encoder"]) == (7, asdict(CAUSAL_SPEC))
     assert (written["runtime"], written["tables"]) == ("torchscript", "float32")
     sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}

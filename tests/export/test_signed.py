@@ -28,7 +28,7 @@ from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 
 KEY, OTHER_KEY = b"a secret of ours", b"a secret of theirs"
-FILES = ["golden.json", "model.pt", "schema.json"]
+FILES = ["golden.json", "ids.npy", "model.pt", "schema.json"]
 
 
 @pytest.fixture(scope="module")

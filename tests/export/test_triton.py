@@ -60,7 +60,7 @@ def uncached_scores(artifact: Path, raws: list[dict[str, Any]]) -> list[list[flo
 
 def test_the_repository_is_laid_out_as_triton_wants_it(repository: Path) -> None:
     files = {str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()}
-    artifact = {"golden.json", "manifest.json", "model.pt", "schema.json"}
+    artifact = {"golden.json", "ids.npy", "manifest.json", "model.pt", "schema.json"}
     assert files == {
         *("shop/config.pbtxt", "shop/1/model.pt"),
         *("shop_engine/config.pbtxt", "shop_engine/1/model.py"),

@@ -120,9 +120,9 @@ def test_a_log_of_odd_columns_trains_on_each_column_s_own_ids() -> None:
     dataset = build_dataset(log, [History(name, Window(8, 4)) for name in NAMES])
     vocabularies = dataset.schema.vocabulary_by_column
     for name in CONTEXT:
-        assert vocabularies[context_key(name)].ids == (f"{name} of user",)
+        assert vocabularies[context_key(name)].examples == (f"{name} of user",)
     for name in ATTRIBUTES:
-        assert vocabularies[item_key(name)].ids == (f"{name} of item",)
+        assert vocabularies[item_key(name)].examples == (f"{name} of item",)
     windows = windows_of(dataset, np.flatnonzero(dataset.split == TRAIN))
     draws = Draws(0)
     negatives = sample_negatives(dataset, windows.targets, 1, draws)

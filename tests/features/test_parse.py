@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,15 @@ from torchrec_kvshare.features.request import (
     count_ids,
     unknown_ids,
 )
-from torchrec_kvshare.features.schema import HISTORY, FeatureSchema, History, Vocabulary, Window
+from torchrec_kvshare.features.schema import (
+    HISTORY,
+    FeatureSchema,
+    History,
+    Vocabulary,
+    Window,
+    load_schema,
+    save_schema,
+)
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 
@@ -894,8 +903,9 @@ def test_a_window_starts_on_a_block_and_holds_as_much_as_it_can(
     assert window.start(np.array([num_events, 0])).tolist() == [start, 0]
 
 
-def test_a_schema_survives_json() -> None:
-    again = FeatureSchema.from_json(json.loads(json.dumps(SCHEMA.to_json())))
+def test_a_schema_is_read_as_it_was_written(tmp_path: Path) -> None:
+    save_schema(tmp_path, SCHEMA)
+    again = load_schema(tmp_path)
     assert again.to_json() == SCHEMA.to_json()
     assert again.vocabulary_by_column["items.genres"].row("genre 3") == 5
     assert again.event_columns == ("item_id", "action")

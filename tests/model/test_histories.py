@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,11 @@ from torchrec_kvshare.features.schema import (
     ITEM,
     TIME,
     USER,
-    FeatureSchema,
     History,
     Window,
     history_key,
+    load_schema,
+    save_schema,
     visible_key,
 )
 from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
@@ -550,5 +552,6 @@ def test_a_log_without_actions_refuses_histories_of_actions() -> None:
         build_dataset(log, SHORT_HISTORIES)
 
 
-def test_a_schema_of_two_histories_is_read_as_it_was_written() -> None:
-    assert FeatureSchema.from_json(TWO_HISTORIES.to_json()).histories == HISTORIES
+def test_a_schema_of_two_histories_is_read_as_it_was_written(tmp_path: Path) -> None:
+    save_schema(tmp_path, TWO_HISTORIES)
+    assert load_schema(tmp_path).histories == HISTORIES

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.encoder_worlds import TWO_HISTORIES
+from tests.features.test_hashing import GOLDEN, NUM_ROWS, SALT
 from tests.pipelines.commands import ROOT, run_pipeline
 from tests.pipelines.test_score import broken_lines, changed, truncate, unusual_lines
 from tests.worlds import SCHEMA, draw_raw, make_dlrm
@@ -32,13 +33,19 @@ from torchrec_kvshare.features.limits import MAX_ID_CHARACTERS
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.features.schema import (
+    HASHED,
     HISTORY,
     ITEM,
+    NUM_RESERVED_ROWS,
     USER,
+    VOCABULARY,
     FeatureSchema,
+    Hashed,
     History,
+    IdMap,
     Vocabulary,
     Window,
+    save_schema,
 )
 from torchrec_kvshare.features.tensors import USER_KEY, request_tensors, user_key
 from torchrec_kvshare.model.quantised import quantise_tables
@@ -239,6 +246,11 @@ PLAIN = FeatureSchema(
 )
 
 
+def with_items(map_of_ids: IdMap) -> FeatureSchema:
+    vocabularies = PLAIN.vocabulary_by_column | {ITEM: map_of_ids}
+    return replace(PLAIN, vocabulary_by_column=vocabularies)
+
+
 class Echo(nn.Module):
     """A program whose scores are its input tensors and their names."""
 
@@ -292,8 +304,9 @@ def write_echo(folder: Path, schema: FeatureSchema) -> Path:
     golden = [{"request": raw, "scores": echo_of(raw, schema)}]
     model, tables = ECHO_VERSION.split("-")
     manifest = {"model_digest": model + "f" * 48, "tables_digest": tables + "f" * 48}
-    for name, values in (("golden", golden), ("manifest", manifest), ("schema", schema.to_json())):
+    for name, values in (("golden", golden), ("manifest", manifest)):
         (folder / f"{name}.json").write_text(json.dumps(values))
+    save_schema(folder, schema)
     torch.jit.save(script_model(Echo()), str(folder / PROGRAM))
     return folder
 
@@ -375,14 +388,14 @@ def drawn_spellings(rng: random.Random) -> list[Any]:
     return [one for one in (*texts, *numbers) if 0 < len(canonical_id(one)) <= MAX_ID_CHARACTERS]
 
 
-def test_ids_are_spelt_as_in_python(ask: Ask, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [VOCABULARY, HASHED])
+def test_ids_are_spelt_as_in_python(ask: Ask, tmp_path: Path, kind: str) -> None:
     """The host refused " 17850", "17850.0" and 17850.0, or took them for unknown ids."""
     seed = random.randrange(2**32)
     spellings = drawn_spellings(random.Random(seed))
     canonical = list(dict.fromkeys(canonical_id(one) for one in spellings))
-    schema = replace(
-        PLAIN, vocabulary_by_column=PLAIN.vocabulary_by_column | {ITEM: Vocabulary(canonical)}
-    )
+    items = Vocabulary(canonical) if kind == VOCABULARY else Hashed(NUM_ROWS, salt=2**63 - 1)
+    schema = with_items(items)
     (tmp_path / "artifact").mkdir()
     folder = write_echo(tmp_path / "artifact", schema)
     raw = draw_raw(0, len(spellings), seed=1, schema=schema)
@@ -392,6 +405,18 @@ def test_ids_are_spelt_as_in_python(ask: Ask, tmp_path: Path) -> None:
     tensors["candidates.item_id.values"] = torch.tensor(rows)
     [answer] = ask(folder, [json.dumps(changed(raw, "candidates", item_id=spellings)).encode()])
     assert answer["scores"] == Echo()(tensors).tolist(), seed
+
+
+def test_hashed_ids_have_the_rows_that_python_always_gave(ask: Ask, tmp_path: Path) -> None:
+    schema = with_items(Hashed(NUM_ROWS, SALT))
+    (tmp_path / "artifact").mkdir()
+    folder = write_echo(tmp_path / "artifact", schema)
+    raw = changed(draw_raw(0, len(GOLDEN), seed=1, schema=schema), "candidates", item_id=[*GOLDEN])
+    tensors = request_tensors([parse_request(raw, schema)], schema)
+    rows = [NUM_RESERVED_ROWS + row for _, row in GOLDEN.values()]
+    tensors["candidates.item_id.values"] = torch.tensor(rows)
+    [answer] = ask(folder, [json.dumps(raw).encode()])
+    assert answer["scores"] == Echo()(tensors).tolist()
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\t\n", "\x1c", "\xa0\u2003", "\u3000", [], {}, [7]])
@@ -605,7 +630,7 @@ def with_nan(artifact: Path, tmp_path: Path) -> tuple[Path, str]:
     schema = read_artifact(folder)[1]
     golden = {one["request"][USER] for one in json.loads((folder / "golden.json").read_text())}
     vocabulary = schema.vocabulary_by_column[USER]
-    user = next(one for one in vocabulary.ids if one not in golden)
+    user = next(one for one in vocabulary.examples if one not in golden)
     program = load_program(folder / PROGRAM)
     [table] = [one for name, one in program.named_parameters() if "bag_user_id" in name]
     with torch.no_grad():
@@ -793,7 +818,9 @@ def refusal(host: Path, folder: Path, *arguments: Any) -> str:
 
 
 @pytest.mark.parametrize("spoil", [truncate, empty, Path.unlink])
-@pytest.mark.parametrize("name", [PROGRAM, "manifest.json", "schema.json", "golden.json"])
+@pytest.mark.parametrize(
+    "name", [PROGRAM, "manifest.json", "schema.json", "ids.npy", "golden.json"]
+)
 def test_a_spoilt_artifact_is_refused_by_file(
     host: Path, spoilt: Path, tmp_path: Path, name: str, spoil: Callable[[Path], None]
 ) -> None:
@@ -822,6 +849,10 @@ def test_other_scores_than_the_golden_ones_are_refused(
     assert "golden.json: the program does not agree: candidate 3 has" in refusal(host, tmp_path)
 
 
+def items_of(schema: Any) -> Any:
+    return schema["vocabulary_by_column"][ITEM]
+
+
 def add_to_score(golden: Any, more: float) -> None:
     golden[0]["scores"][3] += more
 
@@ -833,6 +864,8 @@ def add_to_score(golden: Any, more: float) -> None:
         ("manifest.json", lambda v: v.clear(), "digest' not found"),
         ("schema.json", lambda v: v["histories"][0]["window"].update(block=0), "block is 0"),
         ("schema.json", lambda v: v.update(context="country"), "type must be array"),
+        ("schema.json", lambda v: items_of(v).update(num_ids=500), "has 500 ids from "),
+        ("schema.json", lambda v: items_of(v).update(kind="managed"), "ids are 'managed'"),
         ("golden.json", lambda v: v[0]["request"].pop("time"), "the request has no 'time'"),
         ("golden.json", lambda v: v[0]["scores"].pop(), "scores, not"),
     ],

@@ -545,7 +545,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("name", ["model.pt", "schema.json"])
+@pytest.mark.parametrize("name", ["model.pt", "schema.json", "ids.npy"])
 @pytest.mark.parametrize("spoil", [flip_a_byte, truncate, append, empty, Path.unlink])
 def test_a_spoilt_artifact_is_refused_by_file(
     spoilt: Path, requests_file: Path, name: str, spoil: Callable[[Path], None]

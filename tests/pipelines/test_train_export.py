@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchrec_kvshare.errors import ArtifactError, ConfigError, DataError
 from torchrec_kvshare.training.run import load_dataset
 
 METRIC_NAMES = ["AUC", "GAUC", "NE", "HR@10", "NDCG@10"]
-ARTIFACT_FILES = ["golden.json", "manifest.json", "model.pt", "schema.json"]
+ARTIFACT_FILES = ["golden.json", "ids.npy", "manifest.json", "model.pt", "schema.json"]
 
 
 def metrics_of(run: Path) -> dict[str, dict[str, float]]:
@@ -46,8 +47,8 @@ def test_train_and_export_in_new_processes(trained: Path, tmp_path: Path) -> Non
 
 def test_an_artifact_has_its_files_and_the_schema_of_its_run(trained: Path, artifact: Path) -> None:
     assert sorted(path.name for path in artifact.iterdir()) == ARTIFACT_FILES
-    schemas = [json.loads((folder / "schema.json").read_text()) for folder in (trained, artifact)]
-    assert schemas[0] == schemas[1]
+    for name in ("schema.json", "ids.npy"):
+        assert (trained / name).read_bytes() == (artifact / name).read_bytes()
 
 
 def test_an_artifact_is_never_overwritten(trained: Path, artifact: Path) -> None:
@@ -130,7 +131,7 @@ def test_a_users_own_csv_is_trained_exported_and_scored(tmp_path: Path) -> None:
     assert schema["has_action"]
     assert (schema["context"], schema["item_attributes"]) == (["city"], ["kinds"])
     assert schema["item_floats"] == ["price"]
-    assert sorted(schema["vocabulary_by_column"]["action"]) == ["1", "2", "3", "4", "5"]
+    assert sorted(schema["vocabulary_by_column"]["action"]["examples"]) == ["1", "2", "3", "4", "5"]
     answers = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()]
     assert [len(answer["scores"]) for answer in answers] == [8] * 9
 
@@ -199,3 +200,18 @@ def test_the_demo_refuses_too_many_candidates_before_it_trains(tmp_path: Path) -
     with pytest.raises(ConfigError, match="candidates is 61; the catalogue has"):
         run_pipeline("demo", *WORLD, "candidates=61", f"output={tmp_path / 'demo'}")
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ("{kind: hash, num_rows: 9}", "ids.item_id.kind is 'hash'; one of ('vocabulary', 'hashed'"),
+        ("{kind: hashed, num_rows: 0}", "ids.item_id.num_rows is 0; it must be at least 1"),
+        ("{kind: hashed, rows: 9}", "rows is not a key of this config; did you mean num_rows?"),
+    ],
+)
+def test_kinds_and_numbers_of_ids_are_checked_by_column(
+    tmp_path: Path, ids: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        run_pipeline("train", f"+ids={{item_id: {ids}}}", f"output={tmp_path / 'run'}")

@@ -29,7 +29,7 @@ from tests.worlds import fresh_process
 from torchrec_kvshare.config import Columns, InteractionsData, TrainConfig
 from torchrec_kvshare.data.dataset import TEST
 from torchrec_kvshare.errors import ConfigError, DataError, TrainingError
-from torchrec_kvshare.features.schema import HISTORY, FeatureSchema
+from torchrec_kvshare.features.schema import HISTORY, load_schema
 from torchrec_kvshare.training import checkpoints, loop
 from torchrec_kvshare.training.checkpoints import (
     PROGRESS,
@@ -176,8 +176,8 @@ def test_the_trained_model_is_loaded_without_its_data(finished: Path) -> None:
 
 
 def test_the_schema_survives_being_written(finished: Path) -> None:
-    written = json.loads((finished / "schema.json").read_text())
-    assert FeatureSchema.from_json(written).to_json() == written
+    schema = load_dataset(tiny_config(finished)).schema
+    assert load_schema(finished).to_json() == schema.to_json()
 
 
 def test_weights_do_not_fit_another_model(finished: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from torchrec_kvshare.benchmark.options import DataOptions, Options
 from torchrec_kvshare.benchmark.results import Case, Record
 from torchrec_kvshare.data.dataset import Dataset, build_dataset
@@ -11,7 +13,7 @@ from torchrec_kvshare.data.requests import make_targeted_requests
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.features.request import Request
-from torchrec_kvshare.features.schema import ITEM, FeatureSchema
+from torchrec_kvshare.features.schema import ITEM, UNKNOWN_ROW, FeatureSchema, Vocabulary
 from torchrec_kvshare.features.tensors import FLOAT32
 
 UNIT_BY_METRIC = {
@@ -99,10 +101,13 @@ def effect_records(
 
 def _check_known(schema: FeatureSchema, dataset: Dataset, data_name: str) -> None:
     """Refuse data whose items the model does not know: its scores of them mean nothing."""
-    known = set(schema.vocabulary_by_column[ITEM].ids)
-    num_shared = len(known.intersection(dataset.log.items.ids))
-    if 2 * num_shared < len(known):
+    known = schema.vocabulary_by_column[ITEM]
+    if not isinstance(known, Vocabulary):
+        return  # Hashed ids: no list says what was trained.
+    num_known = known.codes.size
+    num_shared = np.count_nonzero(known.rows_of_ids(dataset.log.items.ids) != UNKNOWN_ROW)
+    if 2 * num_shared < num_known:
         raise ConfigError(
-            f"data {data_name} has {num_shared} of the {len(known)} items that the model knows; "
+            f"data {data_name} has {num_shared} of the {num_known} items that the model knows; "
             "at least half are needed: is it what the model was trained on?"
         )

@@ -8,9 +8,10 @@ Nothing depends on the order of the log's rows: ids are numbered in sorted order
 user at the same time are ordered by item, action and label.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,9 @@ from torchrec_kvshare.features.schema import (
     ITEM,
     USER,
     FeatureSchema,
+    Hashed,
     History,
+    IdMap,
     Vocabulary,
     context_key,
     item_key,
@@ -34,6 +37,7 @@ from torchrec_kvshare.features.schema import (
 
 TRAIN, VALID, TEST = 0, 1, 2
 VALID_SHARE = TEST_SHARE = 0.1  # of a user's events
+NO_MAPS: Mapping[str, IdMap] = MappingProxyType({})
 MIN_SETS_TO_SPLIT = 3  # sets of equal time; a user with fewer is for training only
 
 Ints = NDArray[np.int64]
@@ -75,6 +79,8 @@ class Dataset:
         context: table rows by user code, for each user attribute.
         indices_by_history: indices of each history's events, ascending.
         num_before_by_history: [T + 1] number of a history's events before each event.
+        known_ids: ids of the training split, by column.
+        num_colliding_ids: of a hashed column, those of them that share a row with another.
     """
 
     log: InteractionLog
@@ -95,6 +101,8 @@ class Dataset:
     context: dict[str, JaggedRows]
     indices_by_history: dict[str, Ints]
     num_before_by_history: dict[str, Ints]
+    known_ids: dict[str, list[str]]
+    num_colliding_ids: dict[str, int]
 
     @property
     def num_users(self) -> int:
@@ -107,18 +115,23 @@ class Dataset:
         return np.repeat(np.arange(self.num_users), np.diff(self.user_offsets))
 
 
-def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
+def build_dataset(
+    log: InteractionLog, histories: Sequence[History], id_maps: Mapping[str, IdMap] = NO_MAPS
+) -> Dataset:
     """Order, split and encode a log.
 
     Args:
         log: as a reader returns it.
         histories: the histories that the model reads.
+        id_maps: of columns without a vocabulary, by ``user_id``, ``item_id``, ``action`` or the
+            attribute's name; items and users may have an attribute of one name, which share it.
 
     Returns:
         The data set; its vocabularies hold ids of the training split only.
 
     Raises:
-        ConfigError: if a history keeps an action that the log does not have.
+        ConfigError: if a history keeps an action that the log does not have, or there is no such
+            column to map.
         DataError: if a label is neither 0 nor 1, or a value of a float column is not finite.
     """
     _check_numbers(log)
@@ -130,22 +143,21 @@ def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
     split = split_events(user, num_earlier, counts)
     in_training = split == TRAIN
     known_users, known_items = np.unique(user[in_training]), np.unique(item[in_training])
-    vocabularies = {
-        USER: _vocabulary(log.users, known_users),
-        ITEM: _vocabulary(log.items, known_items),
-    }
+    known = {USER: _ids(log.users, known_users), ITEM: _ids(log.items, known_items)}
     action = action_row = np.zeros(0, np.int64)
     if log.action is not None:
         action = log.action.codes
-        vocabularies[ACTION] = _vocabulary(log.action, np.unique(action[in_training]))
-        action_row = _rows(log.action.ids, vocabularies[ACTION])
+        known[ACTION] = _ids(log.action, np.unique(action[in_training]))
     for owners, attributes, key_of in (
         (known_items, log.item_attributes, item_key),
         (known_users, log.user_attributes, context_key),
     ):
         for name, ids_by_owner in attributes.items():
             seen = {raw for owner in owners for raw in ids_by_owner[owner]}
-            vocabularies[key_of(name)] = Vocabulary(sorted_ids(seen))
+            known[key_of(name)] = sorted_ids(seen)
+    vocabularies = _id_maps(known, id_maps)
+    if log.action is not None:
+        action_row = vocabularies[ACTION].rows_of_ids(log.action.ids)
     schema = FeatureSchema(
         vocabularies,
         context=tuple(log.user_attributes),
@@ -167,8 +179,8 @@ def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
         label=log.label,
         num_earlier=num_earlier,
         split=split,
-        user_row=_rows(log.users.ids, vocabularies[USER]),
-        item_row=_rows(log.items.ids, vocabularies[ITEM]),
+        user_row=vocabularies[USER].rows_of_ids(log.users.ids),
+        item_row=vocabularies[ITEM].rows_of_ids(log.items.ids),
         action_row=action_row,
         known_items=known_items,
         item_attributes=_attribute_rows(log.item_attributes, vocabularies, item_key),
@@ -178,7 +190,24 @@ def build_dataset(log: InteractionLog, histories: Sequence[History]) -> Dataset:
         num_before_by_history={
             name: np.concatenate([[0], np.cumsum(kept)]) for name, kept in in_history.items()
         },
+        known_ids=known,
+        num_colliding_ids={
+            column: count_colliding(map_of_ids.rows_of_ids(known[column]))
+            for column, map_of_ids in vocabularies.items()
+            if isinstance(map_of_ids, Hashed)
+        },
     )
+
+
+def count_colliding(rows: Ints) -> int:
+    """Count the ids that share a row with another one.
+
+    Example:
+        >>> count_colliding(np.array([5, 3, 5, 4, 5]))
+        3
+    """
+    counts = np.unique(rows, return_counts=True)[1]
+    return int(counts[counts > 1].sum())
 
 
 def in_canonical_order(log: InteractionLog) -> InteractionLog:
@@ -340,17 +369,26 @@ def _in_history(log: InteractionLog, history: History, action: Ints) -> NDArray[
     return np.isin(action, codes)
 
 
-def _vocabulary(column: IdColumn, codes: Ints) -> Vocabulary:
-    return Vocabulary([column.ids[code] for code in codes])
+def _ids(column: IdColumn, codes: Ints) -> list[str]:
+    return [column.ids[code] for code in codes.tolist()]
 
 
-def _rows(ids: Sequence[str], vocabulary: Vocabulary) -> Ints:
-    return np.array(vocabulary.rows(ids), dtype=np.int64)
+def _id_maps(known: Mapping[str, list[str]], given: Mapping[str, IdMap]) -> dict[str, IdMap]:
+    """Return the map of each column: the given one, or a vocabulary of the known ids."""
+    name_by_column = {column: column.partition(".")[2] or column for column in known}
+    if unknown := sorted(set(given) - set(name_by_column.values())):
+        raise ConfigError(
+            f"ids has the columns {unknown}; {sorted({*name_by_column.values()})} are allowed"
+        )
+    return {
+        column: given[name] if name in given else Vocabulary(known[column])
+        for column, name in name_by_column.items()
+    }
 
 
 def _attribute_rows(
     attributes: dict[str, list[tuple[str, ...]]],
-    vocabularies: dict[str, Vocabulary],
+    vocabularies: dict[str, IdMap],
     key_of: Callable[[str], str],
 ) -> dict[str, JaggedRows]:
     rows_by_name = {}
@@ -358,5 +396,5 @@ def _attribute_rows(
         lengths = [len(ids) for ids in ids_by_owner]
         flat = [raw for ids in ids_by_owner for raw in ids]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        rows_by_name[name] = JaggedRows(_rows(flat, vocabularies[key_of(name)]), offsets)
+        rows_by_name[name] = JaggedRows(vocabularies[key_of(name)].rows_of_ids(flat), offsets)
     return rows_by_name

@@ -7,11 +7,8 @@ drawing those of all other targets first.
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.features.schema import IntArray
+from torchrec_kvshare.features.hashing import IntArray, mixed
 
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 MANTISSA_SHIFT = np.uint64(11)  # leaves the 53 bits that a float64 has room for
 
 
@@ -20,9 +17,6 @@ class Draws:
 
     Args:
         seed: integers; equal seeds give equal numbers.
-
-    Source:
-        SplitMix64: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".
 
     Example:
         >>> keys = np.arange(3)
@@ -35,23 +29,15 @@ class Draws:
     def __init__(self, *seed: int) -> None:
         self._state = np.zeros(1, np.uint64)
         for part in seed:
-            self._state = _mixed(self._state, np.array([part]))
+            self._state = mixed(self._state, np.array([part]))
 
     def uniform(self, *keys: IntArray) -> NDArray[np.float64]:
         """Return a number in [0, 1) for each element of the keys, which are broadcast."""
         state = self._state
         for key in keys:
-            state = _mixed(state, key)
+            state = mixed(state, key)
         return (state >> MANTISSA_SHIFT).astype(np.float64) * 2.0**-53
 
     def below(self, limit: int, *keys: IntArray) -> IntArray:
         """Return an integer from 0 to ``limit - 1`` for each element of the keys."""
         return (self.uniform(*keys) * limit).astype(np.int64)
-
-
-def _mixed(state: NDArray[np.uint64], key: IntArray) -> NDArray[np.uint64]:
-    state = (state ^ key.astype(np.uint64)) + GOLDEN_GAMMA
-    for shift, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
-        state = (state ^ (state >> shift)) * multiplier
-    mixed: NDArray[np.uint64] = state ^ (state >> SHIFTS[2])
-    return mixed

@@ -6,7 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, Ints
-from torchrec_kvshare.features.schema import ACTION, ITEM, UNKNOWN_ROW, USER
+from torchrec_kvshare.features.schema import (
+    ACTION,
+    ITEM,
+    NUM_RESERVED_ROWS,
+    UNKNOWN_ROW,
+    USER,
+    Vocabulary,
+)
 
 NAME_BY_SPLIT = {TRAIN: "training", VALID: "validation", TEST: "test"}
 LARGE_SHARE = 0.5  # of the events of a split or the log at one moment: worth a warning
@@ -46,7 +53,10 @@ def crowded_moments(dataset: Dataset) -> list[str]:
 
 
 def unknown_shares(dataset: Dataset) -> dict[str, float]:
-    """Return the share of the test split's ids that are not in the training split, by column."""
+    """Return the share of the test split's ids that are not in the training split.
+
+    By column, of columns with a vocabulary: no other has a row for unknown ids.
+    """
     tested = dataset.split == TEST
     users, items = np.unique(dataset.event_user[tested]), dataset.item[tested]
     rows = {
@@ -59,7 +69,21 @@ def unknown_shares(dataset: Dataset) -> dict[str, float]:
         rows[f"items.{name}"] = values.take(items)[0]
     for name, values in dataset.context.items():
         rows[f"context.{name}"] = values.take(users)[0]
-    return {name: _unknown_share(found) for name, found in rows.items()}
+    return {
+        name: _unknown_share(found)
+        for name, found in rows.items()
+        if isinstance(dataset.schema.vocabulary_by_column[name], Vocabulary)
+    }
+
+
+def collisions(dataset: Dataset) -> list[str]:
+    """Describe each hashed column: its rows, and how many known ids share one."""
+    return [
+        f"{column} is hashed, so no id of it is unknown: {count:,} of the "
+        f"{len(dataset.known_ids[column]):,} ids of the training split share one of "
+        f"{dataset.schema.num_table_rows(column) - NUM_RESERVED_ROWS:,} rows with another"
+        for column, count in dataset.num_colliding_ids.items()
+    ]
 
 
 def _splits(dataset: Dataset) -> Iterator[tuple[str, NDArray[np.bool_]]]:

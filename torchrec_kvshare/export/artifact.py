@@ -20,13 +20,12 @@ from torchrec_kvshare.cache.identity import ModelVersion
 from torchrec_kvshare.cache.keys import keyed_digest
 from torchrec_kvshare.cache.pages import TowerSizes
 from torchrec_kvshare.errors import ArtifactError
-from torchrec_kvshare.features.schema import FeatureSchema
+from torchrec_kvshare.features.schema import IDS, SCHEMA, FeatureSchema, load_schema
 
 MANIFEST = "manifest.json"
-SCHEMA = "schema.json"
 SIGNATURE = "manifest.mac"  # keyed digest of the manifest's bytes, as hexadecimal text
 PURPOSE = b"kvshare-artifact"
-FORMAT = 6
+FORMAT = 7
 CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than memory
 
 
@@ -105,11 +104,6 @@ def artifact_folder(destination: Path) -> Iterator[Path]:
         raise
 
 
-def write_schema(folder: Path, schema: FeatureSchema) -> None:
-    """Write ``schema.json``: columns, vocabularies and windows."""
-    (folder / SCHEMA).write_text(json.dumps(schema.to_json(), allow_nan=False))
-
-
 def write_manifest(folder: Path, manifest: Manifest, key: bytes | None = None) -> None:
     """Write the manifest, after all other files, and sign it if there is a key."""
     for name, content in ((MANIFEST, _encoded(manifest)), (SIGNATURE, _signature(manifest, key))):
@@ -161,7 +155,7 @@ def read_artifact(folder: Path, key: bytes | None = None) -> tuple[Manifest, Fea
     for name, expected in manifest.sha256_by_file.items():
         _check_present(folder, name)
         _check_digest(folder / name, folder / name, expected)
-    return manifest, FeatureSchema.from_json(json.loads((folder / SCHEMA).read_text()))
+    return manifest, load_schema(folder)
 
 
 def copy_signed(folder: Path, destination: Path, key: bytes) -> None:
@@ -231,8 +225,9 @@ def _read_manifest(folder: Path, key: bytes | None) -> Manifest:
     if key is not None:
         _check_signature(folder, content, key)
     manifest = _decode_manifest(path, content)
-    if SCHEMA not in manifest.sha256_by_file:
-        raise ArtifactError(f"{path} has no digest of {SCHEMA}")
+    for name in (SCHEMA, IDS):
+        if name not in manifest.sha256_by_file:
+            raise ArtifactError(f"{path} has no digest of {name}")
     return manifest
 
 

@@ -21,19 +21,25 @@ from torchrec_kvshare.cache.pages import TowerSizes
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export.artifact import (
     MANIFEST,
-    SCHEMA,
     Manifest,
     artifact_folder,
     copy_signed,
     file_sha256,
     read_artifact,
     write_manifest,
-    write_schema,
 )
 from torchrec_kvshare.export.pt2 import load_pt2, pt2_files, write_pt2
 from torchrec_kvshare.export.torchscript import PROGRAM, load_torchscript, write_torchscript
 from torchrec_kvshare.export.weights import check_weights
-from torchrec_kvshare.features.schema import ITEM, TIME, USER, FeatureSchema
+from torchrec_kvshare.features.schema import (
+    IDS,
+    ITEM,
+    SCHEMA,
+    TIME,
+    USER,
+    FeatureSchema,
+    save_schema,
+)
 from torchrec_kvshare.features.tensors import input_specs
 from torchrec_kvshare.model.quantised import FLOAT32, quantise_tables
 from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
@@ -135,8 +141,8 @@ def export_model(
     audit = audit_model(model, schema)
     chosen = RUNTIMES[runtime]
     with artifact_folder(destination) as folder:
-        write_schema(folder, schema)
-        files = [SCHEMA, *chosen.write(model, schema, str(version), audit, folder)]
+        save_schema(folder, schema)
+        files = [SCHEMA, IDS, *chosen.write(model, schema, str(version), audit, folder)]
         loaded = chosen.load(folder, schema, encoder)
         parity = check_parity(
             loaded, model, schema, extends=audit.append == EXACT, tolerance=chosen.tolerance

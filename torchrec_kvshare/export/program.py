@@ -35,11 +35,11 @@ from torchrec_kvshare.export.inputs import (
     sums_by_row,
 )
 from torchrec_kvshare.export.program_cache import ProgramCache
+from torchrec_kvshare.features.hashing import MAX_INT64
 from torchrec_kvshare.features.limits import MAX_REQUEST_IDS
 from torchrec_kvshare.features.schema import (
     FIRST_EVENT,
     ITEM,
-    MAX_INT64,
     REQUEST_TIME,
     TIME,
     USER,

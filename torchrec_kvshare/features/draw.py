@@ -39,7 +39,7 @@ def draw_raw_request(
     rng = np.random.default_rng(seed)
 
     def ids(key: str, count: int) -> list[Any]:
-        known = schema.vocabulary_by_column[key].ids
+        known = schema.vocabulary_by_column[key].examples
         drawn = rng.integers(-1, len(known), count)
         return [known[index] if index >= 0 else "never seen before" for index in drawn]
 

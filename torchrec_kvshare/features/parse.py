@@ -19,6 +19,7 @@ from torchrec_kvshare.errors import RequestError
 from torchrec_kvshare.features.bags import Bags
 from torchrec_kvshare.features.decode import cut, shown
 from torchrec_kvshare.features.dense import clock_features, squash
+from torchrec_kvshare.features.hashing import MAX_INT64, IntArray
 from torchrec_kvshare.features.ids import canonical_id, is_long_id
 from torchrec_kvshare.features.limits import (
     MAX_BAG_IDS,
@@ -33,11 +34,9 @@ from torchrec_kvshare.features.schema import (
     FIRST_EVENT,
     ITEM,
     TIME,
-    UNKNOWN_ROW,
     USER,
     FeatureSchema,
     History,
-    IntArray,
     candidate_key,
     context_key,
     item_key,
@@ -446,11 +445,20 @@ def _rows(values: Column, schema: FeatureSchema, column: str, name: str) -> Tens
         for value in values:
             if value is not None:
                 _check_id(value, name)
-    rows = np.array(vocabulary.rows(values), dtype=np.int64)
-    # A history has thousands of ids. Known ones are valid, so only the others are checked.
-    for index in np.flatnonzero(rows == UNKNOWN_ROW).tolist():
-        _check_id(values[index], name)
-    return torch.from_numpy(rows)
+
+    def check(new: list[Any]) -> None:
+        # A history has thousands of ids: usual ones are checked together.
+        kinds = set(map(type, new))
+        is_usual = kinds == {int} and max(new) < MAX_INT64 and min(new) > -MAX_INT64
+        if kinds == {str}:
+            text = "".join(new)
+            is_short = len(max(new, key=len)) <= MAX_ID_CHARACTERS
+            is_usual = is_short and all(map(str.strip, new)) and "e+" not in text
+        if not is_usual:
+            for value in new:
+                _check_id(value, name)
+
+    return torch.from_numpy(np.array(vocabulary.rows(values, check), dtype=np.int64))
 
 
 def _integers(values: list[int]) -> Tensor:

@@ -4,23 +4,37 @@ The schema is built from the training split, stored with the model, and used by 
 alike, so that a raw id maps to the same row everywhere. Two rows of every table are reserved.
 """
 
+import hashlib
+import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass
-from functools import cached_property
-from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
-from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.features.ids import canonical_id, is_integer_id
+from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.features.hashing import (
+    IntArray,
+    codes_of_ids,
+    codes_of_integers,
+    hashed_rows,
+)
+from torchrec_kvshare.features.ids import canonical_id, canonical_ids
 
 MISSING_ROW = 0  # the event or candidate has no value in this column
 UNKNOWN_ROW = 1  # a value not seen in training: out of vocabulary
 NUM_RESERVED_ROWS = 2
-MAX_INT64 = 2**63 - 1
+
+SCHEMA, IDS = "schema.json", "ids.npy"  # files of a run and of an artifact
+VOCABULARY, HASHED, MANAGED = "vocabulary", "hashed", "managed"
+MAX_EXAMPLES = 256
+MAX_REMEMBERED = 2**16  # raw ids by column, with their rows
 
 USER = "user_id"
 ITEM = "item_id"
@@ -43,70 +57,234 @@ RESERVED_GROUPS = ("context", "candidates", "request", "targets")
 CLOCK_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
 
 RawId = str | int | float | bool
-IntArray = npt.NDArray[np.int64]
 
 
-class Vocabulary:
-    """Rows of an embedding table by raw id.
+class IdMap(ABC):
+    """Table rows of a column's raw ids: one map for all tables of the column.
+
+    Attributes:
+        kind: name of its kind, in configs and files.
+        num_table_rows: rows of a table, including the reserved ones.
+        examples: some ids that have a row of their own, to draw requests from.
+        has_text: whether an id may be anything but an integer of 64 bits.
+    """
+
+    kind: str
+    num_table_rows: int
+    examples: tuple[str, ...]
+    has_text: bool
+
+    def __init__(self) -> None:
+        # Most raw ids of a request came before: a dictionary is several times faster than hashing.
+        self._row_by_raw: dict[RawId | None, int] = {None: MISSING_ROW}
+
+    @abstractmethod
+    def rows_of_codes(self, codes: IntArray) -> IntArray:
+        """Return the rows of ids by their codes, see ``hashing``."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return the map as JSON values; a map in arrays is described by their digest."""
+
+    def row(self, raw: RawId | None) -> int:
+        """Return the row of one raw id."""
+        return self.rows([raw])[0]
+
+    def rows(
+        self, raws: Iterable[RawId | None], check: Callable[[list[Any]], None] | None = None
+    ) -> list[int]:
+        """Return the rows of raw ids.
+
+        Args:
+            raws: in any spelling.
+            check: called with those that were not checked before, to refuse them.
+
+        Returns:
+            The rows, in the order of the ids.
+        """
+        raws = list(raws)
+        if bool in set(map(type, raws)):  # A dictionary takes True for 1.
+            raws = [canonical_id(raw) if isinstance(raw, bool) else raw for raw in raws]
+        found = list(map(self._row_by_raw.get, raws))
+        if None not in found:
+            return found  # type: ignore[return-value]
+        new = [raw for raw, row in zip(raws, found, strict=True) if row is None]
+        if check is not None:
+            check(new)
+        new_rows = self._new_rows(new).tolist()
+        self._remember(new, new_rows)
+        rest = iter(new_rows)
+        return [next(rest) if row is None else row for row in found]
+
+    def rows_of_ids(self, ids: Sequence[str]) -> IntArray:
+        """Return the rows of ids that are spelt as ``canonical_id`` does."""
+        return self.rows_of_codes(codes_of_ids(ids).codes)
+
+    def rows_of_array(self, raws: IntArray) -> IntArray:
+        """Return the rows of an int64 array of raw ids, without a Python object per id."""
+        return self.rows_of_codes(codes_of_integers(raws))
+
+    def _new_rows(self, raws: list[Any]) -> IntArray:
+        if set(map(type, raws)) == {int}:
+            try:
+                return self.rows_of_array(np.array(raws, np.int64))
+            except OverflowError:
+                pass  # An integer beyond 64 bits is a text.
+        return self.rows_of_ids(canonical_ids(raws))
+
+    def _remember(self, raws: list[Any], rows: list[int]) -> None:
+        """Keep the rows of known ids for ``rows``; unknown ids have no limit."""
+        known = {raw: row for raw, row in zip(raws, rows, strict=True) if row != UNKNOWN_ROW}
+        if len(known) > MAX_REMEMBERED:
+            return
+        if len(self._row_by_raw) + len(known) > MAX_REMEMBERED:
+            self._row_by_raw = {None: MISSING_ROW}
+        self._row_by_raw |= known
+
+
+class Vocabulary(IdMap):
+    """Rows of the ids of the training split; all other ids share ``UNKNOWN_ROW``.
+
+    Ids are kept as codes only: another id is taken for one of n known ones with a probability of
+    n / 2**62.
 
     Args:
         ids: the known ids, spelt as ``canonical_id`` does; the first gets row
             ``NUM_RESERVED_ROWS``.
+
+    Attributes:
+        codes: of the known ids, ascending.
+        known_rows: the row of each code.
+
+    Raises:
+        DataError: if two of the ids have one code; the message names both.
 
     Example:
         >>> Vocabulary(["85123A", "71053"]).rows([71053, " 71053.0", "new", None])
         [3, 3, 1, 0]
     """
 
+    kind = VOCABULARY
+
     def __init__(self, ids: Sequence[str]) -> None:
-        self.ids = tuple(ids)
-        # An integer id is a key as text and as int, so that usual spellings need no conversion.
-        self._row_by_id: dict[RawId | None, int] = {None: MISSING_ROW}
-        for row, spelt in enumerate(self.ids, NUM_RESERVED_ROWS):
-            self._row_by_id[spelt] = row
-            if is_integer_id(spelt):
-                self._row_by_id[int(spelt)] = row
+        super().__init__()
+        codes, is_integer = codes_of_ids(ids)
+        order = np.argsort(codes, kind="stable")
+        self.codes, self.known_rows = codes[order], order + NUM_RESERVED_ROWS
+        if (repeated := np.flatnonzero(self.codes[1:] == self.codes[:-1])).size:
+            one, other = (ids[order[index]] for index in (repeated[0], repeated[0] + 1))
+            raise DataError(
+                f"the ids {one!r} and {other!r} of one column have one code; distinct ones are "
+                "needed: rename one of them"
+            )
+        self.num_table_rows = len(ids) + NUM_RESERVED_ROWS
+        self.examples = tuple(ids[:: -(-len(ids) // MAX_EXAMPLES) or 1])
+        self.has_text = not is_integer.all()
+
+    @classmethod
+    def of_arrays(cls, arrays: IntArray, values: Mapping[str, Any]) -> "Vocabulary":
+        """Return a vocabulary that was kept as arrays.
+
+        Args:
+            arrays: [2, ids], codes in ascending order and their rows.
+            values: its other attributes, as ``to_json`` returns them.
+        """
+        vocabulary = cls([])
+        vocabulary.codes, vocabulary.known_rows = arrays
+        vocabulary.num_table_rows = values["num_table_rows"]
+        vocabulary.examples = tuple(values["examples"])
+        vocabulary.has_text = values["has_text"]
+        return vocabulary
 
     @property
-    def num_table_rows(self) -> int:
-        """Rows of the table, including the reserved ones."""
-        return len(self.ids) + NUM_RESERVED_ROWS
+    def arrays(self) -> IntArray:
+        """[2, ids], for ``of_arrays``."""
+        return np.stack([self.codes, self.known_rows])
 
-    def row(self, raw: RawId | None) -> int:
-        """Return the row of one raw id."""
-        return self.rows([raw])[0]
+    def rows_of_codes(self, codes: IntArray) -> IntArray:
+        """Return the rows of ids by their codes."""
+        if not self.codes.size:
+            return np.full(codes.shape, UNKNOWN_ROW)
+        indices = np.searchsorted(self.codes, codes)
+        indices[indices == self.codes.size] = 0
+        return np.where(self.codes[indices] == codes, self.known_rows[indices], UNKNOWN_ROW)
 
-    def rows(self, raws: Iterable[RawId | None]) -> list[int]:
-        """Return the rows of raw ids, in their order."""
-        raws = list(raws)
-        kinds = set(map(type, raws))
-        if bool in kinds:  # A dictionary takes True for 1.
-            raws = [canonical_id(raw) if isinstance(raw, bool) else raw for raw in raws]
-        rows = list(map(self._row_by_id.get, raws, repeat(UNKNOWN_ROW)))
-        if UNKNOWN_ROW in rows and kinds & {str, float}:
-            for index, row in enumerate(rows):
-                raw = raws[index]
-                if row == UNKNOWN_ROW and isinstance(raw, str | float):
-                    rows[index] = self._row_by_id.get(canonical_id(raw), UNKNOWN_ROW)
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the arrays, which a digest stands for."""
+        digest = hashlib.sha256(self.codes.data)
+        digest.update(self.known_rows.data)
+        return {
+            "kind": self.kind,
+            "num_ids": self.codes.size,
+            "num_table_rows": self.num_table_rows,
+            "has_text": self.has_text,
+            "examples": list(self.examples),
+            "sha256": digest.hexdigest(),
+        }
+
+
+class Hashed(IdMap):
+    """Rows by a hash of the id: no id is listed or unknown, and ids may share a row.
+
+    Args:
+        num_rows: of a table, without the reserved ones.
+        salt: another salt makes other ids share rows.
+
+    Example:
+        >>> Hashed(1000, salt=0).rows([71053, " 71053.0", "new", None])
+        [861, 861, 848, 0]
+    """
+
+    kind = HASHED
+    has_text = True
+
+    def __init__(self, num_rows: int, salt: int = 0) -> None:
+        super().__init__()
+        self.num_rows, self.salt = num_rows, salt
+        self.num_table_rows = num_rows + NUM_RESERVED_ROWS
+        self.examples = tuple(map(str, range(MAX_EXAMPLES)))
+
+    def rows_of_codes(self, codes: IntArray) -> IntArray:
+        """Return the rows of ids by their codes."""
+        hashed = hashed_rows(torch.from_numpy(codes), self.num_rows, self.salt)
+        rows: IntArray = (hashed + NUM_RESERVED_ROWS).numpy()
         return rows
 
-    def rows_of_array(self, raws: IntArray) -> IntArray:
-        """Return the rows of an int64 array of raw ids, without a Python object per id."""
-        integers, rows = self._sorted_integers
-        indices = np.searchsorted(integers, raws)
-        indices[indices == integers.size] = 0
-        return np.where(integers[indices] == raws, rows[indices], UNKNOWN_ROW)
+    def to_json(self) -> dict[str, Any]:
+        """Return the map as JSON values."""
+        return {"kind": self.kind, "num_rows": self.num_rows, "salt": self.salt}
 
-    @cached_property
-    def _sorted_integers(self) -> tuple[IntArray, IntArray]:
-        """The int64 ids in ascending order and their rows; never empty."""
-        row_by_integer = {
-            raw: row
-            for raw, row in self._row_by_id.items()
-            if isinstance(raw, int) and abs(raw) <= MAX_INT64
-        } or {-1: UNKNOWN_ROW}
-        integers = np.array(sorted(row_by_integer))
-        return integers, np.array([row_by_integer[raw] for raw in integers.tolist()])
+
+class Managed(IdMap):
+    """Rows that ids are given while the model trains; a ``Vocabulary`` afterwards.
+
+    In batches an id's code, behind the reserved rows, stands for its row until it is remapped.
+
+    Args:
+        num_rows: of a table, without the reserved ones.
+        eviction_steps: training steps before rows change hands again.
+    """
+
+    kind = MANAGED
+    has_text = True
+    examples = ()
+
+    def __init__(self, num_rows: int, eviction_steps: int = 1) -> None:
+        super().__init__()
+        self.num_rows, self.eviction_steps = num_rows, eviction_steps
+        self.num_table_rows = num_rows + NUM_RESERVED_ROWS
+
+    def rows_of_codes(self, codes: IntArray) -> IntArray:
+        """Return what stands for the rows of ids in batches that are not remapped."""
+        return codes + NUM_RESERVED_ROWS
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the map as JSON values."""
+        return {
+            "kind": self.kind,
+            "num_rows": self.num_rows,
+            "eviction_steps": self.eviction_steps,
+        }
 
 
 @dataclass(frozen=True)
@@ -187,7 +365,7 @@ class History:
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """The columns that a model reads, and their vocabularies.
+    """The columns that a model reads, and the rows of their ids.
 
     Attributes:
         vocabulary_by_column: for ``user_id``, ``item_id``, ``action``, every ``context_key`` and
@@ -203,7 +381,7 @@ class FeatureSchema:
             do not have.
     """
 
-    vocabulary_by_column: dict[str, Vocabulary]
+    vocabulary_by_column: dict[str, IdMap]
     _: KW_ONLY
     context: tuple[str, ...] = ()
     has_action: bool = False
@@ -242,9 +420,11 @@ class FeatureSchema:
         return self.vocabulary_by_column[column].num_table_rows
 
     def to_json(self) -> dict[str, Any]:
-        """Return the schema as JSON values, for ``from_json``."""
+        """Return the schema as JSON values; maps in arrays are described by their digests."""
         return {
-            "vocabulary_by_column": {c: list(v.ids) for c, v in self.vocabulary_by_column.items()},
+            "vocabulary_by_column": {
+                column: ids.to_json() for column, ids in self.vocabulary_by_column.items()
+            },
             "context": list(self.context),
             "has_action": self.has_action,
             "item_attributes": list(self.item_attributes),
@@ -255,22 +435,72 @@ class FeatureSchema:
             ],
         }
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "FeatureSchema":
-        """Return the schema that ``to_json`` wrote."""
-        return cls(
-            vocabulary_by_column={
-                c: Vocabulary(ids) for c, ids in values["vocabulary_by_column"].items()
-            },
-            context=tuple(values["context"]),
-            has_action=values["has_action"],
-            item_attributes=tuple(values["item_attributes"]),
-            item_floats=tuple(values["item_floats"]),
-            histories=tuple(
-                History(h["name"], Window(**h["window"]), tuple(h["actions"]))
-                for h in values["histories"]
-            ),
-        )
+
+def save_schema(folder: Path, schema: FeatureSchema) -> None:
+    """Write ``schema.json``, and the vocabularies' codes and rows to ``ids.npy`` beside it.
+
+    ::
+
+        # ids.npy: [2, ids of all vocabularies] int64, one vocabulary after the other
+        # first row: codes in ascending order; second row: their table rows
+
+    Each file is written atomically.
+    """
+    values = schema.to_json()
+    parts, num_ids = [np.zeros((2, 0), np.int64)], 0
+    for column, ids in schema.vocabulary_by_column.items():
+        if isinstance(ids, Vocabulary):
+            values["vocabulary_by_column"][column]["first_id"] = num_ids
+            parts.append(ids.arrays)
+            num_ids += ids.codes.size
+    with _replaced(folder / IDS) as path, path.open("wb") as file:
+        np.save(file, np.concatenate(parts, axis=1))
+    with _replaced(folder / SCHEMA) as path:
+        path.write_text(json.dumps(values, allow_nan=False))
+
+
+def load_schema(folder: Path) -> FeatureSchema:
+    """Read the schema that ``save_schema`` wrote.
+
+    Raises:
+        ConfigError: if the two files do not belong together.
+    """
+    values = json.loads((folder / SCHEMA).read_text())
+    arrays = np.load(folder / IDS, allow_pickle=False)
+    return FeatureSchema(
+        {
+            column: _id_map(folder, arrays, of_column)
+            for column, of_column in values["vocabulary_by_column"].items()
+        },
+        context=tuple(values["context"]),
+        has_action=values["has_action"],
+        item_attributes=tuple(values["item_attributes"]),
+        item_floats=tuple(values["item_floats"]),
+        histories=tuple(
+            History(h["name"], Window(**h["window"]), tuple(h["actions"]))
+            for h in values["histories"]
+        ),
+    )
+
+
+def _id_map(folder: Path, arrays: IntArray, values: dict[str, Any]) -> IdMap:
+    if values["kind"] == MANAGED:
+        raise ConfigError(f"{folder / SCHEMA} has managed ids: its training has not ended")
+    if values["kind"] == HASHED:
+        return Hashed(values["num_rows"], values["salt"])
+    first = values["first_id"]
+    vocabulary = Vocabulary.of_arrays(arrays[:, first : first + values["num_ids"]], values)
+    if vocabulary.to_json()["sha256"] != values["sha256"]:
+        raise ConfigError(f"{folder / IDS} does not belong to {folder / SCHEMA} beside it")
+    return vocabulary
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Yield the name of a new file that replaces ``path`` at the end of the block."""
+    written = path.with_name(f"{path.name}.new")
+    yield written
+    os.replace(written, path)
 
 
 def check_columns(

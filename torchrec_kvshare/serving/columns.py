@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from torchrec_kvshare.errors import RequestError
 from torchrec_kvshare.features.decode import cut, shown
-from torchrec_kvshare.features.ids import is_integer_id
 from torchrec_kvshare.features.parse import UNKNOWN_IDS, Ragged
 from torchrec_kvshare.features.schema import (
     FIRST_EVENT,
@@ -99,13 +98,12 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
         schema: the model's columns.
 
     Returns:
-        The specifications, in the order above. The first datatype of ids is BYTES if the vocabulary
-        has a text that is no integer.
+        The specifications, in the order above. The first datatype of ids is BYTES if the column may
+        have a text that is no integer of 64 bits.
     """
 
     def ids(key: str) -> tuple[str, ...]:
-        known = schema.vocabulary_by_column[key].ids
-        return INTEGER_IDS if all(map(is_integer_id, known)) else TEXT_IDS
+        return TEXT_IDS if schema.vocabulary_by_column[key].has_text else INTEGER_IDS
 
     specs = [ColumnSpec(USER, ids(USER)), ColumnSpec(TIME, (INT64,))]
 

@@ -11,9 +11,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch.distributed.checkpoint as dcp
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -21,11 +24,19 @@ from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.training.ranks import Ranks
 
 PROGRESS = "progress.json"
+ARRAYS = "arrays.npz"
+NO_ARRAYS: Mapping[str, NDArray[np.int64]] = MappingProxyType({})
 MODEL, OPTIMIZER = "model", "optimizer"
 
 
 def save_checkpoint(
-    folder: Path, state: Mapping[str, Any], progress: Mapping[str, int], ranks: Ranks, *, keep: int
+    folder: Path,
+    state: Mapping[str, Any],
+    progress: Mapping[str, int],
+    ranks: Ranks,
+    *,
+    keep: int,
+    arrays: Mapping[str, NDArray[np.int64]] = NO_ARRAYS,
 ) -> None:
     """Write a checkpoint and remove old ones.
 
@@ -35,6 +46,7 @@ def save_checkpoint(
         progress: ``step`` names the checkpoint; all of it is read by ``load_progress``.
         ranks: all of them must call this.
         keep: number of checkpoints that stay.
+        arrays: that every rank has alike, for ``load_arrays``.
     """
     name = f"{progress['step']:010d}"
     written = folder / f".{name}.new"
@@ -45,6 +57,8 @@ def save_checkpoint(
     ranks.wait()
     dcp.save(_filled(state), checkpoint_id=written)
     if ranks.is_first:
+        if arrays:
+            np.savez(written / ARRAYS, allow_pickle=False, **arrays)
         (written / PROGRESS).write_text(json.dumps(dict(progress)))
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(written, folder / name)
@@ -62,6 +76,14 @@ def load_progress(checkpoint: Path) -> dict[str, int]:
     """Read where training stood."""
     progress: dict[str, int] = json.loads((checkpoint / PROGRESS).read_text())
     return progress
+
+
+def load_arrays(checkpoint: Path) -> dict[str, NDArray[np.int64]]:
+    """Read the arrays that every rank has alike."""
+    if not (checkpoint / ARRAYS).is_file():
+        return {}
+    with np.load(checkpoint / ARRAYS, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def load_checkpoint(checkpoint: Path, state: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torchrec_kvshare.data.targets import (
     windows_of,
 )
 from torchrec_kvshare.errors import TrainingError
-from torchrec_kvshare.features.schema import ITEM, NUM_RESERVED_ROWS, candidate_key
+from torchrec_kvshare.features.schema import ITEM, candidate_key
 from torchrec_kvshare.training.metrics import (
     CUTOFF,
     Values,
@@ -75,12 +75,18 @@ def popularity_scorer(dataset: Dataset, num_negatives: int) -> Scorer:
         A scorer that reads the candidate's item only; its logits are finite.
     """
     trained = (dataset.split == TRAIN) & (dataset.label > 0)
-    rows = dataset.item_row[dataset.item[trained]]
-    counts = np.bincount(rows, minlength=dataset.schema.num_table_rows(ITEM))
-    expected_negatives = num_negatives * max(len(rows), 1) / len(dataset.known_items)
+    rows, counts = np.unique(dataset.item_row[dataset.item[trained]], return_counts=True)
+    expected_negatives = num_negatives * max(counts.sum(), 1) / len(dataset.known_items)
     # One pseudo-event: an item never bought gets small odds, not zero.
-    log_odds = torch.from_numpy(np.log((counts + 1.0) / expected_negatives)).float()
-    return lambda batch: log_odds[batch.sparse_features[candidate_key(ITEM)].values()]
+    log_odds = np.log((np.append(counts, 0) + 1.0) / expected_negatives).astype(np.float32)
+
+    def score(batch: Batch) -> Tensor:
+        candidates = batch.sparse_features[candidate_key(ITEM)].values().numpy()
+        found = np.searchsorted(rows, candidates)
+        is_trained = np.append(rows, -1)[found] == candidates
+        return torch.from_numpy(log_odds[np.where(is_trained, found, len(rows))])
+
+    return score
 
 
 def evaluate_sampled(
@@ -152,7 +158,7 @@ def evaluate_catalogue(
     held_out = _last_positives(dataset)
     if max_users is not None and max_users < len(held_out):
         held_out = held_out[np.linspace(0, len(held_out) - 1, max_users).astype(np.int64)]
-    known = held_out[dataset.item_row[dataset.item[held_out]] >= NUM_RESERVED_ROWS]
+    known = held_out[np.isin(dataset.item[held_out], dataset.known_items)]
     never_found = [CUTOFF] * (len(held_out) - len(known))
     users_at_a_time = max(1, CATALOGUE_ROWS_AT_A_TIME // len(dataset.known_items))
     popular_first = _popular_first(dataset)

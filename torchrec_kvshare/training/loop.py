@@ -41,14 +41,23 @@ from torchrec_kvshare.training.checkpoints import (
     MODEL,
     OPTIMIZER,
     checkpoints_of,
+    load_arrays,
     load_checkpoint,
     load_progress,
     non_finite,
     save_checkpoint,
 )
-from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
+from torchrec_kvshare.training.evaluate import Scorer, evaluate_sampled, model_scorer
+from torchrec_kvshare.training.managed import ManagedIds, keys_of
 from torchrec_kvshare.training.ranks import Ranks
-from torchrec_kvshare.training.sharding import TableSettings, local_weights, plan_table, shard
+from torchrec_kvshare.training.sharding import (
+    TableSettings,
+    configs_of,
+    local_weights,
+    plan_table,
+    redraw_rows,
+    shard,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -171,12 +180,14 @@ class Trainer:
         self.ranks = ranks
         self.share_prefill = takes_prefixes(model)
         self.ranker = model
+        self.configs = configs_of(model)
         self.sharded, self.plan = shard(DLRMTrain(model), settings.tables, ranks)
         self.optimizer = _optimizer(self.sharded, settings)
         training = np.flatnonzero(dataset.split == TRAIN)
         self.windows = windows_of(dataset, training, share_prefill=self.share_prefill)
         # Epochs differ by a batch or so, because windows differ in size.
         self.num_steps = sum(len(self.epoch_batches(epoch)) for epoch in range(settings.epochs))
+        self.managed = ManagedIds(dataset.schema, ranks)
         self.progress = Progress()
         self.last_saved = "none"
         self.saved_at = time.monotonic()
@@ -194,6 +205,7 @@ class Trainer:
         load_checkpoint(found[-1], state)
         self.sharded.load_state_dict(state[MODEL])
         self.optimizer.load_state_dict(state[OPTIMIZER])
+        self.managed.load(load_arrays(found[-1]))
         self.progress = Progress(**load_progress(found[-1]))
         self.last_saved = self._name(self.progress)
 
@@ -202,7 +214,7 @@ class Trainer:
         for epoch in range(self.progress.epoch, self.settings.epochs):
             self._run_epoch(epoch, writer)
             watched = evaluate_sampled(
-                model_scorer(self.ranker),
+                self.scorer(),
                 self.dataset,
                 VALID,
                 self.settings.negatives,
@@ -216,6 +228,11 @@ class Trainer:
                     writer.add_scalar(f"valid/{name}", value, self.progress.step - 1)
             self.progress = Progress(epoch + 1, 0, self.progress.step)
             self._save(writer)
+
+    def scorer(self) -> Scorer:
+        """Return the model's scorer of batches that are not remapped."""
+        score = model_scorer(self.ranker)
+        return lambda batch: score(self.managed.remapped(batch))
 
     def step(self, batch: Batch, *, num_trained: int | None = None) -> float:
         """Train on a batch.
@@ -231,6 +248,7 @@ class Trainer:
         Raises:
             TrainingError: if the loss is not finite; the weights are not changed.
         """
+        batch = self._remapped(batch, is_padding=num_trained == 0)
         for group in self.optimizer.param_groups:
             first = group.setdefault(FIRST_RATE, group[LEARNING_RATE])  # type: ignore[attr-defined]
             group[LEARNING_RATE] = first * self._rate_share()  # type: ignore[index]
@@ -266,6 +284,16 @@ class Trainer:
         """Return those windows whose users are this rank's."""
         return chosen[self.windows.user[chosen] % self.ranks.world_size == self.ranks.rank]
 
+    def _remapped(self, batch: Batch, *, is_padding: bool = False) -> Batch:
+        """Give rows to the batch's managed ids; rows that change hands are drawn anew."""
+        evicted = self.managed.observe(None if is_padding else batch, self.progress.step)
+        for number, (column, rows) in enumerate(evicted.items()):
+            seed = _seed(self.settings.seed, self.progress.step, number)
+            keys = set(keys_of(self.dataset.schema, column))
+            configs = [one for one in self.configs if keys.intersection(one.feature_names)]
+            redraw_rows(self.sharded, configs, torch.from_numpy(rows), seed)
+        return self.managed.remapped(batch)
+
     def _run_epoch(self, epoch: int, writer: SummaryWriter | None) -> None:
         self.sharded.train()
         batches = self.epoch_batches(epoch)
@@ -286,6 +314,8 @@ class Trainer:
                 per_second = num_examples * (1 + self.settings.negatives) / seconds
                 writer.add_scalar("train/loss", loss, self.progress.step)
                 writer.add_scalar("train/examples_per_s", per_second, self.progress.step)
+                for column, count in self.managed.num_evicted.items():
+                    writer.add_scalar(f"evicted_ids/{column}", count, self.progress.step)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self.progress = Progress(epoch, index + 1, self.progress.step + 1)
             # After an epoch's last batch the checkpoint is written once validation is done.
@@ -331,6 +361,7 @@ class Trainer:
             asdict(self.progress),
             self.ranks,
             keep=self.settings.keep_checkpoints,
+            arrays=self.managed.arrays(),
         )
         self.last_saved = self._name(self.progress)
         self.saved_at = time.monotonic()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,30 @@ from typing import Any
 import torch
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
-from torchrec_kvshare.config import ModelConfig, TrainConfig
+from torchrec_kvshare.config import IdConfig, ModelConfig, TrainConfig
 from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset, keep_users
 from torchrec_kvshare.data.digest import DataDigest, data_digest
 from torchrec_kvshare.data.load import load_log
-from torchrec_kvshare.data.split_report import crowded_moments, split_sizes, unknown_shares
+from torchrec_kvshare.data.split_report import (
+    collisions,
+    crowded_moments,
+    split_sizes,
+    unknown_shares,
+)
 from torchrec_kvshare.data.targets import MIN_CATALOGUE
 from torchrec_kvshare.errors import ConfigError, DataError
-from torchrec_kvshare.features.schema import FeatureSchema, History, Window
+from torchrec_kvshare.features.schema import (
+    HASHED,
+    VOCABULARY,
+    FeatureSchema,
+    Hashed,
+    History,
+    IdMap,
+    Managed,
+    Window,
+    load_schema,
+    save_schema,
+)
 from torchrec_kvshare.history.kinds import KINDS, TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.model.ranking import dlrm_with_history, plain_dlrm, takes_prefixes
@@ -34,7 +50,6 @@ from torchrec_kvshare.training.evaluate import (
     Scorer,
     evaluate_catalogue,
     evaluate_sampled,
-    model_scorer,
     popularity_scorer,
 )
 from torchrec_kvshare.training.loop import TrainSettings, open_writer, train
@@ -43,7 +58,6 @@ from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.sharding import TableSettings, check_tables
 
 CONFIG = "config.json"
-SCHEMA = "schema.json"
 DATA = "data.json"
 METRICS = "metrics.json"
 NO_HISTORY = "none"
@@ -121,8 +135,11 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         share_prefill = takes_prefixes(model)
         log_folder = folder / "tensorboard" / kind
         trainer = train(model, dataset, settings_of(config), folder / kind, log_folder, ranks)
-        scorer = model_scorer(trainer.ranker)
-        metrics[kind] = _evaluate(scorer, dataset, config, ranks, share_prefill=share_prefill)
+        if kind == config.model.history:
+            schema = trainer.managed.frozen(dataset.schema, dataset.known_ids)
+        metrics[kind] = _evaluate(
+            trainer.scorer(), dataset, config, ranks, share_prefill=share_prefill
+        )
     if config.budget.baselines:
         popularity = popularity_scorer(dataset, config.negatives)
         metrics["popularity"] = _evaluate(popularity, dataset, config, ranks, share_prefill=True)
@@ -134,7 +151,12 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
             for name, value in values.items():
                 if value is not None:
                     summary.add_scalar(f"test_{name.replace('@', '_at_')}/{kind}", value, 0)
-    _write(folder / METRICS, json.dumps({"test": metrics}, indent=2, allow_nan=False) + "\n")
+    # Managed ids have rows only now; other columns are written as they were.
+    save_schema(folder, schema)
+    report: dict[str, Any] = {"test": metrics}
+    if dataset.num_colliding_ids:
+        report["colliding_ids"] = dataset.num_colliding_ids
+    _write(folder / METRICS, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return metrics
 
 
@@ -149,7 +171,7 @@ def load_dataset(config: TrainConfig) -> Dataset:
     logger.info("%s: %s", name, log.report)
     if config.budget.max_users is not None:
         log = keep_users(log, config.budget.max_users)
-    dataset = build_dataset(log, histories_of(config.model))
+    dataset = build_dataset(log, histories_of(config.model), id_maps_of(config.ids))
     for split_name, split in (("training", TRAIN), ("test", TEST)):
         if not (dataset.split == split).any():
             raise DataError(f"{name} has no event in the {split_name} split")
@@ -168,6 +190,8 @@ def load_dataset(config: TrainConfig) -> Dataset:
         name,
         ", ".join(f"{column} {share:.1%}" for column, share in shares),
     )
+    for sentence in collisions(dataset):
+        logger.info("%s: %s", name, sentence)
     return dataset
 
 
@@ -184,7 +208,7 @@ def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
     model_config = ModelConfig(**values["model"])
     if model_config.history == NO_HISTORY:
         raise ConfigError(f"{folder} was trained with history=none; there is no K/V to share")
-    schema = FeatureSchema.from_json(json.loads((folder / SCHEMA).read_text()))
+    schema = load_schema(folder)
     model = new_model(schema, model_config, model_config.history, values["seed"])
     # Under DLRMTrain, as it was trained: its keys are those of the checkpoint.
     load_weights(DLRMTrain(model), folder / model_config.history)
@@ -248,6 +272,33 @@ def histories_of(sizes: ModelConfig) -> list[History]:
         max_history = -(-num_events // sizes.block) * sizes.block
     window = Window(max_history, sizes.block)
     return [History(name, window, tuple(actions)) for name, actions in sizes.histories.items()]
+
+
+def id_maps_of(ids: Mapping[str, IdConfig]) -> dict[str, IdMap]:
+    """Return the maps of the columns that have no vocabulary.
+
+    Raises:
+        ConfigError: naming the column, if a number is missing or of no use.
+    """
+    maps: dict[str, IdMap] = {}
+    for column, one in ids.items():
+        name = f"ids.{column}"
+        if one.kind != VOCABULARY and one.num_rows is None:
+            raise ConfigError(f"{name}.num_rows is missing; {one.kind} ids need it")
+        if one.kind == VOCABULARY and one.num_rows is not None:
+            raise ConfigError(
+                f"{name}.num_rows is {one.num_rows}; a vocabulary has a row for each of its ids: "
+                f"set {name}.kind, or leave it out"
+            )
+        if one.kind != HASHED and one.salt:
+            raise ConfigError(f"{name}.salt is {one.salt}; {one.kind} ids have none")
+        if one.num_rows is not None:
+            maps[column] = (
+                Hashed(one.num_rows, one.salt)
+                if one.kind == HASHED
+                else Managed(one.num_rows, one.eviction_steps)
+            )
+    return maps
 
 
 def _check_model(sizes: ModelConfig) -> None:
@@ -314,7 +365,7 @@ def _claim(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
     if (folder / METRICS).is_file():
         raise ConfigError(f"{folder} has a {METRICS} but no {CONFIG}: it is not a run")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / SCHEMA, json.dumps(dataset.schema.to_json()))
+    save_schema(folder, dataset.schema)
     _write(folder / DATA, json.dumps(digest.to_json(), indent=2) + "\n")
     # The config goes last: a folder that has it has the other files too.
     _write(folder / CONFIG, json.dumps(values, indent=2) + "\n")

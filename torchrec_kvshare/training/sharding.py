@@ -34,6 +34,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_kvshare.errors import ConfigError
@@ -167,15 +168,12 @@ def check_tables(models: Sequence[nn.Module], settings: TableSettings, ranks: Ra
 
 def tables_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return for each table of a model, by name, the collection that holds it."""
-    found: dict[str, nn.Module] = {}
-    for module in _collections(model):
-        configs = (
-            module.embedding_bag_configs()
-            if isinstance(module, EmbeddingBagCollection)
-            else module.embedding_configs()
-        )
-        found |= {config.name: module for config in configs}
-    return found
+    return {config.name: module for module in _collections(model) for config in _configs(module)}
+
+
+def configs_of(model: nn.Module) -> list[BaseEmbeddingConfig]:
+    """Return the configs of a model's tables."""
+    return [config for module in _collections(model) for config in _configs(module)]
 
 
 def plan_table(plan: ShardingPlan) -> str:
@@ -213,12 +211,53 @@ def local_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
+def redraw_rows(
+    sharded: DistributedModelParallel,
+    configs: Sequence[BaseEmbeddingConfig],
+    rows: Tensor,
+    seed: int,
+) -> None:
+    """Start rows of tables anew: their weights, and the state of their optimizer.
+
+    Args:
+        sharded: the model; each rank writes what lies on it.
+        configs: of the tables, as ``configs_of`` returned them before the model was sharded.
+        rows: [N] int64.
+        seed: of the weights, which do not depend on how a table is sharded.
+    """
+    weights = sharded.state_dict()
+    states = sharded.fused_optimizer.state_dict()["state"]
+    for index, config in enumerate(configs):
+        drawn = torch.empty(len(rows), config.embedding_dim)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + index)
+            assert config.init_fn is not None
+            config.init_fn(drawn)
+        [name] = [name for name in weights if name.endswith(f".{config.name}.weight")]
+        for number, shard in enumerate(weights[name].local_shards()):
+            first_row, first_column = shard.metadata.shard_offsets
+            num_rows, num_columns = shard.metadata.shard_sizes
+            here = (rows >= first_row) & (rows < first_row + num_rows)
+            own = rows[here] - first_row
+            columns = slice(first_column, first_column + num_columns)
+            shard.tensor.detach()[own] = drawn[here, columns].to(shard.tensor)
+            for state in states.get(name, {}).values():
+                state.local_shards()[number].tensor[own] = 0
+
+
 def _collections(model: nn.Module) -> list[EmbeddingBagCollection | EmbeddingCollection]:
     return [
         module
         for module in model.modules()
         if isinstance(module, EmbeddingBagCollection | EmbeddingCollection)
     ]
+
+
+def _configs(module: nn.Module) -> Sequence[BaseEmbeddingConfig]:
+    if isinstance(module, EmbeddingBagCollection):
+        return module.embedding_bag_configs()
+    assert isinstance(module, EmbeddingCollection)
+    return module.embedding_configs()
 
 
 def _constraints(
