@@ -13,7 +13,7 @@ from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.open import new_engine
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.model.ranking import RankingModel
-from torchrec_kvshare.training.run import Metrics, load_dataset, load_trained, train_run
+from torchrec_kvshare.training.run import Metrics, load_data, load_trained, train_run
 
 NUM_MERGED = 10  # requests scored the merged way, which is slow
 
@@ -27,9 +27,7 @@ def main(config: DemoConfig) -> None:
         output=str(output / "train"), data=config.data, budget=config.budget, seed=config.seed
     )
     # Before training, so that a mistake in the request sizes shows at once.
-    raws = list(
-        make_requests(load_dataset(training), config.requests, config.candidates, config.seed)
-    )
+    raws = list(make_requests(load_data(training), config.requests, config.candidates, config.seed))
     metrics = train_run(training)
     model, schema = load_trained(output / "train")
     export_model(RankingModel(model).eval(), schema, output / "artifact")

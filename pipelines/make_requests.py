@@ -7,8 +7,7 @@ import hydra
 
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import MakeRequestsConfig
-from torchrec_kvshare.data.dataset import build_dataset
-from torchrec_kvshare.data.load import load_log
+from torchrec_kvshare.data.load import load_shards
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.features.schema import HISTORY, History, Window
 
@@ -18,8 +17,8 @@ from torchrec_kvshare.features.schema import HISTORY, History, Window
 def main(config: MakeRequestsConfig) -> None:
     """Read the data, write one request per line."""
     # Requests carry whole histories; the model cuts them to its window.
-    dataset = build_dataset(load_log(config.data), [History(HISTORY, Window(1, 1))])
-    requests = make_requests(dataset, config.count, config.candidates, config.seed)
+    shards = load_shards(config.data, [History(HISTORY, Window(1, 1))])
+    requests = make_requests(shards, config.count, config.candidates, config.seed)
     lines = [json.dumps(request) + "\n" for request in requests]
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,8 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("http_port", "grpc_port"), 0),
     **dict.fromkeys(("replicas", "redis_bytes", "replica_port", "num_shards"), 1),
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
+    **dict.fromkeys(("shuffle_shards", "prefetch"), 1),
+    "workers": 0,
 }
 # Greatest allowed value by key; for other keys every finite value is allowed.
 MOST_BY_KEY = {
@@ -67,9 +69,11 @@ NOT_EMPTY = (
     *("tls_key_file", "tls_client_ca_file", "artifact_key_file", "host"),
 )
 REFUSE, SORT = "refuse", "sort"
+AUTO, CPU, CUDA = "auto", "cpu", "cuda"
 # Allowed words by key, in every config.
 WORDS_BY_KEY = {
     "history_order": (REFUSE, SORT),
+    "device": (AUTO, CPU, CUDA),
     "kind": ("vocabulary", "hashed", "managed"),
 }
 
@@ -144,11 +148,19 @@ class InteractionsData:
     label: str | None = None  # rule for positives, such as "rating>=8"; None: every row is one
 
 
+@dataclass
+class PreparedData:
+    """A log of any length, cut into shards by ``pipelines.prepare``."""
+
+    name: str = "prepared"
+    path: str = MISSING  # output of pipelines.prepare
+
+
 DATA_SCHEMAS = {
     schema().name: schema
-    for schema in (SyntheticData, OnlineRetailData, MovieLensData, InteractionsData)
+    for schema in (SyntheticData, OnlineRetailData, MovieLensData, InteractionsData, PreparedData)
 }
-DataConfig = SyntheticData | OnlineRetailData | MovieLensData | InteractionsData
+DataConfig = SyntheticData | OnlineRetailData | MovieLensData | InteractionsData | PreparedData
 
 
 @dataclass
@@ -210,12 +222,16 @@ class TrainConfig:
     table_optimizer: str = "rowwise_adagrad"  # or adagrad, sgd; on CUDA also adam
     # By table, or "*" for all others: sharding types that the planner may choose from.
     sharding: dict[str, list[str]] = field(default_factory=dict)
-    kernels: dict[str, list[str]] = field(default_factory=dict)  # likewise; CUDA only
+    kernels: dict[str, list[str]] = field(default_factory=dict)  # likewise TorchRec's kernels
     weight_decay: float = 1e-5  # of dense parameters
     batch_targets: int = 256  # targets per batch, each with its negatives
     negatives: int = 7  # sampled per target
     checkpoint_seconds: float = 60.0  # seconds between two checkpoints
     keep_checkpoints: int = 1  # older ones are removed
+    device: str = AUTO  # or cpu, cuda; auto: cuda where there is a GPU
+    workers: int = 0  # processes that build batches; 0: the one that trains does
+    prefetch: int = 2  # batches that each worker builds ahead
+    shuffle_shards: int = 2  # shards whose windows are shuffled together, and held at a time
 
 
 @dataclass

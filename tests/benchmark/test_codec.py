@@ -12,16 +12,17 @@ import torch
 from tests.data.logs import ITEMS, Event, log_of
 from tests.pipelines.commands import run_pipeline
 from tests.worlds import PROBABILITY_TOLERANCE, random_weights
-from torchrec_kvshare.benchmark import effects
 from torchrec_kvshare.benchmark.results import Record
 from torchrec_kvshare.benchmark.run import measure
 from torchrec_kvshare.benchmark.scenarios.codec import CodecOptions
 from torchrec_kvshare.cache.codecs import CODECS
 from torchrec_kvshare.cache.record import KVRecord
 from torchrec_kvshare.config import CacheConfig, HostConfig, SyntheticData
+from torchrec_kvshare.data import load
 from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.requests import make_targeted_requests
+from torchrec_kvshare.data.shards import in_memory
 from torchrec_kvshare.errors import ArtifactError, ConfigError, DataError
 from torchrec_kvshare.export.artifact import read_artifact
 from torchrec_kvshare.export.exporter import export_model, load_artifact
@@ -137,7 +138,9 @@ def test_figures_are_those_of_the_codec_alone(measured: Path, figures: Figures) 
     engine = new_engine(artifact, CacheConfig(name="off"))
     int8 = CODECS["int8"]
     drawn, exact, lossy = [], [], []
-    for raw, target in make_targeted_requests(dataset, NUM_REQUESTS, NUM_CANDIDATES, SEED):
+    for raw, target in make_targeted_requests(
+        in_memory(dataset), NUM_REQUESTS, NUM_CANDIDATES, SEED
+    ):
         request = parse_request(raw, artifact.schema)
         features = collate_history([request], artifact.schema).sparse_features
         with torch.no_grad():
@@ -299,7 +302,7 @@ def test_what_has_no_events_is_neither_scored_nor_weighed(
     sparse: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = [*one_users("u", "view"), *one_users("vv", "buy"), *one_users("www", "buy", "rate")]
-    monkeypatch.setattr(effects, "load_log", lambda _: log_of(events))
+    monkeypatch.setattr(load, "load_log", lambda _: log_of(events))
     packed: list[tuple[str, int]] = []
     pack = codecs.pack
 
@@ -311,7 +314,10 @@ def test_what_has_no_events_is_neither_scored_nor_weighed(
     records = measure("codec", options_of(sparse, requests=12, candidates=[len(ITEMS)]))
     artifact = load_artifact(sparse)
     dataset = build_dataset(log_of(events), artifact.schema.histories)
-    users = [raw["user_id"] for raw, _ in make_targeted_requests(dataset, 12, len(ITEMS), SEED)]
+    users = [
+        raw["user_id"]
+        for raw, _ in make_targeted_requests(in_memory(dataset), 12, len(ITEMS), SEED)
+    ]
     num_buys, num_both = users.count("vv"), users.count("www")
     assert min(num_buys, num_both, users.count("u")) > 0
     assert {record.case["requests"] for record in records} == {num_buys + num_both}
@@ -326,7 +332,7 @@ def test_requests_that_all_lack_events_are_refused(
 ) -> None:
     # One event of a user is in no test split.
     events = [*one_users("u", "view"), Event("vv", "100", 1, "buy"), Event("www", "101", 1, "rate")]
-    monkeypatch.setattr(effects, "load_log", lambda _: log_of(events))
+    monkeypatch.setattr(load, "load_log", lambda _: log_of(events))
     before = read_artifact(sparse)
     options = options_of(sparse, requests=6, candidates=[5])
     with pytest.raises(DataError, match="none of 6 requests of data synthetic has an event"):

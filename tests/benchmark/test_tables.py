@@ -17,6 +17,7 @@ from torchrec_kvshare.config import SyntheticData
 from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.requests import make_targeted_requests
+from torchrec_kvshare.data.shards import in_memory
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.model.quantised import TABLE_DTYPES, quantise_tables, table_bytes
@@ -105,7 +106,9 @@ def test_figures_are_those_of_the_tables_alone(run: Path, figures: Figures) -> N
             quantise_tables(model, dtype), schema, store=None, version=version_called(dtype)
         )
         rows = []
-        for raw, target in make_targeted_requests(dataset, NUM_REQUESTS, NUM_CANDIDATES, SEED):
+        for raw, target in make_targeted_requests(
+            in_memory(dataset), NUM_REQUESTS, NUM_CANDIDATES, SEED
+        ):
             rows.append(engine.rank([parse_request(raw, schema)])[0].scores)
             drawn.append(target)
         scores[dtype] = torch.tensor(rows, dtype=torch.float64)  # [Q, N]

@@ -33,7 +33,7 @@ from torchrec_kvshare.data.dataset import (
     keep_users,
     ranges,
 )
-from torchrec_kvshare.data.digest import data_digest
+from torchrec_kvshare.data.digest import DataDigest, data_digest, log_digest
 from torchrec_kvshare.data.tables import IdColumn
 from torchrec_kvshare.errors import DataError
 from torchrec_kvshare.features.dense import squash
@@ -50,6 +50,10 @@ HISTORIES = all_events(8, 4)
 
 def dataset_of(events: list[Event]) -> Dataset:
     return build_dataset(log_of(events), HISTORIES)
+
+
+def digest_of(dataset: Dataset) -> DataDigest:
+    return data_digest(log_digest(dataset.log), dataset.schema)
 
 
 def events_of(dataset: Dataset) -> list[Event]:
@@ -96,7 +100,7 @@ def test_the_order_of_the_rows_does_not_matter(events: list[Event], chance: Rand
     assert other.schema.to_json() == dataset.schema.to_json()
     assert events_of(other) == events_of(dataset)
     assert other.split.tolist() == dataset.split.tolist()
-    assert data_digest(other) == data_digest(dataset)
+    assert digest_of(other) == digest_of(dataset)
 
 
 def test_ids_are_numbered_by_their_own_order() -> None:
@@ -122,7 +126,7 @@ def test_ids_are_numbered_by_their_own_order() -> None:
 
 def other_data(events: list[Event]) -> list[str]:
     """How the digest of these events differs from that of ``WORLD``."""
-    return data_digest(dataset_of(WORLD)).changes(data_digest(dataset_of(events)))
+    return digest_of(dataset_of(WORLD)).changes(digest_of(dataset_of(events)))
 
 
 WORLD = [Event(user, str(100 + time), time) for user in ("u", "vv") for time in range(5)]
@@ -148,14 +152,14 @@ def test_other_data_is_told_by_what_is_different(events: list[Event], change: st
 
 def test_other_attributes_are_other_data() -> None:
     log = log_of(WORLD)
-    before = data_digest(build_dataset(log, HISTORIES))
+    before = digest_of(build_dataset(log, HISTORIES))
     genres = [("g9",), *log.item_attributes["genres"][1:]]
     changed = replace(log, item_attributes={"genres": genres})
-    changes = before.changes(data_digest(build_dataset(changed, HISTORIES)))
+    changes = before.changes(digest_of(build_dataset(changed, HISTORIES)))
     assert changes == ["other genres of items", "other schema"]
     prices = {"price": log.item_floats["price"] + 1}
     changed = replace(log, item_floats=prices)
-    changes = before.changes(data_digest(build_dataset(changed, HISTORIES)))
+    changes = before.changes(digest_of(build_dataset(changed, HISTORIES)))
     assert changes == ["other price of items"]
 
 

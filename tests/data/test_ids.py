@@ -7,8 +7,9 @@ import pytest
 
 from tests.data.logs import Event, log_of
 from torchrec_kvshare.data.dataset import Dataset, build_dataset
-from torchrec_kvshare.data.digest import data_digest
-from torchrec_kvshare.data.split_report import collisions, unknown_shares
+from torchrec_kvshare.data.digest import DataDigest, data_digest, log_digest
+from torchrec_kvshare.data.shards import in_memory
+from torchrec_kvshare.data.split_report import split_report
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import (
     ITEM,
@@ -34,6 +35,15 @@ def dataset_with(**id_maps: IdMap) -> Dataset:
     return build_dataset(log_of(EVENTS), HISTORIES, id_maps)
 
 
+def unknown_shares_with(**id_maps: IdMap) -> dict[str, float]:
+    return split_report(in_memory(dataset_with(**id_maps))).unknown_shares
+
+
+def digest_with(**id_maps: IdMap) -> DataDigest:
+    dataset = dataset_with(**id_maps)
+    return data_digest(log_digest(dataset.log), dataset.schema)
+
+
 def test_a_hashed_column_has_the_rows_of_its_hash_everywhere() -> None:
     hashed, genres = Hashed(11, salt=5), Hashed(6)
     dataset = dataset_with(item_id=hashed, genres=genres)
@@ -56,7 +66,7 @@ def test_known_ids_that_share_a_row_are_counted() -> None:
     expected = sum(count for count in ids_by_row.values() if count > 1)
     assert expected > 5
     assert dataset.num_colliding_ids == {ITEM: expected}
-    [sentence] = collisions(dataset)
+    [sentence] = split_report(in_memory(dataset)).collisions
     assert sentence == (
         f"item_id is hashed, so no id of it is unknown: {expected} of the {len(known)} ids of the "
         "training split share one of 11 rows with another"
@@ -69,9 +79,9 @@ def test_a_table_of_many_rows_has_no_collisions() -> None:
 
 def test_shares_of_unknown_ids_are_those_of_columns_with_a_vocabulary() -> None:
     """A hashed column seemed to have no id that training never met."""
-    shares = unknown_shares(dataset_with())
+    shares = unknown_shares_with()
     assert shares[ITEM] == 1.0
-    hashed = unknown_shares(dataset_with(item_id=Hashed(11), country=Hashed(3)))
+    hashed = unknown_shares_with(item_id=Hashed(11), country=Hashed(3))
     assert hashed == {
         name: share for name, share in shares.items() if name not in (ITEM, "context.country")
     }
@@ -87,7 +97,7 @@ def test_a_column_that_is_not_there_is_refused() -> None:
 
 def test_other_rows_or_another_salt_is_other_data() -> None:
     maps = [Hashed(11), Hashed(12), Hashed(11, salt=1)]
-    digests = [data_digest(dataset_with(item_id=one)) for one in maps]
+    digests = [digest_with(item_id=one) for one in maps]
     for other in digests[1:]:
         assert digests[0].changes(other) == ["other schema"]
-    assert digests[0].changes(data_digest(dataset_with(item_id=Hashed(11)))) == []
+    assert digests[0].changes(digest_with(item_id=Hashed(11))) == []

@@ -20,6 +20,7 @@ from tests.data.logs import (
 )
 from torchrec_kvshare.data.dataset import TEST, Dataset, build_dataset
 from torchrec_kvshare.data.requests import make_requests, make_targeted_requests
+from torchrec_kvshare.data.shards import in_memory
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.decode import decode_request
 from torchrec_kvshare.features.parse import parse_request
@@ -49,7 +50,7 @@ def dataset(events: list[Event]) -> Dataset:
 
 @pytest.fixture(scope="module")
 def requests(dataset: Dataset) -> list[dict[str, Any]]:
-    return list(make_requests(dataset, 50, NUM_CANDIDATES, seed=1))
+    return list(make_requests(in_memory(dataset), 50, NUM_CANDIDATES, seed=1))
 
 
 def past_of(user: str, time: int, events: list[Event]) -> list[Event]:
@@ -90,7 +91,7 @@ def test_an_action_that_training_never_met_is_given_as_it_is() -> None:
     events = [Event("u", "100", time, "view") for time in range(20)]
     events[18] = events[18]._replace(action="new")
     dataset = build_dataset(log_of(events), all_events(32, 8))
-    requests = list(make_requests(dataset, 20, 1, seed=0))
+    requests = list(make_requests(in_memory(dataset), 20, 1, seed=0))
     actions = {request["time"]: request["history"]["action"] for request in requests}
     assert actions[19] == ["view"] * 18 + ["new"]
 
@@ -117,7 +118,7 @@ def test_the_item_of_the_event_is_among_distinct_candidates(
 def test_a_target_is_what_the_user_took_at_that_time(
     requests: list[dict[str, Any]], events: list[Event], dataset: Dataset
 ) -> None:
-    targeted = list(make_targeted_requests(dataset, 50, NUM_CANDIDATES, seed=1))
+    targeted = list(make_targeted_requests(in_memory(dataset), 50, NUM_CANDIDATES, seed=1))
     assert [request.raw for request in targeted] == requests
     for raw, target in targeted:
         taken = str(raw["candidates"]["item_id"][target])
@@ -161,8 +162,8 @@ def test_every_request_parses(requests: list[dict[str, Any]], dataset: Dataset) 
 def test_the_same_seed_gives_the_same_requests(
     requests: list[dict[str, Any]], dataset: Dataset
 ) -> None:
-    assert list(make_requests(dataset, 50, NUM_CANDIDATES, seed=1)) == requests
-    assert list(make_requests(dataset, 50, NUM_CANDIDATES, seed=2)) != requests
+    assert list(make_requests(in_memory(dataset), 50, NUM_CANDIDATES, seed=1)) == requests
+    assert list(make_requests(in_memory(dataset), 50, NUM_CANDIDATES, seed=2)) != requests
 
 
 def test_integers_of_the_log_are_integers_and_other_ids_text(
@@ -187,15 +188,15 @@ def test_counts_that_cannot_work_are_refused(
     dataset: Dataset, count: int, candidates: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        list(make_requests(dataset, count, candidates, seed=0))
+        list(make_requests(in_memory(dataset), count, candidates, seed=0))
 
 
 def test_without_test_events_there_are_no_requests() -> None:
     dataset = build_dataset(one_user([1, 2]), all_events(8, 4))
     with pytest.raises(DataError, match="no event in the test split"):
-        list(make_requests(dataset, 5, 1, seed=0))
+        list(make_requests(in_memory(dataset), 5, 1, seed=0))
 
 
 def test_the_whole_catalogue_may_be_asked_for(dataset: Dataset) -> None:
-    (request,) = make_requests(dataset, 1, 12, seed=0)
+    (request,) = make_requests(in_memory(dataset), 1, 12, seed=0)
     assert sorted(request["candidates"]["item_id"]) == [int(item) for item in ITEMS]

@@ -363,9 +363,7 @@ def test_ids_are_ordered_by_sql_as_by_sorted_ids(ids: set[str]) -> None:
 
 
 @pytest.mark.parametrize("write", [write_movielens_csv, write_movielens_1m])
-def test_movielens_is_prepared_as_it_is_read(
-    tmp_path: Path, write: Callable[[Path], Path]
-) -> None:
+def test_movielens_is_prepared_as_it_is_read(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     (tmp_path / "in").mkdir()
     checked(tmp_path, MovieLensData(root=str(write(tmp_path / "in"))), num_shards=2)
 

@@ -388,16 +388,16 @@ def test_some_ids_are_shown_as_unknown_in_training_alone() -> None:
 def test_batches_hold_every_window_once(events: Events, batch_targets: int, seed: int) -> None:
     dataset = dataset_of(events)
     windows = windows_of(dataset, all_targets(dataset))
-    batches = list(batches_of(windows, batch_targets, np.random.default_rng(seed)))
+    batches = list(batches_of(windows.num_targets, batch_targets, np.random.default_rng(seed)))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(windows.user)))
     for chosen in batches:
         counts = windows.num_targets[chosen]
         assert len(chosen) > 0
         # A batch is full when the window that fills it is in.
         assert counts.sum() - batch_targets < counts.max()
-    again = list(batches_of(windows, batch_targets, np.random.default_rng(seed)))
+    again = list(batches_of(windows.num_targets, batch_targets, np.random.default_rng(seed)))
     assert [chosen.tolist() for chosen in batches] == [chosen.tolist() for chosen in again]
-    in_order = list(batches_of(windows, batch_targets, None))
+    in_order = list(batches_of(windows.num_targets, batch_targets, None))
     assert np.concatenate(in_order).tolist() == list(range(len(windows.user)))
 
 

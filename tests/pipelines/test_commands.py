@@ -469,4 +469,4 @@ def test_a_group_that_only_some_options_take_is_a_group_of_the_pipeline() -> Non
     assert groups_of("benchmark") == {"scenario": "queue_length", "data": "synthetic"}
     options_by_key = keys_of("benchmark")
     assert options_by_key["data"] == ["scenario=cache_trace", "scenario=codec", "scenario=tables"]
-    assert options_by_key["data.path"] == ["data=interactions"]
+    assert options_by_key["data.path"] == ["data=interactions", "data=prepared"]

@@ -112,6 +112,10 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
     ("override", "message"),
     [
         ("batch_targets=0", "batch_targets is 0; it must be at least 1"),
+        ("workers=-1", "workers is -1; it must be at least 0"),
+        ("prefetch=0", "prefetch is 0; it must be at least 1"),
+        ("shuffle_shards=0", "shuffle_shards is 0; it must be at least 1"),
+        ("device=gpu", "device is 'gpu'; one of ('auto', 'cpu', 'cuda') is allowed"),
         ("negatives=0", "negatives is 0; it must be at least 1"),
         ("model.num_layers=0", "model.num_layers is 0; it must be at least 1"),
         ("model.dim=-16", "model.dim is -16; it must be at least 1"),
@@ -224,6 +228,7 @@ def test_tokens_are_one_or_one_for_every_column(tmp_path: Path) -> None:
         ("train", ("data=movielens",), "data.root"),
         ("train", ("data=online_retail",), "data.root"),
         ("make_requests", ("data=interactions",), "data.path"),
+        ("train", ("data=prepared",), "data.path"),
         ("demo", ("data=interactions",), "data.path"),
         ("export", (), "run"),
         ("score", ("requests=a",), "artifact"),
@@ -243,7 +248,7 @@ def test_an_unknown_option_is_named_with_the_known_ones(group: str) -> None:
 def test_an_unknown_name_of_data_is_named_with_the_known_ones() -> None:
     message = refused("train", "data.name=nothing")
     assert "data.name is 'nothing'" in message
-    assert "['interactions', 'movielens', 'online_retail', 'synthetic']" in message
+    assert "['interactions', 'movielens', 'online_retail', 'prepared', 'synthetic']" in message
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.folders import write_folder
 from tests.pipelines.commands import TINY, WORLD, composed, run_pipeline, spawn_pipeline
-from torchrec_kvshare.config import TrainConfig, checked
+from torchrec_kvshare.config import SyntheticData, TrainConfig, checked
+from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.errors import ArtifactError, ConfigError, DataError
-from torchrec_kvshare.training.run import load_dataset
+from torchrec_kvshare.training.run import load_data
 
 METRIC_NAMES = ["AUC", "GAUC", "NE", "HR@10", "NDCG@10"]
 ARTIFACT_FILES = ["golden.json", "ids.npy", "manifest.json", "model.pt", "schema.json"]
@@ -140,12 +142,32 @@ def test_a_label_rule_decides_what_is_positive(tmp_path: Path) -> None:
     write_csv(tmp_path / "log.csv")
     columns = (*COLUMNS[:-1], f"data.path={tmp_path / 'log.csv'}")
     config = checked(composed("train", *columns, 'data.label="stars>=4"'), TrainConfig)
-    dataset = load_dataset(config)
+    dataset = load_data(config).read([0])
     assert dataset.log.action is not None
     liked = [code for code, stars in enumerate(dataset.log.action.ids) if int(stars) >= 4]
     assert dataset.label.tolist() == np.isin(dataset.action, liked).tolist()
     assert 0 < dataset.label.mean() < 1
     assert dataset.log.report.dropped == {"no user": 8}
+
+
+def test_a_prepared_log_is_trained_exported_and_scored(tmp_path: Path) -> None:
+    """Requests made of the folder are those made of the log."""
+    data = SyntheticData(num_users=40, events_per_user=40, num_items=60, num_categories=6)
+    folder = write_folder(load_log(data), tmp_path / "folder", 3)
+    prepared = ("data=prepared", f"data.path={folder}")
+    run, requests = tmp_path / "run", tmp_path / "requests"
+    run_pipeline("train", *prepared, *TINY, "budget.max_users=null", f"output={run}", "workers=1")
+    run_pipeline("export", f"run={run}", f"output={tmp_path / 'artifact'}")
+    asked = ("count=9", "candidates=8")
+    run_pipeline("make_requests", *prepared, *asked, f"output={requests}")
+    of_log = tmp_path / "requests_of_the_log"
+    run_pipeline("make_requests", *WORLD, *asked, f"output={of_log}")
+    assert requests.read_text() == of_log.read_text()
+    answers = tmp_path / "answers"
+    files = (f"requests={requests}", f"output={answers}")
+    run_pipeline("score", f"artifact={tmp_path / 'artifact'}", *files)
+    scores = [json.loads(line)["scores"] for line in answers.read_text().splitlines()]
+    assert [len(found) for found in scores] == [8] * 9
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from tests.training.on_ranks import (
     plain_model,
     run_config,
     tell,
+    train_on,
     trainer_of,
 )
-from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.ranks import Ranks
-from torchrec_kvshare.training.run import load_dataset
+from torchrec_kvshare.training.run import load_data
 from torchrec_kvshare.training.sharding import (
     ADAGRAD,
     ROWWISE_ADAGRAD,
@@ -41,35 +42,30 @@ def steps(trainer: Trainer, first: int, end: int) -> list[float]:
     """Train batches ``first`` to ``end - 1`` of the first epoch; return their losses."""
     losses = []
     for index in range(first, end):
-        chosen = trainer.epoch_batches(0)[index]
-        own = trainer.own_part(chosen)
-        batch = trainer.batch(own if len(own) else chosen[:1], 0)
-        losses.append(trainer.step(batch, num_trained=None if len(own) else 0))
+        losses.append(train_on(trainer, trainer.stream.epoch(0).chosen[index]))
         trainer.progress.batch, trainer.progress.step = index + 1, index + 1
     return losses
 
 
 def probe(trainer: Trainer) -> list[float]:
     """Return logits of a batch that every rank holds."""
-    batch = trainer.batch(trainer.epoch_batches(1)[0], 1)
+    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1)
     return logits_of(trainer.ranker, batch).tolist()
 
 
-def save(name: str, dataset: Dataset, folder: Path, ranks: Ranks) -> None:
-    trainer = trainer_of(KIND, dataset, folder / name, ranks, tables=SETTINGS[name])
+def save(name: str, shards: Shards, folder: Path, ranks: Ranks) -> None:
+    trainer = trainer_of(KIND, shards, folder / name, ranks, tables=SETTINGS[name])
     steps(trainer, 0, SAVED_AT)
     trainer._save(None)
     logits = probe(trainer)
-    keys = set(trainer.sharded.state_dict()) == set(plain_model(KIND, dataset).state_dict())
+    keys = set(trainer.sharded.state_dict()) == set(plain_model(KIND, shards).state_dict())
     losses = steps(trainer, SAVED_AT, NUM_STEPS)
     tell(case="saved", name=name, logits=logits, losses=losses, same_keys=keys)
 
 
-def resume(name: str, dataset: Dataset, folder: Path, ranks: Ranks) -> dict[str, Any]:
+def resume(name: str, shards: Shards, folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Resume in a trainer with other weights; return what it gives and how it goes on."""
-    trainer = trainer_of(
-        KIND, dataset, folder / name, ranks, tables=SETTINGS[name], seed=OTHER_SEED
-    )
+    trainer = trainer_of(KIND, shards, folder / name, ranks, tables=SETTINGS[name], seed=OTHER_SEED)
     before = probe(trainer)
     trainer.resume()
     logits, step = probe(trainer), trainer.progress.step
@@ -79,8 +75,8 @@ def resume(name: str, dataset: Dataset, folder: Path, ranks: Ranks) -> dict[str,
 
 if __name__ == "__main__":
     with meeting(sys.argv[1:]) as (ranks, folder):
-        dataset = load_dataset(run_config(folder))
+        shards = load_data(run_config(folder))
         for name in SETTINGS:
             if ranks.world_size == 2:
-                save(name, dataset, folder, ranks)
-            tell(case="resumed", name=name, **resume(name, dataset, folder, ranks))
+                save(name, shards, folder, ranks)
+            tell(case="resumed", name=name, **resume(name, shards, folder, ranks))

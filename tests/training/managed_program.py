@@ -5,13 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.training import worlds
-from tests.training.on_ranks import is_table, meeting, run_config, tell, trainer_of, whole_tensors
+from tests.training.on_ranks import (
+    is_table,
+    meeting,
+    run_config,
+    tell,
+    train_on,
+    trainer_of,
+    whole_tensors,
+)
 from torchrec_kvshare.config import IdConfig
-from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.features.schema import ITEM
 from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.ranks import ALONE, Ranks
-from torchrec_kvshare.training.run import load_dataset
+from torchrec_kvshare.training.run import load_data
 from torchrec_kvshare.training.sharding import ROWWISE_ADAGRAD, TableSettings
 
 # Many rare items.
@@ -26,29 +34,26 @@ SAVED_AT, NUM_STEPS = 10, 16
 ROW_WISE = TableSettings(ROWWISE_ADAGRAD, 0.05, {"token_item_id": ["row_wise"]})
 
 
-def managed_dataset(folder: Path) -> Dataset:
-    return load_dataset(run_config(folder, ids=IDS, data=DATA))
+def managed_shards(folder: Path) -> Shards:
+    return load_data(run_config(folder, ids=IDS, data=DATA))
 
 
 def managed_trainer(
-    dataset: Dataset,
+    shards: Shards,
     folder: Path,
     ranks: Ranks = ALONE,
     *,
     tables: TableSettings = ROW_WISE,
     seed: int = 0,
 ) -> Trainer:
-    return trainer_of("causal", dataset, folder, ranks, tables=tables, seed=seed)
+    return trainer_of("causal", shards, folder, ranks, tables=tables, seed=seed)
 
 
 def train_steps(trainer: Trainer, first: int, end: int) -> list[float]:
     """Train batches ``first`` to ``end - 1`` of the first epoch; return their losses."""
     losses = []
     for index in range(first, end):
-        chosen = trainer.epoch_batches(0)[index]
-        own = trainer.own_part(chosen)
-        batch = trainer.batch(own if len(own) else chosen[:1], 0)
-        losses.append(trainer.step(batch, num_trained=None if len(own) else 0))
+        losses.append(train_on(trainer, trainer.stream.epoch(0).chosen[index]))
         trainer.progress.batch, trainer.progress.step = index + 1, index + 1
     return losses
 
@@ -65,8 +70,8 @@ def sums_of(trainer: Trainer) -> dict[str, float]:
 
 if __name__ == "__main__":
     with meeting(sys.argv[1:]) as (ranks, folder):
-        dataset = managed_dataset(folder)
-        trainer = managed_trainer(dataset, folder / f"{ranks.world_size}", ranks)
+        shards = managed_shards(folder)
+        trainer = managed_trainer(shards, folder / f"{ranks.world_size}", ranks)
         losses, num_evicted = [], 0
         for index in range(NUM_STEPS):
             if index == SAVED_AT:
@@ -76,7 +81,7 @@ if __name__ == "__main__":
         told = {"maps": maps_of(trainer), "sums": sums_of(trainer)}
         tell(case="trained", losses=losses, num_evicted=num_evicted, **told)
         if ranks.world_size == 1:  # resumes what two ranks saved
-            resumed = managed_trainer(dataset, folder / "2", ranks, seed=7)
+            resumed = managed_trainer(shards, folder / "2", ranks, seed=7)
             resumed.resume()
             losses = train_steps(resumed, SAVED_AT, NUM_STEPS)
             tell(case="resumed", losses=losses, maps=maps_of(resumed), sums=sums_of(resumed))

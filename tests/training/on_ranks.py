@@ -23,11 +23,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
+from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRMTrain
 
 from tests.training.worlds import BUDGET, MODEL, tiny_config
 from torchrec_kvshare.config import TrainConfig
-from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.dataset import Ints
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.training.loop import Trainer, TrainSettings
 from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.run import new_model
@@ -171,7 +173,7 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def trainer_of(
     kind: str,
-    dataset: Dataset,
+    shards: Shards,
     folder: Path,
     ranks: Ranks,
     *,
@@ -191,14 +193,29 @@ def trainer_of(
         seed=0,
         checkpoint_seconds=1e9,
     )
-    model = new_model(dataset.schema, sizes, kind, seed)
-    return Trainer(model, dataset, replace(settings, **changes), folder, ranks)
+    model = new_model(shards.schema, sizes, kind, seed)
+    return Trainer(model, shards, replace(settings, **changes), folder, ranks)
 
 
-def plain_model(kind: str, dataset: Dataset, seed: int = 0) -> DLRMTrain:
+def plain_model(kind: str, shards: Shards, seed: int = 0) -> DLRMTrain:
     """The model of ``trainer_of``, as one process has it without sharding."""
     sizes = replace(MODEL, history=kind, dropout=0.0, merge=4, recent=8, num_globals=3)
-    return DLRMTrain(new_model(dataset.schema, sizes, kind, seed))
+    return DLRMTrain(new_model(shards.schema, sizes, kind, seed))
+
+
+def own_part(trainer: Trainer, chosen: Ints) -> tuple[Batch, int | None]:
+    """Build this rank's part of a batch of windows, and count its candidates for ``step``."""
+    own = trainer.stream.own(chosen)
+    if len(own):
+        return trainer.stream.batch(own, 0), None
+    trainer.stream.hold([0])
+    return trainer.stream.batch(trainer.stream.smallest(), 0), 0
+
+
+def train_on(trainer: Trainer, chosen: Ints) -> float:
+    """Train on this rank's part of a batch of windows; return the loss of all ranks."""
+    batch, num_trained = own_part(trainer, chosen)
+    return trainer.step(batch, num_trained=num_trained)
 
 
 def whole_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,22 +8,28 @@ from typing import Any
 import numpy as np
 from torchrec.datasets.utils import Batch
 
+from tests.data.folders import write_folder
 from tests.training.on_ranks import (
     is_table,
     largest_difference,
     meeting,
+    own_part,
     plain_model,
     run_config,
     tell,
     trainer_of,
     whole_tensors,
 )
-from torchrec_kvshare.data.dataset import Dataset, Ints
+from tests.training.worlds import DATA
+from torchrec_kvshare.config import PreparedData
+from torchrec_kvshare.data.load import load_log
+from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.stream import Epoch, WindowStream
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.ranks import Ranks
-from torchrec_kvshare.training.run import load_dataset, train_run
+from torchrec_kvshare.training.run import load_data, train_run
 from torchrec_kvshare.training.sharding import SGD, TableSettings
 
 # Of SGD. The larger it is, the less of a gradient is lost when tables before and after a step are
@@ -31,24 +37,23 @@ from torchrec_kvshare.training.sharding import SGD, TableSettings
 RATE = 64.0
 
 
-def check_gradients(kind: str, dataset: Dataset, folder: Path, ranks: Ranks, users: range) -> None:
+def check_gradients(kind: str, shards: Shards, folder: Path, ranks: Ranks, users: range) -> None:
     """Compare one step on all ranks with one backward pass of the plain model on all windows."""
     trainer = trainer_of(
-        kind, dataset, folder / "never saved", ranks, tables=TableSettings(SGD, RATE)
+        kind, shards, folder / "never saved", ranks, tables=TableSettings(SGD, RATE)
     )
-    chosen = np.flatnonzero(np.isin(trainer.windows.user, list(users)))
-    own = trainer.own_part(chosen)
-    batch = trainer.batch(own if len(own) else chosen[:1], 0)
+    chosen = np.flatnonzero(np.isin(trainer.stream.user, list(users)))
+    batch, num_trained = own_part(trainer, chosen)
     before = whole_tensors(trainer.sharded.state_dict())
-    loss = trainer.step(batch, num_trained=None if len(own) else 0)
+    loss = trainer.step(batch, num_trained=num_trained)
     after = whole_tensors(trainer.sharded.state_dict())
     gradients = {name: (before[name] - after[name]) / RATE for name in before if is_table(name)}
     for name, parameter in trainer.sharded.named_parameters():
         if not is_table(name):
             gradients[name] = parameter.grad
 
-    plain = plain_model(kind, dataset)
-    expected, _ = plain(trainer.batch(chosen, 0))
+    plain = plain_model(kind, shards)
+    expected, _ = plain(trainer.stream.batch(chosen, 0))
     expected.backward()
     differences: dict[bool, float] = {True: 0.0, False: 0.0}
     for name, parameter in plain.named_parameters():
@@ -60,56 +65,75 @@ def check_gradients(kind: str, dataset: Dataset, folder: Path, ranks: Ranks, use
         case="gradients",
         kind=kind,
         users=len(users),
-        candidates=len(own) and batch.labels.numel(),
+        candidates=batch.labels.numel() if num_trained is None else 0,
         loss=abs(loss - expected.item()),
         tables=differences[True],
         dense=differences[False],
     )
 
 
-def check_run(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+def check_run(shards: Shards, folder: Path, ranks: Ranks) -> None:
     """Train a whole run; count the batches in which this rank has no windows."""
     empty: list[bool] = []
-    real_part = Trainer.own_part
+    real_has_own = Epoch.has_own
 
-    def own_part(self: Trainer, chosen: Ints) -> Ints:
-        own = real_part(self, chosen)
-        empty.append(not len(own))
-        return own
+    def has_own(self: Epoch, index: int) -> bool:
+        empty.append(not real_has_own(self, index))
+        return not empty[-1]
 
-    Trainer.own_part = own_part  # type: ignore[method-assign]
+    Epoch.has_own = has_own  # type: ignore[method-assign]
     metrics = train_run(run_config(folder / "run"))
-    Trainer.own_part = real_part  # type: ignore[method-assign]
+    Epoch.has_own = real_has_own  # type: ignore[method-assign]
     tell(case="run", metrics=metrics, padded=sum(empty), batches=len(empty))
 
 
-def check_not_finite(dataset: Dataset, folder: Path, ranks: Ranks, *, padding: bool) -> None:
+def check_prepared(folder: Path, ranks: Ranks) -> None:
+    """Train on a folder of six shards with a worker; tell which shards this rank read."""
+    data = PreparedData(path=str(folder / "prepared"))
+    if ranks.is_first:
+        write_folder(load_log(DATA), Path(data.path), 6)
+    ranks.wait()
+    config = run_config(folder / "prepared run", data=data, shuffle_shards=3, workers=1)
+    held: set[int] = set()
+    real_epoch = WindowStream.epoch
+
+    def epoch(self: WindowStream, number: int) -> Epoch:
+        found = real_epoch(self, number)
+        held.update(shard for shards in found.held for shard in shards)
+        return found
+
+    WindowStream.epoch = epoch  # type: ignore[method-assign]
+    metrics = train_run(config)
+    WindowStream.epoch = real_epoch  # type: ignore[method-assign]
+    tell(case="prepared", metrics=metrics, held=sorted(held))
+
+
+def check_not_finite(shards: Shards, folder: Path, ranks: Ranks, *, padding: bool) -> None:
     """A batch of the last rank holds a NaN, in a step in which the rank pads, or does not."""
     trainer = trainer_of(
-        "causal", dataset, folder / f"nan, padding {padding}", ranks, checkpoint_seconds=0
+        "causal", shards, folder / f"nan, padding {padding}", ranks, checkpoint_seconds=0
     )
     last = ranks.world_size - 1
     pads = [
-        not (trainer.windows.user[chosen] % ranks.world_size == last).any()
-        for chosen in trainer.epoch_batches(0)
+        not (trainer.stream.user[chosen] % ranks.world_size == last).any()
+        for chosen in trainer.stream.epoch(0).chosen
     ]
     broken_step = pads.index(padding, 2)
-    real_batch, steps = Trainer.batch, count()
+    real_step, steps = Trainer.step, count()
 
-    def batch(self: Trainer, *arguments: Any) -> Batch:
-        made = real_batch(self, *arguments)
+    def step(self: Trainer, batch: Batch, **given: Any) -> float:
         if next(steps) == broken_step and ranks.rank == last:
-            made.dense_features[0, 0] = float("nan")
-        return made
+            batch.dense_features[0, 0] = float("nan")
+        return real_step(self, batch, **given)
 
-    Trainer.batch = batch  # type: ignore[method-assign]
+    Trainer.step = step  # type: ignore[method-assign]
     message = ""
     try:
         trainer.run(None)
     except TrainingError as error:
         message = str(error)
-    Trainer.batch = real_batch  # type: ignore[method-assign]
-    resumed = trainer_of("causal", dataset, trainer.folder, ranks)
+    Trainer.step = real_step  # type: ignore[method-assign]
+    resumed = trainer_of("causal", shards, trainer.folder, ranks)
     resumed.resume()
     # The failed step changed nothing: the weights are those of the checkpoint before it.
     changed = largest_difference(
@@ -125,30 +149,31 @@ def check_not_finite(dataset: Dataset, folder: Path, ranks: Ranks, *, padding: b
     )
 
 
-def check_broken_weight(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+def check_broken_weight(shards: Shards, folder: Path, ranks: Ranks) -> None:
     """A weight of the last rank's shard is not finite when a checkpoint is due."""
-    trainer = trainer_of("causal", dataset, folder / "nan in a shard", ranks)
+    trainer = trainer_of("causal", shards, folder / "nan in a shard", ranks)
     name = "model.sparse_arch.embedding_bag_collection.token_embeddings.embeddings"
-    shards = trainer.sharded.state_dict()[f"{name}.token_item_id.weight"].local_shards()
-    if shards and ranks.rank == ranks.world_size - 1:
-        shards[0].tensor[0, 0] = float("nan")
+    parts = trainer.sharded.state_dict()[f"{name}.token_item_id.weight"].local_shards()
+    if parts and ranks.rank == ranks.world_size - 1:
+        parts[0].tensor[0, 0] = float("nan")
     message = ""
     try:
         trainer._save(None)
     except TrainingError as error:
         message = str(error)
-    tell(case="nan in a shard", message=message, has_rows=bool(shards))
+    tell(case="nan in a shard", message=message, has_rows=bool(parts))
 
 
 if __name__ == "__main__":
     with meeting(sys.argv[1:]) as (ranks, shared):
         folder = shared / f"{ranks.world_size} ranks"
-        dataset = load_dataset(run_config(folder))
+        shards = load_data(run_config(folder))
         for kind in KINDS:
-            check_gradients(kind, dataset, folder, ranks, range(7))
+            check_gradients(kind, shards, folder, ranks, range(7))
         # The only user is the first rank's: the others pad.
-        check_gradients("causal", dataset, folder, ranks, range(1))
-        check_run(dataset, folder, ranks)
-        check_not_finite(dataset, folder, ranks, padding=False)
-        check_not_finite(dataset, folder, ranks, padding=True)
-        check_broken_weight(dataset, folder, ranks)
+        check_gradients("causal", shards, folder, ranks, range(1))
+        check_run(shards, folder, ranks)
+        check_prepared(folder, ranks)
+        check_not_finite(shards, folder, ranks, padding=False)
+        check_not_finite(shards, folder, ranks, padding=True)
+        check_broken_weight(shards, folder, ranks)

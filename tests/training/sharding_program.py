@@ -22,15 +22,16 @@ from tests.training.on_ranks import (
     plain_model,
     run_config,
     tell,
+    train_on,
     trainer_of,
     whole_tensors,
 )
 from tests.training.worlds import MODEL
-from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.features.schema import position_key
 from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.ranks import Ranks
-from torchrec_kvshare.training.run import load_dataset, new_model
+from torchrec_kvshare.training.run import load_data, new_model
 from torchrec_kvshare.training.sharding import (
     ADAGRAD,
     ROWWISE_ADAGRAD,
@@ -76,27 +77,25 @@ def plain_optimizers(plain: nn.Module, name: str) -> list[torch.optim.Optimizer]
     return [makers[name](), torch.optim.AdamW(dense, 3e-3, weight_decay=1e-5)]
 
 
-def check_losses(forced: str, optimizer: str, dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+def check_losses(forced: str, optimizer: str, shards: Shards, folder: Path, ranks: Ranks) -> None:
     """Train on all ranks, and the plain model on the batches of all ranks."""
     settings = TableSettings(optimizer, RATES[optimizer], FORCED[forced])
-    trainer = trainer_of("causal", dataset, folder / "unused", ranks, tables=settings)
-    plain = plain_model("causal", dataset)
+    trainer = trainer_of("causal", shards, folder / "unused", ranks, tables=settings)
+    plain = plain_model("causal", shards)
     optimizers = plain_optimizers(plain, optimizer)
     first_rates = [one.param_groups[0]["lr"] for one in optimizers]
     losses, expected = [], []
-    for step, chosen in zip(range(NUM_STEPS), trainer.epoch_batches(0), strict=False):
+    for step, chosen in zip(range(NUM_STEPS), trainer.stream.epoch(0).chosen, strict=False):
         trainer.progress.step = step
         for one, rate in zip(optimizers, first_rates, strict=True):
             one.param_groups[0]["lr"] = rate * trainer._rate_share()
             one.zero_grad()
-        loss, _ = plain(trainer.batch(chosen, 0))
+        loss, _ = plain(trainer.stream.batch(chosen, 0))
         loss.backward()
         for one in optimizers:
             one.step()
         expected.append(loss.item())
-        own = trainer.own_part(chosen)
-        batch = trainer.batch(own if len(own) else chosen[:1], 0)
-        losses.append(trainer.step(batch, num_trained=None if len(own) else 0))
+        losses.append(train_on(trainer, chosen))
     tell(
         case="losses",
         forced=forced,
@@ -146,22 +145,20 @@ def keys_by_table(model: nn.Module) -> dict[str, list[str]]:
     return {table: keys for table, keys in found.items() if position_key("history") not in keys}
 
 
-def check_changed_rows(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+def check_changed_rows(shards: Shards, folder: Path, ranks: Ranks) -> None:
     """Count rows that the second step changed, in its batch and outside of it."""
     settings = TableSettings(ROWWISE_ADAGRAD, 0.05)
     trainer = trainer_of(
-        "causal", dataset, folder / "unused", ranks, tables=settings, batch_targets=8
+        "causal", shards, folder / "unused", ranks, tables=settings, batch_targets=8
     )
     for step in (0, 1):
-        chosen = trainer.epoch_batches(0)[step]
-        own = trainer.own_part(chosen)
+        chosen = trainer.stream.epoch(0).chosen[step]
         before = whole_tensors(trainer.sharded.state_dict())
-        batch = trainer.batch(own if len(own) else chosen[:1], 0)
-        trainer.step(batch, num_trained=None if len(own) else 0)
+        train_on(trainer, chosen)
     after = whole_tensors(trainer.sharded.state_dict())
-    features = trainer.batch(chosen, 0).sparse_features  # of all ranks
+    features = trainer.stream.batch(chosen, 0).sparse_features  # of all ranks
     changed = {}
-    for table, keys in keys_by_table(plain_model("causal", dataset)).items():
+    for table, keys in keys_by_table(plain_model("causal", shards)).items():
         (name,) = [name for name in before if name.endswith(f".{table}.weight")]
         rows = (before[name] != after[name]).any(1).nonzero().flatten().tolist()
         met = torch.cat([features[key].values() for key in keys]).tolist()
@@ -175,13 +172,13 @@ def check_changed_rows(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
 
 def own_batches(trainer: Trainer, num_batches: int) -> list[Batch]:
     """Return batches of this rank, one of each in which it has windows."""
-    parts = [trainer.own_part(chosen) for chosen in trainer.epoch_batches(0)]
-    return [trainer.batch(part, 0) for part in parts if len(part)][:num_batches]
+    parts = [trainer.stream.own(chosen) for chosen in trainer.stream.epoch(0).chosen]
+    return [trainer.stream.batch(part, 0) for part in parts if len(part)][:num_batches]
 
 
-def check_pipeline(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+def check_pipeline(shards: Shards, folder: Path, ranks: Ranks) -> None:
     """Train with TorchRec's pipeline, and the same model in a plain loop."""
-    plain = trainer_of("causal", dataset, folder / "unused", ranks)
+    plain = trainer_of("causal", shards, folder / "unused", ranks)
     batches = own_batches(plain, 5)
     expected = []
     for batch in batches:
@@ -190,7 +187,7 @@ def check_pipeline(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
         loss.backward()
         plain.optimizer.step()
         expected.append(loss.item())
-    piped = trainer_of("causal", dataset, folder / "unused", ranks)
+    piped = trainer_of("causal", shards, folder / "unused", ranks)
     pipeline = TrainPipelineSparseDist(
         piped.sharded,
         piped.optimizer,
@@ -217,10 +214,10 @@ def check_pipeline(dataset: Dataset, folder: Path, ranks: Ranks) -> None:
     )
 
 
-def check_meta(dataset: Dataset, ranks: Ranks) -> None:
+def check_meta(shards: Shards, ranks: Ranks) -> None:
     """Shard tables that are on meta: their rows are drawn, the dense weights stay."""
     meta = torch.device("meta")
-    model = DLRMTrain(new_model(dataset.schema, MODEL, "causal", 3, meta))
+    model = DLRMTrain(new_model(shards.schema, MODEL, "causal", 3, meta))
     state = model.state_dict()
     dense = {name: value.clone() for name, value in state.items() if not is_table(name)}
     settings = TableSettings(SGD, 0.5, {"token_item_id": ["row_wise"], "*": ["column_wise"]})
@@ -245,12 +242,12 @@ def check_meta(dataset: Dataset, ranks: Ranks) -> None:
             sum(value.is_meta for value in tables_in(state).values()),
             sum(parameter.is_meta for parameter in sharded.parameters()),
         ],
-        loss=loss_of(sharded, dataset, ranks),
+        loss=loss_of(sharded, shards, ranks),
     )
 
 
-def loss_of(sharded: nn.Module, dataset: Dataset, ranks: Ranks) -> float:
-    batch = own_batches(trainer_of("causal", dataset, Path("unused"), ranks), 1)[0]
+def loss_of(sharded: nn.Module, shards: Shards, ranks: Ranks) -> float:
+    batch = own_batches(trainer_of("causal", shards, Path("unused"), ranks), 1)[0]
     loss: Tensor = sharded(batch)[0]
     loss.backward()
     return loss.item()
@@ -258,12 +255,12 @@ def loss_of(sharded: nn.Module, dataset: Dataset, ranks: Ranks) -> float:
 
 if __name__ == "__main__":
     with meeting(sys.argv[1:]) as (ranks, folder):
-        dataset = load_dataset(run_config(folder))
+        shards = load_data(run_config(folder))
         for forced in FORCED:
-            check_losses(forced, SGD, dataset, folder, ranks)
-            check_losses(forced, ADAGRAD, dataset, folder, ranks)
+            check_losses(forced, SGD, shards, folder, ranks)
+            check_losses(forced, ADAGRAD, shards, folder, ranks)
         for forced in ("table_wise", "row_wise", "chosen by the planner"):
-            check_losses(forced, ROWWISE_ADAGRAD, dataset, folder, ranks)
-        check_changed_rows(dataset, folder, ranks)
-        check_pipeline(dataset, folder, ranks)
-        check_meta(dataset, ranks)
+            check_losses(forced, ROWWISE_ADAGRAD, shards, folder, ranks)
+        check_changed_rows(shards, folder, ranks)
+        check_pipeline(shards, folder, ranks)
+        check_meta(shards, ranks)

@@ -26,7 +26,7 @@ from tests.training.on_ranks import (
     trainer_of,
 )
 from tests.worlds import PROBABILITY_TOLERANCE
-from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.open import new_engine
@@ -41,7 +41,7 @@ from torchrec_kvshare.training.checkpoints import (
 )
 from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.ranks import joined_ranks
-from torchrec_kvshare.training.run import load_dataset
+from torchrec_kvshare.training.run import load_data
 
 # The same weights on other ranks: logits of all were equal. The next four losses differed by 8.4e-8
 # at most, which is the rounding of sums in another order.
@@ -68,8 +68,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return load_dataset(run_config(tmp_path_factory.mktemp("unused")))
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return load_data(run_config(tmp_path_factory.mktemp("unused")))
 
 
 def assert_resumed(found: Case, expected: Case) -> None:
@@ -93,40 +93,40 @@ def test_a_checkpoint_of_two_ranks_goes_on_at_two_and_at_three(
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(
-    saved: Saved, dataset: Dataset, name: str
+    saved: Saved, shards: Shards, name: str
 ) -> None:
     (expected, _) = saved.cases(2, case="saved", name=name)
     with joined_ranks(torch.device("cpu")) as ranks:
-        assert_resumed(resume(name, dataset, saved.folder, ranks), expected)
+        assert_resumed(resume(name, shards, saved.folder, ranks), expected)
 
 
 @pytest.fixture
-def loaded(saved: Saved, dataset: Dataset) -> DLRMTrain:
+def loaded(saved: Saved, shards: Shards) -> DLRMTrain:
     """A plain module of other weights, with those of the checkpoint of two ranks loaded."""
-    plain = plain_model(KIND, dataset, OTHER_SEED)
+    plain = plain_model(KIND, shards, OTHER_SEED)
     load_weights(plain, saved.folder / "rowwise_adagrad")
     return plain
 
 
 def test_the_plain_module_loads_a_checkpoint_of_ranks(
-    saved: Saved, dataset: Dataset, loaded: DLRMTrain
+    saved: Saved, shards: Shards, loaded: DLRMTrain
 ) -> None:
     cases = saved.cases(2, case="saved", name="rowwise_adagrad")
     assert all(case["same_keys"] for case in cases)
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = trainer_of(KIND, dataset, saved.folder / "unused", ranks)
-    batch = trainer.batch(trainer.epoch_batches(1)[0], 1)
+        trainer = trainer_of(KIND, shards, saved.folder / "unused", ranks)
+    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1)
     found = logits_of(loaded.model, batch).tolist()
     assert found == pytest.approx(cases[0]["logits"], abs=TOLERANCE, rel=0)
 
 
 def test_a_checkpoint_of_ranks_is_exported(
-    dataset: Dataset, loaded: DLRMTrain, tmp_path: Path
+    shards: Shards, loaded: DLRMTrain, tmp_path: Path
 ) -> None:
     ranking = RankingModel(loaded.model).eval()
-    export_model(ranking, dataset.schema, tmp_path / "artifact")
-    requests = draw_ragged_requests(dataset.schema, 3)
-    expected = Engine(ranking, dataset.schema, store=None).rank(requests)
+    export_model(ranking, shards.schema, tmp_path / "artifact")
+    requests = draw_ragged_requests(shards.schema, 3)
+    expected = Engine(ranking, shards.schema, store=None).rank(requests)
     found = new_engine(load_artifact(tmp_path / "artifact")).rank(requests)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.scores == pytest.approx(theirs.scores, abs=PROBABILITY_TOLERANCE, rel=0)
@@ -152,28 +152,28 @@ def steps_in(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_as_many_checkpoints_stay_as_are_to_be_kept(
-    dataset: Dataset, tmp_path: Path, keep: int
+    shards: Shards, tmp_path: Path, keep: int
 ) -> None:
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = trainer_of(KIND, dataset, tmp_path, ranks, keep_checkpoints=keep)
+        trainer = trainer_of(KIND, shards, tmp_path, ranks, keep_checkpoints=keep)
         saved_at(trainer, 2, 9, 10, 100)
     assert steps_in(tmp_path) == [2, 9, 10, 100][-keep:]
     assert len(list(tmp_path.iterdir())) == keep
 
 
-def test_a_torn_checkpoint_is_not_read(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_torn_checkpoint_is_not_read(shards: Shards, tmp_path: Path) -> None:
     """A folder is torn without its progress, or with the name it has while it is written."""
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = trainer_of(KIND, dataset, tmp_path, ranks, keep_checkpoints=5)
+        trainer = trainer_of(KIND, shards, tmp_path, ranks, keep_checkpoints=5)
         saved_at(trainer, 4, 6, 8)
         (tmp_path / f"{6:010d}" / PROGRESS).unlink()
         (tmp_path / f"{8:010d}").rename(tmp_path / f".{8:010d}.new")
         assert steps_in(tmp_path) == [4]
-        resumed = trainer_of(KIND, dataset, tmp_path, ranks, keep_checkpoints=5)
+        resumed = trainer_of(KIND, shards, tmp_path, ranks, keep_checkpoints=5)
         resumed.resume()
         assert resumed.progress.step == 4
         assert resumed.ranker.over_arch.model[1].bias.tolist() == [4.0]
-        plain = plain_model(KIND, dataset)
+        plain = plain_model(KIND, shards)
         load_weights(plain, tmp_path)
         assert plain.model.over_arch.model[1].bias.tolist() == [4.0]
         # Written again, they are whole, and what was torn is gone.
@@ -182,24 +182,24 @@ def test_a_torn_checkpoint_is_not_read(dataset: Dataset, tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {f"{step:010d}" for step in (4, 6, 8)}
 
 
-def test_torn_checkpoints_of_other_steps_are_removed(dataset: Dataset, tmp_path: Path) -> None:
+def test_torn_checkpoints_of_other_steps_are_removed(shards: Shards, tmp_path: Path) -> None:
     """Checkpoints are written by the clock, so that a resumed run need not reach the same step."""
     torn = tmp_path / f".{3:010d}.new"
     torn.mkdir()
     (torn / "__0_0.distcp").write_bytes(b"half of")
     with joined_ranks(torch.device("cpu")) as ranks:
-        saved_at(trainer_of(KIND, dataset, tmp_path, ranks), 5)
+        saved_at(trainer_of(KIND, shards, tmp_path, ranks), 5)
     assert [path.name for path in tmp_path.iterdir()] == [f"{5:010d}"]
 
 
-def test_a_folder_without_a_checkpoint_has_no_weights(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_has_no_weights(shards: Shards, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds no checkpoint"):
-        load_weights(plain_model(KIND, dataset), tmp_path)
+        load_weights(plain_model(KIND, shards), tmp_path)
 
 
-def test_weights_that_are_not_finite_are_not_loaded(dataset: Dataset, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_loaded(shards: Shards, tmp_path: Path) -> None:
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = trainer_of(KIND, dataset, tmp_path, ranks)
+        trainer = trainer_of(KIND, shards, tmp_path, ranks)
         saved_at(trainer, 1)
         (checkpoint,) = checkpoints_of(tmp_path)
         written = json.loads((checkpoint / PROGRESS).read_text())

@@ -10,7 +10,8 @@ from torchrec.datasets.utils import Batch
 
 from tests.data.logs import Event, all_events, log_of
 from tests.worlds import make_dlrm
-from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, build_dataset
+from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, build_dataset
+from torchrec_kvshare.data.shards import Shards, in_memory
 from torchrec_kvshare.features.bags import single
 from torchrec_kvshare.features.batches import assemble
 from torchrec_kvshare.features.schema import (
@@ -50,23 +51,27 @@ def histories() -> list[Event]:
 
 
 @pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    return build_dataset(log_of(histories()), all_events(8, 4))
+def shards() -> Shards:
+    return shards_of(histories())
 
 
-def by_row(dataset: Dataset) -> dict[int, int]:
+def shards_of(events: list[Event]) -> Shards:
+    return in_memory(build_dataset(log_of(events), all_events(8, 4)))
+
+
+def by_row(shards: Shards) -> dict[int, int]:
     """Row of the held-out item by row of the user."""
-    vocabularies = dataset.schema.vocabulary_by_column
+    vocabularies = shards.schema.vocabulary_by_column
     return {
         vocabularies[USER].row(user): vocabularies[ITEM].row(item)
         for user, item in LAST_ITEM.items()
     }
 
 
-def scorer_of(dataset: Dataset, of_answer: float, of_seen: float) -> Scorer:
+def scorer_of(shards: Shards, of_answer: float, of_seen: float) -> Scorer:
     """Return a scorer with a logit for the held-out item, one for items 100 to 106, and 0 else."""
-    answers = by_row(dataset)
-    vocabulary = dataset.schema.vocabulary_by_column[ITEM]
+    answers = by_row(shards)
+    vocabulary = shards.schema.vocabulary_by_column[ITEM]
     seen = {vocabulary.row(str(item)) for item in range(100, 107)}
 
     def score(batch: Batch) -> Tensor:
@@ -84,59 +89,59 @@ def scorer_of(dataset: Dataset, of_answer: float, of_seen: float) -> Scorer:
     return score
 
 
-def test_the_right_answer_is_found_unless_training_never_met_it(dataset: Dataset) -> None:
-    found = evaluate_catalogue(scorer_of(dataset, 9.0, 0.0), dataset, None)
+def test_the_right_answer_is_found_unless_training_never_met_it(shards: Shards) -> None:
+    found = evaluate_catalogue(scorer_of(shards, 9.0, 0.0), shards, None)
     assert found == {"HR@10": 3 / 4, "NDCG@10": 3 / 4}
 
 
-def test_the_right_answer_ranked_last_is_not_found(dataset: Dataset) -> None:
-    found = evaluate_catalogue(scorer_of(dataset, -9.0, 0.0), dataset, None)
+def test_the_right_answer_ranked_last_is_not_found(shards: Shards) -> None:
+    found = evaluate_catalogue(scorer_of(shards, -9.0, 0.0), shards, None)
     assert found == {"HR@10": 0.0, "NDCG@10": 0.0}
 
 
-def test_an_indifferent_scorer_finds_nothing(dataset: Dataset) -> None:
-    assert evaluate_catalogue(scorer_of(dataset, 0.0, 0.0), dataset, None)["HR@10"] == 0.0
+def test_an_indifferent_scorer_finds_nothing(shards: Shards) -> None:
+    assert evaluate_catalogue(scorer_of(shards, 0.0, 0.0), shards, None)["HR@10"] == 0.0
 
 
-def test_items_met_before_are_excluded_unless_the_answer_is_one_of_them(dataset: Dataset) -> None:
+def test_items_met_before_are_excluded_unless_the_answer_is_one_of_them(shards: Shards) -> None:
     """A repurchase competed with unmet items only: a scorer that preferred met items found it."""
     # All met items rank first: excluded for a new item, six ranks for the repurchase.
-    found = evaluate_catalogue(scorer_of(dataset, 1.0, 9.0), dataset, None)
+    found = evaluate_catalogue(scorer_of(shards, 1.0, 9.0), shards, None)
     assert found["NDCG@10"] == pytest.approx((2 + 1 / math.log2(6 + 2)) / 4)
     assert found["HR@10"] == 3 / 4
 
 
-def test_users_are_taken_evenly(dataset: Dataset) -> None:
-    score = scorer_of(dataset, 9.0, 0.0)
+def test_users_are_taken_evenly(shards: Shards) -> None:
+    score = scorer_of(shards, 9.0, 0.0)
     # User order: new item, other, repurchase, unknown.
-    assert evaluate_catalogue(score, dataset, 1)["HR@10"] == 1.0
-    assert evaluate_catalogue(score, dataset, 2)["HR@10"] == 1 / 2
-    assert evaluate_catalogue(score, dataset, 3)["HR@10"] == 2 / 3
-    assert evaluate_catalogue(score, dataset, 4)["HR@10"] == 3 / 4
-    assert evaluate_catalogue(score, dataset, 99)["HR@10"] == 3 / 4
+    assert evaluate_catalogue(score, shards, 1)["HR@10"] == 1.0
+    assert evaluate_catalogue(score, shards, 2)["HR@10"] == 1 / 2
+    assert evaluate_catalogue(score, shards, 3)["HR@10"] == 2 / 3
+    assert evaluate_catalogue(score, shards, 4)["HR@10"] == 3 / 4
+    assert evaluate_catalogue(score, shards, 99)["HR@10"] == 3 / 4
 
 
 def test_how_many_users_are_ranked_at_a_time_does_not_matter(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    score = scorer_of(dataset, 9.0, 0.0)
+    score = scorer_of(shards, 9.0, 0.0)
 
     def counting(batch: Batch) -> Tensor:
         sizes.append(batch.sparse_features[REQUEST_TIME].values().numel())
         return score(batch)
 
     monkeypatch.setattr(evaluate, "CATALOGUE_ROWS_AT_A_TIME", 2 * NUM_ITEMS)
-    assert evaluate_catalogue(counting, dataset, None)["HR@10"] == 3 / 4
+    assert evaluate_catalogue(counting, shards, None)["HR@10"] == 3 / 4
     assert sizes == [2, 1]
 
 
 @pytest.mark.parametrize("kind", ["a model", "ties"])
 def test_a_catalogue_in_chunks_is_ranked_as_a_whole(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, kind: str
+    shards: Shards, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """A million items at once took 8.6 GB for one user."""
-    model = model_scorer(make_dlrm(3, dataset.schema))
+    model = model_scorer(make_dlrm(3, shards.schema))
     sizes: list[int] = []
 
     def score(batch: Batch) -> Tensor:
@@ -146,21 +151,23 @@ def test_a_catalogue_in_chunks_is_ranked_as_a_whole(
         return model(batch)
 
     monkeypatch.setattr(evaluate, "CUTOFF", NUM_ITEMS + 1)  # Every position is exact.
+    dataset = shards.read([0])
+    known_items = dataset.known_items
     held_out = np.flatnonzero(dataset.split == TEST)[:3]
-    found = [evaluate._positions(score, dataset, held_out, dataset.known_items, ALONE)]
+    found = [evaluate._positions(score, dataset, held_out, known_items, ALONE)]
     assert sizes == [3 * (NUM_ITEMS + 1)]  # The target is scored with the catalogue.
     assert len({*found[0]}) > 1
     sizes.clear()
     monkeypatch.setattr(evaluate, "FIRST_CHUNK_ITEMS", 4)
     monkeypatch.setattr(evaluate, "CATALOGUE_ROWS_AT_A_TIME", 12)
-    found += [evaluate._positions(score, dataset, held_out, dataset.known_items, ALONE)]
+    found += [evaluate._positions(score, dataset, held_out, known_items, ALONE)]
     assert sizes == [3 * 5, 3 * 9, 3 * 13, 3 * 7]
-    found += [evaluate._positions(score, dataset, held_out, dataset.known_items[::-1], ALONE)]
+    found += [evaluate._positions(score, dataset, held_out, known_items[::-1], ALONE)]
     assert found[0] == found[1] == found[2]
 
 
 def test_ranking_stops_once_the_held_out_item_is_beyond_the_cutoff(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
 
@@ -170,11 +177,11 @@ def test_ranking_stops_once_the_held_out_item_is_beyond_the_cutoff(
 
     monkeypatch.setattr(evaluate, "FIRST_CHUNK_ITEMS", 20)
     monkeypatch.setattr(evaluate, "CATALOGUE_ROWS_AT_A_TIME", 20)
-    scorer = scorer_of(dataset, -9.0, 0.0)
-    behind = evaluate_catalogue(score, dataset, 1)
+    scorer = scorer_of(shards, -9.0, 0.0)
+    behind = evaluate_catalogue(score, shards, 1)
     assert sizes == [21]
-    scorer = scorer_of(dataset, 9.0, 0.0)
-    ahead = evaluate_catalogue(score, dataset, 1)
+    scorer = scorer_of(shards, 9.0, 0.0)
+    ahead = evaluate_catalogue(score, shards, 1)
     assert sizes == [21, 21, 11]
     assert (behind["HR@10"], ahead["HR@10"]) == (0.0, 1.0)
 
@@ -182,44 +189,44 @@ def test_ranking_stops_once_the_held_out_item_is_beyond_the_cutoff(
 def test_a_user_without_positive_test_events_has_no_rank() -> None:
     """Its hit rate was 0, which lowered the mean."""
     events = [event._replace(label=int(event.time < 300)) for event in histories()]
-    dataset = build_dataset(log_of(events), all_events(8, 4))
-    found = evaluate_catalogue(scorer_of(dataset, 9.0, 0.0), dataset, None)
+    shards = shards_of(events)
+    found = evaluate_catalogue(scorer_of(shards, 9.0, 0.0), shards, None)
     assert found == {"HR@10": None, "NDCG@10": None}
-    sampled = evaluate_sampled(lambda batch: batch.dense_features[:, 0], dataset, TEST, 5)
+    sampled = evaluate_sampled(lambda batch: batch.dense_features[:, 0], shards, TEST, 5)
     assert sampled == {"AUC": None, "GAUC": None, "NE": None}
 
 
 def test_an_item_that_training_never_met_is_not_found_in_a_small_catalogue() -> None:
     """Its rank was the size of the catalogue: below ten items that was a hit."""
     events = [Event("u", str(100 + time % 3), time) for time in range(9)]
-    dataset = build_dataset(log_of([*events, Event("u", NEVER_TRAINED, 9)]), all_events(8, 4))
-    assert len(dataset.known_items) == 3
-    found = evaluate_catalogue(lambda batch: batch.labels, dataset, None)
+    shards = shards_of([*events, Event("u", NEVER_TRAINED, 9)])
+    assert len(shards.shared.known_items) == 3
+    found = evaluate_catalogue(lambda batch: batch.labels, shards, None)
     assert found == {"HR@10": 0.0, "NDCG@10": 0.0}
 
 
 def test_popularity_without_positive_events_is_finite() -> None:
     """Its log odds were infinite and its NE was NaN."""
     events = [event._replace(label=0) for event in histories()]
-    dataset = build_dataset(log_of(events), all_events(8, 4))
-    known = dataset.schema.vocabulary_by_column[ITEM].rows(["100", "101"])
-    assert all(map(math.isfinite, scores_of_rows(popularity_scorer(dataset, 3), known)))
+    shards = shards_of(events)
+    known = shards.schema.vocabulary_by_column[ITEM].rows(["100", "101"])
+    assert all(map(math.isfinite, scores_of_rows(popularity_scorer(shards, 3), known)))
 
 
-def test_the_last_of_equal_test_events_is_held_out(dataset: Dataset) -> None:
-    both = build_dataset(log_of([*histories(), Event("other", "118", 300)]), all_events(8, 4))
+def test_the_last_of_equal_test_events_is_held_out(shards: Shards) -> None:
+    both = shards_of([*histories(), Event("other", "118", 300)])
     # The scorer finds 117, which the user bought at the same time; 118 ties with what is left.
-    assert evaluate_catalogue(scorer_of(dataset, 9.0, 0.0), both, None)["HR@10"] == 2 / 4
+    assert evaluate_catalogue(scorer_of(shards, 9.0, 0.0), both, None)["HR@10"] == 2 / 4
 
 
-def test_sampled_metrics_of_a_scorer_that_knows(dataset: Dataset) -> None:
+def test_sampled_metrics_of_a_scorer_that_knows(shards: Shards) -> None:
     for split in (VALID, TEST):
-        found = evaluate_sampled(lambda batch: 20 * batch.labels - 10, dataset, split, 5)
+        found = evaluate_sampled(lambda batch: 20 * batch.labels - 10, shards, split, 5)
         assert (found["AUC"], found["GAUC"]) == (1.0, pytest.approx(1.0))
         assert 0 < found["NE"] < 1e-3
 
 
-def test_every_scorer_meets_the_same_negatives(dataset: Dataset) -> None:
+def test_every_scorer_meets_the_same_negatives(shards: Shards) -> None:
     met: list[list[int]] = []
 
     def score(batch: Batch) -> Tensor:
@@ -227,20 +234,41 @@ def test_every_scorer_meets_the_same_negatives(dataset: Dataset) -> None:
         return batch.labels
 
     for _ in range(2):
-        evaluate_sampled(score, dataset, TEST, 5)
+        evaluate_sampled(score, shards, TEST, 5)
     assert met[0] == met[1]
     assert len(met[0]) == len(LAST_ITEM) * 6
 
 
 def test_how_many_targets_are_scored_at_a_time_does_not_matter(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def by_item(batch: Batch) -> Tensor:
         return torch.sin(batch.sparse_features[candidate_key(ITEM)].values().float())
 
-    together = evaluate_sampled(by_item, dataset, TEST, 5)
+    together = evaluate_sampled(by_item, shards, TEST, 5)
     monkeypatch.setattr(evaluate, "TARGETS_AT_A_TIME", 1)
-    assert evaluate_sampled(by_item, dataset, TEST, 5) == together
+    assert evaluate_sampled(by_item, shards, TEST, 5) == together
+
+
+def test_of_a_large_split_evenly_drawn_users_are_scored(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of torchrec.metrics are in float32: beyond 16.8 M rows its AUC counts no further."""
+    users: list[list[int]] = []
+
+    def score(batch: Batch) -> Tensor:
+        users.append(batch.sparse_features[USER].values().tolist())
+        return batch.labels
+
+    evaluate_sampled(score, shards, TEST, 5)
+    # Four users, six rows each: two and four of them are expected.
+    for rows in (12, 24):
+        monkeypatch.setattr(evaluate, "MAX_ROWS", rows)
+        evaluate_sampled(score, shards, TEST, 5)
+    everyone, some, all_again = users
+    assert sorted(all_again) == sorted(everyone)
+    assert 0 < len(some) < len(everyone)
+    assert set(some) < set(everyone)
 
 
 def scores_of_rows(score: Scorer, item_rows: list[int]) -> list[float]:
@@ -254,18 +282,18 @@ def scores_of_rows(score: Scorer, item_rows: list[int]) -> list[float]:
 def test_popularity_is_the_log_odds_of_training_counts() -> None:
     events = [Event("u", item, time) for time, item in enumerate(["100"] * 6 + ["101"] * 2)]
     events += [Event("u", "102", 8, label=0), Event("u", "102", 9), Event("u", "103", 10)]
-    dataset = build_dataset(log_of([*events, Event("vv", "102", 1, label=0)]), all_events(8, 4))
-    assert dataset.split.tolist() == [TRAIN] * 9 + [VALID, TEST] + [TRAIN]
-    known = dataset.schema.vocabulary_by_column[ITEM].rows(["100", "101", "102"])
-    score = popularity_scorer(dataset, num_negatives=3)
+    shards = shards_of([*events, Event("vv", "102", 1, label=0)])
+    assert shards.read([0]).split.tolist() == [TRAIN] * 9 + [VALID, TEST] + [TRAIN]
+    known = shards.schema.vocabulary_by_column[ITEM].rows(["100", "101", "102"])
+    score = popularity_scorer(shards, num_negatives=3)
     # Eight positives and three times as many negatives over a catalogue of three items.
     expected = [math.log((count + 1) / (3 * 8 / 3)) for count in (0, 6, 2, 0)]
     assert scores_of_rows(score, [UNKNOWN_ROW, *known]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_model_is_scored_in_eval_mode_and_without_gradients(dataset: Dataset) -> None:
+def test_a_model_is_scored_in_eval_mode_and_without_gradients(shards: Shards) -> None:
     spec = TowerSpec(CAUSAL, dim=8, num_layers=1, num_heads=2, dropout=0.5)
-    model = dlrm_with_history(dataset.schema, spec, [4, 1]).train()
+    model = dlrm_with_history(shards.schema, spec, [4, 1]).train()
     score = model_scorer(model)
     assert not model.training
     logits: list[Tensor] = []
@@ -275,11 +303,12 @@ def test_a_model_is_scored_in_eval_mode_and_without_gradients(dataset: Dataset) 
         return logits[-1]
 
     for _ in range(2):
-        evaluate_sampled(keeping, dataset, TEST, 3)
+        evaluate_sampled(keeping, shards, TEST, 3)
     assert torch.equal(logits[0], logits[1])  # Without dropout.
     assert not logits[0].requires_grad
 
 
-def test_the_held_out_events_are_those_of_users_with_a_test_split(dataset: Dataset) -> None:
+def test_the_held_out_events_are_those_of_users_with_a_test_split(shards: Shards) -> None:
+    dataset = shards.read([0])
     tested = np.unique(dataset.event_user[dataset.split == TEST])
     assert [dataset.log.users.ids[code] for code in tested] == sorted(LAST_ITEM)

@@ -27,7 +27,7 @@ from torchrec.models.dlrm import DLRMTrain
 from tests.training.worlds import BUDGET, DATA, MODEL, tiny_config
 from tests.worlds import fresh_process
 from torchrec_kvshare.config import Columns, InteractionsData, TrainConfig
-from torchrec_kvshare.data.dataset import TEST
+from torchrec_kvshare.data.dataset import TEST, Dataset
 from torchrec_kvshare.errors import ConfigError, DataError, TrainingError
 from torchrec_kvshare.features.schema import HISTORY, load_schema
 from torchrec_kvshare.training import checkpoints, loop
@@ -41,7 +41,7 @@ from torchrec_kvshare.training.checkpoints import (
 from torchrec_kvshare.training.evaluate import evaluate_catalogue, evaluate_sampled, model_scorer
 from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.run import (
-    load_dataset,
+    load_data,
     load_trained,
     new_model,
     settings_of,
@@ -58,6 +58,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     train_run(tiny_config(folder))
     return folder
+
+
+def one_shard(config: TrainConfig) -> Dataset:
+    """Return the data set of a run on a log in memory."""
+    return load_data(config).read([0])
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -168,15 +173,15 @@ def test_a_baseline_does_not_change_the_model(finished: Path, tmp_path: Path) ->
 
 def test_the_trained_model_is_loaded_without_its_data(finished: Path) -> None:
     model, schema = load_trained(finished)
-    dataset = load_dataset(tiny_config(finished))
-    assert schema.to_json() == dataset.schema.to_json()
+    shards = load_data(tiny_config(finished))
+    assert schema.to_json() == shards.schema.to_json()
     assert not model.training
     for name, tensor in checkpoint(finished)["model"].items():
         assert torch.equal(model.state_dict()[name.removeprefix("model.")], tensor)
 
 
 def test_the_schema_survives_being_written(finished: Path) -> None:
-    schema = load_dataset(tiny_config(finished)).schema
+    schema = load_data(tiny_config(finished)).schema
     assert load_schema(finished).to_json() == schema.to_json()
 
 
@@ -194,8 +199,8 @@ def test_a_step_changes_the_table_rows_of_its_batch_alone(tmp_path: Path) -> Non
 
 
 def check_changed_rows(tmp_path: Path, ranks: Ranks) -> None:
-    dataset = load_dataset(tiny_config(tmp_path))
-    model = new_model(dataset.schema, MODEL, "causal", 0)
+    shards = load_data(tiny_config(tmp_path))
+    model = new_model(shards.schema, MODEL, "causal", 0)
     settings = loop.TrainSettings(
         epochs=1,
         learning_rate=1e-2,
@@ -206,11 +211,11 @@ def check_changed_rows(tmp_path: Path, ranks: Ranks) -> None:
         seed=0,
         checkpoint_seconds=1e9,
     )
-    trainer = loop.Trainer(model, dataset, settings, tmp_path, ranks)
-    batches = trainer.epoch_batches(0)
-    trainer.step(trainer.batch(batches[0], 0))
+    trainer = loop.Trainer(model, shards, settings, tmp_path, ranks)
+    batches = trainer.stream.epoch(0)
+    trainer.step(trainer.stream.batch(batches.chosen[0], 0))
     before = {k: v.clone() for k, v in local_weights(trainer.sharded.state_dict()).items()}
-    batch = trainer.batch(batches[1], 0)
+    batch = trainer.stream.batch(batches.chosen[1], 0)
     trainer.step(batch)
     features = batch.sparse_features
     keys = ["candidates.item_id", f"{HISTORY}.item_id"]
@@ -230,11 +235,11 @@ def check_changed_rows(tmp_path: Path, ranks: Ranks) -> None:
 
 def test_learning_rates_end_at_zero(tmp_path: Path) -> None:
     """They rose again at the end if later epochs had more batches than the first."""
-    dataset = load_dataset(tiny_config(tmp_path))
-    model = new_model(dataset.schema, MODEL, "causal", 0)
+    shards = load_data(tiny_config(tmp_path))
+    model = new_model(shards.schema, MODEL, "causal", 0)
     with joined_ranks(torch.device("cpu")) as ranks:
         folders = tmp_path / "run", tmp_path / "tensorboard"
-        trainer = loop.train(model, dataset, settings_of(tiny_config(tmp_path)), *folders, ranks)
+        trainer = loop.train(model, shards, settings_of(tiny_config(tmp_path)), *folders, ranks)
     assert trainer.progress.step == trainer.num_steps
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert len(rates) > 1
@@ -511,13 +516,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(
 
 def test_scores_that_are_not_finite_are_no_metrics(tmp_path: Path) -> None:
     """AUCs and hit rates were NaN, or 1."""
-    dataset = load_dataset(tiny_config(tmp_path))
-    model = new_model(dataset.schema, MODEL, "causal", 0)
+    shards = load_data(tiny_config(tmp_path))
+    model = new_model(shards.schema, MODEL, "causal", 0)
     with torch.no_grad():
         next(model.over_arch.parameters()).fill_(math.nan)
     for evaluation in (
-        partial(evaluate_sampled, model_scorer(model), dataset, TEST, 2),
-        partial(evaluate_catalogue, model_scorer(model), dataset, 3),
+        partial(evaluate_sampled, model_scorer(model), shards, TEST, 2),
+        partial(evaluate_catalogue, model_scorer(model), shards, 3),
     ):
         with pytest.raises(TrainingError, match="scores that are not finite: it has diverged"):
             evaluation()
@@ -636,7 +641,7 @@ def test_a_smoke_run_takes_users_that_can_be_tested(tmp_path: Path) -> None:
     """A log whose first sixty users had one event each had nothing to test on."""
     tail = [f"-{user},{user % 12 + 1},999,k0,1.5" for user in range(1, 80)]
     config = log_config(tmp_path, tmp_path / "run", [*tail, *rows_of_a_log()])
-    dataset = load_dataset(replace(config, budget=replace(BUDGET, max_users=5)))
+    dataset = one_shard(replace(config, budget=replace(BUDGET, max_users=5)))
     assert dataset.log.users.ids == ["0", "1", "2", "3", "4"]
     assert len(np.unique(dataset.event_user[dataset.split == TEST])) == 5
 
@@ -649,7 +654,7 @@ def test_the_log_says_how_the_data_was_split(
     chance.shuffle(rows)
     rows += ["vv,77,5000,k0,1.5"]
     with caplog.at_level(logging.INFO):
-        load_dataset(log_config(tmp_path, tmp_path / "run", rows))
+        load_data(log_config(tmp_path, tmp_path / "run", rows))
     assert (
         "training split 2 events of 2 users, validation split 1 events of 1 users, test split 38 "
         "events of 1 users" in caplog.text
@@ -705,8 +710,8 @@ def test_users_too_short_to_test_on_are_refused(tmp_path: Path) -> None:
 
 
 def test_fewer_users_are_the_first_of_those_that_can_be_tested(tmp_path: Path) -> None:
-    whole = load_dataset(tiny_config(tmp_path))
-    some = load_dataset(tiny_config(tmp_path, budget=replace(BUDGET, max_users=7)))
+    whole = one_shard(tiny_config(tmp_path))
+    some = one_shard(tiny_config(tmp_path, budget=replace(BUDGET, max_users=7)))
     kept = slice(0, int(whole.user_offsets[7]))
     assert some.log.users.ids == [str(user) for user in range(7)]
     assert some.time.tolist() == whole.time[kept].tolist()

@@ -17,7 +17,7 @@ from tests.training.managed_program import (
     NUM_STEPS,
     ROW_WISE,
     SAVED_AT,
-    managed_dataset,
+    managed_shards,
     managed_trainer,
     maps_of,
     train_steps,
@@ -25,7 +25,7 @@ from tests.training.managed_program import (
 from tests.training.on_ranks import Case, find, points, run_on_ranks, shared_folder
 from tests.training.worlds import BUDGET, tiny_config
 from torchrec_kvshare.config import IdConfig, TrainConfig
-from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.open import new_engine
@@ -54,13 +54,13 @@ SUM_TOLERANCE = 1e-4  # of the sum of a tensor's weights; the largest has 1,000
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return managed_dataset(tmp_path_factory.mktemp("unused"))
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return managed_shards(tmp_path_factory.mktemp("unused"))
 
 
 def values_of(trainer: Trainer, key: str, step: int = 0) -> tuple[Tensor, Tensor]:
     """The ids of a key in a training batch, before and after they are remapped."""
-    batch = trainer.batch(trainer.epoch_batches(0)[step], 0)
+    batch = trainer.stream.batch(trainer.stream.epoch(0).chosen[step], 0)
     mapped = trainer.managed.remapped(batch)
     return tuple(one.sparse_features[key].values() for one in (batch, mapped))  # type: ignore
 
@@ -69,10 +69,10 @@ def values_of(trainer: Trainer, key: str, step: int = 0) -> tuple[Tensor, Tensor
 
 
 def test_rows_go_to_ids_that_come_and_all_others_are_unknown(
-    dataset: Dataset, tmp_path: Path
+    shards: Shards, tmp_path: Path
 ) -> None:
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = managed_trainer(dataset, tmp_path, ranks)
+        trainer = managed_trainer(shards, tmp_path, ranks)
         train_steps(trainer, 0, 2)
         _, mapped = values_of(trainer, "candidates.item_id")
         assert set(mapped.tolist()) == {UNKNOWN_ROW}
@@ -95,11 +95,11 @@ def test_rows_go_to_ids_that_come_and_all_others_are_unknown(
         assert {code: one[code] for code in shared} == {code: other[code] for code in shared}
 
 
-def test_reserved_rows_stay_and_a_batch_is_not_changed(dataset: Dataset, tmp_path: Path) -> None:
+def test_reserved_rows_stay_and_a_batch_is_not_changed(shards: Shards, tmp_path: Path) -> None:
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = managed_trainer(dataset, tmp_path, ranks)
+        trainer = managed_trainer(shards, tmp_path, ranks)
         train_steps(trainer, 0, 6)
-        batch = trainer.batch(trainer.epoch_batches(0)[0], 0)
+        batch = trainer.stream.batch(trainer.stream.epoch(0).chosen[0], 0)
         values = batch.sparse_features.values()
         first = sum(batch.sparse_features.length_per_key()[:1])
         values[:first] = torch.arange(first) % 2
@@ -114,15 +114,15 @@ def test_reserved_rows_stay_and_a_batch_is_not_changed(dataset: Dataset, tmp_pat
 
 @pytest.mark.parametrize("tables", [ROW_WISE, COLUMN_WISE], ids=["row_wise", "column_wise"])
 def test_a_row_that_changes_hands_starts_anew(
-    dataset: Dataset, tmp_path: Path, tables: TableSettings
+    shards: Shards, tmp_path: Path, tables: TableSettings
 ) -> None:
     """In all tables of its column, with the optimizer's state; other rows are not touched."""
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = managed_trainer(dataset, tmp_path, ranks, tables=tables)
+        trainer = managed_trainer(shards, tmp_path, ranks, tables=tables)
         train_steps(trainer, 0, 8)
         weights, states = tables_of(trainer)
-        chosen = trainer.epoch_batches(0)[8]
-        batch = trainer.batch(chosen, 0)
+        chosen = trainer.stream.epoch(0).chosen[8]
+        batch = trainer.stream.batch(chosen, 0)
         evicted = trainer.managed.observe(batch, step=8)
         assert set(evicted) == {ITEM, "items.category"}
         rows = torch.from_numpy(evicted[ITEM])
@@ -130,7 +130,7 @@ def test_a_row_that_changes_hands_starts_anew(
         assert trainer.managed.num_evicted[ITEM] == len(rows)
         others = torch.tensor([n for n in range(IDS[ITEM].num_rows + 2) if n not in rows])
         # The same again, by way of a step that trains nothing.
-        again = managed_trainer(dataset, tmp_path / "again", ranks, tables=tables)
+        again = managed_trainer(shards, tmp_path / "again", ranks, tables=tables)
         train_steps(again, 0, 8)
         again._remapped(batch)
         after_weights, after_states = tables_of(again)
@@ -163,8 +163,8 @@ def tables_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, states
 
 
-def test_keys_of_a_column_are_those_of_its_tables(dataset: Dataset) -> None:
-    schema = dataset.schema
+def test_keys_of_a_column_are_those_of_its_tables(shards: Shards) -> None:
+    schema = shards.schema
     assert keys_of(schema, USER) == [USER]
     assert keys_of(schema, ITEM) == ["history.item_id", "candidates.item_id"]
     assert keys_of(schema, "action") == ["history.action"]
@@ -205,14 +205,14 @@ def test_one_process_resumes_what_two_ranks_saved(told: dict[str, Case]) -> None
 
 
 def test_a_resumed_trainer_goes_on_as_if_nothing_had_happened(
-    dataset: Dataset, tmp_path: Path
+    shards: Shards, tmp_path: Path
 ) -> None:
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = managed_trainer(dataset, tmp_path, ranks)
+        trainer = managed_trainer(shards, tmp_path, ranks)
         train_steps(trainer, 0, SAVED_AT)
         trainer._save(None)
         expected = train_steps(trainer, SAVED_AT, NUM_STEPS)
-        resumed = managed_trainer(dataset, tmp_path, ranks, seed=7)
+        resumed = managed_trainer(shards, tmp_path, ranks, seed=7)
         resumed.resume()
         assert train_steps(resumed, SAVED_AT, NUM_STEPS) == expected
         assert maps_of(resumed) == maps_of(trainer)
@@ -254,13 +254,13 @@ def test_a_finished_run_knows_the_ids_that_have_rows(finished: Path) -> None:
 
 
 def test_the_frozen_map_is_that_of_training(
-    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with joined_ranks(torch.device("cpu")) as ranks:
-        trainer = managed_trainer(dataset, tmp_path, ranks)
+        trainer = managed_trainer(shards, tmp_path, ranks)
         train_steps(trainer, 0, NUM_STEPS)
         with caplog.at_level(logging.INFO):
-            frozen = trainer.managed.frozen(dataset.schema, dataset.known_ids)
+            frozen = trainer.managed.frozen(shards.schema, shards.shared.known_ids)
         assert "item_id is managed: 90 ids have a row, of the" in caplog.text
         for column, key in ((ITEM, "history.item_id"), (USER, USER)):
             codes, rows = values_of(trainer, key, step=1)
@@ -270,21 +270,19 @@ def test_the_frozen_map_is_that_of_training(
             assert np.array_equal(ours, rows[is_id].numpy())
             assert {*ours.tolist()} > {UNKNOWN_ROW}
         for column in ("action", "context.none"):
-            ours, theirs = (
-                one.vocabulary_by_column.get(column) for one in (frozen, dataset.schema)
-            )
+            ours, theirs = (one.vocabulary_by_column.get(column) for one in (frozen, shards.schema))
             assert ours is theirs
 
 
 def test_an_artifact_scores_as_the_model_and_counts_unknown_ids(
-    finished: Path, dataset: Dataset, tmp_path: Path
+    finished: Path, shards: Shards, tmp_path: Path
 ) -> None:
     model, schema = load_trained(finished)
     ranking = RankingModel(model).eval()
     manifest = export_model(ranking, schema, tmp_path / "artifact")
     artifact = load_artifact(tmp_path / "artifact")
     items = artifact.schema.vocabulary_by_column[ITEM]
-    unknown = [one for one in dataset.known_ids[ITEM] if items.row(one) == UNKNOWN_ROW]
+    unknown = [one for one in shards.shared.known_ids[ITEM] if items.row(one) == UNKNOWN_ROW]
     known = list(items.examples)
     assert len(unknown) > 5
     raw = {

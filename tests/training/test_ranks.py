@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.folders import write_folder
 from tests.training.on_ranks import (
     LOSS_TOLERANCE,
     Case,
@@ -16,6 +17,9 @@ from tests.training.on_ranks import (
     shared_folder,
     torchrun,
 )
+from tests.training.worlds import DATA
+from torchrec_kvshare.config import PreparedData
+from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.training.checkpoints import checkpoints_of, load_progress
 from torchrec_kvshare.training.run import Metrics, train_run
@@ -108,6 +112,28 @@ def test_a_run_on_ranks_has_the_losses_of_one_process(
     assert found == pytest.approx(expected, abs=RUN_TOLERANCE, rel=0)
     # Every rank was without windows in some batches.
     assert all(0 < case["padded"] < case["batches"] for case in together.cases(case="run"))
+
+
+@pytest.fixture(scope="module")
+def alone_on_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process on the same six shards."""
+    base = tmp_path_factory.mktemp("shards")
+    data = PreparedData(path=str(write_folder(load_log(DATA), base / "prepared", 6)))
+    train_run(run_config(base / "run", data=data, shuffle_shards=3))
+    return base / "run"
+
+
+def test_a_run_on_shards_has_the_losses_and_metrics_of_one_process(
+    together: Together, alone_on_shards: Path
+) -> None:
+    run = together.run.with_name("prepared run")
+    for kind in ("causal", "none"):
+        expected = losses(alone_on_shards, kind)
+        assert losses(run, kind) == pytest.approx(expected, abs=RUN_TOLERANCE, rel=0)
+    metrics = json.loads((run / "metrics.json").read_text())["test"]
+    assert_same_metrics(metrics, json.loads((alone_on_shards / "metrics.json").read_text())["test"])
+    for rank, case in enumerate(together.cases(case="prepared")):
+        assert case["held"] == list(range(rank, 6, together.world_size))
 
 
 def test_a_run_on_ranks_has_the_metrics_of_one_process(together: Together, alone: Path) -> None:

@@ -17,12 +17,13 @@ from tests.training.on_ranks import (
 )
 from tests.training.sharding_program import FORCED
 from tests.training.worlds import MODEL
-from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.training.ranks import ALONE, joined_ranks
-from torchrec_kvshare.training.run import load_dataset, new_model, train_run
+from torchrec_kvshare.training.ranks import ALONE, Ranks, joined_ranks
+from torchrec_kvshare.training.run import load_data, new_model, train_run
 from torchrec_kvshare.training.sharding import (
     ADAGRAD,
+    ADAM,
     ROWWISE_ADAGRAD,
     SGD,
     TableSettings,
@@ -44,8 +45,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[Case]]:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return load_dataset(run_config(tmp_path_factory.mktemp("unused")))
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return load_data(run_config(tmp_path_factory.mktemp("unused")))
 
 
 # --- what works
@@ -80,8 +81,8 @@ def test_the_plan_has_the_sharding_types_that_were_asked_for(
         assert case["num_ranks"][table] == (1 if found == "table_wise" else 2)
 
 
-def test_the_plan_is_printed_with_a_line_for_each_table(dataset: Dataset) -> None:
-    model = new_model(dataset.schema, MODEL, "causal", 0)
+def test_the_plan_is_printed_with_a_line_for_each_table(shards: Shards) -> None:
+    model = new_model(shards.schema, MODEL, "causal", 0)
     settings = TableSettings(SGD, 0.5, {"bag_item_id": ["column_wise"], "*": ["table_wise"]})
     with joined_ranks(torch.device("cpu")) as alone:
         _, plan = shard(model, settings, alone)
@@ -175,7 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a kernel of CUDA": (
         {"kernels": {"bag_item_id": ["fused_uvm_caching"]}},
-        "table bag_item_id is to have compute kernels ['fused_uvm_caching']; on cpu ['fused'] is "
+        "table bag_item_id is to have compute kernels ['fused_uvm_caching']; on cpu ['fused'] are "
         "allowed",
     ),
     "adam": (
@@ -189,6 +190,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("sharding", "kernels", "message"),
+    [
+        (
+            {"bag_item_id": ["row_wise", "data_parallel"]},
+            {},
+            "table bag_item_id of an EmbeddingBagCollection is to be sharded ['data_parallel']; on "
+            "cuda ['table_wise', 'column_wise', 'row_wise', ",
+        ),
+        ({"*": ["data_parallel"]}, {}, "on cuda ['table_wise', "),
+        ({}, {"*": ["dense"]}, "to have compute kernels ['dense']; on cuda ['fused', 'fused_uvm'"),
+        ({"token_item_id": ["row_wise"]}, {"bag_item_id": ["fused_uvm_caching"]}, ""),
+    ],
+)
+def test_tables_on_a_gpu_have_a_fused_optimizer(
+    shards: Shards, sharding: dict[str, Any], kernels: dict[str, Any], message: str
+) -> None:
+    """A data-parallel table got AdamW, which wrote all of its rows in every step."""
+    models = [new_model(shards.schema, MODEL, "causal", 0)]
+    settings = TableSettings(ADAM, 0.5, sharding, kernels)
+    of_gpu = Ranks(0, 1, 1, torch.device("cuda", 0))
+    if not message:
+        check_tables(models, settings, of_gpu)
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_tables(models, settings, of_gpu)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_does_not_work_is_refused_before_anything_is_written(
     what: str, tmp_path: Path
@@ -200,17 +229,17 @@ def test_what_does_not_work_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_table_that_one_of_a_runs_models_has_is_no_mistake(dataset: Dataset) -> None:
+def test_a_table_that_one_of_a_runs_models_has_is_no_mistake(shards: Shards) -> None:
     """The baseline without a history has no token tables."""
-    models = [new_model(dataset.schema, MODEL, kind, 0) for kind in ("causal", "none")]
+    models = [new_model(shards.schema, MODEL, kind, 0) for kind in ("causal", "none")]
     settings = TableSettings(SGD, 0.5, {"token_item_id": ["row_wise"]}, {"*": ["fused"]})
     check_tables(models, settings, ALONE)
     with pytest.raises(ConfigError, match="token_item_id"):
         check_tables(models[1:], settings, ALONE)
 
 
-def test_sharding_refuses_what_does_not_work_and_changes_no_model(dataset: Dataset) -> None:
-    model = new_model(dataset.schema, MODEL, "causal", 0)
+def test_sharding_refuses_what_does_not_work_and_changes_no_model(shards: Shards) -> None:
+    model = new_model(shards.schema, MODEL, "causal", 0)
     before = [type(module) for module in model.modules()]
     settings = TableSettings(SGD, 0.5, {"*": ["data_parallel"]})
     with pytest.raises(ConfigError, match="table bag_user_id of an EmbeddingBagCollection"):

@@ -7,9 +7,9 @@ import numpy as np
 
 from torchrec_kvshare.benchmark.options import DataOptions, Options
 from torchrec_kvshare.benchmark.results import Case, Record
-from torchrec_kvshare.data.dataset import Dataset, build_dataset
-from torchrec_kvshare.data.load import load_log
+from torchrec_kvshare.data.load import load_shards
 from torchrec_kvshare.data.requests import make_targeted_requests
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.features.request import Request
@@ -60,10 +60,10 @@ def targeted_requests(
         DataError: if the data cannot be read.
         RequestError: if the data lacks a column of the model.
     """
-    dataset = build_dataset(load_log(options.data), schema.histories)
-    _check_known(schema, dataset, options.data.name)
+    shards = load_shards(options.data, schema.histories)
+    _check_known(schema, shards, options.data.name)
     for raw, target in make_targeted_requests(
-        dataset, options.requests, options.num_candidates, options.seed
+        shards, options.requests, options.num_candidates, options.seed
     ):
         yield parse_request(raw, schema), target
 
@@ -99,13 +99,13 @@ def effect_records(
     ]
 
 
-def _check_known(schema: FeatureSchema, dataset: Dataset, data_name: str) -> None:
+def _check_known(schema: FeatureSchema, shards: Shards, data_name: str) -> None:
     """Refuse data whose items the model does not know: its scores of them mean nothing."""
     known = schema.vocabulary_by_column[ITEM]
     if not isinstance(known, Vocabulary):
         return  # Hashed ids: no list says what was trained.
     num_known = known.codes.size
-    num_shared = np.count_nonzero(known.rows_of_ids(dataset.log.items.ids) != UNKNOWN_ROW)
+    num_shared = np.count_nonzero(known.rows_of_ids(shards.shared.log.items.ids) != UNKNOWN_ROW)
     if 2 * num_shared < num_known:
         raise ConfigError(
             f"data {data_name} has {num_shared} of the {num_known} items that the model knows; "

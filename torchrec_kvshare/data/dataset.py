@@ -6,6 +6,9 @@ another. An event sees the ``num_earlier`` strictly earlier events of its user a
 
 Nothing depends on the order of the log's rows: ids are numbered in sorted order, and events of a
 user at the same time are ordered by item, action and label.
+
+A log larger than memory is cut into shards by user (``shards``). A ``Dataset`` is one or several of
+them: some users with all their events. Items, actions, vocabularies and codes are the whole log's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,12 +60,17 @@ class JaggedRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Events ordered by user, then time, then item, action and label.
+    """Some users of a log: events ordered by user, then time, then item, action and label.
+
+    Users are numbered from 0 here; ``user_code`` has their codes in the whole log. All else that
+    has a code (items, actions) is the whole log's, and shards of one log share these arrays.
 
     Attributes:
         log: the same events in the same order, with raw ids and attributes; the codes below index
             its ids.
-        schema: columns and vocabularies, built from the training split.
+        schema: columns and vocabularies, built from the training split of the whole log.
+        user_code: [U] code of each user in the whole log, ascending within a shard.
+        first_event: [U] index of each user's first event in the whole log.
         user_offsets: [U + 1], in events.
         item: [T] item code of each event.
         action: [T] action code of each event; empty where the log has none.
@@ -70,13 +78,13 @@ class Dataset:
         label: [T] float32, 1 for a positive event.
         num_earlier: [T] number of events of the same user at strictly earlier times.
         split: [T] ``TRAIN``, ``VALID`` or ``TEST``.
-        user_row: [U] table row by user code.
+        user_row: [U] table row of each user.
         item_row: [I] table row by item code.
         action_row: table row by action code; empty where the log has none.
         known_items: item codes of the training split: the catalogue.
         item_attributes: table rows by item code, for each multi-valued item attribute.
         item_floats: [I, F] float32 by item code.
-        context: table rows by user code, for each user attribute.
+        context: table rows by user, for each user attribute.
         indices_by_history: indices of each history's events, ascending.
         num_before_by_history: [T + 1] number of a history's events before each event.
         known_ids: ids of the training split, by column.
@@ -85,6 +93,8 @@ class Dataset:
 
     log: InteractionLog
     schema: FeatureSchema
+    user_code: Ints
+    first_event: Ints
     user_offsets: Ints
     item: Ints
     action: Ints
@@ -106,19 +116,31 @@ class Dataset:
 
     @property
     def num_users(self) -> int:
-        """Number of users of the log."""
+        """Number of users of the data set."""
         return len(self.user_offsets) - 1
 
     @cached_property
     def event_user(self) -> Ints:
-        """[T] user code of each event."""
+        """[T] user of each event, numbered from 0."""
         return np.repeat(np.arange(self.num_users), np.diff(self.user_offsets))
+
+    def keys_of(self, events: Ints) -> Ints:
+        """Return the indices of events in the whole log, which are the same whatever its shards."""
+        return events + (self.first_event - self.user_offsets[:-1])[self.event_user[events]]
+
+
+class Splits(NamedTuple):
+    """How the events of a log are split; as the attributes of ``Dataset``."""
+
+    user_offsets: Ints
+    num_earlier: Ints
+    split: NDArray[np.int8]
 
 
 def build_dataset(
     log: InteractionLog, histories: Sequence[History], id_maps: Mapping[str, IdMap] = NO_MAPS
 ) -> Dataset:
-    """Order, split and encode a log.
+    """Order, split and encode a whole log.
 
     Args:
         log: as a reader returns it.
@@ -136,18 +158,13 @@ def build_dataset(
     """
     _check_numbers(log)
     log = in_canonical_order(log)
-    user, time, item = log.users.codes, log.time, log.items.codes
-    counts = np.bincount(user, minlength=len(log.users.ids))
-    user_offsets = np.concatenate([[0], np.cumsum(counts)])
-    num_earlier = count_earlier(user, time, user_offsets)
-    split = split_events(user, num_earlier, counts)
-    in_training = split == TRAIN
-    known_users, known_items = np.unique(user[in_training]), np.unique(item[in_training])
+    splits = splits_of(log)
+    in_training = splits.split == TRAIN
+    known_users = np.unique(log.users.codes[in_training])
+    known_items = np.unique(log.items.codes[in_training])
     known = {USER: _ids(log.users, known_users), ITEM: _ids(log.items, known_items)}
-    action = action_row = np.zeros(0, np.int64)
     if log.action is not None:
-        action = log.action.codes
-        known[ACTION] = _ids(log.action, np.unique(action[in_training]))
+        known[ACTION] = _ids(log.action, np.unique(log.action.codes[in_training]))
     for owners, attributes, key_of in (
         (known_items, log.item_attributes, item_key),
         (known_users, log.user_attributes, context_key),
@@ -155,9 +172,30 @@ def build_dataset(
         for name, ids_by_owner in attributes.items():
             seen = {raw for owner in owners for raw in ids_by_owner[owner]}
             known[key_of(name)] = sorted_ids(seen)
-    vocabularies = _id_maps(known, id_maps)
-    if log.action is not None:
-        action_row = vocabularies[ACTION].rows_of_ids(log.action.ids)
+    shared = without_users(log, known, known_items, histories, id_maps)
+    return with_users(shared, log, splits, np.arange(len(log.users.ids)), splits.user_offsets[:-1])
+
+
+def without_users(
+    log: InteractionLog,
+    known_ids: dict[str, list[str]],
+    known_items: Ints,
+    histories: Sequence[History],
+    id_maps: Mapping[str, IdMap] = NO_MAPS,
+) -> Dataset:
+    """Return what all shards of a log share, as a data set that has no users.
+
+    Args:
+        log: items and actions of the whole log; its events and users are left out.
+        known_ids: of the training split of the whole log, by column, in the order of their rows.
+        known_items: item codes of the training split, ascending.
+        histories: the histories that the model reads.
+        id_maps: as in ``build_dataset``.
+
+    Raises:
+        ConfigError: as ``build_dataset`` does.
+    """
+    vocabularies = _id_maps(known_ids, id_maps)
     schema = FeatureSchema(
         vocabularies,
         context=tuple(log.user_attributes),
@@ -166,35 +204,75 @@ def build_dataset(
         item_floats=tuple(log.item_floats),
         histories=tuple(histories),
     )
-    in_history = {history.name: _in_history(log, history, action) for history in histories}
+    for history in histories:
+        _check_actions(history, log)
     floats = [squash(log.item_floats[name].astype(np.float64)) for name in schema.item_floats]
     no_floats = np.zeros((len(log.items.ids), 0), np.float32)
+    none = np.zeros(0, np.int64)
     return Dataset(
         log=log,
         schema=schema,
-        user_offsets=user_offsets,
-        item=item,
-        action=action,
-        time=time,
-        label=log.label,
-        num_earlier=num_earlier,
-        split=split,
-        user_row=vocabularies[USER].rows_of_ids(log.users.ids),
+        user_code=none,
+        first_event=none,
+        user_offsets=np.zeros(1, np.int64),
+        item=none,
+        action=none,
+        time=none,
+        label=np.zeros(0, np.float32),
+        num_earlier=none,
+        split=np.zeros(0, np.int8),
+        user_row=none,
         item_row=vocabularies[ITEM].rows_of_ids(log.items.ids),
-        action_row=action_row,
+        action_row=none if log.action is None else vocabularies[ACTION].rows_of_ids(log.action.ids),
         known_items=known_items,
         item_attributes=_attribute_rows(log.item_attributes, vocabularies, item_key),
         item_floats=np.stack(floats, axis=1) if floats else no_floats,
+        context={},
+        indices_by_history={history.name: none for history in histories},
+        num_before_by_history={history.name: np.zeros(1, np.int64) for history in histories},
+        known_ids=known_ids,
+        num_colliding_ids={
+            column: count_colliding(ids.rows_of_ids(known_ids[column]))
+            for column, ids in vocabularies.items()
+            if isinstance(ids, Hashed)
+        },
+    )
+
+
+def with_users(
+    shared: Dataset, log: InteractionLog, splits: Splits, user_code: Ints, first_event: Ints
+) -> Dataset:
+    """Return users with their events, beside what all shards share.
+
+    Args:
+        shared: as ``without_users`` returns it.
+        log: the users' events, in canonical order; its items and actions are those of ``shared``.
+        splits: of these events.
+        user_code: [U] code of each user in the whole log.
+        first_event: [U] index of each user's first event in the whole log.
+    """
+    vocabularies = shared.schema.vocabulary_by_column
+    action = np.zeros(0, np.int64) if log.action is None else log.action.codes
+    in_history = {
+        history.name: _in_history(log, history, action) for history in shared.schema.histories
+    }
+    return replace(
+        shared,
+        log=log,
+        user_code=user_code,
+        first_event=first_event,
+        user_offsets=splits.user_offsets,
+        item=log.items.codes,
+        action=action,
+        time=log.time,
+        label=log.label,
+        num_earlier=splits.num_earlier,
+        split=splits.split,
+        user_row=vocabularies[USER].rows_of_ids(log.users.ids),
         context=_attribute_rows(log.user_attributes, vocabularies, context_key),
         indices_by_history={name: np.flatnonzero(kept) for name, kept in in_history.items()},
         num_before_by_history={
             name: np.concatenate([[0], np.cumsum(kept)]) for name, kept in in_history.items()
-        },
-        known_ids=known,
-        num_colliding_ids={
-            column: count_colliding(map_of_ids.rows_of_ids(known[column]))
-            for column, map_of_ids in vocabularies.items()
-            if isinstance(map_of_ids, Hashed)
         },
     )
 
@@ -208,6 +286,15 @@ def count_colliding(rows: Ints) -> int:
     """
     counts = np.unique(rows, return_counts=True)[1]
     return int(counts[counts > 1].sum())
+
+
+def splits_of(log: InteractionLog) -> Splits:
+    """Split the events of a log in canonical order, each user's by themselves."""
+    user = log.users.codes
+    counts = np.bincount(user, minlength=len(log.users.ids))
+    user_offsets = np.concatenate([[0], np.cumsum(counts)])
+    num_earlier = count_earlier(user, log.time, user_offsets)
+    return Splits(user_offsets, num_earlier, split_events(user, num_earlier, counts))
 
 
 def in_canonical_order(log: InteractionLog) -> InteractionLog:
@@ -239,16 +326,11 @@ def keep_users(log: InteractionLog, max_users: int) -> InteractionLog:
 
     Args:
         log: as a reader returns it.
-        max_users: maximum number of users: the first by id that have all three splits, then others
-            if these are too few.
+        max_users: maximum number of users, as ``first_users`` chooses them.
     """
     log = in_canonical_order(log)
     user = log.users.codes
-    is_first = np.ones(len(user), bool)
-    is_first[1:] = (np.diff(user) != 0) | (np.diff(log.time) != 0)
-    num_sets = np.bincount(user[is_first], minlength=len(log.users.ids))
-    chosen = np.argsort(num_sets < MIN_SETS_TO_SPLIT, kind="stable")[:max_users]
-    kept = np.isin(user, chosen)
+    kept = np.isin(user, first_users(count_sets(log), max_users))
     return replace(
         log,
         users=log.users._replace(codes=user[kept]),
@@ -257,6 +339,23 @@ def keep_users(log: InteractionLog, max_users: int) -> InteractionLog:
         label=log.label[kept],
         action=log.action and log.action._replace(codes=log.action.codes[kept]),
     )
+
+
+def count_sets(log: InteractionLog) -> Ints:
+    """Count each user's sets of equal time, in a log in canonical order."""
+    is_first = np.ones(len(log.time), bool)
+    is_first[1:] = (np.diff(log.users.codes) != 0) | (np.diff(log.time) != 0)
+    return np.bincount(log.users.codes[is_first], minlength=len(log.users.ids))
+
+
+def first_users(num_sets: Ints, max_users: int) -> Ints:
+    """Choose users: the first by id that have all three splits, then others if these are too few.
+
+    Args:
+        num_sets: [U] number of each user's sets of equal time, by code.
+        max_users: number of users to choose, at most.
+    """
+    return np.argsort(num_sets < MIN_SETS_TO_SPLIT, kind="stable")[:max_users]
 
 
 def ranges(firsts: Ints, lengths: Ints) -> Ints:
@@ -357,14 +456,18 @@ def _taken(
     }
 
 
+def _check_actions(history: History, log: InteractionLog) -> None:
+    unknown = set(history.actions) - set(() if log.action is None else log.action.ids)
+    if unknown and log.action is not None:
+        raise ConfigError(
+            f"history {history.name} keeps actions {sorted(unknown)}; the log has "
+            f"{sorted(log.action.ids)}"
+        )
+
+
 def _in_history(log: InteractionLog, history: History, action: Ints) -> NDArray[np.bool_]:
     if not history.actions or log.action is None:
         return np.ones(len(log.time), bool)
-    unknown = sorted(set(history.actions) - set(log.action.ids))
-    if unknown:
-        raise ConfigError(
-            f"history {history.name} keeps actions {unknown}; the log has {sorted(log.action.ids)}"
-        )
     codes = [code for code, raw in enumerate(log.action.ids) if raw in history.actions]
     return np.isin(action, codes)
 
@@ -387,7 +490,7 @@ def _id_maps(known: Mapping[str, list[str]], given: Mapping[str, IdMap]) -> dict
 
 
 def _attribute_rows(
-    attributes: dict[str, list[tuple[str, ...]]],
+    attributes: Mapping[str, Sequence[tuple[str, ...]]],
     vocabularies: dict[str, IdMap],
     key_of: Callable[[str], str],
 ) -> dict[str, JaggedRows]:

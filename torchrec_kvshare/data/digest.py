@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.data.dataset import Dataset
 from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.features.schema import FeatureSchema
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,22 @@ class DataDigest:
         return asdict(self)
 
 
-def data_digest(dataset: Dataset) -> DataDigest:
-    """Return the digest of a data set."""
-    log = dataset.log
+def log_digest(log: InteractionLog) -> DataDigest:
+    """Return the digest of a log in canonical order, without a schema."""
     counts = {
         "users": len(log.users.ids),
         "items": len(log.items.ids),
         "events": len(log.time),
         "positive events": int(log.label.sum()),
     }
-    schema = json.dumps(dataset.schema.to_json()).encode()
-    return DataDigest(counts, _parts(log) | {"schema": hashlib.sha256(schema).hexdigest()})
+    return DataDigest(counts, _parts(log))
+
+
+def data_digest(log: DataDigest, schema: FeatureSchema) -> DataDigest:
+    """Return the digest of a log together with that of the schema built from it."""
+    written = json.dumps(schema.to_json()).encode()
+    parts = log.sha256_by_part | {"schema": hashlib.sha256(written).hexdigest()}
+    return DataDigest(log.count_by_name, parts)
 
 
 def _parts(log: InteractionLog) -> dict[str, str]:

@@ -1,5 +1,6 @@
-"""Load the interaction log that a data config describes."""
+"""Load what a data config describes: its interaction log, or its shards."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torchrec_kvshare.config import (
@@ -8,13 +9,54 @@ from torchrec_kvshare.config import (
     InteractionsData,
     MovieLensData,
     OnlineRetailData,
+    PreparedData,
 )
+from torchrec_kvshare.data.dataset import NO_MAPS, build_dataset, keep_users
 from torchrec_kvshare.data.files import FileFormat
 from torchrec_kvshare.data.interactions import ColumnMapping, InteractionLog, read_interactions
 from torchrec_kvshare.data.presets import read_movielens, read_online_retail
+from torchrec_kvshare.data.shards import (
+    Shards,
+    in_memory,
+    num_prepared_users,
+    open_prepared,
+    read_prepared_log,
+)
 from torchrec_kvshare.data.sources import source_files
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.data.times import TimeFormat
+from torchrec_kvshare.features.schema import History, IdMap
+
+
+def load_shards(
+    data: DataConfig,
+    histories: Sequence[History],
+    max_users: int | None = None,
+    id_maps: Mapping[str, IdMap] = NO_MAPS,
+) -> Shards:
+    """Load a log as shards: a prepared folder as its shards, any other log as one.
+
+    Args:
+        data: one of the data configs.
+        histories: the histories that the model reads.
+        max_users: number of users to keep, as ``first_users`` chooses them; None for all. Those
+            of a prepared folder are read into memory, unless they are all of its users.
+        id_maps: as in ``build_dataset``.
+
+    Raises:
+        ConfigError: if a format, the label rule, a column name or a history cannot work.
+        DataError: if the files are not what the config says.
+        MissingExtraError: if a Parquet file cannot be read without pyarrow.
+    """
+    if isinstance(data, PreparedData):
+        path = Path(data.path)
+        if max_users is None or max_users >= num_prepared_users(path):
+            return open_prepared(path, histories, id_maps)
+        return in_memory(build_dataset(read_prepared_log(path, max_users), histories, id_maps))
+    log = load_log(data)
+    if max_users is not None:
+        log = keep_users(log, max_users)
+    return in_memory(build_dataset(log, histories, id_maps))
 
 
 def load_log(data: DataConfig) -> InteractionLog:
@@ -34,6 +76,8 @@ def load_log(data: DataConfig) -> InteractionLog:
         return read_online_retail(Path(data.root), file_format_of(data.format))
     if isinstance(data, MovieLensData):
         return read_movielens(Path(data.root), data.positive_rating)
+    if isinstance(data, PreparedData):
+        return read_prepared_log(Path(data.path), None)
     if isinstance(data, InteractionsData):
         files = source_files(data.path)
         return read_interactions(files, mapping_of(data), file_format_of(data.format))

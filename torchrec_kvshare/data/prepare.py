@@ -24,13 +24,12 @@ from torchrec_kvshare.data.dataset import TRAIN, count_earlier, in_canonical_ord
 from torchrec_kvshare.data.digest import DataDigest, digest_of_events, digest_of_values
 from torchrec_kvshare.data.interactions import InteractionLog, LogSummary, ReadReport, num_tied
 from torchrec_kvshare.data.load import file_format_of, load_log, mapping_of
+from torchrec_kvshare.data.shards import FORMAT, MANIFEST
 from torchrec_kvshare.data.sources import source_files
 from torchrec_kvshare.data.staging import ROWS, Work, identifier, remove, table
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.schema import ACTION, ITEM, USER, context_key, item_key, table_name
 
-FORMAT = 1
-MANIFEST = "prepared.json"
 STATE = "state.json"  # what an unfinished folder is made of
 WORK, SHARDS = "work", "shards"
 EVENTS_PER_SHARD = 1_000_000

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrec_kvshare.data.dataset import TEST, Dataset
+from torchrec_kvshare.data.dataset import TEST, Dataset, Ints
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.schema import ACTION, ITEM, TIME, USER
 
@@ -17,8 +18,16 @@ class TargetedRequest(NamedTuple):
     target: int
 
 
+class _Drawn(NamedTuple):
+    """A request before its shard is read: an event of the test split, and its candidates."""
+
+    number: int
+    event: int  # index in the whole log
+    candidates: list[int]
+
+
 def make_requests(
-    dataset: Dataset, count: int, num_candidates: int, seed: int
+    shards: Shards, count: int, num_candidates: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Make requests at the times of random test events.
 
@@ -26,7 +35,7 @@ def make_requests(
     catalogue. The history is every strictly earlier event of the user, uncut.
 
     Args:
-        dataset: its test split gives users and times.
+        shards: their test split gives users and times.
         count: number of requests; test events may repeat.
         num_candidates: N of every request.
         seed: the same seed gives the same requests.
@@ -38,33 +47,57 @@ def make_requests(
         ConfigError: if a number is below 1, or the catalogue is smaller than ``num_candidates``.
         DataError: if the test split is empty.
     """
-    for request in make_targeted_requests(dataset, count, num_candidates, seed):
+    for request in make_targeted_requests(shards, count, num_candidates, seed):
         yield request.raw
 
 
 def make_targeted_requests(
-    dataset: Dataset, count: int, num_candidates: int, seed: int
+    shards: Shards, count: int, num_candidates: int, seed: int
 ) -> Iterator[TargetedRequest]:
     """Make the requests of ``make_requests``, each with the index of its target."""
+    catalogue = shards.shared.known_items
     for name, value in (("count", count), ("candidates", num_candidates)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
-    if num_candidates > len(dataset.known_items):
+    if num_candidates > len(catalogue):
         raise ConfigError(
-            f"candidates is {num_candidates}; the catalogue has {len(dataset.known_items)} items"
+            f"candidates is {num_candidates}; the catalogue has {len(catalogue)} items"
         )
     rng = np.random.default_rng(seed)
-    events = np.flatnonzero(dataset.split == TEST)
+    events, items, shard_of_event = _tested_events(shards)
     if not len(events):
         raise DataError("the data set has no event in the test split")
+    drawn_by_shard: dict[int, list[_Drawn]] = {}
     for number in range(count):
-        event = int(rng.choice(events))
-        drawn = rng.choice(dataset.known_items, num_candidates, replace=False)
-        if dataset.item[event] not in drawn:
-            drawn[rng.integers(num_candidates)] = dataset.item[event]
-        candidates = drawn.tolist()
-        raw = {"request_id": f"r{number + 1}"} | _request(dataset, event, candidates)
-        yield TargetedRequest(raw, candidates.index(dataset.item[event]))
+        place = int(rng.choice(len(events)))
+        drawn = rng.choice(catalogue, num_candidates, replace=False)
+        if items[place] not in drawn:
+            drawn[rng.integers(num_candidates)] = items[place]
+        drawn_by_shard.setdefault(int(shard_of_event[place]), []).append(
+            _Drawn(number, int(events[place]), drawn.tolist())
+        )
+    request_by_number: dict[int, TargetedRequest] = {}
+    for shard, wanted in drawn_by_shard.items():
+        dataset = shards.read([shard])
+        keys = dataset.keys_of(np.arange(len(dataset.time)))
+        for number, key, candidates in wanted:
+            event = int(np.searchsorted(keys, key))
+            raw = {"request_id": f"r{number + 1}"} | _request(dataset, event, candidates)
+            target = candidates.index(dataset.item[event])
+            request_by_number[number] = TargetedRequest(raw, target)
+    for number in range(count):
+        yield request_by_number.pop(number)
+
+
+def _tested_events(shards: Shards) -> tuple[Ints, Ints, Ints]:
+    """Return index in the whole log, item and shard of each test event, in the log's order."""
+    parts = []
+    for shard, dataset in enumerate(shards):
+        tested = np.flatnonzero(dataset.split == TEST)
+        parts.append((dataset.keys_of(tested), dataset.item[tested], np.full(len(tested), shard)))
+    keys, items, shard_of_event = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.argsort(keys)
+    return keys[order], items[order], shard_of_event[order]
 
 
 def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, Any]:

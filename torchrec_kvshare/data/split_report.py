@@ -1,11 +1,14 @@
-"""A description of a data set's splits, for the log of a run."""
+"""A description of a data set's splits, for the log of a run: one pass over its shards."""
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, Ints
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.features.schema import (
     ACTION,
     ITEM,
@@ -16,53 +19,114 @@ from torchrec_kvshare.features.schema import (
 )
 
 NAME_BY_SPLIT = {TRAIN: "training", VALID: "validation", TEST: "test"}
+LOG = "log"
 LARGE_SHARE = 0.5  # of the events of a split or the log at one moment: worth a warning
 
 
-def split_sizes(dataset: Dataset) -> str:
-    """Return the size of each split, such as ``training split 129 events of 4 users, ...``."""
-    return ", ".join(
-        f"{name} {int(chosen.sum()):,} events of "
-        f"{len(np.unique(dataset.event_user[chosen])):,} users"
-        for name, chosen in _splits(dataset)
+@dataclass(frozen=True)
+class SplitReport:
+    """What the splits of a data set hold.
+
+    Attributes:
+        num_events: of each split and of the log, by name.
+        num_users: likewise; users that have events there.
+        crowded_moments: a sentence for each split, and the log, of which half or more of the events
+            are at one moment. This shows times that were read wrongly, such as days taken for
+            seconds.
+        unknown_shares: share of the test split's ids that are not in the training split, by column
+            that has a vocabulary.
+        collisions: a sentence for each hashed column.
+    """
+
+    num_events: dict[str, int]
+    num_users: dict[str, int]
+    crowded_moments: list[str]
+    unknown_shares: dict[str, float]
+    collisions: list[str]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {self.num_events[name]:,} events of {self.num_users[name]:,} users"
+            for name in self.num_events
+            if name != LOG
+        )
+
+
+def split_report(shards: Shards) -> SplitReport:
+    """Count what the splits of a data set hold."""
+    num_events: Counter[str] = Counter()
+    num_users: Counter[str] = Counter()
+    num_ids: Counter[str] = Counter()
+    num_unknown: Counter[str] = Counter()
+    candidates: dict[str, set[int]] = {LOG: set()}
+    for dataset in shards:
+        for name, chosen in _parts(dataset):
+            num_events[name] += int(chosen.sum())
+            num_users[name] += len(np.unique(dataset.event_user[chosen]))
+            # A moment of half of all events is one of half of a shard's events somewhere.
+            candidates.setdefault(name, set()).update(_crowded(dataset.time[chosen]))
+        for column, rows in _tested_rows(dataset).items():
+            num_ids[column] += len(rows)
+            num_unknown[column] += int((rows == UNKNOWN_ROW).sum())
+    return SplitReport(
+        num_events=dict(num_events),
+        num_users=dict(num_users),
+        crowded_moments=_crowded_moments(shards, candidates, num_events),
+        unknown_shares={name: num_unknown[name] / max(1, num_ids[name]) for name in num_ids},
+        collisions=_collisions(shards.shared),
     )
 
 
-def crowded_moments(dataset: Dataset) -> list[str]:
-    """Describe each split, and the log, of which half or more of the events are at one moment.
+def _parts(dataset: Dataset) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Return the events of the log and of each split, by name."""
+    yield LOG, np.ones(len(dataset.time), bool)
+    for split, name in NAME_BY_SPLIT.items():
+        yield f"{name} split", dataset.split == split
 
-    This shows times that were read wrongly, such as days taken for seconds.
-    """
+
+def _crowded(time: Ints) -> list[int]:
+    """Return the moments of half or more of some events."""
+    moments, counts = np.unique(time, return_counts=True)
+    crowded: list[int] = moments[counts >= LARGE_SHARE * len(time)].tolist()
+    return crowded
+
+
+def _crowded_moments(
+    shards: Shards, candidates: dict[str, set[int]], num_events: Counter[str]
+) -> list[str]:
+    """Describe the moments of half or more of all events, among those that may be."""
+    wanted = np.array(sorted({moment for moments in candidates.values() for moment in moments}))
+    counts: dict[str, Ints] = {name: np.zeros(len(wanted), np.int64) for name in candidates}
+    for dataset in shards if len(wanted) else ():
+        for name, chosen in _parts(dataset):
+            found = dataset.time[chosen]
+            found = found[np.isin(found, wanted)]
+            counts[name] += np.bincount(np.searchsorted(wanted, found), minlength=len(wanted))
     sentences = []
-    everything = ("log", np.ones(len(dataset.time), bool))
-    for name, chosen in (everything, *_splits(dataset)):
-        times, counts = np.unique(dataset.time[chosen], return_counts=True)
-        num_events = int(counts.sum())
-        if num_events and counts.max() > 1 and counts.max() >= LARGE_SHARE * num_events:
-            moment = times[counts.argmax()]
+    for name, by_moment in counts.items():
+        largest = int(by_moment.max(initial=0))
+        if largest > 1 and largest >= LARGE_SHARE * num_events[name]:
+            index = int(by_moment.argmax())
             where = ", ".join(
-                f"{number} in the {split}"
-                for split, members in _splits(dataset)
-                if (number := int((members & chosen & (dataset.time == moment)).sum()))
+                f"{count} in the {split}"
+                for split, others in counts.items()
+                if split != LOG and name in (LOG, split) and (count := int(others[index]))
             )
             sentences.append(
-                f"{counts.max()} of {num_events} events of the {name} are at one moment, "
-                f"{np.datetime64(int(moment), 's')}Z: {where}"
+                f"{largest} of {num_events[name]} events of the {name} are at one moment, "
+                f"{np.datetime64(int(wanted[index]), 's')}Z: {where}"
             )
     return sentences
 
 
-def unknown_shares(dataset: Dataset) -> dict[str, float]:
-    """Return the share of the test split's ids that are not in the training split.
+def _tested_rows(dataset: Dataset) -> dict[str, Ints]:
+    """Return the table rows of the test split's ids.
 
     By column, of columns with a vocabulary: no other has a row for unknown ids.
     """
     tested = dataset.split == TEST
     users, items = np.unique(dataset.event_user[tested]), dataset.item[tested]
-    rows = {
-        USER: dataset.user_row[users],
-        ITEM: dataset.item_row[items],
-    }
+    rows = {USER: dataset.user_row[users], ITEM: dataset.item_row[items]}
     if dataset.schema.has_action:
         rows[ACTION] = dataset.action_row[dataset.action[tested]]
     for name, values in dataset.item_attributes.items():
@@ -70,26 +134,17 @@ def unknown_shares(dataset: Dataset) -> dict[str, float]:
     for name, values in dataset.context.items():
         rows[f"context.{name}"] = values.take(users)[0]
     return {
-        name: _unknown_share(found)
+        name: found
         for name, found in rows.items()
         if isinstance(dataset.schema.vocabulary_by_column[name], Vocabulary)
     }
 
 
-def collisions(dataset: Dataset) -> list[str]:
+def _collisions(shared: Dataset) -> list[str]:
     """Describe each hashed column: its rows, and how many known ids share one."""
     return [
         f"{column} is hashed, so no id of it is unknown: {count:,} of the "
-        f"{len(dataset.known_ids[column]):,} ids of the training split share one of "
-        f"{dataset.schema.num_table_rows(column) - NUM_RESERVED_ROWS:,} rows with another"
-        for column, count in dataset.num_colliding_ids.items()
+        f"{len(shared.known_ids[column]):,} ids of the training split share one of "
+        f"{shared.schema.num_table_rows(column) - NUM_RESERVED_ROWS:,} rows with another"
+        for column, count in shared.num_colliding_ids.items()
     ]
-
-
-def _splits(dataset: Dataset) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    for split, name in NAME_BY_SPLIT.items():
-        yield f"{name} split", dataset.split == split
-
-
-def _unknown_share(rows: Ints) -> float:
-    return float((rows == UNKNOWN_ROW).mean()) if len(rows) else 0.0

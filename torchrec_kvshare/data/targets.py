@@ -49,7 +49,7 @@ class Windows:
     """W windows and their targets.
 
     Attributes:
-        user: [W] user code.
+        user: [W] the data set's number of the user.
         first_event: by history [W], the oldest event that the targets see, as an index into the
             data set's ``indices_by_history``.
         num_events: by history [W], number of events that the last target sees.
@@ -106,7 +106,7 @@ def windows_of(dataset: Dataset, targets: Ints, *, share_prefill: bool = True) -
     first_of_window = np.maximum.accumulate(np.where(is_first, index, 0))
     is_first |= (index - first_of_window) % MAX_TARGETS_PER_WINDOW == 0
     firsts = np.flatnonzero(is_first)
-    lasts = np.append(firsts[1:], len(targets)) - 1
+    lasts = np.append(firsts[1:], len(targets))[: len(firsts)] - 1
     return Windows(
         user=user[firsts],
         first_event={name: before[name][firsts] + start[name][firsts] for name in start},
@@ -124,22 +124,23 @@ def _events_before(dataset: Dataset, history: str, targets: Ints) -> tuple[Ints,
 
 
 def batches_of(
-    windows: Windows, batch_targets: int, rng: np.random.Generator | None
+    num_targets: Ints, batch_targets: int, rng: np.random.Generator | None
 ) -> Iterator[Ints]:
     """Group windows into batches of about ``batch_targets`` targets.
 
     Args:
-        windows: all windows of a split.
+        num_targets: [W] of each window.
         batch_targets: a batch with this many targets is full.
         rng: shuffles the windows; None keeps their order.
 
     Yields:
         The indices of each batch's windows.
     """
-    order = np.arange(len(windows.user)) if rng is None else rng.permutation(len(windows.user))
-    ends = np.cumsum(windows.num_targets[order])
+    order = np.arange(len(num_targets)) if rng is None else rng.permutation(len(num_targets))
+    ends = np.cumsum(num_targets[order])
     batch = (ends - 1) // batch_targets
-    yield from np.split(order, np.flatnonzero(np.diff(batch)) + 1)
+    if len(order):
+        yield from np.split(order, np.flatnonzero(np.diff(batch)) + 1)
 
 
 def sample_negatives(dataset: Dataset, targets: Ints, num_negatives: int, draws: Draws) -> Ints:
@@ -163,7 +164,8 @@ def sample_negatives(dataset: Dataset, targets: Ints, num_negatives: int, draws:
             f"the catalogue, the items of the training split, has {len(catalogue)} item; negatives "
             f"need at least {MIN_CATALOGUE}"
         )
-    drawn = draws.below(len(catalogue), targets[:, None], np.arange(num_negatives))
+    keys = dataset.keys_of(targets)[:, None]
+    drawn = draws.below(len(catalogue), keys, np.arange(num_negatives))
     negatives = catalogue[drawn]
     own = negatives == dataset.item[targets][:, None]
     # The next item of the catalogue replaces the target's own, so it comes twice as often.
@@ -225,9 +227,8 @@ def _assemble(
     bags |= _user_bags(dataset, windows, draws)
     for history in windows.first_event:
         bags |= _event_bags(dataset, windows, history, draws)
-    bags[candidate_key(ITEM)] = single(
-        _hidden(dataset.item_row[codes], draws, np.repeat(windows.targets, num_candidates), slots)
-    )
+    keys = np.repeat(dataset.keys_of(windows.targets), num_candidates)
+    bags[candidate_key(ITEM)] = single(_hidden(dataset.item_row[codes], draws, keys, slots))
     for name, rows in dataset.item_attributes.items():
         bags[candidate_key(name)] = _bags(*rows.take(codes))
     labels = np.zeros(candidates.shape, np.float32)
@@ -242,7 +243,8 @@ def _assemble(
 
 
 def _user_bags(dataset: Dataset, windows: Windows, draws: Draws | None) -> dict[str, Bags]:
-    bags = {USER: single(_hidden(dataset.user_row[windows.user], draws, windows.user, OF_USERS))}
+    user_codes = dataset.user_code[windows.user]
+    bags = {USER: single(_hidden(dataset.user_row[windows.user], draws, user_codes, OF_USERS))}
     for name, rows in dataset.context.items():
         bags[context_key(name)] = _bags(*rows.take(windows.user))
     return bags
@@ -257,7 +259,7 @@ def _event_bags(
     items = dataset.item[events]
     bags = {
         history_key(history, ITEM): Bags(
-            _hidden(dataset.item_row[items], draws, events, OF_EVENTS), lengths
+            _hidden(dataset.item_row[items], draws, dataset.keys_of(events), OF_EVENTS), lengths
         ),
         history_key(history, TIME): Bags(_tensor(dataset.time[events]), lengths),
     }

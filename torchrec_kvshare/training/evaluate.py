@@ -1,9 +1,12 @@
 """Evaluate a scorer on a split: against sampled negatives, and against the whole catalogue.
 
-A scorer returns the logits of a batch's candidates: a trained model, or popularity. The catalogue
-is ranked in chunks, so that memory does not grow with it.
+A scorer returns the logits of a batch's candidates: a trained model, or popularity. Targets are
+scored shard by shard and the catalogue is ranked in chunks, so that memory grows with neither. All
+ranks read every shard and share its targets. Metrics are those of the targets in the order of the
+whole log, so that they do not depend on its shards.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -13,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 
-from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, Ints
+from torchrec_kvshare.data.dataset import TEST, Dataset, Ints
 from torchrec_kvshare.data.draws import Draws
+from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.targets import (
     batches_of,
     build_batch,
@@ -33,50 +37,72 @@ from torchrec_kvshare.training.metrics import (
 )
 from torchrec_kvshare.training.ranks import ALONE, Ranks
 
+logger = logging.getLogger(__name__)
+
 Scorer = Callable[[Batch], Tensor]  # logits [C]
 
 
 class Scored(NamedTuple):
-    """Targets with the logits and labels [P, 1 + negatives] of their candidates."""
+    """Targets with the logits [P, 1 + negatives] of their candidates, the first their own item.
 
-    targets: Ints
-    logits: Tensor
+    Attributes:
+        keys: [P] index of each target's event in the whole log.
+        user: [P] code of its user.
+        labels: [P] float32; negatives have 0.
+        logits: of its candidates.
+    """
+
+    keys: Ints
+    user: Ints
     labels: Tensor
+    logits: Tensor
 
 
 EVALUATION_SEED = 20_240_101  # every scorer gets the same negatives
 TARGETS_AT_A_TIME = 1024
 CATALOGUE_ROWS_AT_A_TIME = 32_768
+# Of a split that has more, evenly drawn users are scored. torchrec.metrics counts rows in float32,
+# which is exact up to 2**24, and its AUC takes 60 bytes for each.
+MAX_ROWS = 2**23
 FIRST_CHUNK_ITEMS = 4096  # enough to rank most held-out items beyond CUTOFF
 
 
-def model_scorer(model: nn.Module) -> Scorer:
-    """Put a model in eval mode and return its scorer, which raises TrainingError for NaN."""
+def model_scorer(model: nn.Module, device: torch.device = ALONE.device) -> Scorer:
+    """Put a model in eval mode and return its scorer, which raises TrainingError for NaN.
+
+    Args:
+        model: it lies on ``device``.
+        device: batches are moved to it, and logits from it.
+    """
     model.eval()
 
     def score(batch: Batch) -> Tensor:
+        batch = batch.to(device)
         with torch.no_grad():
             logits: Tensor = model(batch.dense_features, batch.sparse_features)
         if not bool(torch.isfinite(logits).all()):
             raise TrainingError("the model gives scores that are not finite: it has diverged")
-        return logits.squeeze(1)
+        return logits.squeeze(1).cpu()
 
     return score
 
 
-def popularity_scorer(dataset: Dataset, num_negatives: int) -> Scorer:
+def popularity_scorer(shards: Shards, num_negatives: int) -> Scorer:
     """Return a scorer that scores an item by its number of positive training events.
 
     Args:
-        dataset: its training split is counted.
+        shards: their training split is counted.
         num_negatives: negatives per target, so that the logits are the log odds of the task.
 
     Returns:
         A scorer that reads the candidate's item only; its logits are finite.
     """
-    trained = (dataset.split == TRAIN) & (dataset.label > 0)
-    rows, counts = np.unique(dataset.item_row[dataset.item[trained]], return_counts=True)
-    expected_negatives = num_negatives * max(counts.sum(), 1) / len(dataset.known_items)
+    num_positive = shards.num_positive
+    trained = np.flatnonzero(num_positive)
+    rows, of_row = np.unique(shards.shared.item_row[trained], return_inverse=True)
+    counts = np.bincount(of_row, weights=num_positive[trained], minlength=len(rows))
+    num_items = len(shards.shared.known_items)
+    expected_negatives = num_negatives * max(int(num_positive.sum()), 1) / num_items
     # One pseudo-event: an item never bought gets small odds, not zero.
     log_odds = np.log((np.append(counts, 0) + 1.0) / expected_negatives).astype(np.float32)
 
@@ -91,52 +117,74 @@ def popularity_scorer(dataset: Dataset, num_negatives: int) -> Scorer:
 
 def evaluate_sampled(
     score: Scorer,
-    dataset: Dataset,
+    shards: Shards,
     split: int,
     num_negatives: int,
     *,
     share_prefill: bool = True,
     ranks: Ranks = ALONE,
 ) -> Values:
-    """Compute AUC, GAUC and NE of every target of a split against sampled negatives.
+    """Compute AUC, GAUC and NE of a split's targets against sampled negatives.
+
+    Targets and negatives are ``MAX_ROWS`` or about as many: of a larger split evenly drawn users.
 
     Args:
         score: the scorer to evaluate.
-        dataset: holds the targets.
+        shards: hold the targets.
         split: ``VALID`` or ``TEST``.
         num_negatives: negatives sampled per target.
         share_prefill: whether targets of a user may see prefixes of one prefill.
-        ranks: the processes that evaluate together, each the targets of its users; all of them must
-            call this.
+        ranks: the processes that evaluate together, each some of the windows; all of them must call
+            this.
 
     Returns:
         ``AUC``, ``GAUC``, ``NE``; None where a metric is undefined. The same on every rank.
     """
     draws = Draws(EVALUATION_SEED)
-    targets = np.flatnonzero(dataset.split == split)
-    windows = windows_of(dataset, targets, share_prefill=share_prefill)
+    share = _share_scored(shards, split, num_negatives)
     scored: list[Scored] = []
-    for chosen in batches_of(windows, TARGETS_AT_A_TIME, None):
-        own = chosen[windows.user[chosen] % ranks.world_size == ranks.rank]
-        # A sharded model's ranks call it together: a rank without targets scores some again.
-        part = windows.take(own if len(own) else chosen[:1])
-        negatives = sample_negatives(dataset, part.targets, num_negatives, draws)
-        candidates = np.concatenate([dataset.item[part.targets][:, None], negatives], axis=1)
-        batch = build_batch(dataset, part, candidates, None)
-        logits = score(batch)
-        if len(own):
-            rows = (len(part.targets), 1 + num_negatives)
-            scored.append(Scored(part.targets, logits.view(rows), batch.labels.view(rows)))
+    for dataset in shards:
+        targets = np.flatnonzero(dataset.split == split)
+        if share < 1:
+            is_drawn = draws.uniform(dataset.user_code) < share
+            targets = targets[is_drawn[dataset.event_user[targets]]]
+        windows = windows_of(dataset, targets, share_prefill=share_prefill)
+        for chosen in batches_of(windows.num_targets, TARGETS_AT_A_TIME, None):
+            own = chosen[ranks.rank :: ranks.world_size]
+            # A sharded model's ranks call it together: a rank without windows scores one again.
+            part = windows.take(own if len(own) else chosen[:1])
+            negatives = sample_negatives(dataset, part.targets, num_negatives, draws)
+            candidates = np.concatenate([dataset.item[part.targets][:, None], negatives], axis=1)
+            logits = score(build_batch(dataset, part, candidates, None))
+            if len(own):
+                scored.append(_scored(dataset, part.targets, logits.view(candidates.shape)))
     everyone = [one for of_rank in ranks.gather(scored) for one in of_rank]
-    order = np.argsort(np.concatenate([one.targets for one in everyone]))
-    logits = torch.cat([one.logits for one in everyone])[order].flatten()
-    labels = torch.cat([one.labels for one in everyone])[order].flatten()
-    per_user = np.unique(dataset.event_user[targets], return_counts=True)[1] * (1 + num_negatives)
-    return classification_metrics(torch.sigmoid(logits), labels, torch.from_numpy(per_user))
+    order = np.argsort(np.concatenate([one.keys for one in everyone]))
+    user = np.concatenate([one.user for one in everyone])[order]
+    logits = torch.cat([one.logits for one in everyone])[order]
+    labels = torch.zeros_like(logits)
+    labels[:, 0] = torch.cat([one.labels for one in everyone])[order]
+    per_user = torch.from_numpy(np.unique(user, return_counts=True)[1] * (1 + num_negatives))
+    return classification_metrics(torch.sigmoid(logits).flatten(), labels.flatten(), per_user)
+
+
+def _share_scored(shards: Shards, split: int, num_negatives: int) -> float:
+    """Return the share of users to score; 1 or more for all."""
+    num_targets = sum(int((dataset.split == split).sum()) for dataset in shards)
+    share = MAX_ROWS / max(1, num_targets * (1 + num_negatives))
+    if share < 1:
+        logger.info("evaluation scores %.1f%% of the users of a split", 100 * share)
+    return share
+
+
+def _scored(dataset: Dataset, targets: Ints, logits: Tensor) -> Scored:
+    labels = torch.from_numpy(dataset.label[targets])
+    users = dataset.user_code[dataset.event_user[targets]]
+    return Scored(dataset.keys_of(targets), users, labels, logits)
 
 
 def evaluate_catalogue(
-    score: Scorer, dataset: Dataset, max_users: int | None, ranks: Ranks = ALONE
+    score: Scorer, shards: Shards, max_users: int | None, ranks: Ranks = ALONE
 ) -> Values:
     """Compute HR@10 and NDCG@10 of each user's last positive event among the whole catalogue.
 
@@ -147,7 +195,7 @@ def evaluate_catalogue(
 
     Args:
         score: the scorer to evaluate.
-        dataset: the last positive event of every user in its test split is held out.
+        shards: the last positive event of every user in their test split is held out.
         max_users: number of users to rank for, spread evenly; None for all.
         ranks: the processes that evaluate together, each some of the users; all of them must call
             this.
@@ -155,28 +203,35 @@ def evaluate_catalogue(
     Returns:
         ``HR@10`` and ``NDCG@10``; None if nothing is held out. The same on every rank.
     """
-    held_out = _last_positives(dataset)
+    keys = [dataset.keys_of(_last_positives(dataset)) for dataset in shards]
+    held_out = np.sort(np.concatenate(keys))
     if max_users is not None and max_users < len(held_out):
         held_out = held_out[np.linspace(0, len(held_out) - 1, max_users).astype(np.int64)]
-    known = held_out[np.isin(dataset.item[held_out], dataset.known_items)]
-    never_found = [CUTOFF] * (len(held_out) - len(known))
-    users_at_a_time = max(1, CATALOGUE_ROWS_AT_A_TIME // len(dataset.known_items))
-    popular_first = _popular_first(dataset)
-    own = known[ranks.rank :: ranks.world_size]
-    positions: list[int] = []
-    # As many groups on every rank: a rank that has no user left ranks one again.
-    for first in range(0, -(-len(known) // ranks.world_size), users_at_a_time):
-        group = own[first : first + users_at_a_time]
-        found = _positions(score, dataset, group if len(group) else known[:1], popular_first, ranks)
-        positions += found[: len(group)]
-    return rank_metrics([*chain.from_iterable(ranks.gather(positions)), *never_found])
+    users_at_a_time = max(1, CATALOGUE_ROWS_AT_A_TIME // len(shards.shared.known_items))
+    popular_first = _popular_first(shards)
+    position_by_key: dict[int, int] = {}
+    for shard, of_shard in enumerate(keys):
+        if not np.isin(of_shard, held_out).any():
+            continue
+        dataset = shards.read([shard])
+        chosen = _last_positives(dataset)[np.isin(of_shard, held_out)]
+        known = chosen[np.isin(dataset.item[chosen], dataset.known_items)]
+        own = known[ranks.rank :: ranks.world_size]
+        # As many groups on every rank: a rank that has no user left ranks one again.
+        for first in range(0, -(-len(known) // ranks.world_size), users_at_a_time):
+            group = own[first : first + users_at_a_time]
+            asked = group if len(group) else known[:1]
+            found = _positions(score, dataset, asked, popular_first, ranks)
+            position_by_key |= zip(dataset.keys_of(group).tolist(), found, strict=False)
+    everyone = dict(chain.from_iterable(part.items() for part in ranks.gather(position_by_key)))
+    never_found = [CUTOFF] * (len(held_out) - len(everyone))
+    return rank_metrics([*(everyone[key] for key in sorted(everyone)), *never_found])
 
 
-def _popular_first(dataset: Dataset) -> Ints:
+def _popular_first(shards: Shards) -> Ints:
     """Return the catalogue, the items most likely to rank before a held-out one first."""
-    trained = dataset.item[dataset.split == TRAIN]
-    counts = np.bincount(trained, minlength=len(dataset.item_row))[dataset.known_items]
-    return dataset.known_items[np.argsort(-counts, kind="stable")]
+    known = shards.shared.known_items
+    return known[np.argsort(-shards.num_training[known], kind="stable")]
 
 
 def _last_positives(dataset: Dataset) -> Ints:

@@ -1,17 +1,18 @@
 """The training loop: TorchRec's ``DLRMTrain`` over whole windows, resumable at any batch.
 
-The same loop runs in one process and on several ranks. A batch is the same whatever the number of
-ranks: each rank trains on the windows of its users, and losses are weighted so that the ranks
-together learn what one process would. Tables get fused optimizers, so that the cost of a step grows
-with its batch, not with the catalogue; dense parameters get AdamW. Everything random depends on the
-seed and the step, so that a run that was killed and restarted ends with the weights and the
-TensorBoard curves of an uninterrupted one.
+The same loop runs in one process and on several ranks, on a log in memory and on one that is read
+shard by shard. A batch is the same whatever the number of ranks: each rank trains on the windows of
+its users, and losses are weighted so that the ranks together learn what one process would. Tables
+get fused optimizers, so that the cost of a step grows with its batch, not with the catalogue; dense
+parameters get AdamW. Everything random depends on the seed and the step, so that a run that was
+killed and restarted ends with the weights and the TensorBoard curves of an uninterrupted one.
 """
 
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,10 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
 
-from torchrec_kvshare.data.dataset import TRAIN, VALID, Dataset, Ints
-from torchrec_kvshare.data.draws import Draws
-from torchrec_kvshare.data.targets import (
-    Windows,
-    batches_of,
-    build_batch,
-    sample_negatives,
-    windows_of,
-)
+from torchrec_kvshare.config import CUDA
+from torchrec_kvshare.data.dataset import VALID
+from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.stream import Loading, StreamSettings, WindowStream, worker_errors
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.model.ranking import takes_prefixes
 from torchrec_kvshare.training.checkpoints import (
@@ -81,6 +77,8 @@ class TrainSettings:
         seed: of negatives, order and dropout.
         checkpoint_seconds: longest time between two checkpoints, in seconds.
         keep_checkpoints: number of checkpoints that stay.
+        shuffle_shards: shards whose windows are shuffled together, and held at a time.
+        loading: which processes build batches.
     """
 
     epochs: int
@@ -92,6 +90,8 @@ class TrainSettings:
     seed: int
     checkpoint_seconds: float
     keep_checkpoints: int = 1
+    shuffle_shards: int = 1
+    loading: Loading = field(default_factory=Loading)
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Progress:
 
 def train(
     model: DLRM,
-    dataset: Dataset,
+    shards: Shards,
     settings: TrainSettings,
     folder: Path,
     log_folder: Path,
@@ -121,7 +121,8 @@ def train(
 
     Args:
         model: with or without a history; its tables are sharded in place.
-        dataset: the model is trained on its training split and evaluated on its validation split.
+        shards: the model is trained on their training split and evaluated on their validation
+            split.
         settings: how to train.
         folder: holds the checkpoints; the last one is the trained model.
         log_folder: gets loss and examples per second by batch, and NE, AUC and GAUC by epoch, for
@@ -133,10 +134,11 @@ def train(
 
     Raises:
         ConfigError: if a table cannot be sharded as configured.
+        DataError: if a shard cannot be read.
         TrainingError: at the first loss or weight that is not finite; the checkpoint before it
             stays.
     """
-    trainer = Trainer(model, dataset, settings, folder, ranks)
+    trainer = Trainer(model, shards, settings, folder, ranks)
     trainer.resume()
     if not ranks.is_first:
         trainer.run(None)
@@ -165,16 +167,16 @@ class Trainer:
 
     Args:
         model: its tables are sharded in place.
-        dataset: holds the training split.
+        shards: hold the training split.
         settings: how to train.
         folder: holds the checkpoints.
         ranks: the processes that train together.
     """
 
     def __init__(
-        self, model: DLRM, dataset: Dataset, settings: TrainSettings, folder: Path, ranks: Ranks
+        self, model: DLRM, shards: Shards, settings: TrainSettings, folder: Path, ranks: Ranks
     ) -> None:
-        self.dataset = dataset
+        self.shards = shards
         self.settings = settings
         self.folder = folder
         self.ranks = ranks
@@ -183,11 +185,19 @@ class Trainer:
         self.configs = configs_of(model)
         self.sharded, self.plan = shard(DLRMTrain(model), settings.tables, ranks)
         self.optimizer = _optimizer(self.sharded, settings)
-        training = np.flatnonzero(dataset.split == TRAIN)
-        self.windows = windows_of(dataset, training, share_prefill=self.share_prefill)
+        stream = StreamSettings(
+            batch_targets=settings.batch_targets,
+            negatives=settings.negatives,
+            seed=settings.seed,
+            shuffle_shards=settings.shuffle_shards,
+            share_prefill=self.share_prefill,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        self.stream = WindowStream(shards, stream)
         # Epochs differ by a batch or so, because windows differ in size.
-        self.num_steps = sum(len(self.epoch_batches(epoch)) for epoch in range(settings.epochs))
-        self.managed = ManagedIds(dataset.schema, ranks)
+        self.num_steps = sum(len(self.stream.epoch(epoch)) for epoch in range(settings.epochs))
+        self.managed = ManagedIds(shards.schema, ranks)
         self.progress = Progress()
         self.last_saved = "none"
         self.saved_at = time.monotonic()
@@ -215,7 +225,7 @@ class Trainer:
             self._run_epoch(epoch, writer)
             watched = evaluate_sampled(
                 self.scorer(),
-                self.dataset,
+                self.shards,
                 VALID,
                 self.settings.negatives,
                 share_prefill=self.share_prefill,
@@ -231,14 +241,14 @@ class Trainer:
 
     def scorer(self) -> Scorer:
         """Return the model's scorer of batches that are not remapped."""
-        score = model_scorer(self.ranker)
+        score = model_scorer(self.ranker, self.ranks.device)
         return lambda batch: score(self.managed.remapped(batch))
 
     def step(self, batch: Batch, *, num_trained: int | None = None) -> float:
         """Train on a batch.
 
         Args:
-            batch: of this rank.
+            batch: of this rank, not remapped, in host memory.
             num_trained: number of its candidates that count: 0 for a rank that has no windows and
                 pads. All by default.
 
@@ -249,6 +259,7 @@ class Trainer:
             TrainingError: if the loss is not finite; the weights are not changed.
         """
         batch = self._remapped(batch, is_padding=num_trained == 0)
+        batch = batch.to(self.ranks.device, non_blocking=True)
         for group in self.optimizer.param_groups:
             first = group.setdefault(FIRST_RATE, group[LEARNING_RATE])  # type: ignore[attr-defined]
             group[LEARNING_RATE] = first * self._rate_share()  # type: ignore[index]
@@ -267,60 +278,45 @@ class Trainer:
         self.optimizer.step()
         return mean
 
-    def epoch_batches(self, epoch: int) -> list[Ints]:
-        """Return the windows of each batch of an epoch, those of all ranks."""
-        rng = np.random.default_rng([self.settings.seed, epoch])
-        return list(batches_of(self.windows, self.settings.batch_targets, rng))
-
-    def batch(self, chosen: Ints, epoch: int) -> Batch:
-        """Build a batch from windows."""
-        draws = Draws(self.settings.seed, epoch)
-        part: Windows = self.windows.take(chosen)
-        negatives = sample_negatives(self.dataset, part.targets, self.settings.negatives, draws)
-        candidates = np.concatenate([self.dataset.item[part.targets][:, None], negatives], axis=1)
-        return build_batch(self.dataset, part, candidates, draws)
-
-    def own_part(self, chosen: Ints) -> Ints:
-        """Return those windows whose users are this rank's."""
-        return chosen[self.windows.user[chosen] % self.ranks.world_size == self.ranks.rank]
-
     def _remapped(self, batch: Batch, *, is_padding: bool = False) -> Batch:
         """Give rows to the batch's managed ids; rows that change hands are drawn anew."""
         evicted = self.managed.observe(None if is_padding else batch, self.progress.step)
         for number, (column, rows) in enumerate(evicted.items()):
             seed = _seed(self.settings.seed, self.progress.step, number)
-            keys = set(keys_of(self.dataset.schema, column))
+            keys = set(keys_of(self.shards.schema, column))
             configs = [one for one in self.configs if keys.intersection(one.feature_names)]
             redraw_rows(self.sharded, configs, torch.from_numpy(rows), seed)
         return self.managed.remapped(batch)
 
     def _run_epoch(self, epoch: int, writer: SummaryWriter | None) -> None:
         self.sharded.train()
-        batches = self.epoch_batches(epoch)
+        batches = self.stream.epoch(epoch)
         left = range(self.progress.batch, len(batches))
         title = f"{self.folder.name} epoch {epoch + 1}/{self.settings.epochs}"
         bar = tqdm(
             left, title, initial=left.start, total=len(batches), disable=not self.ranks.is_first
         )
-        for index in bar:
+        is_cuda = self.ranks.device.type == CUDA
+        loading = replace(self.settings.loading, pin_memory=is_cuda)
+        with worker_errors(), closing(batches.load(left.start, loading)) as loaded:
             started = time.monotonic()
-            own = self.own_part(batches[index])
-            # Every rank takes part in every step: without windows of its own it pads.
-            batch = self.batch(own if len(own) else batches[index][:1], epoch)
-            loss = self.step(batch, num_trained=None if len(own) else 0)
-            seconds = time.monotonic() - started
-            if writer is not None:
-                num_examples = self.windows.num_targets[batches[index]].sum()
-                per_second = num_examples * (1 + self.settings.negatives) / seconds
-                writer.add_scalar("train/loss", loss, self.progress.step)
-                writer.add_scalar("train/examples_per_s", per_second, self.progress.step)
-                for column, count in self.managed.num_evicted.items():
-                    writer.add_scalar(f"evicted_ids/{column}", count, self.progress.step)
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self.progress = Progress(epoch, index + 1, self.progress.step + 1)
-            # After an epoch's last batch the checkpoint is written once validation is done.
-            if self._is_due() and index + 1 < len(batches):
-                self._save(writer)
+            for index, batch in zip(bar, loaded, strict=True):
+                loss = self.step(batch, num_trained=None if batches.has_own(index) else 0)
+                if writer is not None:
+                    num_examples = batches.num_targets(index) * (1 + self.settings.negatives)
+                    per_second = num_examples / (time.monotonic() - started)
+                    writer.add_scalar("train/loss", loss, self.progress.step)
+                    writer.add_scalar("train/examples_per_s", per_second, self.progress.step)
+                    for column, count in self.managed.num_evicted.items():
+                        writer.add_scalar(f"evicted_ids/{column}", count, self.progress.step)
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                self.progress = Progress(epoch, index + 1, self.progress.step + 1)
+                # After an epoch's last batch the checkpoint is written once validation is done.
+                if self._is_due() and index + 1 < len(batches):
+                    self._save(writer)
+                started = time.monotonic()
+        # Validation reads shards of its own.
+        self.stream.forget()
 
     def _is_due(self) -> bool:
         """Whether the first rank's clock says that a checkpoint is due; the same on every rank."""

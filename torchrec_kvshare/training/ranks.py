@@ -15,6 +15,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torchrec.distributed.comm import get_local_size
 
+from torchrec_kvshare.config import AUTO, CPU, CUDA
+from torchrec_kvshare.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -42,7 +45,9 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            on_device = values.to(self.device)  # NCCL adds up nothing that is elsewhere.
+            dist.all_reduce(on_device)
+            values.copy_(on_device)
         return values
 
     def gather(self, value: T) -> list[T]:
@@ -61,14 +66,37 @@ class Ranks:
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 
 
+def device_of(name: str) -> torch.device:
+    """Return the device that this process trains on.
+
+    Args:
+        name: ``auto``, ``cpu`` or ``cuda``; ``auto`` is ``cuda`` where there is a GPU.
+
+    Raises:
+        ConfigError: if it is ``cuda`` and there is no GPU for this process.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == CPU or (name == AUTO and not num_gpus):
+        return torch.device(CPU)
+    local_rank = dist.get_node_local_rank(fallback_rank=0)
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"device is {name}, one GPU for each process; process {local_rank} of this machine "
+            f"finds {num_gpus} that torch can use: device={CPU} is allowed"
+        )
+    return torch.device(CUDA, local_rank)
+
+
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that ``torchrun`` started, or be the only one, to the end of the block.
 
     Args:
-        device: ``cpu``, or ``cuda`` with one GPU for each process of a machine.
+        device: as ``device_of`` returns it.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == CUDA:
+        torch.cuda.set_device(device)  # NCCL's objects and barriers go through the current one.
+    backend = "nccl" if device.type == CUDA else "gloo"
     is_launched = dist.is_torchelastic_launched()
     is_joined = dist.is_initialized()  # The caller has a group of its own.
     if not is_joined and is_launched:

@@ -19,15 +19,12 @@ import torch
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
 from torchrec_kvshare.config import IdConfig, ModelConfig, TrainConfig
-from torchrec_kvshare.data.dataset import TEST, TRAIN, Dataset, build_dataset, keep_users
+from torchrec_kvshare.data.dataset import TEST, TRAIN
 from torchrec_kvshare.data.digest import DataDigest, data_digest
-from torchrec_kvshare.data.load import load_log
-from torchrec_kvshare.data.split_report import (
-    collisions,
-    crowded_moments,
-    split_sizes,
-    unknown_shares,
-)
+from torchrec_kvshare.data.load import load_shards
+from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.split_report import NAME_BY_SPLIT, split_report
+from torchrec_kvshare.data.stream import Loading
 from torchrec_kvshare.data.targets import MIN_CATALOGUE
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.schema import (
@@ -54,7 +51,7 @@ from torchrec_kvshare.training.evaluate import (
 )
 from torchrec_kvshare.training.loop import TrainSettings, open_writer, train
 from torchrec_kvshare.training.metrics import Values
-from torchrec_kvshare.training.ranks import Ranks, joined_ranks
+from torchrec_kvshare.training.ranks import Ranks, device_of, joined_ranks
 from torchrec_kvshare.training.sharding import TableSettings, check_tables
 
 CONFIG = "config.json"
@@ -63,6 +60,8 @@ METRICS = "metrics.json"
 NO_HISTORY = "none"
 HISTORY_KINDS = (*KINDS, NO_HISTORY)
 WINDOWS = ("anchored", "sliding")
+# What may differ when a run is resumed: where it is written, and what computes it.
+FREE_KEYS = ("output", "threads", "device", "workers", "prefetch")
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def train_run(config: TrainConfig) -> Metrics | None:
         TrainingError: if training diverges.
     """
     _check_model(config.model)
-    with joined_ranks(torch.device("cpu")) as ranks:
+    with joined_ranks(device_of(config.device)) as ranks:
         # The default output holds the time, which ranks may read differently.
         config = dataclasses.replace(config, output=ranks.gather(config.output)[0])
         metrics = _train_run(config, ranks)
@@ -113,17 +112,18 @@ def train_run(config: TrainConfig) -> Metrics | None:
 
 
 def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
-    dataset = load_dataset(config)
-    _check_tokens(config.model, dataset.schema)
+    shards = load_data(config)
+    schema = shards.schema
+    _check_tokens(config.model, schema)
     kinds = [config.model.history]
     if config.budget.baselines and config.model.history != NO_HISTORY:
         kinds.append(NO_HISTORY)
     meta = torch.device("meta")
-    models = [new_model(dataset.schema, config.model, kind, config.seed, meta) for kind in kinds]
+    models = [new_model(schema, config.model, kind, config.seed, meta) for kind in kinds]
     check_tables(models, settings_of(config).tables, ranks)
     folder = Path(config.output)
     if ranks.is_first:
-        _claim(folder, config, dataset)
+        _claim(folder, config, shards)
     ranks.wait()
     if (folder / METRICS).is_file():
         logger.info("%s is finished: nothing is trained or written", folder)
@@ -131,18 +131,18 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         return finished
     metrics: Metrics = {}
     for kind in kinds:
-        model = new_model(dataset.schema, config.model, kind, config.seed)
+        model = new_model(schema, config.model, kind, config.seed)
         share_prefill = takes_prefixes(model)
         log_folder = folder / "tensorboard" / kind
-        trainer = train(model, dataset, settings_of(config), folder / kind, log_folder, ranks)
+        trainer = train(model, shards, settings_of(config), folder / kind, log_folder, ranks)
         if kind == config.model.history:
-            schema = trainer.managed.frozen(dataset.schema, dataset.known_ids)
+            schema = trainer.managed.frozen(shards.schema, shards.shared.known_ids)
         metrics[kind] = _evaluate(
-            trainer.scorer(), dataset, config, ranks, share_prefill=share_prefill
+            trainer.scorer(), shards, config, ranks, share_prefill=share_prefill
         )
     if config.budget.baselines:
-        popularity = popularity_scorer(dataset, config.negatives)
-        metrics["popularity"] = _evaluate(popularity, dataset, config, ranks, share_prefill=True)
+        popularity = popularity_scorer(shards, config.negatives)
+        metrics["popularity"] = _evaluate(popularity, shards, config, ranks, share_prefill=True)
     if not ranks.is_first:
         return metrics
     # A run that was killed here is evaluated again and replaces its points in TensorBoard.
@@ -154,45 +154,47 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     # Managed ids have rows only now; other columns are written as they were.
     save_schema(folder, schema)
     report: dict[str, Any] = {"test": metrics}
-    if dataset.num_colliding_ids:
-        report["colliding_ids"] = dataset.num_colliding_ids
+    if shards.shared.num_colliding_ids:
+        report["colliding_ids"] = shards.shared.num_colliding_ids
     _write(folder / METRICS, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return metrics
 
 
-def load_dataset(config: TrainConfig) -> Dataset:
-    """Read and encode the data set of a run, and log how it was split.
+def load_data(config: TrainConfig) -> Shards:
+    """Read and encode the data set of a run, or open its folder, and log how it is split.
 
     Raises:
+        ConfigError: if a value cannot work with the data.
         DataError: if there is nothing to train or test on.
     """
     name = config.data.name
-    log = load_log(config.data)
-    logger.info("%s: %s", name, log.report)
-    if config.budget.max_users is not None:
-        log = keep_users(log, config.budget.max_users)
-    dataset = build_dataset(log, histories_of(config.model), id_maps_of(config.ids))
-    for split_name, split in (("training", TRAIN), ("test", TEST)):
-        if not (dataset.split == split).any():
-            raise DataError(f"{name} has no event in the {split_name} split")
-    if not dataset.label[dataset.split == TRAIN].any():
+    shards = load_shards(
+        config.data, histories_of(config.model), config.budget.max_users, id_maps_of(config.ids)
+    )
+    logger.info("%s: %s", name, shards.report)
+    report = split_report(shards)
+    for split in (TRAIN, TEST):
+        if not report.num_events[f"{NAME_BY_SPLIT[split]} split"]:
+            raise DataError(f"{name} has no event in the {NAME_BY_SPLIT[split]} split")
+    if not shards.num_positive.any():
         raise DataError(f"{name} has no positive event in the training split")
-    if len(dataset.known_items) < MIN_CATALOGUE:
+    known_items = shards.shared.known_items
+    if len(known_items) < MIN_CATALOGUE:
         raise DataError(
-            f"{name} has one item in the training split, {log.items.ids[0]}; negatives need another"
+            f"{name} has one item in the training split, "
+            f"{shards.shared.log.items.ids[known_items[0]]}; negatives need another"
         )
-    logger.info("%s: %s", name, split_sizes(dataset))
-    for sentence in crowded_moments(dataset):
+    logger.info("%s: %s", name, report)
+    for sentence in report.crowded_moments:
         logger.warning("%s: %s", name, sentence)
-    shares = unknown_shares(dataset).items()
     logger.info(
         "%s: share of the test split's ids that training never met: %s",
         name,
-        ", ".join(f"{column} {share:.1%}" for column, share in shares),
+        ", ".join(f"{column} {share:.1%}" for column, share in report.unknown_shares.items()),
     )
-    for sentence in collisions(dataset):
+    for sentence in report.collisions:
         logger.info("%s: %s", name, sentence)
-    return dataset
+    return shards
 
 
 def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
@@ -327,12 +329,12 @@ def _check_tokens(sizes: ModelConfig, schema: FeatureSchema) -> None:
 
 
 def _evaluate(
-    score: Scorer, dataset: Dataset, config: TrainConfig, ranks: Ranks, *, share_prefill: bool
+    score: Scorer, shards: Shards, config: TrainConfig, ranks: Ranks, *, share_prefill: bool
 ) -> Values:
     sampled = evaluate_sampled(
-        score, dataset, TEST, config.negatives, share_prefill=share_prefill, ranks=ranks
+        score, shards, TEST, config.negatives, share_prefill=share_prefill, ranks=ranks
     )
-    return sampled | evaluate_catalogue(score, dataset, config.budget.eval_users, ranks)
+    return sampled | evaluate_catalogue(score, shards, config.budget.eval_users, ranks)
 
 
 def settings_of(config: TrainConfig) -> TrainSettings:
@@ -352,20 +354,22 @@ def settings_of(config: TrainConfig) -> TrainSettings:
         seed=config.seed,
         checkpoint_seconds=config.checkpoint_seconds,
         keep_checkpoints=config.keep_checkpoints,
+        shuffle_shards=config.shuffle_shards,
+        loading=Loading(config.workers, config.prefetch),
     )
 
 
-def _claim(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
+def _claim(folder: Path, config: TrainConfig, shards: Shards) -> None:
     """Write the run's config, schema and data digest, or check that the folder holds this run."""
     values = dataclasses.asdict(config)
-    digest = data_digest(dataset)
+    digest = data_digest(shards.digest(), shards.schema)
     if (folder / CONFIG).is_file():
         _check_same_run(folder, values, digest)
         return
     if (folder / METRICS).is_file():
         raise ConfigError(f"{folder} has a {METRICS} but no {CONFIG}: it is not a run")
     folder.mkdir(parents=True, exist_ok=True)
-    save_schema(folder, dataset.schema)
+    save_schema(folder, shards.schema)
     _write(folder / DATA, json.dumps(digest.to_json(), indent=2) + "\n")
     # The config goes last: a folder that has it has the other files too.
     _write(folder / CONFIG, json.dumps(values, indent=2) + "\n")
@@ -373,11 +377,8 @@ def _claim(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
 
 def _check_same_run(folder: Path, values: dict[str, Any], digest: DataDigest) -> None:
     before: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    # A run stays the same in another folder or with other threads.
     differing = sorted(
-        key
-        for key in {*values, *before} - {"output", "threads"}
-        if before.get(key) != values.get(key)
+        key for key in {*values, *before} - {*FREE_KEYS} if before.get(key) != values.get(key)
     )
     if differing:
         raise ConfigError(f"{folder} holds a run of another config; these differ: {differing}")

@@ -37,6 +37,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_kvshare.config import CPU, CUDA
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.training.ranks import Ranks
 
@@ -67,6 +68,27 @@ CPU_TYPES: dict[type[nn.Module], tuple[str, ...]] = {
     ),
 }
 
+# What trains on a GPU: all but data-parallel tables. Their kernel has no fused optimizer, and AdamW
+# would write all of their rows in every step.
+CUDA_TYPES: dict[type[nn.Module], tuple[str, ...]] = {
+    EmbeddingBagCollection: (
+        *CPU_TYPES[EmbeddingBagCollection],
+        ShardingType.ROW_WISE.value,
+        ShardingType.TABLE_ROW_WISE.value,
+        ShardingType.TABLE_COLUMN_WISE.value,
+        ShardingType.GRID_SHARD.value,
+    ),
+    EmbeddingCollection: CPU_TYPES[EmbeddingCollection],
+}
+KERNELS_BY_DEVICE = {
+    CPU: (EmbeddingComputeKernel.FUSED.value,),
+    CUDA: (
+        EmbeddingComputeKernel.FUSED.value,
+        EmbeddingComputeKernel.FUSED_UVM.value,
+        EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
+    ),
+}
+
 # What the planner may choose unless a table's types are given: ranks together give what one process
 # gives. Of a column-wise table, row-wise Adagrad keeps a sum for each shard of a row.
 DEFAULT_TYPES = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
@@ -81,7 +103,8 @@ class TableSettings:
         learning_rate: of the optimizer.
         sharding: by table name, or ``*`` for all others, the sharding types that the planner may
             choose from; empty: those of ``DEFAULT_TYPES`` that work on the device.
-        kernels: by table name, or ``*``, TorchRec's compute kernels; CUDA only.
+        kernels: by table name, or ``*``, those of TorchRec's compute kernels that the planner may
+            choose from; empty: those of ``KERNELS_BY_DEVICE``.
     """
 
     optimizer: str
@@ -189,7 +212,7 @@ def plan_table(plan: ShardingPlan) -> str:
 def _topology(ranks: Ranks) -> Topology:
     """The machines as the planner sees them."""
     hardware = HardwareConfig()
-    if ranks.device.type == "cuda":
+    if ranks.device.type == CUDA:
         hardware = HardwareConfig(
             hbm_cap_bytes=torch.cuda.get_device_properties(ranks.device).total_memory
         )
@@ -266,29 +289,28 @@ def _constraints(
     """What the planner may do with a table; refuse what does not work on the device."""
     wanted = settings.sharding.get(table, settings.sharding.get(ALL_TABLES))
     kernels = settings.kernels.get(table, settings.kernels.get(ALL_TABLES))
-    types = list(wanted or DEFAULT_TYPES)
-    if device.type == "cpu":
-        allowed = CPU_TYPES[type(module)]
-        if refused := sorted(set(wanted or ()) - set(allowed)):
-            raise ConfigError(
-                f"table {table} of an {type(module).__name__} is to be sharded {refused}; on cpu "
-                f"{list(allowed)} are allowed"
-            )
-        if kernels and set(kernels) - {EmbeddingComputeKernel.FUSED.value}:
-            raise ConfigError(
-                f"table {table} is to have compute kernels {list(kernels)}; on cpu "
-                f"['{EmbeddingComputeKernel.FUSED.value}'] is allowed"
-            )
-        types = [name for name in types if name in allowed]
+    allowed = (CPU_TYPES if device.type == CPU else CUDA_TYPES)[type(module)]
+    if refused := sorted(set(wanted or ()) - set(allowed)):
+        raise ConfigError(
+            f"table {table} of an {type(module).__name__} is to be sharded {refused}; on "
+            f"{device.type} {list(allowed)} are allowed"
+        )
+    allowed_kernels = KERNELS_BY_DEVICE[device.type]
+    if set(kernels or ()) - set(allowed_kernels):
+        raise ConfigError(
+            f"table {table} is to have compute kernels {list(kernels or ())}; on {device.type} "
+            f"{list(allowed_kernels)} are allowed: a table's optimizer is fused into them"
+        )
+    types = [name for name in wanted or DEFAULT_TYPES if name in allowed]
     return ParameterConstraints(
         sharding_types=types,
-        compute_kernels=None if kernels is None else list(kernels),
+        compute_kernels=list(kernels or allowed_kernels),
         min_partition=MIN_COLUMNS,
     )
 
 
 def _check_optimizer(settings: TableSettings, device: torch.device) -> None:
-    allowed = [name for name in OPTIMIZERS if device.type == "cuda" or name not in CUDA_OPTIMIZERS]
+    allowed = [name for name in OPTIMIZERS if device.type == CUDA or name not in CUDA_OPTIMIZERS]
     if settings.optimizer not in allowed:
         raise ConfigError(
             f"table_optimizer is {settings.optimizer!r}; on {device.type} one of {allowed} is "

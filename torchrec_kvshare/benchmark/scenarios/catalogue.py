@@ -20,6 +20,7 @@ from torchrec_kvshare.benchmark.results import Record
 from torchrec_kvshare.benchmark.timing import interleaved_medians
 from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.shards import in_memory
 from torchrec_kvshare.data.tables import IdColumn
 from torchrec_kvshare.features.schema import HISTORY, History, Window
 from torchrec_kvshare.model.ranking import dlrm_with_history
@@ -79,16 +80,16 @@ def _case_records(
     call_by_path: dict[tuple[str, int], Callable[[], object]] = {}
     spec = options.spec(encoder, history)
     for num_items in NUM_ITEMS:
-        dataset = catalogue_dataset(num_items, history, options.seed)
+        shards = in_memory(catalogue_dataset(num_items, history, options.seed))
         torch.manual_seed(options.seed)
-        model = dlrm_with_history(dataset.schema, spec, [options.dim, 1])
-        trainer = Trainer(model, dataset, SETTINGS, Path(), ranks)
+        model = dlrm_with_history(shards.schema, spec, [options.dim, 1])
+        trainer = Trainer(model, shards, SETTINGS, Path(), ranks)
         # The windows of the user that has the whole catalogue come first.
-        chosen = np.flatnonzero(trainer.windows.user > 0)[: max(1, 256 // history)]
+        chosen = np.flatnonzero(trainer.stream.user > 0)[: max(1, 256 // history)]
         call_by_path[STEP, num_items] = partial(train_step, trainer, chosen)
         for path, moved_by in ((RANK_BEHIND, -1e6), (RANK_FIRST, 1e6)):
             scorer = partial(_moved, model, moved_by)
-            call_by_path[path, num_items] = partial(evaluate_catalogue, scorer, dataset, 1)
+            call_by_path[path, num_items] = partial(evaluate_catalogue, scorer, shards, 1)
     for call in call_by_path.values():
         call()
     latency_ms = interleaved_medians(call_by_path, options.repeats)
@@ -133,7 +134,7 @@ def catalogue_dataset(num_items: int, history: int, seed: int) -> Dataset:
 def train_step(trainer: Trainer, chosen: np.ndarray) -> None:
     """Make a batch and train on it."""
     trainer.sharded.train()
-    trainer.step(trainer.batch(chosen, 0))
+    trainer.step(trainer.stream.batch(chosen, 0))
 
 
 def _moved(model: nn.Module, moved_by: float, batch: Batch) -> Tensor:

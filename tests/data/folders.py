@@ -1,0 +1,93 @@
+"""Prepared folders written from logs in memory, as ``pipelines.prepare`` writes them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchrec_kvshare.data.dataset import TRAIN, Dataset, Ints, build_dataset, ranges
+from torchrec_kvshare.data.digest import log_digest
+from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.features.schema import HISTORY, History, Window, table_name
+
+TEXT, LIST = pa.string(), pa.list_(pa.string())
+Column = tuple[str, Sequence[Any], pa.DataType]
+
+
+def write_folder(log: InteractionLog, folder: Path, num_shards: int) -> Path:
+    """Write a log as a finished prepared folder of so many shards."""
+    dataset = build_dataset(log, [History(HISTORY, Window(1, 1))])
+    (folder / "shards").mkdir(parents=True)
+    (folder / "vocabulary").mkdir()
+    for key, ids in dataset.known_ids.items():
+        _write(folder / f"vocabulary/{table_name(key)}.parquet", ("id", ids, TEXT))
+    log = dataset.log
+    if log.action is not None:
+        _write(folder / "actions.parquet", ("id", log.action.ids, TEXT))
+    in_training = dataset.split == TRAIN
+    _write(
+        folder / "items.parquet",
+        ("id", log.items.ids, TEXT),
+        ("num_training", _counts(dataset, in_training), pa.int64()),
+        ("num_positive", _counts(dataset, in_training & (dataset.label > 0)), pa.int64()),
+        *((name, values, LIST) for name, values in log.item_attributes.items()),
+        *((name, values, pa.float32()) for name, values in log.item_floats.items()),
+    )
+    for shard in range(num_shards):
+        users = np.arange(shard, dataset.num_users, num_shards)
+        _write_shard(dataset, folder / f"shards/{shard:05}", users)
+    manifest = {
+        "format": 1,
+        "num_users": dataset.num_users,
+        "num_items": len(log.items.ids),
+        "num_events": len(dataset.time),
+        "num_positive": int(dataset.label.sum()),
+        "num_shards": num_shards,
+        "item_attributes": list(log.item_attributes),
+        "item_floats": list(log.item_floats),
+        "user_attributes": list(log.user_attributes),
+        "has_action": log.action is not None,
+        "source": {},
+        "report": str(log.report),
+        "digest": log_digest(log).to_json(),
+    }
+    (folder / "prepared.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def _write_shard(dataset: Dataset, path: Path, users: Ints) -> None:
+    log = dataset.log
+    first, lengths = dataset.user_offsets[users], np.diff(dataset.user_offsets)[users]
+    events = ranges(first, lengths)
+    _write(
+        path.with_suffix(".users.parquet"),
+        ("code", users, pa.int64()),
+        ("id", [log.users.ids[user] for user in users], TEXT),
+        ("first_event", first, pa.int64()),
+        ("num_events", lengths, pa.int64()),
+        *(
+            (name, [values[user] for user in users], LIST)
+            for name, values in log.user_attributes.items()
+        ),
+    )
+    action = [] if log.action is None else [("action", dataset.action[events], pa.int32())]
+    _write(
+        path.with_suffix(".events.parquet"),
+        ("item", dataset.item[events], pa.int32()),
+        ("time", dataset.time[events], pa.int64()),
+        ("label", dataset.label[events].astype(np.uint8), pa.uint8()),
+        *action,
+    )
+
+
+def _counts(dataset: Dataset, chosen: np.ndarray) -> Ints:
+    return np.bincount(dataset.item[chosen], minlength=len(dataset.item_row))
+
+
+def _write(path: Path, *columns: Column) -> None:
+    arrays = [pa.array(list(values), kind) for _, values, kind in columns]
+    pq.write_table(pa.Table.from_arrays(arrays, [name for name, *_ in columns]), path)

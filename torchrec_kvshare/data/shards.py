@@ -1,0 +1,349 @@
+"""A log as shards of users: whole in memory, or a prepared folder that is read as it is needed.
+
+Whatever reads a whole log reads it shard by shard, so that memory holds a few shards and what is
+counted from them. A log in memory is one shard.
+
+A user is in shard ``code % num_shards``. Splits, histories and random draws depend on a user's
+events and on their indices in the whole log alone, so that they are the same whatever the shards.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_kvshare.data.dataset import (
+    NO_MAPS,
+    TRAIN,
+    Dataset,
+    Ints,
+    count_sets,
+    first_users,
+    splits_of,
+    with_users,
+    without_users,
+)
+from torchrec_kvshare.data.digest import DataDigest, log_digest
+from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.tables import IdColumn
+from torchrec_kvshare.errors import DataError, MissingExtraError
+from torchrec_kvshare.features.schema import (
+    ACTION,
+    ITEM,
+    USER,
+    FeatureSchema,
+    History,
+    IdMap,
+    context_key,
+    item_key,
+    table_name,
+)
+
+FORMAT = 1
+MANIFEST = "prepared.json"
+ITEM_COLUMNS = ("id", "num_training", "num_positive")  # then attributes and floats
+USER_COLUMNS = ("code", "id", "first_event", "num_events")  # then attributes
+EVENT_COLUMNS = ("item", "time", "label")  # then the action, if the log has actions
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """A log as shards of users.
+
+    Attributes:
+        shared: what all shards share: the schema, items and actions; its users are not used.
+        num_shards: their number.
+        num_training: [I] events of the training split, by item code.
+        num_positive: [I] those of them that are positive.
+        report: what was read and dropped.
+        digest: computes the digest of the log.
+        read: reads shards by number into one data set, in their order.
+    """
+
+    shared: Dataset
+    num_shards: int
+    num_training: Ints
+    num_positive: Ints
+    report: str
+    digest: Callable[[], DataDigest]
+    read: Callable[[Sequence[int]], Dataset]
+
+    @property
+    def schema(self) -> FeatureSchema:
+        """Columns and vocabularies."""
+        return self.shared.schema
+
+    def __iter__(self) -> Iterator[Dataset]:
+        """Read one shard after the other."""
+        for shard in range(self.num_shards):
+            yield self.read([shard])
+
+
+def in_memory(dataset: Dataset) -> Shards:
+    """Return a whole log in memory as one shard.
+
+    Args:
+        dataset: as ``build_dataset`` returns it.
+    """
+
+    def counts(chosen: NDArray[np.bool_]) -> Ints:
+        return np.bincount(dataset.item[chosen], minlength=len(dataset.item_row))
+
+    in_training = dataset.split == TRAIN
+    return Shards(
+        shared=dataset,
+        num_shards=1,
+        num_training=counts(in_training),
+        num_positive=counts(in_training & (dataset.label > 0)),
+        report=str(dataset.log.report),
+        digest=partial(log_digest, dataset.log),
+        read=lambda shards: dataset,
+    )
+
+
+def open_prepared(
+    path: Path, histories: Sequence[History], id_maps: Mapping[str, IdMap] = NO_MAPS
+) -> Shards:
+    """Open a folder that ``pipelines.prepare`` wrote; its shards are read when they are needed.
+
+    Args:
+        path: the folder.
+        histories: the histories that the model reads.
+        id_maps: as in ``build_dataset``.
+
+    Raises:
+        ConfigError: if a history keeps an action that the log does not have, or there is no such
+            column to map.
+        DataError: if the folder is not a finished one, or a file cannot be read.
+        MissingExtraError: without pyarrow.
+    """
+    folder = _Folder(path)
+    log, num_training, num_positive = folder.items()
+    keys = [USER, ITEM, *([ACTION] if log.action is not None else [])]
+    keys += [item_key(name) for name in log.item_attributes]
+    keys += [context_key(name) for name in log.user_attributes]
+    known_ids = {key: folder.ids(f"vocabulary/{table_name(key)}.parquet") for key in keys}
+    shared = without_users(log, known_ids, np.flatnonzero(num_training), histories, id_maps)
+
+    def read(shards: Sequence[int]) -> Dataset:
+        part, user_code, first_event = folder.users_of(log, shards)
+        return with_users(shared, part, splits_of(part), user_code, first_event)
+
+    return Shards(
+        shared=shared,
+        num_shards=folder.manifest["num_shards"],
+        num_training=num_training,
+        num_positive=num_positive,
+        report=folder.manifest["report"],
+        digest=lambda: DataDigest(**folder.manifest["digest"]),
+        read=read,
+    )
+
+
+def num_prepared_users(path: Path) -> int:
+    """Return the number of users of a prepared folder."""
+    return int(_Folder(path).manifest["num_users"])
+
+
+def read_prepared_log(path: Path, max_users: int | None) -> InteractionLog:
+    """Read users of a prepared folder into memory.
+
+    Args:
+        path: the folder.
+        max_users: number of users, as ``first_users`` chooses them; None for all.
+
+    Raises:
+        DataError: if the folder is not a finished one, or a file cannot be read.
+        MissingExtraError: without pyarrow.
+    """
+    folder = _Folder(path)
+    bare, _, _ = folder.items()
+    num_users, all_shards = folder.manifest["num_users"], range(folder.manifest["num_shards"])
+    chosen = np.arange(num_users)
+    if max_users is not None:
+        num_sets = np.zeros(num_users, np.int64)
+        for shard in all_shards:
+            log, user_code, _ = folder.users_of(bare, [shard])
+            num_sets[user_code] = count_sets(log)
+        chosen = first_users(num_sets, max_users)
+    parts = []
+    for shard in all_shards:
+        log, user_code, _ = folder.users_of(bare, [shard])
+        parts.append(_events_of(log, np.isin(user_code, chosen)))
+    return _joined(parts)
+
+
+class _Folder:
+    """The files of a prepared folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / MANIFEST).is_file():
+            raise DataError(
+                f"{path} has no {MANIFEST}; a folder that pipelines.prepare has finished has one"
+            )
+        self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        if self.manifest.get("format") != FORMAT:
+            raise DataError(
+                f"{path} has format {self.manifest.get('format')}; format {FORMAT} can be read: "
+                "prepare it again"
+            )
+
+    def columns(self, names: Sequence[str], wanted: Sequence[str]) -> list[Any]:
+        """Read the columns of Parquet files that follow each other, in this thread.
+
+        Columns go by their order: an attribute may have the name of a column of ours.
+        """
+        try:
+            pyarrow = importlib.import_module("pyarrow")
+            parquet = importlib.import_module("pyarrow.parquet")
+        except ImportError as error:
+            raise MissingExtraError("parquet", "reading a prepared folder") from error
+        tables = []
+        for name in names:
+            try:
+                with parquet.ParquetFile(self.path / name) as opened:
+                    tables.append(opened.read(use_threads=False))
+            except (OSError, pyarrow.ArrowException) as error:
+                raise DataError(f"{self.path / name} cannot be read: {error}") from error
+            if tables[-1].column_names != list(wanted):
+                raise DataError(
+                    f"{self.path / name} has columns {tables[-1].column_names}; {list(wanted)} "
+                    "are needed"
+                )
+        columns: list[Any] = pyarrow.concat_tables(tables).columns
+        return columns
+
+    def ids(self, name: str) -> list[str]:
+        """Read a file of ids."""
+        return _texts(self.columns([name], ["id"])[0])
+
+    def items(self) -> tuple[InteractionLog, Ints, Ints]:
+        """Read all items and actions, as a log without events; count each item's training events.
+
+        Returns:
+            The log, and by item code the number of training events and of those that are positive.
+        """
+        none, manifest = np.zeros(0, np.int64), self.manifest
+        attributes, floats = manifest["item_attributes"], manifest["item_floats"]
+        wanted = [*ITEM_COLUMNS, *attributes, *floats]
+        ids, num_training, num_positive, *rest = self.columns(["items.parquet"], wanted)
+        action = IdColumn(none, self.ids("actions.parquet")) if manifest["has_action"] else None
+        log = InteractionLog(
+            users=IdColumn(none, []),
+            items=IdColumn(none, _texts(ids)),
+            time=none,
+            label=np.zeros(0, np.float32),
+            action=action,
+            item_attributes=dict(zip(attributes, map(_lists, rest), strict=False)),
+            item_floats={
+                name: column.to_numpy().astype(np.float32)
+                for name, column in zip(floats, rest[len(attributes) :], strict=True)
+            },
+            user_attributes={name: [] for name in manifest["user_attributes"]},
+            report=ReadReport(0, 0, {}, []),
+        )
+        return log, _ints(num_training), _ints(num_positive)
+
+    def users_of(
+        self, bare: InteractionLog, shards: Sequence[int]
+    ) -> tuple[InteractionLog, Ints, Ints]:
+        """Read the users of shards.
+
+        Args:
+            bare: the log without events that ``items`` returns.
+            shards: their numbers; the first one's users come first.
+
+        Returns:
+            Their events in canonical order, and code and first event of each user.
+        """
+        codes, ids, first_events, lengths, *attributes = self.columns(
+            [f"shards/{shard:05}.users.parquet" for shard in shards],
+            [*USER_COLUMNS, *bare.user_attributes],
+        )
+        item, time, label, *actions = self.columns(
+            [f"shards/{shard:05}.events.parquet" for shard in shards],
+            [*EVENT_COLUMNS, *([] if bare.action is None else [ACTION])],
+        )
+        counts, items = _ints(lengths), _ints(item)
+        if counts.sum() != len(items) or items.max(initial=-1) >= len(bare.items.ids):
+            raise DataError(
+                f"shards {list(shards)} of {self.path} have {len(items)} events with item codes up "
+                f"to {items.max(initial=-1)}; {counts.sum()} events of {len(bare.items.ids)} items "
+                "are expected: the files are not of one log"
+            )
+        log = replace(
+            bare,
+            users=IdColumn(np.repeat(np.arange(len(counts)), counts), _texts(ids)),
+            items=bare.items._replace(codes=items),
+            time=_ints(time),
+            label=label.to_numpy().astype(np.float32),
+            action=bare.action and bare.action._replace(codes=_ints(actions[0])),
+            user_attributes=dict(zip(bare.user_attributes, map(_lists, attributes), strict=True)),
+            report=ReadReport(len(items), len(items), {}, []),
+        )
+        return log, _ints(codes), _ints(first_events)
+
+
+def _events_of(log: InteractionLog, is_chosen: NDArray[np.bool_]) -> InteractionLog:
+    """Return a log with the events of chosen users only."""
+    kept = is_chosen[log.users.codes]
+    chosen = np.flatnonzero(is_chosen).tolist()
+    new_code = np.cumsum(is_chosen) - 1
+    return replace(
+        log,
+        users=IdColumn(new_code[log.users.codes[kept]], [log.users.ids[user] for user in chosen]),
+        items=log.items._replace(codes=log.items.codes[kept]),
+        time=log.time[kept],
+        label=log.label[kept],
+        action=log.action and log.action._replace(codes=log.action.codes[kept]),
+        user_attributes={
+            name: [ids_by_user[user] for user in chosen]
+            for name, ids_by_user in log.user_attributes.items()
+        },
+    )
+
+
+def _joined(parts: Sequence[InteractionLog]) -> InteractionLog:
+    """Return one log of parts that have the same items and actions, and distinct users."""
+    num_users = np.cumsum([0] + [len(part.users.ids) for part in parts]).tolist()
+    users = [part.users.codes + before for part, before in zip(parts, num_users, strict=False)]
+    first = parts[0]
+    num_events = sum(len(part.time) for part in parts)
+    return replace(
+        first,
+        users=IdColumn(np.concatenate(users), [raw for part in parts for raw in part.users.ids]),
+        items=first.items._replace(codes=np.concatenate([part.items.codes for part in parts])),
+        time=np.concatenate([part.time for part in parts]),
+        label=np.concatenate([part.label for part in parts]),
+        action=first.action
+        and first.action._replace(
+            codes=np.concatenate([part.action.codes for part in parts if part.action is not None])
+        ),
+        user_attributes={
+            name: [ids for part in parts for ids in part.user_attributes[name]]
+            for name in first.user_attributes
+        },
+        report=ReadReport(num_events, num_events, {}, []),
+    )
+
+
+def _ints(column: Any) -> Ints:
+    return np.asarray(column.to_numpy().astype(np.int64))
+
+
+def _texts(column: Any) -> list[str]:
+    texts: list[str] = column.to_pylist()
+    return texts
+
+
+def _lists(column: Any) -> list[tuple[str, ...]]:
+    """Return a column of lists of ids; equal ids are one object."""
+    known: dict[str, str] = {}
+    return [tuple(known.setdefault(raw, raw) for raw in ids) for ids in column.to_pylist()]
