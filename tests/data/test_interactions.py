@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_kvshare.data import tables
+from torchrec_kvshare.data import chunks
 from torchrec_kvshare.data.files import FileFormat
 from torchrec_kvshare.data.interactions import (
     ColumnMapping,
@@ -152,7 +152,7 @@ def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rows = "".join(f"{row % 3},{row % 5},{row}\n" for row in range(11))
     path = written(tmp_path, f"user,item,time\n{rows}short\n9,9,x\n")
     whole = read_interactions(path, COLUMNS)
-    monkeypatch.setattr(tables, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 4)
     in_chunks = read_interactions(path, COLUMNS)
     assert whole.report == in_chunks.report
     assert decoded(whole.items) == decoded(in_chunks.items)

@@ -103,8 +103,9 @@ def _paths(config: Any, keys: Sequence[str]) -> Iterator[tuple[str, Path]]:
         value = config
         for name in key.split("."):
             value = getattr(value, name, None)
-        if isinstance(value, str):
-            yield key, Path(value)
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str):
+                yield key, Path(path)
 
 
 def _check_kind(key: str, output: Path, is_file: bool) -> None:

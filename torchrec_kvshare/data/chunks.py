@@ -4,13 +4,16 @@ Every reader of a kind of file yields them. Reading in memory and preparing shar
 they do with a chunk, not in what is in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_ROWS = 65_536  # rows held as Python lists at once, some 30 MB of a wide file
+EXAMPLE_CHARACTERS = 80  # of a bad row or value in a message
 
 
 class CodedTexts(NamedTuple):
@@ -47,3 +50,35 @@ def coded(texts: Sequence[str]) -> CodedTexts:
     code_by_text = {text: code for code, text in enumerate(dict.fromkeys(texts))}
     codes = np.fromiter(map(code_by_text.__getitem__, texts), np.int64, len(texts))
     return CodedTexts(codes, list(code_by_text))
+
+
+def chunks_of_rows(
+    path: Path,
+    width: int,
+    index_by_name: dict[str, int],
+    numbered_rows: Iterator[tuple[int, list[str]]],
+) -> Iterator[Chunk]:
+    """Code the columns of a stream of rows.
+
+    Args:
+        path: the file, for messages.
+        width: number of its columns; rows with another number of fields are dropped and counted.
+        index_by_name: the columns to read.
+        numbered_rows: line number and fields of each row.
+
+    Yields:
+        The rows, at most ``CHUNK_ROWS`` at once.
+    """
+    while chunk := list(islice(numbered_rows, CHUNK_ROWS)):
+        fitting = [row for _, row in chunk if len(row) == width]
+        lines = [line for line, row in chunk if len(row) == width]
+        columns = {
+            name: coded([row[index] for row in fitting]) for name, index in index_by_name.items()
+        }
+        misfits = [_misfit(path, *pair) for pair in chunk if len(pair[1]) != width]
+        yield Chunk(columns, np.array(lines, np.int64), len(misfits), tuple(misfits))
+
+
+def _misfit(path: Path, line: int, row: list[str]) -> str:
+    text = ",".join(row)[:EXAMPLE_CHARACTERS]
+    return f"{path}, line {line}: wrong number of fields: {len(row)} in {text!r}"

@@ -113,18 +113,25 @@ def open_text(path: Path, encoding: str) -> Iterator[TextIO]:
     """
     encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     try:
-        with open_bytes(path) as file:
+        with reading(path), open_bytes(path) as file:
             check_kind(path, file.read(HEAD_BYTES), TEXT, encoding)
             file.seek(0)
             with io.TextIOWrapper(file, encoding, newline="") as text:
                 yield text
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}, {_first_undecodable(path, encoding)} is not {encoding.removesuffix('-sig')}; "
             "data.format.encoding says what it is, such as latin-1"
         ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise a DataError for what the system or a packed file says while a file is read."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 @contextmanager

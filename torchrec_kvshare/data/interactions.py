@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from torchrec_kvshare.data.chunks import EXAMPLE_CHARACTERS
 from torchrec_kvshare.data.files import FileFormat
 from torchrec_kvshare.data.sources import SourceFile
 from torchrec_kvshare.data.tables import (
-    EXAMPLE_CHARACTERS,
     EXAMPLES_PER_REASON,
     Exclusion,
     IdColumn,

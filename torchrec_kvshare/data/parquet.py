@@ -49,7 +49,8 @@ def parquet_chunks(
             file.seek(0)
             is_packed = path.suffix.lower() == ".gz"
             source = pyarrow.BufferReader(file.read()) if is_packed else path
-        with parquet.ParquetFile(source) as opened:
+        # With pre_buffer Arrow keeps every row group that it has read.
+        with parquet.ParquetFile(source, pre_buffer=False) as opened:
             check_header(path, opened.schema_arrow.names, names, "")
             kind_by_name = {name: opened.schema_arrow.field(name).type for name in names}
             for name, kind in kind_by_name.items():

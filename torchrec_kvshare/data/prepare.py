@@ -7,36 +7,28 @@ events. docs/data.md describes the files.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from torchrec_kvshare.commands.machine import granted_cores
 from torchrec_kvshare.config import DataConfig, InteractionsData, PrepareConfig
-from torchrec_kvshare.data.coding import ORDER_OF_IDS, CodedLog, code_files
-from torchrec_kvshare.data.dataset import TRAIN, count_earlier, in_canonical_order, split_events
-from torchrec_kvshare.data.digest import DataDigest, digest_of_events, digest_of_values
-from torchrec_kvshare.data.interactions import InteractionLog, LogSummary, ReadReport, num_tied
+from torchrec_kvshare.data.coding import CodedLog, code_files
+from torchrec_kvshare.data.cut import Cutter
+from torchrec_kvshare.data.dataset import in_canonical_order
+from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
 from torchrec_kvshare.data.load import file_format_of, load_log, mapping_of
-from torchrec_kvshare.data.shards import FORMAT, MANIFEST
+from torchrec_kvshare.data.shards import MANIFEST
 from torchrec_kvshare.data.sources import source_files
-from torchrec_kvshare.data.staging import ROWS, Work, identifier, remove, table
+from torchrec_kvshare.data.staging import Work, remove, table
 from torchrec_kvshare.errors import ConfigError, DataError
-from torchrec_kvshare.features.schema import ACTION, ITEM, USER, context_key, item_key, table_name
 
 STATE = "state.json"  # what an unfinished folder is made of
-WORK, SHARDS = "work", "shards"
-EVENTS_PER_SHARD = 1_000_000
-ROLES = ("user", "item", "action")
-KEY_BY_ROLE = {"user": USER, "item": ITEM, "action": ACTION}
-
-Ints = NDArray[np.int64]
+WORK = "work"
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -69,7 +61,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         work = Work(folder / WORK, config.memory_bytes, config.threads or granted_cores(), finished)
         with closing(work):
             log = _coded(work, config.data)
-            shards = _Shards(work, log, folder, config.num_shards)
+            shards = Cutter(work, log, folder, config.num_shards)
             bar.total = bar.n + 2 * shards.num_shards
             manifest = shards.write() | {"source": made_of["data"], "made_of": made_of}
     unfinished = folder / f"{MANIFEST}.new"
@@ -85,6 +77,14 @@ def _made_of(config: PrepareConfig) -> dict[str, Any]:
     files: list[Path] = []
     if isinstance(config.data, InteractionsData):
         files = [file.path for file in source_files(config.data.path)]
+        paths = config.data.path if isinstance(config.data.path, list) else [config.data.path]
+        output = Path(config.output).resolve()
+        for path in map(Path, paths):
+            if path.is_dir() and path.resolve() in output.parents:
+                raise ConfigError(
+                    f"output is {config.output!r}, inside data.path {str(path)!r}; its files would "
+                    "be read as the log's; name a folder beside it"
+                )
     elif hasattr(config.data, "root"):
         files = sorted(path for path in Path(config.data.root).glob("*") if path.is_file())
     inputs = []
@@ -161,7 +161,7 @@ def _write_log(work: Work, log: InteractionLog) -> None:
     columns = [("user", log.users), ("item", log.items)]
     columns += [] if log.action is None else [("action", log.action)]
     for role, column in columns:
-        _write(work, f"ids/{role}.parquet", {"id": arrow.array(column.ids, arrow.string())})
+        work.write_columns(f"ids/{role}.parquet", {"id": arrow.array(column.ids, arrow.string())})
     events = {
         "user": log.users.codes,
         "item": log.items.codes.astype(np.int32),
@@ -170,17 +170,17 @@ def _write_log(work: Work, log: InteractionLog) -> None:
     }
     if log.action is not None:
         events["action"] = log.action.codes.astype(np.int32)
-    _write(work, "events.parquet", events)
+    work.write_columns("events.parquet", events)
     texts = arrow.list_(arrow.string())
     for role, attributes in (("item", log.item_attributes), ("user", log.user_attributes)):
         for number, values in enumerate(attributes.values()):
             codes = [code for code, value in enumerate(values) if value]
             given = arrow.array([list(values[code]) for code in codes], texts)
             coded = {"code": arrow.array(codes, arrow.int64()), "value": given}
-            _write(work, f"{role}_attributes/{number}.parquet", coded)
+            work.write_columns(f"{role}_attributes/{number}.parquet", coded)
     for number, floats in enumerate(log.item_floats.values()):
         coded = {"code": np.arange(len(floats)), "value": floats}
-        _write(work, f"item_floats/{number}.parquet", coded)
+        work.write_columns(f"item_floats/{number}.parquet", coded)
     summary = log.report.summary
     described = {
         "has_action": log.action is not None,
@@ -191,325 +191,3 @@ def _write_log(work: Work, log: InteractionLog) -> None:
         "time_form": None if summary is None else summary.time_form,
     }
     work.write_json("log.json", lambda: described)
-
-
-def _write(work: Work, name: str, columns: dict[str, Any]) -> None:
-    made = work.arrow.table(columns)
-    work.make(name, lambda path: work.write(path, iter([made]), made.schema))
-
-
-# --- shards
-
-
-class _Tally(NamedTuple):
-    """Counts over all shards; the split is that of ``build_dataset``."""
-
-    known_users: NDArray[np.bool_]
-    known_actions: NDArray[np.bool_]
-    num_training: Ints  # by item
-    num_positive: Ints  # by item, of the training split
-
-
-@dataclass
-class _Shards:
-    """Writes the folder of a coded log."""
-
-    work: Work
-    log: CodedLog
-    folder: Path
-    wanted_shards: int | None
-
-    def __post_init__(self) -> None:
-        stages = self.work.folder
-        self.ids = {
-            role: table(stages / f"ids/{role}.parquet", ", file_row_number = true")
-            for role in self.roles
-        }
-        self.num_by_role = {
-            role: self.work.one(f"SELECT count(*) FROM {ids}")[0] for role, ids in self.ids.items()
-        }
-        # Counted by user, so that the events of a shard need no count of their own.
-        counts = self.work.copy(
-            "counts.parquet",
-            f"SELECT user AS code, count(*) AS num_events FROM ({self.log.events}) "
-            "GROUP BY 1 ORDER BY 1",
-        )
-        self.num_events = self.work.parquet.read_table(counts)["num_events"].to_numpy()  # [users]
-        self.total = int(self.num_events.sum())
-        self.num_shards = self._num_shards()
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The id columns that the log has."""
-        return ROLES if self.log.has_action else ROLES[:2]
-
-    def _num_shards(self) -> int:
-        num_users = self.num_by_role["user"]
-        if self.wanted_shards is None:
-            return min(max(1, round(self.total / EVENTS_PER_SHARD)), num_users)
-        if self.wanted_shards > num_users:
-            raise ConfigError(
-                f"num_shards is {self.wanted_shards}; the log has {num_users} users, and a shard "
-                "needs one"
-            )
-        return self.wanted_shards
-
-    def write(self) -> dict[str, Any]:
-        """Write all files but the manifest, and return it."""
-        self._cut()
-        self._write_users()
-        for shard in range(self.num_shards):
-            self._write_shard(shard)
-        tally, summary = self._count()
-        self._write_items()
-        self._write_vocabularies(tally)
-        text = str(replace(self.log.report, summary=summary))
-        num_positive = self._num_positive
-        counts = {
-            "users": self.num_by_role["user"],
-            "items": self.num_by_role["item"],
-            "events": self.total,
-            "positive events": num_positive,
-        }
-        return {
-            "format": FORMAT,
-            "num_users": counts["users"],
-            "num_items": counts["items"],
-            "num_events": self.total,
-            "num_positive": num_positive,
-            "num_shards": self.num_shards,
-            "item_attributes": list(self.log.item_attributes),
-            "item_floats": list(self.log.item_floats),
-            "user_attributes": list(self.log.user_attributes),
-            "has_action": self.log.has_action,
-            "report": text,
-            "digest": DataDigest(counts, self._digests()).to_json(),
-        }
-
-    def _cut(self) -> None:
-        self.work.copy(
-            "cut",
-            f"SELECT *, user % {self.num_shards} AS shard FROM ({self.log.events})",
-            f"{ROWS}, PARTITION_BY (shard)",
-        )
-
-    def _write_users(self) -> None:
-        firsts = np.cumsum(self.num_events) - self.num_events
-        _write(self.work, "firsts.parquet", {"first_event": firsts, "num_events": self.num_events})
-        counts = table(self.work.folder / "firsts.parquet", ", file_row_number = true")
-        selected, joins = self._values("user", self.log.user_attributes, "attributes")
-        self.work.copy(
-            "users.parquet",
-            f"SELECT i.file_row_number AS code, id, first_event, num_events{selected} "
-            f"FROM {self.ids['user']} AS i JOIN {counts} AS c USING (file_row_number) {joins} "
-            "ORDER BY code",
-        )
-
-    def _values(self, role: str, names: Sequence[str], kind: str) -> tuple[str, str]:
-        """Return the columns of an owner's values, and the joins that they take, as SQL."""
-        selected, joins = [], []
-        empty = "[]::VARCHAR[]" if kind == "attributes" else "0::FLOAT"
-        for number, name in enumerate(names):
-            value = f"{kind}{number}"
-            path = self.work.folder / f"{role}_{kind}/{number}.parquet"
-            selected.append(f", coalesce({value}.value, {empty}) AS {identifier(name)}")
-            joins.append(f"LEFT JOIN {table(path)} AS {value} ON i.file_row_number = {value}.code")
-        return "".join(selected), " ".join(joins)
-
-    def _write_shard(self, shard: int) -> None:
-        name = f"../{SHARDS}/{shard:05d}"
-        self.work.copy(
-            f"{name}.users.parquet",
-            f"SELECT * FROM {table(self.work.folder / 'users.parquet')} "
-            f"WHERE code % {self.num_shards} = {shard} ORDER BY code",
-        )
-        action = ", action" if self.log.has_action else ""
-        cut = table(self.work.folder / f"cut/shard={shard}", ", hive_partitioning = false")
-        self.work.copy(
-            f"{name}.events.parquet",
-            f"SELECT item, time, label{action} FROM {cut} ORDER BY user, time, item{action}, label",
-        )
-
-    def _events(self, shard: int, columns: Sequence[str]) -> list[NDArray[Any]]:
-        path = self.folder / SHARDS / f"{shard:05d}.events.parquet"
-        read = self.work.parquet.read_table(path, columns=list(columns))
-        return [read[name].to_numpy() for name in columns]
-
-    # --- what is counted over shards
-
-    def _count(self) -> tuple[_Tally, LogSummary | None]:
-        tally = _Tally(
-            known_users=np.zeros(self.num_by_role["user"], np.bool_),
-            known_actions=np.zeros(self.num_by_role.get("action", 0), np.bool_),
-            num_training=np.zeros(self.num_by_role["item"], np.int64),
-            num_positive=np.zeros(self.num_by_role["item"], np.int64),
-        )
-        tied, self._num_positive = 0, 0
-        times: list[int] = []
-        for shard in range(self.num_shards):
-            tied += self._count_shard(shard, tally, times)
-            self.work.finished(f"count {shard}")
-        columns = {"num_training": tally.num_training, "num_positive": tally.num_positive}
-        _write(self.work, "training.parquet", columns)
-        if self.log.time_form is None:
-            return tally, None
-        summary = LogSummary(
-            time_form=self.log.time_form,
-            first_time=min(times),
-            last_time=max(times),
-            tied_share=tied / self.total,
-            positive_share=self._num_positive / self.total,
-        )
-        return tally, summary
-
-    def _count_shard(self, shard: int, tally: _Tally, times: list[int]) -> int:
-        """Add a shard's counts, and return its number of tied events."""
-        names = ("item", "time", "label", *(("action",) if self.log.has_action else ()))
-        item, time, label, *action = self._events(shard, names)
-        counts = self.num_events[shard :: self.num_shards]
-        user = np.repeat(np.arange(len(counts)), counts)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        in_training = split_events(user, count_earlier(user, time, offsets), counts) == TRAIN
-        positive = item[in_training & (label == 1)]
-        tally.num_training[:] += np.bincount(item[in_training], minlength=len(tally.num_training))
-        tally.num_positive[:] += np.bincount(positive, minlength=len(tally.num_positive))
-        tally.known_users[shard + self.num_shards * np.unique(user[in_training])] = True
-        if action:
-            tally.known_actions[action[0][in_training]] = True
-        times += [int(time.min()), int(time.max())]
-        self._num_positive += int(label.sum(dtype=np.int64))
-        return num_tied(user, time)
-
-    # --- items and vocabularies
-
-    def _write_items(self) -> None:
-        attributes, joins = self._values("item", self.log.item_attributes, "attributes")
-        floats, more_joins = self._values("item", self.log.item_floats, "floats")
-        training = table(self.work.folder / "training.parquet", ", file_row_number = true")
-        self.work.copy(
-            "../items.parquet",
-            f"SELECT id, num_training, num_positive{attributes}{floats} "
-            f"FROM {self.ids['item']} AS i JOIN {training} AS t USING (file_row_number) "
-            f"{joins} {more_joins} ORDER BY i.file_row_number",
-        )
-        if self.log.has_action:
-            self.work.copy(
-                "../actions.parquet",
-                f"SELECT id FROM {self.ids['action']} ORDER BY file_row_number",
-            )
-
-    def _write_vocabularies(self, tally: _Tally) -> None:
-        known_by_role = {
-            "user": np.flatnonzero(tally.known_users),
-            "item": np.flatnonzero(tally.num_training),
-            "action": np.flatnonzero(tally.known_actions),
-        }
-        for role in self.roles:
-            known = f"known/{role}.parquet"
-            _write(self.work, known, {"code": known_by_role[role]})
-            self.work.copy(
-                f"../vocabulary/{table_name(KEY_BY_ROLE[role])}.parquet",
-                f"SELECT id FROM {self.ids[role]} WHERE file_row_number IN "
-                f"(SELECT code FROM {table(self.work.folder / known)}) ORDER BY file_row_number",
-            )
-        for role, names, key_of in (
-            ("item", self.log.item_attributes, item_key),
-            ("user", self.log.user_attributes, context_key),
-        ):
-            for number, name in enumerate(names):
-                self._write_attribute_vocabulary(role, number, key_of(name))
-
-    def _write_attribute_vocabulary(self, role: str, number: int, key: str) -> None:
-        values = table(self.work.folder / f"{role}_attributes/{number}.parquet")
-        known = table(self.work.folder / f"known/{role}.parquet")
-        self.work.copy(
-            f"../vocabulary/{table_name(key)}.parquet",
-            f"SELECT DISTINCT id FROM (SELECT unnest(value) AS id FROM {values} "
-            f"WHERE code IN (SELECT code FROM {known})) ORDER BY {ORDER_OF_IDS}",
-        )
-
-    # --- the digest
-
-    def _digests(self) -> dict[str, str]:
-        """Return the digest by part that ``data_digest`` gives the same log."""
-        users, items = self.work.folder / "users.parquet", self.folder / "items.parquet"
-        digests = {
-            "user ids": digest_of_values(self._column(users, "id")),
-            "item ids": digest_of_values(self._column(items, "id")),
-        }
-        columns: list[Iterator[NDArray[Any]]] = [
-            self._user_codes(),
-            *(self._in_order(name) for name in ("item", "time", "label")),
-        ]
-        if self.log.has_action:
-            columns.append(self._in_order("action"))
-            actions = self._column(self.folder / "actions.parquet", "id")
-            digests["actions"] = digest_of_values(actions)
-        digests["events"] = digest_of_events(columns)
-        for name in (*self.log.item_attributes, *self.log.item_floats):
-            is_float = name in self.log.item_floats
-            digests[f"{name} of items"] = (
-                digest_of_events([self._arrays(items, name)], "<f4")
-                if is_float
-                else digest_of_values(self._column(items, name))
-            )
-        for name in self.log.user_attributes:
-            digests[f"{name} of users"] = digest_of_values(self._column(users, name))
-        return digests
-
-    def _column(self, path: Path, name: str) -> Iterator[list[Any]]:
-        for batch in self.work.batches(path, [name]):
-            yield batch.column(0).to_pylist()
-
-    def _arrays(self, path: Path, name: str) -> Iterator[NDArray[Any]]:
-        for batch in self.work.batches(path, [name]):
-            yield batch.column(0).to_numpy()
-
-    def _user_codes(self) -> Iterator[NDArray[Any]]:
-        for first, last in self._blocks():
-            yield np.repeat(np.arange(first, last), self.num_events[first:last])
-
-    def _in_order(self, name: str) -> Iterator[NDArray[Any]]:
-        """Yield a column of the events of all shards, by user code."""
-        readers = [
-            _Column(self._arrays(self.folder / SHARDS / f"{shard:05d}.events.parquet", name))
-            for shard in range(self.num_shards)
-        ]
-        for first, last in self._blocks():
-            users, pieces = [], []
-            for shard, reader in enumerate(readers):
-                codes = np.arange(first, last)
-                codes = codes[codes % self.num_shards == shard]
-                counts = self.num_events[codes]
-                users.append(np.repeat(codes, counts))
-                pieces.append(reader.take(int(counts.sum())))
-            order = np.argsort(np.concatenate(users), kind="stable")
-            yield np.concatenate(pieces)[order]
-
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield ranges of users with about as many events as a batch has rows, or one user."""
-        ends = np.cumsum(self.num_events)
-        first = 0
-        while first < len(ends):
-            before = int(ends[first - 1]) if first else 0
-            last = int(np.searchsorted(ends, before + EVENTS_PER_SHARD, side="right"))
-            last = max(last, first + 1)
-            yield first, last
-            first = last
-
-
-class _Column:
-    """Takes the next values of a column that is read in batches."""
-
-    def __init__(self, batches: Iterator[NDArray[Any]]) -> None:
-        self.batches = batches
-        self.rest: NDArray[Any] = np.zeros(0, np.int64)
-
-    def take(self, count: int) -> NDArray[Any]:
-        pieces, num_taken = [self.rest], len(self.rest)
-        while num_taken < count:
-            pieces.append(next(self.batches))
-            num_taken += len(pieces[-1])
-        joined = np.concatenate(pieces[1:] if not len(self.rest) and len(pieces) > 1 else pieces)
-        self.rest = joined[count:]
-        return joined[:count]

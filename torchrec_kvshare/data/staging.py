@@ -115,7 +115,7 @@ class Work:
 
     def batches(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """Yield the rows of a Parquet file as Arrow batches."""
-        with self.parquet.ParquetFile(path) as file:
+        with self.parquet.ParquetFile(path, pre_buffer=False) as file:
             yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
     def write(self, path: Path, tables: Iterator[Any], schema: Any) -> None:
@@ -123,6 +123,11 @@ class Work:
         with self.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
             for table in tables:
                 writer.write_table(table)
+
+    def write_columns(self, name: str, columns: dict[str, Any]) -> None:
+        """Make a stage of columns that are in memory."""
+        made = self.arrow.table(columns)
+        self.make(name, lambda path: self.write(path, iter([made]), made.schema))
 
     def write_json(self, name: str, compute: Callable[[], Any]) -> Any:
         """Make a stage of a JSON value, and return the value."""

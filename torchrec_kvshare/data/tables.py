@@ -7,14 +7,18 @@ seconds, and tens of millions fit in memory.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.data.chunks import CHUNK_ROWS, Chunk, CodedTexts, coded
+from torchrec_kvshare.data.chunks import (
+    Chunk,
+    CodedTexts,
+    chunks_of_rows,
+    coded,
+)
 from torchrec_kvshare.data.files import (
     DELIMITER_BY_ENDING,
     FileFormat,
@@ -24,6 +28,7 @@ from torchrec_kvshare.data.files import (
 )
 from torchrec_kvshare.data.jsonl import jsonl_chunks
 from torchrec_kvshare.data.parquet import parquet_chunks
+from torchrec_kvshare.data.plain import Splitting, first_row, plain_chunks
 from torchrec_kvshare.data.sources import SourceFile, source_name
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.ids import canonical_id
@@ -34,7 +39,6 @@ ALLOWED_ENDINGS = (
     "data.format.delimiter is set"
 )
 EXAMPLES_PER_REASON = 2
-EXAMPLE_CHARACTERS = 80
 
 
 class IdColumn(NamedTuple):
@@ -271,14 +275,7 @@ def _row_chunks(
 ) -> Iterator[Chunk]:
     check_header(path, header, names, advice)
     index_by_name = {name: header.index(name) for name in names}
-    while chunk := list(islice(numbered_rows, CHUNK_ROWS)):
-        fitting = [row for _, row in chunk if len(row) == len(header)]
-        lines = [line for line, row in chunk if len(row) == len(header)]
-        columns = {
-            name: coded([row[index] for row in fitting]) for name, index in index_by_name.items()
-        }
-        misfits = [_misfit(path, *pair) for pair in chunk if len(pair[1]) != len(header)]
-        yield Chunk(columns, np.array(lines, np.int64), len(misfits), tuple(misfits))
+    yield from chunks_of_rows(path, len(header), index_by_name, numbered_rows)
 
 
 def _coded_table(
@@ -354,10 +351,24 @@ def _text_chunks(
         f". Fields are split at {delimiter!r} (data.format.delimiter), quoting is {quoting} "
         "(data.format.quoting); data.format.header names the columns of a file without a header"
     )
+    splitting = Splitting(file_format.encoding, delimiter, quoting)
+    header, num_lines = list(file_format.header), 0
+    if splitting.may_be_plain():
+        plain = header or [name.strip() for name in first_row(path, splitting)]
+        if len(plain) > 1:
+            check_header(path, plain, names, advice)
+            index_by_name = {name: plain.index(name) for name in names}
+            read = yield from plain_chunks(
+                path, len(plain), index_by_name, splitting, skip_first=not header
+            )
+            if read is None:
+                return
+            num_lines = read
     with open_text(path, file_format.encoding) as lines:
         numbered_rows = text_rows(path, lines, delimiter, quoting)
-        header = list(file_format.header) or _header(numbered_rows)
-        yield from _row_chunks(path, header, numbered_rows, names, advice)
+        header = header or _header(numbered_rows)
+        rest = (pair for pair in numbered_rows if pair[0] > num_lines)
+        yield from _row_chunks(path, header, rest, names, advice)
 
 
 def _refuse_text_options(file_format: FileFormat, path: Path, kind: str) -> None:
@@ -367,8 +378,3 @@ def _refuse_text_options(file_format: FileFormat, path: Path, kind: str) -> None
             f"data.format has a delimiter, a quoting or a header, which only text files have; "
             f"{path} is {kind}"
         )
-
-
-def _misfit(path: Path, line: int, row: list[str]) -> str:
-    text = ",".join(row)[:EXAMPLE_CHARACTERS]
-    return f"{path}, line {line}: wrong number of fields: {len(row)} in {text!r}"
