@@ -1,13 +1,18 @@
-"""Setup of every test process: quiet imports, one thread, hypothesis profiles, shared models."""
+"""Setup of every test process: quiet imports, one thread, hypothesis profiles, order, models."""
 
+import gc
 import os
 import warnings
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
 # For the processes that tests start: their waiting threads would spin on the cores that the other
 # worker needs, and a test of 10 s took 67 s. libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The code around a compiled graph's loops, which only calls them, takes longest to compile.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -37,6 +42,61 @@ settings.register_profile(
 )
 settings.register_profile("soak", parent=settings.get_profile("suite"), max_examples=2000)
 settings.load_profile("soak" if os.environ.get("KVSHARE_SOAK") == "1" else "suite")
+
+# Workers take whole files. These take longest and start first: one that started last would run
+# alone while the other worker waits.
+LONGEST_FILES = (
+    "export/test_pt2.py",
+    "training/test_loop.py",
+    "pipelines/test_cpp.py",
+    "training/test_ranks.py",
+    "pipelines/test_score.py",
+    "deploy/test_cluster.py",
+    "pipelines/test_wheel.py",
+    "serving/test_footprint.py",
+    "export/test_program.py",
+    "training/test_checkpoints.py",
+    "serving/test_page.py",
+    "serving/test_forget.py",
+    "pipelines/test_train_export.py",
+    "deploy/test_nginx.py",
+    "export/test_exporter.py",
+    "model/test_quantised.py",
+    "pipelines/test_process.py",
+    "training/test_sharding.py",
+    "attention/test_operators_memory.py",
+    "attention/test_operators.py",
+    "benchmark/test_load.py",
+    "cache/test_faults.py",
+    "cache/test_remote.py",
+    "verify/test_deterministic.py",
+    "data/test_presets.py",
+    "serving/test_fuzz.py",
+    "serving/test_soak.py",
+    "serving/test_hostile.py",
+)
+RANK_BY_FILE = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FILES)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the others keep their order."""
+    items.sort(key=lambda item: RANK_BY_FILE.get(item.path, len(RANK_BY_FILE)))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is never freed, 640,000 objects, from each garbage collection of the tests."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Optimise TorchScript programs only in tests marked ``optimised``, and in other processes.
+
+    Optimising takes four fifths of an export. The marked tests compare what programs compute.
+    """
+    with torch.jit.optimized_execution(item.get_closest_marker("optimised") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from torchrec_kvshare.export.exporter import RUNTIMES, TORCHSCRIPT
 from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.model.ranking import RankingFunctions
 
+pytestmark = pytest.mark.optimised
+
 SIZES = ["dim=8", "num_layers=1", "num_heads=2", "histories=[5,16]", "candidates=[2,3]"]
 
 

@@ -22,7 +22,6 @@ from tests.worlds import (
     MAX_HISTORY,
     NUM_HEADS,
     NUM_PLANES,
-    PROBABILITY_TOLERANCE,
     SCHEMA,
     draw_raw,
     fresh_process,
@@ -30,7 +29,6 @@ from tests.worlds import (
     parse_all,
 )
 from torchrec_kvshare.cache.identity import model_digest
-from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
 from torchrec_kvshare.export.artifact import (
     add_measured,
@@ -39,8 +37,6 @@ from torchrec_kvshare.export.artifact import (
     read_artifact,
 )
 from torchrec_kvshare.export.exporter import export_model, load_artifact
-from torchrec_kvshare.export.open import new_engine
-from torchrec_kvshare.export.triton import write_repository
 from torchrec_kvshare.features.batches import collate
 from torchrec_kvshare.features.schema import HISTORY, FeatureSchema
 from torchrec_kvshare.features.tensors import input_specs
@@ -112,6 +108,7 @@ def all_logits(model: RankingModel) -> list[list[list[float]]]:
     return [[part.tolist() for part in logits_of(model, sizes)] for sizes in BATCHES]
 
 
+@pytest.mark.optimised
 def test_a_fresh_process_scores_as_eager_does_bit_for_bit(
     model: RankingModel, artifact: Path
 ) -> None:
@@ -124,6 +121,7 @@ def test_a_fresh_process_scores_as_eager_does_bit_for_bit(
     assert "torchrec_kvshare.data.interactions" not in found["modules"]
 
 
+@pytest.mark.optimised
 def test_a_loaded_program_stays_bit_equal_call_after_call(
     model: RankingModel, artifact: Path
 ) -> None:
@@ -133,6 +131,7 @@ def test_a_loaded_program_stays_bit_equal_call_after_call(
             assert torch.equal(got, expected)
 
 
+@pytest.mark.optimised
 def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: Path) -> None:
     written = json.loads((artifact / "manifest.json").read_text())
     assert set(written) == {
@@ -547,24 +546,3 @@ def test_a_model_of_items_and_times_alone_exports_too(tmp_path: Path) -> None:
     bare = FeatureSchema(vocabularies, histories=SCHEMA.histories)
     export_model(RankingModel(make_dlrm(seed=5, schema=bare)).eval(), bare, tmp_path / "a")
     assert load_artifact(tmp_path / "a").schema.item_attributes == ()
-
-
-def test_an_artifact_of_compiled_graphs_is_served_by_the_same_engine(tmp_path: Path) -> None:
-    vocabularies = {name: SCHEMA.vocabulary_by_column[name] for name in ("user_id", "item_id")}
-    bare = FeatureSchema(vocabularies, histories=SCHEMA.histories)
-    model = RankingModel(make_dlrm(seed=5, schema=bare)).eval()
-    key = b"a secret"
-    manifest = export_model(model, bare, tmp_path / "a", runtime="pt2", key=key)
-    assert 0.0 < manifest.parity["exported_eager"] <= LOGIT_TOLERANCE
-    artifact = load_artifact(tmp_path / "a", key)
-    requests = parse_all([draw_raw(9, 4, 1, bare), draw_raw(30, 2, 2, bare)], bare)
-    expected = [one.scores for one in Engine(model, bare, None).rank(requests)]
-    engine = new_engine(artifact)
-    for status in ("miss", "hit"):
-        for answer, scores in zip(engine.rank(requests), expected, strict=True):
-            assert answer.cache.status == status
-            assert answer.scores == pytest.approx(scores, abs=PROBABILITY_TOLERANCE, rel=0.0)
-    with pytest.raises(ConfigError, match=r"cache\.items is 10; graphs of runtime pt2"):
-        new_engine(artifact, CacheConfig(items=10))
-    with pytest.raises(ConfigError, match="has runtime pt2; Triton needs torchscript"):
-        write_repository(tmp_path / "a", tmp_path / "repository")

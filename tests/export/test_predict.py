@@ -31,6 +31,8 @@ from torchrec_kvshare.model.quantised import TABLE_DTYPES, quantise_tables
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 
+pytestmark = pytest.mark.optimised
+
 Raw = dict[str, Any]
 
 USERS = [(9, 4, 1), (0, 3, 2), (14, 2, 3), (27, 5, 4), (1, 1, 5)]

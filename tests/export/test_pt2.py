@@ -1,6 +1,7 @@
 """Compiled graphs compute what the eager model does, at sizes not exported, with torch alone.
 
-Compiling takes most of a minute for each kind, so one test does all that needs its graphs.
+Compiling takes half a minute for each kind, so one test does all that needs its graphs; the causal
+ones are those of an artifact.
 """
 
 import json
@@ -16,9 +17,20 @@ import torch
 from torch import Tensor
 
 from tests.encoder_worlds import LONGER_WINDOW, SLIDING_WINDOW
-from tests.worlds import LOGIT_TOLERANCE, SCHEMA, draw_raw, fresh_process, make_dlrm, parse_all
+from tests.worlds import (
+    LOGIT_TOLERANCE,
+    PROBABILITY_TOLERANCE,
+    SCHEMA,
+    draw_raw,
+    fresh_process,
+    make_dlrm,
+    parse_all,
+)
 from torchrec_kvshare.attention.library import library_path
-from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.config import CacheConfig
+from torchrec_kvshare.errors import ArtifactError, ConfigError
+from torchrec_kvshare.export.exporter import PT2, export_model, load_artifact
+from torchrec_kvshare.export.open import new_engine
 from torchrec_kvshare.export.pt2 import (
     GRAPHS,
     WEIGHTS,
@@ -30,6 +42,7 @@ from torchrec_kvshare.export.pt2 import (
     load_pt2,
     write_pt2,
 )
+from torchrec_kvshare.export.triton import write_repository
 from torchrec_kvshare.features.batches import collate
 from torchrec_kvshare.features.schema import FeatureSchema, History
 from torchrec_kvshare.history.kinds import (
@@ -41,9 +54,11 @@ from torchrec_kvshare.history.kinds import (
     TowerSpec,
 )
 from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
+from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.verify.deterministic import compute_rows_alone, require_determinism
 from torchrec_kvshare.verify.parity import score_extended, score_through_pages
 
+KEY = b"a secret"
 # Only items and times, so that graphs are small.
 BARE = replace(SCHEMA, context=(), has_action=False, item_attributes=(), item_floats=())
 SEEN, BOUGHT = History("seen", SLIDING_WINDOW), History("bought", SLIDING_WINDOW, ("buy",))
@@ -59,14 +74,14 @@ class World(NamedTuple):
 # Together they cover all features of a model; test_graphs.py covers them for every kind.
 WORLD_BY_KIND = {
     CAUSAL: World(SCHEMA, TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2)),
-    BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 2, 2)),
+    BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 1, 2)),
     TARGET_ONLY: World(
         replace(BARE, has_action=True, histories=(SEEN, BOUGHT)),
         TowerSpec(TARGET_ONLY, 10, 1, 2, window=4),
     ),
     HSTU: World(
         replace(BARE, histories=(History("history", SLIDING_WINDOW),)),
-        TowerSpec(HSTU, 10, 2, 2, window=4),
+        TowerSpec(HSTU, 10, 1, 2, window=4),
     ),
     LONGER: World(
         replace(BARE, histories=(History("history", LONGER_WINDOW),)),
@@ -143,13 +158,15 @@ def recording(graphs: dict[str, Graph], asked: list[tuple[str, Inputs]]) -> dict
     return {name: record(name) for name in graphs}
 
 
-def answer_elsewhere(folder: Path, asked: list[tuple[str, Inputs]]) -> tuple[Any, Iterator[Any]]:
+def answer_elsewhere(
+    folder: Path, asked: list[tuple[str, Inputs]], work: Path
+) -> tuple[Any, Iterator[Any]]:
     """State of a process that has only torch, and outputs of its graphs."""
-    torch.save(asked, folder / "asked")
-    files = [str(library_path()), str(folder), str(folder / "asked"), str(folder / "answered")]
+    torch.save(asked, work / "asked")
+    files = [str(library_path()), str(folder), str(work / "asked"), str(work / "answered")]
     output, errors = fresh_process(FOREIGN_PROGRAM, *files).communicate()
     assert output, errors
-    return json.loads(output), iter(torch.load(folder / "answered"))
+    return json.loads(output), iter(torch.load(work / "answered"))
 
 
 def sources_of(path: Path) -> str:
@@ -159,18 +176,37 @@ def sources_of(path: Path) -> str:
         return "".join(package.read(name).decode() for name in names)
 
 
+def eager_model(kind: str) -> RankingModel:
+    eager = RankingModel(make_dlrm(8, *WORLD_BY_KIND[kind])).eval()
+    return compute_rows_alone(eager) if kind == HSTU else eager
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signed artifact of the causal model."""
+    folder = tmp_path_factory.mktemp("pt2") / "artifact"
+    schema = WORLD_BY_KIND[CAUSAL].schema
+    manifest = export_model(eager_model(CAUSAL), schema, folder, runtime=PT2, key=KEY)
+    assert 0.0 < manifest.parity["exported_eager"] <= LOGIT_TOLERANCE
+    return folder
+
+
 @pytest.mark.parametrize("kind", WORLD_BY_KIND)
 @torch.no_grad()
-def test_compiled_graphs_say_what_the_model_says(kind: str, tmp_path: Path) -> None:
-    world = WORLD_BY_KIND[kind]
-    eager = RankingModel(make_dlrm(8, *world)).eval()
-    if kind == HSTU:
-        eager = compute_rows_alone(eager)
-    files = write_pt2(eager, world.schema, tmp_path)
+def test_compiled_graphs_say_what_the_model_says(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    world, eager = WORLD_BY_KIND[kind], eager_model(kind)
     names = ["encode", "score"]
-    assert files == [GRAPHS, WEIGHTS, *(f"{name}.pt2" for name in names)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
-    loaded = load_pt2(tmp_path, world.schema, asdict(world.spec))
+    files = [GRAPHS, WEIGHTS, *(f"{name}.pt2" for name in names)]
+    folder = tmp_path / "written"
+    if kind == CAUSAL:
+        folder = request.getfixturevalue("artifact")
+    else:
+        folder.mkdir()
+        assert write_pt2(eager, world.schema, folder) == files
+        assert sorted(path.name for path in folder.iterdir()) == sorted(files)
+    loaded = load_pt2(folder, world.schema, asdict(world.spec))
     assert isinstance(loaded, CompiledRanking)
     if kind == HSTU:
         require_determinism(loaded, world.schema)
@@ -181,7 +217,7 @@ def test_compiled_graphs_say_what_the_model_says(kind: str, tmp_path: Path) -> N
     for users in BATCHES:
         assert_equals_eager(here, eager, world, users)
     assert {name for name, _ in asked} == set(names)
-    found, answers = answer_elsewhere(tmp_path, asked)
+    found, answers = answer_elsewhere(folder, asked, tmp_path)
     assert found == {"new_threads": 0, "modules": []}
     there = CompiledRanking(
         dict.fromkeys(names, lambda _: next(answers)), world.schema, world.spec, {}
@@ -189,9 +225,27 @@ def test_compiled_graphs_say_what_the_model_says(kind: str, tmp_path: Path) -> N
     for users in BATCHES:
         assert_equals_eager(there, eager, world, users)
     for name in names:
-        sources = sources_of(tmp_path / f"{name}.pt2")
+        sources = sources_of(folder / f"{name}.pt2")
         assert "omp parallel" in sources
         assert "num_threads(" not in sources  # not the exporter's number of threads
+
+
+def test_an_artifact_of_compiled_graphs_is_served_by_the_same_engine(
+    artifact: Path, tmp_path: Path
+) -> None:
+    model, schema = eager_model(CAUSAL), WORLD_BY_KIND[CAUSAL].schema
+    loaded = load_artifact(artifact, KEY)
+    requests = parse_all([draw_raw(9, 4, 1, schema), draw_raw(30, 2, 2, schema)], schema)
+    expected = [one.scores for one in Engine(model, schema, None).rank(requests)]
+    engine = new_engine(loaded)
+    for status in ("miss", "hit"):
+        for answer, scores in zip(engine.rank(requests), expected, strict=True):
+            assert answer.cache.status == status
+            assert answer.scores == pytest.approx(scores, abs=PROBABILITY_TOLERANCE, rel=0.0)
+    with pytest.raises(ConfigError, match=r"cache\.items is 10; graphs of runtime pt2"):
+        new_engine(loaded, CacheConfig(items=10))
+    with pytest.raises(ConfigError, match="has runtime pt2; Triton needs torchscript"):
+        write_repository(artifact, tmp_path / "repository")
 
 
 @pytest.mark.parametrize("max_history", [1, 2, 5, 7, 99, 100, 200])

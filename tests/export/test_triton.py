@@ -28,6 +28,8 @@ from torchrec_kvshare.export.triton_model import TritonPythonModel
 from torchrec_kvshare.features.tensors import input_specs, request_tensors
 from torchrec_kvshare.model.ranking import RankingModel
 
+pytestmark = pytest.mark.optimised
+
 RAWS = [
     draw_raw(num_events, num_candidates, place) | {"user_id": place}
     for place, (num_events, num_candidates) in enumerate([(9, 4), (0, 3), (20, 2)])

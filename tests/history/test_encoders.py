@@ -62,6 +62,8 @@ from torchrec_kvshare.model.collection import kvshare_collection
 from torchrec_kvshare.model.ranking import RankingModel, takes_prefixes
 from torchrec_kvshare.verify.parity import score_through_pages
 
+pytestmark = pytest.mark.optimised
+
 RawRequest = dict[str, Any]
 Users = list[tuple[int, int, int]]
 

@@ -55,6 +55,8 @@ from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.verify.audit import audit_model
 from torchrec_kvshare.verify.parity import check_parity, score_extended, score_through_pages
 
+pytestmark = pytest.mark.optimised
+
 QUANTISED = TABLE_DTYPES[1:]
 BITS = {"int8": 8, "int4": 4}
 USERS = [(9, 4, 1), (0, 3, 2), (14, 2, 3), (27, 5, 4), (1, 1, 5)]

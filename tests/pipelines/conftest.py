@@ -4,25 +4,34 @@ from pathlib import Path
 
 import pytest
 
+from tests.once import make_once, shared_folder
 from tests.pipelines.commands import TINY, WORLD, run_pipeline
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    run_pipeline("train", *WORLD, *TINY, f"output={folder}")
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_folder(tmp_path_factory, "pipelines")
 
 
 @pytest.fixture(scope="session")
-def artifact(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "artifact"
-    run_pipeline("export", f"run={trained}", f"output={folder}", "threads=1")
-    return folder
+def trained(folder: Path) -> Path:
+    return make_once(
+        folder / "run", lambda run: run_pipeline("train", *WORLD, *TINY, f"output={run}")
+    )
 
 
 @pytest.fixture(scope="session")
-def requests_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("requests") / "requests.jsonl"
-    run_pipeline("make_requests", *WORLD, "count=30", "candidates=12", f"output={path}")
-    return path
+def artifact(folder: Path, trained: Path) -> Path:
+    given = (f"run={trained}", "threads=1")
+    return make_once(
+        folder / "artifact", lambda made: run_pipeline("export", *given, f"output={made}")
+    )
+
+
+@pytest.fixture(scope="session")
+def requests_file(folder: Path) -> Path:
+    given = (*WORLD, "count=30", "candidates=12")
+    return make_once(
+        folder / "requests.jsonl",
+        lambda path: run_pipeline("make_requests", *given, f"output={path}"),
+    )

@@ -1,7 +1,6 @@
 """The C++ host answers as Python does, bit by bit, and no line crashes it."""
 
 import copy
-import fcntl
 import json
 import random
 import shutil
@@ -72,15 +71,9 @@ def run_host(host: Path, *arguments: Any) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The program, compiled by the first test process that needs it."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own if worker_id == "master" else own.parent) / "host"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return build_host(folder)
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_host(tmp_path_factory.mktemp("host"))
 
 
 Ask = Callable[..., list[Json]]

@@ -98,18 +98,16 @@ def statuses(answers: list[Json]) -> list[str]:
 
 
 def test_score_as_a_process_of_its_own_without_the_run(
-    trained: Path, artifact: Path, requests_file: Path, tmp_path: Path
+    trained: Path, requests_file: Path, tmp_path: Path
 ) -> None:
     requests, output = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     requests.write_text("no JSON\n" + requests_file.read_text())
-    hidden = trained.with_name("hidden")
-    trained.rename(hidden)
-    try:
-        ended = spawn_pipeline(
-            "score", f"artifact={artifact}", f"requests={requests}", f"output={output}"
-        )
-    finally:
-        hidden.rename(trained)
+    run, artifact = shutil.copytree(trained, tmp_path / "run"), tmp_path / "artifact"
+    run_pipeline("export", f"run={run}", f"output={artifact}", "threads=1")
+    shutil.rmtree(run)
+    ended = spawn_pipeline(
+        "score", f"artifact={artifact}", f"requests={requests}", f"output={output}"
+    )
     assert ended.returncode == REFUSED, ended.stderr
     assert f"scored {NUM_REQUESTS}, refused 1; cache: {{" in ended.stdout
     assert f"wrote {output}" in ended.stdout

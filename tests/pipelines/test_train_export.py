@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +72,15 @@ def test_a_folder_that_is_no_run_cannot_be_exported(tmp_path: Path) -> None:
         run_pipeline("export", f"run={tmp_path}", f"output={tmp_path / 'artifact'}")
 
 
-def test_a_run_resumes_in_its_folder_and_another_run_is_refused_there(trained: Path) -> None:
-    before = (trained / "metrics.json").read_bytes()
-    run_pipeline("train", *WORLD, *TINY, f"output={trained}")
-    assert (trained / "metrics.json").read_bytes() == before
+def test_a_run_resumes_in_its_folder_and_another_run_is_refused_there(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = (run / "metrics.json").read_bytes()
+    run_pipeline("train", *WORLD, *TINY, f"output={run}")
+    assert (run / "metrics.json").read_bytes() == before
     with pytest.raises(ConfigError, match=r"another config; these differ: \['negatives"):
-        run_pipeline("train", *WORLD, *TINY, f"output={trained}", "negatives=2")
+        run_pipeline("train", *WORLD, *TINY, f"output={run}", "negatives=2")
 
 
 # --- a user's own log

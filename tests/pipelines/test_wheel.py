@@ -26,10 +26,10 @@ CAPABILITIES = ("avx2", "avx512") if platform.machine() == "x86_64" else ("defau
 LIBRARIES = [f"_native_{one}-torch{torch.__version__.split('+')[0]}.so" for one in CAPABILITIES]
 
 
-def copy_checkout(folder: Path) -> Path:
+def copy_checkout(folder: Path, *ignored_files: str) -> Path:
     """Copy what a wheel is built from, without a ``build`` folder, which would end up in it."""
     for name in PARTS:
-        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        ignored = shutil.ignore_patterns("__pycache__", *ignored_files)
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ABOUT:
         shutil.copy(ROOT / name, folder / name)
@@ -38,6 +38,7 @@ def copy_checkout(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel with the checkout's operators, compiled here if they are older than their source."""
     source = copy_checkout(tmp_path_factory.mktemp("source") / "checkout")
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))[0]
 
@@ -45,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A wheel built without a compiler, and pip's output."""
-    source = copy_checkout(tmp_path_factory.mktemp("source") / "checkout")
+    source = copy_checkout(tmp_path_factory.mktemp("source") / "checkout", "*.so")
     return build_wheel(source, tmp_path_factory.mktemp("wheel"), PATH=str(source / "nothing"))
 
 
@@ -204,8 +205,14 @@ def test_without_a_compiler_the_package_scores_by_pytorchs_own_operators(
 
 
 def build_in_place(checkout: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return build_operators(checkout, "--inplace", **environment)
+
+
+def build_operators(
+    checkout: Path, *options: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "setup.py", "build_ext", "--inplace"],
+        [sys.executable, "-W", "ignore", "setup.py", "build_ext", *options],
         cwd=checkout,
         env=os.environ | environment,
         capture_output=True,
@@ -221,7 +228,7 @@ def libraries_of(checkout: Path) -> list[str]:
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """A checkout whose source has no operators, so that it compiles quickly."""
-    checkout = copy_checkout(tmp_path / "checkout")
+    checkout = copy_checkout(tmp_path / "checkout", "*.so")
     write_source(checkout, "int number = 7;\n")
     return checkout
 
@@ -241,6 +248,28 @@ def test_a_build_leaves_the_libraries_that_it_made_and_no_other(small: Path) -> 
     assert all(b"other_number" in (small / NATIVE / name).read_bytes() for name in LIBRARIES)
     assert "g++ is missing" in build_in_place(small, PATH="/nowhere").stderr
     assert libraries_of(small) == []
+
+
+def test_what_is_up_to_date_is_not_compiled_again(small: Path, tmp_path: Path) -> None:
+    """Each wheel and each repeated install compiled all libraries: most of a minute."""
+    here, wheel = small / NATIVE, tmp_path / "wheel"
+    options = ("--build-lib", str(wheel))
+    assert build_operators(small, *options).returncode == 0
+    assert libraries_of(wheel) == LIBRARIES
+    assert libraries_of(small) == []
+    assert build_in_place(small).returncode == 0
+    for name in LIBRARIES:
+        (here / name).write_text("up to date")
+    assert build_operators(small, *options).returncode == 0
+    assert build_in_place(small).returncode == 0
+    for folder in (here, wheel / NATIVE):
+        assert {(folder / name).read_text() for name in LIBRARIES} == {"up to date"}
+    assert build_operators(small, "--force", *options).returncode == 0
+    assert all((wheel / NATIVE / name).read_bytes()[:4] == b"\x7fELF" for name in LIBRARIES)
+    build = here / "build.py"
+    build.write_text(f"{build.read_text()}\n# Other flags.\n")
+    assert build_in_place(small).returncode == 0
+    assert all((here / name).read_bytes()[:4] == b"\x7fELF" for name in LIBRARIES)
 
 
 def test_the_compilers_message_is_in_the_error_and_nothing_is_left(small: Path) -> None:

@@ -30,6 +30,8 @@ from torchrec_kvshare.verify.deterministic import (
     require_determinism,
 )
 
+pytestmark = pytest.mark.optimised
+
 RawRequest = dict[str, Any]
 
 NUM_CANDIDATES = 131

@@ -14,11 +14,13 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 COMPILER = "g++"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp")
@@ -35,19 +37,36 @@ class BuildOperators(build_ext):
     """Build the extension that ``setup.py`` names as libraries beside its source.
 
     Without a compiler or torch, nothing is built and a warning says so. If the compiler fails, the
-    installation fails.
+    installation fails. As other extensions, a library is not compiled again if the checkout has one
+    that is newer than its source and this file, unless ``--force`` is given.
     """
 
     def run(self) -> None:
-        """Compile into the checkout or the wheel's build folder; delete older libraries first."""
+        """Build into the checkout or the wheel's build folder; delete older libraries first."""
         source = self._source()
         root = Path() if self.inplace else Path(self.build_lib)
-        for stale in (root / source.parent).glob("_native_*.so"):
-            stale.unlink()
         for name in missing_tools():
             self.warn(f"{name} is missing: the attention operators are not built")
-        for capability, library in self._library_by_capability().items():
-            compile_library(source, compiler_flags(capability), root / library)
+        libraries = self._library_by_capability()
+        outdated = {
+            capability: library
+            for capability, library in libraries.items()
+            if self.force or newer_group([str(source), __file__], str(library))
+        }
+        current = set(libraries.values()) - set(outdated.values())
+        for stale in set((root / source.parent).glob("_native_*.so")) - {root / c for c in current}:
+            stale.unlink()
+        if not self.inplace:
+            self.mkpath(str(root / source.parent))
+            for library in current:
+                self.copy_file(str(library), str(root / library))
+        with ThreadPoolExecutor() as threads:
+            compiling = [
+                threads.submit(compile_library, source, compiler_flags(capability), root / library)
+                for capability, library in outdated.items()
+            ]
+        for one in compiling:
+            one.result()
 
     def get_outputs(self) -> list[str]:
         """List the files that go into a wheel."""

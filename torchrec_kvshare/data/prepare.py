@@ -61,9 +61,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         work = Work(folder / WORK, config.memory_bytes, config.threads or granted_cores(), finished)
         with closing(work):
             log = _coded(work, config.data)
-            shards = Cutter(work, log, folder, config.num_shards)
-            bar.total = bar.n + 2 * shards.num_shards
-            manifest = shards.write() | {"source": made_of["data"], "made_of": made_of}
+            cutter = Cutter(work, log, folder, config.num_shards)
+            bar.total = bar.n + 2 * cutter.num_shards
+            manifest = cutter.write() | {"source": made_of["data"], "made_of": made_of}
     unfinished = folder / f"{MANIFEST}.new"
     unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(unfinished, folder / MANIFEST)
