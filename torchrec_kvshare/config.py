@@ -22,12 +22,12 @@ TINY = 1e-12  # least value of a number that must be above 0
 
 # Least allowed value of a number, or of each number in a list, by key, in every config.
 LEAST_BY_KEY = {
-    **dict.fromkeys(("threads", "dim", "num_layers", "num_heads", "batch_targets", "negatives"), 1),
+    **dict.fromkeys(("threads", "dim", "num_layers", "num_heads", "batch_targets"), 1),
     **dict.fromkeys(("max_users", "eval_users", "max_history", "block", "merge", "top_mlp"), 1),
     **dict.fromkeys(("candidate_tokens", "num_tokens", "recent", "epochs", "keep_checkpoints"), 1),
     **dict.fromkeys(("seed", "weight_decay", "dropout", "checkpoint_seconds"), 0),
     **dict.fromkeys(("learning_rate", "table_learning_rate"), TINY),
-    **dict.fromkeys(("positive_rating", "min_events", "items", "num_globals"), 0),
+    **dict.fromkeys(("positive_rating", "min_events", "items", "num_globals", "negatives"), 0),
     **dict.fromkeys(("num_rows", "eviction_steps"), 1),
     "salt": 0,
     **dict.fromkeys(("num_users", "events_per_user", "num_items", "num_categories"), 1),
@@ -134,6 +134,7 @@ class Columns:
     item_attributes: list[str] = field(default_factory=list)  # ids
     item_floats: list[str] = field(default_factory=list)  # numbers
     user_attributes: list[str] = field(default_factory=list)  # ids
+    request_attributes: list[str] = field(default_factory=list)  # ids, of the moment
     list_separator: str = "|"  # between the ids of one attribute
 
 
@@ -225,7 +226,7 @@ class TrainConfig:
     kernels: dict[str, list[str]] = field(default_factory=dict)  # likewise TorchRec's kernels
     weight_decay: float = 1e-5  # of dense parameters
     batch_targets: int = 256  # targets per batch, each with its negatives
-    negatives: int = 7  # sampled per target
+    negatives: int = 7  # sampled per target; 0: the log has its own, with label 0
     checkpoint_seconds: float = 60.0  # seconds between two checkpoints
     keep_checkpoints: int = 1  # older ones are removed
     device: str = AUTO  # or cpu, cuda; auto: cuda where there is a GPU

@@ -23,6 +23,7 @@ def write_folder(log: InteractionLog, folder: Path, num_shards: int) -> Path:
     dataset = build_dataset(log, [History(HISTORY, Window(1, 1))])
     (folder / "shards").mkdir(parents=True)
     (folder / "vocabulary").mkdir()
+    (folder / "requests").mkdir()
     for key, ids in dataset.known_ids.items():
         _write(folder / f"vocabulary/{table_name(key)}.parquet", ("id", ids, TEXT))
     log = dataset.log
@@ -37,6 +38,8 @@ def write_folder(log: InteractionLog, folder: Path, num_shards: int) -> Path:
         *((name, values, LIST) for name, values in log.item_attributes.items()),
         *((name, values, pa.float32()) for name, values in log.item_floats.items()),
     )
+    for number, column in enumerate(log.request_attributes.values()):
+        _write(folder / f"requests/{number}.parquet", ("value", column.values, LIST))
     for shard in range(num_shards):
         users = np.arange(shard, dataset.num_users, num_shards)
         _write_shard(dataset, folder / f"shards/{shard:05}", users)
@@ -50,6 +53,7 @@ def write_folder(log: InteractionLog, folder: Path, num_shards: int) -> Path:
         "item_attributes": list(log.item_attributes),
         "item_floats": list(log.item_floats),
         "user_attributes": list(log.user_attributes),
+        "request_attributes": list(log.request_attributes),
         "has_action": log.action is not None,
         "source": {},
         "report": str(log.report),
@@ -81,6 +85,10 @@ def _write_shard(dataset: Dataset, path: Path, users: Ints) -> None:
         ("time", dataset.time[events], pa.int64()),
         ("label", dataset.label[events].astype(np.uint8), pa.uint8()),
         *action,
+        *(
+            (f"request{number}", column.codes[events], pa.int32())
+            for number, column in enumerate(log.request_attributes.values())
+        ),
     )
 
 

@@ -6,13 +6,14 @@ import numpy as np
 from hypothesis import strategies as st
 
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
-from torchrec_kvshare.data.tables import encode
+from torchrec_kvshare.data.tables import ValueColumn, encode
 from torchrec_kvshare.features.schema import HISTORY, History, Window
 
 ITEMS = tuple(str(number) for number in range(100, 112))
 ACTIONS = ("view", "buy", "rate")
 COUNTRIES = ("AT", "BR", "GB")
 USERS = ("u", "vv", "www")
+SURFACES = ((), ("home",), ("search", "ads"))
 START_TIME = 1_700_000_000
 
 
@@ -24,6 +25,7 @@ class Event(NamedTuple):
     time: int
     action: str = "view"
     label: int = 1
+    surfaces: tuple[str, ...] = ()
 
 
 def all_events(max_history: int, block: int) -> list[History]:
@@ -57,12 +59,22 @@ def log_of(events: list[Event]) -> InteractionLog:
         item_floats={"price": np.array([price_of(item) for item in items.ids], np.float32)},
         user_attributes={"country": [countries_of(user) for user in users.ids]},
         report=ReadReport(len(events), len(events), {}, []),
+        request_attributes={"surface": _surfaces_of(events)}
+        if any(event.surfaces for event in events)
+        else {},
     )
 
 
+def _surfaces_of(events: list[Event]) -> ValueColumn:
+    values = list(dict.fromkeys(event.surfaces for event in events))
+    return ValueColumn(np.array([values.index(event.surfaces) for event in events]), values)
+
+
 def in_order(events: list[Event]) -> list[Event]:
-    """Events in the order of a data set: by user, then time, item, action and label."""
-    return sorted(events, key=lambda e: (e.user, e.time, int(e.item), e.action, e.label))
+    """Events in the order of a data set: by user, then time, item, action, label and surfaces."""
+    return sorted(
+        events, key=lambda e: (e.user, e.time, int(e.item), e.action, e.label, e.surfaces)
+    )
 
 
 def one_user(times: list[int], items: list[str] | None = None) -> InteractionLog:
@@ -87,6 +99,21 @@ def drawn_events(counts: list[int], seed: int) -> list[Event]:
     ]
 
 
+def impressions(seed: int) -> list[Event]:
+    """Events of three users in requests: several items at one time, on one surface or on two."""
+    rng = np.random.default_rng(seed)
+    shown = [
+        Event(
+            user, str(item), START_TIME + 3_000 * int(time), "view", int(rng.integers(2)), surface
+        )
+        for user, count in zip(USERS, (9, 4, 1), strict=True)
+        for time in rng.integers(0, 30, count)
+        for surface in (SURFACES[index] for index in rng.choice(3, 1 + int(rng.integers(2))))
+        for item in rng.choice(ITEMS, 3, replace=False)
+    ]
+    return [event for event in shown if rng.random() < 0.8]
+
+
 # A few events, which shrink well, or histories longer than any window of the tests.
 event_lists = st.lists(
     st.builds(
@@ -96,6 +123,7 @@ event_lists = st.lists(
         st.integers(START_TIME, START_TIME + 5),
         st.sampled_from(ACTIONS),
         st.integers(0, 1),
+        st.just(()),
     ),
     min_size=1,
     max_size=12,

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from tests.data.logs import all_events
 from torchrec_kvshare.data.dataset import build_dataset, count_earlier, split_events
-from torchrec_kvshare.data.digest import data_digest
+from torchrec_kvshare.data.digest import log_digest
 from torchrec_kvshare.data.interactions import InteractionLog
 from torchrec_kvshare.features.schema import table_name
 
@@ -26,9 +26,7 @@ def assert_equals(folder: Path, log: InteractionLog) -> None:
     log, counts = dataset.log, np.diff(dataset.user_offsets)
     manifest = json.loads((folder / "prepared.json").read_text())
 
-    digest = data_digest(dataset).to_json()
-    del digest["sha256_by_part"]["schema"]
-    assert manifest["digest"] == digest
+    assert manifest["digest"] == log_digest(log).to_json()
     assert manifest["report"] == str(log.report)
     assert manifest["has_action"] == (log.action is not None)
     numbers = [manifest[f"num_{what}"] for what in ("users", "items", "events", "positive")]
@@ -51,12 +49,14 @@ def assert_equals(folder: Path, log: InteractionLog) -> None:
     if log.action is not None:
         assert rows_of(folder / "actions.parquet") == {"id": log.action.ids}
 
-    vocabularies = {
-        table_name(key): list(vocabulary.ids)
-        for key, vocabulary in dataset.schema.vocabulary_by_column.items()
-    }
+    vocabularies = {table_name(key): ids for key, ids in dataset.known_ids.items()}
     found = {path.stem: rows_of(path)["id"] for path in (folder / "vocabulary").iterdir()}
     assert found == vocabularies
+
+    assert manifest["request_attributes"] == list(log.request_attributes)
+    for number, column in enumerate(log.request_attributes.values()):
+        values = list(map(list, column.values))
+        assert rows_of(folder / f"requests/{number}.parquet") == {"value": values}
 
     num_shards = manifest["num_shards"]
     names = [f"{shard:05d}.{what}.parquet" for shard in range(num_shards)
@@ -79,11 +79,13 @@ def assert_equals(folder: Path, log: InteractionLog) -> None:
         columns = {"item": dataset.item, "time": dataset.time, "label": log.label.astype(int)}
         if log.action is not None:
             columns["action"] = dataset.action
+        for number, column in enumerate(log.request_attributes.values()):
+            columns[f"request{number}"] = column.codes
         events = pq.read_table(folder / "shards" / f"{shard:05d}.events.parquet")
         assert events.to_pydict() == {k: v[chosen].tolist() for k, v in columns.items()}
         types = {field.name: str(field.type) for field in events.schema}
-        kinds = {"item": "int32", "time": "int64", "label": "uint8", "action": "int32"}
-        assert types == {name: kinds[name] for name in columns}
+        kinds = {"time": "int64", "label": "uint8"}
+        assert types == {name: kinds.get(name, "int32") for name in columns}
 
         user = np.repeat(np.arange(len(codes)), users["num_events"])
         offsets = np.concatenate([[0], np.cumsum(users["num_events"])])

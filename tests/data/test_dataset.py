@@ -17,6 +17,7 @@ from tests.data.logs import (
     countries_of,
     event_lists,
     genres_of,
+    impressions,
     in_order,
     log_of,
     one_user,
@@ -60,14 +61,18 @@ def events_of(dataset: Dataset) -> list[Event]:
     """The data set's events in its order, by their raw ids."""
     log = dataset.log
     assert log.action is not None
+    surfaces: list[tuple[str, ...]] = [()] * len(dataset.time)
+    for codes, values in log.request_attributes.values():
+        surfaces = [values[code] for code in codes.tolist()]
     return [
-        Event(log.users.ids[user], log.items.ids[item], time, log.action.ids[action], label)
-        for user, item, time, action, label in zip(
+        Event(log.users.ids[user], log.items.ids[item], time, log.action.ids[action], *rest)
+        for user, item, time, action, *rest in zip(
             dataset.event_user.tolist(),
             dataset.item.tolist(),
             dataset.time.tolist(),
             dataset.action.tolist(),
             dataset.label.astype(int).tolist(),
+            surfaces,
             strict=True,
         )
     ]
@@ -85,12 +90,12 @@ def split_counts(times: list[int]) -> list[int]:
     return [int((split == part).sum()) for part in (TRAIN, VALID, TEST)]
 
 
-@given(event_lists)
-def test_events_stand_by_user_then_time_then_item_action_and_label(events: list[Event]) -> None:
+@given(event_lists | st.builds(impressions, st.integers(0, 99)))
+def test_events_stand_by_user_then_time_then_item_and_the_rest(events: list[Event]) -> None:
     assert events_of(dataset_of(events)) == in_order(events)
 
 
-@given(event_lists, st.randoms(use_true_random=False))
+@given(event_lists | st.builds(impressions, st.integers(0, 99)), st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_does_not_matter(events: list[Event], chance: Random) -> None:
     """Reordered rows gave another vocabulary: a resumed run took rows of other ids."""
     dataset = dataset_of(events)

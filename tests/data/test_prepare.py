@@ -52,6 +52,7 @@ COLUMNS = Columns(
     item_attributes=["tags"],
     item_floats=["price"],
     user_attributes=["city"],
+    request_attributes=["tags", "stars"],
 )
 PLAIN = Columns(user="user", item="item", time="time")
 LONG = "x" * 257

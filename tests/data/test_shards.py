@@ -16,6 +16,7 @@ from tests.data.folders import write_folder
 from tests.data.logs import (
     ITEMS,
     START_TIME,
+    SURFACES,
     Event,
     all_events,
     drawn_events,
@@ -59,6 +60,7 @@ def events() -> list[Event]:
             START_TIME + 3_000 * int(rng.integers(25)),
             str(rng.choice(["view", "buy", "rate"])),
             int(rng.integers(2)),
+            SURFACES[int(rng.integers(3))],
         )
         for user, length in zip(users, lengths, strict=True)
         for _ in range(length)
@@ -124,6 +126,10 @@ def assert_same_users(part: Dataset, whole: Dataset) -> None:
         for name, rows in whole.context.items():
             one, other = np.array([user]), np.array([code])
             assert part.context[name].take(one)[0].tolist() == rows.take(other)[0].tolist()
+        for name, of_events in whole.request_context.items():
+            found = part.request_context[name].take(np.arange(ours.start, ours.stop))
+            expected = of_events.take(np.arange(theirs.start, theirs.stop))
+            assert [one.tolist() for one in found] == [one.tolist() for one in expected]
 
 
 def test_the_columns_of_a_data_set_are_all_compared() -> None:
@@ -131,7 +137,7 @@ def test_the_columns_of_a_data_set_are_all_compared() -> None:
     assert {field.name for field in fields(Dataset)} == {
         *("log", "schema", "user_code", "first_event", "user_offsets", "item", "action", "time"),
         *("label", "num_earlier", "split", "user_row", "item_row", "action_row", "known_items"),
-        *("item_attributes", "item_floats", "context", "indices_by_history"),
+        *("item_attributes", "item_floats", "context", "request_context", "indices_by_history"),
         *("num_before_by_history", "known_ids", "num_colliding_ids"),
     }
 
@@ -322,7 +328,8 @@ def test_a_shard_that_is_missing_or_torn_is_named(tmp_path: Path, name: str) -> 
 
 def test_files_of_two_logs_are_refused(tmp_path: Path) -> None:
     folder = write_folder(log_of(events()), tmp_path / "folder", 2)
-    other = write_folder(log_of(drawn_events([30, 20], 1)), tmp_path / "other", 2)
+    other_events = [event._replace(surfaces=("home",)) for event in drawn_events([30, 20], 1)]
+    other = write_folder(log_of(other_events), tmp_path / "other", 2)
     shutil.copy(other / "shards/00001.events.parquet", folder / "shards/00001.events.parquet")
     with pytest.raises(DataError, match=r"shards \[1\] of .* have 20 events .* not of one log"):
         open_prepared(folder, HISTORIES).read([1])

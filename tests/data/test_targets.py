@@ -13,11 +13,13 @@ from torchrec.datasets.utils import Batch
 
 from tests.data.logs import (
     ITEMS,
+    SURFACES,
     Event,
     all_events,
     countries_of,
     event_lists,
     genres_of,
+    impressions,
     in_order,
     log_of,
     one_user,
@@ -46,6 +48,7 @@ from torchrec_kvshare.features.schema import (
     CANDIDATE_TIME,
     HISTORY,
     ITEM,
+    REQUEST_HISTORY,
     REQUEST_TIME,
     TIME,
     UNKNOWN_ROW,
@@ -114,7 +117,10 @@ def raw_request(target: Event, events: Events, candidates: list[str]) -> dict[st
     return {
         USER: target.user,
         TIME: target.time,
-        "context": {"country": list(countries_of(target.user))},
+        "context": {
+            "country": list(countries_of(target.user)),
+            "surface": list(target.surfaces),
+        },
         "history": {
             ITEM: [event.item for event in past],
             ACTION: [event.action for event in past],
@@ -292,8 +298,19 @@ def ragged() -> tuple[Events, Dataset]:
     return events, dataset_of(events)
 
 
-def test_a_target_has_the_logits_of_its_catalogue_batch(ragged: tuple[Events, Dataset]) -> None:
-    _, dataset = ragged
+@pytest.fixture(scope="module", params=["ragged", "impressions"])
+def logged(
+    request: pytest.FixtureRequest, ragged: tuple[Events, Dataset]
+) -> tuple[Events, Dataset]:
+    """The ragged users, or requests that have attributes of their own."""
+    if request.param == "ragged":
+        return ragged
+    events = impressions(4)
+    return events, dataset_of(events)
+
+
+def test_a_target_has_the_logits_of_its_catalogue_batch(logged: tuple[Events, Dataset]) -> None:
+    _, dataset = logged
     windows, candidates, batch = whole_batch(dataset)
     together = logits(batch, dataset).view(-1, NUM_CANDIDATES)
     for index, target in enumerate(windows.targets):
@@ -317,9 +334,9 @@ def test_a_catalogue_batch_ranks_many_windows_at_once(ragged: tuple[Events, Data
         assert (logits(alone, dataset) - together[index]).abs().max() <= LOGIT_TOLERANCE
 
 
-def test_a_target_has_the_logits_of_its_request(ragged: tuple[Events, Dataset]) -> None:
+def test_a_target_has_the_logits_of_its_request(logged: tuple[Events, Dataset]) -> None:
     """What is trained is what is served, from the log to the logits."""
-    events, dataset = ragged
+    events, dataset = logged
     windows, candidates, batch = whole_batch(dataset)
     trained = logits(batch, dataset).view(-1, NUM_CANDIDATES)
     ordered, ids = in_order(events), dataset.log.items.ids
@@ -328,6 +345,27 @@ def test_a_target_has_the_logits_of_its_request(ragged: tuple[Events, Dataset]) 
         request = parse_request(raw_request(ordered[target], events, shown), dataset.schema)
         served = logits(collate([request], dataset.schema), dataset)
         assert (served - trained[index]).abs().max() <= LOGIT_TOLERANCE
+
+
+def test_requests_of_a_window_share_its_prefill() -> None:
+    """Each has its own context, and rows shown at one time see none of each other."""
+    events = impressions(7)
+    dataset = dataset_of(events)
+    windows = windows_of(dataset, all_targets(dataset))
+    batch = build_batch(dataset, windows, dataset.item[windows.targets][:, None], None)
+    ordered, features = in_order(events), batch.sparse_features
+    assert len(windows.user) < len({(event.user, event.time) for event in events})
+    assert features[history_key(HISTORY, TIME)].lengths().numel() == len(windows.user)
+    window_of_request = np.repeat(np.arange(len(windows.user)), windows.num_targets)
+    assert features[REQUEST_HISTORY].values().tolist() == window_of_request.tolist()
+    vocabulary = dataset.schema.vocabulary_by_column[context_key("surface")]
+    assert vocabulary.num_table_rows == 2 + len({s for one in SURFACES for s in one})
+    targets = [ordered[index] for index in windows.targets]
+    surfaces = rows_of(batch, context_key("surface"))
+    assert surfaces == [vocabulary.rows(target.surfaces) for target in targets]
+    assert batch.labels.tolist() == [target.label for target in targets]
+    visible = features[visible_key(HISTORY)].values().tolist()
+    assert visible == [len(seen_by(target, events)) for target in targets]
 
 
 # --- chance

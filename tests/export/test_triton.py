@@ -28,8 +28,6 @@ from torchrec_kvshare.export.triton_model import TritonPythonModel
 from torchrec_kvshare.features.tensors import input_specs, request_tensors
 from torchrec_kvshare.model.ranking import RankingModel
 
-pytestmark = pytest.mark.optimised
-
 RAWS = [
     draw_raw(num_events, num_candidates, place) | {"user_id": place}
     for place, (num_events, num_candidates) in enumerate([(9, 4), (0, 3), (20, 2)])
@@ -81,6 +79,7 @@ def test_the_programs_config_names_every_input(repository: Path) -> None:
     ]
 
 
+@pytest.mark.optimised
 @torch.no_grad()
 def test_the_programs_forward_gives_what_its_config_says(artifact: Path, repository: Path) -> None:
     program = load_program(repository / "shop" / "1" / "model.pt")
@@ -99,6 +98,7 @@ def test_the_programs_forward_gives_what_its_config_says(artifact: Path, reposit
         assert difference <= PROBABILITY_TOLERANCE
 
 
+@pytest.mark.optimised
 def test_the_programs_forward_refuses_what_its_manifest_does_not_allow(repository: Path) -> None:
     program = load_program(repository / "shop" / "1" / "model.pt")
     features = request_tensors(parse_all(RAWS), SCHEMA)

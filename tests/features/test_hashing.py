@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from torchrec_kvshare.features.hashed_rows import hashed_rows
 from torchrec_kvshare.features.hashing import (
     IDS_AT_A_TIME,
     MAX_CODE,
     codes_of_ids,
     codes_of_integers,
-    hashed_rows,
 )
 from torchrec_kvshare.features.ids import canonical_id, is_integer_id
 

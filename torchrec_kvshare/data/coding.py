@@ -25,6 +25,7 @@ from torchrec_kvshare.data.interactions import (
     example_of,
     label_rule,
 )
+from torchrec_kvshare.data.shards import request_column, request_file
 from torchrec_kvshare.data.sources import SourceFile, source_name
 from torchrec_kvshare.data.staging import Work, quoted, stage_files, table
 from torchrec_kvshare.data.tables import EXAMPLES_PER_REASON, Exclusion, Part, without_missing
@@ -53,15 +54,16 @@ class CodedLog:
 
     Stages: ``ids/<role>.parquet`` with ``id`` in the order of codes; ``item_attributes/<n>``,
     ``user_attributes/<n>`` and ``item_floats/<n>.parquet`` with ``code`` and ``value``, for owners
-    that have one.
+    that have one; ``request_file(n)`` with ``value`` in the order of codes.
 
     Args:
-        events: a query with ``user``, ``item``, ``time``, ``label`` and, if the log has actions,
-            ``action``.
+        events: a query with ``user``, ``item``, ``time``, ``label``, if the log has actions
+            ``action``, and for each attribute of requests ``request_column(n)``.
         has_action: whether the log has actions.
         item_attributes: names of item attributes.
         item_floats: names of item floats.
         user_attributes: names of user attributes.
+        request_attributes: names of attributes of requests.
         report: of the rows read, without its summary.
         time_form: how times are written; None: the log was not read from files.
     """
@@ -71,6 +73,7 @@ class CodedLog:
     item_attributes: tuple[str, ...]
     item_floats: tuple[str, ...]
     user_attributes: tuple[str, ...]
+    request_attributes: tuple[str, ...]
     report: ReadReport
     time_form: str | None
 
@@ -106,6 +109,7 @@ def code_files(
     report = coding.report(num_misfits, misfits)
     coding.number_ids()
     coding.choose_attributes()
+    coding.code_requests()
     coding.take_medians()
     return CodedLog(
         events=coding.events(),
@@ -113,6 +117,7 @@ def code_files(
         item_attributes=columns.item_attributes,
         item_floats=columns.item_floats,
         user_attributes=columns.user_attributes,
+        request_attributes=columns.request_attributes,
         report=report,
         time_form=time_form,
     )
@@ -538,10 +543,14 @@ class _Coding:
     def events(self) -> str:
         """Return the query of the coded events."""
         joins = " ".join(map(self._codes, self.id_by_role))
-        action = ", CAST(actions.code AS INTEGER) AS action" if "action" in self.id_by_role else ""
+        others = ", CAST(actions.code AS INTEGER) AS action" if "action" in self.id_by_role else ""
+        for number, name in enumerate(self.columns.request_attributes):
+            codes = table(self.work.folder / f"codes/request{number}.parquet")
+            others += f", CAST(r{number}.code AS INTEGER) AS {request_column(number)}"
+            joins += f" JOIN {codes} AS r{number} ON k{self.index_by_name[name]} = r{number}.k"
         return (
             f"SELECT users.code AS user, CAST(items.code AS INTEGER) AS item, time, "
-            f"CAST(label AS UTINYINT) AS label{action} FROM {self.kept} {joins}"
+            f"CAST(label AS UTINYINT) AS label{others} FROM {self.kept} {joins}"
         )
 
     # --- values of items and users
@@ -578,6 +587,21 @@ class _Coding:
                     SELECT owner AS code, ids AS value
                     FROM best JOIN {ranked} AS r ON rank = r.file_row_number ORDER BY code""",
                 )
+
+    def code_requests(self) -> None:
+        """Make ``request_file(n)``, and ``codes/request<n>.parquet`` with the code of each text."""
+        for number, name in enumerate(self.columns.request_attributes):
+            occurring = f"SELECT k{self.index_by_name[name]} FROM {self.kept}"
+            values = self.work.copy(
+                request_file(number),
+                f"SELECT DISTINCT ids AS value FROM {self._values(name)} "
+                f"WHERE code IN ({occurring}) ORDER BY value",
+            )
+            self.work.copy(
+                f"codes/request{number}.parquet",
+                f"SELECT v.code AS k, r.file_row_number AS code FROM {self._values(name)} AS v "
+                f"JOIN {table(values, ', file_row_number = true')} AS r ON v.ids = r.value",
+            )
 
     def take_medians(self) -> None:
         """Make ``item_floats/<n>.parquet``: the median of the numbers of an item's rows."""

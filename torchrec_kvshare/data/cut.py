@@ -16,7 +16,7 @@ from torchrec_kvshare.data.coding import ORDER_OF_IDS, CodedLog
 from torchrec_kvshare.data.dataset import TRAIN, count_earlier, split_events
 from torchrec_kvshare.data.digest import DataDigest, digest_of_events, digest_of_values
 from torchrec_kvshare.data.interactions import LogSummary, num_tied
-from torchrec_kvshare.data.shards import FORMAT
+from torchrec_kvshare.data.shards import FORMAT, request_column, request_file
 from torchrec_kvshare.data.staging import ROWS, Work, identifier, table
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import ACTION, ITEM, USER, context_key, item_key, table_name
@@ -33,7 +33,7 @@ class _Tally(NamedTuple):
     """Counts over all shards; the split is that of ``build_dataset``."""
 
     known_users: NDArray[np.bool_]
-    known_actions: NDArray[np.bool_]
+    known_by_column: dict[str, NDArray[np.bool_]]  # codes of actions, and of values of requests
     num_training: Ints  # by item
     num_positive: Ints  # by item, of the training split
 
@@ -81,6 +81,21 @@ class Cutter:
         """The id columns that the log has."""
         return ROLES if self.log.has_action else ROLES[:2]
 
+    @property
+    def requests(self) -> dict[str, str]:
+        """The columns of events with codes of requests' values, and the values as a table."""
+        return {
+            request_column(number): table(
+                self.work.folder / request_file(number), ", file_row_number = true"
+            )
+            for number in range(len(self.log.request_attributes))
+        }
+
+    @property
+    def coded(self) -> list[str]:
+        """The columns of events beside item, time and label, all of them codes."""
+        return [*(["action"] if self.log.has_action else []), *self.requests]
+
     def _num_shards(self) -> int:
         num_users = self.num_by_role["user"]
         if self.wanted_shards is None:
@@ -119,6 +134,7 @@ class Cutter:
             "item_attributes": list(self.log.item_attributes),
             "item_floats": list(self.log.item_floats),
             "user_attributes": list(self.log.user_attributes),
+            "request_attributes": list(self.log.request_attributes),
             "has_action": self.log.has_action,
             "report": text,
             "digest": DataDigest(counts, self._digests()).to_json(),
@@ -163,11 +179,14 @@ class Cutter:
             f"SELECT * FROM {table(self.work.folder / 'users.parquet')} "
             f"WHERE code % {self.num_shards} = {shard} ORDER BY code",
         )
-        action = ", action" if self.log.has_action else ""
+        coded = "".join(f", {column}" for column in self.coded)
+        # As ``in_canonical_order`` does.
+        order = ["user", "time", "item", *self.coded]
+        order.insert(4 if self.log.has_action else 3, "label")
         cut = table(self.work.folder / f"cut/shard={shard}", ", hive_partitioning = false")
         self.work.copy(
             f"{name}.events.parquet",
-            f"SELECT item, time, label{action} FROM {cut} ORDER BY user, time, item{action}, label",
+            f"SELECT item, time, label{coded} FROM {cut} ORDER BY {', '.join(order)}",
         )
 
     def _events(self, shard: int, columns: Sequence[str]) -> list[NDArray[Any]]:
@@ -180,7 +199,9 @@ class Cutter:
     def _count(self) -> tuple[_Tally, LogSummary | None]:
         tally = _Tally(
             known_users=np.zeros(self.num_by_role["user"], np.bool_),
-            known_actions=np.zeros(self.num_by_role.get("action", 0), np.bool_),
+            known_by_column={
+                column: np.zeros(self._num_codes(column), np.bool_) for column in self.coded
+            },
             num_training=np.zeros(self.num_by_role["item"], np.int64),
             num_positive=np.zeros(self.num_by_role["item"], np.int64),
         )
@@ -202,10 +223,13 @@ class Cutter:
         )
         return tally, summary
 
+    def _num_codes(self, column: str) -> int:
+        values = self.requests.get(column, self.ids.get(column))
+        return int(self.work.one(f"SELECT count(*) FROM {values}")[0])
+
     def _count_shard(self, shard: int, tally: _Tally, times: list[int]) -> int:
         """Add a shard's counts, and return its number of tied events."""
-        names = ("item", "time", "label", *(("action",) if self.log.has_action else ()))
-        item, time, label, *action = self._events(shard, names)
+        item, time, label, *coded = self._events(shard, ("item", "time", "label", *self.coded))
         counts = self.num_events[shard :: self.num_shards]
         user = np.repeat(np.arange(len(counts)), counts)
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -214,8 +238,8 @@ class Cutter:
         tally.num_training[:] += np.bincount(item[in_training], minlength=len(tally.num_training))
         tally.num_positive[:] += np.bincount(positive, minlength=len(tally.num_positive))
         tally.known_users[shard + self.num_shards * np.unique(user[in_training])] = True
-        if action:
-            tally.known_actions[action[0][in_training]] = True
+        for known, codes in zip(tally.known_by_column.values(), coded, strict=True):
+            known[codes[in_training]] = True
         times += [int(time.min()), int(time.max())]
         self._num_positive += int(label.sum(dtype=np.int64))
         return num_tied(user, time)
@@ -237,35 +261,45 @@ class Cutter:
                 "../actions.parquet",
                 f"SELECT id FROM {self.ids['action']} ORDER BY file_row_number",
             )
+        for number, values in enumerate(self.requests.values()):
+            self.work.copy(
+                f"../{request_file(number)}", f"SELECT value FROM {values} ORDER BY file_row_number"
+            )
 
     def _write_vocabularies(self, tally: _Tally) -> None:
         known_by_role = {
             "user": np.flatnonzero(tally.known_users),
             "item": np.flatnonzero(tally.num_training),
-            "action": np.flatnonzero(tally.known_actions),
+            **{name: np.flatnonzero(known) for name, known in tally.known_by_column.items()},
         }
+        for role, codes in known_by_role.items():
+            self.work.write_columns(f"known/{role}.parquet", {"code": codes})
         for role in self.roles:
-            known = f"known/{role}.parquet"
-            self.work.write_columns(known, {"code": known_by_role[role]})
             self.work.copy(
                 f"../vocabulary/{table_name(KEY_BY_ROLE[role])}.parquet",
-                f"SELECT id FROM {self.ids[role]} WHERE file_row_number IN "
-                f"(SELECT code FROM {table(self.work.folder / known)}) ORDER BY file_row_number",
+                f"SELECT id FROM {self.ids[role]} WHERE file_row_number IN {self._known(role)} "
+                "ORDER BY file_row_number",
             )
         for role, names, key_of in (
             ("item", self.log.item_attributes, item_key),
             ("user", self.log.user_attributes, context_key),
         ):
             for number, name in enumerate(names):
-                self._write_attribute_vocabulary(role, number, key_of(name))
+                values = table(self.work.folder / f"{role}_attributes/{number}.parquet")
+                self._write_vocabulary(key_of(name), f"{values} WHERE code IN {self._known(role)}")
+        requests = zip(self.log.request_attributes, self.requests.items(), strict=True)
+        for name, (column, values) in requests:
+            known = f"{values} WHERE file_row_number IN {self._known(column)}"
+            self._write_vocabulary(context_key(name), known)
 
-    def _write_attribute_vocabulary(self, role: str, number: int, key: str) -> None:
-        values = table(self.work.folder / f"{role}_attributes/{number}.parquet")
-        known = table(self.work.folder / f"known/{role}.parquet")
+    def _known(self, role: str) -> str:
+        return f"(SELECT code FROM {table(self.work.folder / f'known/{role}.parquet')})"
+
+    def _write_vocabulary(self, key: str, values: str) -> None:
         self.work.copy(
             f"../vocabulary/{table_name(key)}.parquet",
-            f"SELECT DISTINCT id FROM (SELECT unnest(value) AS id FROM {values} "
-            f"WHERE code IN (SELECT code FROM {known})) ORDER BY {ORDER_OF_IDS}",
+            f"SELECT DISTINCT id FROM (SELECT unnest(value) AS id FROM {values}) "
+            f"ORDER BY {ORDER_OF_IDS}",
         )
 
     # --- the digest
@@ -279,10 +313,9 @@ class Cutter:
         }
         columns: list[Iterator[NDArray[Any]]] = [
             self._user_codes(),
-            *(self._in_order(name) for name in ("item", "time", "label")),
+            *(self._in_order(name) for name in ("item", "time", "label", *self.coded)),
         ]
         if self.log.has_action:
-            columns.append(self._in_order("action"))
             actions = self._column(self.folder / "actions.parquet", "id")
             digests["actions"] = digest_of_values(actions)
         digests["events"] = digest_of_events(columns)
@@ -295,6 +328,9 @@ class Cutter:
             )
         for name in self.log.user_attributes:
             digests[f"{name} of users"] = digest_of_values(self._column(users, name))
+        for number, name in enumerate(self.log.request_attributes):
+            values = self._column(self.folder / request_file(number), "value")
+            digests[f"{name} of requests"] = digest_of_values(values)
         return digests
 
     def _column(self, path: Path, name: str) -> Iterator[list[Any]]:

@@ -5,7 +5,7 @@ Events of a user at the same time are a set: they go to one split together and n
 another. An event sees the ``num_earlier`` strictly earlier events of its user and nothing else.
 
 Nothing depends on the order of the log's rows: ids are numbered in sorted order, and events of a
-user at the same time are ordered by item, action and label.
+user at the same time are ordered by item, action, label and attributes of their requests.
 
 A log larger than memory is cut into shards by user (``shards``). A ``Dataset`` is one or several of
 them: some users with all their events. Items, actions, vocabularies and codes are the whole log's.
@@ -13,7 +13,6 @@ them: some users with all their events. Items, actions, vocabularies and codes a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.interactions import InteractionLog
-from torchrec_kvshare.data.tables import IdColumn
+from torchrec_kvshare.data.tables import IdColumn, ValueColumn
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.dense import squash
 from torchrec_kvshare.features.ids import sorted_ids
@@ -58,6 +57,17 @@ class JaggedRows(NamedTuple):
         return self.values[ranges(self.offsets[owners], lengths)], lengths
 
 
+class CodedRows(NamedTuple):
+    """Table rows by event: event t has those of ``rows`` whose owner is ``codes[t]``."""
+
+    codes: Ints
+    rows: JaggedRows
+
+    def take(self, events: Ints) -> tuple[Ints, Ints]:
+        """Return the values of the given events in order, and the number of values of each."""
+        return self.rows.take(self.codes[events])
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Some users of a log: events ordered by user, then time, then item, action and label.
@@ -85,6 +95,7 @@ class Dataset:
         item_attributes: table rows by item code, for each multi-valued item attribute.
         item_floats: [I, F] float32 by item code.
         context: table rows by user, for each user attribute.
+        request_context: table rows by event, for each attribute of requests.
         indices_by_history: indices of each history's events, ascending.
         num_before_by_history: [T + 1] number of a history's events before each event.
         known_ids: ids of the training split, by column.
@@ -109,6 +120,7 @@ class Dataset:
     item_attributes: dict[str, JaggedRows]
     item_floats: NDArray[np.float32]
     context: dict[str, JaggedRows]
+    request_context: dict[str, CodedRows]
     indices_by_history: dict[str, Ints]
     num_before_by_history: dict[str, Ints]
     known_ids: dict[str, list[str]]
@@ -119,10 +131,10 @@ class Dataset:
         """Number of users of the data set."""
         return len(self.user_offsets) - 1
 
-    @cached_property
+    @property
     def event_user(self) -> Ints:
         """[T] user of each event, numbered from 0."""
-        return np.repeat(np.arange(self.num_users), np.diff(self.user_offsets))
+        return self.log.users.codes
 
     def keys_of(self, events: Ints) -> Ints:
         """Return the indices of events in the whole log, which are the same whatever its shards."""
@@ -172,6 +184,11 @@ def build_dataset(
         for name, ids_by_owner in attributes.items():
             seen = {raw for owner in owners for raw in ids_by_owner[owner]}
             known[key_of(name)] = sorted_ids(seen)
+    for name, column in log.request_attributes.items():
+        codes = np.unique(column.codes[in_training]).tolist()
+        known[context_key(name)] = sorted_ids(
+            {raw for code in codes for raw in column.values[code]}
+        )
     shared = without_users(log, known, known_items, histories, id_maps)
     return with_users(shared, log, splits, np.arange(len(log.users.ids)), splits.user_offsets[:-1])
 
@@ -198,7 +215,7 @@ def without_users(
     vocabularies = _id_maps(known_ids, id_maps)
     schema = FeatureSchema(
         vocabularies,
-        context=tuple(log.user_attributes),
+        context=(*log.user_attributes, *log.request_attributes),
         has_action=log.action is not None,
         item_attributes=tuple(log.item_attributes),
         item_floats=tuple(log.item_floats),
@@ -228,6 +245,7 @@ def without_users(
         item_attributes=_attribute_rows(log.item_attributes, vocabularies, item_key),
         item_floats=np.stack(floats, axis=1) if floats else no_floats,
         context={},
+        request_context={},
         indices_by_history={history.name: none for history in histories},
         num_before_by_history={history.name: np.zeros(1, np.int64) for history in histories},
         known_ids=known_ids,
@@ -270,6 +288,12 @@ def with_users(
         split=splits.split,
         user_row=vocabularies[USER].rows_of_ids(log.users.ids),
         context=_attribute_rows(log.user_attributes, vocabularies, context_key),
+        request_context={
+            name: CodedRows(
+                column.codes, _jagged_rows(column.values, vocabularies[context_key(name)])
+            )
+            for name, column in log.request_attributes.items()
+        },
         indices_by_history={name: np.flatnonzero(kept) for name, kept in in_history.items()},
         num_before_by_history={
             name: np.concatenate([[0], np.cumsum(kept)]) for name, kept in in_history.items()
@@ -307,7 +331,11 @@ def in_canonical_order(log: InteractionLog) -> InteractionLog:
     items, old_items = _recoded(log.items)
     action = None if log.action is None else _recoded(log.action)[0]
     action_codes = () if action is None else (action.codes,)
-    order = np.lexsort((log.label, *action_codes, items.codes, log.time, users.codes))
+    requests = {name: _sorted_values(one) for name, one in log.request_attributes.items()}
+    of_requests = [column.codes for column in requests.values()]
+    # The last key counts most.
+    keys = (*of_requests[::-1], log.label, *action_codes, items.codes, log.time, users.codes)
+    order = np.lexsort(keys)
     return replace(
         log,
         users=users._replace(codes=users.codes[order]),
@@ -318,6 +346,9 @@ def in_canonical_order(log: InteractionLog) -> InteractionLog:
         item_attributes=_taken(log.item_attributes, old_items),
         item_floats={name: values[old_items] for name, values in log.item_floats.items()},
         user_attributes=_taken(log.user_attributes, old_users),
+        request_attributes={
+            name: column._replace(codes=column.codes[order]) for name, column in requests.items()
+        },
     )
 
 
@@ -338,6 +369,10 @@ def keep_users(log: InteractionLog, max_users: int) -> InteractionLog:
         time=log.time[kept],
         label=log.label[kept],
         action=log.action and log.action._replace(codes=log.action.codes[kept]),
+        request_attributes={
+            name: column._replace(codes=column.codes[kept])
+            for name, column in log.request_attributes.items()
+        },
     )
 
 
@@ -447,6 +482,16 @@ def _recoded(column: IdColumn) -> tuple[IdColumn, Ints]:
     return IdColumn(new_by_old[column.codes], ids), occurring[np.argsort(new)]
 
 
+def _sorted_values(column: ValueColumn) -> ValueColumn:
+    """Recode a column by its sorted values that occur."""
+    occurring, codes = np.unique(column.codes, return_inverse=True)
+    values = [column.values[code] for code in occurring.tolist()]
+    order = sorted(range(len(values)), key=values.__getitem__)
+    rank = np.empty(len(values), np.int64)
+    rank[order] = np.arange(len(values))
+    return ValueColumn(rank[codes], [values[index] for index in order])
+
+
 def _taken(
     values_by_name: dict[str, list[tuple[str, ...]]], owners: Ints
 ) -> dict[str, list[tuple[str, ...]]]:
@@ -494,10 +539,14 @@ def _attribute_rows(
     vocabularies: dict[str, IdMap],
     key_of: Callable[[str], str],
 ) -> dict[str, JaggedRows]:
-    rows_by_name = {}
-    for name, ids_by_owner in attributes.items():
-        lengths = [len(ids) for ids in ids_by_owner]
-        flat = [raw for ids in ids_by_owner for raw in ids]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        rows_by_name[name] = JaggedRows(vocabularies[key_of(name)].rows_of_ids(flat), offsets)
-    return rows_by_name
+    return {
+        name: _jagged_rows(ids_by_owner, vocabularies[key_of(name)])
+        for name, ids_by_owner in attributes.items()
+    }
+
+
+def _jagged_rows(ids_by_owner: Sequence[tuple[str, ...]], vocabulary: IdMap) -> JaggedRows:
+    lengths = [len(ids) for ids in ids_by_owner]
+    flat = [raw for ids in ids_by_owner for raw in ids]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return JaggedRows(vocabulary.rows_of_ids(flat), offsets)

@@ -80,6 +80,7 @@ def _parts(log: InteractionLog) -> dict[str, str]:
     if log.action is not None:
         columns.append(log.action.codes)
         digest_by_part["actions"] = _digest(log.action.ids)
+    columns += [column.codes for column in log.request_attributes.values()]
     digest_by_part["events"] = digest_of_events([column] for column in columns)
     for name, values in log.item_attributes.items():
         digest_by_part[f"{name} of items"] = _digest(values)
@@ -87,6 +88,8 @@ def _parts(log: InteractionLog) -> dict[str, str]:
         digest_by_part[f"{name} of items"] = digest_of_events([[floats]], "<f4")
     for name, values in log.user_attributes.items():
         digest_by_part[f"{name} of users"] = _digest(values)
+    for name, column in log.request_attributes.items():
+        digest_by_part[f"{name} of requests"] = _digest(column.values)
     return digest_by_part
 
 

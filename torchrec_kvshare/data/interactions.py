@@ -26,6 +26,7 @@ from torchrec_kvshare.data.tables import (
     Exclusion,
     IdColumn,
     RawTable,
+    ValueColumn,
     encode,
     read_table,
 )
@@ -119,6 +120,8 @@ class ColumnMapping:
         item_attributes: columns of item attributes, each with one or several ids.
         item_floats: columns of item numbers.
         user_attributes: columns of user attributes, each with one or several ids.
+        request_attributes: columns of what was so at the moment of a row, such as the device, each
+            with one or several ids.
         list_separator: separates the ids of an attribute.
         time_format: how times are written; a time without a zone is UTC.
 
@@ -135,11 +138,13 @@ class ColumnMapping:
     item_attributes: tuple[str, ...] = ()
     item_floats: tuple[str, ...] = ()
     user_attributes: tuple[str, ...] = ()
+    request_attributes: tuple[str, ...] = ()
     list_separator: str = "|"
     time_format: TimeFormat = field(default_factory=TimeFormat)
 
     def __post_init__(self) -> None:
-        check_columns(self.item_attributes, self.item_floats, self.user_attributes)
+        context = (*self.user_attributes, *self.request_attributes)
+        check_columns(self.item_attributes, self.item_floats, context)
         if not self.list_separator:
             raise ConfigError("list_separator is ''; allowed is any text of at least one character")
         if self.label is not None:
@@ -147,8 +152,8 @@ class ColumnMapping:
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """Columns of attributes of items and users."""
-        return (*self.item_attributes, *self.user_attributes)
+        """Columns of attributes of items, users and requests."""
+        return (*self.item_attributes, *self.user_attributes, *self.request_attributes)
 
     def exclusions_before_time(self, others: Sequence[Exclusion] = ()) -> list[Exclusion]:
         """Return the reasons to drop a row that are tested before its time.
@@ -177,8 +182,7 @@ class ColumnMapping:
             single.append(self.action)
         if self.label is not None:
             single.append(label_rule(self.label).column)
-        several = (*self.item_attributes, *self.item_floats, *self.user_attributes)
-        return list(dict.fromkeys((*single, *several)))
+        return list(dict.fromkeys((*single, *self.attributes, *self.item_floats)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +199,7 @@ class InteractionLog:
         item_floats: by name: [num_items] float32, 0 where the log has no number.
         user_attributes: by name, then by user code: raw ids, empty where the log has none.
         report: which rows of the file were kept and dropped.
+        request_attributes: by name, raw ids of each row.
 
     Raises:
         ShapeError: if lengths of columns differ.
@@ -209,9 +214,12 @@ class InteractionLog:
     item_floats: dict[str, NDArray[np.float32]]
     user_attributes: dict[str, list[tuple[str, ...]]]
     report: ReadReport
+    request_attributes: dict[str, ValueColumn] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_events = len(self.time)
+        for name, column in self.request_attributes.items():
+            _check_length(name, column.codes, num_events)
         _check_length("users", self.users.codes, num_events)
         _check_length("items", self.items.codes, num_events)
         _check_length("label", self.label, num_events)
@@ -526,6 +534,9 @@ def _assemble(
             name: _attribute(users, kept[name], separator) for name in columns.user_attributes
         },
         report=replace(rows.report(), summary=summary, notes=notes),
+        request_attributes={
+            name: _values(kept[name], separator) for name in columns.request_attributes
+        },
     )
 
 
@@ -572,11 +583,7 @@ def _attribute(owners: IdColumn, column: IdColumn, separator: str) -> list[tuple
 
     Rows without an id do not count, and the order of rows does not matter.
     """
-    value_by_code = [attribute_ids(text, separator) for text in column.ids]
-    values = sorted({(), *value_by_code})
-    rank_by_value = {value: rank for rank, value in enumerate(values)}
-    rank_by_code = np.array([rank_by_value[value] for value in value_by_code], np.int64)
-    rank = rank_by_code[column.codes]
+    rank, values = _values(column, separator)
     pairs = (owners.codes * len(values) + rank)[rank > 0]  # Rank 0 is the empty value.
     distinct, counts = np.unique(pairs, return_counts=True)
     owner, rank = np.divmod(distinct, len(values))
@@ -586,6 +593,15 @@ def _attribute(owners: IdColumn, column: IdColumn, separator: str) -> list[tuple
     for best in order[firsts]:
         chosen[owner[best]] = values[rank[best]]
     return chosen
+
+
+def _values(column: IdColumn, separator: str) -> ValueColumn:
+    """Return a column of texts as values, in order; the first is empty."""
+    value_by_code = [attribute_ids(text, separator) for text in column.ids]
+    values = sorted({(), *value_by_code})
+    rank_by_value = {value: rank for rank, value in enumerate(values)}
+    rank_by_code = np.array([rank_by_value[value] for value in value_by_code], np.int64)
+    return ValueColumn(rank_by_code[column.codes], values)
 
 
 def attribute_ids(text: str, separator: str) -> tuple[str, ...]:

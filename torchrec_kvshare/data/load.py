@@ -102,6 +102,7 @@ def mapping_of(data: InteractionsData) -> ColumnMapping:
         item_attributes=tuple(columns.item_attributes),
         item_floats=tuple(columns.item_floats),
         user_attributes=tuple(columns.user_attributes),
+        request_attributes=tuple(columns.request_attributes),
         list_separator=columns.list_separator,
         time_format=TimeFormat(columns.time_unit, columns.time_format),
     )

@@ -22,7 +22,7 @@ from torchrec_kvshare.data.cut import Cutter
 from torchrec_kvshare.data.dataset import in_canonical_order
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
 from torchrec_kvshare.data.load import file_format_of, load_log, mapping_of
-from torchrec_kvshare.data.shards import MANIFEST
+from torchrec_kvshare.data.shards import MANIFEST, request_column, request_file
 from torchrec_kvshare.data.sources import source_files
 from torchrec_kvshare.data.staging import Work, remove, table
 from torchrec_kvshare.errors import ConfigError, DataError
@@ -151,6 +151,7 @@ def _coded_in_memory(work: Work, data: DataConfig) -> CodedLog:
         item_attributes=tuple(described["item_attributes"]),
         item_floats=tuple(described["item_floats"]),
         user_attributes=tuple(described["user_attributes"]),
+        request_attributes=tuple(described["request_attributes"]),
         report=ReadReport(**report | {"notes": tuple(report["notes"])}),
         time_form=described["time_form"],
     )
@@ -160,8 +161,8 @@ def _write_log(work: Work, log: InteractionLog) -> None:
     arrow = work.arrow
     columns = [("user", log.users), ("item", log.items)]
     columns += [] if log.action is None else [("action", log.action)]
-    for role, column in columns:
-        work.write_columns(f"ids/{role}.parquet", {"id": arrow.array(column.ids, arrow.string())})
+    for role, ids in columns:
+        work.write_columns(f"ids/{role}.parquet", {"id": arrow.array(ids.ids, arrow.string())})
     events = {
         "user": log.users.codes,
         "item": log.items.codes.astype(np.int32),
@@ -170,6 +171,8 @@ def _write_log(work: Work, log: InteractionLog) -> None:
     }
     if log.action is not None:
         events["action"] = log.action.codes.astype(np.int32)
+    for number, column in enumerate(log.request_attributes.values()):
+        events[request_column(number)] = column.codes.astype(np.int32)
     work.write_columns("events.parquet", events)
     texts = arrow.list_(arrow.string())
     for role, attributes in (("item", log.item_attributes), ("user", log.user_attributes)):
@@ -178,6 +181,9 @@ def _write_log(work: Work, log: InteractionLog) -> None:
             given = arrow.array([list(values[code]) for code in codes], texts)
             coded = {"code": arrow.array(codes, arrow.int64()), "value": given}
             work.write_columns(f"{role}_attributes/{number}.parquet", coded)
+    for number, column in enumerate(log.request_attributes.values()):
+        given = arrow.array([list(value) for value in column.values], texts)
+        work.write_columns(request_file(number), {"value": given})
     for number, floats in enumerate(log.item_floats.values()):
         coded = {"code": np.arange(len(floats)), "value": floats}
         work.write_columns(f"item_floats/{number}.parquet", coded)
@@ -187,6 +193,7 @@ def _write_log(work: Work, log: InteractionLog) -> None:
         "item_attributes": list(log.item_attributes),
         "item_floats": list(log.item_floats),
         "user_attributes": list(log.user_attributes),
+        "request_attributes": list(log.request_attributes),
         "report": asdict(replace(log.report, summary=None)),
         "time_form": None if summary is None else summary.time_form,
     }

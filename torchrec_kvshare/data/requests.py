@@ -121,6 +121,10 @@ def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, A
         "context": {
             name: [_id(raw) for raw in ids_by_user[user]]
             for name, ids_by_user in log.user_attributes.items()
+        }
+        | {
+            name: [_id(raw) for raw in column.values[column.codes[event]]]
+            for name, column in log.request_attributes.items()
         },
         "history": history | {TIME: dataset.time[past].tolist()},
         "candidates": columns,

@@ -31,7 +31,7 @@ from torchrec_kvshare.data.dataset import (
 )
 from torchrec_kvshare.data.digest import DataDigest, log_digest
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
-from torchrec_kvshare.data.tables import IdColumn
+from torchrec_kvshare.data.tables import IdColumn, ValueColumn
 from torchrec_kvshare.errors import DataError, MissingExtraError
 from torchrec_kvshare.features.schema import (
     ACTION,
@@ -49,7 +49,7 @@ FORMAT = 1
 MANIFEST = "prepared.json"
 ITEM_COLUMNS = ("id", "num_training", "num_positive")  # then attributes and floats
 USER_COLUMNS = ("code", "id", "first_event", "num_events")  # then attributes
-EVENT_COLUMNS = ("item", "time", "label")  # then the action, if the log has actions
+EVENT_COLUMNS = ("item", "time", "label")  # then the action, if there are, and codes of requests
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ def open_prepared(
     log, num_training, num_positive = folder.items()
     keys = [USER, ITEM, *([ACTION] if log.action is not None else [])]
     keys += [item_key(name) for name in log.item_attributes]
-    keys += [context_key(name) for name in log.user_attributes]
+    keys += [context_key(name) for name in (*log.user_attributes, *log.request_attributes)]
     known_ids = {key: folder.ids(f"vocabulary/{table_name(key)}.parquet") for key in keys}
     shared = without_users(log, known_ids, np.flatnonzero(num_training), histories, id_maps)
 
@@ -177,6 +177,16 @@ def read_prepared_log(path: Path, max_users: int | None) -> InteractionLog:
         log, user_code, _ = folder.users_of(bare, [shard])
         parts.append(_events_of(log, np.isin(user_code, chosen)))
     return _joined(parts)
+
+
+def request_file(number: int) -> str:
+    """Return the file with the values of an attribute of requests, in the order of their codes."""
+    return f"requests/{number}.parquet"
+
+
+def request_column(number: int) -> str:
+    """Return the column of events with the codes of an attribute of requests."""
+    return f"request{number}"
 
 
 class _Folder:
@@ -248,6 +258,10 @@ class _Folder:
             },
             user_attributes={name: [] for name in manifest["user_attributes"]},
             report=ReadReport(0, 0, {}, []),
+            request_attributes={
+                name: ValueColumn(none, _lists(self.columns([request_file(number)], ["value"])[0]))
+                for number, name in enumerate(manifest["request_attributes"])
+            },
         )
         return log, _ints(num_training), _ints(num_positive)
 
@@ -267,9 +281,11 @@ class _Folder:
             [f"shards/{shard:05}.users.parquet" for shard in shards],
             [*USER_COLUMNS, *bare.user_attributes],
         )
-        item, time, label, *actions = self.columns(
+        actions = [] if bare.action is None else [ACTION]
+        requests = [request_column(number) for number in range(len(bare.request_attributes))]
+        item, time, label, *rest = self.columns(
             [f"shards/{shard:05}.events.parquet" for shard in shards],
-            [*EVENT_COLUMNS, *([] if bare.action is None else [ACTION])],
+            [*EVENT_COLUMNS, *actions, *requests],
         )
         counts, items = _ints(lengths), _ints(item)
         if counts.sum() != len(items) or items.max(initial=-1) >= len(bare.items.ids):
@@ -284,9 +300,15 @@ class _Folder:
             items=bare.items._replace(codes=items),
             time=_ints(time),
             label=label.to_numpy().astype(np.float32),
-            action=bare.action and bare.action._replace(codes=_ints(actions[0])),
+            action=bare.action and bare.action._replace(codes=_ints(rest[0])),
             user_attributes=dict(zip(bare.user_attributes, map(_lists, attributes), strict=True)),
             report=ReadReport(len(items), len(items), {}, []),
+            request_attributes={
+                name: column._replace(codes=_ints(of_events))
+                for (name, column), of_events in zip(
+                    bare.request_attributes.items(), rest[len(actions) :], strict=True
+                )
+            },
         )
         return log, _ints(codes), _ints(first_events)
 
@@ -306,6 +328,10 @@ def _events_of(log: InteractionLog, is_chosen: NDArray[np.bool_]) -> Interaction
         user_attributes={
             name: [ids_by_user[user] for user in chosen]
             for name, ids_by_user in log.user_attributes.items()
+        },
+        request_attributes={
+            name: column._replace(codes=column.codes[kept])
+            for name, column in log.request_attributes.items()
         },
     )
 
@@ -331,6 +357,12 @@ def _joined(parts: Sequence[InteractionLog]) -> InteractionLog:
             for name in first.user_attributes
         },
         report=ReadReport(num_events, num_events, {}, []),
+        request_attributes={
+            name: column._replace(
+                codes=np.concatenate([part.request_attributes[name].codes for part in parts])
+            )
+            for name, column in first.request_attributes.items()
+        },
     )
 
 

@@ -133,6 +133,8 @@ def _tested_rows(dataset: Dataset) -> dict[str, Ints]:
         rows[f"items.{name}"] = values.take(items)[0]
     for name, values in dataset.context.items():
         rows[f"context.{name}"] = values.take(users)[0]
+    for name, of_events in dataset.request_context.items():
+        rows[f"context.{name}"] = of_events.take(np.flatnonzero(tested))[0]
     return {
         name: found
         for name, found in rows.items()

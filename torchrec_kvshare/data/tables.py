@@ -48,6 +48,13 @@ class IdColumn(NamedTuple):
     ids: list[str]
 
 
+class ValueColumn(NamedTuple):
+    """A coded column with several ids per row: row t holds ``values[codes[t]]``."""
+
+    codes: NDArray[np.int64]  # [T]
+    values: list[tuple[str, ...]]
+
+
 class Exclusion(NamedTuple):
     """A reason to drop a row, decided by the text in one column."""
 

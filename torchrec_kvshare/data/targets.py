@@ -3,7 +3,8 @@
 A window is the part of a history that the model reads (``schema.Window``). All targets whose
 windows start at the same event share one window; each sees its strictly earlier events and has its
 own sampled negatives. So an epoch costs one prefill per window, not one per event, and histories
-are cut as in serving.
+are cut as in serving. The rows of a log of impressions are such targets too, each with its label
+and with the context of its own request.
 """
 
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from torchrec_kvshare.features.schema import (
     ACTION,
     CANDIDATE_TIME,
     ITEM,
+    REQUEST_HISTORY,
     REQUEST_TIME,
     TIME,
     UNKNOWN_ROW,
@@ -159,7 +161,7 @@ def sample_negatives(dataset: Dataset, targets: Ints, num_negatives: int, draws:
         DataError: if the catalogue has fewer than two items.
     """
     catalogue = dataset.known_items
-    if len(catalogue) < MIN_CATALOGUE:
+    if num_negatives and len(catalogue) < MIN_CATALOGUE:
         raise DataError(
             f"the catalogue, the items of the training split, has {len(catalogue)} item; negatives "
             f"need at least {MIN_CATALOGUE}"
@@ -177,12 +179,14 @@ def build_batch(dataset: Dataset, windows: Windows, candidates: Ints, draws: Dra
 
     Args:
         dataset: holds the windows.
-        windows: W windows, which become the user rows of the batch.
+        windows: W windows, which become the histories of the batch.
         candidates: [P, 1 + negatives] item codes of each target's candidates, its own item first.
         draws: in training, chooses the ids to show as unknown; None shows all ids.
 
     Returns:
         A VBE batch with C = P x (1 + negatives) candidates; the first of each target has its label.
+        Its user rows are the windows or, where requests have attributes, the targets, of which
+        those of a window share its history.
     """
     window_of_target = np.repeat(np.arange(len(windows.user)), windows.num_targets)
     moments = {CANDIDATE_TIME: dataset.time[windows.targets]}
@@ -224,6 +228,10 @@ def _assemble(
     num_candidates = candidates.shape[1]
     codes = candidates.ravel()
     slots = np.tile(np.arange(num_candidates), len(windows.targets))
+    request_of_target = window_of_target
+    if dataset.request_context:
+        request_of_target = np.arange(len(windows.targets))
+        bags[REQUEST_HISTORY] = single(_tensor(window_of_target))
     bags |= _user_bags(dataset, windows, draws)
     for history in windows.first_event:
         bags |= _event_bags(dataset, windows, history, draws)
@@ -236,17 +244,20 @@ def _assemble(
     time = np.repeat(dataset.time[windows.targets], num_candidates)
     return assemble(
         bags,
-        _tensor(np.repeat(window_of_target, num_candidates)),
+        _tensor(np.repeat(request_of_target, num_candidates)),
         _dense(dataset, codes, time),
         torch.from_numpy(labels.ravel()),
     )
 
 
 def _user_bags(dataset: Dataset, windows: Windows, draws: Draws | None) -> dict[str, Bags]:
-    user_codes = dataset.user_code[windows.user]
-    bags = {USER: single(_hidden(dataset.user_row[windows.user], draws, user_codes, OF_USERS))}
+    user = np.repeat(windows.user, windows.num_targets) if dataset.request_context else windows.user
+    hidden = _hidden(dataset.user_row[user], draws, dataset.user_code[user], OF_USERS)
+    bags = {USER: single(hidden)}
     for name, rows in dataset.context.items():
-        bags[context_key(name)] = _bags(*rows.take(windows.user))
+        bags[context_key(name)] = _bags(*rows.take(user))
+    for name, of_events in dataset.request_context.items():
+        bags[context_key(name)] = _bags(*of_events.take(windows.targets))
     return bags
 
 

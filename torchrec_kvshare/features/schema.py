@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.hashing import (
     IntArray,
     codes_of_ids,
     codes_of_integers,
-    hashed_rows,
 )
 from torchrec_kvshare.features.ids import canonical_id, canonical_ids
 
@@ -246,6 +244,11 @@ class Hashed(IdMap):
 
     def rows_of_codes(self, codes: IntArray) -> IntArray:
         """Return the rows of ids by their codes."""
+        # Imported here: reading a log needs no torch.
+        import torch
+
+        from torchrec_kvshare.features.hashed_rows import hashed_rows
+
         hashed = hashed_rows(torch.from_numpy(codes), self.num_rows, self.salt)
         rows: IntArray = (hashed + NUM_RESERVED_ROWS).numpy()
         return rows

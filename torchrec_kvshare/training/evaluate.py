@@ -92,19 +92,26 @@ def popularity_scorer(shards: Shards, num_negatives: int) -> Scorer:
 
     Args:
         shards: their training split is counted.
-        num_negatives: negatives per target, so that the logits are the log odds of the task.
+        num_negatives: negatives sampled per target, so that the logits are the log odds of the
+            task; with 0 they are those of the item's own events.
 
     Returns:
         A scorer that reads the candidate's item only; its logits are finite.
     """
-    num_positive = shards.num_positive
-    trained = np.flatnonzero(num_positive)
+    trained = np.flatnonzero(shards.num_training)
     rows, of_row = np.unique(shards.shared.item_row[trained], return_inverse=True)
-    counts = np.bincount(of_row, weights=num_positive[trained], minlength=len(rows))
-    num_items = len(shards.shared.known_items)
-    expected_negatives = num_negatives * max(int(num_positive.sum()), 1) / num_items
-    # One pseudo-event: an item never bought gets small odds, not zero.
-    log_odds = np.log((np.append(counts, 0) + 1.0) / expected_negatives).astype(np.float32)
+    shown, positive = (
+        np.append(np.bincount(of_row, weights=counts[trained], minlength=len(rows)), 0)
+        for counts in (shards.num_training, shards.num_positive)
+    )
+    if num_negatives:
+        negative = num_negatives * max(positive.sum(), 1) / len(shards.shared.known_items)
+        prior = 1.0
+    else:
+        negative = shown - positive + 1.0
+        prior = max(positive.sum(), 1) / max((shown - positive).sum(), 1)
+    # With a prior an item that was never bought gets small odds, not zero.
+    log_odds = np.log((positive + prior) / negative).astype(np.float32)
 
     def score(batch: Batch) -> Tensor:
         candidates = batch.sparse_features[candidate_key(ITEM)].values().numpy()
