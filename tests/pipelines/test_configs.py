@@ -116,7 +116,7 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("prefetch=0", "prefetch is 0; it must be at least 1"),
         ("shuffle_shards=0", "shuffle_shards is 0; it must be at least 1"),
         ("device=gpu", "device is 'gpu'; one of ('auto', 'cpu', 'cuda') is allowed"),
-        ("negatives=0", "negatives is 0; it must be at least 1"),
+        ("negatives=-1", "negatives is -1; it must be at least 0"),
         ("model.num_layers=0", "model.num_layers is 0; it must be at least 1"),
         ("model.dim=-16", "model.dim is -16; it must be at least 1"),
         ("threads=0", "threads is 0; it must be at least 1"),

@@ -179,7 +179,12 @@ def load_data(config: TrainConfig) -> Shards:
     if not shards.num_positive.any():
         raise DataError(f"{name} has no positive event in the training split")
     known_items = shards.shared.known_items
-    if len(known_items) < MIN_CATALOGUE:
+    if not config.negatives and (shards.num_positive == shards.num_training).all():
+        raise DataError(
+            f"negatives is 0, but {name} has no event with label 0 in the training split; a label "
+            "rule is needed, or 1 or more negatives"
+        )
+    if config.negatives and len(known_items) < MIN_CATALOGUE:
         raise DataError(
             f"{name} has one item in the training split, "
             f"{shards.shared.log.items.ids[known_items[0]]}; negatives need another"
