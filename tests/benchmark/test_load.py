@@ -195,7 +195,7 @@ def test_the_highest_rate_of_a_server_that_answers_one_at_a_time(tmp_path: Path)
                 address,
                 messages(HIT),
                 qps=qps,
-                duration_s=1.0,
+                duration_s=0.5,
                 seed=2,
                 log_folder=tmp_path / f"{qps:.3f}",
             )

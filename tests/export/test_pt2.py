@@ -1,12 +1,12 @@
 """Compiled graphs compute what the eager model does, at sizes not exported, with torch alone.
 
-Compiling takes half a minute for each kind, so one test does all that needs its graphs; the causal
-ones are those of an artifact.
+Compiling takes some twenty seconds for each kind, so each is compiled once; the causal graphs are
+those of an artifact. One process that has only torch runs the graphs of all kinds.
 """
 
 import json
+import shutil
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +89,9 @@ WORLD_BY_KIND = {
     ),
 }
 
+NAMES = ("encode", "score")
+FILES = [GRAPHS, WEIGHTS, *(f"{name}.pt2" for name in NAMES)]
+
 # The export draws 2 users of a whole window and 100 candidates each.
 BATCHES = [
     [(9, 1, 31)],
@@ -103,46 +106,53 @@ FOREIGN_PROGRAM = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
-operators, folder, asked, answered = sys.argv[1:]
+operators, *folders = sys.argv[1:]
 torch.ops.load_library(operators)
-graphs = json.load(open(f"{folder}/graphs.json"))["graphs"]
-weights = torch.load(f"{folder}/weights.pt", mmap=True)
-loaders = {}
-for name, graph in graphs.items():
-    package = torch._inductor.aoti_load_package(f"{folder}/{graph['file']}")
-    own = {key: weights[key] for key in package.get_constant_fqns()}
-    package.load_constants(own, check_full_update=True, user_managed=True)
-    loaders[name] = package.loader
+loaded = []
+for folder in folders:
+    graphs = json.load(open(f"{folder}/graphs.json"))["graphs"]
+    weights = torch.load(f"{folder}/weights.pt", mmap=True)
+    loaders = {}
+    for name, graph in graphs.items():
+        package = torch._inductor.aoti_load_package(f"{folder}/{graph['file']}")
+        own = {key: weights[key] for key in package.get_constant_fqns()}
+        package.load_constants(own, check_full_update=True, user_managed=True)
+        loaders[name] = package.loader
+    loaded.append((graphs, loaders))
 num_threads = len(os.listdir("/proc/self/task"))
-answers = []
-for name, inputs in torch.load(asked):
-    answers.append(loaders[name].run([inputs[one["name"]] for one in graphs[name]["inputs"]]))
-torch.save(answers, answered)
+for folder, (graphs, loaders) in zip(folders, loaded):
+    answers = []
+    for name, inputs in torch.load(f"{folder}/asked"):
+        answers.append(loaders[name].run([inputs[one["name"]] for one in graphs[name]["inputs"]]))
+    torch.save(answers, f"{folder}/answered")
 found = {"new_threads": len(os.listdir("/proc/self/task")) - num_threads}
 found["modules"] = [n for n in ("torchrec_kvshare", "torchrec", "fbgemm_gpu") if n in sys.modules]
 print(json.dumps(found))
 """
 
 
-def assert_equals_eager(
-    got: RankingFunctions, eager: RankingModel, world: World, users: list[tuple[int, int, int]]
-) -> None:
-    """K/V, and logits uncached, through pages and, where there are such, extended."""
-    requests = parse_all([draw_raw(*user, world.schema) for user in users], world.schema)
-    batch = collate(requests, world.schema)
-    features = batch.sparse_features
-    for one, other in zip(got.prefill(features), eager.prefill(features), strict=True):
-        assert_close(one, other)
-    expected = eager(batch.dense_features, features)
-    assert_close(got(batch.dense_features, features), expected)
-    assert_close(score_through_pages(got, requests, world.schema), expected)
-    if world.spec.kind != BIDIRECTIONAL:
-        extended = score_extended(eager, requests, world.schema)
-        assert_close(score_extended(got, requests, world.schema), extended)
+def answers_of(model: RankingFunctions, world: World) -> list[dict[str, Any]]:
+    """K/V and logits of each batch, by how they are computed."""
+    answers = []
+    for users in BATCHES:
+        requests = parse_all([draw_raw(*user, world.schema) for user in users], world.schema)
+        batch = collate(requests, world.schema)
+        found = {
+            "kv": model.prefill(batch.sparse_features),
+            "uncached": model(batch.dense_features, batch.sparse_features),
+            "pages": score_through_pages(model, requests, world.schema),
+        }
+        if world.spec.kind != BIDIRECTIONAL:
+            found["extended"] = score_extended(model, requests, world.schema)
+        answers.append(found)
+    return answers
 
 
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=0.0, atol=LOGIT_TOLERANCE)
+def assert_equals_eager(answers: list[dict[str, Any]], kind: str) -> None:
+    """Compare with the eager model, which is not asked through pages."""
+    for got, eager in zip(answers, answers_of(eager_model(kind), WORLD_BY_KIND[kind]), strict=True):
+        expected = eager | {"pages": eager["uncached"]}
+        torch.testing.assert_close(got, expected, rtol=0.0, atol=LOGIT_TOLERANCE)
 
 
 def recording(graphs: dict[str, Graph], asked: list[tuple[str, Inputs]]) -> dict[str, Graph]:
@@ -156,17 +166,6 @@ def recording(graphs: dict[str, Graph], asked: list[tuple[str, Inputs]]) -> dict
         return call
 
     return {name: record(name) for name in graphs}
-
-
-def answer_elsewhere(
-    folder: Path, asked: list[tuple[str, Inputs]], work: Path
-) -> tuple[Any, Iterator[Any]]:
-    """State of a process that has only torch, and outputs of its graphs."""
-    torch.save(asked, work / "asked")
-    files = [str(library_path()), str(folder), str(work / "asked"), str(work / "answered")]
-    output, errors = fresh_process(FOREIGN_PROGRAM, *files).communicate()
-    assert output, errors
-    return json.loads(output), iter(torch.load(work / "answered"))
 
 
 def sources_of(path: Path) -> str:
@@ -191,43 +190,91 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def folders(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with the graphs of each kind."""
+    base = tmp_path_factory.mktemp("graphs")
+    shutil.copytree(artifact, base / CAUSAL)
+    for kind, world in WORLD_BY_KIND.items():
+        if kind != CAUSAL:
+            (base / kind).mkdir()
+            assert write_pt2(eager_model(kind), world.schema, base / kind) == FILES
+            assert sorted(path.name for path in (base / kind).iterdir()) == sorted(FILES)
+    return {kind: base / kind for kind in WORLD_BY_KIND}
+
+
+def load_graphs(kind: str, folder: Path) -> CompiledRanking:
+    world = WORLD_BY_KIND[kind]
+    loaded = load_pt2(folder, world.schema, asdict(world.spec))
+    assert isinstance(loaded, CompiledRanking)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def here(folders: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Answers of each kind's graphs, whose inputs are then in the folders."""
+    answers_by_kind = {}
+    for kind, folder in folders.items():
+        world, loaded = WORLD_BY_KIND[kind], load_graphs(kind, folder)
+        asked: list[tuple[str, Inputs]] = []
+        graphs = recording(dict(loaded.graphs), asked)
+        recorded = CompiledRanking(graphs, world.schema, world.spec, loaded.weights)
+        answers_by_kind[kind] = answers_of(recorded, world)
+        torch.save(asked, folder / "asked")
+    return answers_by_kind
+
+
 @pytest.mark.parametrize("kind", WORLD_BY_KIND)
 @torch.no_grad()
 def test_compiled_graphs_say_what_the_model_says(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str, folders: dict[str, Path], here: dict[str, list[dict[str, Any]]]
 ) -> None:
-    world, eager = WORLD_BY_KIND[kind], eager_model(kind)
-    names = ["encode", "score"]
-    files = [GRAPHS, WEIGHTS, *(f"{name}.pt2" for name in names)]
-    folder = tmp_path / "written"
-    if kind == CAUSAL:
-        folder = request.getfixturevalue("artifact")
-    else:
-        folder.mkdir()
-        assert write_pt2(eager, world.schema, folder) == files
-        assert sorted(path.name for path in folder.iterdir()) == sorted(files)
-    loaded = load_pt2(folder, world.schema, asdict(world.spec))
-    assert isinstance(loaded, CompiledRanking)
-    if kind == HSTU:
-        require_determinism(loaded, world.schema)
-    asked: list[tuple[str, Inputs]] = []
-    here = CompiledRanking(
-        recording(dict(loaded.graphs), asked), world.schema, world.spec, loaded.weights
-    )
-    for users in BATCHES:
-        assert_equals_eager(here, eager, world, users)
-    assert {name for name, _ in asked} == set(names)
-    found, answers = answer_elsewhere(folder, asked, tmp_path)
-    assert found == {"new_threads": 0, "modules": []}
-    there = CompiledRanking(
-        dict.fromkeys(names, lambda _: next(answers)), world.schema, world.spec, {}
-    )
-    for users in BATCHES:
-        assert_equals_eager(there, eager, world, users)
-    for name in names:
-        sources = sources_of(folder / f"{name}.pt2")
+    assert_equals_eager(here[kind], kind)
+    asked = torch.load(folders[kind] / "asked")
+    assert {name for name, _ in asked} == set(NAMES)
+
+
+def test_one_user_alone_gets_the_same_bits_from_compiled_graphs(folders: dict[str, Path]) -> None:
+    """Of a model that computes rows alone, as an exported one may be asked to."""
+    require_determinism(load_graphs(HSTU, folders[HSTU]), WORLD_BY_KIND[HSTU].schema)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folders: dict[str, Path], here: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What a process with torch alone says of itself; its answers are in the folders."""
+    given = (str(library_path()), *map(str, folders.values()))
+    output, errors = fresh_process(FOREIGN_PROGRAM, *given).communicate()
+    assert output, errors
+    found: dict[str, Any] = json.loads(output)
+    return found
+
+
+def test_graphs_need_torch_alone_and_start_no_thread(elsewhere: dict[str, Any]) -> None:
+    assert elsewhere == {"new_threads": 0, "modules": []}
+
+
+@pytest.mark.parametrize("kind", WORLD_BY_KIND)
+@pytest.mark.usefixtures("elsewhere")
+@torch.no_grad()
+def test_graphs_say_the_same_in_a_process_with_torch_alone(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    world, answers = WORLD_BY_KIND[kind], iter(torch.load(folders[kind] / "answered"))
+    graphs = dict.fromkeys(NAMES, lambda _: next(answers))
+    there = CompiledRanking(graphs, world.schema, world.spec, {})
+    assert_equals_eager(answers_of(there, world), kind)
+
+
+@pytest.mark.parametrize("kind", WORLD_BY_KIND)
+def test_graphs_use_as_many_threads_as_their_host_wants(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    """Not as many as the exporter had."""
+    for name in NAMES:
+        sources = sources_of(folders[kind] / f"{name}.pt2")
         assert "omp parallel" in sources
-        assert "num_threads(" not in sources  # not the exporter's number of threads
+        assert "num_threads(" not in sources
 
 
 def test_an_artifact_of_compiled_graphs_is_served_by_the_same_engine(

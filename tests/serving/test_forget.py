@@ -444,7 +444,7 @@ def test_a_cluster_forgets_a_user_at_every_replica(
     output = tmp_path / "cluster"
     overrides = [f"artifact={artifact}", f"output={output}", f"server.token_file={token_file}"]
     overrides += ["replicas=2", "threads=1", "server.http_port=0", "server.grpc_port=0"]
-    overrides += ["server.timeout_ms=10000", "cache.remote.deadline_ms=5000"]
+    overrides += ["server.timeout_ms=4000", "cache.remote.deadline_ms=4000"]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(
         [*(sys.executable, "-W", "ignore", "-m", "pipelines.serve_cluster"), *overrides],

@@ -1,7 +1,7 @@
 """Thousands of broken requests over HTTP and gRPC: each is refused, and none harms the next.
 
 Good requests are mutated at every level that a sender can get wrong: bits, JSON trees, tensors,
-headers, paths. 2,000 by default, 20,000 with KVSHARE_SOAK=1; every failure shows the seed.
+headers, paths. 1,000 by default, 20,000 with KVSHARE_SOAK=1; every failure shows the seed.
 """
 
 import gc
@@ -34,7 +34,7 @@ from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.columns import column_tensors
 
-NUM_REQUESTS = 20_000 if os.environ.get("KVSHARE_SOAK") == "1" else 2_000
+NUM_REQUESTS = 20_000 if os.environ.get("KVSHARE_SOAK") == "1" else 1_000
 ROUND = 100  # broken requests between two good ones
 MAX_SHOWN = 5  # faults in a failure's message
 

@@ -2,7 +2,7 @@
 
 Cached users, new ones and growing histories over HTTP and gRPC, streams, bad requests, deadlines
 that pass, dropped connections, clients that stop reading, a Redis that freezes; and at the end
-SIGTERM in the middle of it. 15 seconds by default, 10 minutes with KVSHARE_SOAK=1.
+SIGTERM in the middle of it. 8 seconds by default, 10 minutes with KVSHARE_SOAK=1.
 """
 
 import json
@@ -34,18 +34,18 @@ from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 
 IS_SOAK = os.environ.get("KVSHARE_SOAK") == "1"
-DURATION_S = 600.0 if IS_SOAK else 15.0
+DURATION_S = 600.0 if IS_SOAK else 8.0
 WARM_UP = 0.25  # share of the time: caches, pools of threads and the allocator's arenas fill
 MAX_SLOPE = 1.0  # MB a minute
 # Seconds say nothing of a slope: arenas still fill by some MB then. What keeps each request, of
 # 2 kB and some hundred a second, or each connection's buffers, grows by more than this.
 MAX_GROWTH_MB = 60.0
 
-# Redis freezes for three seconds of each fifteen.
-FREEZE_EVERY_S, FROZEN_FROM_S, FROZEN_TO_S = 15.0, 7.0, 10.0
+# Redis freezes for three seconds of each fifteen, or once.
+FREEZE_EVERY_S, FROZEN_FROM_S, FROZEN_TO_S = (15.0, 7.0, 10.0) if IS_SOAK else (8.0, 3.0, 5.0)
 
-NUM_KNOWN = 200  # users who come again; the device has room for 85 of them, the host for as many
-KV_BYTES = 512 * 1024
+# Users who come again; of 200 the device has room for 85, of 80 for 21, and the host for as many.
+NUM_KNOWN, KV_BYTES = (200, 512 * 1024) if IS_SOAK else (80, 128 * 1024)
 LENGTHS = (4, 9, 14, 20)  # events of a history that grows
 STREAM_S, HOLD_S = 3.0, 4.0  # of a stream at most; that a client does not read
 

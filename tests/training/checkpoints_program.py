@@ -3,13 +3,12 @@
 Two ranks save a checkpoint in the middle of an epoch and train on. Then any number of ranks resume.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from tests.training.on_ranks import (
     logits_of,
-    meeting,
+    on_each_rank,
     plain_model,
     run_config,
     tell,
@@ -73,10 +72,13 @@ def resume(name: str, shards: Shards, folder: Path, ranks: Ranks) -> dict[str, A
     return {"before": before, "logits": logits, "losses": losses, "step": step}
 
 
+def check_all(ranks: Ranks, folder: Path) -> None:
+    shards = load_data(run_config(folder))
+    for name in SETTINGS:
+        if ranks.world_size == 2:
+            save(name, shards, folder, ranks)
+        tell(case="resumed", name=name, **resume(name, shards, folder, ranks))
+
+
 if __name__ == "__main__":
-    with meeting(sys.argv[1:]) as (ranks, folder):
-        shards = load_data(run_config(folder))
-        for name in SETTINGS:
-            if ranks.world_size == 2:
-                save(name, shards, folder, ranks)
-            tell(case="resumed", name=name, **resume(name, shards, folder, ranks))
+    on_each_rank(check_all)

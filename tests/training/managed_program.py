@@ -1,13 +1,12 @@
 """What ``test_managed`` checks on each rank; see ``on_ranks``."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from tests.training import worlds
 from tests.training.on_ranks import (
     is_table,
-    meeting,
+    on_each_rank,
     run_config,
     tell,
     train_on,
@@ -68,20 +67,23 @@ def sums_of(trainer: Trainer) -> dict[str, float]:
     return {n: tensor.double().sum().item() for n, tensor in whole.items() if is_table(n)}
 
 
+def check_all(ranks: Ranks, folder: Path) -> None:
+    shards = managed_shards(folder)
+    trainer = managed_trainer(shards, folder / f"{ranks.world_size}", ranks)
+    losses, num_evicted = [], 0
+    for index in range(NUM_STEPS):
+        if index == SAVED_AT:
+            trainer._save(None)
+        losses += train_steps(trainer, index, index + 1)
+        num_evicted += trainer.managed.num_evicted.get(ITEM, 0)
+    told = {"maps": maps_of(trainer), "sums": sums_of(trainer)}
+    tell(case="trained", losses=losses, num_evicted=num_evicted, **told)
+    if ranks.world_size == 1:  # resumes what two ranks saved
+        resumed = managed_trainer(shards, folder / "2", ranks, seed=7)
+        resumed.resume()
+        losses = train_steps(resumed, SAVED_AT, NUM_STEPS)
+        tell(case="resumed", losses=losses, maps=maps_of(resumed), sums=sums_of(resumed))
+
+
 if __name__ == "__main__":
-    with meeting(sys.argv[1:]) as (ranks, folder):
-        shards = managed_shards(folder)
-        trainer = managed_trainer(shards, folder / f"{ranks.world_size}", ranks)
-        losses, num_evicted = [], 0
-        for index in range(NUM_STEPS):
-            if index == SAVED_AT:
-                trainer._save(None)
-            losses += train_steps(trainer, index, index + 1)
-            num_evicted += trainer.managed.num_evicted.get(ITEM, 0)
-        told = {"maps": maps_of(trainer), "sums": sums_of(trainer)}
-        tell(case="trained", losses=losses, num_evicted=num_evicted, **told)
-        if ranks.world_size == 1:  # resumes what two ranks saved
-            resumed = managed_trainer(shards, folder / "2", ranks, seed=7)
-            resumed.resume()
-            losses = train_steps(resumed, SAVED_AT, NUM_STEPS)
-            tell(case="resumed", losses=losses, maps=maps_of(resumed), sums=sums_of(resumed))
+    on_each_rank(check_all)

@@ -1,22 +1,23 @@
 """Start programs on several ranks, and what the programs share.
 
-A start costs some 5 s, so one start checks many cases: a program prints a JSON object for each, and
-several tests read them.
+Importing what a rank needs costs some 5 s, so a program imports it once and forks its ranks, of one
+number of them after the other. One start checks many cases: a rank prints a JSON object for each,
+and several tests read them.
 """
 
-import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRMTrain
 
+from tests.once import make_once
 from tests.training.worlds import BUDGET, MODEL, tiny_config
 from torchrec_kvshare.config import TrainConfig
 from torchrec_kvshare.data.dataset import Ints
@@ -37,6 +39,7 @@ from torchrec_kvshare.training.sharding import SGD, TableSettings
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240  # for a program; they take some 15 s on an idle machine
+TOLD, ERRORS = "told", "errors"  # files of a rank: what it prints
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # a rank that waits alone ends with an error
 
 # Two orders of the same sums, in float32: the worst loss of one step, of five kinds on two and on
@@ -53,52 +56,79 @@ def environment(**changes: str) -> dict[str, str]:
     return inherited | quiet | changes
 
 
-def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
-    """Return a folder that all workers of pytest-xdist share in this session."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-
-
-def run_on_ranks(program: str, world_size: int, folder: Path) -> list[list[Case]]:
-    """Run ``tests.training.PROGRAM`` on ranks that meet at a file; return each rank's cases.
+def run_on_ranks(program: str, folder: Path, *world_sizes: int) -> dict[int, list[list[Case]]]:
+    """Run ``tests.training.PROGRAM`` on so many ranks, one number after the other.
 
     Of several workers of pytest-xdist one runs it, the others wait and read what it told.
+
+    Returns:
+        Each rank's cases, by the number of ranks.
     """
-    folder.mkdir(exist_ok=True)
-    told = folder / f"told-by-{world_size}.json"
-    with (folder / f"lock-{world_size}").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not told.exists():
-            (folder / f"meet-{world_size}").unlink(missing_ok=True)
-            told.write_text(json.dumps(_run(program, world_size, folder)))
-    cases: list[list[Case]] = json.loads(told.read_text())
-    return cases
+    make_once(folder / program, lambda _: _run(program, folder, world_sizes))
+    return {
+        world_size: [_cases(file_of(folder, TOLD, rank, world_size)) for rank in range(world_size)]
+        for world_size in world_sizes
+    }
 
 
-def _run(program: str, world_size: int, folder: Path) -> list[list[Case]]:
+def _run(program: str, folder: Path, world_sizes: tuple[int, ...]) -> None:
     command = [sys.executable, "-W", "ignore", "-m", f"tests.training.{program}"]
-    errors = [folder / f"errors-{rank}-of-{world_size}" for rank in range(world_size)]
-    with ExitStack() as stack:
+    command += [str(folder), *map(str, world_sizes)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        with suppress(ProcessLookupError):  # Its ranks are of its group.
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == 0, errors.decode()[-4000:]
+
+
+def _cases(told: Path) -> list[Case]:
+    return [json.loads(line) for line in told.read_text().splitlines()]
+
+
+def file_of(folder: Path, what: str, rank: int, world_size: int) -> Path:
+    return folder / f"{what}-{rank}-of-{world_size}"
+
+
+def on_each_rank(check: Callable[[Ranks, Path], None]) -> None:
+    """Fork ranks that call ``check`` with the test's folder: a program that tests start."""
+    folder, fork = Path(sys.argv[1]), get_context("fork")
+    for world_size in map(int, sys.argv[2:]):
         ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(world_size), str(folder)],
-                cwd=ROOT,
-                env=environment(),
-                stdout=subprocess.PIPE,
-                stderr=stack.enter_context(errors[rank].open("w")),
-                text=True,
-            )
+            fork.Process(target=_be_rank, args=(check, folder, rank, world_size))
             for rank in range(world_size)
         ]
-        try:
-            outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.communicate()
-    for path, rank in zip(errors, ranks, strict=True):
-        assert rank.returncode == 0, f"{path.name}: {path.read_text()[-4000:]}"
-    return [[json.loads(line) for line in output.splitlines()] for output in outputs]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        for rank, process in enumerate(ranks):
+            if process.exitcode:
+                errors = file_of(folder, ERRORS, rank, world_size)
+                sys.exit(f"{errors.name}: {errors.read_text()[-4000:]}")
+
+
+def _be_rank(
+    check: Callable[[Ranks, Path], None], folder: Path, rank: int, world_size: int
+) -> None:
+    for what, descriptor in ((TOLD, 1), (ERRORS, 2)):
+        with file_of(folder, what, rank, world_size).open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet-{world_size}",
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    with joined_ranks(torch.device("cpu")) as ranks:
+        check(ranks, folder)
+    dist.destroy_process_group()
 
 
 def torchrun(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -121,23 +151,6 @@ def torchrun(*arguments: str) -> "subprocess.CompletedProcess[str]":
         output, errors = process.communicate()
         errors = f"{errors}\nnot done within {TIMEOUT_S} s"
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
-
-
-@contextmanager
-def meeting(arguments: list[str]) -> Iterator[tuple[Ranks, Path]]:
-    """Join the ranks that ``run_on_ranks`` started: yields these and the test's folder."""
-    rank, world_size, folder = int(arguments[0]), int(arguments[1]), Path(arguments[2])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet-{world_size}",
-        rank=rank,
-        world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
-    with joined_ranks(torch.device("cpu")) as ranks:
-        yield ranks, folder
-    dist.destroy_process_group()
 
 
 def tell(**case: Any) -> None:

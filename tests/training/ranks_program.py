@@ -1,6 +1,5 @@
 """What ``test_ranks`` checks on each rank; see ``on_ranks``."""
 
-import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tests.data.folders import write_folder
 from tests.training.on_ranks import (
     is_table,
     largest_difference,
-    meeting,
+    on_each_rank,
     own_part,
     plain_model,
     run_config,
@@ -164,16 +163,19 @@ def check_broken_weight(shards: Shards, folder: Path, ranks: Ranks) -> None:
     tell(case="nan in a shard", message=message, has_rows=bool(parts))
 
 
+def check_all(ranks: Ranks, shared: Path) -> None:
+    folder = shared / f"{ranks.world_size} ranks"
+    shards = load_data(run_config(folder))
+    for kind in KINDS:
+        check_gradients(kind, shards, folder, ranks, range(7))
+    # The only user is the first rank's: the others pad.
+    check_gradients("causal", shards, folder, ranks, range(1))
+    check_run(shards, folder, ranks)
+    check_prepared(folder, ranks)
+    check_not_finite(shards, folder, ranks, padding=False)
+    check_not_finite(shards, folder, ranks, padding=True)
+    check_broken_weight(shards, folder, ranks)
+
+
 if __name__ == "__main__":
-    with meeting(sys.argv[1:]) as (ranks, shared):
-        folder = shared / f"{ranks.world_size} ranks"
-        shards = load_data(run_config(folder))
-        for kind in KINDS:
-            check_gradients(kind, shards, folder, ranks, range(7))
-        # The only user is the first rank's: the others pad.
-        check_gradients("causal", shards, folder, ranks, range(1))
-        check_run(shards, folder, ranks)
-        check_prepared(folder, ranks)
-        check_not_finite(shards, folder, ranks, padding=False)
-        check_not_finite(shards, folder, ranks, padding=True)
-        check_broken_weight(shards, folder, ranks)
+    on_each_rank(check_all)

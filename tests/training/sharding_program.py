@@ -1,6 +1,5 @@
 """What ``test_sharding`` checks on each rank; see ``on_ranks``."""
 
-import sys
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -18,7 +17,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from tests.training.on_ranks import (
     is_table,
     largest_difference,
-    meeting,
+    on_each_rank,
     plain_model,
     run_config,
     tell,
@@ -253,14 +252,17 @@ def loss_of(sharded: nn.Module, shards: Shards, ranks: Ranks) -> float:
     return loss.item()
 
 
+def check_all(ranks: Ranks, folder: Path) -> None:
+    shards = load_data(run_config(folder))
+    for forced in FORCED:
+        check_losses(forced, SGD, shards, folder, ranks)
+        check_losses(forced, ADAGRAD, shards, folder, ranks)
+    for forced in ("table_wise", "row_wise", "chosen by the planner"):
+        check_losses(forced, ROWWISE_ADAGRAD, shards, folder, ranks)
+    check_changed_rows(shards, folder, ranks)
+    check_pipeline(shards, folder, ranks)
+    check_meta(shards, ranks)
+
+
 if __name__ == "__main__":
-    with meeting(sys.argv[1:]) as (ranks, folder):
-        shards = load_data(run_config(folder))
-        for forced in FORCED:
-            check_losses(forced, SGD, shards, folder, ranks)
-            check_losses(forced, ADAGRAD, shards, folder, ranks)
-        for forced in ("table_wise", "row_wise", "chosen by the planner"):
-            check_losses(forced, ROWWISE_ADAGRAD, shards, folder, ranks)
-        check_changed_rows(shards, folder, ranks)
-        check_pipeline(shards, folder, ranks)
-        check_meta(shards, ranks)
+    on_each_rank(check_all)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchrec.models.dlrm import DLRMTrain
 
+from tests.once import shared_folder
 from tests.training.checkpoints_program import (
     KIND,
     OTHER_SEED,
@@ -22,7 +23,6 @@ from tests.training.on_ranks import (
     plain_model,
     run_config,
     run_on_ranks,
-    shared_folder,
     trainer_of,
 )
 from tests.worlds import PROBABILITY_TOLERANCE
@@ -53,10 +53,7 @@ class Saved:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.by_world_size = {
-            world_size: run_on_ranks("checkpoints_program", world_size, folder)
-            for world_size in (2, 3)
-        }
+        self.by_world_size = run_on_ranks("checkpoints_program", folder, 2, 3)
 
     def cases(self, world_size: int, **wanted: object) -> list[Case]:
         return [find(cases, **wanted) for cases in self.by_world_size[world_size]]

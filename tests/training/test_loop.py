@@ -106,8 +106,26 @@ def tensors(state: Mapping[str, Any], path: str = "") -> dict[str, torch.Tensor]
     return found
 
 
-def test_points_of_a_writer_replace_those_of_one_opened_in_the_same_second(tmp_path: Path) -> None:
+class Clock:
+    """A clock that stands still but while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.5
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_points_of_a_writer_replace_those_of_one_opened_in_the_same_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of files of one second TensorBoard read the tenth before the ninth and dropped its points."""
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock.time)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
     for number in range(12):
         with loop.open_writer(tmp_path, 0) as writer:
             writer.add_scalar("loss", number, 0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.once import shared_folder
 from tests.training.managed_program import (
     DATA,
     IDS,
@@ -22,7 +23,7 @@ from tests.training.managed_program import (
     maps_of,
     train_steps,
 )
-from tests.training.on_ranks import Case, find, points, run_on_ranks, shared_folder
+from tests.training.on_ranks import Case, find, points, run_on_ranks
 from tests.training.worlds import BUDGET, tiny_config
 from torchrec_kvshare.config import IdConfig, TrainConfig
 from torchrec_kvshare.data.shards import Shards
@@ -177,9 +178,8 @@ def test_keys_of_a_column_are_those_of_its_tables(shards: Shards) -> None:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    folder = shared_folder(tmp_path_factory, "managed")
-    two = run_on_ranks("managed_program", 2, folder)
-    one = run_on_ranks("managed_program", 1, folder)
+    told = run_on_ranks("managed_program", shared_folder(tmp_path_factory, "managed"), 2, 1)
+    two, one = told[2], told[1]
     return {
         "first of two": find(two[0], case="trained"),
         "second of two": find(two[1], case="trained"),

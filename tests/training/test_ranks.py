@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.folders import write_folder
+from tests.once import shared_folder
 from tests.training.on_ranks import (
     LOSS_TOLERANCE,
     Case,
@@ -14,7 +15,6 @@ from tests.training.on_ranks import (
     points,
     run_config,
     run_on_ranks,
-    shared_folder,
     torchrun,
 )
 from tests.training.worlds import DATA
@@ -32,14 +32,15 @@ RUN_TOLERANCE = 1e-6
 # Two candidates whose logits differ by rounding may change places: one such pair among those of a
 # positive and a negative changes the AUC by 5.4e-6.
 AUC_TOLERANCE = 2e-5
+WORLD_SIZES = (2, 3)
 
 
 class Together:
-    """What the ranks of one start told, and the folder in which they trained."""
+    """What so many ranks told, and the folder in which they trained."""
 
     def __init__(self, world_size: int, folder: Path) -> None:
         self.world_size = world_size
-        self.ranks = run_on_ranks("ranks_program", world_size, folder)
+        self.ranks = run_on_ranks("ranks_program", folder, *WORLD_SIZES)[world_size]
         self.run = folder / f"{world_size} ranks" / "run"
 
     def cases(self, **wanted: object) -> list[Case]:
@@ -47,7 +48,7 @@ class Together:
         return [find(cases, **wanted) for cases in self.ranks]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=WORLD_SIZES)
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Together:
     return Together(request.param, shared_folder(tmp_path_factory, "together"))
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.once import shared_folder
 from tests.training.on_ranks import (
     LOSS_TOLERANCE,
     Case,
     find,
     run_config,
     run_on_ranks,
-    shared_folder,
 )
 from tests.training.sharding_program import FORCED
 from tests.training.worlds import MODEL
@@ -41,7 +41,7 @@ TOKENS = ("token_item_id", "token_action", "token_items_category", "token_positi
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[Case]]:
     """The cases of two ranks."""
-    return run_on_ranks("sharding_program", 2, shared_folder(tmp_path_factory, "sharding"))
+    return run_on_ranks("sharding_program", shared_folder(tmp_path_factory, "sharding"), 2)[2]
 
 
 @pytest.fixture(scope="module")
