@@ -150,6 +150,8 @@ def test_shards_have_the_users_of_the_log_each_once(shards: Shards, whole: Datas
         assert_same_items(part, whole)
         assert part.item_row is shards.shared.item_row
         assert part.item_attributes is shards.shared.item_attributes
+        surfaces = [one.request_context["surface"].rows for one in (part, shards.shared)]
+        assert surfaces[0] is surfaces[1]
         met += part.user_code.tolist()
     assert sorted(met) == list(range(whole.num_users))
 

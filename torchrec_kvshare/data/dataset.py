@@ -70,7 +70,7 @@ class CodedRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Some users of a log: events ordered by user, then time, then item, action and label.
+    """Some users of a log: events ordered by user, then time, then as the module says.
 
     Users are numbered from 0 here; ``user_code`` has their codes in the whole log. All else that
     has a code (items, actions) is the whole log's, and shards of one log share these arrays.
@@ -245,7 +245,10 @@ def without_users(
         item_attributes=_attribute_rows(log.item_attributes, vocabularies, item_key),
         item_floats=np.stack(floats, axis=1) if floats else no_floats,
         context={},
-        request_context={},
+        request_context={
+            name: CodedRows(none, _jagged_rows(column.values, vocabularies[context_key(name)]))
+            for name, column in log.request_attributes.items()
+        },
         indices_by_history={history.name: none for history in histories},
         num_before_by_history={history.name: np.zeros(1, np.int64) for history in histories},
         known_ids=known_ids,
@@ -289,9 +292,7 @@ def with_users(
         user_row=vocabularies[USER].rows_of_ids(log.users.ids),
         context=_attribute_rows(log.user_attributes, vocabularies, context_key),
         request_context={
-            name: CodedRows(
-                column.codes, _jagged_rows(column.values, vocabularies[context_key(name)])
-            )
+            name: shared.request_context[name]._replace(codes=column.codes)
             for name, column in log.request_attributes.items()
         },
         indices_by_history={name: np.flatnonzero(kept) for name, kept in in_history.items()},
