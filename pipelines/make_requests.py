@@ -9,6 +9,7 @@ from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import MakeRequestsConfig
 from torchrec_kvshare.data.load import load_shards
 from torchrec_kvshare.data.requests import make_requests
+from torchrec_kvshare.data.splits import split_rule
 from torchrec_kvshare.features.schema import HISTORY, History, Window
 
 
@@ -17,7 +18,8 @@ from torchrec_kvshare.features.schema import HISTORY, History, Window
 def main(config: MakeRequestsConfig) -> None:
     """Read the data, write one request per line."""
     # Requests carry whole histories; the model cuts them to its window.
-    shards = load_shards(config.data, [History(HISTORY, Window(1, 1))])
+    rule = split_rule(config.split, config.split_times)
+    shards = load_shards(config.data, [History(HISTORY, Window(1, 1))], rule=rule)
     requests = make_requests(shards, config.count, config.candidates, config.seed)
     lines = [json.dumps(request) + "\n" for request in requests]
     output = Path(config.output)

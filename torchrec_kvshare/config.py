@@ -49,7 +49,7 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("replicas", "redis_bytes", "replica_port", "num_shards"), 1),
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
     **dict.fromkeys(("shuffle_shards", "prefetch"), 1),
-    "workers": 0,
+    **dict.fromkeys(("workers", "split_times"), 0),
 }
 # Greatest allowed value by key; for other keys every finite value is allowed.
 MOST_BY_KEY = {
@@ -70,11 +70,13 @@ NOT_EMPTY = (
 )
 REFUSE, SORT = "refuse", "sort"
 AUTO, CPU, CUDA = "auto", "cpu", "cuda"
+TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT = "time_share", "leave_one_out", "time"
 # Allowed words by key, in every config.
 WORDS_BY_KEY = {
     "history_order": (REFUSE, SORT),
     "device": (AUTO, CPU, CUDA),
     "kind": ("vocabulary", "hashed", "managed"),
+    "split": (TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT),
 }
 
 
@@ -214,6 +216,8 @@ class TrainConfig:
     data: Any = MISSING  # one of DATA_SCHEMAS
     model: ModelConfig = field(default_factory=ModelConfig)
     budget: Budget = field(default_factory=Budget)
+    split: str = TIME_SHARE  # or leave_one_out, or time: at split_times
+    split_times: list[Any] = field(default_factory=list)  # where validation and test begin
     # By column, as requests name it; other columns have a vocabulary.
     ids: dict[str, IdConfig] = field(default_factory=dict)
     seed: int = 0  # of weights, negatives and the order of users
@@ -423,6 +427,8 @@ class PrepareConfig:
 
     output: str = MISSING  # folder for the prepared log
     data: Any = MISSING  # one of DATA_SCHEMAS
+    split: str = TIME_SHARE  # or leave_one_out, or time: at split_times
+    split_times: list[Any] = field(default_factory=list)  # where validation and test begin
     memory_bytes: int = 1_000_000_000  # limit of the process for logs in files
     num_shards: int | None = None  # None: a million events each
     threads: int | None = None  # of DuckDB; None: one per granted core
@@ -434,6 +440,8 @@ class MakeRequestsConfig:
 
     output: str = MISSING  # file for the requests
     data: Any = MISSING  # one of DATA_SCHEMAS
+    split: str = TIME_SHARE  # whose test events are asked for; as in training
+    split_times: list[Any] = field(default_factory=list)  # of split=time
     count: int = 200  # requests
     candidates: int = 100  # per request
     seed: int = 0  # of users and candidates

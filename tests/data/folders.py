@@ -9,18 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_kvshare.data.dataset import TRAIN, Dataset, Ints, build_dataset, ranges
+from torchrec_kvshare.data.dataset import NO_MAPS, Dataset, Ints, build_dataset, ranges
 from torchrec_kvshare.data.digest import log_digest
 from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.data.splits import BY_TIME_SHARE, TRAIN, SplitRule
 from torchrec_kvshare.features.schema import HISTORY, History, Window, table_name
 
 TEXT, LIST = pa.string(), pa.list_(pa.string())
 Column = tuple[str, Sequence[Any], pa.DataType]
 
 
-def write_folder(log: InteractionLog, folder: Path, num_shards: int) -> Path:
+def write_folder(
+    log: InteractionLog, folder: Path, num_shards: int, rule: SplitRule = BY_TIME_SHARE
+) -> Path:
     """Write a log as a finished prepared folder of so many shards."""
-    dataset = build_dataset(log, [History(HISTORY, Window(1, 1))])
+    dataset = build_dataset(log, [History(HISTORY, Window(1, 1))], NO_MAPS, rule)
     (folder / "shards").mkdir(parents=True)
     (folder / "vocabulary").mkdir()
     (folder / "requests").mkdir()
@@ -44,12 +47,13 @@ def write_folder(log: InteractionLog, folder: Path, num_shards: int) -> Path:
         users = np.arange(shard, dataset.num_users, num_shards)
         _write_shard(dataset, folder / f"shards/{shard:05}", users)
     manifest = {
-        "format": 1,
+        "format": 2,
         "num_users": dataset.num_users,
         "num_items": len(log.items.ids),
         "num_events": len(dataset.time),
         "num_positive": int(dataset.label.sum()),
         "num_shards": num_shards,
+        "split_rule": rule.to_json(),
         "item_attributes": list(log.item_attributes),
         "item_floats": list(log.item_floats),
         "user_attributes": list(log.user_attributes),

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tests.data.logs import all_events
-from torchrec_kvshare.data.dataset import build_dataset, count_earlier, split_events
+from torchrec_kvshare.data.dataset import NO_MAPS, build_dataset
 from torchrec_kvshare.data.digest import log_digest
 from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.data.splits import BY_TIME_SHARE, SplitRule, split_events
 from torchrec_kvshare.features.schema import table_name
 
 
@@ -20,14 +21,15 @@ def rows_of(path: Path) -> dict[str, list[Any]]:
         return dict(file.read().to_pydict())
 
 
-def assert_equals(folder: Path, log: InteractionLog) -> None:
+def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_SHARE) -> None:
     """Every array, vocabulary, count, the report and the digest are those in memory."""
-    dataset = build_dataset(log, all_events(64, 8))
+    dataset = build_dataset(log, all_events(64, 8), NO_MAPS, rule)
     log, counts = dataset.log, np.diff(dataset.user_offsets)
     manifest = json.loads((folder / "prepared.json").read_text())
 
     assert manifest["digest"] == log_digest(log).to_json()
     assert manifest["report"] == str(log.report)
+    assert manifest["split_rule"] == rule.to_json()
     assert manifest["has_action"] == (log.action is not None)
     numbers = [manifest[f"num_{what}"] for what in ("users", "items", "events", "positive")]
     assert numbers == [
@@ -88,7 +90,5 @@ def assert_equals(folder: Path, log: InteractionLog) -> None:
         assert types == {name: kinds.get(name, "int32") for name in columns}
 
         user = np.repeat(np.arange(len(codes)), users["num_events"])
-        offsets = np.concatenate([[0], np.cumsum(users["num_events"])])
-        time = events["time"].to_numpy()
-        split = split_events(user, count_earlier(user, time, offsets), np.array(counts[codes]))
-        assert split.tolist() == dataset.split[chosen].tolist()
+        splits = split_events(user, events["time"].to_numpy(), np.array(counts[codes]), rule)
+        assert splits.split.tolist() == dataset.split[chosen].tolist()

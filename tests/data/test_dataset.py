@@ -24,17 +24,9 @@ from tests.data.logs import (
     price_of,
 )
 from tests.worlds import examples
-from torchrec_kvshare.data.dataset import (
-    TEST,
-    TRAIN,
-    VALID,
-    Dataset,
-    JaggedRows,
-    build_dataset,
-    keep_users,
-    ranges,
-)
+from torchrec_kvshare.data.dataset import Dataset, JaggedRows, build_dataset, keep_users, ranges
 from torchrec_kvshare.data.digest import DataDigest, data_digest, log_digest
+from torchrec_kvshare.data.splits import TEST, TRAIN, VALID
 from torchrec_kvshare.data.tables import IdColumn
 from torchrec_kvshare.errors import DataError
 from torchrec_kvshare.features.dense import squash

@@ -18,9 +18,10 @@ from tests.data.logs import (
     one_user,
     price_of,
 )
-from torchrec_kvshare.data.dataset import TEST, Dataset, build_dataset
+from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.requests import make_requests, make_targeted_requests
 from torchrec_kvshare.data.shards import in_memory
+from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.decode import decode_request
 from torchrec_kvshare.features.parse import parse_request

@@ -40,6 +40,7 @@ from torchrec_kvshare.config import (
 from torchrec_kvshare.data.coding import ORDER_OF_IDS
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.prepare import prepare
+from torchrec_kvshare.data.splits import split_rule
 from torchrec_kvshare.errors import ConfigError, DataError, KVShareError
 from torchrec_kvshare.features.ids import sorted_ids
 
@@ -526,12 +527,33 @@ def test_a_finished_folder_is_not_written_again(tmp_path: Path) -> None:
     assert {one: one.stat().st_mtime_ns for one in output.rglob("*")} == times
 
 
+@pytest.mark.parametrize(
+    ("split", "times"),
+    [("leave_one_out", []), ("time", ["2023-11-15T01:00:00Z", 1_700_030_000])],
+)
+def test_the_training_split_is_that_of_the_rule(
+    tmp_path: Path, split: str, times: list[Any]
+) -> None:
+    data = data_of(write_csv(tmp_path / "log.csv", good_rows(90)))
+    output = tmp_path / "out"
+    prepare(PrepareConfig(str(output), data, split, times, num_shards=3, threads=2))
+    assert_equals(output, load_log(data), split_rule(split, times))
+
+
+def test_a_split_that_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    data = data_of(write_csv(tmp_path / "log.csv", good_rows(5)))
+    with pytest.raises(ConfigError, match=r"split_times is \[\]; split=time needs two"):
+        prepare(PrepareConfig(str(tmp_path / "out"), data, "time"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("label", "another data config"),
         ("shards", "another num_shards"),
+        ("split", "another split"),
         ("file", "other files"),
     ],
 )
@@ -548,6 +570,7 @@ def test_a_folder_of_another_config_or_of_other_files_is_refused(
             prepare(config)
     other = PrepareConfig(config.output, data_of(path, "stars>=2" if change == "label" else label))
     other.num_shards = 2 if change == "shards" else None
+    other.split = "leave_one_out" if change == "split" else "time_share"
     if change == "file":
         write_csv(path, good_rows(51))
     with pytest.raises(ConfigError, match=f"which was begun with {message}; name another folder"):

@@ -26,8 +26,7 @@ from tests.data.logs import (
 from tests.worlds import examples
 from torchrec_kvshare.config import PreparedData
 from torchrec_kvshare.data.dataset import (
-    TEST,
-    TRAIN,
+    NO_MAPS,
     Dataset,
     Ints,
     JaggedRows,
@@ -40,12 +39,18 @@ from torchrec_kvshare.data.load import load_log, load_shards
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.data.shards import Shards, in_memory, open_prepared
 from torchrec_kvshare.data.split_report import split_report
+from torchrec_kvshare.data.splits import BY_TIME_SHARE, TEST, TRAIN, SplitRule, split_rule
 from torchrec_kvshare.data.targets import build_batch, sample_negatives, windows_of
 from torchrec_kvshare.errors import ConfigError, DataError, MissingExtraError
 from torchrec_kvshare.features.schema import History, Window
 
 HISTORIES = [*all_events(8, 4), History("bought", Window(6, 2), ("buy",))]
 NUM_SHARDS = (1, 3, 4)
+RULES = (
+    BY_TIME_SHARE,
+    split_rule("leave_one_out"),
+    split_rule("time", [START_TIME + 2, START_TIME + 30_000]),
+)
 
 
 def events() -> list[Event]:
@@ -164,16 +169,16 @@ def test_several_shards_are_read_as_one(shards: Shards, whole: Dataset) -> None:
     assert (np.diff(part.user_code % shards.num_shards) <= 0).all()
 
 
-@given(event_lists, st.integers(1, 4))
+@given(event_lists, st.integers(1, 4), st.sampled_from(RULES))
 @examples(0.2)
 def test_any_log_is_the_same_in_shards(
-    tmp_path_factory: pytest.TempPathFactory, drawn: list[Event], num_shards: int
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[Event], num_shards: int, rule: SplitRule
 ) -> None:
     folder = tmp_path_factory.mktemp("any") / "folder"
     histories = all_events(6, 2)
     try:
-        shards = open_prepared(write_folder(log_of(drawn), folder, num_shards), histories)
-        whole = build_dataset(log_of(drawn), histories)
+        shards = open_prepared(write_folder(log_of(drawn), folder, num_shards, rule), histories)
+        whole = build_dataset(log_of(drawn), histories, NO_MAPS, rule)
         assert_same_items(shards.shared, whole)
         for part in shards:
             assert_same_users(part, whole)
@@ -257,6 +262,27 @@ def test_fewer_users_are_those_of_the_log_in_memory(
     assert np.unique(expected.event_user[expected.split == TEST]).tolist() == list(range(max_users))
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_folder_is_read_with_the_split_that_it_was_prepared_with(
+    tmp_path: Path, rule: SplitRule
+) -> None:
+    folder = write_folder(log_of(events()), tmp_path / "folder", 2, rule)
+    data = PreparedData(path=str(folder))
+    for max_users in (None, 4):
+        log = log_of(events()) if max_users is None else keep_users(log_of(events()), 4, rule)
+        expected = in_memory(build_dataset(log, HISTORIES, NO_MAPS, rule))
+        for wanted in (None, rule):
+            found = load_shards(data, HISTORIES, max_users, rule=wanted)
+            assert_same_items(found.shared, expected.shared)
+            assert split_report(found) == split_report(expected)
+            assert found.num_positive.tolist() == expected.num_positive.tolist()
+    for other in set(RULES) - {rule}:
+        with pytest.raises(ConfigError) as error:
+            load_shards(data, HISTORIES, rule=other)
+        message = f"{folder} was prepared with {rule}, and {other} is asked for; set {rule}, or "
+        assert str(error.value).startswith(message)
+
+
 @pytest.mark.parametrize("max_users", [None, 9, 10])
 def test_all_users_are_read_shard_by_shard(folder: Path, max_users: int | None) -> None:
     shards = load_shards(PreparedData(path=str(folder)), HISTORIES, max_users)
@@ -304,7 +330,7 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = write_folder(log_of(events()), tmp_path / "folder", 2)
     manifest = json.loads((folder / "prepared.json").read_text())
     (folder / "prepared.json").write_text(json.dumps(manifest | {"format": 7}))
-    with pytest.raises(DataError, match="has format 7; format 1 can be read: prepare it again"):
+    with pytest.raises(DataError, match="has format 7; format 2 can be read: prepare it again"):
         open_prepared(folder, HISTORIES)
 
 

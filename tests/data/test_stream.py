@@ -17,10 +17,11 @@ from torchrec.datasets.utils import Batch
 
 from tests.data.folders import write_folder
 from tests.data.logs import all_events
-from torchrec_kvshare.data.dataset import TEST, Dataset, build_dataset
+from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.data.shards import Shards, in_memory, open_prepared
 from torchrec_kvshare.data.split_report import split_report
+from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.data.stream import Loading, StreamSettings, WindowStream, worker_errors
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.errors import DataError

@@ -16,9 +16,10 @@ from tests.worlds import (
     parse_all,
 )
 from torchrec_kvshare.config import CacheConfig
-from torchrec_kvshare.data.dataset import TRAIN, build_dataset
+from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.splits import TRAIN
 from torchrec_kvshare.data.tables import encode
 from torchrec_kvshare.data.targets import build_batch, sample_negatives, windows_of
 from torchrec_kvshare.errors import ConfigError

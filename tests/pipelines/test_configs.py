@@ -116,6 +116,19 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("prefetch=0", "prefetch is 0; it must be at least 1"),
         ("shuffle_shards=0", "shuffle_shards is 0; it must be at least 1"),
         ("device=gpu", "device is 'gpu'; one of ('auto', 'cpu', 'cuda') is allowed"),
+        (
+            "split=last",
+            "split is 'last'; one of ('time_share', 'leave_one_out', 'time') is allowed",
+        ),
+        (
+            "split=time",
+            "split_times is []; split=time needs two: where the validation split begins",
+        ),
+        (
+            "split_times=[2019-10-01]",
+            "split_times is ['2019-10-01'], and split is time_share; only",
+        ),
+        ("split_times=[-1,5]", "split_times is [-1, 5]; each must be at least 0"),
         ("negatives=-1", "negatives is -1; it must be at least 0"),
         ("model.num_layers=0", "model.num_layers is 0; it must be at least 1"),
         ("model.dim=-16", "model.dim is -16; it must be at least 1"),

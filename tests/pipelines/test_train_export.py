@@ -13,6 +13,7 @@ import pytest
 from tests.data.folders import write_folder
 from tests.pipelines.commands import TINY, WORLD, composed, run_pipeline, spawn_pipeline
 from torchrec_kvshare.config import SyntheticData, TrainConfig, checked
+from torchrec_kvshare.data.dataset import in_canonical_order
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.errors import ArtifactError, ConfigError, DataError
 from torchrec_kvshare.training.run import load_data
@@ -172,6 +173,18 @@ def test_a_prepared_log_is_trained_exported_and_scored(tmp_path: Path) -> None:
     run_pipeline("score", f"artifact={tmp_path / 'artifact'}", *files)
     scores = [json.loads(line)["scores"] for line in answers.read_text().splitlines()]
     assert [len(found) for found in scores] == [8] * 9
+
+
+def test_requests_of_a_split_are_of_its_test_events(tmp_path: Path) -> None:
+    asked = (*WORLD, "count=30", "candidates=7", "seed=2")
+    output = tmp_path / "requests"
+    run_pipeline("make_requests", *asked, "split=leave_one_out", f"output={output}")
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    data = SyntheticData(num_users=40, events_per_user=40, num_items=60, num_categories=6)
+    log = in_canonical_order(load_log(data))
+    last_time = dict(zip(log.users.codes.tolist(), log.time.tolist(), strict=True))
+    for request in found:
+        assert request["time"] == last_time[log.users.ids.index(str(request["user_id"]))]
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from torchrec.datasets.utils import Batch
 
 from tests.data.logs import Event, all_events, log_of
 from tests.worlds import make_dlrm
-from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, build_dataset
+from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.shards import Shards, in_memory
+from torchrec_kvshare.data.splits import TEST, TRAIN, VALID
 from torchrec_kvshare.features.bags import single
 from torchrec_kvshare.features.batches import assemble
 from torchrec_kvshare.features.schema import (

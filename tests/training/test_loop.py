@@ -27,7 +27,8 @@ from torchrec.models.dlrm import DLRMTrain
 from tests.training.worlds import BUDGET, DATA, MODEL, tiny_config
 from tests.worlds import fresh_process
 from torchrec_kvshare.config import Columns, InteractionsData, TrainConfig
-from torchrec_kvshare.data.dataset import TEST, Dataset
+from torchrec_kvshare.data.dataset import Dataset
+from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.errors import ConfigError, DataError, TrainingError
 from torchrec_kvshare.features.schema import HISTORY, load_schema
 from torchrec_kvshare.training import checkpoints, loop

@@ -17,10 +17,11 @@ from tests.training.on_ranks import points
 from tests.training.worlds import BUDGET, DATA, MODEL, tiny_config
 from tests.worlds import make_dlrm
 from torchrec_kvshare.config import PreparedData, TrainConfig
-from torchrec_kvshare.data.dataset import TEST, VALID, build_dataset
+from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.interactions import InteractionLog
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.shards import Shards, in_memory, open_prepared
+from torchrec_kvshare.data.splits import TEST, VALID
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.schema import ITEM, candidate_key
 from torchrec_kvshare.training import loop
@@ -246,6 +247,17 @@ def test_a_folder_that_was_prepared_from_other_data_is_refused(
     finally:
         shutil.rmtree(folders[3])
         kept.rename(folders[3])
+
+
+def test_a_folder_that_was_prepared_with_another_split_is_refused_before_anything_is_written(
+    folders: dict[int, Path], tmp_path: Path
+) -> None:
+    config = prepared_config(folders[3], tmp_path / "run", split="leave_one_out")
+    for max_users in (None, 7):
+        budget = replace(config.budget, max_users=max_users)
+        with pytest.raises(ConfigError, match="was prepared with split=time_share, and split=leav"):
+            train_run(replace(config, budget=budget))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_positive_events_is_refused_before_anything_is_written(

@@ -1,7 +1,7 @@
 """Cut a coded log into shards by user, count its training split and digest it.
 
-Splits are not written: ``count_earlier`` and ``split_events`` give them from a shard's events, here
-to count what the training split knows, and again where shards are read.
+Splits are not written: ``split_events`` gives them from a shard's events, here to count what the
+training split knows, and again where shards are read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.coding import ORDER_OF_IDS, CodedLog
-from torchrec_kvshare.data.dataset import TRAIN, count_earlier, split_events
 from torchrec_kvshare.data.digest import DataDigest, digest_of_events, digest_of_values
 from torchrec_kvshare.data.interactions import LogSummary, num_tied
 from torchrec_kvshare.data.shards import FORMAT, request_column, request_file
+from torchrec_kvshare.data.splits import TRAIN, SplitRule, split_events
 from torchrec_kvshare.data.staging import ROWS, Work, identifier, table
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import ACTION, ITEM, USER, context_key, item_key, table_name
@@ -47,6 +47,7 @@ class Cutter:
         log: the coded log.
         folder: the prepared folder.
         wanted_shards: number of shards; None: a million events each.
+        rule: how the events are split.
 
     Raises:
         ConfigError: if there are more shards than users.
@@ -56,6 +57,7 @@ class Cutter:
     log: CodedLog
     folder: Path
     wanted_shards: int | None
+    rule: SplitRule
 
     def __post_init__(self) -> None:
         stages = self.work.folder
@@ -131,6 +133,7 @@ class Cutter:
             "num_events": self.total,
             "num_positive": num_positive,
             "num_shards": self.num_shards,
+            "split_rule": self.rule.to_json(),
             "item_attributes": list(self.log.item_attributes),
             "item_floats": list(self.log.item_floats),
             "user_attributes": list(self.log.user_attributes),
@@ -232,8 +235,7 @@ class Cutter:
         item, time, label, *coded = self._events(shard, ("item", "time", "label", *self.coded))
         counts = self.num_events[shard :: self.num_shards]
         user = np.repeat(np.arange(len(counts)), counts)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        in_training = split_events(user, count_earlier(user, time, offsets), counts) == TRAIN
+        in_training = split_events(user, time, counts, self.rule).split == TRAIN
         positive = item[in_training & (label == 1)]
         tally.num_training[:] += np.bincount(item[in_training], minlength=len(tally.num_training))
         tally.num_positive[:] += np.bincount(positive, minlength=len(tally.num_positive))

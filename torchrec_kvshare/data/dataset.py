@@ -1,8 +1,8 @@
 """An interaction log, ordered, split, and encoded with the schema of its training split.
 
-The test split is the last tenth of each user's events, the validation split the tenth before it.
-Events of a user at the same time are a set: they go to one split together and none of them sees
-another. An event sees the ``num_earlier`` strictly earlier events of its user and nothing else.
+``splits`` says which events are for training, validation and testing. Events of a user at the same
+time are a set, and none of them sees another: an event sees the ``num_earlier`` strictly earlier
+events of its user and nothing else.
 
 Nothing depends on the order of the log's rows: ids are numbered in sorted order, and events of a
 user at the same time are ordered by item, action, label and attributes of their requests.
@@ -20,6 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.data.splits import (
+    BY_TIME_SHARE,
+    TRAIN,
+    SplitRule,
+    Splits,
+    have_all_splits,
+    splits_of,
+)
 from torchrec_kvshare.data.tables import IdColumn, ValueColumn
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.dense import squash
@@ -37,10 +45,7 @@ from torchrec_kvshare.features.schema import (
     item_key,
 )
 
-TRAIN, VALID, TEST = 0, 1, 2
-VALID_SHARE = TEST_SHARE = 0.1  # of a user's events
 NO_MAPS: Mapping[str, IdMap] = MappingProxyType({})
-MIN_SETS_TO_SPLIT = 3  # sets of equal time; a user with fewer is for training only
 
 Ints = NDArray[np.int64]
 
@@ -141,16 +146,11 @@ class Dataset:
         return events + (self.first_event - self.user_offsets[:-1])[self.event_user[events]]
 
 
-class Splits(NamedTuple):
-    """How the events of a log are split; as the attributes of ``Dataset``."""
-
-    user_offsets: Ints
-    num_earlier: Ints
-    split: NDArray[np.int8]
-
-
 def build_dataset(
-    log: InteractionLog, histories: Sequence[History], id_maps: Mapping[str, IdMap] = NO_MAPS
+    log: InteractionLog,
+    histories: Sequence[History],
+    id_maps: Mapping[str, IdMap] = NO_MAPS,
+    rule: SplitRule = BY_TIME_SHARE,
 ) -> Dataset:
     """Order, split and encode a whole log.
 
@@ -159,6 +159,7 @@ def build_dataset(
         histories: the histories that the model reads.
         id_maps: of columns without a vocabulary, by ``user_id``, ``item_id``, ``action`` or the
             attribute's name; items and users may have an attribute of one name, which share it.
+        rule: how the events are split.
 
     Returns:
         The data set; its vocabularies hold ids of the training split only.
@@ -170,7 +171,7 @@ def build_dataset(
     """
     _check_numbers(log)
     log = in_canonical_order(log)
-    splits = splits_of(log)
+    splits = splits_of(log, rule)
     in_training = splits.split == TRAIN
     known_users = np.unique(log.users.codes[in_training])
     known_items = np.unique(log.items.codes[in_training])
@@ -313,15 +314,6 @@ def count_colliding(rows: Ints) -> int:
     return int(counts[counts > 1].sum())
 
 
-def splits_of(log: InteractionLog) -> Splits:
-    """Split the events of a log in canonical order, each user's by themselves."""
-    user = log.users.codes
-    counts = np.bincount(user, minlength=len(log.users.ids))
-    user_offsets = np.concatenate([[0], np.cumsum(counts)])
-    num_earlier = count_earlier(user, log.time, user_offsets)
-    return Splits(user_offsets, num_earlier, split_events(user, num_earlier, counts))
-
-
 def in_canonical_order(log: InteractionLog) -> InteractionLog:
     """Return the log independent of the order of its rows: equal logs become identical.
 
@@ -353,16 +345,20 @@ def in_canonical_order(log: InteractionLog) -> InteractionLog:
     )
 
 
-def keep_users(log: InteractionLog, max_users: int) -> InteractionLog:
+def keep_users(
+    log: InteractionLog, max_users: int, rule: SplitRule = BY_TIME_SHARE
+) -> InteractionLog:
     """Return the log with the events of a few users only.
 
     Args:
         log: as a reader returns it.
         max_users: maximum number of users, as ``first_users`` chooses them.
+        rule: how the events will be split.
     """
     log = in_canonical_order(log)
     user = log.users.codes
-    kept = np.isin(user, first_users(count_sets(log), max_users))
+    can_test = have_all_splits(user, splits_of(log, rule))
+    kept = np.isin(user, first_users(can_test, max_users))
     return replace(
         log,
         users=log.users._replace(codes=user[kept]),
@@ -377,21 +373,14 @@ def keep_users(log: InteractionLog, max_users: int) -> InteractionLog:
     )
 
 
-def count_sets(log: InteractionLog) -> Ints:
-    """Count each user's sets of equal time, in a log in canonical order."""
-    is_first = np.ones(len(log.time), bool)
-    is_first[1:] = (np.diff(log.users.codes) != 0) | (np.diff(log.time) != 0)
-    return np.bincount(log.users.codes[is_first], minlength=len(log.users.ids))
-
-
-def first_users(num_sets: Ints, max_users: int) -> Ints:
+def first_users(can_test: NDArray[np.bool_], max_users: int) -> Ints:
     """Choose users: the first by id that have all three splits, then others if these are too few.
 
     Args:
-        num_sets: [U] number of each user's sets of equal time, by code.
+        can_test: [U] whether each user has all three splits, by code.
         max_users: number of users to choose, at most.
     """
-    return np.argsort(num_sets < MIN_SETS_TO_SPLIT, kind="stable")[:max_users]
+    return np.argsort(~can_test, kind="stable")[:max_users]
 
 
 def ranges(firsts: Ints, lengths: Ints) -> Ints:
@@ -404,60 +393,6 @@ def ranges(firsts: Ints, lengths: Ints) -> Ints:
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) + np.repeat(firsts - (ends - lengths), lengths)
-
-
-def count_earlier(user: Ints, time: Ints, user_offsets: Ints) -> Ints:
-    """Count the events of the same user at strictly earlier times.
-
-    Args:
-        user: [T] ascending.
-        time: [T] ascending within a user.
-        user_offsets: [U + 1].
-
-    Returns:
-        [T].
-
-    Example:
-        >>> count_earlier(np.zeros(4, int), np.array([3, 5, 5, 9]), np.array([0, 4])).tolist()
-        [0, 1, 1, 3]
-    """
-    is_first = np.ones(len(time), bool)
-    is_first[1:] = (np.diff(time) != 0) | (np.diff(user) != 0)
-    first_of_set = np.maximum.accumulate(np.where(is_first, np.arange(len(time)), 0))
-    return first_of_set - user_offsets[user]
-
-
-def split_events(user: Ints, num_earlier: Ints, counts: Ints) -> NDArray[np.int8]:
-    """Return the split of each event; see the module's docstring.
-
-    Args:
-        user: [T] ascending.
-        num_earlier: [T].
-        counts: [U] number of events of each user.
-
-    Returns:
-        [T] ``TRAIN``, ``VALID`` or ``TEST``. A user with at least three sets of equal time has all
-        three splits.
-    """
-    is_first = np.ones(len(user), bool)
-    is_first[1:] = (np.diff(num_earlier) != 0) | (np.diff(user) != 0)
-    set_user, set_earlier = user[is_first], num_earlier[is_first]
-    num_sets = np.bincount(set_user, minlength=len(counts))
-    first_set = np.cumsum(num_sets) - num_sets
-    has_splits = num_sets >= MIN_SETS_TO_SPLIT
-    # The last set is always for testing, whatever its size; the first two never are.
-    set_index = np.arange(len(set_user)) - first_set[set_user]
-    late = set_earlier >= np.ceil(counts * (1 - TEST_SHARE))[set_user]
-    tested = (late | (set_index == num_sets[set_user] - 1)) & (set_index >= 2)
-    num_before_test = num_sets - np.bincount(set_user[tested], minlength=len(counts))
-    # For users without splits these two point anywhere and are not used.
-    first_tested = np.minimum(first_set + num_before_test, len(set_user) - 1)
-    test_from, one_before = set_earlier[first_tested], set_earlier[first_tested - 1]
-    valid_from = np.minimum(one_before, np.ceil(counts * (1 - TEST_SHARE - VALID_SHARE)))
-    split = np.full(len(user), TRAIN, np.int8)
-    split[has_splits[user] & (num_earlier >= valid_from[user])] = VALID
-    split[has_splits[user] & (num_earlier >= test_from[user])] = TEST
-    return split
 
 
 def _check_numbers(log: InteractionLog) -> None:

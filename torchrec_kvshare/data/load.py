@@ -20,11 +20,14 @@ from torchrec_kvshare.data.shards import (
     in_memory,
     num_prepared_users,
     open_prepared,
+    prepared_rule,
     read_prepared_log,
 )
 from torchrec_kvshare.data.sources import source_files
+from torchrec_kvshare.data.splits import BY_TIME_SHARE, SplitRule
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.data.times import TimeFormat
+from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import History, IdMap
 
 
@@ -33,6 +36,7 @@ def load_shards(
     histories: Sequence[History],
     max_users: int | None = None,
     id_maps: Mapping[str, IdMap] = NO_MAPS,
+    rule: SplitRule | None = None,
 ) -> Shards:
     """Load a log as shards: a prepared folder as its shards, any other log as one.
 
@@ -42,21 +46,37 @@ def load_shards(
         max_users: number of users to keep, as ``first_users`` chooses them; None for all. Those
             of a prepared folder are read into memory, unless they are all of its users.
         id_maps: as in ``build_dataset``.
+        rule: how the events are split; None: as those of a prepared folder are, else
+            ``time_share``.
 
     Raises:
-        ConfigError: if a format, the label rule, a column name or a history cannot work.
+        ConfigError: if a format, the label rule, a column name or a history cannot work, or a
+            folder was prepared with another split.
         DataError: if the files are not what the config says.
         MissingExtraError: if a Parquet file cannot be read without pyarrow.
     """
     if isinstance(data, PreparedData):
         path = Path(data.path)
+        rule = _rule_of_folder(path, rule)
         if max_users is None or max_users >= num_prepared_users(path):
             return open_prepared(path, histories, id_maps)
-        return in_memory(build_dataset(read_prepared_log(path, max_users), histories, id_maps))
+        log = read_prepared_log(path, max_users)
+        return in_memory(build_dataset(log, histories, id_maps, rule))
+    rule = rule or BY_TIME_SHARE
     log = load_log(data)
     if max_users is not None:
-        log = keep_users(log, max_users)
-    return in_memory(build_dataset(log, histories, id_maps))
+        log = keep_users(log, max_users, rule)
+    return in_memory(build_dataset(log, histories, id_maps, rule))
+
+
+def _rule_of_folder(path: Path, wanted: SplitRule | None) -> SplitRule:
+    rule = prepared_rule(path)
+    if wanted is not None and wanted != rule:
+        raise ConfigError(
+            f"{path} was prepared with {rule}, and {wanted} is asked for; set {rule}, or prepare "
+            f"the log with {wanted}"
+        )
+    return rule
 
 
 def load_log(data: DataConfig) -> InteractionLog:

@@ -24,6 +24,7 @@ from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
 from torchrec_kvshare.data.load import file_format_of, load_log, mapping_of
 from torchrec_kvshare.data.shards import MANIFEST, request_column, request_file
 from torchrec_kvshare.data.sources import source_files
+from torchrec_kvshare.data.splits import SplitRule, split_rule
 from torchrec_kvshare.data.staging import Work, remove, table
 from torchrec_kvshare.errors import ConfigError, DataError
 
@@ -46,7 +47,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         MissingExtraError: without DuckDB or pyarrow.
     """
     folder = Path(config.output)
-    made_of = _made_of(config)
+    rule = split_rule(config.split, config.split_times)
+    made_of = _made_of(config, rule)
     if (folder / MANIFEST).is_file():
         manifest = json.loads((folder / MANIFEST).read_text())
         _check_same(folder, manifest["made_of"], made_of)
@@ -61,7 +63,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         work = Work(folder / WORK, config.memory_bytes, config.threads or granted_cores(), finished)
         with closing(work):
             log = _coded(work, config.data)
-            cutter = Cutter(work, log, folder, config.num_shards)
+            cutter = Cutter(work, log, folder, config.num_shards, rule)
             bar.total = bar.n + 2 * cutter.num_shards
             manifest = cutter.write() | {"source": made_of["data"], "made_of": made_of}
     unfinished = folder / f"{MANIFEST}.new"
@@ -72,7 +74,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     return manifest
 
 
-def _made_of(config: PrepareConfig) -> dict[str, Any]:
+def _made_of(config: PrepareConfig, rule: SplitRule) -> dict[str, Any]:
     """Return all that decides what the folder will hold."""
     files: list[Path] = []
     if isinstance(config.data, InteractionsData):
@@ -93,7 +95,12 @@ def _made_of(config: PrepareConfig) -> dict[str, Any]:
             raise DataError(f"{path} cannot be read: there is no such file")
         status = path.stat()
         inputs.append([str(path), status.st_size, status.st_mtime_ns])
-    return {"data": asdict(config.data), "num_shards": config.num_shards, "inputs": inputs}
+    return {
+        "data": asdict(config.data),
+        "num_shards": config.num_shards,
+        "split_rule": rule.to_json(),
+        "inputs": inputs,
+    }
 
 
 def _claim(folder: Path, made_of: dict[str, Any]) -> None:
@@ -117,6 +124,7 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
     named = {
         "data": "another data config",
         "num_shards": "another num_shards",
+        "split_rule": "another split",
         "inputs": "other files",
     }
     now = json.loads(json.dumps(now))

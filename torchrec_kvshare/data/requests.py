@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrec_kvshare.data.dataset import TEST, Dataset, Ints
+from torchrec_kvshare.data.dataset import Dataset, Ints
 from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.schema import ACTION, ITEM, TIME, USER
 

@@ -20,17 +20,21 @@ from numpy.typing import NDArray
 
 from torchrec_kvshare.data.dataset import (
     NO_MAPS,
-    TRAIN,
     Dataset,
     Ints,
-    count_sets,
     first_users,
-    splits_of,
     with_users,
     without_users,
 )
 from torchrec_kvshare.data.digest import DataDigest, log_digest
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.splits import (
+    TRAIN,
+    SplitRule,
+    have_all_splits,
+    split_rule,
+    splits_of,
+)
 from torchrec_kvshare.data.tables import IdColumn, ValueColumn
 from torchrec_kvshare.errors import DataError, MissingExtraError
 from torchrec_kvshare.features.schema import (
@@ -45,7 +49,7 @@ from torchrec_kvshare.features.schema import (
     table_name,
 )
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "prepared.json"
 ITEM_COLUMNS = ("id", "num_training", "num_positive")  # then attributes and floats
 USER_COLUMNS = ("code", "id", "first_event", "num_events")  # then attributes
@@ -133,7 +137,7 @@ def open_prepared(
 
     def read(shards: Sequence[int]) -> Dataset:
         part, user_code, first_event = folder.users_of(log, shards)
-        return with_users(shared, part, splits_of(part), user_code, first_event)
+        return with_users(shared, part, splits_of(part, folder.rule), user_code, first_event)
 
     return Shards(
         shared=shared,
@@ -149,6 +153,11 @@ def open_prepared(
 def num_prepared_users(path: Path) -> int:
     """Return the number of users of a prepared folder."""
     return int(_Folder(path).manifest["num_users"])
+
+
+def prepared_rule(path: Path) -> SplitRule:
+    """Return how a prepared folder's events are split."""
+    return _Folder(path).rule
 
 
 def read_prepared_log(path: Path, max_users: int | None) -> InteractionLog:
@@ -167,11 +176,12 @@ def read_prepared_log(path: Path, max_users: int | None) -> InteractionLog:
     num_users, all_shards = folder.manifest["num_users"], range(folder.manifest["num_shards"])
     chosen = np.arange(num_users)
     if max_users is not None:
-        num_sets = np.zeros(num_users, np.int64)
+        can_test = np.zeros(num_users, bool)
         for shard in all_shards:
             log, user_code, _ = folder.users_of(bare, [shard])
-            num_sets[user_code] = count_sets(log)
-        chosen = first_users(num_sets, max_users)
+            splits = splits_of(log, folder.rule)
+            can_test[user_code] = have_all_splits(log.users.codes, splits)
+        chosen = first_users(can_test, max_users)
     parts = []
     for shard in all_shards:
         log, user_code, _ = folder.users_of(bare, [shard])
@@ -204,6 +214,7 @@ class _Folder:
                 f"{path} has format {self.manifest.get('format')}; format {FORMAT} can be read: "
                 "prepare it again"
             )
+        self.rule = split_rule(**self.manifest["split_rule"])
 
     def columns(self, names: Sequence[str], wanted: Sequence[str]) -> list[Any]:
         """Read the columns of Parquet files that follow each other, in this thread.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.data.dataset import TEST, TRAIN, VALID, Dataset, Ints
+from torchrec_kvshare.data.dataset import Dataset, Ints
 from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.splits import TEST, TRAIN, VALID
 from torchrec_kvshare.features.schema import (
     ACTION,
     ITEM,

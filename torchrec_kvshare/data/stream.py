@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapStyle
 from torchrec.datasets.utils import Batch
 
-from torchrec_kvshare.data.dataset import TRAIN, Dataset, Ints
+from torchrec_kvshare.data.dataset import Dataset, Ints
 from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.splits import TRAIN
 from torchrec_kvshare.data.targets import (
     Windows,
     batches_of,

@@ -437,14 +437,23 @@ def _iso_seconds(texts: Sequence[str]) -> NDArray[np.float64]:
             pass  # Some are not dates, such as 2010-02-30.
         else:
             return _in_range_only(plain)
-    return np.fromiter(map(_iso_second, texts), np.float64, len(texts))
+    return np.fromiter(map(iso_second, texts), np.float64, len(texts))
 
 
 def _in_range_only(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where((seconds >= 0) & (seconds <= MAX_TIME), seconds, math.nan)
 
 
-def _iso_second(text: str) -> float:
+def iso_second(text: str) -> float:
+    """Parse a time in ISO 8601, UTC without a zone.
+
+    Returns:
+        Whole Unix seconds; NaN for what is no time of 1970 to 2100.
+
+    Example:
+        >>> iso_second("2010-12-01"), iso_second("2010-12-01T09:26+01:00"), iso_second("12/1/2010")
+        (1291161600.0, 1291191960.0, nan)
+    """
     match = _ISO.fullmatch(text)
     if match is None:
         return math.nan

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 
-from torchrec_kvshare.data.dataset import TEST, Dataset, Ints
+from torchrec_kvshare.data.dataset import Dataset, Ints
 from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.data.targets import (
     batches_of,
     build_batch,

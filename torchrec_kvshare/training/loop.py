@@ -28,8 +28,8 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
 
 from torchrec_kvshare.config import CUDA
-from torchrec_kvshare.data.dataset import VALID
 from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.splits import VALID
 from torchrec_kvshare.data.stream import Loading, StreamSettings, WindowStream, worker_errors
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.model.ranking import takes_prefixes

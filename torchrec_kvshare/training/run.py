@@ -19,11 +19,11 @@ import torch
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
 from torchrec_kvshare.config import IdConfig, ModelConfig, TrainConfig
-from torchrec_kvshare.data.dataset import TEST, TRAIN
 from torchrec_kvshare.data.digest import DataDigest, data_digest
 from torchrec_kvshare.data.load import load_shards
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.split_report import NAME_BY_SPLIT, split_report
+from torchrec_kvshare.data.splits import TEST, TRAIN, VALID, split_rule
 from torchrec_kvshare.data.stream import Loading
 from torchrec_kvshare.data.targets import MIN_CATALOGUE
 from torchrec_kvshare.errors import ConfigError, DataError
@@ -168,14 +168,19 @@ def load_data(config: TrainConfig) -> Shards:
         DataError: if there is nothing to train or test on.
     """
     name = config.data.name
+    rule = split_rule(config.split, config.split_times)
     shards = load_shards(
-        config.data, histories_of(config.model), config.budget.max_users, id_maps_of(config.ids)
+        config.data,
+        histories_of(config.model),
+        max_users=config.budget.max_users,
+        id_maps=id_maps_of(config.ids),
+        rule=rule,
     )
     logger.info("%s: %s", name, shards.report)
     report = split_report(shards)
-    for split in (TRAIN, TEST):
+    for split in (TRAIN, TEST, VALID):
         if not report.num_events[f"{NAME_BY_SPLIT[split]} split"]:
-            raise DataError(f"{name} has no event in the {NAME_BY_SPLIT[split]} split")
+            raise DataError(f"{name} has no event in the {NAME_BY_SPLIT[split]} split of {rule}")
     if not shards.num_positive.any():
         raise DataError(f"{name} has no positive event in the training split")
     known_items = shards.shared.known_items
