@@ -16,6 +16,7 @@ from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.training.run import Metrics, load_data, load_trained, train_run
 
 NUM_MERGED = 10  # requests scored the merged way, which is slow
+SHOWN = ("AUC", "GAUC", "NE", "HR@10", "NDCG@10")  # of the test metrics
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="demo")
@@ -44,10 +45,9 @@ def main(config: DemoConfig) -> None:
 
 def metrics_table(metrics: Metrics) -> str:
     """Return test metrics as a fixed-width text table, one line per model."""
-    names = list(next(iter(metrics.values())))
-    lines = [f"{'model':<12}" + "".join(f"{name:>9}" for name in names)]
+    lines = [f"{'model':<12}" + "".join(f"{name:>9}" for name in SHOWN)]
     for kind, values in metrics.items():
-        cells = ("-" if values[name] is None else f"{values[name]:.4f}" for name in names)
+        cells = ("-" if values[name] is None else f"{values[name]:.4f}" for name in SHOWN)
         lines.append(f"{kind:<12}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 

@@ -70,6 +70,7 @@ NOT_EMPTY = (
 )
 REFUSE, SORT = "refuse", "sort"
 AUTO, CPU, CUDA = "auto", "cpu", "cuda"
+EXCLUDE, INCLUDE = "exclude", "include"
 TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT = "time_share", "leave_one_out", "time"
 # Allowed words by key, in every config.
 WORDS_BY_KEY = {
@@ -77,6 +78,7 @@ WORDS_BY_KEY = {
     "device": (AUTO, CPU, CUDA),
     "kind": ("vocabulary", "hashed", "managed"),
     "split": (TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT),
+    "seen": (EXCLUDE, INCLUDE),
 }
 
 
@@ -209,6 +211,14 @@ class Budget:
 
 
 @dataclass
+class EvaluationConfig:
+    """What held-out items are ranked among."""
+
+    candidates: int | None = None  # items drawn for each user; None: the whole catalogue
+    seen: str = EXCLUDE  # items that the user met before; or include
+
+
+@dataclass
 class TrainConfig:
     """``python -m pipelines.train``."""
 
@@ -218,6 +228,7 @@ class TrainConfig:
     budget: Budget = field(default_factory=Budget)
     split: str = TIME_SHARE  # or leave_one_out, or time: at split_times
     split_times: list[Any] = field(default_factory=list)  # where validation and test begin
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # By column, as requests name it; other columns have a vocabulary.
     ids: dict[str, IdConfig] = field(default_factory=dict)
     seed: int = 0  # of weights, negatives and the order of users

@@ -26,7 +26,8 @@ from torchrec_kvshare.data.stream import Loading, StreamSettings, WindowStream, 
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.errors import DataError
 from torchrec_kvshare.features.schema import ITEM, USER, candidate_key
-from torchrec_kvshare.training.evaluate import evaluate_catalogue, evaluate_sampled
+from torchrec_kvshare.training.evaluate import evaluate_sampled
+from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 
 HISTORIES = all_events(16, 4)
 BATCH_TARGETS, NEGATIVES, SEED = 24, 2, 5
@@ -253,7 +254,7 @@ def test_evaluations_reports_and_requests_hold_two_shards_at_most(six: Shards) -
     split_report(counted.shards)
     assert len(list(make_requests(counted.shards, 20, 5, seed=1))) == 20
     evaluate_sampled(lambda batch: batch.labels, counted.shards, TEST, 2)
-    evaluate_catalogue(lambda batch: batch.labels, counted.shards, None)
+    rank_held_out(lambda batch: batch.labels, counted.shards, RankingSettings())
     assert (counted.most_alive, counted.most_shards) == (2, 1)
     assert counted.num_alive == 0
 

@@ -39,7 +39,8 @@ from torchrec_kvshare.training.checkpoints import (
     load_weights,
     non_finite,
 )
-from torchrec_kvshare.training.evaluate import evaluate_catalogue, evaluate_sampled, model_scorer
+from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
+from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.run import (
     load_data,
@@ -50,7 +51,12 @@ from torchrec_kvshare.training.run import (
 )
 from torchrec_kvshare.training.sharding import ADAGRAD, TableSettings, local_weights
 
-METRIC_NAMES = ("AUC", "GAUC", "NE", "HR@10", "NDCG@10")
+SAMPLED = ("AUC", "GAUC", "NE", "calibration")
+METRIC_NAMES = (
+    *SAMPLED,
+    *(f"{name}@{cutoff}" for name in ("HR", "NDCG", "MRR") for cutoff in (1, 5, 10, 50, 200)),
+)
+TRIVIAL = "HR@200"  # of some sixty items
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +165,15 @@ def test_tensorboard_has_loss_speed_and_quality(finished: Path) -> None:
     found = scalars(finished / "tensorboard" / "causal")
     assert set(found) == {
         *("train/loss", "train/examples_per_s"),
-        *("valid/NE", "valid/AUC", "valid/GAUC"),
+        *(f"valid/{name}" for name in SAMPLED),
     }
     assert all(speed > 0 for speed in found["train/examples_per_s"])
     assert len(found["train/loss"]) == len(found["train/examples_per_s"]) > 60
-    assert {len(found[f"valid/{name}"]) for name in ("NE", "AUC", "GAUC")} == {BUDGET.epochs}
+    assert {len(found[f"valid/{name}"]) for name in SAMPLED} == {BUDGET.epochs}
     tests = scalars(finished / "tensorboard")
-    assert set(tests) == {f"test_{name.replace('@', '_at_')}/causal" for name in METRIC_NAMES}
+    assert set(tests) == {
+        f"test_{name.replace('@', '_at_')}/causal" for name in METRIC_NAMES if name != TRIVIAL
+    }
 
 
 def test_a_run_is_reproducible_and_its_seed_matters(finished: Path, tmp_path: Path) -> None:
@@ -185,7 +193,8 @@ def test_a_baseline_does_not_change_the_model(finished: Path, tmp_path: Path) ->
     budget = replace(BUDGET, baselines=True)
     metrics = train_run(tiny_config(tmp_path / "run", budget=budget))
     assert list(metrics) == ["causal", "none", "popularity"]
-    assert {tuple(values) for values in metrics.values()} == {METRIC_NAMES}
+    assert {tuple(values) for values in metrics.values()} == {(*METRIC_NAMES, "undefined")}
+    assert {tuple(values["undefined"]) for values in metrics.values()} == {(TRIVIAL,)}
     alone = json.loads((finished / "metrics.json").read_text())
     assert metrics["causal"] == alone["test"]["causal"]
 
@@ -341,10 +350,12 @@ def test_a_finished_run_returns_its_metrics_and_is_never_overwritten(
 RUN_CONFIG = """
 import json, os, signal, sys
 import torch
-from torchrec_kvshare.config import Budget, ModelConfig, SyntheticData, TrainConfig
+from torchrec_kvshare.config import Budget, EvaluationConfig, ModelConfig, SyntheticData
+from torchrec_kvshare.config import TrainConfig
 from torchrec_kvshare.training.run import train_run
 values = json.loads(sys.argv[1])
 kinds = {"data": SyntheticData, "model": ModelConfig, "budget": Budget}
+kinds["evaluation"] = EvaluationConfig
 torch.set_num_threads(1)
 """
 TRAIN = """
@@ -541,7 +552,7 @@ def test_scores_that_are_not_finite_are_no_metrics(tmp_path: Path) -> None:
         next(model.over_arch.parameters()).fill_(math.nan)
     for evaluation in (
         partial(evaluate_sampled, model_scorer(model), shards, TEST, 2),
-        partial(evaluate_catalogue, model_scorer(model), shards, 3),
+        partial(rank_held_out, model_scorer(model), shards, RankingSettings(max_users=3)),
     ):
         with pytest.raises(TrainingError, match="scores that are not finite: it has diverged"):
             evaluation()

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchrec_kvshare.training.metrics import (
+    Measures,
     Values,
     classification_metrics,
+    measures_of,
     num_ahead,
     rank_metrics,
 )
@@ -46,6 +48,10 @@ def normalised_entropy(rows: Rows) -> float:
 
 
 def measured(users: list[Rows]) -> Values:
+    return measures_of_users(users).values
+
+
+def measures_of_users(users: list[Rows]) -> Measures:
     rows = [row for user in users for row in user]
     return classification_metrics(
         torch.tensor([probability for _, probability in rows]),
@@ -116,26 +122,73 @@ def test_certainty_is_finite() -> None:
     assert math.isfinite(found)
 
 
-def test_hit_rate_and_ndcg_by_hand() -> None:
+def test_rank_metrics_by_hand() -> None:
     # Ranks from 0: 9 is the last of ten.
-    found = rank_metrics([0, 9, 10, 2])
-    assert found["HR@10"] == 3 / 4
-    assert found["NDCG@10"] == pytest.approx((1 + 1 / math.log2(11) + 1 / 2) / 4)
-    assert rank_metrics([]) == {"HR@10": None, "NDCG@10": None}
+    found = rank_metrics([0, 9, 10, 2, 199], num_items=201).values
+    hits = {1: [0], 5: [0, 2], 10: [0, 2, 9], 50: [0, 2, 9, 10], 200: [0, 2, 9, 10, 199]}
+    for cutoff, ranks in hits.items():
+        assert found[f"HR@{cutoff}"] == len(ranks) / 5
+        gains = [1 / math.log2(rank + 2) for rank in ranks]
+        assert found[f"NDCG@{cutoff}"] == pytest.approx(sum(gains) / 5)
+        gains = [1 / (rank + 1) for rank in ranks]
+        assert found[f"MRR@{cutoff}"] == pytest.approx(sum(gains) / 5)
+    assert len(found) == 15
+
+
+def test_rank_metrics_without_users_say_why() -> None:
+    found = rank_metrics([], num_items=300)
+    assert set(found.values.values()) == {None}
+    assert found.undefined == dict.fromkeys(found.values, "no user has a held-out item")
+
+
+def test_a_hit_among_all_items_is_undefined() -> None:
+    """With ten items in a ranking HR@10 was 1, whatever the scores."""
+    found = rank_metrics([0, 9], num_items=10)
+    assert (found.values["HR@5"], found.values["HR@10"]) == (1 / 2, None)
+    assert found.values["NDCG@10"] == pytest.approx((1 + 1 / math.log2(11)) / 2)
+    reason = "a ranking has 10 items, and each is a hit"
+    assert found.undefined == dict.fromkeys(("HR@10", "HR@50", "HR@200"), reason)
+    assert rank_metrics([0, 9], num_items=11).values["HR@10"] == 1.0
+
+
+def test_calibration_is_the_sum_of_predictions_over_that_of_labels() -> None:
+    found = measured([[(1, 0.9), (0, 0.3)], [(1, 0.5), (1, 0.25), (0, 0.15)]])["calibration"]
+    assert found == pytest.approx(2.1 / 3, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_labels_of_one_class_have_no_metrics(label: int, caplog: pytest.LogCaptureFixture) -> None:
     """Their NE was 4e11 and their AUC 0.5."""
-    assert measured([[(label, 0.3), (label, 0.6)]]) == {"AUC": None, "GAUC": None, "NE": None}
-    assert f"no AUC, GAUC or NE: {2 * label} of 2 labels are positive" in caplog.text
+    found = measures_of_users([[(label, 0.3), (label, 0.6)]])
+    names = ["AUC", "GAUC", "NE", *(["calibration"] if label == 0 else [])]
+    reason = f"all 2 labels are {'positive' if label else 'negative'}"
+    assert found.undefined == dict.fromkeys(names, reason)
+    assert [name for name, value in found.values.items() if value is None] == names
+    found.log_undefined()
+    assert f"no {', '.join(names)}: {reason}" in caplog.text
 
 
-def test_users_of_one_class_each_have_no_gauc(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_target_is_a_reason() -> None:
+    assert set(measures_of_users([]).undefined.values()) == {"there is no target"}
+
+
+def test_reasons_are_beside_the_values() -> None:
+    found = measures_of({"AUC": "all 3 labels are positive", "calibration": 0.5, "HR@1": 0.0})
+    assert found.to_json() == {
+        "AUC": None,
+        "calibration": 0.5,
+        "HR@1": 0.0,
+        "undefined": {"AUC": "all 3 labels are positive"},
+    }
+    assert found.take("calibration").to_json() == {"calibration": 0.5}
+    assert (found.take("HR@1") | found.take("AUC")).undefined == found.undefined
+
+
+def test_users_of_one_class_each_have_no_gauc() -> None:
     """It was 0.5."""
-    found = measured([[(1, 0.9), (1, 0.8)], [(0, 0.1), (0, 0.2)]])
-    assert (found["AUC"], found["GAUC"]) == (1.0, None)
-    assert "no GAUC: no user has both labels and different scores" in caplog.text
+    found = measures_of_users([[(1, 0.9), (1, 0.8)], [(0, 0.1), (0, 0.2)]])
+    assert (found.values["AUC"], found.values["GAUC"]) == (1.0, None)
+    assert found.undefined == {"GAUC": "no user has both labels and different scores"}
 
 
 def rank(scores: list[float], target: int, excluded: list[int]) -> int:

@@ -27,11 +27,12 @@ from torchrec_kvshare.features.schema import ITEM, candidate_key
 from torchrec_kvshare.training import loop
 from torchrec_kvshare.training.checkpoints import checkpoints_of, load_progress
 from torchrec_kvshare.training.evaluate import (
-    evaluate_catalogue,
+    Scorer,
     evaluate_sampled,
     model_scorer,
     popularity_scorer,
 )
+from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import device_of
 from torchrec_kvshare.training.run import (
     histories_of,
@@ -175,16 +176,24 @@ def by_item(batch: Batch) -> torch.Tensor:
     return torch.sin(batch.sparse_features[candidate_key(ITEM)].values().float())
 
 
+def positions_of(score: Scorer, shards: Shards, settings: RankingSettings) -> list[int]:
+    return rank_held_out(score, shards, settings).position.tolist()
+
+
 @pytest.mark.parametrize("number", [3, 4])
 def test_metrics_do_not_depend_on_the_shards(folders: dict[int, Path], number: int) -> None:
     whole, shards = both(folders, number)
     for split in (VALID, TEST):
         found = evaluate_sampled(by_item, shards, split, 3)
         assert found == evaluate_sampled(by_item, whole, split, 3)
-    for max_users in (None, 7, 1000):
-        found = evaluate_catalogue(by_item, shards, max_users)
-        assert found == evaluate_catalogue(by_item, whole, max_users)
-        assert found["HR@10"] not in (0.0, 1.0)
+    for settings in (
+        *(RankingSettings(max_users=max_users) for max_users in (None, 7, 1000)),
+        RankingSettings(num_candidates=20),
+        RankingSettings(num_candidates=20, exclude_seen=False),
+    ):
+        positions = positions_of(by_item, shards, settings)
+        assert positions == positions_of(by_item, whole, settings)
+        assert 0 < sum(position < 10 for position in positions) < len(positions)
     one, other = popularity_scorer(shards, 3), popularity_scorer(whole, 3)
     assert evaluate_sampled(one, shards, TEST, 3) == evaluate_sampled(other, whole, TEST, 3)
 
@@ -195,7 +204,8 @@ def test_metrics_of_a_model_do_not_depend_on_the_shards(folders: dict[int, Path]
     found = evaluate_sampled(score, shards, TEST, 3)
     expected = evaluate_sampled(score, whole, TEST, 3)
     assert found == pytest.approx(expected, abs=METRIC_TOLERANCE, rel=0)
-    assert evaluate_catalogue(score, shards, 11) == evaluate_catalogue(score, whole, 11)
+    settings = RankingSettings(max_users=11)
+    assert positions_of(score, shards, settings) == positions_of(score, whole, settings)
 
 
 def test_shards_without_targets_are_passed_over(tmp_path: Path) -> None:
@@ -209,7 +219,8 @@ def test_shards_without_targets_are_passed_over(tmp_path: Path) -> None:
     found = evaluate_sampled(by_item, shards, TEST, 2)
     assert found == evaluate_sampled(by_item, whole, TEST, 2)
     assert found["AUC"] is not None
-    assert evaluate_catalogue(by_item, shards, None) == evaluate_catalogue(by_item, whole, None)
+    everyone = RankingSettings()
+    assert positions_of(by_item, shards, everyone) == positions_of(by_item, whole, everyone)
 
 
 # --- a run and its data

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from torchrec_kvshare.features.hashing import IntArray, mixed
 
+EVALUATION_SEED = 20_240_101  # every scorer gets the same negatives and candidates
 MANTISSA_SHIFT = np.uint64(11)  # leaves the 53 bits that a float64 has room for
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
-from torchrec_kvshare.config import IdConfig, ModelConfig, TrainConfig
+from torchrec_kvshare.config import EXCLUDE, IdConfig, ModelConfig, TrainConfig
 from torchrec_kvshare.data.digest import DataDigest, data_digest
 from torchrec_kvshare.data.load import load_shards
 from torchrec_kvshare.data.shards import Shards
@@ -45,12 +45,13 @@ from torchrec_kvshare.model.ranking import dlrm_with_history, plain_dlrm, takes_
 from torchrec_kvshare.training.checkpoints import load_weights
 from torchrec_kvshare.training.evaluate import (
     Scorer,
-    evaluate_catalogue,
-    evaluate_sampled,
     popularity_scorer,
+    sampled_metrics,
+    score_split,
 )
 from torchrec_kvshare.training.loop import TrainSettings, open_writer, train
-from torchrec_kvshare.training.metrics import Values
+from torchrec_kvshare.training.metrics import Measures, rank_metrics
+from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, device_of, joined_ranks
 from torchrec_kvshare.training.sharding import TableSettings, check_tables
 
@@ -65,7 +66,8 @@ FREE_KEYS = ("output", "threads", "device", "workers", "prefetch")
 
 logger = logging.getLogger(__name__)
 
-Metrics = dict[str, Values]
+# By model: values by name and, for those that are null, the reasons as ``undefined``.
+Metrics = dict[str, dict[str, Any]]
 
 
 @contextmanager
@@ -129,7 +131,7 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         logger.info("%s is finished: nothing is trained or written", folder)
         finished: Metrics = json.loads((folder / METRICS).read_text())["test"]
         return finished
-    metrics: Metrics = {}
+    metrics: dict[str, Measures] = {}
     for kind in kinds:
         model = new_model(schema, config.model, kind, config.seed)
         share_prefill = takes_prefixes(model)
@@ -143,21 +145,22 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     if config.budget.baselines:
         popularity = popularity_scorer(shards, config.negatives)
         metrics["popularity"] = _evaluate(popularity, shards, config, ranks, share_prefill=True)
+    tested = {kind: measures.to_json() for kind, measures in metrics.items()}
     if not ranks.is_first:
-        return metrics
+        return tested
     # A run that was killed here is evaluated again and replaces its points in TensorBoard.
     with open_writer(folder / "tensorboard", 0) as summary:
-        for kind, values in metrics.items():
-            for name, value in values.items():
+        for kind, measures in metrics.items():
+            for name, value in measures.values.items():
                 if value is not None:
                     summary.add_scalar(f"test_{name.replace('@', '_at_')}/{kind}", value, 0)
     # Managed ids have rows only now; other columns are written as they were.
     save_schema(folder, schema)
-    report: dict[str, Any] = {"test": metrics}
+    report: dict[str, Any] = {"test": tested}
     if shards.shared.num_colliding_ids:
         report["colliding_ids"] = shards.shared.num_colliding_ids
     _write(folder / METRICS, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    return metrics
+    return tested
 
 
 def load_data(config: TrainConfig) -> Shards:
@@ -193,6 +196,12 @@ def load_data(config: TrainConfig) -> Shards:
         raise DataError(
             f"{name} has one item in the training split, "
             f"{shards.shared.log.items.ids[known_items[0]]}; negatives need another"
+        )
+    num_candidates = config.evaluation.candidates
+    if num_candidates is not None and num_candidates >= len(known_items):
+        raise ConfigError(
+            f"evaluation.candidates is {num_candidates}; the training split of {name} has "
+            f"{len(known_items)} items, {len(known_items) - 1} beside a held-out one"
         )
     logger.info("%s: %s", name, report)
     for sentence in report.crowded_moments:
@@ -340,11 +349,19 @@ def _check_tokens(sizes: ModelConfig, schema: FeatureSchema) -> None:
 
 def _evaluate(
     score: Scorer, shards: Shards, config: TrainConfig, ranks: Ranks, *, share_prefill: bool
-) -> Values:
-    sampled = evaluate_sampled(
+) -> Measures:
+    scored = score_split(
         score, shards, TEST, config.negatives, share_prefill=share_prefill, ranks=ranks
     )
-    return sampled | evaluate_catalogue(score, shards, config.budget.eval_users, ranks)
+    settings = RankingSettings(
+        max_users=config.budget.eval_users,
+        num_candidates=config.evaluation.candidates,
+        exclude_seen=config.evaluation.seen == EXCLUDE,
+    )
+    ranked = rank_held_out(score, shards, settings, ranks)
+    measures = sampled_metrics(scored) | rank_metrics(ranked.position.tolist(), ranked.num_items)
+    measures.log_undefined()
+    return measures
 
 
 def settings_of(config: TrainConfig) -> TrainSettings:

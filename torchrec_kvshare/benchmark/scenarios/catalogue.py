@@ -1,7 +1,7 @@
 """The cost of a large catalogue: a training step, and ranking all of it for one user.
 
 The cost of a step depends on its batch. The cost of ranking depends on the items that are scored:
-all of them if the held-out item is among the first ten, and a few thousand if it is found to be
+all of them if the held-out item is among the first 200, and a few thousand if it is found to be
 behind them.
 """
 
@@ -24,8 +24,9 @@ from torchrec_kvshare.data.shards import in_memory
 from torchrec_kvshare.data.tables import IdColumn
 from torchrec_kvshare.features.schema import HISTORY, History, Window
 from torchrec_kvshare.model.ranking import dlrm_with_history
-from torchrec_kvshare.training.evaluate import evaluate_catalogue, model_scorer
+from torchrec_kvshare.training.evaluate import model_scorer
 from torchrec_kvshare.training.loop import Trainer, TrainSettings
+from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.sharding import ROWWISE_ADAGRAD, TableSettings
 
@@ -89,7 +90,8 @@ def _case_records(
         call_by_path[STEP, num_items] = partial(train_step, trainer, chosen)
         for path, moved_by in ((RANK_BEHIND, -1e6), (RANK_FIRST, 1e6)):
             scorer = partial(_moved, model, moved_by)
-            call_by_path[path, num_items] = partial(evaluate_catalogue, scorer, shards, 1)
+            one_user = RankingSettings(max_users=1)
+            call_by_path[path, num_items] = partial(rank_held_out, scorer, shards, one_user)
     for call in call_by_path.values():
         call()
     latency_ms = interleaved_medians(call_by_path, options.repeats)
