@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from torchrec_kvshare.benchmark.results import Case, Record
-from torchrec_kvshare.errors import MissingExtraError
+from torchrec_kvshare.training.plots import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -51,19 +51,6 @@ class Picture(NamedTuple):
     line_by_path: Mapping[str, Line]
     case: Case
     is_logarithmic: bool
-
-
-def figure_class() -> "Callable[..., Figure]":
-    """Return matplotlib's Figure, which needs no display and no global state.
-
-    Raises:
-        MissingExtraError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots", "drawing plots") from error
-    return Figure
 
 
 def write_plots(

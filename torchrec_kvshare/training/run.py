@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torchrec.models.dlrm import DLRM, DLRMTrain
@@ -26,7 +26,7 @@ from torchrec_kvshare.data.split_report import NAME_BY_SPLIT, split_report
 from torchrec_kvshare.data.splits import TEST, TRAIN, VALID, split_rule
 from torchrec_kvshare.data.stream import Loading
 from torchrec_kvshare.data.targets import MIN_CATALOGUE
-from torchrec_kvshare.errors import ConfigError, DataError
+from torchrec_kvshare.errors import ConfigError, DataError, MissingExtraError
 from torchrec_kvshare.features.schema import (
     HASHED,
     VOCABULARY,
@@ -42,6 +42,7 @@ from torchrec_kvshare.features.schema import (
 from torchrec_kvshare.history.kinds import KINDS, TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.model.ranking import dlrm_with_history, plain_dlrm, takes_prefixes
+from torchrec_kvshare.training.by_length import by_history_length
 from torchrec_kvshare.training.checkpoints import load_weights
 from torchrec_kvshare.training.evaluate import (
     Scorer,
@@ -51,6 +52,7 @@ from torchrec_kvshare.training.evaluate import (
 )
 from torchrec_kvshare.training.loop import TrainSettings, open_writer, train
 from torchrec_kvshare.training.metrics import Measures, rank_metrics
+from torchrec_kvshare.training.plots import plot_by_length
 from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, device_of, joined_ranks
 from torchrec_kvshare.training.sharding import TableSettings, check_tables
@@ -58,6 +60,7 @@ from torchrec_kvshare.training.sharding import TableSettings, check_tables
 CONFIG = "config.json"
 DATA = "data.json"
 METRICS = "metrics.json"
+LENGTH_PLOT = "history_length.png"
 NO_HISTORY = "none"
 HISTORY_KINDS = (*KINDS, NO_HISTORY)
 WINDOWS = ("anchored", "sliding")
@@ -68,6 +71,13 @@ logger = logging.getLogger(__name__)
 
 # By model: values by name and, for those that are null, the reasons as ``undefined``.
 Metrics = dict[str, dict[str, Any]]
+
+
+class Evaluated(NamedTuple):
+    """Test metrics of a model: over all targets, and by length of history."""
+
+    test: Measures
+    by_length: dict[str, Measures]
 
 
 @contextmanager
@@ -131,7 +141,7 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         logger.info("%s is finished: nothing is trained or written", folder)
         finished: Metrics = json.loads((folder / METRICS).read_text())["test"]
         return finished
-    metrics: dict[str, Measures] = {}
+    metrics: dict[str, Evaluated] = {}
     for kind in kinds:
         model = new_model(schema, config.model, kind, config.seed)
         share_prefill = takes_prefixes(model)
@@ -145,18 +155,26 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     if config.budget.baselines:
         popularity = popularity_scorer(shards, config.negatives)
         metrics["popularity"] = _evaluate(popularity, shards, config, ranks, share_prefill=True)
-    tested = {kind: measures.to_json() for kind, measures in metrics.items()}
+    tested = {kind: evaluated.test.to_json() for kind, evaluated in metrics.items()}
     if not ranks.is_first:
         return tested
     # A run that was killed here is evaluated again and replaces its points in TensorBoard.
     with open_writer(folder / "tensorboard", 0) as summary:
-        for kind, measures in metrics.items():
-            for name, value in measures.values.items():
+        for kind, evaluated in metrics.items():
+            for name, value in evaluated.test.values.items():
                 if value is not None:
                     summary.add_scalar(f"test_{name.replace('@', '_at_')}/{kind}", value, 0)
     # Managed ids have rows only now; other columns are written as they were.
     save_schema(folder, schema)
-    report: dict[str, Any] = {"test": tested}
+    by_length = {kind: evaluated.by_length for kind, evaluated in metrics.items()}
+    _plot(folder / LENGTH_PLOT, by_length)
+    report: dict[str, Any] = {
+        "test": tested,
+        "by_history_length": {
+            kind: {bucket: measures.to_json() for bucket, measures in by_bucket.items()}
+            for kind, by_bucket in by_length.items()
+        },
+    }
     if shards.shared.num_colliding_ids:
         report["colliding_ids"] = shards.shared.num_colliding_ids
     _write(folder / METRICS, json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -349,7 +367,7 @@ def _check_tokens(sizes: ModelConfig, schema: FeatureSchema) -> None:
 
 def _evaluate(
     score: Scorer, shards: Shards, config: TrainConfig, ranks: Ranks, *, share_prefill: bool
-) -> Measures:
+) -> Evaluated:
     scored = score_split(
         score, shards, TEST, config.negatives, share_prefill=share_prefill, ranks=ranks
     )
@@ -361,7 +379,14 @@ def _evaluate(
     ranked = rank_held_out(score, shards, settings, ranks)
     measures = sampled_metrics(scored) | rank_metrics(ranked.position.tolist(), ranked.num_items)
     measures.log_undefined()
-    return measures
+    return Evaluated(measures, by_history_length(scored, ranked))
+
+
+def _plot(path: Path, by_length: Mapping[str, Mapping[str, Measures]]) -> None:
+    try:
+        plot_by_length(path, by_length)
+    except MissingExtraError as error:
+        logger.info("no %s: %s", path, error)
 
 
 def settings_of(config: TrainConfig) -> TrainSettings:
