@@ -153,6 +153,10 @@ def test_a_run_writes_metrics_by_length_of_all_its_models_and_a_plot(tmp_path: P
         assert 0 < sum(found["held_out"] for found in buckets.values()) <= 12
         assert buckets["more"]["undefined"]["AUC"] == "there is no target"
     assert imread(tmp_path / "run" / "history_length.png").ndim == 3
+    data = metrics["data"]
+    assert (data["split"], data["events"]["test split"]) == ("leave_one_out", 12)
+    assert 0 < data["own_positive_share"] < 1
+    assert 0 <= data["tied_share"] < 1
 
 
 def test_a_run_without_matplotlib_says_so_once(

@@ -695,6 +695,8 @@ def test_the_log_says_how_the_data_was_split(
     )
     # Of the four items of the test split training met only the first, in 9 of 38 events.
     assert "user_id 0.0%, item_id 76.3%, items.kind 0.0%" in caplog.text
+    assert "92.7% of the events tie with another one" in caplog.text
+    assert "% of the test split's sampled negatives are positives of their user" in caplog.text
 
 
 # --- one folder, one run

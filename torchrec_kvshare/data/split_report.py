@@ -3,13 +3,17 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_kvshare.data.dataset import Dataset, Ints
+from torchrec_kvshare.data.draws import EVALUATION_SEED, Draws
+from torchrec_kvshare.data.interactions import num_tied
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import TEST, TRAIN, VALID
+from torchrec_kvshare.data.targets import MIN_CATALOGUE, sample_negatives
 from torchrec_kvshare.features.schema import (
     ACTION,
     ITEM,
@@ -21,6 +25,7 @@ from torchrec_kvshare.features.schema import (
 
 NAME_BY_SPLIT = {TRAIN: "training", VALID: "validation", TEST: "test"}
 LOG = "log"
+TARGETS_AT_A_TIME = 2**16
 LARGE_SHARE = 0.5  # of the events of a split or the log at one moment: worth a warning
 
 
@@ -37,6 +42,9 @@ class SplitReport:
         unknown_shares: share of the test split's ids that are not in the training split, by column
             that has a vocabulary.
         collisions: a sentence for each hashed column.
+        tied_share: share of the log's events that are at the time of another event of their user.
+        own_positive_share: share of the test split's sampled negatives that are, somewhere in the
+            log, positive events of their user; None if none are sampled.
     """
 
     num_events: dict[str, int]
@@ -44,6 +52,21 @@ class SplitReport:
     crowded_moments: list[str]
     unknown_shares: dict[str, float]
     collisions: list[str]
+    tied_share: float
+    own_positive_share: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers; one without a value has its reason as ``undefined`` beside it."""
+        found = {
+            "events": self.num_events,
+            "users": self.num_users,
+            "tied_share": self.tied_share,
+            "own_positive_share": self.own_positive_share,
+            "unknown_shares": self.unknown_shares,
+        }
+        if self.own_positive_share is None:
+            found["undefined"] = {"own_positive_share": "no negatives are sampled"}
+        return found
 
     def __str__(self) -> str:
         return ", ".join(
@@ -53,14 +76,24 @@ class SplitReport:
         )
 
 
-def split_report(shards: Shards) -> SplitReport:
-    """Count what the splits of a data set hold."""
+def split_report(shards: Shards, num_negatives: int = 0) -> SplitReport:
+    """Count what the splits of a data set hold.
+
+    Args:
+        shards: the data set.
+        num_negatives: negatives that are sampled for each target.
+    """
     num_events: Counter[str] = Counter()
     num_users: Counter[str] = Counter()
     num_ids: Counter[str] = Counter()
     num_unknown: Counter[str] = Counter()
     candidates: dict[str, set[int]] = {LOG: set()}
+    has_negatives = num_negatives and len(shards.shared.known_items) >= MIN_CATALOGUE
+    num_ties = num_own_positives = 0
     for dataset in shards:
+        num_ties += num_tied(dataset.event_user, dataset.time)
+        if has_negatives:
+            num_own_positives += _num_own_positives(dataset, num_negatives)
         for name, chosen in _parts(dataset):
             num_events[name] += int(chosen.sum())
             num_users[name] += len(np.unique(dataset.event_user[chosen]))
@@ -69,12 +102,17 @@ def split_report(shards: Shards) -> SplitReport:
         for column, rows in _tested_rows(dataset).items():
             num_ids[column] += len(rows)
             num_unknown[column] += int((rows == UNKNOWN_ROW).sum())
+    num_sampled = num_negatives * num_events[f"{NAME_BY_SPLIT[TEST]} split"]
     return SplitReport(
         num_events=dict(num_events),
         num_users=dict(num_users),
         crowded_moments=_crowded_moments(shards, candidates, num_events),
         unknown_shares={name: num_unknown[name] / max(1, num_ids[name]) for name in num_ids},
         collisions=_collisions(shards.shared),
+        tied_share=num_ties / max(1, num_events[LOG]),
+        own_positive_share=num_own_positives / num_sampled
+        if has_negatives and num_sampled
+        else None,
     )
 
 
@@ -83,6 +121,20 @@ def _parts(dataset: Dataset) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     yield LOG, np.ones(len(dataset.time), bool)
     for split, name in NAME_BY_SPLIT.items():
         yield f"{name} split", dataset.split == split
+
+
+def _num_own_positives(dataset: Dataset, num_negatives: int) -> int:
+    """Count the test split's negatives, as an evaluation samples them, that their user likes."""
+    num_items, user = len(dataset.item_row), dataset.event_user
+    liked = dataset.label > 0
+    pairs = np.unique(user[liked] * num_items + dataset.item[liked])
+    targets = np.flatnonzero(dataset.split == TEST)
+    draws, count = Draws(EVALUATION_SEED), 0
+    for first in range(0, len(targets), TARGETS_AT_A_TIME):
+        chosen = targets[first : first + TARGETS_AT_A_TIME]
+        negatives = sample_negatives(dataset, chosen, num_negatives, draws)
+        count += int(np.isin(user[chosen][:, None] * num_items + negatives, pairs).sum())
+    return count
 
 
 def _crowded(time: Ints) -> list[int]:

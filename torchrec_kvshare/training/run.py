@@ -22,7 +22,7 @@ from torchrec_kvshare.config import EXCLUDE, IdConfig, ModelConfig, TrainConfig
 from torchrec_kvshare.data.digest import DataDigest, data_digest
 from torchrec_kvshare.data.load import load_shards
 from torchrec_kvshare.data.shards import Shards
-from torchrec_kvshare.data.split_report import NAME_BY_SPLIT, split_report
+from torchrec_kvshare.data.split_report import NAME_BY_SPLIT, SplitReport, split_report
 from torchrec_kvshare.data.splits import TEST, TRAIN, VALID, split_rule
 from torchrec_kvshare.data.stream import Loading
 from torchrec_kvshare.data.targets import MIN_CATALOGUE
@@ -124,7 +124,7 @@ def train_run(config: TrainConfig) -> Metrics | None:
 
 
 def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
-    shards = load_data(config)
+    shards, splits = load_reported(config)
     schema = shards.schema
     _check_tokens(config.model, schema)
     kinds = [config.model.history]
@@ -174,6 +174,7 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
             kind: {bucket: measures.to_json() for bucket, measures in by_bucket.items()}
             for kind, by_bucket in by_length.items()
         },
+        "data": split_rule(config.split, config.split_times).to_json() | splits.to_json(),
     }
     if shards.shared.num_colliding_ids:
         report["colliding_ids"] = shards.shared.num_colliding_ids
@@ -183,6 +184,16 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
 
 def load_data(config: TrainConfig) -> Shards:
     """Read and encode the data set of a run, or open its folder, and log how it is split.
+
+    Raises:
+        ConfigError: if a value cannot work with the data.
+        DataError: if there is nothing to train or test on.
+    """
+    return load_reported(config)[0]
+
+
+def load_reported(config: TrainConfig) -> tuple[Shards, SplitReport]:
+    """Read and encode the data set of a run as ``load_data``; also return how it is split.
 
     Raises:
         ConfigError: if a value cannot work with the data.
@@ -198,7 +209,7 @@ def load_data(config: TrainConfig) -> Shards:
         rule=rule,
     )
     logger.info("%s: %s", name, shards.report)
-    report = split_report(shards)
+    report = split_report(shards, config.negatives)
     for split in (TRAIN, TEST, VALID):
         if not report.num_events[f"{NAME_BY_SPLIT[split]} split"]:
             raise DataError(f"{name} has no event in the {NAME_BY_SPLIT[split]} split of {rule}")
@@ -229,9 +240,16 @@ def load_data(config: TrainConfig) -> Shards:
         name,
         ", ".join(f"{column} {share:.1%}" for column, share in report.unknown_shares.items()),
     )
+    logger.info("%s: %.1f%% of the events tie with another one", name, 100 * report.tied_share)
+    if report.own_positive_share is not None:
+        logger.info(
+            "%s: %.1f%% of the test split's sampled negatives are positives of their user",
+            name,
+            100 * report.own_positive_share,
+        )
     for sentence in report.collisions:
         logger.info("%s: %s", name, sentence)
-    return shards
+    return shards, report
 
 
 def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
