@@ -29,7 +29,7 @@ from torchrec.models.dlrm import DLRMTrain
 
 from tests.once import make_once
 from tests.training.worlds import BUDGET, MODEL, tiny_config
-from torchrec_kvshare.config import TrainConfig
+from torchrec_kvshare.config import LEAVE_ONE_OUT, EvaluationConfig, TrainConfig
 from torchrec_kvshare.data.dataset import Ints
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.training.loop import Trainer, TrainSettings
@@ -45,6 +45,9 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # a rank that waits alone ends with 
 # Two orders of the same sums, in float32: the worst loss of one step, of five kinds on two and on
 # three ranks, was off by 9.6e-8.
 LOSS_TOLERANCE = 1e-6
+
+# Of published figures: one test event of each user, ranked among drawn items.
+PROTOCOL = {"split": LEAVE_ONE_OUT, "evaluation": EvaluationConfig(candidates=25)}
 
 Case = dict[str, Any]
 

@@ -9,6 +9,7 @@ from torchrec.datasets.utils import Batch
 
 from tests.data.folders import write_folder
 from tests.training.on_ranks import (
+    PROTOCOL,
     is_table,
     largest_difference,
     on_each_rank,
@@ -20,9 +21,10 @@ from tests.training.on_ranks import (
     whole_tensors,
 )
 from tests.training.worlds import DATA
-from torchrec_kvshare.config import PreparedData
+from torchrec_kvshare.config import LEAVE_ONE_OUT, PreparedData
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.splits import split_rule
 from torchrec_kvshare.data.stream import Epoch, WindowStream
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.history.kinds import KINDS
@@ -90,9 +92,9 @@ def check_prepared(folder: Path, ranks: Ranks) -> None:
     """Train on a folder of six shards with a worker; tell which shards this rank read."""
     data = PreparedData(path=str(folder / "prepared"))
     if ranks.is_first:
-        write_folder(load_log(DATA), Path(data.path), 6)
+        write_folder(load_log(DATA), Path(data.path), 6, split_rule(LEAVE_ONE_OUT))
     ranks.wait()
-    config = run_config(folder / "prepared run", data=data, shuffle_shards=3, workers=1)
+    config = run_config(folder / "prepared run", data=data, shuffle_shards=3, workers=1, **PROTOCOL)
     held: set[int] = set()
     real_epoch = WindowStream.epoch
 

@@ -27,7 +27,10 @@ from torchrec_kvshare.training.evaluate import (
     evaluate_sampled,
     model_scorer,
     popularity_scorer,
+    score_split,
 )
+from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
+from torchrec_kvshare.training.ranks import ALONE, Ranks
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,26 @@ def test_how_many_targets_are_scored_at_a_time_does_not_matter(
     together = evaluate_sampled(by_item, shards, TEST, 5)
     monkeypatch.setattr(evaluate, "TARGETS_AT_A_TIME", 1)
     assert evaluate_sampled(by_item, shards, TEST, 5) == together
+
+
+def test_progress_is_shown_by_the_first_rank_alone(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A test of some minutes said nothing."""
+
+    def shown(rank: int) -> str:
+        ranks = Ranks(rank, 1, 1, ALONE.device)
+        score_split(lambda batch: batch.labels, shards, TEST, 5, ranks=ranks)
+        rank_held_out(lambda batch: batch.labels, shards, RankingSettings(), ranks)
+        return capsys.readouterr().err
+
+    assert shown(0) == ""  # They are done before a bar is shown.
+    monkeypatch.setattr(evaluate, "BAR_DELAY_S", 0.0)
+    first = shown(0)
+    assert "test: 100%" in first
+    assert "ranking: 100%" in first
+    assert "4/4" in first
+    assert shown(1) == ""
 
 
 def test_of_a_large_split_evenly_drawn_users_are_scored(

@@ -10,6 +10,7 @@ from tests.data.folders import write_folder
 from tests.once import shared_folder
 from tests.training.on_ranks import (
     LOSS_TOLERANCE,
+    PROTOCOL,
     Case,
     find,
     points,
@@ -18,8 +19,9 @@ from tests.training.on_ranks import (
     torchrun,
 )
 from tests.training.worlds import DATA
-from torchrec_kvshare.config import PreparedData
+from torchrec_kvshare.config import LEAVE_ONE_OUT, PreparedData
 from torchrec_kvshare.data.load import load_log
+from torchrec_kvshare.data.splits import split_rule
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.training.checkpoints import checkpoints_of, load_progress
 from torchrec_kvshare.training.run import Metrics, train_run
@@ -73,7 +75,9 @@ def assert_same_metrics(found: Metrics, expected: Metrics) -> None:
         assert list(found[kind]) == list(values)
         for name, value in values.items():
             tolerance = AUC_TOLERANCE if "AUC" in name else RUN_TOLERANCE
-            assert found[kind][name] == pytest.approx(value, abs=tolerance, rel=0), name
+            if isinstance(value, float):
+                value = pytest.approx(value, abs=tolerance, rel=0)
+            assert found[kind][name] == value, name
 
 
 # --- what is learned
@@ -119,8 +123,9 @@ def test_a_run_on_ranks_has_the_losses_of_one_process(
 def alone_on_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process on the same six shards."""
     base = tmp_path_factory.mktemp("shards")
-    data = PreparedData(path=str(write_folder(load_log(DATA), base / "prepared", 6)))
-    train_run(run_config(base / "run", data=data, shuffle_shards=3))
+    rule = split_rule(LEAVE_ONE_OUT)
+    data = PreparedData(path=str(write_folder(load_log(DATA), base / "prepared", 6, rule)))
+    train_run(run_config(base / "run", data=data, shuffle_shards=3, **PROTOCOL))
     return base / "run"
 
 
@@ -131,8 +136,14 @@ def test_a_run_on_shards_has_the_losses_and_metrics_of_one_process(
     for kind in ("causal", "none"):
         expected = losses(alone_on_shards, kind)
         assert losses(run, kind) == pytest.approx(expected, abs=RUN_TOLERANCE, rel=0)
-    metrics = json.loads((run / "metrics.json").read_text())["test"]
-    assert_same_metrics(metrics, json.loads((alone_on_shards / "metrics.json").read_text())["test"])
+    metrics, expected = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (run, alone_on_shards)
+    )
+    assert_same_metrics(metrics["test"], expected["test"])
+    assert metrics["data"] == expected["data"]
+    assert list(metrics["by_history_length"]) == ["causal", "none", "popularity"]
+    for kind, by_bucket in expected["by_history_length"].items():
+        assert_same_metrics(metrics["by_history_length"][kind], by_bucket)
     for rank, case in enumerate(together.cases(case="prepared")):
         assert case["held"] == list(range(rank, 6, together.world_size))
 

@@ -7,16 +7,18 @@ the targets in the order of the whole log, so that they do not depend on its sha
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
+from tqdm import tqdm
 
 from torchrec_kvshare.data.dataset import Dataset, Ints
 from torchrec_kvshare.data.draws import EVALUATION_SEED, Draws
 from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.split_report import NAME_BY_SPLIT
 from torchrec_kvshare.data.targets import (
     batches_of,
     build_batch,
@@ -63,6 +65,7 @@ class Scored(NamedTuple):
 
 
 TARGETS_AT_A_TIME = 1024
+BAR_DELAY_S = 1.0  # seconds without a progress bar: a short evaluation shows none
 # Of a split that has more, evenly drawn users are scored. torchrec.metrics counts rows in float32,
 # which is exact up to 2**24, and its AUC takes 60 bytes for each.
 MAX_ROWS = 2**23
@@ -179,8 +182,10 @@ def score_split(
         The targets in the order of the whole log, the same on every rank.
     """
     draws = Draws(EVALUATION_SEED)
-    share = _share_scored(shards, split, num_negatives)
+    num_targets = sum(int((dataset.split == split).sum()) for dataset in shards)
+    share = _share_scored(num_targets, num_negatives)
     scored = [_no_targets(num_negatives)]
+    bar = progress_bar(NAME_BY_SPLIT[split], int(num_targets * min(1, share)), "target", ranks)
     for dataset in shards:
         targets = np.flatnonzero(dataset.split == split)
         if share < 1:
@@ -196,6 +201,8 @@ def score_split(
             logits = score(build_batch(dataset, part, candidates, None))
             if len(own):
                 scored.append(_scored(dataset, part.targets, logits.view(candidates.shape)))
+            bar.update(int(windows.num_targets[chosen].sum()))
+    bar.close()
     everyone = _joined([one for of_rank in ranks.gather(scored) for one in of_rank])
     return everyone.take(np.argsort(everyone.keys))
 
@@ -214,9 +221,13 @@ def sampled_metrics(scored: Scored) -> Measures:
     )
 
 
-def _share_scored(shards: Shards, split: int, num_negatives: int) -> float:
+def progress_bar(title: str, total: int, unit: str, ranks: Ranks) -> "tqdm[NoReturn]":
+    """Return the progress bar of an evaluation; only the first rank shows it."""
+    return tqdm(desc=title, total=total, unit=unit, delay=BAR_DELAY_S, disable=not ranks.is_first)
+
+
+def _share_scored(num_targets: int, num_negatives: int) -> float:
     """Return the share of users to score; 1 or more for all."""
-    num_targets = sum(int((dataset.split == split).sum()) for dataset in shards)
     share = MAX_ROWS / max(1, num_targets * (1 + num_negatives))
     if share < 1:
         logger.info("evaluation scores %.1f%% of the users of a split", 100 * share)

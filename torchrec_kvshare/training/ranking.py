@@ -18,7 +18,7 @@ from torchrec_kvshare.data.draws import EVALUATION_SEED, Draws
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.data.targets import build_catalogue_batch, windows_of
-from torchrec_kvshare.training.evaluate import Scorer
+from torchrec_kvshare.training.evaluate import Scorer, progress_bar
 from torchrec_kvshare.training.metrics import MAX_CUTOFF, num_ahead
 from torchrec_kvshare.training.ranks import ALONE, Ranks
 
@@ -42,6 +42,10 @@ class RankingSettings:
     max_users: int | None = None
     num_candidates: int | None = None
     exclude_seen: bool = True
+
+    def num_columns(self, catalogue_size: int) -> int:
+        """Return the number of items to score for each user, beside the held-out one."""
+        return min(self.num_candidates or catalogue_size, catalogue_size)
 
 
 class Ranked(NamedTuple):
@@ -85,30 +89,34 @@ def rank_held_out(
     """
     held_out = _held_out(shards, settings.max_users)
     catalogue = _popular_first(shards)
-    num_columns = min(settings.num_candidates or len(catalogue), len(catalogue))
-    users_at_a_time = max(1, CATALOGUE_ROWS_AT_A_TIME // num_columns)
     position_by_key: dict[int, int] = {}
+    bar = progress_bar("ranking", len(held_out.keys), "user", ranks)
     for shard in np.unique(held_out.shard).tolist():
         dataset = shards.read([shard])
         events = _last_positives(dataset)
         events = events[np.isin(dataset.keys_of(events), held_out.keys)]
         known = events[np.isin(dataset.item[events], dataset.known_items)]
-        own = known[ranks.rank :: ranks.world_size]
-        # As many groups on every rank: a rank that has no user left ranks one again.
-        for first in range(0, -(-len(known) // ranks.world_size), users_at_a_time):
-            group = own[first : first + users_at_a_time]
-            asked = group if len(group) else known[:1]
-            seen = [_seen_before(dataset, event, settings) for event in asked.tolist()]
-            if settings.num_candidates is None:
-                items = np.broadcast_to(catalogue, (len(asked), len(catalogue)))
-            else:
-                items = _drawn_candidates(dataset, asked, seen, num_columns)
-            found = _positions(score, dataset, asked, items, seen, ranks)
-            position_by_key |= zip(dataset.keys_of(group).tolist(), found, strict=False)
+        for group in _groups(known, settings.num_columns(len(catalogue)), ranks):
+            own = group[ranks.rank :: ranks.world_size]
+            # A sharded model's ranks call it together: one that has no user ranks another's again.
+            asked = own if len(own) else group[:1]
+            found = _positions(score, dataset, asked, catalogue, settings, ranks)
+            position_by_key |= zip(dataset.keys_of(own).tolist(), found, strict=False)
+            bar.update(len(group))
+        bar.update(len(events) - len(known))
+    bar.close()
     everyone = dict(chain.from_iterable(part.items() for part in ranks.gather(position_by_key)))
     positions = [everyone.get(key, MAX_CUTOFF) for key in held_out.keys.tolist()]
-    num_items = min(num_columns + (settings.num_candidates is not None), len(catalogue))
-    return Ranked(held_out.num_earlier, np.array(positions, np.int64), num_items)
+    num_items = settings.num_columns(len(catalogue)) + (settings.num_candidates is not None)
+    return Ranked(
+        held_out.num_earlier, np.array(positions, np.int64), min(num_items, len(catalogue))
+    )
+
+
+def _groups(events: Ints, num_columns: int, ranks: Ranks) -> list[Ints]:
+    """Return the events that all ranks rank at a time."""
+    length = ranks.world_size * max(1, CATALOGUE_ROWS_AT_A_TIME // num_columns)
+    return [events[first : first + length] for first in range(0, len(events), length)]
 
 
 def _held_out(shards: Shards, max_users: int | None) -> _HeldOut:
@@ -188,13 +196,24 @@ def _drawn(catalogue: Ints, left_out: Ints, num_candidates: int, draws: Draws, k
 
 
 def _positions(
-    score: Scorer, dataset: Dataset, held_out: Ints, items: Ints, seen: list[Ints], ranks: Ranks
+    score: Scorer,
+    dataset: Dataset,
+    held_out: Ints,
+    catalogue: Ints,
+    settings: RankingSettings,
+    ranks: Ranks,
 ) -> list[int]:
-    """Return positions of the held-out items among ``items`` [E, I] but for those left out.
+    """Return positions of the held-out items, from 0; ``MAX_CUTOFF`` or more is a lower bound.
 
     Every chunk encodes the histories again: 1 % of the arithmetic for a history of 256 events
     among 32,768 candidates.
     """
+    seen = [_seen_before(dataset, event, settings) for event in held_out.tolist()]
+    if settings.num_candidates is None:
+        items = np.broadcast_to(catalogue, (len(held_out), len(catalogue)))
+    else:
+        num_columns = settings.num_columns(len(catalogue))
+        items = _drawn_candidates(dataset, held_out, seen, num_columns)
     windows = windows_of(dataset, held_out)
     targets = dataset.item[held_out]
     ahead = torch.zeros(len(held_out), dtype=torch.int64)
