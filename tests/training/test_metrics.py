@@ -95,10 +95,21 @@ def test_ne_is_the_log_loss_over_that_of_the_mean_label(users: list[Rows]) -> No
 def test_ties_count_between_a_loss_and_a_win(rows: Rows) -> None:
     """TorchRec sorts, so the order of equal scores decides; a tie does not count one half."""
     worst, best = ordered_share(rows, 0.0), ordered_share(rows, 1.0)
-    if worst is not None and best is not None:
+    if worst is not None and best is not None and len({score for _, score in rows}) > 1:
         found = measured([rows])["AUC"]
         assert found is not None
         assert worst - TOLERANCE <= found <= best + TOLERANCE
+
+
+def test_equal_scores_have_no_auc() -> None:
+    """It was 1 if the positives came first and 0 if they came last."""
+    found = measures_of_users([[(1, 0.4), (0, 0.4)], [(1, 0.4), (0, 0.4), (0, 0.4)]])
+    assert found.undefined == {
+        "AUC": "all 5 scores are equal",
+        "GAUC": "no user has both labels and different scores",
+    }
+    assert found.values["NE"] == pytest.approx(1.0)
+    assert found.values["calibration"] == pytest.approx(1.0)
 
 
 def test_a_perfect_scorer_and_its_opposite() -> None:

@@ -91,28 +91,28 @@ def classification_metrics(
 
     Returns:
         ``AUC``, ``GAUC``, ``NE`` and ``calibration``. The first three are undefined if the labels
-        are of one class, GAUC if no user has both classes and different scores, and calibration
-        without a positive label.
+        are of one class, AUC if all scores are equal, GAUC if no user has both classes and
+        different scores, and calibration without a positive label.
 
     Source:
         torchrec.metrics; NE: He et al. 2014, "Practical Lessons from Predicting Clicks on Ads".
     """
     num_rows, num_positive = len(labels), int(labels.sum())
     predictions, labels, weights = probabilities[None], labels[None], torch.ones(1, num_rows)
-    calibration = _calibration(labels, predictions, weights) if num_positive else None
     if num_positive in (0, num_rows):
         which = "positive" if num_positive else "negative"
         reason = f"all {num_rows} labels are {which}" if num_rows else "there is no target"
         found: dict[str, float | str] = dict.fromkeys(("AUC", "GAUC", "NE"), reason)
-        return measures_of(found | {"calibration": reason if calibration is None else calibration})
-    return measures_of(
-        {
-            "AUC": float(compute_auc(1, [predictions], [labels], [weights])[0]),
+    else:
+        found = {
+            "AUC": _auc(labels, predictions, weights),
             "GAUC": _gauc(labels, predictions, weights, rows_per_user),
             "NE": _ne(labels, predictions, weights),
-            "calibration": calibration or 0.0,
         }
+    found["calibration"] = (
+        _calibration(labels, predictions, weights) if num_positive else found["NE"]
     )
+    return measures_of(found)
 
 
 def rank_metrics(ranks: Sequence[int], num_items: int) -> Measures:
@@ -162,6 +162,13 @@ def num_ahead(scores: Tensor, target: Tensor, excluded: Tensor) -> Tensor:
     """
     # Not `scores >= target`: with NaN scores of a diverged model the target would rank first.
     return (~(scores < target[:, None]) & ~excluded).sum(1)
+
+
+def _auc(labels: Tensor, predictions: Tensor, weights: Tensor) -> float | str:
+    # TorchRec's AUC of equal scores is that of the order in which they came.
+    if bool((predictions == predictions[0, 0]).all()):
+        return f"all {predictions.numel()} scores are equal"
+    return float(compute_auc(1, [predictions], [labels], [weights])[0])
 
 
 def _calibration(labels: Tensor, predictions: Tensor, weights: Tensor) -> float:
