@@ -50,6 +50,8 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
     **dict.fromkeys(("shuffle_shards", "prefetch"), 1),
     **dict.fromkeys(("workers", "split_times"), 0),
+    **dict.fromkeys(("clip_norm", "table_clip"), TINY),
+    "warmup_steps": 0,
 }
 # Greatest allowed value by key; for other keys every finite value is allowed.
 MOST_BY_KEY = {
@@ -240,6 +242,9 @@ class TrainConfig:
     sharding: dict[str, list[str]] = field(default_factory=dict)
     kernels: dict[str, list[str]] = field(default_factory=dict)  # likewise TorchRec's kernels
     weight_decay: float = 1e-5  # of dense parameters
+    clip_norm: float | None = None  # highest norm of all dense gradients together; None: any
+    table_clip: float | None = None  # largest value in a looked-up embedding's gradient; None: any
+    warmup_steps: int = 0  # steps in which learning rates rise
     batch_targets: int = 256  # targets per batch, each with its negatives
     negatives: int = 7  # sampled per target; 0: the log has its own, with label 0
     checkpoint_seconds: float = 60.0  # seconds between two checkpoints

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -46,6 +46,7 @@ from torchrec_kvshare.training.checkpoints import (
 from torchrec_kvshare.training.evaluate import Scorer, evaluate_sampled, model_scorer
 from torchrec_kvshare.training.managed import ManagedIds, keys_of
 from torchrec_kvshare.training.ranks import Ranks
+from torchrec_kvshare.training.schedule import check_warmup, rate_share
 from torchrec_kvshare.training.sharding import (
     TableSettings,
     configs_of,
@@ -67,7 +68,7 @@ class TrainSettings:
 
     Attributes:
         epochs: passes over the training split.
-        learning_rate: first rate of AdamW on dense parameters; falls to zero along a half cosine,
+        learning_rate: highest rate of AdamW on dense parameters; falls to zero along a half cosine,
             as that of the tables does.
         tables: how embedding tables are spread and trained.
         weight_decay: of AdamW on dense parameters; on tables it would shrink rows that
@@ -79,6 +80,8 @@ class TrainSettings:
         keep_checkpoints: number of checkpoints that stay.
         shuffle_shards: shards whose windows are shuffled together, and held at a time.
         loading: which processes build batches.
+        warmup_steps: steps in which all learning rates rise; 0: the first step has the whole rate.
+        clip_norm: highest norm of all dense gradients together; None: any.
     """
 
     epochs: int
@@ -92,6 +95,8 @@ class TrainSettings:
     keep_checkpoints: int = 1
     shuffle_shards: int = 1
     loading: Loading = field(default_factory=Loading)
+    warmup_steps: int = 0
+    clip_norm: float | None = None
 
 
 @dataclass
@@ -133,7 +138,7 @@ def train(
         The trainer, whose ``ranker`` is the trained model.
 
     Raises:
-        ConfigError: if a table cannot be sharded as configured.
+        ConfigError: if a table cannot be sharded as configured, or the warm-up takes all steps.
         DataError: if a shard cannot be read.
         TrainingError: at the first loss or weight that is not finite; the checkpoint before it
             stays.
@@ -184,7 +189,8 @@ class Trainer:
         self.ranker = model
         self.configs = configs_of(model)
         self.sharded, self.plan = shard(DLRMTrain(model), settings.tables, ranks)
-        self.optimizer = _optimizer(self.sharded, settings)
+        self.dense = dict(in_backward_optimizer_filter(self.sharded.named_parameters()))
+        self.optimizer = _optimizer(self.sharded, self.dense, settings)
         stream = StreamSettings(
             batch_targets=settings.batch_targets,
             negatives=settings.negatives,
@@ -197,6 +203,7 @@ class Trainer:
         self.stream = WindowStream(shards, stream)
         # Epochs differ by a batch or so, because windows differ in size.
         self.num_steps = sum(len(self.stream.epoch(epoch)) for epoch in range(settings.epochs))
+        check_warmup(settings.warmup_steps, self.num_steps)
         self.managed = ManagedIds(shards.schema, ranks)
         self.progress = Progress()
         self.last_saved = "none"
@@ -256,7 +263,8 @@ class Trainer:
             The loss before the step, over the batches of all ranks.
 
         Raises:
-            TrainingError: if the loss is not finite; the weights are not changed.
+            TrainingError: if the loss is not finite, before any weight is changed; or if the norm
+                of the dense gradients is not, and they are to be clipped.
         """
         batch = self._remapped(batch, is_padding=num_trained == 0)
         batch = batch.to(self.ranks.device, non_blocking=True)
@@ -275,8 +283,21 @@ class Trainer:
             raise self._diverged(f"the loss is {mean}")
         # DistributedDataParallel takes the mean of the ranks' gradients.
         (loss * (self.ranks.world_size * own / float(sums[1]))).backward()
+        self._clip_gradients()
         self.optimizer.step()
         return mean
+
+    def _clip_gradients(self) -> None:
+        """Scale the dense gradients down to ``clip_norm``.
+
+        After the backward pass all ranks hold the same dense gradients, and tables have taken their
+        step already.
+        """
+        if self.settings.clip_norm is None:
+            return
+        norm = float(nn.utils.clip_grad_norm_(self.dense.values(), self.settings.clip_norm))
+        if not math.isfinite(norm):
+            raise self._diverged(f"the norm of the dense gradients is {norm}")
 
     def _remapped(self, batch: Batch, *, is_padding: bool = False) -> Batch:
         """Give rows to the batch's managed ids; rows that change hands are drawn anew."""
@@ -324,8 +345,8 @@ class Trainer:
         return bool(self.ranks.sum(torch.tensor([float(is_due and self.ranks.is_first)])) > 0)
 
     def _rate_share(self) -> float:
-        """Share of the first learning rates: a half cosine over all steps."""
-        return 0.5 * (1.0 + math.cos(math.pi * self.progress.step / max(self.num_steps, 1)))
+        """Share of the configured learning rates in the next step."""
+        return rate_share(self.progress.step, self.num_steps, self.settings.warmup_steps)
 
     def _diverged(self, what: str) -> TrainingError:
         share = self._rate_share()
@@ -363,15 +384,17 @@ class Trainer:
         self.saved_at = time.monotonic()
 
 
-def _optimizer(sharded: DistributedModelParallel, settings: TrainSettings) -> CombinedOptimizer:
+def _optimizer(
+    sharded: DistributedModelParallel, dense: dict[str, nn.Parameter], settings: TrainSettings
+) -> CombinedOptimizer:
     """The tables' fused optimizers, and AdamW for the dense parameters."""
-    dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(sharded.named_parameters())),
+    adamw = KeyedOptimizerWrapper(
+        dense,
         lambda parameters: torch.optim.AdamW(
             parameters, settings.learning_rate, weight_decay=settings.weight_decay
         ),
     )
-    return CombinedOptimizer([(TABLES, sharded.fused_optimizer), (DENSE, dense)])
+    return CombinedOptimizer([(TABLES, sharded.fused_optimizer), (DENSE, adamw)])
 
 
 def _seed(*parts: int) -> int:

@@ -417,6 +417,7 @@ def settings_of(config: TrainConfig) -> TrainSettings:
             learning_rate=config.table_learning_rate,
             sharding=config.sharding,
             kernels=config.kernels,
+            clip=config.table_clip,
         ),
         weight_decay=config.weight_decay,
         batch_targets=config.batch_targets,
@@ -426,6 +427,8 @@ def settings_of(config: TrainConfig) -> TrainSettings:
         keep_checkpoints=config.keep_checkpoints,
         shuffle_shards=config.shuffle_shards,
         loading=Loading(config.workers, config.prefetch),
+        warmup_steps=config.warmup_steps,
+        clip_norm=config.clip_norm,
     )
 
 

@@ -105,12 +105,14 @@ class TableSettings:
             choose from; empty: those of ``DEFAULT_TYPES`` that work on the device.
         kernels: by table name, or ``*``, those of TorchRec's compute kernels that the planner may
             choose from; empty: those of ``KERNELS_BY_DEVICE``.
+        clip: largest absolute value in the gradient of an embedding that was looked up; None: any.
     """
 
     optimizer: str
     learning_rate: float
     sharding: Mapping[str, Sequence[str]] = field(default_factory=dict)
     kernels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    clip: float | None = None
 
 
 def shard(
@@ -146,8 +148,8 @@ def shard(
         OPTIMIZERS[settings.optimizer], parameters, {"lr": settings.learning_rate}
     )
     sharders: list[ModuleSharder[Any]] = [
-        EmbeddingBagCollectionSharder(),
-        EmbeddingCollectionSharder(),
+        EmbeddingBagCollectionSharder(fused_params=_fused_params(settings)),
+        EmbeddingCollectionSharder(fused_params=_fused_params(settings)),
     ]
     planner = EmbeddingShardingPlanner(
         topology=_topology(ranks),
@@ -307,6 +309,13 @@ def _constraints(
         compute_kernels=list(kernels or allowed_kernels),
         min_partition=MIN_COLUMNS,
     )
+
+
+def _fused_params(settings: TableSettings) -> dict[str, Any]:
+    """Options of fbgemm's tables, beside those of their optimizer."""
+    if settings.clip is None:
+        return {}
+    return {"gradient_clipping": True, "max_gradient": settings.clip}
 
 
 def _check_optimizer(settings: TableSettings, device: torch.device) -> None:
