@@ -51,11 +51,12 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("shuffle_shards", "prefetch"), 1),
     **dict.fromkeys(("workers", "split_times"), 0),
     **dict.fromkeys(("clip_norm", "table_clip"), TINY),
-    "warmup_steps": 0,
+    **dict.fromkeys(("warmup_steps", "ema_decay"), 0),
 }
 # Greatest allowed value by key; for other keys every finite value is allowed.
 MOST_BY_KEY = {
     "dropout": 0.99,
+    "ema_decay": 0.999999,
     "threads": 1024,
     **dict.fromkeys(("seed", "salt"), 2**63 - 1),
     "num_rows": 2**32 - 3,  # digests of cached histories hold rows as 32 bits
@@ -74,10 +75,12 @@ REFUSE, SORT = "refuse", "sort"
 AUTO, CPU, CUDA = "auto", "cpu", "cuda"
 EXCLUDE, INCLUDE = "exclude", "include"
 TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT = "time_share", "leave_one_out", "time"
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
 # Allowed words by key, in every config.
 WORDS_BY_KEY = {
     "history_order": (REFUSE, SORT),
     "device": (AUTO, CPU, CUDA),
+    "precision": (FLOAT32, BFLOAT16),
     "kind": ("vocabulary", "hashed", "managed"),
     "split": (TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT),
     "seen": (EXCLUDE, INCLUDE),
@@ -245,6 +248,8 @@ class TrainConfig:
     clip_norm: float | None = None  # highest norm of all dense gradients together; None: any
     table_clip: float | None = None  # largest value in a looked-up embedding's gradient; None: any
     warmup_steps: int = 0  # steps in which learning rates rise
+    ema_decay: float | None = None  # of a moving average of dense weights; None: no average
+    precision: str = FLOAT32  # of the forward pass in training; or bfloat16
     batch_targets: int = 256  # targets per batch, each with its negatives
     negatives: int = 7  # sampled per target; 0: the log has its own, with label 0
     checkpoint_seconds: float = 60.0  # seconds between two checkpoints

@@ -273,6 +273,24 @@ def test_a_row_that_no_query_sees_gets_no_gradient_at_all(
 
 
 @by_operator
+def test_under_autocast_attention_is_computed_in_float32(operator: str) -> None:
+    """The C++ backend refused bfloat16, and plain sums of it would lose most of a long history."""
+    low = with_dtype(example(operator), torch.bfloat16)
+    exact = with_dtype(low, torch.float32)
+    out_gradient = torch.ones_like(exact["queries"])
+    expected = [call(operator, exact), *gradients(operator, exact, out_gradient)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [call(operator, low), *gradients(operator, low, out_gradient)]
+        from_float32 = call(operator, exact)
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(from_float32, expected[0])
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs.bfloat16())
+
+
+@by_operator
 def test_cached_rows_and_log_sums_have_no_gradients(operator: str) -> None:
     arguments = example(operator)
     names = [name for name in ("cached_keys", "cached_values") if name in arguments]

@@ -150,6 +150,8 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("table_learning_rate=inf", "table_learning_rate is inf; it must be finite"),
         ("weight_decay=-1", "weight_decay is -1.0; it must be at least 0"),
         ("weight_decay=nan", "weight_decay is nan; it must be at least 0"),
+        ("precision=half", "precision is 'half'; one of ('float32', 'bfloat16') is allowed"),
+        ("ema_decay=1", "ema_decay is 1.0; it must be at most 0.999999"),
         ("clip_norm=0", "clip_norm is 0.0; it must be at least 1e-12"),
         ("clip_norm=inf", "clip_norm is inf; it must be finite"),
         ("table_clip=-1", "table_clip is -1.0; it must be at least 1e-12"),

@@ -8,10 +8,12 @@ import numpy as np
 from torchrec.datasets.utils import Batch
 
 from tests.data.folders import write_folder
+from tests.training.checkpoints_program import steps
 from tests.training.on_ranks import (
     PROTOCOL,
     is_table,
     largest_difference,
+    logits_of,
     on_each_rank,
     own_part,
     plain_model,
@@ -71,6 +73,26 @@ def check_gradients(kind: str, shards: Shards, folder: Path, ranks: Ranks, users
         tables=differences[True],
         dense=differences[False],
     )
+
+
+def train_bounded(shards: Shards, folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Train some batches with bounded gradients; return losses, and logits of the average."""
+    trainer = trainer_of(
+        "causal",
+        shards,
+        folder / "bounded",
+        ranks,
+        tables=TableSettings(SGD, 0.5, clip=1e-3),
+        clip_norm=0.05,
+        warmup_steps=3,
+        ema_decay=0.8,
+    )
+    losses = steps(trainer, 0, 7)
+    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1)
+    assert trainer.averaged is not None
+    with trainer.averaged.applied():
+        logits = logits_of(trainer.ranker, batch).tolist()
+    return {"losses": losses, "logits": logits}
 
 
 def check_run(shards: Shards, folder: Path, ranks: Ranks) -> None:
@@ -172,6 +194,7 @@ def check_all(ranks: Ranks, shared: Path) -> None:
         check_gradients(kind, shards, folder, ranks, range(7))
     # The only user is the first rank's: the others pad.
     check_gradients("causal", shards, folder, ranks, range(1))
+    tell(case="bounded", **train_bounded(shards, folder, ranks))
     check_run(shards, folder, ranks)
     check_prepared(folder, ranks)
     check_not_finite(shards, folder, ranks, padding=False)

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.data.folders import write_folder
 from tests.once import shared_folder
@@ -18,13 +19,15 @@ from tests.training.on_ranks import (
     run_on_ranks,
     torchrun,
 )
+from tests.training.ranks_program import train_bounded
 from tests.training.worlds import DATA
 from torchrec_kvshare.config import LEAVE_ONE_OUT, PreparedData
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.splits import split_rule
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.training.checkpoints import checkpoints_of, load_progress
-from torchrec_kvshare.training.run import Metrics, train_run
+from torchrec_kvshare.training.ranks import joined_ranks
+from torchrec_kvshare.training.run import Metrics, load_data, train_run
 
 # Relative to a tensor's largest gradient; rows are summed rank by rank. Worst of the five kinds on
 # two and three ranks: 1.9e-6.
@@ -167,6 +170,18 @@ def test_validation_on_ranks_is_that_of_one_process(together: Together, alone: P
         values = [value for _, value in expected[name]]
         tolerance = AUC_TOLERANCE if "AUC" in name else RUN_TOLERANCE
         assert [v for _, v in found[name]] == pytest.approx(values, abs=tolerance, rel=0)
+
+
+def test_bounded_gradients_and_averages_are_those_of_one_process(
+    together: Together, tmp_path: Path
+) -> None:
+    """The norm is that of the ranks' mean gradients, and tables limit what they share."""
+    shards = load_data(run_config(tmp_path))
+    with joined_ranks(torch.device("cpu")) as ranks:
+        expected = train_bounded(shards, tmp_path, ranks)
+    for case in together.cases(case="bounded"):
+        for name, values in expected.items():
+            assert case[name] == pytest.approx(values, abs=RUN_TOLERANCE, rel=0), name
 
 
 # --- how ranks end

@@ -98,9 +98,14 @@ def _register_plain(has_library: bool) -> None:
             library.define(f"{name}({arguments}) -> ({results})")
             library.impl(name, backend, "CompositeExplicitAutograd")
             library.impl(name, _shapes(name), "Meta")
-    if not has_library:
-        for name in DIFFERENTIABLE:
+    for name in DIFFERENTIABLE:
+        if not has_library:
             _register_autograd(name)
+        # Of a lower precision, softmax and the sums over a long history would lose most.
+        for device in ("cpu", "cuda"):
+            torch.library.register_autocast(
+                f"{NAMESPACE}::{name}", device, torch.float32, lib=library
+            )
 
 
 def _backward(

@@ -27,6 +27,7 @@ PROGRESS = "progress.json"
 ARRAYS = "arrays.npz"
 NO_ARRAYS: Mapping[str, NDArray[np.int64]] = MappingProxyType({})
 MODEL, OPTIMIZER = "model", "optimizer"
+RAW = "raw"  # weights whose average is in ``model``
 
 
 def save_checkpoint(
@@ -42,7 +43,7 @@ def save_checkpoint(
 
     Args:
         folder: of the model's checkpoints.
-        state: ``model`` and ``optimizer`` state dicts; every rank gives its own.
+        state: ``model``, ``optimizer`` and perhaps ``raw`` state dicts; every rank gives its own.
         progress: ``step`` names the checkpoint; all of it is read by ``load_progress``.
         ranks: all of them must call this.
         keep: number of checkpoints that stay.

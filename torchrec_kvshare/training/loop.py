@@ -11,7 +11,8 @@ killed and restarted ends with the weights and the TensorBoard curves of an unin
 import logging
 import math
 import time
-from contextlib import closing
+from collections import OrderedDict
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,17 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
 
-from torchrec_kvshare.config import CUDA
+from torchrec_kvshare.config import BFLOAT16, CUDA, FLOAT32
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import VALID
 from torchrec_kvshare.data.stream import Loading, StreamSettings, WindowStream, worker_errors
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.model.ranking import takes_prefixes
+from torchrec_kvshare.training.averaging import AveragedWeights
 from torchrec_kvshare.training.checkpoints import (
     MODEL,
     OPTIMIZER,
+    RAW,
     checkpoints_of,
     load_arrays,
     load_checkpoint,
@@ -45,6 +48,7 @@ from torchrec_kvshare.training.checkpoints import (
 )
 from torchrec_kvshare.training.evaluate import Scorer, evaluate_sampled, model_scorer
 from torchrec_kvshare.training.managed import ManagedIds, keys_of
+from torchrec_kvshare.training.metrics import Values
 from torchrec_kvshare.training.ranks import Ranks
 from torchrec_kvshare.training.schedule import check_warmup, rate_share
 from torchrec_kvshare.training.sharding import (
@@ -82,6 +86,10 @@ class TrainSettings:
         loading: which processes build batches.
         warmup_steps: steps in which all learning rates rise; 0: the first step has the whole rate.
         clip_norm: highest norm of all dense gradients together; None: any.
+        precision: of the forward pass, ``float32`` or ``bfloat16``; weights, optimizers, tables,
+            attention and the loss are float32 with both.
+        ema_decay: highest decay of the moving average of dense weights, which is what is validated
+            and saved as the model; None: the weights themselves are.
     """
 
     epochs: int
@@ -97,6 +105,8 @@ class TrainSettings:
     loading: Loading = field(default_factory=Loading)
     warmup_steps: int = 0
     clip_norm: float | None = None
+    precision: str = FLOAT32
+    ema_decay: float | None = None
 
 
 @dataclass
@@ -188,9 +198,14 @@ class Trainer:
         self.share_prefill = takes_prefixes(model)
         self.ranker = model
         self.configs = configs_of(model)
+        # The loss is computed from float32, whatever the model computed in.
+        model.register_forward_hook(lambda _model, _inputs, logits: logits.float())
         self.sharded, self.plan = shard(DLRMTrain(model), settings.tables, ranks)
         self.dense = dict(in_backward_optimizer_filter(self.sharded.named_parameters()))
         self.optimizer = _optimizer(self.sharded, self.dense, settings)
+        self.averaged = (
+            None if settings.ema_decay is None else AveragedWeights(self.dense, settings.ema_decay)
+        )
         stream = StreamSettings(
             batch_targets=settings.batch_targets,
             negatives=settings.negatives,
@@ -220,24 +235,20 @@ class Trainer:
                 optimizer.init_state()
         state = self._state()
         load_checkpoint(found[-1], state)
-        self.sharded.load_state_dict(state[MODEL])
+        self.sharded.load_state_dict(OrderedDict(state[MODEL] | state.get(RAW, {})))
         self.optimizer.load_state_dict(state[OPTIMIZER])
         self.managed.load(load_arrays(found[-1]))
         self.progress = Progress(**load_progress(found[-1]))
         self.last_saved = self._name(self.progress)
 
     def run(self, writer: SummaryWriter | None) -> None:
-        """Train the remaining batches; the first rank logs them."""
+        """Train the remaining batches; the first rank logs them.
+
+        At the end the model has the weights that its last checkpoint has for evaluation and export.
+        """
         for epoch in range(self.progress.epoch, self.settings.epochs):
             self._run_epoch(epoch, writer)
-            watched = evaluate_sampled(
-                self.scorer(),
-                self.shards,
-                VALID,
-                self.settings.negatives,
-                share_prefill=self.share_prefill,
-                ranks=self.ranks,
-            )
+            watched = self._validate()
             # Logged at the step of the epoch's last batch: points that are logged again after a
             # kill are those of the checkpoint's step or later.
             for name, value in watched.items():
@@ -245,6 +256,26 @@ class Trainer:
                     writer.add_scalar(f"valid/{name}", value, self.progress.step - 1)
             self.progress = Progress(epoch + 1, 0, self.progress.step)
             self._save(writer)
+        self._take_result()
+
+    def _validate(self) -> Values:
+        with self.averaged.applied() if self.averaged else nullcontext():
+            return evaluate_sampled(
+                self.scorer(),
+                self.shards,
+                VALID,
+                self.settings.negatives,
+                share_prefill=self.share_prefill,
+                ranks=self.ranks,
+            )
+
+    def _take_result(self) -> None:
+        """Give the model the weights that are to be evaluated, from its checkpoint."""
+        if self.averaged is None:
+            return
+        state = {MODEL: self.sharded.state_dict()}
+        load_checkpoint(checkpoints_of(self.folder)[-1], state)
+        self.sharded.load_state_dict(OrderedDict(state[MODEL]))
 
     def scorer(self) -> Scorer:
         """Return the model's scorer of batches that are not remapped."""
@@ -274,7 +305,9 @@ class Trainer:
         self.optimizer.zero_grad()
         # Dropout depends on the step only, so that no generator's state has to be saved.
         torch.manual_seed(_seed(self.settings.seed, self.progress.step, self.ranks.rank))
-        loss: Tensor = self.sharded(batch)[0]
+        is_mixed = self.settings.precision == BFLOAT16
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=is_mixed):
+            loss: Tensor = self.sharded(batch)[0]
         own = batch.labels.numel() if num_trained is None else num_trained
         # Padding counts for nothing, unless its loss is NaN: 0 x NaN would reach all weights.
         sums = self.ranks.sum(torch.tensor([loss.item() * own, own], dtype=torch.float64))
@@ -285,6 +318,8 @@ class Trainer:
         (loss * (self.ranks.world_size * own / float(sums[1]))).backward()
         self._clip_gradients()
         self.optimizer.step()
+        if self.averaged:
+            self.averaged.update(self.progress.step)
         return mean
 
     def _clip_gradients(self) -> None:
@@ -361,7 +396,13 @@ class Trainer:
         return f"epoch {progress.epoch + 1}, batch {progress.batch + 1}"
 
     def _state(self) -> dict[str, Any]:
-        return {MODEL: self.sharded.state_dict(), OPTIMIZER: self.optimizer.state_dict()}
+        weights = self.sharded.state_dict()
+        state = {MODEL: weights, OPTIMIZER: self.optimizer.state_dict()}
+        if self.averaged:
+            # Whoever loads the model gets the average; training goes on with the raw weights.
+            state[MODEL] = weights | self.averaged.average
+            state[RAW] = {name: weights[name] for name in self.averaged.average}
+        return state
 
     def _save(self, writer: SummaryWriter | None) -> None:
         """Write a checkpoint that a killed run finds whole or not at all."""
