@@ -48,7 +48,7 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("http_port", "grpc_port"), 0),
     **dict.fromkeys(("replicas", "redis_bytes", "replica_port", "num_shards"), 1),
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
-    **dict.fromkeys(("shuffle_shards", "prefetch"), 1),
+    **dict.fromkeys(("shuffle_shards", "prefetch", "patience"), 1),
     **dict.fromkeys(("workers", "split_times"), 0),
     **dict.fromkeys(("clip_norm", "table_clip"), TINY),
     **dict.fromkeys(("warmup_steps", "ema_decay"), 0),
@@ -253,7 +253,9 @@ class TrainConfig:
     batch_targets: int = 256  # targets per batch, each with its negatives
     negatives: int = 7  # sampled per target; 0: the log has its own, with label 0
     checkpoint_seconds: float = 60.0  # seconds between two checkpoints
-    keep_checkpoints: int = 1  # older ones are removed
+    keep_checkpoints: int = 1  # older ones are removed, but not the best
+    keep_best: str | None = None  # validation metric that chooses the epoch; None: the last one
+    patience: int | None = None  # epochs without a better keep_best before training stops
     device: str = AUTO  # or cpu, cuda; auto: cuda where there is a GPU
     workers: int = 0  # processes that build batches; 0: the one that trains does
     prefetch: int = 2  # batches that each worker builds ahead

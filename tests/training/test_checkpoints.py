@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_are_not_loaded(shards: Shards, tmp_path: Pa
         saved_at(trainer, 1)
         (checkpoint,) = checkpoints_of(tmp_path)
         written = json.loads((checkpoint / PROGRESS).read_text())
-        assert written == {"epoch": 0, "batch": 1, "step": 1}
+        assert written == {"epoch": 0, "batch": 1, "step": 1, "best": None}
         with torch.no_grad():
             trainer.ranker.over_arch.model[1].bias.fill_(float("inf"))
         with pytest.raises(TrainingError, match=r"1 of the 1 values of .*bias are not finite"):

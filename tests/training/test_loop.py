@@ -28,7 +28,7 @@ from tests.training.worlds import BUDGET, DATA, MODEL, tiny_config
 from tests.worlds import fresh_process
 from torchrec_kvshare.config import Columns, InteractionsData, TrainConfig
 from torchrec_kvshare.data.dataset import Dataset
-from torchrec_kvshare.data.splits import TEST
+from torchrec_kvshare.data.splits import TEST, VALID
 from torchrec_kvshare.errors import ConfigError, DataError, TrainingError
 from torchrec_kvshare.features.schema import HISTORY, load_schema
 from torchrec_kvshare.training import checkpoints, loop
@@ -145,7 +145,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert (folder / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
     found, wanted = checkpoint(folder), checkpoint(expected)
     assert found["progress"] == wanted["progress"]
-    assert set(found) == {"progress", "model", "optimizer"}
+    assert set(found) == set(wanted)
     ours, theirs = tensors(found), tensors(wanted)
     assert list(ours) == list(theirs)
     for name, tensor in theirs.items():
@@ -476,6 +476,79 @@ run._write = write
     assert_same_run(tmp_path / "run", finished)
 
 
+# --- a run with all options
+
+
+ROBUST = {
+    "data": replace(DATA, num_users=16),
+    "budget": replace(BUDGET, epochs=4, eval_users=5),
+    "learning_rate": 3e-2,
+    "table_learning_rate": 0.4,  # so high that GAUC is best after the first epoch
+    "warmup_steps": 3,
+    "clip_norm": 0.5,
+    "table_clip": 1e-2,
+    "precision": "bfloat16",
+    "ema_decay": 0.9,
+    "keep_best": "GAUC",
+    "patience": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def robust(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all options that stopped before its last epoch."""
+    folder = tmp_path_factory.mktemp("robust") / "run"
+    train_run(tiny_config(folder, **ROBUST))
+    return folder
+
+
+def test_training_stops_when_its_patience_is_over_and_keeps_the_best_epoch(robust: Path) -> None:
+    watched = points(robust / "tensorboard" / "causal")["valid/GAUC"]
+    assert len(watched) == 3 < ROBUST["budget"].epochs
+    # 0.638, 0.621 and 0.608.
+    assert watched[0][1] > max(value for _, value in watched[1:])
+    first, last = watched[0][0] + 1, watched[-1][0] + 1
+    assert [int(path.name) for path in checkpoints_of(robust / "causal")] == [first, last]
+    best = checkpoint(robust)["progress"]["best"]
+    assert (best["epoch"], best["step"]) == (0, first)
+    assert best["value"] == pytest.approx(watched[0][1], rel=1e-6)  # TensorBoard has float32.
+
+
+def test_the_best_epoch_is_tested_and_exported(robust: Path) -> None:
+    model, _ = load_trained(robust)
+    shards = load_data(tiny_config(robust, **ROBUST))
+    tested = json.loads((robust / "metrics.json").read_text())["test"]["causal"]
+    assert evaluate_sampled(model_scorer(model), shards, TEST, 7).items() <= tested.items()
+    found = evaluate_sampled(model_scorer(model), shards, VALID, 7)["GAUC"]
+    assert found == checkpoint(robust)["progress"]["best"]["value"]
+
+
+def test_a_run_with_all_options_resumes_to_the_same_result(
+    robust: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run", checkpoint_seconds=0.0, **ROBUST)
+    # In the warm-up; after the best epoch; in the last checkpoint of all.
+    for at in (2, 11, 19):
+        interrupted(config, monkeypatch, at)
+    train_run(config)
+    assert_same_run(tmp_path / "run", robust)
+    assert set(checkpoint(robust)) == {"progress", "model", "optimizer", "raw"}
+    assert [path.name for path in checkpoints_of(tmp_path / "run" / "causal")] == [
+        path.name for path in checkpoints_of(robust / "causal")
+    ]
+
+
+def test_a_run_killed_after_it_stopped_early_trains_no_more(
+    robust: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far a run came is in its checkpoint, but that it had stopped is not."""
+    run = Path(shutil.copytree(robust, tmp_path / "run"))
+    (run / "metrics.json").unlink()
+    monkeypatch.setattr(loop.Trainer, "step", None)
+    train_run(tiny_config(run, **ROBUST))
+    assert_same_run(run, robust)
+
+
 # --- a run that diverges
 
 
@@ -515,7 +588,7 @@ def test_the_checkpoint_before_a_weight_that_is_not_finite_stays(
         with pytest.raises(TrainingError, match=r"batch 11: .* values of model\.over_arch\."):
             train_run(config)
     kept = checkpoint(tmp_path / "run")
-    assert kept["progress"] == {"epoch": 0, "batch": 9, "step": 9}
+    assert kept["progress"] == {"epoch": 0, "batch": 9, "step": 9, "best": None}
     assert non_finite(kept["model"]) == ""
     losses = scalars(tmp_path / "run" / "tensorboard" / "causal")["train/loss"]
     assert all(math.isfinite(loss) for loss in losses)

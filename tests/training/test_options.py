@@ -14,8 +14,8 @@ from torchrec.models.dlrm import DLRM
 from tests.training.checkpoints_program import steps
 from tests.training.on_ranks import is_table, plain_model, run_config, trainer_of
 from torchrec_kvshare.config import BFLOAT16
-from torchrec_kvshare.data.dataset import VALID
 from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.splits import VALID
 from torchrec_kvshare.errors import ConfigError, TrainingError
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.training.checkpoints import load_weights

@@ -131,7 +131,7 @@ def test_a_run_stopped_in_an_epoch_resumes_to_the_same_batches(
         with pytest.raises(KeyboardInterrupt):
             train_run(replace(config, workers=workers))
     done = load_progress(checkpoints_of(tmp_path / "run" / "causal")[-1])
-    assert done == {"epoch": 0, "batch": 13, "step": 13}
+    assert done == {"epoch": 0, "batch": 13, "step": 13, "best": None}
     # Other workers, as on a machine of another size.
     train_run(replace(config, workers=2 - workers))
     assert curves(tmp_path / "run") == curves(expected)

@@ -33,7 +33,7 @@ RAW = "raw"  # weights whose average is in ``model``
 def save_checkpoint(
     folder: Path,
     state: Mapping[str, Any],
-    progress: Mapping[str, int],
+    progress: Mapping[str, Any],
     ranks: Ranks,
     *,
     keep: int,
@@ -44,12 +44,13 @@ def save_checkpoint(
     Args:
         folder: of the model's checkpoints.
         state: ``model``, ``optimizer`` and perhaps ``raw`` state dicts; every rank gives its own.
-        progress: ``step`` names the checkpoint; all of it is read by ``load_progress``.
+        progress: ``step`` names the checkpoint, and that of ``best`` names one that stays, unless
+            it is None; all of it is read by ``load_progress``.
         ranks: all of them must call this.
-        keep: number of checkpoints that stay.
+        keep: number of checkpoints that stay, beside the best.
         arrays: that every rank has alike, for ``load_arrays``.
     """
-    name = f"{progress['step']:010d}"
+    name = _name(progress)
     written = folder / f".{name}.new"
     if ranks.is_first:
         for torn in folder.glob(".*.new"):  # of a run that was killed while it wrote
@@ -63,8 +64,10 @@ def save_checkpoint(
         (written / PROGRESS).write_text(json.dumps(dict(progress)))
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(written, folder / name)
+        best = result_of(folder)
         for old in checkpoints_of(folder)[:-keep]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
     ranks.wait()
 
 
@@ -73,9 +76,26 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"[0-9]*/{PROGRESS}"))
 
 
-def load_progress(checkpoint: Path) -> dict[str, int]:
+def result_of(folder: Path) -> Path:
+    """Return the checkpoint of the best epoch, if the folder's last one names it, or the last one.
+
+    Raises:
+        TrainingError: if there is no checkpoint.
+    """
+    checkpoints = checkpoints_of(folder)
+    if not checkpoints:
+        raise TrainingError(f"{folder} holds no checkpoint")
+    best = load_progress(checkpoints[-1])["best"]
+    return folder / _name(best) if best else checkpoints[-1]
+
+
+def _name(progress: Mapping[str, Any]) -> str:
+    return f"{progress['step']:010d}"
+
+
+def load_progress(checkpoint: Path) -> dict[str, Any]:
     """Read where training stood."""
-    progress: dict[str, int] = json.loads((checkpoint / PROGRESS).read_text())
+    progress: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text())
     return progress
 
 
@@ -106,23 +126,21 @@ def _filled(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give a plain model, as it was before sharding, the weights of a folder's last checkpoint.
+    """Give a plain model, as it was before sharding, the weights of a folder's result.
 
     Raises:
         TrainingError: if there is no checkpoint, or a weight is not finite.
     """
-    checkpoints = checkpoints_of(folder)
-    if not checkpoints:
-        raise TrainingError(f"{folder} holds no checkpoint")
+    checkpoint = result_of(folder)
     weights = model.state_dict()
     try:
         with _notices_left_out():
-            dcp.load({MODEL: weights}, checkpoint_id=checkpoints[-1], no_dist=True)
+            dcp.load({MODEL: weights}, checkpoint_id=checkpoint, no_dist=True)
     except CheckpointException as error:
         causes = "; ".join(str(cause) for cause, _ in error.failures.values())
-        raise TrainingError(f"{checkpoints[-1]} does not fit the model: {causes}") from error
+        raise TrainingError(f"{checkpoint} does not fit the model: {causes}") from error
     if broken := non_finite(weights):
-        raise TrainingError(f"{checkpoints[-1]} cannot be used: {broken}")
+        raise TrainingError(f"{checkpoint} cannot be used: {broken}")
     model.load_state_dict(weights)
 
 

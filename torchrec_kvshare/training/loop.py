@@ -44,6 +44,7 @@ from torchrec_kvshare.training.checkpoints import (
     load_checkpoint,
     load_progress,
     non_finite,
+    result_of,
     save_checkpoint,
 )
 from torchrec_kvshare.training.evaluate import Scorer, evaluate_sampled, model_scorer
@@ -51,6 +52,7 @@ from torchrec_kvshare.training.managed import ManagedIds, keys_of
 from torchrec_kvshare.training.metrics import Values
 from torchrec_kvshare.training.ranks import Ranks
 from torchrec_kvshare.training.schedule import check_warmup, rate_share
+from torchrec_kvshare.training.selection import Best, is_better
 from torchrec_kvshare.training.sharding import (
     TableSettings,
     configs_of,
@@ -90,6 +92,9 @@ class TrainSettings:
             attention and the loss are float32 with both.
         ema_decay: highest decay of the moving average of dense weights, which is what is validated
             and saved as the model; None: the weights themselves are.
+        keep_best: validation metric that chooses the epoch whose weights are the result; None: the
+            last epoch is.
+        patience: epochs in a row without a better ``keep_best`` after which training stops.
     """
 
     epochs: int
@@ -107,6 +112,8 @@ class TrainSettings:
     clip_norm: float | None = None
     precision: str = FLOAT32
     ema_decay: float | None = None
+    keep_best: str | None = None
+    patience: int | None = None
 
 
 @dataclass
@@ -117,11 +124,19 @@ class Progress:
         epoch: epoch of the next batch, from 0; earlier epochs are trained and validated.
         batch: index of the next batch in its epoch.
         step: batches trained in all epochs.
+        best: the best epoch so far, if the run keeps it.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    best: Best | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Progress":
+        """Return the progress that a checkpoint has as JSON."""
+        best = values["best"]
+        return cls(**(values | {"best": best and Best(**best)}))
 
 
 def train(
@@ -139,7 +154,7 @@ def train(
         shards: the model is trained on their training split and evaluated on their validation
             split.
         settings: how to train.
-        folder: holds the checkpoints; the last one is the trained model.
+        folder: holds the checkpoints; the last one, or the best, is the trained model.
         log_folder: gets loss and examples per second by batch, and NE, AUC and GAUC by epoch, for
             TensorBoard.
         ranks: the processes that train together; all of them must call this.
@@ -238,15 +253,17 @@ class Trainer:
         self.sharded.load_state_dict(OrderedDict(state[MODEL] | state.get(RAW, {})))
         self.optimizer.load_state_dict(state[OPTIMIZER])
         self.managed.load(load_arrays(found[-1]))
-        self.progress = Progress(**load_progress(found[-1]))
+        self.progress = Progress.of(load_progress(found[-1]))
         self.last_saved = self._name(self.progress)
 
     def run(self, writer: SummaryWriter | None) -> None:
         """Train the remaining batches; the first rank logs them.
 
-        At the end the model has the weights that its last checkpoint has for evaluation and export.
+        At the end the model has the weights of the run's result, as its checkpoint has them.
         """
         for epoch in range(self.progress.epoch, self.settings.epochs):
+            if self._is_out_of_patience():
+                break
             self._run_epoch(epoch, writer)
             watched = self._validate()
             # Logged at the step of the epoch's last batch: points that are logged again after a
@@ -254,7 +271,8 @@ class Trainer:
             for name, value in watched.items():
                 if writer is not None and value is not None:
                     writer.add_scalar(f"valid/{name}", value, self.progress.step - 1)
-            self.progress = Progress(epoch + 1, 0, self.progress.step)
+            best = self._best_after(epoch, watched)
+            self.progress = Progress(epoch + 1, 0, self.progress.step, best)
             self._save(writer)
         self._take_result()
 
@@ -270,12 +288,41 @@ class Trainer:
             )
 
     def _take_result(self) -> None:
-        """Give the model the weights that are to be evaluated, from its checkpoint."""
-        if self.averaged is None:
+        """Give the model the averages, or the weights of the best epoch, from their checkpoint."""
+        if self.averaged is None and self.progress.best is None:
             return
+        result = result_of(self.folder)
         state = {MODEL: self.sharded.state_dict()}
-        load_checkpoint(checkpoints_of(self.folder)[-1], state)
+        load_checkpoint(result, state)
         self.sharded.load_state_dict(OrderedDict(state[MODEL]))
+        self.managed.load(load_arrays(result))
+
+    def _best_after(self, epoch: int, watched: Values) -> Best | None:
+        """Return the best epoch so far, given the metrics of the one that has ended."""
+        metric = self.settings.keep_best
+        if metric is None or not is_better(metric, watched[metric], self.progress.best):
+            return self.progress.best
+        value = watched[metric]
+        assert value is not None
+        return Best(value, epoch, self.progress.step)
+
+    def _is_out_of_patience(self) -> bool:
+        """Whether the last epochs were no better, so that training stops before the next."""
+        best, patience = self.progress.best, self.settings.patience
+        if best is None or patience is None:
+            return False
+        num_worse = self.progress.epoch - 1 - best.epoch
+        if num_worse < patience:
+            return False
+        logger.info(
+            "%s: stopped after epoch %d: %s was best in epoch %d, %.4f",
+            self.folder.name,
+            self.progress.epoch,
+            self.settings.keep_best,
+            best.epoch + 1,
+            best.value,
+        )
+        return True
 
     def scorer(self) -> Scorer:
         """Return the model's scorer of batches that are not remapped."""
@@ -366,7 +413,8 @@ class Trainer:
                     for column, count in self.managed.num_evicted.items():
                         writer.add_scalar(f"evicted_ids/{column}", count, self.progress.step)
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                self.progress = Progress(epoch, index + 1, self.progress.step + 1)
+                step = self.progress.step + 1
+                self.progress = replace(self.progress, epoch=epoch, batch=index + 1, step=step)
                 # After an epoch's last batch the checkpoint is written once validation is done.
                 if self._is_due() and index + 1 < len(batches):
                     self._save(writer)

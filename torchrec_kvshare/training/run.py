@@ -55,6 +55,7 @@ from torchrec_kvshare.training.metrics import Measures, rank_metrics
 from torchrec_kvshare.training.plots import plot_by_length
 from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, device_of, joined_ranks
+from torchrec_kvshare.training.selection import check_selection
 from torchrec_kvshare.training.sharding import TableSettings, check_tables
 
 CONFIG = "config.json"
@@ -116,6 +117,7 @@ def train_run(config: TrainConfig) -> Metrics | None:
         TrainingError: if training diverges.
     """
     _check_model(config.model)
+    check_selection(config.keep_best, config.patience)
     device = device_of(config.device)
     with _onednn_if_needed(config.precision), joined_ranks(device) as ranks:
         # The default output holds the time, which ranks may read differently.
@@ -432,6 +434,8 @@ def settings_of(config: TrainConfig) -> TrainSettings:
         clip_norm=config.clip_norm,
         precision=config.precision,
         ema_decay=config.ema_decay,
+        keep_best=config.keep_best,
+        patience=config.patience,
     )
 
 
