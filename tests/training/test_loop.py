@@ -18,7 +18,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, list_session_groups
+from tensorboard.plugins.hparams.backend_context import Context
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -43,6 +49,7 @@ from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
 from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.run import (
+    FREE_KEYS,
     load_data,
     load_trained,
     new_model,
@@ -88,7 +95,7 @@ def scalars(folder: Path) -> dict[str, list[float]]:
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Return every TensorBoard curve but the speed, which differs between runs."""
-    found = points(folder / "tensorboard" / "causal") | points(folder / "tensorboard")
+    found = points(folder / "tensorboard" / "causal")
     return {tag: tagged for tag, tagged in found.items() if tag != "train/examples_per_s"}
 
 
@@ -166,14 +173,54 @@ def test_tensorboard_has_loss_speed_and_quality(finished: Path) -> None:
     assert set(found) == {
         *("train/loss", "train/examples_per_s"),
         *(f"valid/{name}" for name in SAMPLED),
+        *(f"test/{name.replace('@', '_at_')}" for name in METRIC_NAMES if name != TRIVIAL),
     }
     assert all(speed > 0 for speed in found["train/examples_per_s"])
     assert len(found["train/loss"]) == len(found["train/examples_per_s"]) > 60
     assert {len(found[f"valid/{name}"]) for name in SAMPLED} == {BUDGET.epochs}
-    tests = scalars(finished / "tensorboard")
-    assert set(tests) == {
-        f"test_{name.replace('@', '_at_')}/causal" for name in METRIC_NAMES if name != TRIVIAL
-    }
+
+
+def session_groups(folder: Path) -> dict[str, Any]:
+    """Return the rows of TensorBoard's HPARAMS tab by their names, which are the folders'."""
+    runs = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    provider = MultiplexerDataProvider(runs, str(folder))
+    shown = Context(TBContext(data_provider=provider, logdir=str(folder)))
+    asked = api_pb2.ListSessionGroupsRequest(
+        slice_size=9, allowed_statuses=[api_pb2.STATUS_SUCCESS]
+    )
+    answer = list_session_groups.Handler(RequestContext(), shown, "0", asked).run()
+    return {group.name: group for group in answer.session_groups}
+
+
+def test_tensorboard_compares_the_models_of_a_run_with_their_settings(tmp_path: Path) -> None:
+    """Test metrics were curves of one point, one for each model, beside the models' folders."""
+    budget = replace(BUDGET, epochs=1, eval_users=5, baselines=True)
+    few = replace(DATA, num_users=16)
+    config = tiny_config(tmp_path / "run", data=few, budget=budget, clip_norm=0.5)
+    metrics = train_run(config)
+    groups = session_groups(tmp_path / "run" / "tensorboard")
+    assert sorted(groups) == ["causal", "none", "popularity"]
+    for name, group in groups.items():
+        settings = group.hparams
+        assert settings["model.history"].string_value == name
+        assert settings["clip_norm"].number_value == 0.5
+        assert settings["budget.epochs"].number_value == 1
+        assert settings["model.top_mlp"].string_value == "[16, 1]"
+        assert settings["data"].string_value == "synthetic"
+        assert not {*FREE_KEYS, "ema_decay"} & {*settings}
+        found = {one.name.tag: one.value for one in group.metric_values}
+        assert found == pytest.approx(
+            {
+                f"test/{tag.replace('@', '_at_')}": value
+                for tag, value in metrics[name].items()
+                if isinstance(value, float)
+            }
+        )
+    folders = [path for path in (tmp_path / "run" / "tensorboard").rglob("*") if path.is_dir()]
+    assert sorted(path.name for path in folders) == sorted(groups)
+    found = points(tmp_path / "run" / "tensorboard" / "none")
+    assert found["test/AUC"][0][0] == len(found["train/loss"])
 
 
 def test_a_run_is_reproducible_and_its_seed_matters(finished: Path, tmp_path: Path) -> None:

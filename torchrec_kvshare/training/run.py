@@ -50,6 +50,7 @@ from torchrec_kvshare.training.evaluate import (
     sampled_metrics,
     score_split,
 )
+from torchrec_kvshare.training.hyperparameters import settings_by_name, write_results
 from torchrec_kvshare.training.loop import TrainSettings, open_writer, train
 from torchrec_kvshare.training.metrics import Measures, rank_metrics
 from torchrec_kvshare.training.plots import plot_by_length
@@ -62,7 +63,9 @@ CONFIG = "config.json"
 DATA = "data.json"
 METRICS = "metrics.json"
 LENGTH_PLOT = "history_length.png"
+TENSORBOARD = "tensorboard"  # folder of the models' curves, one folder each
 NO_HISTORY = "none"
+POPULARITY = "popularity"
 HISTORY_KINDS = (*KINDS, NO_HISTORY)
 WINDOWS = ("anchored", "sliding")
 # What may differ when a run is resumed: where it is written, and what computes it.
@@ -145,11 +148,13 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         finished: Metrics = json.loads((folder / METRICS).read_text())["test"]
         return finished
     metrics: dict[str, Evaluated] = {}
+    num_steps = {POPULARITY: 0}
     for kind in kinds:
         model = new_model(schema, config.model, kind, config.seed)
         share_prefill = takes_prefixes(model)
-        log_folder = folder / "tensorboard" / kind
+        log_folder = folder / TENSORBOARD / kind
         trainer = train(model, shards, settings_of(config), folder / kind, log_folder, ranks)
+        num_steps[kind] = trainer.progress.step
         if kind == config.model.history:
             schema = trainer.managed.frozen(shards.schema, shards.shared.known_ids)
         metrics[kind] = _evaluate(
@@ -157,16 +162,15 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         )
     if config.budget.baselines:
         popularity = popularity_scorer(shards, config.negatives)
-        metrics["popularity"] = _evaluate(popularity, shards, config, ranks, share_prefill=True)
+        metrics[POPULARITY] = _evaluate(popularity, shards, config, ranks, share_prefill=True)
     tested = {kind: evaluated.test.to_json() for kind, evaluated in metrics.items()}
     if not ranks.is_first:
         return tested
     # A run that was killed here is evaluated again and replaces its points in TensorBoard.
-    with open_writer(folder / "tensorboard", 0) as summary:
-        for kind, evaluated in metrics.items():
-            for name, value in evaluated.test.values.items():
-                if value is not None:
-                    summary.add_scalar(f"test_{name.replace('@', '_at_')}/{kind}", value, 0)
+    for kind, evaluated in metrics.items():
+        settings = settings_by_name(config, kind, FREE_KEYS)
+        with open_writer(folder / TENSORBOARD / kind, num_steps[kind]) as writer:
+            write_results(writer, evaluated.test.values, settings, num_steps[kind])
     # Managed ids have rows only now; other columns are written as they were.
     save_schema(folder, schema)
     by_length = {kind: evaluated.by_length for kind, evaluated in metrics.items()}
