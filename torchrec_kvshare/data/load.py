@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torchrec_kvshare.config import (
+    CompleteJourneyData,
     DataConfig,
     Format,
     InteractionsData,
@@ -14,7 +15,12 @@ from torchrec_kvshare.config import (
 from torchrec_kvshare.data.dataset import NO_MAPS, build_dataset, keep_users
 from torchrec_kvshare.data.files import FileFormat
 from torchrec_kvshare.data.interactions import ColumnMapping, InteractionLog, read_interactions
-from torchrec_kvshare.data.presets import read_movielens, read_online_retail
+from torchrec_kvshare.data.presets import (
+    completejourney_folder,
+    read_completejourney,
+    read_movielens,
+    read_online_retail,
+)
 from torchrec_kvshare.data.shards import (
     Shards,
     in_memory,
@@ -91,11 +97,14 @@ def load_log(data: DataConfig) -> InteractionLog:
     Raises:
         ConfigError: if a format, the label rule or a column name cannot work.
         DataError: if the files are not what the config says.
+        MissingExtraError: if a data set or pyarrow is not installed.
     """
     if isinstance(data, OnlineRetailData):
         return read_online_retail(Path(data.root), file_format_of(data.format))
     if isinstance(data, MovieLensData):
         return read_movielens(Path(data.root), data.positive_rating)
+    if isinstance(data, CompleteJourneyData):
+        return read_completejourney(root_of(data))
     if isinstance(data, PreparedData):
         return read_prepared_log(Path(data.path), None)
     if isinstance(data, InteractionsData):
@@ -108,6 +117,15 @@ def load_log(data: DataConfig) -> InteractionLog:
         num_categories=data.num_categories,
         seed=data.seed,
     )
+
+
+def root_of(data: OnlineRetailData | MovieLensData | CompleteJourneyData) -> Path:
+    """Return the folder of a data set's files.
+
+    Raises:
+        MissingExtraError: if it is that of a package that is not installed.
+    """
+    return completejourney_folder() if data.root is None else Path(data.root)
 
 
 def mapping_of(data: InteractionsData) -> ColumnMapping:

@@ -16,12 +16,19 @@ import numpy as np
 from tqdm import tqdm
 
 from torchrec_kvshare.commands.machine import granted_cores
-from torchrec_kvshare.config import DataConfig, InteractionsData, PrepareConfig
+from torchrec_kvshare.config import (
+    CompleteJourneyData,
+    DataConfig,
+    InteractionsData,
+    MovieLensData,
+    OnlineRetailData,
+    PrepareConfig,
+)
 from torchrec_kvshare.data.coding import CodedLog, code_files
 from torchrec_kvshare.data.cut import Cutter
 from torchrec_kvshare.data.dataset import in_canonical_order
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
-from torchrec_kvshare.data.load import file_format_of, load_log, mapping_of
+from torchrec_kvshare.data.load import file_format_of, load_log, mapping_of, root_of
 from torchrec_kvshare.data.shards import MANIFEST, request_column, request_file
 from torchrec_kvshare.data.sources import source_files
 from torchrec_kvshare.data.splits import SplitRule, split_rule
@@ -44,7 +51,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     Raises:
         ConfigError: if the folder holds something else, or a value cannot work.
         DataError: if the log cannot be used.
-        MissingExtraError: without DuckDB or pyarrow.
+        MissingExtraError: without DuckDB or pyarrow, or if the data set is not installed.
     """
     folder = Path(config.output)
     rule = split_rule(config.split, config.split_times)
@@ -87,8 +94,8 @@ def _made_of(config: PrepareConfig, rule: SplitRule) -> dict[str, Any]:
                     f"output is {config.output!r}, inside data.path {str(path)!r}; its files would "
                     "be read as the log's; name a folder beside it"
                 )
-    elif hasattr(config.data, "root"):
-        files = sorted(path for path in Path(config.data.root).glob("*") if path.is_file())
+    elif isinstance(config.data, OnlineRetailData | MovieLensData | CompleteJourneyData):
+        files = sorted(path for path in root_of(config.data).glob("*") if path.is_file())
     inputs = []
     for path in files:
         if not path.is_file():

