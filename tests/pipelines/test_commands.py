@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.pipelines.commands import CONFIGS, ROOT, WORLD
+from tests.pipelines.commands import CONFIGS, ROOT, TINY, WORLD
 from tests.worlds import fresh_process
 from torchrec_kvshare.commands.help import (
     comment_of,
@@ -220,7 +220,20 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Commands:
         "two outputs": "make_requests -m output=c.jsonl,d.jsonl",
     }
     commands = [f"{command} {small}" for command in command_by_name.values()]
-    return Commands(folder, dict(zip(command_by_name, run_all(folder, commands), strict=True)))
+    # Not a sweep, but it needs a process too.
+    run = tmp_path_factory.mktemp("diverged") / "run"
+    rates = "learning_rate=1e30 table_learning_rate=1e30 checkpoint_seconds=0"
+    commands.append(" ".join(("train", *WORLD, *TINY, f"output={run}", rates)))
+    names = [*command_by_name, "diverged"]
+    return Commands(folder, dict(zip(names, run_all(folder, commands), strict=True)))
+
+
+def test_a_training_that_diverges_ends_in_one_line_and_a_status(sweeps: Commands) -> None:
+    """``learning_rate=1e6`` ended with exit status 0 and an NE of NaN."""
+    ended = sweeps.ended_by_name["diverged"]
+    assert ended.status == MISTAKE
+    last = ended.stderr.splitlines()[-1]
+    assert re.match(r"error: causal, epoch 1, batch \d+: .*Last finite checkpoint, kept in ", last)
 
 
 def test_jobs_of_a_sweep_write_to_files_of_their_own(sweeps: Commands) -> None:
