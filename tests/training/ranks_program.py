@@ -13,7 +13,6 @@ from tests.training.on_ranks import (
     PROTOCOL,
     is_table,
     largest_difference,
-    logits_of,
     on_each_rank,
     own_part,
     plain_model,
@@ -76,7 +75,7 @@ def check_gradients(kind: str, shards: Shards, folder: Path, ranks: Ranks, users
 
 
 def train_bounded(shards: Shards, folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Train some batches with bounded gradients; return losses, and logits of the average."""
+    """Train with bounded gradients; return losses, the best NE, and logits of the result."""
     trainer = trainer_of(
         "causal",
         shards,
@@ -86,13 +85,15 @@ def train_bounded(shards: Shards, folder: Path, ranks: Ranks) -> dict[str, list[
         clip_norm=0.05,
         warmup_steps=3,
         ema_decay=0.8,
+        keep_best="NE",
+        epochs=1,
     )
     losses = steps(trainer, 0, 7)
+    trainer.run(None)  # the rest of the epoch
+    assert trainer.progress.best is not None
     batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1)
-    assert trainer.averaged is not None
-    with trainer.averaged.applied():
-        logits = logits_of(trainer.ranker, batch).tolist()
-    return {"losses": losses, "logits": logits}
+    logits = trainer.scorer()(batch).tolist()
+    return {"losses": losses, "best": [trainer.progress.best.value], "logits": logits}
 
 
 def check_run(shards: Shards, folder: Path, ranks: Ranks) -> None:

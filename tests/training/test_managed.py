@@ -46,6 +46,7 @@ from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.managed import keys_of
 from torchrec_kvshare.training.ranks import joined_ranks
 from torchrec_kvshare.training.run import load_trained, train_run
+from torchrec_kvshare.training.selection import Best
 from torchrec_kvshare.training.sharding import ADAGRAD, TableSettings
 
 # Losses of ranks, whose sums have another order: as in ``test_ranks``.
@@ -219,6 +220,23 @@ def test_a_resumed_trainer_goes_on_as_if_nothing_had_happened(
 
 
 # --- after training
+
+
+def test_the_map_of_the_best_epoch_is_part_of_the_result(shards: Shards, tmp_path: Path) -> None:
+    """Rows of the last map would be read from the best epoch's tables."""
+    with joined_ranks(torch.device("cpu")) as ranks:
+        trainer = managed_trainer(shards, tmp_path, ranks)
+        train_steps(trainer, 0, 5)
+        step = trainer.progress.step
+        trainer.progress.best = Best(value=0.9, epoch=0, step=step)
+        trainer._save(None)
+        expected = maps_of(trainer)
+        train_steps(trainer, 5, 13)
+        trainer._save(None)
+        assert trainer.progress.step > step
+        assert maps_of(trainer) != expected
+        trainer._take_result()
+        assert maps_of(trainer) == expected
 
 
 def config_of(folder: Path, **changes: object) -> TrainConfig:

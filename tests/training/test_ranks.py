@@ -172,7 +172,7 @@ def test_validation_on_ranks_is_that_of_one_process(together: Together, alone: P
         assert [v for _, v in found[name]] == pytest.approx(values, abs=tolerance, rel=0)
 
 
-def test_bounded_gradients_and_averages_are_those_of_one_process(
+def test_bounded_gradients_averages_and_the_best_epoch_are_those_of_one_process(
     together: Together, tmp_path: Path
 ) -> None:
     """The norm is that of the ranks' mean gradients, and tables limit what they share."""
