@@ -56,6 +56,7 @@ from torchrec_kvshare.training.run import (
     settings_of,
     train_run,
 )
+from torchrec_kvshare.training.selection import HIGHER_IS_BETTER
 from torchrec_kvshare.training.sharding import ADAGRAD, TableSettings, local_weights
 
 SAMPLED = ("AUC", "GAUC", "NE", "calibration")
@@ -550,7 +551,9 @@ def robust(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_stops_when_its_patience_is_over_and_keeps_the_best_epoch(robust: Path) -> None:
-    watched = points(robust / "tensorboard" / "causal")["valid/GAUC"]
+    shown = points(robust / "tensorboard" / "causal")
+    assert {f"valid/{name}" for name in HIGHER_IS_BETTER} <= set(shown)
+    watched = shown["valid/GAUC"]
     assert len(watched) == 3 < ROBUST["budget"].epochs
     # 0.638, 0.621 and 0.608.
     assert watched[0][1] > max(value for _, value in watched[1:])
