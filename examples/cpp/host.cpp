@@ -2,9 +2,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/ops/tensor.h>
 #include <dlfcn.h>
 #include <torch/csrc/jit/runtime/jit_exception.h>
-#include <torch/script.h>
+#include <torch/csrc/jit/serialization/import.h>
 #include <torch/version.h>
 
 #include <algorithm>
@@ -113,8 +114,8 @@ std::string version_of(const Json& manifest) {
 
 Features features_of(const Request& request, const Schema& schema) {
   Features features;
-  for (const auto& [name, column] : request.columns) features.insert(name, torch::tensor(column));
-  const at::Tensor dense = torch::tensor(request.dense);
+  for (const auto& [name, column] : request.columns) features.insert(name, at::tensor(column));
+  const at::Tensor dense = at::tensor(request.dense);
   features.insert("candidates.dense", dense.view({request.num_candidates, schema.num_dense()}));
   return features;
 }

@@ -1,4 +1,8 @@
-"""The C++ host answers as Python does, bit by bit, and no line crashes it."""
+"""The C++ host answers as Python does, bit by bit, and no line crashes it.
+
+A host takes half a second to start and, with a real model, four to warm it up: tests of requests
+ask for all their cases in one start.
+"""
 
 import copy
 import json
@@ -412,33 +416,39 @@ def test_hashed_ids_have_the_rows_that_python_always_gave(ask: Ask, tmp_path: Pa
     assert answer["scores"] == Echo()(tensors).tolist()
 
 
-@pytest.mark.parametrize("blank", ["", " ", "\t\n", "\x1c", "\xa0\u2003", "\u3000", [], {}, [7]])
-def test_a_blank_text_or_a_container_is_not_an_id(ask: Ask, echo: Path, blank: Any) -> None:
+BLANKS = ("", " ", "\t\n", "\x1c", "\xa0\u2003", "\u3000", [], {}, [7])
+
+
+def test_a_blank_text_or_a_container_is_not_an_id(ask: Ask, echo: Path) -> None:
     """A blank text was the id of an unknown user, item or country."""
     plain = draw_raw(5, 4, seed=3)
-    items = [*plain["history"][ITEM][:4], blank]
-    raws = {
-        "user_id": changed(plain, user_id=blank),
-        "history.item_id": changed(plain, "history", item_id=items),
-        "candidates.item_id": changed(plain, "candidates", item_id=["100", blank, "101", "102"]),
-        "context.country": changed(plain, context={"country": [blank]}),
-    }
-    answers = ask(echo, [json.dumps(raw).encode() for raw in raws.values()])
-    for name, answer in zip(raws, answers, strict=True):
-        assert answer["error"]["type"] == "RequestError"
-        assert answer["error"]["message"].startswith(f"{name} holds ")
-        said = "; an id is a text that is not blank, an integer, a finite number or a boolean"
-        assert answer["error"]["message"].endswith(said)
+    events = plain["history"][ITEM][:4]
+    asked: list[tuple[str, Json]] = []
+    for blank in BLANKS:
+        items = ["100", blank, "101", "102"]
+        asked += [
+            ("user_id", changed(plain, user_id=blank)),
+            ("history.item_id", changed(plain, "history", item_id=[*events, blank])),
+            ("candidates.item_id", changed(plain, "candidates", item_id=items)),
+            ("context.country", changed(plain, context={"country": [blank]})),
+        ]
+    answers = ask(echo, [json.dumps(raw).encode() for _, raw in asked])
+    said = "; an id is a text that is not blank, an integer, a finite number or a boolean"
+    for (name, raw), answer in zip(asked, answers, strict=True):
+        assert answer["error"]["type"] == "RequestError", raw
+        assert answer["error"]["message"].startswith(f"{name} holds "), raw
+        assert answer["error"]["message"].endswith(said), raw
 
 
-@pytest.mark.parametrize("spelling", [7.0, "7.0", " 7", "7\u2003", "7.00"])
-def test_a_user_hits_in_every_spelling(ask: Ask, artifact: Path, spelling: Any) -> None:
+def test_a_user_hits_in_every_spelling(ask: Ask, artifact: Path) -> None:
     """Each spelling of a user's id had K/V of its own."""
     raw = draw_raw_request(read_artifact(artifact)[1], 40, 3, seed=5)
-    lines = [json.dumps(raw | {"user_id": one}).encode() for one in (7, spelling)]
-    miss, hit = ask(artifact, lines)
-    assert (miss["cache"]["status"], hit["cache"]["status"]) == ("miss", "hit")
-    assert hit["scores"] == pytest.approx(miss["scores"], rel=0.0, abs=2e-6)
+    spellings = (7, 7.0, "7.0", " 7", "7\u2003", "7.00")
+    miss, *hits = ask(artifact, [json.dumps(raw | {"user_id": one}).encode() for one in spellings])
+    assert miss["cache"]["status"] == "miss"
+    assert [hit["cache"]["status"] for hit in hits] == ["hit"] * len(hits)
+    for hit in hits:
+        assert hit["scores"] == pytest.approx(miss["scores"], rel=0.0, abs=2e-6)
 
 
 def test_actions_of_a_history_are_spelt_as_all_ids(ask: Ask, tmp_path: Path) -> None:
@@ -486,39 +496,36 @@ def test_unknown_ids_are_counted_by_column(host: Path, echo: Path, tmp_path: Pat
 NEWEST = 1_700_000_000
 
 
-@pytest.mark.parametrize(
-    ("times", "message"),
-    [
-        ([5, 9, 9, 8, 7], "history.time[3] is 8, before history.time[2] = 9: events are given"),
-        ([9, 8, 7, 6, 5], "history.time[1] is 8, before history.time[0] = 9: events are given"),
-        ([5.9, 5.1, 6.5, 5.99, 7], "history.time[3] is 5, before history.time[2] = 6: events are"),
-        (
-            [1, 2, NEWEST, 3, 4],
-            f"history.time[2] is {NEWEST}, not before the request's time {NEWEST}",
-        ),
-        (
-            [1, 2, 3, 4, NEWEST + 0.5],
-            f"history.time[4] is {NEWEST}, not before the request's time {NEWEST}",
-        ),
-        (
-            [1, 2, 3, 4, NEWEST + 10],
-            f"history.time[4] is {NEWEST + 10}, not before the request's time {NEWEST}",
-        ),
-    ],
-)
-def test_a_history_that_training_cannot_have_seen_is_refused(
-    ask: Ask, echo: Path, times: list[float], message: str
-) -> None:
+# Times of five events, and what is wrong with them.
+REFUSED_TIMES: list[tuple[list[float], str]] = [
+    ([5, 9, 9, 8, 7], "history.time[3] is 8, before history.time[2] = 9: events are given"),
+    ([9, 8, 7, 6, 5], "history.time[1] is 8, before history.time[0] = 9: events are given"),
+    ([5.9, 5.1, 6.5, 5.99, 7], "history.time[3] is 5, before history.time[2] = 6: events are"),
+    ([1, 2, NEWEST, 3, 4], f"history.time[2] is {NEWEST}, not before the request's time {NEWEST}"),
+    (
+        [1, 2, 3, 4, NEWEST + 0.5],
+        f"history.time[4] is {NEWEST}, not before the request's time {NEWEST}",
+    ),
+    (
+        [1, 2, 3, 4, NEWEST + 10],
+        f"history.time[4] is {NEWEST + 10}, not before the request's time {NEWEST}",
+    ),
+]
+
+
+def test_a_history_that_training_cannot_have_seen_is_refused(ask: Ask, echo: Path) -> None:
     """A history in reverse order, or from the future, was scored without an error."""
-    raw = changed(draw_raw(5, 2, seed=3) | {"time": NEWEST + 0.9}, "history", time=times)
-    early = {name: cells * 8 for name, cells in raw["history"].items()}
-    early["time"] = [*times, *[NEWEST - 1] * 35]  # The window holds 14 events: these are not read.
-    [answer, unread] = ask(
-        echo, [json.dumps(one).encode() for one in (raw, changed(raw, history=early))]
-    )
-    assert answer["error"]["type"] == "RequestError"
-    assert message in answer["error"]["message"]
-    assert unread["error"]["type"] == "RequestError"
+    asked = []
+    for times, _ in REFUSED_TIMES:
+        raw = changed(draw_raw(5, 2, seed=3) | {"time": NEWEST + 0.9}, "history", time=times)
+        early = {name: cells * 8 for name, cells in raw["history"].items()}
+        # The window holds 14 events: these are not read.
+        early["time"] = [*times, *[NEWEST - 1] * 35]
+        asked += [raw, changed(raw, history=early)]
+    answers = ask(echo, [json.dumps(one).encode() for one in asked])
+    assert [answer["error"]["type"] for answer in answers] == ["RequestError"] * len(asked)
+    for (_, message), answer in zip(REFUSED_TIMES, answers[::2], strict=True):
+        assert message in answer["error"]["message"]
 
 
 def test_events_of_one_second_and_the_second_before_the_request_are_scored(
@@ -541,31 +548,33 @@ def last_events(raw: Json, num_given: int) -> Json:
     return raw | {"history": cut | {"first_event": first}}
 
 
-@pytest.mark.parametrize("num_events", [0, 5, 14, 15, 21, 22, 29])
-def test_cut_histories_give_the_tensors_of_whole_ones(
-    ask: Ask, echo: Path, num_events: int
-) -> None:
+def test_cut_histories_give_the_tensors_of_whole_ones(ask: Ask, echo: Path) -> None:
     """The window of 14 events, in blocks of 7, started where the client had cut."""
-    whole = draw_raw(num_events, 2, seed=num_events)
-    raws = [whole, *(last_events(whole, given) for given in range(14, num_events + 1))]
+    raws, expected = [], []
+    for num_events in (0, 5, 14, 15, 21, 22, 29):
+        whole = draw_raw(num_events, 2, seed=num_events)
+        cuts = [last_events(whole, given) for given in range(14, num_events + 1)]
+        raws += [whole, *cuts]
+        expected += [echo_of(whole, SCHEMA)] * (1 + len(cuts))
     answers = ask(echo, [json.dumps(raw).encode() for raw in raws])
-    assert [a["scores"] for a in answers] == [answers[0]["scores"]] * len(raws)
+    assert [a["scores"] for a in answers] == expected
 
 
-@pytest.mark.parametrize(
-    ("num_events", "given", "first_read"),
-    [(29, 13, 21), (29, 9, 21), (29, 8, 21), (29, 7, 28), (29, 1, 28), (27, 5, 22), (27, 13, 14)],
-)
-def test_too_few_events_start_at_the_first_given_block(
-    ask: Ask, echo: Path, num_events: int, given: int, first_read: int
-) -> None:
+def test_too_few_events_start_at_the_first_given_block(ask: Ask, echo: Path) -> None:
     """So that cached K/V is extended as long as the given events include its first event."""
-    whole = draw_raw(num_events, 2, seed=7)
-    read = last_events(whole, num_events - first_read)
-    answers = ask(echo, [json.dumps(one).encode() for one in (last_events(whole, given), read)])
-    tensors = request_tensors([parse_request(without_first_event(read), SCHEMA)], SCHEMA)
-    tensors["history.first_event"] = torch.tensor([first_read])
-    assert [a["scores"] for a in answers] == [Echo()(tensors).tolist()] * 2
+    raws, expected = [], []
+    for num_events, given, first_read in (
+        *((29, 13, 21), (29, 9, 21), (29, 8, 21), (29, 7, 28), (29, 1, 28)),
+        *((27, 5, 22), (27, 13, 14)),
+    ):
+        whole = draw_raw(num_events, 2, seed=7)
+        read = last_events(whole, num_events - first_read)
+        raws += [last_events(whole, given), read]
+        tensors = request_tensors([parse_request(without_first_event(read), SCHEMA)], SCHEMA)
+        tensors["history.first_event"] = torch.tensor([first_read])
+        expected += [Echo()(tensors).tolist()] * 2
+    answers = ask(echo, [json.dumps(one).encode() for one in raws])
+    assert [a["scores"] for a in answers] == expected
 
 
 def without_first_event(raw: Json) -> Json:
@@ -579,25 +588,30 @@ def test_cut_histories_hit_and_extend(ask: Ask, artifact: Path) -> None:
     max_history = schema.histories[0].window.max_history
     num_events = 2 * max_history
     raw = draw_raw_request(schema, num_events, 3, seed=5)
+    # Two unknown users have the same embedding and K/V of their own.
     lines: dict[str, list[bytes]] = {"whole": [], "cut": []}
     for last in (num_events - 2, num_events - 1, num_events - 1, num_events):
         history = {name: cells[:last] for name, cells in raw["history"].items()}
         one = changed(raw, history=history)
-        lines["whole"].append(json.dumps(one).encode())
-        lines["cut"].append(json.dumps(last_events(one, max_history)).encode())
-    whole, cut = ask(artifact, lines["whole"]), ask(artifact, lines["cut"])
+        of_user = {"whole": one, "cut": last_events(one, max_history)}
+        for user, request in of_user.items():
+            lines[user].append(json.dumps(request | {USER: user}).encode())
+    answers = ask(artifact, lines["whole"] + lines["cut"])
+    whole, cut = answers[: len(lines["whole"])], answers[len(lines["whole"]) :]
     assert cut == whole
     assert [one["cache"]["status"] for one in cut] == ["miss", "partial", "hit", "partial"]
 
 
-@pytest.mark.parametrize("first_event", [-1, 2**62 + 1, 2**70, 1.0, "3", True, [1]])
-def test_a_first_event_that_is_not_an_index_is_refused(
-    ask: Ask, echo: Path, first_event: Any
-) -> None:
-    raw = changed(draw_raw(5, 2, seed=3), "history", first_event=first_event)
-    [answer] = ask(echo, [json.dumps(raw).encode()])
-    assert answer["error"]["message"].startswith("history.first_event is ")
-    assert f"; an integer from 0 to {2**62} is allowed" in answer["error"]["message"]
+def test_a_first_event_that_is_not_an_index_is_refused(ask: Ask, echo: Path) -> None:
+    plain = draw_raw(5, 2, seed=3)
+    raws = [
+        changed(plain, "history", first_event=one)
+        for one in (-1, 2**62 + 1, 2**70, 1.0, "3", True, [1])
+    ]
+    answers = ask(echo, [json.dumps(raw).encode() for raw in raws])
+    for raw, answer in zip(raws, answers, strict=True):
+        assert answer["error"]["message"].startswith("history.first_event is "), raw
+        assert f"; an integer from 0 to {2**62} is allowed" in answer["error"]["message"], raw
 
 
 def test_histories_of_some_actions_refuse_a_first_event(ask: Ask, tmp_path: Path) -> None:
