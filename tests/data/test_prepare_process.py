@@ -1,6 +1,7 @@
 """Preparing as a process: killed anywhere it goes on, and it stays within its memory."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from tests.data.prepared import assert_equals, rows_of
-from tests.pipelines.commands import ROOT, spawn_pipeline
+from tests.pipelines.commands import ROOT, run_all, spawn_pipeline
 from torchrec_kvshare.config import Columns, InteractionsData
 from torchrec_kvshare.data.load import load_log
 
@@ -130,22 +130,23 @@ def test_a_run_stays_within_its_memory(tmp_path: Path) -> None:
     assert 100_000_000 < peak_bytes < 520_000_000
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("data.columns.user=who", "error: column 'who' is not in"),
-        ("memory_bytes=1000", "error: memory_bytes is 1000; it must be at least 500000000"),
-        ("num_shards=0", "error: num_shards is 0; it must be at least 1"),
-        ("data.path=[]", "error: data.path is []"),
-    ],
-)
-def test_a_mistake_ends_in_one_line(tmp_path: Path, option: str, message: str) -> None:
+def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
+    message_by_option = {
+        "data.columns.user=who": "error: column 'who' is not in",
+        "memory_bytes=1000": "error: memory_bytes is 1000; it must be at least 500000000",
+        "num_shards=0": "error: num_shards is 0; it must be at least 1",
+        "data.path=[]": "error: data.path is []",
+    }
     log = write_log(tmp_path / "log.parquet", 100)
-    paths = (f"data.path={log}", f"output={tmp_path / 'out'}")
-    ended = spawn_pipeline("prepare", *OPTIONS, *paths, option)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith(message)
-    assert "Traceback" not in ended.stderr
+    given = shlex.join([*OPTIONS, f"data.path={log}"])
+    commands = [
+        f"prepare {given} output=out-{number} {option}"
+        for number, option in enumerate(message_by_option)
+    ]
+    for message, ended in zip(message_by_option.values(), run_all(tmp_path, commands), strict=True):
+        assert ended.status == 2
+        assert ended.stderr.splitlines()[-1].startswith(message)
+        assert "Traceback" not in ended.stderr
 
 
 def test_without_duckdb_the_extra_is_named(tmp_path: Path) -> None:

@@ -1,13 +1,19 @@
 """Run pipelines as a user does: in a new process, or in this one if that is enough."""
 
 import importlib
+import json
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+
+from tests.worlds import fresh_process
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -26,6 +32,31 @@ TINY = (
     "model.max_history=32",
     "model.block=8",
 )
+
+# Runs one command line after another, so that torch is imported once.
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, os, sys
+from torchrec_kvshare.commands.run import kvshare
+
+os.chdir(sys.argv[1])
+for arguments in json.loads(sys.argv[2]):
+    sys.argv = ["kvshare", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                kvshare()
+            except SystemExit as ended:
+                status = ended.code
+    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+class Ended(NamedTuple):
+    """Exit status and output of a command."""
+
+    status: int
+    stdout: str
+    stderr: str
 
 
 def composed(name: str, *overrides: str, configs: Path = CONFIGS) -> DictConfig:
@@ -52,3 +83,17 @@ def spawn_pipeline(
         text=True,
         check=False,
     )
+
+
+def run_all(folder: Path, commands: Iterable[str]) -> list[Ended]:
+    """Run command lines in one new process; ``{folder}`` in them is its working directory."""
+    argvs = [shlex.split(command.replace("{folder}", str(folder))) for command in commands]
+    process = fresh_process(ONE_AFTER_ANOTHER, str(folder), json.dumps(argvs), OMP_NUM_THREADS="1")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return endings(output)
+
+
+def endings(output: str) -> list[Ended]:
+    """Read what ``ONE_AFTER_ANOTHER`` printed."""
+    return [Ended(*json.loads(line)) for line in output.splitlines()]

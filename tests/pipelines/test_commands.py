@@ -1,9 +1,7 @@
 """A command ends in its result, in one line about a mistake, or in the traceback of a bug."""
 
-import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.pipelines.commands import CONFIGS, ROOT, TINY, WORLD
+from tests.pipelines.commands import CONFIGS, ROOT, TINY, WORLD, Ended, run_all
 from tests.worlds import fresh_process
 from torchrec_kvshare.commands.help import (
     comment_of,
@@ -26,32 +24,8 @@ from torchrec_kvshare.commands.layout import pipeline_names, typed_command
 BUG, MISTAKE, REFUSED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
 
 
-class Ended(NamedTuple):
-    """Exit status and output of a command."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
 # ----------------------------------------------------------------------- commands of the project
 
-# Runs one command line after another, so that torch is imported once.
-ONE_AFTER_ANOTHER = """
-import contextlib, io, json, os, sys
-from torchrec_kvshare.commands.run import kvshare
-
-os.chdir(sys.argv[1])
-for arguments in json.loads(sys.argv[2]):
-    sys.argv = ["kvshare", *arguments]
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            try:
-                kvshare()
-            except SystemExit as ended:
-                status = ended.code
-    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
-"""
 NOWHERE = "is the output of several jobs of this sweep"
 EMPTY = "output is empty; set output=…, or leave it out"
 MESSAGE_BY_COMMAND = {
@@ -160,15 +134,6 @@ MESSAGE_BY_COMMAND = {
     "score -m artifact=a,b requests=c tensorboard=a": f"tensorboard=a {NOWHERE}",
     "serve_cluster -m artifact=a,b output=a run=false": f"output=a {NOWHERE}",
 }
-
-
-def run_all(folder: Path, commands: list[str]) -> list[Ended]:
-    """Run command lines in a folder, which replaces ``{folder}`` in them."""
-    argvs = [shlex.split(command.replace("{folder}", str(folder))) for command in commands]
-    process = fresh_process(ONE_AFTER_ANOTHER, str(folder), json.dumps(argvs), OMP_NUM_THREADS="1")
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return [Ended(*json.loads(line)) for line in output.splitlines()]
 
 
 class Commands(NamedTuple):

@@ -11,7 +11,15 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from hydra.errors import HydraException
 
-from tests.pipelines.commands import CONFIGS, ROOT, TINY, WORLD, run_pipeline, spawn_pipeline
+from tests.pipelines.commands import (
+    CONFIGS,
+    ROOT,
+    TINY,
+    WORLD,
+    run_all,
+    run_pipeline,
+    spawn_pipeline,
+)
 from torchrec_kvshare import config
 from torchrec_kvshare.benchmark.run import SCENARIO_BY_NAME
 from torchrec_kvshare.config import literal_overrides
@@ -33,19 +41,16 @@ def refused(name: str, *overrides: str) -> str:
     return str(error.value)
 
 
-def test_a_misspelt_key_on_the_command_line_ends_with_its_name(tmp_path: Path) -> None:
+def test_a_misspelt_key_ends_with_its_name(configs: Path, tmp_path: Path) -> None:
+    """Given to ``python -m pipelines.train`` on its command line or in a file."""
+    with (configs / "train.yaml").open("a") as file:
+        file.write("batch_target: 64\n")
     ended = spawn_pipeline("train", "model.dimm=16", f"output={tmp_path / 'run'}")
     assert ended.returncode == 2
     assert ended.stderr == "error: model.dimm is not a key of train; did you mean model.dim?\n"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_misspelt_key_in_a_file_ends_with_its_name(configs: Path, tmp_path: Path) -> None:
-    with (configs / "train.yaml").open("a") as file:
-        file.write("batch_target: 64\n")
-    ended = spawn_pipeline("train", "--config-path", str(configs), f"output={tmp_path / 'run'}")
-    assert ended.returncode == 2
-    assert ended.stderr == (
+    [ended_by_file] = run_all(tmp_path, [f"train --config-path {configs} output=run"])
+    assert ended_by_file.status == 2
+    assert ended_by_file.stderr == (
         "error: batch_target is not a key of this config; did you mean batch_targets?\n"
     )
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ from torchrec_kvshare.commands.process import SPIN_COUNT, WAIT_POLICY
 
 # libgomp prints the settings it has read when torch loads it.
 VERBOSE = {"OMP_DISPLAY_ENV": "verbose"}
-IN_A_CHECKOUT = "import pipelines.score"
+IN_A_CHECKOUT = "import pipelines.serve"
 INSTALLED = """
 import sys
 from torchrec_kvshare.commands.run import kvshare
