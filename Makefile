@@ -2,6 +2,9 @@
 # constraints.txt pins the versions. CPU by default; `make setup CUDA=1`, in a fresh checkout or
 # with another VENV, installs fbgemm's CUDA build instead.
 
+# The suite starts a hundred processes: they share compiled files also where this is set.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup tools demo test soak lint clean
 

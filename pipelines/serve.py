@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import torch
+import torch  # noqa: F401  # Its settings are made before ``main``, if it is imported by then.
 
 from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.commands.run import pipeline, run
@@ -33,9 +33,7 @@ def main(config: ServeConfig) -> None:
     except ImportError as error:
         raise MissingExtraError("server", "serving") from error
     sys.setswitchinterval(SWITCH_S)
-    # Both would delay all waiting requests: recompiling programs for the first input shapes (1.2 s
-    # each, for no gain), and garbage collection of imported modules.
-    torch.jit.set_fusion_strategy([("DYNAMIC", 0)])
+    # Garbage collection of imported modules would delay all waiting requests.
     gc.freeze()
     log_as_json()
     host = config.server.host

@@ -26,10 +26,13 @@ with warnings.catch_warnings():
     from torchrec.models.dlrm import DLRM
 
 from tests.worlds import make_dlrm
+from torchrec_kvshare.commands.process import ANY_SHAPE
 from torchrec_kvshare.model.ranking import RankingModel
 
 # Two xdist workers share the machine's two cores.
 torch.set_num_threads(1)
+# As commands and the C++ host do.
+torch.jit.set_fusion_strategy(ANY_SHAPE)
 
 # All options are given, because hypothesis changes its defaults if the variable CI is set.
 settings.register_profile(

@@ -8,6 +8,9 @@ than cores; it does not count other processes.
 
 glibc returns large freed blocks to the system, and a call of the model frees megabytes: the next
 call then waits while the system clears each page again.
+
+TorchScript compiles a program again for the first shapes of its inputs, which takes seconds and
+makes no call on a CPU faster.
 """
 
 import ctypes
@@ -21,6 +24,8 @@ ASLEEP = "PASSIVE"
 # and how much free memory the end of a heap keeps.
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 MALLOC_BYTES = {MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
+# TorchScript specialises a program for no shape.
+ANY_SHAPE = [("DYNAMIC", 0)]
 MALLOC_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
@@ -42,7 +47,7 @@ def keep_freed_memory() -> None:
 
 
 def prepare_torch(threads: int | None) -> None:
-    """Set torch's number of threads, and keep the memory of one call for the next.
+    """Set torch's threads, keep the memory of one call for the next, compile for any shape.
 
     Args:
         threads: torch's threads; None for the granted cores, or fewer if OpenMP's environment says
@@ -52,3 +57,4 @@ def prepare_torch(threads: int | None) -> None:
 
     keep_freed_memory()
     torch.set_num_threads(threads or min(torch.get_num_threads(), granted_cores()))
+    torch.jit.set_fusion_strategy(ANY_SHAPE)
