@@ -29,7 +29,6 @@ schema = FeatureSchema(
         "item_id": Vocabulary([str(item) for item in range(500)]),
     },
     context=(),
-    has_action=False,
     item_attributes=(),
     item_floats=("price",),
     histories=(History("history", Window(max_history=256, block=64)),),

@@ -90,11 +90,17 @@ def world_of(name: str, num_tokens: int = NUM_TOKENS) -> World:
 
 
 def schema_with(window: Window) -> FeatureSchema:
-    """Return the usual schema with one more attribute and another window."""
-    brands = Vocabulary([f"brand {number}" for number in range(6)])
+    """Return the usual schema with another window and more columns of every kind."""
+    more = {
+        "items.brands": Vocabulary([f"brand {number}" for number in range(6)]),
+        "events.surface": Vocabulary(["home", "search"]),
+    }
     return replace(
         SCHEMA,
-        vocabulary_by_column=SCHEMA.vocabulary_by_column | {"items.brands": brands},
+        vocabulary_by_column=SCHEMA.vocabulary_by_column | more,
+        context_floats=("age", "battery"),
+        event_attributes=("action", "surface"),
+        event_floats=("dwell", "paid"),
         item_attributes=("genres", "brands"),
         histories=(History(HISTORY, window),),
     )

@@ -106,19 +106,24 @@ def reference_history(
         first += described.window.block
     tables = exact_tables(collection)
     positions = tables.get(f"token_position_{table_name(described.name)}")
+    floats = collection.histories.poolings[history_index].event_floats
     events = []
     for position, event in enumerate(read[first:]):
         token = torch.zeros(tower.dim, dtype=torch.float64)
         if positions is not None:
             token = token + positions[position]
         for column in schema.event_columns:
+            of = column if column == "item_id" else f"events.{column}"
             cells = [history[column][event]]
-            token = token + _rows(tables[f"token_{column}"], schema, column, cells)
+            token = token + _rows(tables[f"token_{table_name(of)}"], schema, of, cells)
         for column in schema.item_attributes:
             of = f"items.{column}"
             token = token + _rows(
                 tables[f"token_{table_name(of)}"], schema, of, history[column][event]
             )
+        for number, column in enumerate(schema.event_floats):
+            weight = floats[0].weight[number].detach().double()
+            token = token + _squashed(history[column][event]) * weight
         events.append(token)
     item = raw["candidates"]["item_id"][index]
     tokens = [_rows(tables["token_item_id"], schema, "item_id", [item])]
@@ -149,16 +154,21 @@ def reference_options(spec: TowerSpec, history: History) -> ReferenceOptions:
 
 
 def reference_dense(schema: FeatureSchema, raw: dict[str, Any], index: int) -> list[float]:
-    """Return a candidate's dense features: two clocks on unit circles, then squashed floats."""
+    """Return a candidate's dense features: two clocks on unit circles, then squashed floats of the
+    request and of the candidate."""
     moment = datetime.fromtimestamp(raw["time"], tz=timezone.utc)
     seconds = moment.hour * 3600 + moment.minute * 60 + moment.second
     hour = 2 * math.pi * seconds / 86_400
     weekday = 2 * math.pi * moment.weekday() / 7
     dense = [math.sin(hour), math.cos(hour), math.sin(weekday), math.cos(weekday)]
-    for column in schema.item_floats:
-        value = raw["candidates"][column][index]
-        dense.append(math.copysign(math.log(1 + abs(value)), value))
-    return dense
+    values = [raw["context"][column] for column in schema.context_floats]
+    values += [raw["candidates"][column][index] for column in schema.item_floats]
+    return dense + [math.copysign(math.log(1 + abs(value)), value) for value in values]
+
+
+def _squashed(value: float) -> float:
+    """Return a float as history rows read it: its rounding to float32 is part of the input."""
+    return float(torch.tensor(math.copysign(math.log(1 + abs(value)), value)))
 
 
 def _rows(table: Tensor, schema: FeatureSchema, column: str, cells: list[Any]) -> Tensor:

@@ -148,10 +148,14 @@ class Columns:
     time_unit: str = "auto"  # of times that are numbers: auto|s|ms|us|ns
     time_format: str | None = None  # of times that are text, as for strptime
     action: str | None = None  # what the user did, an id; None: the log has no actions
+    event_attributes: list[str] = field(default_factory=list)  # ids, one per event
     item_attributes: list[str] = field(default_factory=list)  # ids
     item_floats: list[str] = field(default_factory=list)  # numbers
     user_attributes: list[str] = field(default_factory=list)  # ids
     request_attributes: list[str] = field(default_factory=list)  # ids, of the moment
+    user_floats: list[str] = field(default_factory=list)  # numbers
+    request_floats: list[str] = field(default_factory=list)  # numbers, of the moment
+    event_floats: list[str] = field(default_factory=list)  # numbers, one per event
     list_separator: str = "|"  # between the ids of one attribute
 
 

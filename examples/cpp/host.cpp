@@ -122,6 +122,7 @@ std::string version_of(const Json& manifest) {
 Features features_of(const Request& request, const Schema& schema) {
   Features features;
   for (const auto& [name, column] : request.columns) features.insert(name, at::tensor(column));
+  for (const auto& [name, column] : request.floats) features.insert(name, at::tensor(column));
   const at::Tensor dense = at::tensor(request.dense);
   features.insert("candidates.dense", dense.view({request.num_candidates, schema.num_dense()}));
   return features;

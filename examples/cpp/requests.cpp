@@ -296,6 +296,17 @@ std::vector<std::size_t> indices_of(const History& history, const Events& events
   return indices;
 }
 
+// The key of an event column's vocabulary: the item's own, or the attribute's.
+std::string event_key(const std::string& column) {
+  return column == kItem ? column : "events." + column;
+}
+
+// Signed logarithm: it brings prices and counts of any scale near one for the dense arch.
+float squash(double value) {
+  const int sign = (value > 0) - (value < 0);
+  return static_cast<float>(sign * std::log1p(std::abs(value)));
+}
+
 // One history of a request, cut to the window.
 void put_history(Request& request, const History& history, const Events& events,
                  const Schema& schema) {
@@ -309,10 +320,19 @@ void put_history(Request& request, const History& history, const Events& events,
     return read;
   };
   for (const std::string& column : schema.event_columns) {
-    const IdMap& vocabulary = schema.vocabulary_by_column.at(column);
+    const IdMap& vocabulary = schema.vocabulary_by_column.at(event_key(column));
     const std::string name = "history." + column;
     put_ids(request, history.name + "." + column, name,
             of_one_request(rows_of(cells(column), vocabulary, name)));
+  }
+  for (const std::string& column : schema.event_floats) {
+    std::vector<float> floats;
+    for (const Json* cell : cells(column)) {
+      floats.push_back(squash(number_of(*cell, "history." + column)));
+    }
+    const std::string key = history.name + "." + column;
+    request.columns[key + ".lengths"] = {static_cast<int64_t>(floats.size())};
+    request.floats[key + ".values"] = std::move(floats);
   }
   std::vector<int64_t> times;
   for (const std::size_t index : indices) times.push_back(events.times[index]);
@@ -346,18 +366,16 @@ std::vector<float> clock_features(int64_t time) {
           static_cast<float>(std::sin(weekday)), static_cast<float>(std::cos(weekday))};
 }
 
-// Signed logarithm: it brings prices and counts of any scale near one for the dense arch.
-float squash(double value) {
-  const int sign = (value > 0) - (value < 0);
-  return static_cast<float>(sign * std::log1p(std::abs(value)));
-}
-
-// By candidate: the clock features of the request, then the floats of the item.
-std::vector<float> dense_of(const Columns& candidates, const Schema& schema, int64_t time) {
-  const std::vector<float> clock = clock_features(time);
+// By candidate: the clock features and the floats of the request, then the floats of the item.
+std::vector<float> dense_of(const Json& raw, const Columns& candidates, const Schema& schema,
+                            int64_t time) {
+  std::vector<float> of_request = clock_features(time);
+  for (const std::string& column : schema.context_floats) {
+    of_request.push_back(squash(number_of(raw.at("context").at(column), "context." + column)));
+  }
   std::vector<float> dense;
   for (std::size_t row = 0; row < candidates.at(kItem)->size(); ++row) {
-    dense.insert(dense.end(), clock.begin(), clock.end());
+    dense.insert(dense.end(), of_request.begin(), of_request.end());
     for (const std::string& column : schema.item_floats) {
       const Json& value = (*candidates.at(column))[row];
       dense.push_back(squash(number_of(value, "candidates." + column)));
@@ -417,7 +435,7 @@ int64_t Window::start_among(int64_t first_event, int64_t num_given) const {
 }
 
 int64_t Schema::num_dense() const {
-  return kNumClockFeatures + static_cast<int64_t>(item_floats.size());
+  return kNumClockFeatures + static_cast<int64_t>(context_floats.size() + item_floats.size());
 }
 
 Schema Schema::from_json(const Json& values, const std::vector<int64_t>& ids) {
@@ -426,8 +444,9 @@ Schema Schema::from_json(const Json& values, const std::vector<int64_t>& ids) {
     schema.vocabulary_by_column.emplace(item.key(), id_map_of(item.value(), ids));
   }
   schema.context = values.at("context").get<Names>();
-  schema.event_columns = {kItem};
-  if (values.at("has_action").get<bool>()) schema.event_columns.push_back(kAction);
+  schema.context_floats = values.at("context_floats").get<Names>();
+  schema.event_columns = joined({kItem}, values.at("event_attributes").get<Names>());
+  schema.event_floats = values.at("event_floats").get<Names>();
   schema.item_attributes = values.at("item_attributes").get<Names>();
   schema.item_floats = values.at("item_floats").get<Names>();
   for (const Json& history : values.at("histories")) {
@@ -469,10 +488,12 @@ Request parse_request(const Json& raw, const Schema& schema) {
   Request request;
   const int64_t time = time_of(need(raw, kTime, "the request"), kTime);
   const std::string user_id = id_of(need(raw, kUser, "the request"), kUser);
-  if (!schema.context.empty()) need_group(raw, "context", schema.context);
+  const Names context = joined(schema.context, schema.context_floats);
+  if (!context.empty()) need_group(raw, "context", context);
   Events events;
+  const Names of_events = joined(schema.event_columns, schema.event_floats);
   events.columns = need_columns(
-      raw, "history", joined(joined(schema.event_columns, schema.item_attributes), {kTime}));
+      raw, "history", joined(joined(of_events, schema.item_attributes), {kTime}));
   events.times = times_of(*events.columns.at(kTime), time);
   events.first_event = first_event_of(raw["history"], schema);
   const Columns candidates = need_columns(
@@ -504,6 +525,6 @@ Request parse_request(const Json& raw, const Schema& schema) {
   }
   for (const History& one : schema.histories) put_history(request, one, events, schema);
   put_candidates(request, candidates, schema);
-  request.dense = dense_of(candidates, schema, time);
+  request.dense = dense_of(raw, candidates, schema, time);
   return request;
 }

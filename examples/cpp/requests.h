@@ -57,8 +57,8 @@ struct History {
 // The columns that a model reads, and the rows of their ids.
 struct Schema {
   std::unordered_map<std::string, IdMap> vocabulary_by_column;
-  std::vector<std::string> context;
-  std::vector<std::string> event_columns;
+  std::vector<std::string> context, context_floats;
+  std::vector<std::string> event_columns, event_floats;
   std::vector<std::string> item_attributes;
   std::vector<std::string> item_floats;
   std::vector<History> histories;
@@ -78,7 +78,8 @@ struct IdCount {
 // A request that passed its checks.
 struct Request {
   std::string request_id;                               // as JSON
-  std::map<std::string, std::vector<int64_t>> columns;  // by name, without candidates.dense
+  std::map<std::string, std::vector<int64_t>> columns;  // of integers, by name
+  std::map<std::string, std::vector<float>> floats;     // by name, those of events
   std::vector<float> dense;                             // [num_candidates, num_dense]
   int64_t num_candidates = 0;
   int64_t num_events = 0;  // of all histories, that the model reads

@@ -358,6 +358,7 @@ def test_a_log_is_replayed_over_strictly_earlier_events(
         assert read.columns.keys() == expected.columns.keys()
         for column, values in expected.columns.items():
             assert torch.equal(read.columns[column], values)
+        assert torch.equal(read.floats["dwell"], expected.floats["dwell"])
         for column, bags in expected.bags.items():
             assert torch.equal(read.bags[column].values, bags.values)
             assert torch.equal(read.bags[column].lengths, bags.lengths)
@@ -371,10 +372,12 @@ def raw_of(events: list[Event], user: str, at: int) -> Json:
     genres = [list(log.item_attributes["genres"][code]) for code in log.items.codes]
     history = {TIME: [e.time for e in events], ITEM: items, "genres": genres}
     history["action"] = [event.action for event in events]
+    history["mood"] = [event.mood or None for event in events]
+    history["dwell"] = [event.dwell for event in events]
     return {
         "user_id": user,
         TIME: at,
-        "context": {"country": []},
+        "context": {"country": [], "age": 0, "battery": 0},
         "history": history,
         "candidates": {ITEM: [], "genres": [], "price": []},
     }

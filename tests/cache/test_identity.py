@@ -116,7 +116,7 @@ def test_two_events_are_not_taken_for_one_with_many_genres() -> None:
     had the same bytes as one event with those times as genres, so its K/V would have been used."""
     genres = SCHEMA.vocabulary_by_column["items.genres"].row
     items = SCHEMA.vocabulary_by_column["item_id"].row
-    actions = SCHEMA.vocabulary_by_column["action"].row
+    actions = SCHEMA.vocabulary_by_column["events.action"].row
     # The bytes, as rows: actions 2 3 | items 3 4 | times 2 5 | genres per event 0 0.
     two = events(item_id=[101, 102], action=["view", "buy"], time=[2, 5], genres=[[], []])
     assert [actions("view"), actions("buy"), items("101"), items("102")] == [2, 3, 3, 4]

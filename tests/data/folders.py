@@ -27,11 +27,12 @@ def write_folder(
     (folder / "shards").mkdir(parents=True)
     (folder / "vocabulary").mkdir()
     (folder / "requests").mkdir()
+    (folder / "events").mkdir()
     for key, ids in dataset.known_ids.items():
         _write(folder / f"vocabulary/{table_name(key)}.parquet", ("id", ids, TEXT))
     log = dataset.log
-    if log.action is not None:
-        _write(folder / "actions.parquet", ("id", log.action.ids, TEXT))
+    for number, ids in enumerate(log.event_attributes.values()):
+        _write(folder / f"events/{number}.parquet", ("id", ids.ids, TEXT))
     in_training = dataset.split == TRAIN
     _write(
         folder / "items.parquet",
@@ -58,7 +59,10 @@ def write_folder(
         "item_floats": list(log.item_floats),
         "user_attributes": list(log.user_attributes),
         "request_attributes": list(log.request_attributes),
-        "has_action": log.action is not None,
+        "user_floats": list(log.user_floats),
+        "request_floats": list(log.request_floats),
+        "event_floats": list(log.event_floats),
+        "event_attributes": list(log.event_attributes),
         "source": {},
         "report": str(log.report),
         "digest": log_digest(log).to_json(),
@@ -81,17 +85,28 @@ def _write_shard(dataset: Dataset, path: Path, users: Ints) -> None:
             (name, [values[user] for user in users], LIST)
             for name, values in log.user_attributes.items()
         ),
+        *((name, floats[users], pa.float32()) for name, floats in log.user_floats.items()),
     )
-    action = [] if log.action is None else [("action", dataset.action[events], pa.int32())]
     _write(
         path.with_suffix(".events.parquet"),
         ("item", dataset.item[events], pa.int32()),
         ("time", dataset.time[events], pa.int64()),
         ("label", dataset.label[events].astype(np.uint8), pa.uint8()),
-        *action,
+        *(
+            (f"event{number}", ids.codes[events], pa.int32())
+            for number, ids in enumerate(log.event_attributes.values())
+        ),
         *(
             (f"request{number}", column.codes[events], pa.int32())
             for number, column in enumerate(log.request_attributes.values())
+        ),
+        *(
+            (f"request_float{number}", floats[events], pa.float32())
+            for number, floats in enumerate(log.request_floats.values())
+        ),
+        *(
+            (f"event_float{number}", floats[events], pa.float32())
+            for number, floats in enumerate(log.event_floats.values())
         ),
     )
 

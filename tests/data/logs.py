@@ -13,6 +13,7 @@ ITEMS = tuple(str(number) for number in range(100, 112))
 ACTIONS = ("view", "buy", "rate")
 COUNTRIES = ("AT", "BR", "GB")
 USERS = ("u", "vv", "www")
+MOODS = ("", "calm", "glad")  # none is missing
 SURFACES = ((), ("home",), ("search", "ads"))
 START_TIME = 1_700_000_000
 
@@ -26,6 +27,9 @@ class Event(NamedTuple):
     action: str = "view"
     label: int = 1
     surfaces: tuple[str, ...] = ()
+    mood: str = ""
+    battery: float = 0.0
+    dwell: float = 0.0
 
 
 def all_events(max_history: int, block: int) -> list[History]:
@@ -46,6 +50,10 @@ def countries_of(user: str) -> tuple[str, ...]:
     return (COUNTRIES[len(user) % len(COUNTRIES)],)
 
 
+def age_of(user: str) -> float:
+    return 20.5 + 3 * len(user)
+
+
 def log_of(events: list[Event]) -> InteractionLog:
     """A log of events, in their order."""
     users, items = encode(e.user for e in events), encode(e.item for e in events)
@@ -54,7 +62,10 @@ def log_of(events: list[Event]) -> InteractionLog:
         items=items,
         time=np.array([event.time for event in events], np.int64),
         label=np.array([event.label for event in events], np.float32),
-        action=encode(event.action for event in events),
+        event_attributes={
+            "action": encode(event.action for event in events),
+            "mood": encode(event.mood for event in events),
+        },
         item_attributes={"genres": [genres_of(item) for item in items.ids]},
         item_floats={"price": np.array([price_of(item) for item in items.ids], np.float32)},
         user_attributes={"country": [countries_of(user) for user in users.ids]},
@@ -62,6 +73,9 @@ def log_of(events: list[Event]) -> InteractionLog:
         request_attributes={"surface": _surfaces_of(events)}
         if any(event.surfaces for event in events)
         else {},
+        user_floats={"age": np.array([age_of(user) for user in users.ids], np.float32)},
+        request_floats={"battery": np.array([event.battery for event in events], np.float32)},
+        event_floats={"dwell": np.array([event.dwell for event in events], np.float32)},
     )
 
 
@@ -71,9 +85,10 @@ def _surfaces_of(events: list[Event]) -> ValueColumn:
 
 
 def in_order(events: list[Event]) -> list[Event]:
-    """Events in the order of a data set: by user, then time, item, action, label and surfaces."""
+    """Events in the order of a data set: by user, time, item, attributes, label and request."""
     return sorted(
-        events, key=lambda e: (e.user, e.time, int(e.item), e.action, e.label, e.surfaces)
+        events,
+        key=lambda e: (*(e.user, e.time, int(e.item), e.action, e.mood, e.label), *e[5:6], *e[7:]),
     )
 
 
@@ -94,6 +109,9 @@ def drawn_events(counts: list[int], seed: int) -> list[Event]:
             START_TIME + 3_000 * int(rng.integers(40)),
             str(rng.choice(ACTIONS)),
             int(rng.integers(2)),
+            mood=str(rng.choice(MOODS)),
+            battery=float(rng.integers(4)) / 4,
+            dwell=float(rng.integers(4)) - 1.5,
         )
         for user in users.tolist()
     ]
@@ -124,6 +142,9 @@ event_lists = st.lists(
         st.sampled_from(ACTIONS),
         st.integers(0, 1),
         st.just(()),
+        st.sampled_from(MOODS),
+        st.sampled_from([0.0, 0.25, -1.5]),
+        st.sampled_from([0.0, 3.5, -0.125]),
     ),
     min_size=1,
     max_size=12,

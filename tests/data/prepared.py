@@ -30,7 +30,7 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
     assert manifest["digest"] == log_digest(log).to_json()
     assert manifest["report"] == str(log.report)
     assert manifest["split_rule"] == rule.to_json()
-    assert manifest["has_action"] == (log.action is not None)
+    assert manifest["event_attributes"] == list(log.event_attributes)
     numbers = [manifest[f"num_{what}"] for what in ("users", "items", "events", "positive")]
     assert numbers == [
         *(len(log.users.ids), len(log.items.ids), len(log.time)),
@@ -47,14 +47,15 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
         **{name: list(map(list, values)) for name, values in log.item_attributes.items()},
         **{name: values.tolist() for name, values in log.item_floats.items()},
     }
-    assert (folder / "actions.parquet").exists() == (log.action is not None)
-    if log.action is not None:
-        assert rows_of(folder / "actions.parquet") == {"id": log.action.ids}
+    for number, ids in enumerate(log.event_attributes.values()):
+        assert rows_of(folder / f"events/{number}.parquet") == {"id": ids.ids}
 
     vocabularies = {table_name(key): ids for key, ids in dataset.known_ids.items()}
     found = {path.stem: rows_of(path)["id"] for path in (folder / "vocabulary").iterdir()}
     assert found == vocabularies
 
+    for name in ("user_floats", "request_floats", "event_floats"):
+        assert manifest[name] == list(getattr(log, name))
     assert manifest["request_attributes"] == list(log.request_attributes)
     for number, column in enumerate(log.request_attributes.values()):
         values = list(map(list, column.values))
@@ -76,17 +77,23 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
                 name: [list(values[code]) for code in codes]
                 for name, values in log.user_attributes.items()
             },
+            **{name: floats[codes].tolist() for name, floats in log.user_floats.items()},
         }
         chosen = np.isin(dataset.event_user, codes)
         columns = {"item": dataset.item, "time": dataset.time, "label": log.label.astype(int)}
-        if log.action is not None:
-            columns["action"] = dataset.action
+        for number, ids in enumerate(log.event_attributes.values()):
+            columns[f"event{number}"] = ids.codes
         for number, column in enumerate(log.request_attributes.values()):
             columns[f"request{number}"] = column.codes
+        for number, floats in enumerate(log.request_floats.values()):
+            columns[f"request_float{number}"] = floats
+        for number, floats in enumerate(log.event_floats.values()):
+            columns[f"event_float{number}"] = floats
         events = pq.read_table(folder / "shards" / f"{shard:05d}.events.parquet")
         assert events.to_pydict() == {k: v[chosen].tolist() for k, v in columns.items()}
         types = {field.name: str(field.type) for field in events.schema}
         kinds = {"time": "int64", "label": "uint8"}
+        kinds |= {name: "float" for name in columns if "float" in name}
         assert types == {name: kinds.get(name, "int32") for name in columns}
 
         user = np.repeat(np.arange(len(codes)), users["num_events"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.data.logs import (
     ACTIONS,
     Event,
+    age_of,
     all_events,
     countries_of,
     event_lists,
@@ -31,11 +32,14 @@ from torchrec_kvshare.data.tables import IdColumn
 from torchrec_kvshare.errors import DataError
 from torchrec_kvshare.features.dense import squash
 from torchrec_kvshare.features.schema import (
-    ACTION,
     ITEM,
+    MISSING_ROW,
     NUM_RESERVED_ROWS,
     UNKNOWN_ROW,
     USER,
+    Hashed,
+    IdMap,
+    Managed,
 )
 
 HISTORIES = all_events(8, 4)
@@ -52,19 +56,31 @@ def digest_of(dataset: Dataset) -> DataDigest:
 def events_of(dataset: Dataset) -> list[Event]:
     """The data set's events in its order, by their raw ids."""
     log = dataset.log
-    assert log.action is not None
+    actions, moods = log.event_attributes["action"], log.event_attributes["mood"]
     surfaces: list[tuple[str, ...]] = [()] * len(dataset.time)
     for codes, values in log.request_attributes.values():
         surfaces = [values[code] for code in codes.tolist()]
     return [
-        Event(log.users.ids[user], log.items.ids[item], time, log.action.ids[action], *rest)
-        for user, item, time, action, *rest in zip(
+        Event(
+            log.users.ids[user],
+            log.items.ids[item],
+            time,
+            actions.ids[action],
+            label,
+            shown,
+            moods.ids[mood],
+            *floats,
+        )
+        for user, item, time, action, label, shown, mood, *floats in zip(
             dataset.event_user.tolist(),
             dataset.item.tolist(),
             dataset.time.tolist(),
-            dataset.action.tolist(),
+            actions.codes.tolist(),
             dataset.label.astype(int).tolist(),
             surfaces,
+            moods.codes.tolist(),
+            log.request_floats["battery"].tolist(),
+            log.event_floats["dwell"].tolist(),
             strict=True,
         )
     ]
@@ -137,7 +153,7 @@ WORLD = [Event(user, str(100 + time), time) for user in ("u", "vv") for time in 
         ([*WORLD[:-1], Event("vv", "107", 4)], "1 item more, other item ids, other events, other"),
         ([*WORLD[:-1], Event("vv", "104", 5)], "other events"),
         ([*WORLD[:-1], Event("vv", "104", 4, label=0)], "1 positive event fewer, other events"),
-        ([*WORLD[:-1], Event("vv", "104", 4, "buy")], "other actions, other events"),
+        ([*WORLD[:-1], Event("vv", "104", 4, "buy")], "other action of events, other events"),
         ([e._replace(user=e.user + "x") for e in WORLD], "other user ids, other country of users"),
         (WORLD[::-1], ""),
     ],
@@ -245,7 +261,8 @@ def test_vocabularies_know_the_training_split_alone(events: list[Event]) -> None
     known = {
         USER: {event.user for event in trained},
         ITEM: {event.item for event in trained},
-        ACTION: {event.action for event in trained},
+        "events.action": {event.action for event in trained},
+        "events.mood": {event.mood for event in trained} - {""},
         "items.genres": {genre for event in trained for genre in genres_of(event.item)},
         "context.country": {country for event in trained for country in countries_of(event.user)},
     }
@@ -262,7 +279,8 @@ def test_what_only_the_test_split_has_is_unknown() -> None:
     assert dataset.item_row[unknown] == UNKNOWN_ROW
     assert dataset.item_row[known] != UNKNOWN_ROW
     # "buy" stands before "view".
-    assert dataset.action_row.tolist() == [UNKNOWN_ROW, NUM_RESERVED_ROWS]
+    actions = dataset.event_attributes["action"]
+    assert actions.row_by_code.tolist() == [UNKNOWN_ROW, NUM_RESERVED_ROWS]
     # Of the two genres of 104 the second is that of 100.
     assert (genres_of("100"), genres_of("104")) == (("g0",), ("g4", "g0"))
     values, lengths = dataset.item_attributes["genres"].take(np.array([unknown, known]))
@@ -285,6 +303,12 @@ def test_attributes_and_floats_stand_by_code(events: list[Event]) -> None:
         assert dataset.user_row[code] == vocabularies[USER].row(user)
     prices = np.array([[price_of(item)] for item in log.items.ids])
     assert np.array_equal(dataset.item_floats, squash(prices))
+    ages = np.array([[age_of(user)] for user in log.users.ids])
+    assert np.array_equal(dataset.user_floats, squash(ages))
+    batteries = np.array([[event.battery] for event in in_order(events)])
+    assert np.array_equal(dataset.request_floats, squash(batteries))
+    dwells = np.array([[event.dwell] for event in in_order(events)])
+    assert np.array_equal(dataset.event_floats, squash(dwells))
 
 
 def test_the_users_of_events_are_counted_out_once() -> None:
@@ -296,10 +320,19 @@ def test_the_users_of_events_are_counted_out_once() -> None:
 
 def test_a_log_of_ids_alone_has_no_further_columns() -> None:
     log = log_of([Event("u", "100", 1), Event("u", "101", 2)])
-    bare = replace(log, action=None, item_attributes={}, item_floats={}, user_attributes={})
+    bare = replace(
+        log,
+        event_attributes={},
+        item_attributes={},
+        item_floats={},
+        user_attributes={},
+        user_floats={},
+        request_floats={},
+        event_floats={},
+    )
     dataset = build_dataset(bare, HISTORIES)
     schema = dataset.schema
-    assert (schema.context, schema.has_action, schema.item_attributes) == ((), False, ())
+    assert (schema.context, schema.event_columns, schema.item_attributes) == ((), (ITEM,), ())
     assert dataset.item_floats.shape == (2, 0)
     assert set(schema.vocabulary_by_column) == {USER, ITEM}
 
@@ -349,9 +382,21 @@ def test_jagged_rows_are_taken_by_owner(rows: list[list[int]], data: st.DataObje
     assert lengths.tolist() == [len(rows[owner]) for owner in owners]
 
 
-def test_actions_keep_their_own_row() -> None:
-    events = [Event("u", "100", time, ACTIONS[time % 3]) for time in range(6)]
-    dataset = dataset_of(events)
-    rows = dataset.action_row[dataset.action]
-    expected = dataset.schema.vocabulary_by_column[ACTION].rows(e.action for e in events)
-    assert rows.tolist() == expected
+@pytest.mark.parametrize("kind", ["vocabulary", "hashed", "managed"])
+def test_attributes_of_events_have_a_row_each_and_a_missing_one_has_its_own(kind: str) -> None:
+    moods = ["calm", "", "glad", "calm", "glad", "", "calm", "calm", "calm", "new"]
+    events = [
+        Event("u", "100", time, ACTIONS[time % 3], mood=mood) for time, mood in enumerate(moods)
+    ]
+    maps: dict[str, dict[str, IdMap]] = {
+        "hashed": {"mood": Hashed(50, salt=1)},
+        "managed": {"mood": Managed(4)},
+    }
+    dataset = build_dataset(log_of(events), HISTORIES, maps.get(kind, {}))
+    vocabularies = dataset.schema.vocabulary_by_column
+    actions = dataset.event_attributes["action"].take(np.arange(10)).tolist()
+    assert actions == vocabularies["events.action"].rows(event.action for event in events)
+    rows = dataset.event_attributes["mood"].take(np.arange(10)).tolist()
+    assert rows == vocabularies["events.mood"].rows(mood or None for mood in moods)
+    assert [row == MISSING_ROW for row in rows] == [not mood for mood in moods]
+    assert (rows[-1] == UNKNOWN_ROW) == (kind == "vocabulary")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data.logs import Event, log_of
-from torchrec_kvshare.data.dataset import Dataset, build_dataset
+from torchrec_kvshare.data.dataset import TEST, Dataset, build_dataset
 from torchrec_kvshare.data.digest import DataDigest, data_digest, log_digest
 from torchrec_kvshare.data.shards import in_memory
 from torchrec_kvshare.data.split_report import split_report
@@ -53,7 +53,7 @@ def test_a_hashed_column_has_the_rows_of_its_hash_everywhere() -> None:
     flat = [genre for genres in dataset.log.item_attributes["genres"] for genre in genres]
     assert values.tolist() == genres.rows(flat)
     assert dataset.schema.num_table_rows(ITEM) == 13
-    others = {USER, "action", "context.country"}
+    others = {USER, "events.action", "context.country"}
     vocabularies = dataset.schema.vocabulary_by_column
     assert all(isinstance(vocabularies[column], Vocabulary) for column in others)
     assert UNKNOWN_ROW not in dataset.item_row
@@ -87,10 +87,18 @@ def test_shares_of_unknown_ids_are_those_of_columns_with_a_vocabulary() -> None:
     }
 
 
+def test_missing_attributes_of_events_are_no_unknown_ids() -> None:
+    moods = ["calm"] * 16 + ["", "", "", "new"]
+    events = [Event("u", "100", time, mood=mood) for time, mood in enumerate(moods)]
+    dataset = build_dataset(log_of(events), HISTORIES)
+    assert (dataset.split == TEST).sum() == 2
+    assert split_report(in_memory(dataset)).unknown_shares["events.mood"] == 1.0
+
+
 def test_a_column_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"ids has the columns \['brand', 'items.genres'\]; \["):
         dataset_with(**{"brand": Hashed(3), "items.genres": Hashed(3)})
-    allowed = r"\['action', 'country', 'genres', 'item_id', 'user_id'\] are allowed"
+    allowed = r"\['action', 'country', 'genres', 'item_id', 'mood', 'user_id'\] are allowed"
     with pytest.raises(ConfigError, match=allowed):
         dataset_with(brand=Hashed(3))
 

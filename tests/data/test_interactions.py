@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -124,8 +125,7 @@ def test_every_format_gives_the_same_log(tmp_path: Path, name: str) -> None:
     assert decoded(log.items) == ["85123A", "007", 'q"t,']
     assert log.time.tolist() == [5, 7, 8]
     assert log.label.tolist() == [1, 1, 0]
-    assert log.action is not None
-    assert decoded(log.action) == ["4.5", "4", "2"]
+    assert decoded(log.event_attributes["action"]) == ["4.5", "4", "2"]
     assert log.item_attributes == {"tags": [("a", "b"), ("c",), ("d",)]}
     assert log.item_floats["rating"].tolist() == [4.5, 4, 2]
     assert log.report.dropped == {"no user": 1}
@@ -260,7 +260,7 @@ def test_label_is_one_without_a_rule(tmp_path: Path) -> None:
     log = read(tmp_path, "user,item,time\nu,i,1\nu,j,2\n")
     assert log.label.tolist() == [1, 1]
     assert log.label.dtype == np.float32
-    assert log.action is None
+    assert log.event_attributes == {}
 
 
 @pytest.mark.parametrize(
@@ -352,8 +352,7 @@ def test_label_rule_does_not_order_text() -> None:
 def test_action_is_coded_and_a_row_without_one_is_dropped(tmp_path: Path) -> None:
     columns = ColumnMapping("user", "item", "time", action="what")
     log = read(tmp_path, "user,item,time,what\nu,i,1,buy\nu,j,2,\nu,k,3,view\nu,i,4,buy\n", columns)
-    assert log.action is not None
-    assert decoded(log.action) == ["buy", "view", "buy"]
+    assert decoded(log.event_attributes["action"]) == ["buy", "view", "buy"]
     assert log.report.dropped == {"no action": 1}
 
 
@@ -458,6 +457,33 @@ def test_an_item_column_called_like_a_column_of_requests_is_refused(name: str, f
     )
     with pytest.raises(ConfigError, match=expected):
         ColumnMapping("user", "item", "time", **{field: ("kind", name)})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"event_attributes": ("time",)}, r"event columns are named \['time'\]; requests reserve"),
+        ({"event_attributes": ("a", "a")}, "'a' is there twice"),
+        ({"event_attributes": ("a",), "item_attributes": ("a",)}, "'a' is there twice"),
+        ({"event_attributes": ("action",)}, "columns.action names the column of what the user did"),
+        ({"event_attributes": ("a", "action"), "action": "act"}, r"event_attributes are \['a'"),
+    ],
+)
+def test_names_of_event_columns_that_clash_are_refused(
+    columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ColumnMapping("user", "item", "time", **columns)
+
+
+def test_an_attribute_of_events_has_an_id_per_row_or_none(tmp_path: Path) -> None:
+    rows = ["u,a,1,7.0,x", "u,b,2,,x", "u,a,3,NULL,", "v,c,4, 7,y"]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,time,page,what", *rows]))
+    columns = ColumnMapping("user", "item", "time", action="what", event_attributes=("page",))
+    log = read_interactions(tmp_path / "log.csv", columns)
+    assert decoded(log.event_attributes["page"]) == ["7", "", "7"]
+    assert decoded(log.event_attributes["action"]) == ["x", "x", "y"]
+    assert log.report.dropped == {"no action": 1}
 
 
 @pytest.mark.parametrize(
@@ -795,7 +821,7 @@ def test_columns_that_do_not_fit_are_refused(name: str) -> None:
             items=value_by_name.get("items", column),
             time=value_by_name.get("time", np.arange(3)),
             label=value_by_name.get("label", np.ones(3, np.float32)),
-            action=value_by_name.get("action", column),
+            event_attributes={"action": value_by_name.get("action", column)},
             item_attributes={"tag": [()] * (3 if name == "tag" else 2)},
             item_floats={"price": np.zeros(2, np.float32)},
             user_attributes={"city": [()] * (3 if name == "city" else 2)},

@@ -8,8 +8,10 @@ import pytest
 
 from tests.data.logs import (
     ITEMS,
+    MOODS,
     START_TIME,
     Event,
+    age_of,
     all_events,
     countries_of,
     genres_of,
@@ -39,6 +41,9 @@ def events() -> list[Event]:
             str(rng.choice(ITEMS)),
             START_TIME + 10 * int(rng.integers(40)),
             str(rng.choice(["1", "2", "3.5"])),
+            mood=str(rng.choice(MOODS)),
+            battery=float(rng.integers(9)) / 8,
+            dwell=float(rng.integers(9)) / 4,
         )
         for _ in range(90)
     ]
@@ -64,8 +69,10 @@ def test_requests_have_the_one_format(requests: list[dict[str, Any]]) -> None:
         assert list(request) == [
             *("request_id", "user_id", "time", "context", "history", "candidates")
         ]
-        assert list(request["context"]) == ["country"]
-        assert list(request["history"]) == ["item_id", "action", "genres", "time"]
+        assert list(request["context"]) == ["country", "age", "battery"]
+        assert list(request["history"]) == [
+            *("item_id", "action", "mood", "dwell", "genres", "time")
+        ]
         assert list(request["candidates"]) == ["item_id", "genres", "price"]
         assert {len(column) for column in request["candidates"].values()} == {NUM_CANDIDATES}
         assert json.loads(json.dumps(request)) == request
@@ -80,6 +87,8 @@ def test_history_is_all_that_is_strictly_earlier(
         history = request["history"]
         assert history["item_id"] == [int(event.item) for event in past]
         assert [str(action) for action in history["action"]] == [e.action for e in past]
+        assert history["mood"] == [event.mood or None for event in past]
+        assert history["dwell"] == [event.dwell for event in past]
         assert history["genres"] == [list(genres_of(event.item)) for event in past]
         assert history["time"] == [event.time for event in past]
         longest = max(longest, len(past))
@@ -138,7 +147,9 @@ def test_attributes_of_candidates_and_users_are_those_of_the_log(
         ids = [str(item) for item in candidates["item_id"]]
         assert candidates["genres"] == [list(genres_of(item)) for item in ids]
         assert candidates["price"] == [price_of(item) for item in ids]
-        assert request["context"] == {"country": list(countries_of(str(request["user_id"])))}
+        user = str(request["user_id"])
+        assert request["context"]["country"] == list(countries_of(user))
+        assert request["context"]["age"] == age_of(user)
 
 
 def test_times_and_users_are_those_of_test_events(

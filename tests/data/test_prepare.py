@@ -52,10 +52,14 @@ COLUMNS = Columns(
     item="item",
     time="time",
     action="what",
+    event_attributes=["city", "item"],
     item_attributes=["tags"],
     item_floats=["price"],
     user_attributes=["city"],
-    request_attributes=["tags", "stars"],
+    request_attributes=["tags", "user"],
+    user_floats=["stars"],
+    request_floats=["price"],
+    event_floats=["stars", "price"],
 )
 PLAIN = Columns(user="user", item="item", time="time")
 LONG = "x" * 257
@@ -277,6 +281,7 @@ def test_one_column_may_have_several_roles(tmp_path: Path) -> None:
         item="item",
         time="time",
         action="stars",
+        event_attributes=["price", "user"],
         item_attributes=["stars"],
         item_floats=["price"],
         user_attributes=["user", "city", "time"],
@@ -311,7 +316,9 @@ def test_a_text_format_reaches_the_reader(tmp_path: Path) -> None:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 IDS = st.sampled_from(["1", "1.0", " 1", "-1", "-20", "10", "9", "007", "a", "é", "𝄞", "b\0", ""])
 TAGS = st.lists(IDS | TEXTS, max_size=3).map("|".join)
-PRICES = st.sampled_from(["", "x", "-2.5", "1", "4", "1e300", "0.1", "0.2", "0.7", "3.3"])
+PRICES = st.sampled_from(
+    ["", "x", "-2.5", "-0.0", "-1e-60", "1", "4", "1e300", "0.1", "0.2", "0.7", "3.3"]
+)
 MOMENTS = st.integers(1_700_000_000, 1_700_000_005).map(str) | st.sampled_from(
     ["2023-11-14 22:13:20", "2023-11-14T22:13:21Z", "1700000002.5", "x", "", " 1700000003"]
 )

@@ -175,7 +175,7 @@ def test_online_retail_is_read_in_full(tmp_path: Path, name: str) -> None:
     assert decoded(log.items) == ["85123A", "71053", "85123A", "15056bl"]
     assert log.time[0] == 1_291_191_960
     assert log.label.tolist() == [1, 1, 1, 1]
-    assert log.action is None
+    assert log.event_attributes == {}
     assert set(log.item_floats) == {"price"}
     # Row 4, without a customer, is not in the median of 85123A.
     np.testing.assert_array_equal(log.item_floats["price"], np.float32([3.75, 3.39, 5.95]))
@@ -268,8 +268,7 @@ def test_movielens_label_follows_the_rating(
     tmp_path: Path, case: Case, positive_rating: float
 ) -> None:
     log = read_movielens(case.root(tmp_path), positive_rating)
-    assert log.action is not None
-    stars = np.array([float(text) for text in decoded(log.action)])
+    stars = np.array([float(text) for text in decoded(log.event_attributes["action"])])
     np.testing.assert_array_equal(log.label, stars >= positive_rating)
 
 
@@ -278,16 +277,14 @@ def test_movielens_csv_is_read_in_full(tmp_path: Path) -> None:
     assert decoded(log.users) == ["1", "1", "7", "7"]
     assert decoded(log.items) == ["31", "1029", "31", "62"]
     assert log.time.tolist() == [964982703, 964982704, 964982705, 964982706]
-    assert log.action is not None
-    assert decoded(log.action) == ["2.5", "4", "5", "3.5"]
+    assert decoded(log.event_attributes["action"]) == ["2.5", "4", "5", "3.5"]
     assert log.item_attributes == {"genres": [("Drama",), ("Animation", "Children"), ()]}
     assert log.user_attributes == {}
 
 
 def test_movielens_1m_is_read_in_full(tmp_path: Path) -> None:
     log = read_movielens(write_movielens_1m(tmp_path))
-    assert log.action is not None
-    assert decoded(log.action) == ["2", "4", "5", "3"]
+    assert decoded(log.event_attributes["action"]) == ["2", "4", "5", "3"]
     genres = [("Drama",), ("Animation", "Children"), ("Drama", "Musical")]
     assert log.item_attributes == {"genres": genres}
     assert log.user_attributes == {

@@ -93,13 +93,17 @@ def assert_same_items(found: Dataset, expected: Dataset) -> None:
     assert found.schema.to_json() == expected.schema.to_json()
     assert found.known_ids == expected.known_ids
     assert found.num_colliding_ids == expected.num_colliding_ids
-    for name in ("item_row", "action_row", "known_items", "item_floats"):
+    for name in ("item_row", "known_items", "item_floats"):
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
     for name, rows in expected.item_attributes.items():
         assert_same_rows(found.item_attributes[name], rows)
-    for name in ("item_attributes", "item_floats", "items", "action"):
+    for name, column in expected.log.event_attributes.items():
+        assert found.log.event_attributes[name].ids == column.ids
+        ours, theirs = found.event_attributes[name], expected.event_attributes[name]
+        assert ours.row_by_code.tolist() == theirs.row_by_code.tolist()
+    for name in ("item_attributes", "item_floats", "items"):
         ours, theirs = getattr(found.log, name), getattr(expected.log, name)
-        if name in ("items", "action"):
+        if name == "items":
             assert ours.ids == theirs.ids
         elif name == "item_floats":
             assert {key: column.tolist() for key, column in ours.items()} == {
@@ -119,7 +123,7 @@ def assert_same_users(part: Dataset, whole: Dataset) -> None:
     for user, code in enumerate(part.user_code.tolist()):
         ours = slice(*part.user_offsets[user : user + 2].tolist())
         theirs = slice(*whole.user_offsets[code : code + 2].tolist())
-        for name in ("item", "action", "time", "label", "num_earlier", "split"):
+        for name in ("item", "time", "label", "num_earlier", "split"):
             assert np.array_equal(getattr(part, name)[ours], getattr(whole, name)[theirs]), name
         assert part.keys_of(np.arange(ours.start, ours.stop)).tolist() == list(
             range(theirs.start, theirs.stop)
@@ -128,9 +132,15 @@ def assert_same_users(part: Dataset, whole: Dataset) -> None:
         assert part.user_row[user] == whole.user_row[code]
         for name, values in whole.log.user_attributes.items():
             assert part.log.user_attributes[name][user] == values[code]
+        assert part.user_floats[user].tolist() == whole.user_floats[code].tolist()
+        for name in ("request_floats", "event_floats"):
+            assert getattr(part, name)[ours].tolist() == getattr(whole, name)[theirs].tolist()
         for name, rows in whole.context.items():
             one, other = np.array([user]), np.array([code])
             assert part.context[name].take(one)[0].tolist() == rows.take(other)[0].tolist()
+        for name, column in whole.event_attributes.items():
+            found_rows = part.event_attributes[name].take(ours)
+            assert found_rows.tolist() == column.take(theirs).tolist()
         for name, of_events in whole.request_context.items():
             found = part.request_context[name].take(np.arange(ours.start, ours.stop))
             expected = of_events.take(np.arange(theirs.start, theirs.stop))
@@ -140,9 +150,18 @@ def assert_same_users(part: Dataset, whole: Dataset) -> None:
 def test_the_columns_of_a_data_set_are_all_compared() -> None:
     """A column that is added later must be compared here too."""
     assert {field.name for field in fields(Dataset)} == {
-        *("log", "schema", "user_code", "first_event", "user_offsets", "item", "action", "time"),
-        *("label", "num_earlier", "split", "user_row", "item_row", "action_row", "known_items"),
+        *("log", "schema", "user_code", "first_event", "user_offsets", "item", "time"),
+        *(
+            "label",
+            "num_earlier",
+            "split",
+            "user_row",
+            "item_row",
+            "known_items",
+            "event_attributes",
+        ),
         *("item_attributes", "item_floats", "context", "request_context", "indices_by_history"),
+        *("user_floats", "request_floats", "event_floats"),
         *("num_before_by_history", "known_ids", "num_colliding_ids"),
     }
 
@@ -305,12 +324,13 @@ def test_attributes_may_have_the_names_of_our_columns(tmp_path: Path) -> None:
         item_attributes={"id": log.item_attributes["genres"]},
         item_floats={"num_training": log.item_floats["price"]},
         user_attributes={"code": log.user_attributes["country"]},
-        action=None,
+        user_floats={"first_event": log.user_floats["age"]},
+        event_attributes={},
     )
     whole = build_dataset(log, all_events(8, 4))
     shards = open_prepared(write_folder(log, tmp_path / "folder", 3), all_events(8, 4))
     for part in shards:
-        assert part.log.action is None
+        assert part.log.event_attributes == {}
         assert_same_users(part, whole)
         assert part.item_floats.tolist() == whole.item_floats.tolist()
         assert_same_rows(part.item_attributes["id"], whole.item_attributes["id"])

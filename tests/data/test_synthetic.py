@@ -24,7 +24,7 @@ def world() -> InteractionLog:
 
 def digest(log: InteractionLog) -> str:
     """Everything in the log, in one text."""
-    parts = [log.users, log.items, log.action, log.time.tolist(), log.label.tolist()]
+    parts = [log.users, log.items, log.event_attributes, log.time.tolist(), log.label.tolist()]
     parts += [log.item_attributes, log.user_attributes, log.item_floats["price"].tolist()]
     arrays = [log.users.codes.tolist(), log.items.codes.tolist()]
     with np.printoptions(threshold=sys.maxsize):
@@ -152,16 +152,16 @@ def test_log_is_in_the_order_of_time(world: InteractionLog) -> None:
 
 
 def test_three_in_ten_events_are_buys(world: InteractionLog) -> None:
-    assert world.action is not None
-    assert set(world.action.ids) == {"view", "buy"}
-    is_buy = world.action.codes == world.action.ids.index("buy")
+    actions = world.event_attributes["action"]
+    assert set(actions.ids) == {"view", "buy"}
+    is_buy = actions.codes == actions.ids.index("buy")
     # Some 60,000 events: a standard error is 0.0019; five of them.
     assert abs(is_buy.mean() - 0.3) < 0.01
 
 
 def test_buys_lean_to_tastes(world: InteractionLog) -> None:
-    assert world.action is not None
-    is_buy = world.action.codes == world.action.ids.index("buy")
+    actions = world.event_attributes["action"]
+    is_buy = actions.codes == actions.ids.index("buy")
     categories = category_of_events(world)
     is_usual = np.zeros(len(categories), np.bool_)
     for rows in events_by_user(world):

@@ -15,6 +15,7 @@ from tests.data.logs import (
     ITEMS,
     SURFACES,
     Event,
+    age_of,
     all_events,
     countries_of,
     event_lists,
@@ -40,6 +41,7 @@ from torchrec_kvshare.data.targets import (
     windows_of,
 )
 from torchrec_kvshare.errors import DataError
+from torchrec_kvshare.features.bags import floats_of
 from torchrec_kvshare.features.batches import collate
 from torchrec_kvshare.features.dense import clock_features, squash
 from torchrec_kvshare.features.parse import parse_request
@@ -120,10 +122,14 @@ def raw_request(target: Event, events: Events, candidates: list[str]) -> dict[st
         "context": {
             "country": list(countries_of(target.user)),
             "surface": list(target.surfaces),
+            "age": age_of(target.user),
+            "battery": target.battery,
         },
         "history": {
             ITEM: [event.item for event in past],
             ACTION: [event.action for event in past],
+            "mood": [event.mood or None for event in past],
+            "dwell": [event.dwell for event in past],
             "genres": [list(genres_of(event.item)) for event in past],
             TIME: [event.time for event in past],
         },
@@ -162,7 +168,7 @@ def test_a_target_sees_its_strictly_earlier_events_cut_to_the_window(events: Eve
         seen = seen_by(target, events)
         oldest = slice(0, visible[index])
         assert histories[user][oldest] == vocabularies[ITEM].rows(e.item for e in seen)
-        assert actions[user][oldest] == vocabularies[ACTION].rows(e.action for e in seen)
+        assert actions[user][oldest] == vocabularies["events.action"].rows(e.action for e in seen)
         assert times[user][oldest] == [event.time for event in seen]
         assert len(histories[user]) <= MAX_HISTORY
 
@@ -205,10 +211,13 @@ def test_the_window_of_a_target_is_the_one_its_request_would_get(events: Events,
     index = windows.targets.tolist().index(target) * NUM_CANDIDATES
     user = user_of_candidate(batch)[index]
     visible = batch.sparse_features[visible_key(HISTORY)].values()[index]
-    for column in (ITEM, ACTION):
+    for column in (ITEM, ACTION, "mood"):
         row = rows_of(batch, history_key(HISTORY, column))[user][:visible]
         assert row == read[column].tolist()
     assert rows_of(batch, history_key(HISTORY, TIME))[user][:visible] == read[TIME].tolist()
+    dwells = torch.tensor(rows_of(batch, history_key(HISTORY, "dwell"))[user][:visible])
+    expected = request.events_by_history[HISTORY].floats["dwell"]
+    assert floats_of(dwells).tolist() == expected.tolist()
 
 
 @given(event_lists)
@@ -222,6 +231,8 @@ def test_rows_of_a_batch_have_the_stride_of_their_kind(events: Events) -> None:
         history_key(HISTORY, TIME): num_users,
         history_key(HISTORY, ITEM): num_users,
         history_key(HISTORY, ACTION): num_users,
+        history_key(HISTORY, "mood"): num_users,
+        history_key(HISTORY, "dwell"): num_users,
         history_key(HISTORY, "genres"): windows.num_events[HISTORY].sum(),
         candidate_key(ITEM): num_candidates,
         candidate_key("genres"): num_candidates,
@@ -256,7 +267,9 @@ def test_every_value_of_a_batch_is_that_of_the_log(events: Events) -> None:
     times = np.repeat([target.time for target in targets], NUM_CANDIDATES)
     assert batch.sparse_features[CANDIDATE_TIME].values().tolist() == times.tolist()
     prices = squash(np.array([[price_of(item)] for item in shown]))
-    dense = np.concatenate([clock_features(times), prices], axis=1)
+    owners = [target for target in targets for _ in range(NUM_CANDIDATES)]
+    floats = squash(np.array([[age_of(owner.user), owner.battery] for owner in owners]))
+    dense = np.concatenate([clock_features(times), floats, prices], axis=1)
     assert np.array_equal(batch.dense_features.numpy(), dense)
     labels = [[target.label] + [0] * (NUM_CANDIDATES - 1) for target in targets]
     assert batch.labels.tolist() == [label for group in labels for label in group]

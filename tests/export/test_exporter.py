@@ -148,7 +148,7 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
         ),
         *("codecs", "break_even_events"),
     }
-    assert (written["format"], written["encoder"]) == (7, asdict(CAUSAL_SPEC))
+    assert (written["format"], written["encoder"]) == (8, asdict(CAUSAL_SPEC))
     assert (written["runtime"], written["tables"]) == ("torchscript", "float32")
     sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}

@@ -60,7 +60,7 @@ from torchrec_kvshare.verify.parity import score_extended, score_through_pages
 
 KEY = b"a secret"
 # Only items and times, so that graphs are small.
-BARE = replace(SCHEMA, context=(), has_action=False, item_attributes=(), item_floats=())
+BARE = replace(SCHEMA, context=(), event_attributes=(), item_attributes=(), item_floats=())
 SEEN, BOUGHT = History("seen", SLIDING_WINDOW), History("bought", SLIDING_WINDOW, ("buy",))
 
 
@@ -76,7 +76,7 @@ WORLD_BY_KIND = {
     CAUSAL: World(SCHEMA, TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2)),
     BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 1, 2)),
     TARGET_ONLY: World(
-        replace(BARE, has_action=True, histories=(SEEN, BOUGHT)),
+        replace(BARE, event_attributes=("action",), histories=(SEEN, BOUGHT)),
         TowerSpec(TARGET_ONLY, 10, 1, 2, window=4),
     ),
     HSTU: World(

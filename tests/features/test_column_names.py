@@ -33,6 +33,7 @@ from torchrec_kvshare.features.schema import (
     Vocabulary,
     Window,
     context_key,
+    event_key,
     item_key,
     table_name,
 )
@@ -42,12 +43,14 @@ from torchrec_kvshare.serving.columns import column_tensors, raw_requests
 # Names of our own, names that modules and TorchScript refuse, and one on both sides.
 CONTEXT = ("user_id", "item_id", "time", "first_event", "a.b", "Customer ID", "kind")
 ATTRIBUTES = ("user_id", "position", "pages", "first_index", "a.b", "items", "größe %", "kind")
+EVENT_ATTRIBUTES = ("action", "context", "events", "x.y", "item id")
 FLOATS = ("dense", "values", "visible_events.history", "class")
 NAMES = ("user id", "1st")  # of histories
 
 
 def odd_schema() -> FeatureSchema:
     keys = ["user_id", "item_id", *map(context_key, CONTEXT), *map(item_key, ATTRIBUTES)]
+    keys += map(event_key, EVENT_ATTRIBUTES)
     # Vocabularies differ in size, so that a mix-up gives wrong rows.
     vocabularies = {
         key: Vocabulary([f"{key} {index}" for index in range(3 + number)])
@@ -57,7 +60,7 @@ def odd_schema() -> FeatureSchema:
     return FeatureSchema(
         vocabulary_by_column=vocabularies,
         context=CONTEXT,
-        has_action=False,
+        event_attributes=EVENT_ATTRIBUTES,
         item_attributes=ATTRIBUTES,
         item_floats=FLOATS,
         histories=histories,
@@ -65,7 +68,10 @@ def odd_schema() -> FeatureSchema:
 
 
 SCHEMA = odd_schema()
-RAWS = [draw_raw_request(SCHEMA, events, 3, 50 + events) for events in (0, 5, 11)]
+RAWS = [
+    draw_raw_request(SCHEMA, events, 3, 50 + events) | {"user_id": f"user_id {events}"}
+    for events in (0, 5, 11)
+]
 
 
 def test_scores_of_odd_columns_equal_the_reference() -> None:
@@ -100,6 +106,10 @@ def test_tensors_of_odd_columns_come_back_as_they_went() -> None:
         assert raw.user_row == other.user_row
         for column in CONTEXT:
             assert torch.equal(raw.context[column], other.context[column])
+        for column in EVENT_ATTRIBUTES:
+            for name in NAMES:
+                ours, theirs = raw.events_by_history[name], other.events_by_history[name]
+                assert torch.equal(ours.columns[column], theirs.columns[column])
         for column in ATTRIBUTES:
             assert torch.equal(raw.candidate_bags[column][0], other.candidate_bags[column][0])
         assert torch.equal(raw.dense, other.dense)
@@ -112,7 +122,9 @@ def test_a_log_of_odd_columns_trains_on_each_column_s_own_ids() -> None:
         items=encode([f"item {index % num_items}" for index in range(num_events)]),
         time=np.arange(num_events),
         label=np.ones(num_events, np.float32),
-        action=None,
+        event_attributes={
+            name: encode([f"{name} of event"] * num_events) for name in EVENT_ATTRIBUTES
+        },
         item_attributes={name: [(f"{name} of item",)] * num_items for name in ATTRIBUTES},
         item_floats={name: np.ones(num_items, np.float32) for name in FLOATS},
         user_attributes={name: [(f"{name} of user",)] * 2 for name in CONTEXT},
@@ -122,6 +134,8 @@ def test_a_log_of_odd_columns_trains_on_each_column_s_own_ids() -> None:
     vocabularies = dataset.schema.vocabulary_by_column
     for name in CONTEXT:
         assert vocabularies[context_key(name)].examples == (f"{name} of user",)
+    for name in EVENT_ATTRIBUTES:
+        assert vocabularies[event_key(name)].examples == (f"{name} of event",)
     for name in ATTRIBUTES:
         assert vocabularies[item_key(name)].examples == (f"{name} of item",)
     windows = windows_of(dataset, np.flatnonzero(dataset.split == TRAIN))
@@ -158,6 +172,7 @@ def test_a_history_has_no_name_of_a_group_of_keys() -> None:
 
 def test_names_of_tables_differ_where_columns_do() -> None:
     keys = [*map(context_key, CONTEXT), *map(item_key, ATTRIBUTES), "user_id", "item_id"]
+    keys += map(event_key, EVENT_ATTRIBUTES)
     names = [table_name(key) for key in keys]
     assert len(set(names)) == len(keys)
     assert all(f"t_{name}".isidentifier() and name.isascii() for name in names)

@@ -122,7 +122,10 @@ def test_maps_of_every_kind_are_read_as_they_were_written(tmp_path: Path) -> Non
         {"num_table_rows": 12, "examples": ["a", "b"], "has_text": True},
     )
     schema = with_items(many)
-    vocabularies = schema.vocabulary_by_column | {"user_id": sparse, "action": Hashed(11, salt=2)}
+    vocabularies = schema.vocabulary_by_column | {
+        "user_id": sparse,
+        "events.action": Hashed(11, salt=2),
+    }
     schema = replace(schema, vocabulary_by_column=vocabularies)
     save_schema(tmp_path, schema)
     again = load_schema(tmp_path)

@@ -439,7 +439,7 @@ def assert_safe(request: Request) -> None:
     rows_by_column = {
         "user_id": [torch.tensor([request.user_row])],
         "item_id": [events.columns["item_id"], request.candidate_items],
-        "action": [events.columns["action"]],
+        "events.action": [events.columns["action"]],
         "items.genres": [events.bags["genres"].values, request.candidate_bags["genres"].values],
         "context.country": [request.context["country"]],
     }

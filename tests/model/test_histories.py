@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.data.logs import (
     Event,
+    age_of,
     countries_of,
     event_lists,
     genres_of,
@@ -157,7 +158,7 @@ def test_towers_are_apart_and_tables_are_shared() -> None:
     assert sum(name.endswith("candidate_token") for name in names) == 2
     tables = [name.split(".")[-2] for name in names if ".token_" in name or "token_item" in name]
     assert sorted(tables) == [
-        "token_action",
+        "token_events_action",
         "token_item_id",
         "token_items_genres",
         "token_position_bought",
@@ -495,10 +496,16 @@ def raw_request(target: Event, events: list[Event], candidates: list[str]) -> Ra
     return {
         USER: target.user,
         TIME: target.time,
-        "context": {"country": list(countries_of(target.user))},
+        "context": {
+            "country": list(countries_of(target.user)),
+            "age": age_of(target.user),
+            "battery": target.battery,
+        },
         "history": {
             ITEM: [event.item for event in past],
             "action": [event.action for event in past],
+            "mood": [event.mood or None for event in past],
+            "dwell": [event.dwell for event in past],
             "genres": [list(genres_of(event.item)) for event in past],
             TIME: [event.time for event in past],
         },
@@ -534,7 +541,7 @@ def test_names_that_cannot_work_are_refused(names: tuple[str, ...], message: str
 def test_actions_need_a_column_of_actions() -> None:
     message = r"history bought keeps actions \('buy',\); events have no action"
     with pytest.raises(ConfigError, match=message):
-        replace(TWO_HISTORIES, has_action=False)
+        replace(TWO_HISTORIES, event_attributes=())
 
 
 def test_an_action_that_the_log_does_not_have_is_named() -> None:
@@ -547,7 +554,7 @@ def test_an_action_that_the_log_does_not_have_is_named() -> None:
 
 
 def test_a_log_without_actions_refuses_histories_of_actions() -> None:
-    log = replace(one_user([1, 2, 3, 4]), action=None)
+    log = replace(one_user([1, 2, 3, 4]), event_attributes={})
     with pytest.raises(ConfigError, match="events have no action"):
         build_dataset(log, SHORT_HISTORIES)
 

@@ -314,7 +314,7 @@ def test_dense_weights_are_the_float_models(model: RankingModel, quantised: Rank
 
 
 def test_bytes_are_those_of_rows_and_what_is_beside_their_numbers(model: RankingModel) -> None:
-    columns = ["user_id", "context.country", "item_id", "items.genres", "item_id", "action"]
+    columns = ["user_id", "context.country", "item_id", "items.genres", "item_id", "events.action"]
     columns += ["items.genres"]
     num_rows = sum(SCHEMA.num_table_rows(column) for column in columns) + MAX_HISTORY
     assert table_bytes(model) == num_rows * DIM * 4

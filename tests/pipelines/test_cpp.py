@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.encoder_worlds import TWO_HISTORIES
+from tests.encoder_worlds import TWO_HISTORIES, schema_with
 from tests.features.test_hashing import GOLDEN, NUM_ROWS, SALT
 from tests.pipelines.commands import ROOT, run_pipeline
 from tests.pipelines.test_score import broken_lines, changed, truncate, unusual_lines
@@ -224,7 +224,7 @@ def schema_of(raws: list[Json]) -> FeatureSchema:
             "context.country": vocabulary(countries),
         },
         context=("country",),
-        has_action=False,
+        event_attributes=(),
         item_attributes=(),
         item_floats=("price",),
         histories=(History(HISTORY, Window(96, 32)),),
@@ -236,7 +236,7 @@ def schema_of(raws: list[Json]) -> FeatureSchema:
 PLAIN = FeatureSchema(
     {USER: Vocabulary(["7", "nine"]), ITEM: Vocabulary([str(place) for place in range(12)])},
     context=(),
-    has_action=False,
+    event_attributes=(),
     item_attributes=(),
     item_floats=(),
     histories=(History("events", Window(6, 2)),),
@@ -313,7 +313,17 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_echo(tmp_path_factory.mktemp("echo"), SCHEMA)
 
 
-@pytest.mark.parametrize("schema", [SCHEMA, TWO_HISTORIES, PLAIN], ids=["one", "two", "plain"])
+OWN = schema_with(Window(14, 7))
+
+
+@pytest.fixture(scope="module")
+def own_echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_echo(tmp_path_factory.mktemp("own"), OWN)
+
+
+@pytest.mark.parametrize(
+    "schema", [SCHEMA, TWO_HISTORIES, PLAIN, OWN], ids=["one", "two", "plain", "own"]
+)
 def test_tensors_are_pythons(ask: Ask, tmp_path: Path, schema: FeatureSchema) -> None:
     (tmp_path / "artifact").mkdir()
     folder = write_echo(tmp_path / "artifact", schema)
@@ -325,6 +335,23 @@ def test_tensors_are_pythons(ask: Ask, tmp_path: Path, schema: FeatureSchema) ->
     answers = ask(folder, [json.dumps(raw).encode() for raw in raws])
     assert [a["request_id"] for a in answers] == [raw["request_id"] for raw in raws]
     assert [a["scores"] for a in answers] == [echo_of(raw, schema) for raw in raws]
+
+
+@pytest.mark.parametrize("value", [None, "3", True, [1.0], {}, 10**31])
+def test_a_float_of_the_context_or_of_an_event_that_is_no_number_is_refused(
+    ask: Ask, own_echo: Path, value: Any
+) -> None:
+    raw = draw_raw(3, 2, seed=4, schema=OWN)
+    raws = {
+        "history.dwell": changed(raw, "history", dwell=[1.0, value, 2.0]),
+        "context.age": changed(raw, "context", age=value),
+    }
+    answers = ask(own_echo, [json.dumps(one).encode() for one in raws.values()])
+    for (name, wrong), answer in zip(raws.items(), answers, strict=True):
+        with pytest.raises(RequestError, match=f"{name} holds .*; a finite number is allowed"):
+            parse_request(wrong, OWN)
+        assert answer["error"]["message"].startswith(f"{name} holds ")
+        assert answer["error"]["message"].endswith("; a finite number is allowed")
 
 
 def test_cells_and_numbers_of_every_kind_are_read_as_in_python(ask: Ask, echo: Path) -> None:
@@ -454,7 +481,7 @@ def test_a_user_hits_in_every_spelling(ask: Ask, artifact: Path) -> None:
 def test_actions_of_a_history_are_spelt_as_all_ids(ask: Ask, tmp_path: Path) -> None:
     """A history of action 1 was empty if a client sent 1.0."""
     histories = (History("seen", Window(6, 2)), History("bought", Window(6, 2), ("1",)))
-    actions = SCHEMA.vocabulary_by_column | {"action": Vocabulary(["0", "1"])}
+    actions = SCHEMA.vocabulary_by_column | {"events.action": Vocabulary(["0", "1"])}
     schema = replace(SCHEMA, vocabulary_by_column=actions, histories=histories)
     (tmp_path / "artifact").mkdir()
     folder = write_echo(tmp_path / "artifact", schema)

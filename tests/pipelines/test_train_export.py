@@ -96,6 +96,10 @@ COLUMNS = (
     "data.columns.item=film title",
     "data.columns.time=when",
     "data.columns.action=stars",
+    "data.columns.event_attributes=[remark]",
+    "data.columns.user_floats=[age]",
+    "data.columns.request_floats=[stay]",
+    "data.columns.event_floats=[price,stay]",
     "data.columns.item_attributes=[kinds]",
     "data.columns.item_floats=[price]",
     "data.columns.user_attributes=[city]",
@@ -104,16 +108,17 @@ COLUMNS = (
 
 
 def write_csv(path: Path) -> None:
-    """Films bought by 12 users, rated from 1 to 5; one row in fifty has no user."""
+    """Films bought by 12 users, rated and remarked on; one row in fifty has no user."""
     chance = random.Random(5)
-    lines = ["when,film title,uid,stars,kinds,price,city,remark"]
+    lines = ["when,film title,uid,stars,kinds,price,city,remark,age,stay"]
     for second in range(400):
         film = chance.randrange(25)
         user = "" if second % 50 == 49 else f"u{chance.randrange(12)}"
         kinds = ";".join(f"k{kind}" for kind in range(film % 3))
         when = f"2024-03-{1 + second // 15:02d}T10:{second % 60:02d}:00Z"
         lines.append(
-            f"{when},film {film},{user},{chance.randint(1, 5)},{kinds},{film}.5,city {user},x"
+            f"{when},film {film},{user},{chance.randint(1, 5)},{kinds},{film}.5,city {user},"
+            f"{('x', 'y', '')[second % 3]},{20 + film},{chance.random():.2f}"
         )
     path.write_text("\n".join(lines))
 
@@ -139,10 +144,13 @@ def test_a_users_own_csv_is_trained_exported_and_scored(tmp_path: Path) -> None:
         f"output={tmp_path / 'answers'}",
     )
     schema = json.loads((tmp_path / "artifact" / "schema.json").read_text())
-    assert schema["has_action"]
+    assert schema["event_attributes"] == ["action", "remark"]
     assert (schema["context"], schema["item_attributes"]) == (["city"], ["kinds"])
-    assert schema["item_floats"] == ["price"]
-    assert sorted(schema["vocabulary_by_column"]["action"]["examples"]) == ["1", "2", "3", "4", "5"]
+    assert schema["event_floats"] == ["price", "stay"]
+    assert (schema["context_floats"], schema["item_floats"]) == (["age", "stay"], ["price"])
+    vocabularies = schema["vocabulary_by_column"]
+    assert sorted(vocabularies["events.action"]["examples"]) == ["1", "2", "3", "4", "5"]
+    assert sorted(vocabularies["events.remark"]["examples"]) == ["x", "y"]
     answers = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()]
     assert [len(answer["scores"]) for answer in answers] == [8] * 9
 
@@ -152,9 +160,9 @@ def test_a_label_rule_decides_what_is_positive(tmp_path: Path) -> None:
     columns = (*COLUMNS[:-1], f"data.path={tmp_path / 'log.csv'}")
     config = checked(composed("train", *columns, 'data.label="stars>=4"'), TrainConfig)
     dataset = load_data(config).read([0])
-    assert dataset.log.action is not None
-    liked = [code for code, stars in enumerate(dataset.log.action.ids) if int(stars) >= 4]
-    assert dataset.label.tolist() == np.isin(dataset.action, liked).tolist()
+    actions = dataset.log.event_attributes["action"]
+    liked = [code for code, stars in enumerate(actions.ids) if int(stars) >= 4]
+    assert dataset.label.tolist() == np.isin(actions.codes, liked).tolist()
     assert 0 < dataset.label.mean() < 1
     assert dataset.log.report.dropped == {"no user": 8}
 

@@ -38,7 +38,7 @@ Tensors = dict[str, NDArray[Any]]
 PLAIN = FeatureSchema(
     {"user_id": Vocabulary(["u"]), "item_id": Vocabulary(["3", "9"])},
     context=(),
-    has_action=False,
+    event_attributes=(),
     item_attributes=(),
     item_floats=(),
     histories=(History(HISTORY, Window(8, 4)),),

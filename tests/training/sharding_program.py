@@ -49,7 +49,9 @@ FORCED: dict[str, dict[str, list[str]]] = {
     "column_wise": {"*": ["column_wise"]},
     "row_wise": {
         "*": ["table_wise"],
-        **{f"token_{name}": ["row_wise"] for name in ("item_id", "action", "items_category")},
+        **{
+            f"token_{name}": ["row_wise"] for name in ("item_id", "events_action", "items_category")
+        },
     },
     "mixed": {
         "bag_item_id": ["column_wise"],

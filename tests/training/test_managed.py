@@ -169,7 +169,7 @@ def test_keys_of_a_column_are_those_of_its_tables(shards: Shards) -> None:
     schema = shards.schema
     assert keys_of(schema, USER) == [USER]
     assert keys_of(schema, ITEM) == ["history.item_id", "candidates.item_id"]
-    assert keys_of(schema, "action") == ["history.action"]
+    assert keys_of(schema, "events.action") == ["history.action"]
     assert keys_of(schema, "items.category") == ["history.category", "candidates.category"]
     assert keys_of(schema, "context.category") == ["context.category"]
 
@@ -287,7 +287,7 @@ def test_the_frozen_map_is_that_of_training(
             ours = frozen.vocabulary_by_column[column].rows_of_codes(asked)
             assert np.array_equal(ours, rows[is_id].numpy())
             assert {*ours.tolist()} > {UNKNOWN_ROW}
-        for column in ("action", "context.none"):
+        for column in ("events.action", "context.none"):
             ours, theirs = (one.vocabulary_by_column.get(column) for one in (frozen, shards.schema))
             assert ours is theirs
 

@@ -35,7 +35,7 @@ from torchrec_kvshare.training.sharding import (
 # Tables after six steps against a plain loop's; rows are summed rank by rank. Worst: 1.9e-6.
 TABLE_TOLERANCE = 1e-5
 BAGS = ("bag_user_id", "bag_context_country", "bag_item_id", "bag_items_category")
-TOKENS = ("token_item_id", "token_action", "token_items_category", "token_position_history")
+TOKENS = ("token_item_id", "token_events_action", "token_items_category", "token_position_history")
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "['table_wise', 'row_wise', 'column_wise'] are allowed",
     ),
     "a misspelt type": (
-        {"sharding": {"token_action": ["tablewise"]}},
-        "table token_action of an EmbeddingCollection is to be sharded ['tablewise']; on cpu",
+        {"sharding": {"token_events_action": ["tablewise"]}},
+        "table token_events_action of an EmbeddingCollection is to be sharded ['tablewise']; on",
     ),
     "a table of no model": (
         {"sharding": {"token_items": ["row_wise"]}},

@@ -29,6 +29,7 @@ from torchrec_kvshare.features.schema import (
     Vocabulary,
     Window,
     context_key,
+    event_key,
     item_key,
 )
 from torchrec_kvshare.history.kinds import CAUSAL
@@ -52,12 +53,12 @@ def make_schema(history: int, num_users: int, block: int | None = None) -> Featu
         num_users: users with a row of their own.
         block: events from one possible start of the window to the next; None for ``history``.
     """
-    ids_by_column = {USER: num_users, ITEM: NUM_ITEMS, ACTION: 4}
+    ids_by_column = {USER: num_users, ITEM: NUM_ITEMS, event_key(ACTION): 4}
     ids_by_column |= {item_key("category"): NUM_CATEGORIES, context_key("country"): 50}
     return FeatureSchema(
         {c: Vocabulary([str(i) for i in range(count)]) for c, count in ids_by_column.items()},
         context=("country",),
-        has_action=True,
+        event_attributes=(ACTION,),
         item_attributes=("category",),
         item_floats=("price",),
         histories=(History(HISTORY, Window(max_history=history, block=block or history)),),

@@ -188,12 +188,13 @@ class PrefixDigests:
         self.first_event = events.first_event
         self.first_time = int(events.columns[TIME][0]) if events.num_events else 0
         bags = [events.bags[column] for column in schema.item_attributes]
-        columns = [events.columns[column] for column in sorted(events.columns)]
-        columns += [bag.lengths for bag in bags]
+        columns = [events.columns[column].numpy() for column in sorted(events.columns)]
+        columns += [events.floats[column].numpy().view(np.uint32) for column in schema.event_floats]
+        columns += [bag.lengths.numpy() for bag in bags]
         # Row by row: a prefix of events is a prefix of bytes. Rows and times are below 2**32.
         rows = np.empty((events.num_events, len(columns)), dtype=np.uint32)
         for index, column in enumerate(columns):
-            rows[:, index] = column.numpy()
+            rows[:, index] = column
         self._parts = [rows, *(bag.values.numpy().astype(np.uint32) for bag in bags)]
 
     @property

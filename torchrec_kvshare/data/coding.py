@@ -25,7 +25,13 @@ from torchrec_kvshare.data.interactions import (
     example_of,
     label_rule,
 )
-from torchrec_kvshare.data.shards import request_column, request_file
+from torchrec_kvshare.data.shards import (
+    event_column,
+    event_float_column,
+    request_column,
+    request_file,
+    request_float_column,
+)
 from torchrec_kvshare.data.sources import SourceFile, source_name
 from torchrec_kvshare.data.staging import Work, quoted, stage_files, table
 from torchrec_kvshare.data.tables import EXAMPLES_PER_REASON, Exclusion, Part, without_missing
@@ -35,7 +41,6 @@ from torchrec_kvshare.features.ids import canonical_id
 from torchrec_kvshare.features.limits import MAX_TIME
 
 BAD_TIME, BAD_LABEL = "bad time", "bad label"
-ROLES = ("user", "item", "action")
 _INTEGER = "regexp_full_match(id, '0|-?[1-9][0-9]*')"
 # `sorted_ids`: negative integers, the longest first and the greatest digits first; other integers
 # by length and digits; texts by code point, which is the order of UTF-8's bytes.
@@ -53,27 +58,34 @@ class CodedLog:
     """A log whose ids are numbered: stages of the work folder, and the events as a query.
 
     Stages: ``ids/<role>.parquet`` with ``id`` in the order of codes; ``item_attributes/<n>``,
-    ``user_attributes/<n>`` and ``item_floats/<n>.parquet`` with ``code`` and ``value``, for owners
-    that have one; ``request_file(n)`` with ``value`` in the order of codes.
+    ``user_attributes/<n>``, ``item_floats/<n>`` and ``user_floats/<n>.parquet`` with ``code`` and
+    ``value``, for owners that have one; ``request_file(n)`` with ``value`` in the order of codes.
 
     Args:
-        events: a query with ``user``, ``item``, ``time``, ``label``, if the log has actions
-            ``action``, and for each attribute of requests ``request_column(n)``.
-        has_action: whether the log has actions.
+        events: a query with ``user``, ``item``, ``time``, ``label``, for each attribute of events
+            ``event_column(n)``, for each attribute of requests ``request_column(n)``, for each
+            float of requests ``request_float_column(n)`` and of events ``event_float_column(n)``.
+        event_attributes: names of attributes of events, whose roles are ``event_column(n)``.
         item_attributes: names of item attributes.
         item_floats: names of item floats.
         user_attributes: names of user attributes.
         request_attributes: names of attributes of requests.
+        user_floats: names of user floats.
+        request_floats: names of floats of requests.
+        event_floats: names of floats of events.
         report: of the rows read, without its summary.
         time_form: how times are written; None: the log was not read from files.
     """
 
     events: str
-    has_action: bool
+    event_attributes: tuple[str, ...]
     item_attributes: tuple[str, ...]
     item_floats: tuple[str, ...]
     user_attributes: tuple[str, ...]
     request_attributes: tuple[str, ...]
+    user_floats: tuple[str, ...]
+    request_floats: tuple[str, ...]
+    event_floats: tuple[str, ...]
     report: ReadReport
     time_form: str | None
 
@@ -113,11 +125,14 @@ def code_files(
     coding.take_medians()
     return CodedLog(
         events=coding.events(),
-        has_action=columns.action is not None,
+        event_attributes=tuple(columns.event_ids),
         item_attributes=columns.item_attributes,
         item_floats=columns.item_floats,
         user_attributes=columns.user_attributes,
         request_attributes=columns.request_attributes,
+        user_floats=columns.user_floats,
+        request_floats=columns.request_floats,
+        event_floats=columns.event_floats,
         report=report,
         time_form=time_form,
     )
@@ -165,8 +180,8 @@ class _Coding:
             self.exclusions.setdefault(exclusion.column, []).append((number, exclusion))
         self.rule = rule
         self.id_by_role = {"user": self.columns.user, "item": self.columns.item}
-        if self.columns.action is not None:
-            self.id_by_role["action"] = self.columns.action
+        for number, name in enumerate(self.columns.event_ids.values()):
+            self.id_by_role[event_column(number)] = name
 
     # --- what texts mean
 
@@ -175,7 +190,7 @@ class _Coding:
         named = [
             *self.id_by_role.values(),
             *self.columns.attributes,
-            *self.columns.item_floats,
+            *self.columns.floats,
             *([] if self.rule is None else [self.rule.column]),
         ]
         for name in dict.fromkeys(named):
@@ -204,7 +219,7 @@ class _Coding:
             kinds["label"] = arrow.float64()
         if name in self.columns.attributes:
             kinds["ids"] = arrow.list_(arrow.string())
-        if name in self.columns.item_floats:
+        if name in self.columns.floats:
             kinds |= {"number": arrow.float64(), "issue": arrow.int64()}
         schema = arrow.schema(list(kinds.items()))
 
@@ -417,10 +432,10 @@ class _Coding:
         for name in coded:
             index = self.index_by_name[name]
             selected.append(f"v{index}.code AS k{index}")
-        for name in self.columns.item_floats:
+        for name in self.columns.floats:
             index = self.index_by_name[name]
             selected += [f"v{index}.number AS n{index}", f"v{index}.issue AS i{index}"]
-        names = [*coded, *self.columns.item_floats]
+        names = [*coded, *self.columns.floats]
         names += [step.column for step in steps if step.reason != BAD_TIME]
         names += [] if self.rule is None else [self.rule.column]
         self.work.copy("rows.parquet", f"SELECT {', '.join(selected)} {self._all_rows(names)}")
@@ -456,7 +471,7 @@ class _Coding:
         report = ReadReport(num_rows + num_misfits, num_kept, dropped, examples)
         check_kept(report, self.source)
         bad_floats = {}
-        for name in self.columns.item_floats:
+        for name in self.columns.floats:
             index = self.index_by_name[name]
             for issue, reason in enumerate(BAD_FLOATS):
                 where = f"verdict IS NULL AND i{index} = {issue}"
@@ -543,15 +558,27 @@ class _Coding:
     def events(self) -> str:
         """Return the query of the coded events."""
         joins = " ".join(map(self._codes, self.id_by_role))
-        others = ", CAST(actions.code AS INTEGER) AS action" if "action" in self.id_by_role else ""
+        others = "".join(
+            f", CAST({role}s.code AS INTEGER) AS {role}"
+            for role in map(event_column, range(len(self.columns.event_ids)))
+        )
         for number, name in enumerate(self.columns.request_attributes):
             codes = table(self.work.folder / f"codes/request{number}.parquet")
             others += f", CAST(r{number}.code AS INTEGER) AS {request_column(number)}"
             joins += f" JOIN {codes} AS r{number} ON k{self.index_by_name[name]} = r{number}.k"
+        for number, name in enumerate(self.columns.request_floats):
+            others += f", {self._float(name)} AS {request_float_column(number)}"
+        for number, name in enumerate(self.columns.event_floats):
+            others += f", {self._float(name)} AS {event_float_column(number)}"
         return (
             f"SELECT users.code AS user, CAST(items.code AS INTEGER) AS item, time, "
             f"CAST(label AS UTINYINT) AS label{others} FROM {self.kept} {joins}"
         )
+
+    def _float(self, name: str) -> str:
+        """Return the number of a kept row, else 0, as SQL; a negative zero is 0."""
+        number = f"CAST(coalesce(n{self.index_by_name[name]}, 0) AS FLOAT)"
+        return f"CASE WHEN {number} = 0 THEN CAST(0 AS FLOAT) ELSE {number} END"
 
     # --- values of items and users
 
@@ -604,20 +631,26 @@ class _Coding:
             )
 
     def take_medians(self) -> None:
-        """Make ``item_floats/<n>.parquet``: the median of the numbers of an item's rows."""
-        for number, name in enumerate(self.columns.item_floats):
-            value = f"n{self.index_by_name[name]}"
-            self.work.copy(
-                f"item_floats/{number}.parquet",
-                f"""WITH counted AS (
-                    SELECT items.code AS code, {value} AS number, count(*) AS n
-                    FROM {self.kept} {self._codes("item")} WHERE {value} IS NOT NULL GROUP BY ALL
-                ), ordered AS (
-                    SELECT code, number, sum(n) OVER (PARTITION BY code) AS total,
-                        sum(n) OVER (PARTITION BY code ORDER BY number) AS upto
-                    FROM counted
-                )
-                SELECT code, CAST((min(number) FILTER (upto > (total - 1) // 2)
-                    + min(number) FILTER (upto > total // 2)) / 2 AS FLOAT) AS value
-                FROM ordered GROUP BY code ORDER BY code""",
+        """Make ``<role>_floats/<n>.parquet``: the median of the numbers of an owner's rows."""
+        for role, names in (
+            ("item", self.columns.item_floats),
+            ("user", self.columns.user_floats),
+        ):
+            for number, name in enumerate(names):
+                self._take_median(role, f"n{self.index_by_name[name]}", number)
+
+    def _take_median(self, role: str, value: str, number: int) -> None:
+        self.work.copy(
+            f"{role}_floats/{number}.parquet",
+            f"""WITH counted AS (
+                SELECT {role}s.code AS code, {value} AS number, count(*) AS n
+                FROM {self.kept} {self._codes(role)} WHERE {value} IS NOT NULL GROUP BY ALL
+            ), ordered AS (
+                SELECT code, number, sum(n) OVER (PARTITION BY code) AS total,
+                    sum(n) OVER (PARTITION BY code ORDER BY number) AS upto
+                FROM counted
             )
+            SELECT code, CAST((min(number) FILTER (upto > (total - 1) // 2)
+                + min(number) FILTER (upto > total // 2)) / 2 AS FLOAT) AS value
+            FROM ordered GROUP BY code ORDER BY code""",
+        )

@@ -15,16 +15,29 @@ from numpy.typing import NDArray
 from torchrec_kvshare.data.coding import ORDER_OF_IDS, CodedLog
 from torchrec_kvshare.data.digest import DataDigest, digest_of_events, digest_of_values
 from torchrec_kvshare.data.interactions import LogSummary, num_tied
-from torchrec_kvshare.data.shards import FORMAT, request_column, request_file
+from torchrec_kvshare.data.shards import (
+    FORMAT,
+    event_column,
+    event_file,
+    event_float_column,
+    request_column,
+    request_file,
+    request_float_column,
+)
 from torchrec_kvshare.data.splits import TRAIN, SplitRule, split_events
 from torchrec_kvshare.data.staging import ROWS, Work, identifier, table
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.features.schema import ACTION, ITEM, USER, context_key, item_key, table_name
+from torchrec_kvshare.features.schema import (
+    ITEM,
+    USER,
+    context_key,
+    event_key,
+    item_key,
+    table_name,
+)
 
 SHARDS = "shards"
 EVENTS_PER_SHARD = 1_000_000
-ROLES = ("user", "item", "action")
-KEY_BY_ROLE = {"user": USER, "item": ITEM, "action": ACTION}
 
 Ints = NDArray[np.int64]
 
@@ -33,7 +46,7 @@ class _Tally(NamedTuple):
     """Counts over all shards; the split is that of ``build_dataset``."""
 
     known_users: NDArray[np.bool_]
-    known_by_column: dict[str, NDArray[np.bool_]]  # codes of actions, and of values of requests
+    known_by_column: dict[str, NDArray[np.bool_]]  # codes of attributes of events and requests
     num_training: Ints  # by item
     num_positive: Ints  # by item, of the training split
 
@@ -63,7 +76,7 @@ class Cutter:
         stages = self.work.folder
         self.ids = {
             role: table(stages / f"ids/{role}.parquet", ", file_row_number = true")
-            for role in self.roles
+            for role in self.key_by_role
         }
         self.num_by_role = {
             role: self.work.one(f"SELECT count(*) FROM {ids}")[0] for role, ids in self.ids.items()
@@ -79,9 +92,15 @@ class Cutter:
         self.num_shards = self._num_shards()
 
     @property
-    def roles(self) -> tuple[str, ...]:
-        """The id columns that the log has."""
-        return ROLES if self.log.has_action else ROLES[:2]
+    def key_by_role(self) -> dict[str, str]:
+        """The id columns of the log, with the keys of their vocabularies."""
+        return {"user": USER, "item": ITEM} | self.event_keys
+
+    @property
+    def event_keys(self) -> dict[str, str]:
+        """The columns of events with codes of their attributes, and the vocabularies' keys."""
+        names = enumerate(self.log.event_attributes)
+        return {event_column(number): event_key(name) for number, name in names}
 
     @property
     def requests(self) -> dict[str, str]:
@@ -96,7 +115,13 @@ class Cutter:
     @property
     def coded(self) -> list[str]:
         """The columns of events beside item, time and label, all of them codes."""
-        return [*(["action"] if self.log.has_action else []), *self.requests]
+        return [*self.event_keys, *self.requests]
+
+    @property
+    def floats(self) -> list[str]:
+        """The columns of events with floats, those of their requests first."""
+        of_requests = map(request_float_column, range(len(self.log.request_floats)))
+        return [*of_requests, *map(event_float_column, range(len(self.log.event_floats)))]
 
     def _num_shards(self) -> int:
         num_users = self.num_by_role["user"]
@@ -138,7 +163,10 @@ class Cutter:
             "item_floats": list(self.log.item_floats),
             "user_attributes": list(self.log.user_attributes),
             "request_attributes": list(self.log.request_attributes),
-            "has_action": self.log.has_action,
+            "user_floats": list(self.log.user_floats),
+            "request_floats": list(self.log.request_floats),
+            "event_floats": list(self.log.event_floats),
+            "event_attributes": list(self.log.event_attributes),
             "report": text,
             "digest": DataDigest(counts, self._digests()).to_json(),
         }
@@ -156,12 +184,13 @@ class Cutter:
             "firsts.parquet", {"first_event": firsts, "num_events": self.num_events}
         )
         counts = table(self.work.folder / "firsts.parquet", ", file_row_number = true")
-        selected, joins = self._values("user", self.log.user_attributes, "attributes")
+        attributes, joins = self._values("user", self.log.user_attributes, "attributes")
+        floats, more_joins = self._values("user", self.log.user_floats, "floats")
         self.work.copy(
             "users.parquet",
-            f"SELECT i.file_row_number AS code, id, first_event, num_events{selected} "
+            f"SELECT i.file_row_number AS code, id, first_event, num_events{attributes}{floats} "
             f"FROM {self.ids['user']} AS i JOIN {counts} AS c USING (file_row_number) {joins} "
-            "ORDER BY code",
+            f"{more_joins} ORDER BY code",
         )
 
     def _values(self, role: str, names: Sequence[str], kind: str) -> tuple[str, str]:
@@ -182,14 +211,15 @@ class Cutter:
             f"SELECT * FROM {table(self.work.folder / 'users.parquet')} "
             f"WHERE code % {self.num_shards} = {shard} ORDER BY code",
         )
-        coded = "".join(f", {column}" for column in self.coded)
+        others = [*self.coded, *self.floats]
         # As ``in_canonical_order`` does.
-        order = ["user", "time", "item", *self.coded]
-        order.insert(4 if self.log.has_action else 3, "label")
+        order = ["user", "time", "item", *others]
+        order.insert(3 + len(self.event_keys), "label")
         cut = table(self.work.folder / f"cut/shard={shard}", ", hive_partitioning = false")
         self.work.copy(
             f"{name}.events.parquet",
-            f"SELECT item, time, label{coded} FROM {cut} ORDER BY {', '.join(order)}",
+            f"SELECT {', '.join(['item', 'time', 'label', *others])} FROM {cut} "
+            f"ORDER BY {', '.join(order)}",
         )
 
     def _events(self, shard: int, columns: Sequence[str]) -> list[NDArray[Any]]:
@@ -258,10 +288,10 @@ class Cutter:
             f"FROM {self.ids['item']} AS i JOIN {training} AS t USING (file_row_number) "
             f"{joins} {more_joins} ORDER BY i.file_row_number",
         )
-        if self.log.has_action:
+        for number, role in enumerate(self.event_keys):
             self.work.copy(
-                "../actions.parquet",
-                f"SELECT id FROM {self.ids['action']} ORDER BY file_row_number",
+                f"../{event_file(number)}",
+                f"SELECT id FROM {self.ids[role]} ORDER BY file_row_number",
             )
         for number, values in enumerate(self.requests.values()):
             self.work.copy(
@@ -276,11 +306,11 @@ class Cutter:
         }
         for role, codes in known_by_role.items():
             self.work.write_columns(f"known/{role}.parquet", {"code": codes})
-        for role in self.roles:
+        for role, key in self.key_by_role.items():
             self.work.copy(
-                f"../vocabulary/{table_name(KEY_BY_ROLE[role])}.parquet",
+                f"../vocabulary/{table_name(key)}.parquet",
                 f"SELECT id FROM {self.ids[role]} WHERE file_row_number IN {self._known(role)} "
-                "ORDER BY file_row_number",
+                "AND id <> '' ORDER BY file_row_number",
             )
         for role, names, key_of in (
             ("item", self.log.item_attributes, item_key),
@@ -317,9 +347,9 @@ class Cutter:
             self._user_codes(),
             *(self._in_order(name) for name in ("item", "time", "label", *self.coded)),
         ]
-        if self.log.has_action:
-            actions = self._column(self.folder / "actions.parquet", "id")
-            digests["actions"] = digest_of_values(actions)
+        for number, name in enumerate(self.log.event_attributes):
+            ids = self._column(self.folder / event_file(number), "id")
+            digests[f"{name} of events"] = digest_of_values(ids)
         digests["events"] = digest_of_events(columns)
         for name in (*self.log.item_attributes, *self.log.item_floats):
             is_float = name in self.log.item_floats
@@ -333,6 +363,12 @@ class Cutter:
         for number, name in enumerate(self.log.request_attributes):
             values = self._column(self.folder / request_file(number), "value")
             digests[f"{name} of requests"] = digest_of_values(values)
+        for name in self.log.user_floats:
+            digests[f"{name} of users"] = digest_of_events([self._arrays(users, name)], "<f4")
+        parts = [f"{name} of requests" for name in self.log.request_floats]
+        parts += [f"{name} of events" for name in self.log.event_floats]
+        for part, column in zip(parts, self.floats, strict=True):
+            digests[part] = digest_of_events([self._in_order(column)], "<f4")
         return digests
 
     def _column(self, path: Path, name: str) -> Iterator[list[Any]]:

@@ -5,7 +5,8 @@ time are a set, and none of them sees another: an event sees the ``num_earlier``
 events of its user and nothing else.
 
 Nothing depends on the order of the log's rows: ids are numbered in sorted order, and events of a
-user at the same time are ordered by item, action, label and attributes of their requests.
+user at the same time are ordered by item, attributes of the event, label, attributes and floats of
+their requests, and floats of the event.
 
 A log larger than memory is cut into shards by user (``shards``). A ``Dataset`` is one or several of
 them: some users with all their events. Items, actions, vocabularies and codes are the whole log's.
@@ -14,7 +15,7 @@ them: some users with all their events. Items, actions, vocabularies and codes a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ from torchrec_kvshare.features.ids import sorted_ids
 from torchrec_kvshare.features.schema import (
     ACTION,
     ITEM,
+    MISSING_ROW,
     USER,
     FeatureSchema,
     Hashed,
@@ -42,12 +44,14 @@ from torchrec_kvshare.features.schema import (
     IdMap,
     Vocabulary,
     context_key,
+    event_key,
     item_key,
 )
 
 NO_MAPS: Mapping[str, IdMap] = MappingProxyType({})
 
 Ints = NDArray[np.int64]
+CodedColumn = TypeVar("CodedColumn", IdColumn, ValueColumn)
 
 
 class JaggedRows(NamedTuple):
@@ -73,12 +77,23 @@ class CodedRows(NamedTuple):
         return self.rows.take(self.codes[events])
 
 
+class CodedIds(NamedTuple):
+    """Table rows by event, one each: event t has ``row_by_code[codes[t]]``."""
+
+    codes: Ints
+    row_by_code: Ints
+
+    def take(self, events: Ints | slice) -> Ints:
+        """Return the rows of the given events."""
+        return self.row_by_code[self.codes[events]]
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Some users of a log: events ordered by user, then time, then as the module says.
 
     Users are numbered from 0 here; ``user_code`` has their codes in the whole log. All else that
-    has a code (items, actions) is the whole log's, and shards of one log share these arrays.
+    has a code (items, attributes) is the whole log's, and shards of one log share these arrays.
 
     Attributes:
         log: the same events in the same order, with raw ids and attributes; the codes below index
@@ -88,19 +103,21 @@ class Dataset:
         first_event: [U] index of each user's first event in the whole log.
         user_offsets: [U + 1], in events.
         item: [T] item code of each event.
-        action: [T] action code of each event; empty where the log has none.
         time: [T] Unix seconds.
         label: [T] float32, 1 for a positive event.
         num_earlier: [T] number of events of the same user at strictly earlier times.
         split: [T] ``TRAIN``, ``VALID`` or ``TEST``.
         user_row: [U] table row of each user.
         item_row: [I] table row by item code.
-        action_row: table row by action code; empty where the log has none.
         known_items: item codes of the training split: the catalogue.
+        event_attributes: table row of each event, for each event attribute.
         item_attributes: table rows by item code, for each multi-valued item attribute.
         item_floats: [I, F] float32 by item code.
         context: table rows by user, for each user attribute.
         request_context: table rows by event, for each attribute of requests.
+        user_floats: [U, F] float32 of each user, squashed.
+        request_floats: [T, F] float32 of each event's request, squashed.
+        event_floats: [T, F] float32 of each event, squashed.
         indices_by_history: indices of each history's events, ascending.
         num_before_by_history: [T + 1] number of a history's events before each event.
         known_ids: ids of the training split, by column.
@@ -113,19 +130,21 @@ class Dataset:
     first_event: Ints
     user_offsets: Ints
     item: Ints
-    action: Ints
     time: Ints
     label: NDArray[np.float32]
     num_earlier: Ints
     split: NDArray[np.int8]
     user_row: Ints
     item_row: Ints
-    action_row: Ints
     known_items: Ints
+    event_attributes: dict[str, CodedIds]
     item_attributes: dict[str, JaggedRows]
     item_floats: NDArray[np.float32]
     context: dict[str, JaggedRows]
     request_context: dict[str, CodedRows]
+    user_floats: NDArray[np.float32]
+    request_floats: NDArray[np.float32]
+    event_floats: NDArray[np.float32]
     indices_by_history: dict[str, Ints]
     num_before_by_history: dict[str, Ints]
     known_ids: dict[str, list[str]]
@@ -157,8 +176,8 @@ def build_dataset(
     Args:
         log: as a reader returns it.
         histories: the histories that the model reads.
-        id_maps: of columns without a vocabulary, by ``user_id``, ``item_id``, ``action`` or the
-            attribute's name; items and users may have an attribute of one name, which share it.
+        id_maps: of columns without a vocabulary, by ``user_id``, ``item_id`` or the attribute's
+            name; attributes of items, users and events that have one name share it.
         rule: how the events are split.
 
     Returns:
@@ -176,8 +195,9 @@ def build_dataset(
     known_users = np.unique(log.users.codes[in_training])
     known_items = np.unique(log.items.codes[in_training])
     known = {USER: _ids(log.users, known_users), ITEM: _ids(log.items, known_items)}
-    if log.action is not None:
-        known[ACTION] = _ids(log.action, np.unique(log.action.codes[in_training]))
+    for name, ids in log.event_attributes.items():
+        seen_ids = _ids(ids, np.unique(ids.codes[in_training]))
+        known[event_key(name)] = [raw for raw in seen_ids if raw]
     for owners, attributes, key_of in (
         (known_items, log.item_attributes, item_key),
         (known_users, log.user_attributes, context_key),
@@ -204,7 +224,7 @@ def without_users(
     """Return what all shards of a log share, as a data set that has no users.
 
     Args:
-        log: items and actions of the whole log; its events and users are left out.
+        log: items and attributes of the whole log; its events and users are left out.
         known_ids: of the training split of the whole log, by column, in the order of their rows.
         known_items: item codes of the training split, ascending.
         histories: the histories that the model reads.
@@ -217,15 +237,15 @@ def without_users(
     schema = FeatureSchema(
         vocabularies,
         context=(*log.user_attributes, *log.request_attributes),
-        has_action=log.action is not None,
+        context_floats=(*log.user_floats, *log.request_floats),
+        event_attributes=tuple(log.event_attributes),
+        event_floats=tuple(log.event_floats),
         item_attributes=tuple(log.item_attributes),
         item_floats=tuple(log.item_floats),
         histories=tuple(histories),
     )
     for history in histories:
         _check_actions(history, log)
-    floats = [squash(log.item_floats[name].astype(np.float64)) for name in schema.item_floats]
-    no_floats = np.zeros((len(log.items.ids), 0), np.float32)
     none = np.zeros(0, np.int64)
     return Dataset(
         log=log,
@@ -234,22 +254,27 @@ def without_users(
         first_event=none,
         user_offsets=np.zeros(1, np.int64),
         item=none,
-        action=none,
         time=none,
         label=np.zeros(0, np.float32),
         num_earlier=none,
         split=np.zeros(0, np.int8),
         user_row=none,
         item_row=vocabularies[ITEM].rows_of_ids(log.items.ids),
-        action_row=none if log.action is None else vocabularies[ACTION].rows_of_ids(log.action.ids),
         known_items=known_items,
+        event_attributes={
+            name: CodedIds(none, _event_rows(column.ids, vocabularies[event_key(name)]))
+            for name, column in log.event_attributes.items()
+        },
         item_attributes=_attribute_rows(log.item_attributes, vocabularies, item_key),
-        item_floats=np.stack(floats, axis=1) if floats else no_floats,
+        item_floats=_squashed(log.item_floats, len(log.items.ids)),
         context={},
         request_context={
             name: CodedRows(none, _jagged_rows(column.values, vocabularies[context_key(name)]))
             for name, column in log.request_attributes.items()
         },
+        user_floats=np.zeros((0, len(log.user_floats)), np.float32),
+        request_floats=np.zeros((0, len(log.request_floats)), np.float32),
+        event_floats=np.zeros((0, len(log.event_floats)), np.float32),
         indices_by_history={history.name: none for history in histories},
         num_before_by_history={history.name: np.zeros(1, np.int64) for history in histories},
         known_ids=known_ids,
@@ -268,16 +293,14 @@ def with_users(
 
     Args:
         shared: as ``without_users`` returns it.
-        log: the users' events, in canonical order; its items and actions are those of ``shared``.
+        log: the users' events, in canonical order; its items and attributes are those of
+            ``shared``.
         splits: of these events.
         user_code: [U] code of each user in the whole log.
         first_event: [U] index of each user's first event in the whole log.
     """
     vocabularies = shared.schema.vocabulary_by_column
-    action = np.zeros(0, np.int64) if log.action is None else log.action.codes
-    in_history = {
-        history.name: _in_history(log, history, action) for history in shared.schema.histories
-    }
+    in_history = {history.name: _in_history(log, history) for history in shared.schema.histories}
     return replace(
         shared,
         log=log,
@@ -285,17 +308,23 @@ def with_users(
         first_event=first_event,
         user_offsets=splits.user_offsets,
         item=log.items.codes,
-        action=action,
         time=log.time,
         label=log.label,
         num_earlier=splits.num_earlier,
         split=splits.split,
         user_row=vocabularies[USER].rows_of_ids(log.users.ids),
+        event_attributes={
+            name: shared.event_attributes[name]._replace(codes=column.codes)
+            for name, column in log.event_attributes.items()
+        },
         context=_attribute_rows(log.user_attributes, vocabularies, context_key),
         request_context={
             name: shared.request_context[name]._replace(codes=column.codes)
             for name, column in log.request_attributes.items()
         },
+        user_floats=_squashed(log.user_floats, len(log.users.ids)),
+        request_floats=_squashed(log.request_floats, len(log.time)),
+        event_floats=_squashed(log.event_floats, len(log.time)),
         indices_by_history={name: np.flatnonzero(kept) for name, kept in in_history.items()},
         num_before_by_history={
             name: np.concatenate([[0], np.cumsum(kept)]) for name, kept in in_history.items()
@@ -317,31 +346,33 @@ def count_colliding(rows: Ints) -> int:
 def in_canonical_order(log: InteractionLog) -> InteractionLog:
     """Return the log independent of the order of its rows: equal logs become identical.
 
-    Users, items and actions are coded by ``sorted_ids``, without those that have no event; rows are
-    ordered by user, time, item, action and label.
+    Ids are coded by ``sorted_ids``, without those that have no event; rows are ordered by user,
+    time, item, attributes of the event, label, attributes and floats of the request, and floats of
+    the event.
     """
     users, old_users = _recoded(log.users)
     items, old_items = _recoded(log.items)
-    action = None if log.action is None else _recoded(log.action)[0]
-    action_codes = () if action is None else (action.codes,)
+    events = {name: _recoded(column)[0] for name, column in log.event_attributes.items()}
     requests = {name: _sorted_values(one) for name, one in log.request_attributes.items()}
-    of_requests = [column.codes for column in requests.values()]
-    # The last key counts most.
-    keys = (*of_requests[::-1], log.label, *action_codes, items.codes, log.time, users.codes)
-    order = np.lexsort(keys)
+    keys: list[NDArray[Any]] = [users.codes, log.time, items.codes]
+    keys += [column.codes for column in events.values()]
+    keys += [log.label, *(column.codes for column in requests.values())]
+    keys += (*log.request_floats.values(), *log.event_floats.values())
+    order = np.lexsort(keys[::-1])  # The last key counts most.
     return replace(
         log,
         users=users._replace(codes=users.codes[order]),
         items=items._replace(codes=items.codes[order]),
         time=log.time[order],
         label=log.label[order],
-        action=action and action._replace(codes=action.codes[order]),
+        event_attributes=rows_of_columns(events, order),
         item_attributes=_taken(log.item_attributes, old_items),
-        item_floats={name: values[old_items] for name, values in log.item_floats.items()},
+        item_floats=rows_of_floats(log.item_floats, old_items),
         user_attributes=_taken(log.user_attributes, old_users),
-        request_attributes={
-            name: column._replace(codes=column.codes[order]) for name, column in requests.items()
-        },
+        request_attributes=rows_of_columns(requests, order),
+        user_floats=rows_of_floats(log.user_floats, old_users),
+        request_floats=rows_of_floats(log.request_floats, order),
+        event_floats=rows_of_floats(log.event_floats, order),
     )
 
 
@@ -365,12 +396,25 @@ def keep_users(
         items=log.items._replace(codes=log.items.codes[kept]),
         time=log.time[kept],
         label=log.label[kept],
-        action=log.action and log.action._replace(codes=log.action.codes[kept]),
-        request_attributes={
-            name: column._replace(codes=column.codes[kept])
-            for name, column in log.request_attributes.items()
-        },
+        event_attributes=rows_of_columns(log.event_attributes, kept),
+        request_attributes=rows_of_columns(log.request_attributes, kept),
+        request_floats=rows_of_floats(log.request_floats, kept),
+        event_floats=rows_of_floats(log.event_floats, kept),
     )
+
+
+def rows_of_columns(
+    columns: Mapping[str, CodedColumn], rows: Ints | NDArray[np.bool_]
+) -> dict[str, CodedColumn]:
+    """Return coded columns with some of their rows."""
+    return {name: column._replace(codes=column.codes[rows]) for name, column in columns.items()}
+
+
+def rows_of_floats(
+    columns: Mapping[str, NDArray[np.float32]], rows: Ints | NDArray[np.bool_]
+) -> dict[str, NDArray[np.float32]]:
+    """Return float columns with some of their rows."""
+    return {name: values[rows] for name, values in columns.items()}
 
 
 def first_users(can_test: NDArray[np.bool_], max_users: int) -> Ints:
@@ -400,11 +444,18 @@ def _check_numbers(log: InteractionLog) -> None:
     if wrong.any():
         raise DataError(f"a label is {log.label[wrong][0]}; 0 and 1 are allowed")
     for name, values in log.item_floats.items():
-        if not np.isfinite(values).all():
-            item = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise DataError(
-                f"{name} of item {log.items.ids[item]} is {values[item]}; it must be finite"
-            )
+        _check_finite(name, values, lambda row: f"item {log.items.ids[row]}")
+    for name, values in log.user_floats.items():
+        _check_finite(name, values, lambda row: f"user {log.users.ids[row]}")
+    for name, values in (*log.request_floats.items(), *log.event_floats.items()):
+        _check_finite(name, values, lambda row: f"row {row}")
+
+
+def _check_finite(name: str, values: NDArray[np.float32], owner: Callable[[int], str]) -> None:
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(f"{name} of {owner(row)} is {values[row]}; it must be finite")
 
 
 def _recoded(column: IdColumn) -> tuple[IdColumn, Ints]:
@@ -438,19 +489,19 @@ def _taken(
 
 
 def _check_actions(history: History, log: InteractionLog) -> None:
-    unknown = set(history.actions) - set(() if log.action is None else log.action.ids)
-    if unknown and log.action is not None:
+    actions = log.event_attributes.get(ACTION)
+    if actions is not None and (unknown := sorted(set(history.actions) - set(actions.ids))):
         raise ConfigError(
-            f"history {history.name} keeps actions {sorted(unknown)}; the log has "
-            f"{sorted(log.action.ids)}"
+            f"history {history.name} keeps actions {unknown}; the log has {sorted(actions.ids)}"
         )
 
 
-def _in_history(log: InteractionLog, history: History, action: Ints) -> NDArray[np.bool_]:
-    if not history.actions or log.action is None:
+def _in_history(log: InteractionLog, history: History) -> NDArray[np.bool_]:
+    if not history.actions:
         return np.ones(len(log.time), bool)
-    codes = [code for code, raw in enumerate(log.action.ids) if raw in history.actions]
-    return np.isin(action, codes)
+    actions = log.event_attributes[ACTION]
+    codes = [code for code, raw in enumerate(actions.ids) if raw in history.actions]
+    return np.isin(actions.codes, codes)
 
 
 def _ids(column: IdColumn, codes: Ints) -> list[str]:
@@ -468,6 +519,18 @@ def _id_maps(known: Mapping[str, list[str]], given: Mapping[str, IdMap]) -> dict
         column: given[name] if name in given else Vocabulary(known[column])
         for column, name in name_by_column.items()
     }
+
+
+def _squashed(columns: Mapping[str, NDArray[np.float32]], num_rows: int) -> NDArray[np.float32]:
+    """Return float columns side by side, [rows, columns], as the model reads them."""
+    squashed = [squash(values.astype(np.float64)) for values in columns.values()]
+    return np.stack(squashed, axis=1) if squashed else np.zeros((num_rows, 0), np.float32)
+
+
+def _event_rows(ids: Sequence[str], id_map: IdMap) -> Ints:
+    """Return the row of each id; an empty one is a missing value."""
+    is_missing = np.fromiter((not raw for raw in ids), np.bool_, len(ids))
+    return np.where(is_missing, MISSING_ROW, id_map.rows_of_ids(ids))
 
 
 def _attribute_rows(

@@ -77,9 +77,9 @@ def data_digest(log: DataDigest, schema: FeatureSchema) -> DataDigest:
 def _parts(log: InteractionLog) -> dict[str, str]:
     columns = [log.users.codes, log.items.codes, log.time, log.label.astype(np.int64)]
     digest_by_part = {"user ids": _digest(log.users.ids), "item ids": _digest(log.items.ids)}
-    if log.action is not None:
-        columns.append(log.action.codes)
-        digest_by_part["actions"] = _digest(log.action.ids)
+    for name, ids in log.event_attributes.items():
+        columns.append(ids.codes)
+        digest_by_part[f"{name} of events"] = _digest(ids.ids)
     columns += [column.codes for column in log.request_attributes.values()]
     digest_by_part["events"] = digest_of_events([column] for column in columns)
     for name, values in log.item_attributes.items():
@@ -90,6 +90,12 @@ def _parts(log: InteractionLog) -> dict[str, str]:
         digest_by_part[f"{name} of users"] = _digest(values)
     for name, column in log.request_attributes.items():
         digest_by_part[f"{name} of requests"] = _digest(column.values)
+    for name, floats in log.user_floats.items():
+        digest_by_part[f"{name} of users"] = digest_of_events([[floats]], "<f4")
+    for name, floats in log.request_floats.items():
+        digest_by_part[f"{name} of requests"] = digest_of_events([[floats]], "<f4")
+    for name, floats in log.event_floats.items():
+        digest_by_part[f"{name} of events"] = digest_of_events([[floats]], "<f4")
     return digest_by_part
 
 

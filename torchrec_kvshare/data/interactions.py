@@ -34,7 +34,7 @@ from torchrec_kvshare.data.times import TimeFormat, finite_number, iso_of, read_
 from torchrec_kvshare.errors import ConfigError, DataError, ShapeError
 from torchrec_kvshare.features.ids import canonical_id, is_long_id
 from torchrec_kvshare.features.limits import MAX_FLOAT
-from torchrec_kvshare.features.schema import check_columns
+from torchrec_kvshare.features.schema import ACTION, check_columns
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -114,11 +114,15 @@ class ColumnMapping:
         user: column of the user id.
         item: column of the item id.
         time: column of the time.
-        action: column of what the user did, such as "view".
+        action: column of what the user did, such as "view"; requests call it ``action``.
+        event_attributes: columns with one id per row, of the event: the surface, the device.
         label: rule for the positive label, such as "rating>=4" or "event==buy", on any column of
             the file. None: every row is positive.
         item_attributes: columns of item attributes, each with one or several ids.
         item_floats: columns of item numbers.
+        user_floats: columns of user numbers.
+        request_floats: columns of numbers of the moment of a row.
+        event_floats: columns of numbers of the event: the price paid, the time spent.
         user_attributes: columns of user attributes, each with one or several ids.
         request_attributes: columns of what was so at the moment of a row, such as the device, each
             with one or several ids.
@@ -134,17 +138,33 @@ class ColumnMapping:
     item: str
     time: str
     action: str | None = None
+    event_attributes: tuple[str, ...] = ()
     label: str | None = None
     item_attributes: tuple[str, ...] = ()
     item_floats: tuple[str, ...] = ()
     user_attributes: tuple[str, ...] = ()
     request_attributes: tuple[str, ...] = ()
+    user_floats: tuple[str, ...] = ()
+    request_floats: tuple[str, ...] = ()
+    event_floats: tuple[str, ...] = ()
     list_separator: str = "|"
     time_format: TimeFormat = field(default_factory=TimeFormat)
 
     def __post_init__(self) -> None:
-        context = (*self.user_attributes, *self.request_attributes)
-        check_columns(self.item_attributes, self.item_floats, context)
+        attributes = (*self.user_attributes, *self.request_attributes)
+        context = (*attributes, *self.user_floats, *self.request_floats)
+        check_columns(
+            self.item_attributes,
+            self.item_floats,
+            context,
+            self.event_attributes,
+            self.event_floats,
+        )
+        if ACTION in self.event_attributes:
+            raise ConfigError(
+                f"event_attributes are {list(self.event_attributes)}; {ACTION!r} is not among "
+                "them: columns.action names the column of what the user did"
+            )
         if not self.list_separator:
             raise ConfigError("list_separator is ''; allowed is any text of at least one character")
         if self.label is not None:
@@ -155,13 +175,25 @@ class ColumnMapping:
         """Columns of attributes of items, users and requests."""
         return (*self.item_attributes, *self.user_attributes, *self.request_attributes)
 
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """Columns of numbers of items, users, requests and events, without duplicates."""
+        of_rows = (*self.request_floats, *self.event_floats)
+        return tuple(dict.fromkeys((*self.item_floats, *self.user_floats, *of_rows)))
+
+    @property
+    def event_ids(self) -> dict[str, str]:
+        """The columns with one id per event, by their names in requests."""
+        action = {} if self.action is None else {ACTION: self.action}
+        return action | {name: name for name in self.event_attributes}
+
     def exclusions_before_time(self, others: Sequence[Exclusion] = ()) -> list[Exclusion]:
         """Return the reasons to drop a row that are tested before its time.
 
         Args:
             others: further reasons, tested after "no user" and "no item".
         """
-        ids = [one for one in (self.user, self.item, self.action) if one is not None]
+        ids = (self.user, self.item, *self.event_ids.values())
         has_long_id = partial(_has_long_id, separator=self.list_separator)
         return [
             Exclusion("no user", self.user, is_blank),
@@ -177,12 +209,10 @@ class ColumnMapping:
 
     def names(self) -> list[str]:
         """Return the columns to read, without duplicates."""
-        single = [self.user, self.item, self.time]
-        if self.action is not None:
-            single.append(self.action)
+        single = [self.user, self.item, self.time, *self.event_ids.values()]
         if self.label is not None:
             single.append(label_rule(self.label).column)
-        return list(dict.fromkeys((*single, *self.attributes, *self.item_floats)))
+        return list(dict.fromkeys((*single, *self.attributes, *self.floats)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +224,16 @@ class InteractionLog:
         items: item of each row.
         time: [T] int64, Unix seconds.
         label: [T] float32 in {0, 1}; all 1 without a label rule.
-        action: action of each row, if the log has them.
+        event_attributes: by name in requests, ``action`` among them: id of each row, empty where
+            the log has none.
         item_attributes: by name, then by item code: raw ids, empty where the log has none.
         item_floats: by name: [num_items] float32, 0 where the log has no number.
         user_attributes: by name, then by user code: raw ids, empty where the log has none.
         report: which rows of the file were kept and dropped.
         request_attributes: by name, raw ids of each row.
+        user_floats: by name: [num_users] float32, 0 where the log has no number.
+        request_floats: by name: [T] float32, likewise.
+        event_floats: by name: [T] float32, likewise.
 
     Raises:
         ShapeError: if lengths of columns differ.
@@ -209,12 +243,15 @@ class InteractionLog:
     items: IdColumn
     time: NDArray[np.int64]
     label: NDArray[np.float32]
-    action: IdColumn | None
+    event_attributes: dict[str, IdColumn]
     item_attributes: dict[str, list[tuple[str, ...]]]
     item_floats: dict[str, NDArray[np.float32]]
     user_attributes: dict[str, list[tuple[str, ...]]]
     report: ReadReport
     request_attributes: dict[str, ValueColumn] = field(default_factory=dict)
+    user_floats: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    request_floats: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    event_floats: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_events = len(self.time)
@@ -223,14 +260,18 @@ class InteractionLog:
         _check_length("users", self.users.codes, num_events)
         _check_length("items", self.items.codes, num_events)
         _check_length("label", self.label, num_events)
-        if self.action is not None:
-            _check_length("action", self.action.codes, num_events)
+        for name, ids in self.event_attributes.items():
+            _check_length(name, ids.codes, num_events)
         for name, values in self.item_attributes.items():
             _check_length(name, values, len(self.items.ids))
         for name, floats in self.item_floats.items():
             _check_length(name, floats, len(self.items.ids))
         for name, values in self.user_attributes.items():
             _check_length(name, values, len(self.users.ids))
+        for name, floats in self.user_floats.items():
+            _check_length(name, floats, len(self.users.ids))
+        for name, floats in (*self.request_floats.items(), *self.event_floats.items()):
+            _check_length(name, floats, num_events)
 
 
 def read_interactions(
@@ -241,7 +282,7 @@ def read_interactions(
     """Read a log of interactions.
 
     Blank lines of a text file are skipped. An attribute of an item or user is the value that most
-    of its rows have; a float of an item is the median.
+    of its rows have, a float the median.
 
     Args:
         files: ``.csv``, ``.tsv``, ``.parquet``, ``.jsonl`` or ``.ndjson``, optionally followed by
@@ -505,12 +546,11 @@ def _assemble(
     users, items = _canonical(kept[columns.user]), _canonical(kept[columns.item])
     time = time_by_row[rows.keep].astype(np.int64)
     label = label_by_row[rows.keep].astype(np.float32)
-    item_floats = {}
-    for name in columns.item_floats:
-        numbers = rows.floats(name)
+    numbers_by_name = {}
+    for name in columns.floats:
+        numbers_by_name[name] = numbers = rows.floats(name)
         num_numbers = int((~np.isnan(numbers)).sum())
         check_float(name, table.source, num_numbers, first=table.columns[name].ids[0])
-        item_floats[name] = _medians(items, numbers)
     order = np.lexsort((time, users.codes))
     summary = LogSummary(
         time_form=time_form,
@@ -525,11 +565,13 @@ def _assemble(
         items=items,
         time=time,
         label=label,
-        action=None if columns.action is None else _canonical(kept[columns.action]),
+        event_attributes={
+            name: _canonical(kept[column]) for name, column in columns.event_ids.items()
+        },
         item_attributes={
             name: _attribute(items, kept[name], separator) for name in columns.item_attributes
         },
-        item_floats=item_floats,
+        item_floats={name: _medians(items, numbers_by_name[name]) for name in columns.item_floats},
         user_attributes={
             name: _attribute(users, kept[name], separator) for name in columns.user_attributes
         },
@@ -537,6 +579,9 @@ def _assemble(
         request_attributes={
             name: _values(kept[name], separator) for name in columns.request_attributes
         },
+        user_floats={name: _medians(users, numbers_by_name[name]) for name in columns.user_floats},
+        request_floats={name: _of_rows(numbers_by_name[name]) for name in columns.request_floats},
+        event_floats={name: _of_rows(numbers_by_name[name]) for name in columns.event_floats},
     )
 
 
@@ -613,14 +658,19 @@ def _has_long_id(text: str, separator: str) -> bool:
     return any(map(is_long_id, text.split(separator)))
 
 
-def _medians(items: IdColumn, numbers: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return by item code the median over the item's rows that have a number, else 0."""
+def _of_rows(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the number of each row, else 0; a negative zero, which orders as 0, is 0."""
+    return np.where(np.isnan(numbers), 0, numbers).astype(np.float32) + np.float32(0)
+
+
+def _medians(owned: IdColumn, numbers: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return by owner code the median over the owner's rows that have a number, else 0."""
     with_number = ~np.isnan(numbers)
-    owners, numbers = items.codes[with_number], numbers[with_number]
+    owners, numbers = owned.codes[with_number], numbers[with_number]
     numbers = numbers[np.lexsort((numbers, owners))]
-    counts = np.bincount(owners, minlength=len(items.ids))  # [num_items]
+    counts = np.bincount(owners, minlength=len(owned.ids))  # [owners]
     starts = np.cumsum(counts) - counts
-    # An item without a number reads row 0 here and gets 0 below.
+    # An owner without a number reads row 0 here and gets 0 below.
     low = np.where(counts > 0, starts + (counts - 1) // 2, 0)
     high = np.where(counts > 0, starts + counts // 2, 0)
     medians = np.where(counts > 0, (numbers[low] + numbers[high]) / 2, 0.0)

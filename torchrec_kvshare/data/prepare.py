@@ -29,7 +29,14 @@ from torchrec_kvshare.data.cut import Cutter
 from torchrec_kvshare.data.dataset import in_canonical_order
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
 from torchrec_kvshare.data.load import file_format_of, load_log, mapping_of, root_of
-from torchrec_kvshare.data.shards import MANIFEST, request_column, request_file
+from torchrec_kvshare.data.shards import (
+    MANIFEST,
+    event_column,
+    event_float_column,
+    request_column,
+    request_file,
+    request_float_column,
+)
 from torchrec_kvshare.data.sources import source_files
 from torchrec_kvshare.data.splits import SplitRule, split_rule
 from torchrec_kvshare.data.staging import Work, remove, table
@@ -162,11 +169,14 @@ def _coded_in_memory(work: Work, data: DataConfig) -> CodedLog:
     report = described["report"]
     return CodedLog(
         events=f"SELECT * FROM {table(work.folder / 'events.parquet')}",
-        has_action=described["has_action"],
+        event_attributes=tuple(described["event_attributes"]),
         item_attributes=tuple(described["item_attributes"]),
         item_floats=tuple(described["item_floats"]),
         user_attributes=tuple(described["user_attributes"]),
         request_attributes=tuple(described["request_attributes"]),
+        user_floats=tuple(described["user_floats"]),
+        request_floats=tuple(described["request_floats"]),
+        event_floats=tuple(described["event_floats"]),
         report=ReadReport(**report | {"notes": tuple(report["notes"])}),
         time_form=described["time_form"],
     )
@@ -175,7 +185,9 @@ def _coded_in_memory(work: Work, data: DataConfig) -> CodedLog:
 def _write_log(work: Work, log: InteractionLog) -> None:
     arrow = work.arrow
     columns = [("user", log.users), ("item", log.items)]
-    columns += [] if log.action is None else [("action", log.action)]
+    columns += [
+        (event_column(number), ids) for number, ids in enumerate(log.event_attributes.values())
+    ]
     for role, ids in columns:
         work.write_columns(f"ids/{role}.parquet", {"id": arrow.array(ids.ids, arrow.string())})
     events = {
@@ -184,10 +196,14 @@ def _write_log(work: Work, log: InteractionLog) -> None:
         "time": log.time,
         "label": log.label.astype(np.uint8),
     }
-    if log.action is not None:
-        events["action"] = log.action.codes.astype(np.int32)
+    for number, ids in enumerate(log.event_attributes.values()):
+        events[event_column(number)] = ids.codes.astype(np.int32)
     for number, column in enumerate(log.request_attributes.values()):
         events[request_column(number)] = column.codes.astype(np.int32)
+    for number, floats in enumerate(log.request_floats.values()):
+        events[request_float_column(number)] = floats
+    for number, floats in enumerate(log.event_floats.values()):
+        events[event_float_column(number)] = floats
     work.write_columns("events.parquet", events)
     texts = arrow.list_(arrow.string())
     for role, attributes in (("item", log.item_attributes), ("user", log.user_attributes)):
@@ -199,16 +215,20 @@ def _write_log(work: Work, log: InteractionLog) -> None:
     for number, column in enumerate(log.request_attributes.values()):
         given = arrow.array([list(value) for value in column.values], texts)
         work.write_columns(request_file(number), {"value": given})
-    for number, floats in enumerate(log.item_floats.values()):
-        coded = {"code": np.arange(len(floats)), "value": floats}
-        work.write_columns(f"item_floats/{number}.parquet", coded)
+    for role, floats_by_name in (("item", log.item_floats), ("user", log.user_floats)):
+        for number, floats in enumerate(floats_by_name.values()):
+            coded = {"code": np.arange(len(floats)), "value": floats}
+            work.write_columns(f"{role}_floats/{number}.parquet", coded)
     summary = log.report.summary
     described = {
-        "has_action": log.action is not None,
+        "event_attributes": list(log.event_attributes),
         "item_attributes": list(log.item_attributes),
         "item_floats": list(log.item_floats),
         "user_attributes": list(log.user_attributes),
         "request_attributes": list(log.request_attributes),
+        "user_floats": list(log.user_floats),
+        "request_floats": list(log.request_floats),
+        "event_floats": list(log.event_floats),
         "report": asdict(replace(log.report, summary=None)),
         "time_form": None if summary is None else summary.time_form,
     }

@@ -9,7 +9,7 @@ from torchrec_kvshare.data.dataset import Dataset, Ints
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.errors import ConfigError, DataError
-from torchrec_kvshare.features.schema import ACTION, ITEM, TIME, USER
+from torchrec_kvshare.features.schema import ITEM, TIME, USER
 
 
 class TargetedRequest(NamedTuple):
@@ -108,8 +108,11 @@ def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, A
     past = slice(first, first + int(dataset.num_earlier[event]))
     items = dataset.item[past].tolist()
     history: dict[str, Any] = {ITEM: _ids(log.items.ids, items)}
-    if log.action is not None:
-        history[ACTION] = _ids(log.action.ids, dataset.action[past].tolist())
+    for name, column in log.event_attributes.items():
+        ids = _ids(column.ids, column.codes[past].tolist())
+        history[name] = [None if raw == "" else raw for raw in ids]
+    for name, floats in log.event_floats.items():
+        history[name] = floats[past].tolist()
     columns: dict[str, Any] = {ITEM: _ids(log.items.ids, candidates)}
     for name, ids_by_item in log.item_attributes.items():
         history[name] = [[_id(raw) for raw in ids_by_item[item]] for item in items]
@@ -126,7 +129,9 @@ def _request(dataset: Dataset, event: int, candidates: list[int]) -> dict[str, A
         | {
             name: [_id(raw) for raw in column.values[column.codes[event]]]
             for name, column in log.request_attributes.items()
-        },
+        }
+        | {name: float(values[user]) for name, values in log.user_floats.items()}
+        | {name: float(values[event]) for name, values in log.request_floats.items()},
         "history": history | {TIME: dataset.time[past].tolist()},
         "candidates": columns,
     }

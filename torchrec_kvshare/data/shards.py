@@ -9,7 +9,7 @@ events and on their indices in the whole log alone, so that they are the same wh
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 
 from torchrec_kvshare.data.dataset import (
     NO_MAPS,
+    CodedColumn,
     Dataset,
     Ints,
     first_users,
+    rows_of_columns,
+    rows_of_floats,
     with_users,
     without_users,
 )
@@ -38,13 +41,13 @@ from torchrec_kvshare.data.splits import (
 from torchrec_kvshare.data.tables import IdColumn, ValueColumn
 from torchrec_kvshare.errors import DataError, MissingExtraError
 from torchrec_kvshare.features.schema import (
-    ACTION,
     ITEM,
     USER,
     FeatureSchema,
     History,
     IdMap,
     context_key,
+    event_key,
     item_key,
     table_name,
 )
@@ -52,8 +55,9 @@ from torchrec_kvshare.features.schema import (
 FORMAT = 2
 MANIFEST = "prepared.json"
 ITEM_COLUMNS = ("id", "num_training", "num_positive")  # then attributes and floats
-USER_COLUMNS = ("code", "id", "first_event", "num_events")  # then attributes
-EVENT_COLUMNS = ("item", "time", "label")  # then the action, if there are, and codes of requests
+USER_COLUMNS = ("code", "id", "first_event", "num_events")  # then attributes and floats
+# Then codes of attributes of events and of requests, and floats.
+EVENT_COLUMNS = ("item", "time", "label")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,7 @@ class Shards:
     """A log as shards of users.
 
     Attributes:
-        shared: what all shards share: the schema, items and actions; its users are not used.
+        shared: what all shards share: the schema, items and attributes; its users are not used.
         num_shards: their number.
         num_training: [I] events of the training split, by item code.
         num_positive: [I] those of them that are positive.
@@ -129,7 +133,7 @@ def open_prepared(
     """
     folder = _Folder(path)
     log, num_training, num_positive = folder.items()
-    keys = [USER, ITEM, *([ACTION] if log.action is not None else [])]
+    keys = [USER, ITEM, *map(event_key, log.event_attributes)]
     keys += [item_key(name) for name in log.item_attributes]
     keys += [context_key(name) for name in (*log.user_attributes, *log.request_attributes)]
     known_ids = {key: folder.ids(f"vocabulary/{table_name(key)}.parquet") for key in keys}
@@ -189,6 +193,16 @@ def read_prepared_log(path: Path, max_users: int | None) -> InteractionLog:
     return _joined(parts)
 
 
+def event_file(number: int) -> str:
+    """Return the file with the ids of an attribute of events, in the order of their codes."""
+    return f"events/{number}.parquet"
+
+
+def event_column(number: int) -> str:
+    """Return the column of events with the codes of one of their attributes."""
+    return f"event{number}"
+
+
 def request_file(number: int) -> str:
     """Return the file with the values of an attribute of requests, in the order of their codes."""
     return f"requests/{number}.parquet"
@@ -197,6 +211,16 @@ def request_file(number: int) -> str:
 def request_column(number: int) -> str:
     """Return the column of events with the codes of an attribute of requests."""
     return f"request{number}"
+
+
+def request_float_column(number: int) -> str:
+    """Return the column of events with a float of their requests."""
+    return f"request_float{number}"
+
+
+def event_float_column(number: int) -> str:
+    """Return the column of events with a float of their own."""
+    return f"event_float{number}"
 
 
 class _Folder:
@@ -246,33 +270,35 @@ class _Folder:
         return _texts(self.columns([name], ["id"])[0])
 
     def items(self) -> tuple[InteractionLog, Ints, Ints]:
-        """Read all items and actions, as a log without events; count each item's training events.
+        """Read all items and attributes, without events; count each item's training events.
 
         Returns:
             The log, and by item code the number of training events and of those that are positive.
         """
-        none, manifest = np.zeros(0, np.int64), self.manifest
+        none, no_floats, manifest = np.zeros(0, np.int64), np.zeros(0, np.float32), self.manifest
         attributes, floats = manifest["item_attributes"], manifest["item_floats"]
         wanted = [*ITEM_COLUMNS, *attributes, *floats]
         ids, num_training, num_positive, *rest = self.columns(["items.parquet"], wanted)
-        action = IdColumn(none, self.ids("actions.parquet")) if manifest["has_action"] else None
         log = InteractionLog(
             users=IdColumn(none, []),
             items=IdColumn(none, _texts(ids)),
             time=none,
             label=np.zeros(0, np.float32),
-            action=action,
-            item_attributes=dict(zip(attributes, map(_lists, rest), strict=False)),
-            item_floats={
-                name: column.to_numpy().astype(np.float32)
-                for name, column in zip(floats, rest[len(attributes) :], strict=True)
+            event_attributes={
+                name: IdColumn(none, self.ids(event_file(number)))
+                for number, name in enumerate(manifest["event_attributes"])
             },
+            item_attributes=dict(zip(attributes, map(_lists, rest), strict=False)),
+            item_floats=_floats_of(floats, rest[len(attributes) :]),
             user_attributes={name: [] for name in manifest["user_attributes"]},
             report=ReadReport(0, 0, {}, []),
             request_attributes={
                 name: ValueColumn(none, _lists(self.columns([request_file(number)], ["value"])[0]))
                 for number, name in enumerate(manifest["request_attributes"])
             },
+            user_floats=dict.fromkeys(manifest["user_floats"], no_floats),
+            request_floats=dict.fromkeys(manifest["request_floats"], no_floats),
+            event_floats=dict.fromkeys(manifest["event_floats"], no_floats),
         )
         return log, _ints(num_training), _ints(num_positive)
 
@@ -288,16 +314,21 @@ class _Folder:
         Returns:
             Their events in canonical order, and code and first event of each user.
         """
-        codes, ids, first_events, lengths, *attributes = self.columns(
+        codes, ids, first_events, lengths, *of_users = self.columns(
             [f"shards/{shard:05}.users.parquet" for shard in shards],
-            [*USER_COLUMNS, *bare.user_attributes],
+            [*USER_COLUMNS, *bare.user_attributes, *bare.user_floats],
         )
-        actions = [] if bare.action is None else [ACTION]
+        num_attributes = len(bare.user_attributes)
+        events = [event_column(number) for number in range(len(bare.event_attributes))]
         requests = [request_column(number) for number in range(len(bare.request_attributes))]
+        floats = [request_float_column(number) for number in range(len(bare.request_floats))]
+        floats += [event_float_column(number) for number in range(len(bare.event_floats))]
         item, time, label, *rest = self.columns(
             [f"shards/{shard:05}.events.parquet" for shard in shards],
-            [*EVENT_COLUMNS, *actions, *requests],
+            [*EVENT_COLUMNS, *events, *requests, *floats],
         )
+        num_coded = len(events) + len(requests)
+        num_before = num_coded + len(bare.request_floats)
         counts, items = _ints(lengths), _ints(item)
         if counts.sum() != len(items) or items.max(initial=-1) >= len(bare.items.ids):
             raise DataError(
@@ -311,15 +342,13 @@ class _Folder:
             items=bare.items._replace(codes=items),
             time=_ints(time),
             label=label.to_numpy().astype(np.float32),
-            action=bare.action and bare.action._replace(codes=_ints(rest[0])),
-            user_attributes=dict(zip(bare.user_attributes, map(_lists, attributes), strict=True)),
+            event_attributes=_with_codes(bare.event_attributes, rest[: len(events)]),
+            user_attributes=dict(zip(bare.user_attributes, map(_lists, of_users), strict=False)),
             report=ReadReport(len(items), len(items), {}, []),
-            request_attributes={
-                name: column._replace(codes=_ints(of_events))
-                for (name, column), of_events in zip(
-                    bare.request_attributes.items(), rest[len(actions) :], strict=True
-                )
-            },
+            request_attributes=_with_codes(bare.request_attributes, rest[len(events) : num_coded]),
+            user_floats=_floats_of(bare.user_floats, of_users[num_attributes:]),
+            request_floats=_floats_of(bare.request_floats, rest[num_coded:num_before]),
+            event_floats=_floats_of(bare.event_floats, rest[num_before:]),
         )
         return log, _ints(codes), _ints(first_events)
 
@@ -335,15 +364,15 @@ def _events_of(log: InteractionLog, is_chosen: NDArray[np.bool_]) -> Interaction
         items=log.items._replace(codes=log.items.codes[kept]),
         time=log.time[kept],
         label=log.label[kept],
-        action=log.action and log.action._replace(codes=log.action.codes[kept]),
+        event_attributes=rows_of_columns(log.event_attributes, kept),
         user_attributes={
             name: [ids_by_user[user] for user in chosen]
             for name, ids_by_user in log.user_attributes.items()
         },
-        request_attributes={
-            name: column._replace(codes=column.codes[kept])
-            for name, column in log.request_attributes.items()
-        },
+        request_attributes=rows_of_columns(log.request_attributes, kept),
+        user_floats=rows_of_floats(log.user_floats, is_chosen),
+        request_floats=rows_of_floats(log.request_floats, kept),
+        event_floats=rows_of_floats(log.event_floats, kept),
     )
 
 
@@ -359,22 +388,40 @@ def _joined(parts: Sequence[InteractionLog]) -> InteractionLog:
         items=first.items._replace(codes=np.concatenate([part.items.codes for part in parts])),
         time=np.concatenate([part.time for part in parts]),
         label=np.concatenate([part.label for part in parts]),
-        action=first.action
-        and first.action._replace(
-            codes=np.concatenate([part.action.codes for part in parts if part.action is not None])
-        ),
+        event_attributes=_joined_columns([part.event_attributes for part in parts]),
         user_attributes={
             name: [ids for part in parts for ids in part.user_attributes[name]]
             for name in first.user_attributes
         },
         report=ReadReport(num_events, num_events, {}, []),
-        request_attributes={
-            name: column._replace(
-                codes=np.concatenate([part.request_attributes[name].codes for part in parts])
-            )
-            for name, column in first.request_attributes.items()
-        },
+        request_attributes=_joined_columns([part.request_attributes for part in parts]),
+        user_floats=_joined_floats([part.user_floats for part in parts]),
+        request_floats=_joined_floats([part.request_floats for part in parts]),
+        event_floats=_joined_floats([part.event_floats for part in parts]),
     )
+
+
+def _joined_columns(parts: Sequence[Mapping[str, CodedColumn]]) -> dict[str, CodedColumn]:
+    return {
+        name: column._replace(codes=np.concatenate([part[name].codes for part in parts]))
+        for name, column in parts[0].items()
+    }
+
+
+def _joined_floats(
+    parts: Sequence[Mapping[str, NDArray[np.float32]]],
+) -> dict[str, NDArray[np.float32]]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _floats_of(names: Iterable[str], columns: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
+    pairs = zip(names, columns, strict=True)
+    return {name: column.to_numpy().astype(np.float32) for name, column in pairs}
+
+
+def _with_codes(bare: Mapping[str, CodedColumn], codes: Sequence[Any]) -> dict[str, CodedColumn]:
+    pairs = zip(bare.items(), codes, strict=True)
+    return {name: column._replace(codes=_ints(of_events)) for (name, column), of_events in pairs}
 
 
 def _ints(column: Any) -> Ints:

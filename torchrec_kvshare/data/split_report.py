@@ -15,8 +15,8 @@ from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import TEST, TRAIN, VALID
 from torchrec_kvshare.data.targets import MIN_CATALOGUE, sample_negatives
 from torchrec_kvshare.features.schema import (
-    ACTION,
     ITEM,
+    MISSING_ROW,
     NUM_RESERVED_ROWS,
     UNKNOWN_ROW,
     USER,
@@ -180,8 +180,9 @@ def _tested_rows(dataset: Dataset) -> dict[str, Ints]:
     tested = dataset.split == TEST
     users, items = np.unique(dataset.event_user[tested]), dataset.item[tested]
     rows = {USER: dataset.user_row[users], ITEM: dataset.item_row[items]}
-    if dataset.schema.has_action:
-        rows[ACTION] = dataset.action_row[dataset.action[tested]]
+    for name, coded in dataset.event_attributes.items():
+        found = coded.take(np.flatnonzero(tested))
+        rows[f"events.{name}"] = found[found != MISSING_ROW]
     for name, values in dataset.item_attributes.items():
         rows[f"items.{name}"] = values.take(items)[0]
     for name, values in dataset.context.items():
@@ -189,8 +190,8 @@ def _tested_rows(dataset: Dataset) -> dict[str, Ints]:
     for name, of_events in dataset.request_context.items():
         rows[f"context.{name}"] = of_events.take(np.flatnonzero(tested))[0]
     return {
-        name: found
-        for name, found in rows.items()
+        name: of_column
+        for name, of_column in rows.items()
         if isinstance(dataset.schema.vocabulary_by_column[name], Vocabulary)
     }
 

@@ -20,11 +20,10 @@ from torchrec.datasets.utils import Batch
 from torchrec_kvshare.data.dataset import Dataset, Ints, ranges
 from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.errors import DataError
-from torchrec_kvshare.features.bags import Bags, single
+from torchrec_kvshare.features.bags import Bags, bits_of, single
 from torchrec_kvshare.features.batches import assemble
 from torchrec_kvshare.features.dense import clock_features
 from torchrec_kvshare.features.schema import (
-    ACTION,
     CANDIDATE_TIME,
     ITEM,
     REQUEST_HISTORY,
@@ -241,11 +240,11 @@ def _assemble(
         bags[candidate_key(name)] = _bags(*rows.take(codes))
     labels = np.zeros(candidates.shape, np.float32)
     labels[:, 0] = dataset.label[windows.targets]
-    time = np.repeat(dataset.time[windows.targets], num_candidates)
+    targets = np.repeat(windows.targets, num_candidates)
     return assemble(
         bags,
         _tensor(np.repeat(request_of_target, num_candidates)),
-        _dense(dataset, codes, time),
+        _dense(dataset, targets, codes),
         torch.from_numpy(labels.ravel()),
     )
 
@@ -274,16 +273,24 @@ def _event_bags(
         ),
         history_key(history, TIME): Bags(_tensor(dataset.time[events]), lengths),
     }
-    if dataset.schema.has_action:
-        actions = dataset.action_row[dataset.action[events]]
-        bags[history_key(history, ACTION)] = Bags(_tensor(actions), lengths)
+    for name, of_events in dataset.event_attributes.items():
+        bags[history_key(history, name)] = Bags(_tensor(of_events.take(events)), lengths)
+    for index, name in enumerate(dataset.schema.event_floats):
+        floats = torch.from_numpy(dataset.event_floats[events, index])
+        bags[history_key(history, name)] = Bags(bits_of(floats), lengths)
     for name, rows in dataset.item_attributes.items():
         bags[history_key(history, name)] = _bags(*rows.take(items))
     return bags
 
 
-def _dense(dataset: Dataset, items: Ints, time: Ints) -> Tensor:
-    columns: list[NDArray[np.float32]] = [clock_features(time), dataset.item_floats[items]]
+def _dense(dataset: Dataset, targets: Ints, items: Ints) -> Tensor:
+    """Return the dense features of candidates, each with its target."""
+    columns: list[NDArray[np.float32]] = [
+        clock_features(dataset.time[targets]),
+        dataset.user_floats[dataset.event_user[targets]],
+        dataset.request_floats[targets],
+        dataset.item_floats[items],
+    ]
     return torch.from_numpy(np.concatenate(columns, axis=1))
 
 

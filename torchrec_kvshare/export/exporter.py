@@ -216,8 +216,8 @@ def installed_versions() -> dict[str, str]:
 def _columns(schema: FeatureSchema) -> dict[str, list[str]]:
     return {
         "request": [USER, TIME],
-        "context": list(schema.context),
-        "history": [*schema.event_columns, *schema.item_attributes, TIME],
+        "context": [*schema.context, *schema.context_floats],
+        "history": [*schema.event_columns, *schema.event_floats, *schema.item_attributes, TIME],
         "candidates": [ITEM, *schema.item_attributes, *schema.item_floats],
     }
 

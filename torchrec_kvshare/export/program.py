@@ -35,6 +35,7 @@ from torchrec_kvshare.export.inputs import (
     sums_by_row,
 )
 from torchrec_kvshare.export.program_cache import ProgramCache
+from torchrec_kvshare.features.bags import bits_of
 from torchrec_kvshare.features.hashing import MAX_INT64
 from torchrec_kvshare.features.limits import MAX_REQUEST_IDS
 from torchrec_kvshare.features.schema import (
@@ -68,6 +69,7 @@ class ProgramHistory(nn.Module):
     Args:
         history: its name and window.
         event_columns: columns with one id per event.
+        event_floats: columns with one float per event.
         item_attributes: multi-valued columns of events.
         kv_shape: planes, heads and head width of its K/V.
     """
@@ -75,18 +77,21 @@ class ProgramHistory(nn.Module):
     request_time_key: Final[str] = TIME
 
     column_keys: list[str]
+    float_keys: list[str]
     bag_keys: list[str]
 
     def __init__(
         self,
         history: History,
         event_columns: tuple[str, ...],
+        event_floats: tuple[str, ...],
         item_attributes: tuple[str, ...],
         kv_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
         name = history.name
-        self.column_keys = [history_key(name, c) for c in (*event_columns, TIME)]
+        self.column_keys = [history_key(name, c) for c in (*event_columns, *event_floats, TIME)]
+        self.float_keys = [history_key(name, c) for c in event_floats]
         self.bag_keys = [history_key(name, c) for c in item_attributes]
         self.time_key: str = history_key(name, TIME)
         self.pages_key: str = pages_key(name)
@@ -95,7 +100,14 @@ class ProgramHistory(nn.Module):
         self.cache = ProgramCache(*kv_shape, len(self.column_keys))
 
     def check(self, features: dict[str, Tensor], num_requests: int) -> None:
-        """Refuse tensors of different lengths, and times out of order; the error names a tensor."""
+        """Refuse tensors of different lengths, floats that are none, and times out of order.
+
+        The error names a tensor.
+        """
+        for key in self.float_keys:
+            check_floats(features, key + ".values")
+            if features[key + ".values"].dim() != 1:
+                raise ValueError(f"{key}.values has more than one dimension")
         counts = lengths_of(features, self.column_keys[0], num_requests)
         for key in self.column_keys[1:]:
             if not torch.equal(lengths_of(features, key, num_requests), counts):
@@ -120,11 +132,17 @@ class ProgramHistory(nn.Module):
         return num_ids
 
     def split(self, features: dict[str, Tensor]) -> list[list[Tensor]]:
-        """Split the events by request: the columns, then lengths and values of each bag."""
+        """Split the events by request: the columns, then lengths and values of each bag.
+
+        Floats are split as their bits: batches and the cache hold integers.
+        """
         counts: list[int] = features[self.time_key + ".lengths"].tolist()
         by_column: list[list[Tensor]] = []
         for key in self.column_keys:
-            by_column.append(list(torch.split(features[key + ".values"], counts)))
+            values = features[key + ".values"]
+            if key in self.float_keys:
+                values = bits_of(values)
+            by_column.append(list(torch.split(values, counts)))
         for key in self.bag_keys:
             lengths = list(torch.split(features[key + ".lengths"], counts))
             num_values = [int(part.sum()) for part in lengths]
@@ -232,7 +250,7 @@ class RankingProgram(nn.Module):
         self.bag_keys = [candidate_key(column) for column in schema.item_attributes]
         self.histories = nn.ModuleList()
         weights: list[int] = []
-        columns = (schema.event_columns, schema.item_attributes)
+        columns = (schema.event_columns, schema.event_floats, schema.item_attributes)
         for history, tower in zip(schema.histories, ranking.collection.towers(), strict=True):
             self.histories.append(ProgramHistory(history, *columns, tower.kv_shape))
             max_rows = tower.encoder.num_kv_rows(history.window.max_history)
@@ -577,15 +595,11 @@ class RankingProgram(nn.Module):
 
     def check_dense(self, features: dict[str, Tensor], num_candidates: int) -> None:
         """Refuse dense features of the wrong shape or dtype, and numbers that are not finite."""
-        if self.dense not in features:
-            raise ValueError(f"{self.dense} is missing")
+        check_floats(features, self.dense)
         dense = features[self.dense]
-        if dense.dtype != torch.float32:
-            raise ValueError(f"{self.dense} does not hold float32")
         if dense.dim() != 2 or dense.size(1) != self.num_dense:
             raise ValueError(f"{self.dense} is {dense.size()}; it must be [C, {self.num_dense}]")
         check_rows(features, self.dense, num_candidates)
-        check_finite(self.dense, dense)
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -595,6 +609,15 @@ def probabilities(logits: Tensor) -> Tensor:
     """
     check_scores(logits)
     return 1.0 / (1.0 + torch.exp(-logits.double()))
+
+
+def check_floats(features: dict[str, Tensor], name: str) -> None:
+    """Refuse a tensor that is missing or does not hold finite float32 numbers."""
+    if name not in features:
+        raise ValueError(f"{name} is missing")
+    if features[name].dtype != torch.float32:
+        raise ValueError(f"{name} does not hold float32")
+    check_finite(name, features[name])
 
 
 def check_rows(features: dict[str, Tensor], name: str, num_rows: int) -> None:

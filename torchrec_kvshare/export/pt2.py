@@ -221,7 +221,8 @@ def graph_inputs(model: RankingModel, schema: FeatureSchema) -> dict[str, list[G
         # context.<column>                                   [V], [B]
         # candidates.item_id; .<attribute>                   [C], [C]; [V], [C]
         # candidates.request, .dense                         [C], [C, num_dense]
-        # history.item_id; action, time alike; .<attribute>  [T], [U]; [V], [T]
+        # history.item_id; .<attribute>                      [T], [U]; [V], [T]
+        # history.<event attribute>, <event float>, time     [T], [U]; floats as ``bits_of`` them
         # encode: request.first_index.<history>              [U], [U], where events begin
         # encode: history.kv, .rows                          [planes, R, H, D], [U], cached ones
         # score: history.kv, request.pages.<history>         [planes, P, S, H, D]; [pages], [U]
@@ -249,7 +250,7 @@ def graph_inputs(model: RankingModel, schema: FeatureSchema) -> dict[str, list[G
     for history, tower in zip(schema.histories, model.collection.towers(), strict=True):
         name, events = history.name, history_key(history.name, "events")
         num_planes, *head_sizes = tower.kv_shape
-        for column in (*schema.event_columns, TIME):
+        for column in (*schema.event_columns, *schema.event_floats, TIME):
             encode += _bags(history_key(name, column), events, HISTORIES)
         for column in schema.item_attributes:
             key = history_key(name, column)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_kvshare.features.bags import Bags, jagged, joined, single
+from torchrec_kvshare.features.bags import Bags, bits_of, jagged, joined, single
 from torchrec_kvshare.features.request import Events, Request
 from torchrec_kvshare.features.schema import (
     ITEM,
@@ -241,12 +241,18 @@ def candidate_bags(requests: Sequence[Request], schema: FeatureSchema) -> dict[s
 def history_bags(
     events_by_history: Sequence[Mapping[str, Events]], schema: FeatureSchema
 ) -> dict[str, Bags]:
-    """Return event columns by key: one bag per user, or per event if multi-valued."""
+    """Return event columns by key: one bag per user, or per event if multi-valued.
+
+    Floats are there as ``bits_of`` returns them.
+    """
     bags = {}
     for history in schema.histories:
         events = [by_history[history.name] for by_history in events_by_history]
         for column in (*schema.event_columns, TIME):
             bags[history_key(history.name, column)] = jagged([e.columns[column] for e in events])
+        for column in schema.event_floats:
+            bits = [bits_of(e.floats[column]) for e in events]
+            bags[history_key(history.name, column)] = jagged(bits)
         for column in schema.item_attributes:
             bags[history_key(history.name, column)] = joined([e.bags[column] for e in events])
     return bags
@@ -283,8 +289,10 @@ def _same_events(one: Request, other: Request) -> bool:
     if one.events_by_history is other.events_by_history:
         return True
     for name, events in one.events_by_history.items():
-        columns, bags = other.events_by_history[name].columns, other.events_by_history[name].bags
-        if not all(torch.equal(values, columns[c]) for c, values in events.columns.items()):
+        others = other.events_by_history[name]
+        columns, bags = others.columns | others.floats, others.bags
+        both = events.columns | events.floats
+        if not all(torch.equal(values, columns[c]) for c, values in both.items()):
             return False
         for column, (values, lengths) in events.bags.items():
             if not torch.equal(lengths, bags[column].lengths):

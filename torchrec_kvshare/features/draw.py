@@ -10,12 +10,12 @@ import numpy as np
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.features.schema import (
-    ACTION,
     ITEM,
     TIME,
     USER,
     FeatureSchema,
     context_key,
+    event_key,
     item_key,
 )
 
@@ -49,19 +49,24 @@ def draw_raw_request(
     now = int(rng.integers(1_000_000_000, 1_700_000_000))
     history = {TIME: np.sort(now - rng.integers(1, 10_000_000, num_events)).tolist()}
     history[ITEM] = ids(ITEM, num_events)
-    if schema.has_action:
-        history[ACTION] = ids(ACTION, num_events)
+    for column in schema.event_attributes:
+        history[column] = ids(event_key(column), num_events)
     candidates: dict[str, Any] = {ITEM: ids(ITEM, num_candidates)}
     for column in schema.item_attributes:
         history[column] = bags(item_key(column), num_events)
         candidates[column] = bags(item_key(column), num_candidates)
     for column in schema.item_floats:
         candidates[column] = rng.normal(0, 10, num_candidates).tolist()
+    user = ids(USER, 1)[0]
+    context: dict[str, Any] = {column: ids(context_key(column), 1) for column in schema.context}
+    context |= {column: float(rng.normal(0, 10)) for column in schema.context_floats}
+    for column in schema.event_floats:
+        history[column] = rng.normal(0, 10, num_events).tolist()
     return {
         "request_id": f"drawn-{seed}",
-        USER: ids(USER, 1)[0],
+        USER: user,
         TIME: now,
-        "context": {column: ids(context_key(column), 1) for column in schema.context},
+        "context": context,
         "history": history,
         "candidates": candidates,
     }

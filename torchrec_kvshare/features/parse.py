@@ -39,6 +39,7 @@ from torchrec_kvshare.features.schema import (
     History,
     candidate_key,
     context_key,
+    event_key,
     item_key,
 )
 
@@ -123,7 +124,8 @@ def parse_candidates(raw: Mapping[str, Any], user: Request, schema: FeatureSchem
         raise RequestError(f"the candidates have no {TIME!r}, and neither has their user")
     if time <= user.newest:
         raise RequestError(f"time is {time}, not after the user's newest event at {user.newest}")
-    return _checked(replace(user, time=time, **_candidates(raw, schema, time)))
+    candidates = _candidates(raw, schema, time, user.context_floats)
+    return _checked(replace(user, time=time, **candidates))
 
 
 def parse_user(raw: Mapping[str, Any], schema: FeatureSchema) -> Request:
@@ -166,9 +168,11 @@ def user_columns(raw: Mapping[str, Any], schema: FeatureSchema) -> dict[str, Any
     Returns:
         The user, the time, the context, and all events with the schema's columns.
     """
-    names = (*schema.event_columns, *schema.item_attributes, TIME, FIRST_EVENT)
+    names = (*schema.event_columns, *schema.event_floats, *schema.item_attributes)
+    names = (*names, TIME, FIRST_EVENT)
     history = {name: raw["history"][name] for name in names if name in raw["history"]}
-    context = {name: raw["context"][name] for name in schema.context}
+    columns = (*schema.context, *schema.context_floats)
+    context = {name: raw["context"][name] for name in columns}
     return {USER: raw[USER], TIME: raw[TIME], "context": context, "history": history}
 
 
@@ -244,8 +248,11 @@ def _taken(values: Column, indices: list[int]) -> Column:
 def _request(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> Request:
     """Parse a request; ``time`` may be ``NO_TIME``."""
     user_id = _id(_need(raw, USER, "the request"), USER)
-    context = _group(raw, "context", schema.context)
-    names = (*schema.event_columns, *schema.item_attributes, TIME)
+    context = _group(raw, "context", (*schema.context, *schema.context_floats))
+    context_floats = _squashed(
+        [[_number(context[c], context_key(c))] for c in schema.context_floats], 1
+    ).flatten()
+    names = (*schema.event_columns, *schema.event_floats, *schema.item_attributes, TIME)
     group = _group(raw, "history", names)
     history = _columns(group, "history", names)
     history[TIME] = times = _times(history[TIME])
@@ -258,12 +265,13 @@ def _request(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> Reques
             user_row=schema.vocabulary_by_column[USER].row(user_id),
             time=time,
             context={c: _bag(context[c], schema, context_key(c)) for c in schema.context},
+            context_floats=context_floats,
             events_by_history={
                 one.name: _events(one, history, first_event, schema) for one in schema.histories
             },
             newest=int(times[-1]) if times.size else NO_TIME,
             report=_report(raw.get("report")),
-            **_candidates(raw, schema, time),
+            **_candidates(raw, schema, time, context_floats),
         )
     )
 
@@ -289,11 +297,16 @@ def _events(
     else:
         start = history.window.start_among(first_event, len(columns[TIME]))
         read = {column: values[start - first_event :] for column, values in columns.items()}
+    floats = {
+        c: _squashed([_floats(read[c], f"history.{c}")], len(read[TIME])).flatten()
+        for c in schema.event_floats
+    }
     return Events(
-        {c: _rows(read[c], schema, c, f"history.{c}") for c in schema.event_columns}
+        {c: _rows(read[c], schema, event_key(c), f"history.{c}") for c in schema.event_columns}
         | {TIME: torch.from_numpy(read[TIME].copy())},  # It may be read-only.
         {c: _bags(read[c], schema, item_key(c), f"history.{c}") for c in schema.item_attributes},
         start,
+        floats,
     )
 
 
@@ -348,7 +361,9 @@ def _report(value: Any) -> tuple[str, ...]:
     raise RequestError(f"report is {cut(shown(value))}; a list of {list(REPORTS)} is allowed")
 
 
-def _candidates(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> dict[str, Any]:
+def _candidates(
+    raw: Mapping[str, Any], schema: FeatureSchema, time: int, context_floats: Tensor
+) -> dict[str, Any]:
     """Return the candidates as keyword arguments of ``Request``."""
     names = (ITEM, *schema.item_attributes, *schema.item_floats)
     columns = _columns(_group(raw, "candidates", names), "candidates", names)
@@ -362,7 +377,7 @@ def _candidates(raw: Mapping[str, Any], schema: FeatureSchema, time: int) -> dic
             c: _bags(columns[c], schema, item_key(c), candidate_key(c))
             for c in schema.item_attributes
         },
-        "dense": _dense(columns, schema, time),
+        "dense": _dense(columns, schema, time, context_floats),
     }
 
 
@@ -531,9 +546,18 @@ def _floats(values: Column, column: str) -> Column:
     return [_number(value, column) for value in values]
 
 
-def _dense(candidates: dict[str, list[Any]], schema: FeatureSchema, time: int) -> Tensor:
+def _dense(
+    candidates: dict[str, list[Any]], schema: FeatureSchema, time: int, context_floats: Tensor
+) -> Tensor:
     num_candidates = len(candidates[ITEM])
-    clock = np.repeat(clock_features(np.array([time])), num_candidates, axis=0)
+    clock = torch.from_numpy(clock_features(np.array([time])))
+    of_request = torch.cat([clock, context_floats[None]], dim=1)
     floats = [_floats(candidates[column], candidate_key(column)) for column in schema.item_floats]
-    columns = np.array(floats, dtype=np.float64).reshape(len(floats), num_candidates).T
-    return torch.from_numpy(np.concatenate([clock, squash(columns)], axis=1))
+    of_items = _squashed(floats, num_candidates)
+    return torch.cat([of_request.expand(num_candidates, -1), of_items], dim=1)
+
+
+def _squashed(columns: list[Column], num_rows: int) -> Tensor:
+    """Return checked columns of floats as [rows, columns] float32."""
+    values = np.array(columns, dtype=np.float64).reshape(len(columns), num_rows)
+    return torch.from_numpy(squash(values.T))

@@ -1,6 +1,6 @@
 """A checked request: ids are table rows, histories are cut to their windows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,11 +30,13 @@ class Events:
         columns: [L] int64 by event column, and ``time``.
         bags: rows of each event by multi-valued item attribute.
         first_event: index of the first one among all events of the history.
+        floats: [L] float32 by float column of events, squashed.
     """
 
     columns: dict[str, Tensor]
     bags: dict[str, Bags]
     first_event: int
+    floats: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_events(self) -> int:
@@ -45,7 +47,8 @@ class Events:
         """Return events ``first`` to ``last`` (exclusive) of the window."""
         columns = {column: values[first:last] for column, values in self.columns.items()}
         bags = {column: _part(bag, first, last) for column, bag in self.bags.items()}
-        return Events(columns, bags, self.first_event + first)
+        floats = {column: values[first:last] for column, values in self.floats.items()}
+        return Events(columns, bags, self.first_event + first, floats)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,7 @@ class Request:
         user_row: row of the user's table.
         time: Unix seconds; ``NO_TIME`` where a user came without a time.
         context: rows by context column.
+        context_floats: [F] float32, squashed, in the order of the schema.
         events_by_history: the events that the model reads, by the history's name.
         candidate_items: [N] int64.
         candidate_bags: rows of each candidate by multi-valued item attribute.
@@ -73,6 +77,7 @@ class Request:
     user_row: int
     time: int
     context: dict[str, Tensor]
+    context_floats: Tensor
     events_by_history: dict[str, Events]
     candidate_items: Tensor
     candidate_bags: dict[str, Bags]

@@ -371,10 +371,13 @@ class FeatureSchema:
     """The columns that a model reads, and the rows of their ids.
 
     Attributes:
-        vocabulary_by_column: for ``user_id``, ``item_id``, ``action``, every ``context_key`` and
-            every ``item_key``.
+        vocabulary_by_column: for ``user_id``, ``item_id``, every ``context_key``, ``item_key`` and
+            ``event_key``.
         context: id columns of the user or the request, multi-valued.
-        has_action: whether events carry an ``action`` column.
+        context_floats: float columns of the user or the request.
+        event_attributes: id columns of events with one value each, such as ``action``; candidates
+            do not have them.
+        event_floats: float columns of events.
         item_attributes: id columns of an item, multi-valued, of events and candidates alike.
         item_floats: float columns of a candidate.
         histories: the histories that the model reads, at least one.
@@ -387,13 +390,21 @@ class FeatureSchema:
     vocabulary_by_column: dict[str, IdMap]
     _: KW_ONLY
     context: tuple[str, ...] = ()
-    has_action: bool = False
+    context_floats: tuple[str, ...] = ()
+    event_attributes: tuple[str, ...] = ()
+    event_floats: tuple[str, ...] = ()
     item_attributes: tuple[str, ...] = ()
     item_floats: tuple[str, ...] = ()
     histories: tuple[History, ...]
 
     def __post_init__(self) -> None:
-        check_columns(self.item_attributes, self.item_floats, self.context)
+        check_columns(
+            self.item_attributes,
+            self.item_floats,
+            (*self.context, *self.context_floats),
+            self.event_attributes,
+            self.event_floats,
+        )
         names = [history.name for history in self.histories]
         reserved = {*RESERVED_GROUPS, USER, ""}
         if not names or len(set(names)) < len(names) or reserved & set(names):
@@ -403,7 +414,7 @@ class FeatureSchema:
         for history in self.histories:
             if "." in history.name:
                 raise ConfigError(f"history {history.name!r}: no dot is allowed in its name")
-            if history.actions and not self.has_action:
+            if history.actions and ACTION not in self.event_attributes:
                 raise ConfigError(
                     f"history {history.name} keeps actions {history.actions}; events have no action"
                 )
@@ -411,12 +422,12 @@ class FeatureSchema:
     @property
     def event_columns(self) -> tuple[str, ...]:
         """Id columns with one value per event, ``item_id`` first."""
-        return (ITEM, ACTION) if self.has_action else (ITEM,)
+        return (ITEM, *self.event_attributes)
 
     @property
     def num_dense(self) -> int:
         """Width of the dense features of a candidate."""
-        return len(CLOCK_FEATURES) + len(self.item_floats)
+        return len(CLOCK_FEATURES) + len(self.context_floats) + len(self.item_floats)
 
     def num_table_rows(self, column: str) -> int:
         """Return the rows of a column's table; ``column`` is a key of the vocabularies."""
@@ -429,7 +440,9 @@ class FeatureSchema:
                 column: ids.to_json() for column, ids in self.vocabulary_by_column.items()
             },
             "context": list(self.context),
-            "has_action": self.has_action,
+            "context_floats": list(self.context_floats),
+            "event_attributes": list(self.event_attributes),
+            "event_floats": list(self.event_floats),
             "item_attributes": list(self.item_attributes),
             "item_floats": list(self.item_floats),
             "histories": [
@@ -476,7 +489,9 @@ def load_schema(folder: Path) -> FeatureSchema:
             for column, of_column in values["vocabulary_by_column"].items()
         },
         context=tuple(values["context"]),
-        has_action=values["has_action"],
+        context_floats=tuple(values["context_floats"]),
+        event_attributes=tuple(values["event_attributes"]),
+        event_floats=tuple(values["event_floats"]),
         item_attributes=tuple(values["item_attributes"]),
         item_floats=tuple(values["item_floats"]),
         histories=tuple(
@@ -507,7 +522,11 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 
 def check_columns(
-    item_attributes: Sequence[str], item_floats: Sequence[str], context: Sequence[str]
+    item_attributes: Sequence[str],
+    item_floats: Sequence[str],
+    context: Sequence[str],
+    event_attributes: Sequence[str],
+    event_floats: Sequence[str],
 ) -> None:
     """Refuse column names that clash in a request.
 
@@ -515,16 +534,19 @@ def check_columns(
         ConfigError: naming the column and the names that are taken.
     """
     item_columns = (*item_attributes, *item_floats)
-    for kind, names in (("item", item_columns), ("user", context)):
+    event_columns = (*item_attributes, *event_attributes, *event_floats)
+    others = (*(name for name in event_attributes if name != ACTION), *event_floats)
+    for kind, names in (("item", item_columns), ("event", others)):
+        if taken := [name for name in names if name in RESERVED_COLUMNS]:
+            raise ConfigError(
+                f"{kind} columns are named {taken}; requests reserve {list(RESERVED_COLUMNS)} for "
+                "events: rename the columns in the data"
+            )
+    for kind, names in (("item", item_columns), ("user", tuple(context)), ("event", event_columns)):
         for name in names:
             if not name or names.count(name) > 1:
                 came = "empty" if not name else "there twice"
                 raise ConfigError(f"the {kind} columns are {list(names)}; {name!r} is {came}")
-    if taken := [name for name in item_columns if name in RESERVED_COLUMNS]:
-        raise ConfigError(
-            f"item columns are named {taken}; requests reserve {list(RESERVED_COLUMNS)} for "
-            "events: rename the columns in the data"
-        )
 
 
 def context_key(column: str) -> str:
@@ -535,6 +557,11 @@ def context_key(column: str) -> str:
 def item_key(column: str) -> str:
     """Return the key of an item attribute's vocabulary, shared by histories and candidates."""
     return f"items.{column}"
+
+
+def event_key(column: str) -> str:
+    """Return the key of the vocabulary of an event column: the item's own, or the attribute's."""
+    return column if column == ITEM else f"events.{column}"
 
 
 def table_name(key: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_kvshare.features.bags import jagged
+from torchrec_kvshare.features.bags import floats_of, jagged
 from torchrec_kvshare.features.batches import candidate_bags, context_bags, history_bags
 from torchrec_kvshare.features.limits import MAX_BAG_IDS, MAX_TIME
 from torchrec_kvshare.features.parse import MAX_CANDIDATES
@@ -25,6 +25,7 @@ from torchrec_kvshare.features.schema import (
     FeatureSchema,
     candidate_key,
     context_key,
+    event_key,
     history_key,
     item_key,
 )
@@ -65,7 +66,8 @@ def input_specs(schema: FeatureSchema) -> list[TensorSpec]:
         # B requests with C candidates and T events of a history in total
         # user_key, user_id, time                                [B]
         # context.<column>.values, .lengths                      [ids], [B]
-        # history.item_id.values, .lengths; action, time alike   [T], [B]
+        # history.item_id.values, .lengths                       [T], [B]
+        # history.<event attribute>, <event float>, time alike   [T], [B]
         # history.<attribute>.values, .lengths                   [ids], [T]
         # history.first_event                                    [B]
         # candidates.item_id.values, .lengths                    [C], [B]
@@ -96,8 +98,14 @@ def input_specs(schema: FeatureSchema) -> list[TensorSpec]:
     for column in schema.context:
         specs += feature(context_key(column), context_key(column), MAX_BAG_IDS)
     for history in schema.histories:
-        for column in (*schema.event_columns, TIME):
-            specs += feature(history_key(history.name, column), column, history.window.max_history)
+        max_history = history.window.max_history
+        for column in schema.event_columns:
+            specs += feature(history_key(history.name, column), event_key(column), max_history)
+        for column in schema.event_floats:
+            key = history_key(history.name, column)
+            specs.append(TensorSpec(f"{key}.values", FLOAT32, (-1,), None, None))
+            specs.append(TensorSpec(f"{key}.lengths", INT64, (-1,), 0, max_history))
+        specs += feature(history_key(history.name, TIME), TIME, max_history)
         for column in schema.item_attributes:
             specs += feature(history_key(history.name, column), item_key(column), MAX_BAG_IDS)
         name = history_key(history.name, FIRST_EVENT)
@@ -131,6 +139,9 @@ def request_tensors(requests: Sequence[Request], schema: FeatureSchema) -> dict[
     for key, (values, lengths) in bags.items():
         tensors[f"{key}.values"], tensors[f"{key}.lengths"] = values, lengths
     for history in schema.histories:
+        for column in schema.event_floats:
+            name = f"{history_key(history.name, column)}.values"
+            tensors[name] = floats_of(tensors[name])
         events = [request.events_by_history[history.name] for request in requests]
         first_events = torch.tensor([one.first_event for one in events])
         tensors[history_key(history.name, FIRST_EVENT)] = first_events

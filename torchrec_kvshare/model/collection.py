@@ -21,8 +21,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.features.bags import floats_of
 from torchrec_kvshare.features.schema import (
-    ACTION,
     CANDIDATE_TIME,
     ITEM,
     REQUEST_HISTORY,
@@ -31,6 +31,7 @@ from torchrec_kvshare.features.schema import (
     USER,
     FeatureSchema,
     candidate_key,
+    event_key,
     first_index_key,
     history_key,
     item_key,
@@ -57,6 +58,7 @@ from torchrec_kvshare.model.bags import (
 from torchrec_kvshare.model.stages import ATTEND, PREFILL
 
 START_POSITION_SCALE = 0.25  # relative to the other tables: an event's content matters most
+START_FLOAT_SCALE = 0.25  # likewise: a squashed float is a few units
 
 
 class TokenFeatures(nn.Module):
@@ -157,6 +159,28 @@ def add_bags(rows: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     return rows.index_add(0, users_of_rows(offsets_of(lengths), values.size(0)), values)
 
 
+class EventFloats(nn.Module):
+    """Adds floats to the tokens of events: each float scales a learned vector.
+
+    Args:
+        keys: of the floats, whose values are ``bits_of`` them.
+        dim: width E of tokens.
+    """
+
+    def __init__(self, keys: list[str], dim: int) -> None:
+        super().__init__()
+        self.keys = keys
+        self.weight = nn.Parameter(torch.empty(len(keys), dim))
+        nn.init.normal_(self.weight, std=START_FLOAT_SCALE * dim**-0.5)
+
+    def forward(self, tokens: Tensor, features: dict[str, JaggedTensor]) -> Tensor:
+        # Products of single numbers: unlike a matrix product, the same bits in every batch.
+        for index, key in enumerate(self.keys):
+            values = floats_of(features[key].values())
+            tokens = tokens + values.unsqueeze(1) * self.weight[index]  # [T, E]
+        return tokens
+
+
 class CandidateGroups(NamedTuple):
     """The candidates of a batch, grouped by user.
 
@@ -181,6 +205,7 @@ class HistoryPooling(nn.Module):
         history: name of the history that the tower reads.
         event_keys: keys of columns with one id per event, the item's first.
         event_bag_keys: keys of multi-valued columns of events.
+        event_float_keys: keys of float columns of events.
     """
 
     # TorchScript cannot read module globals, so the forward's keys are constants of the class.
@@ -194,11 +219,14 @@ class HistoryPooling(nn.Module):
         history: str,
         event_keys: list[str],
         event_bag_keys: list[str],
+        event_float_keys: list[str],
     ) -> None:
         super().__init__()
         self.tower = tower
         self.event_keys: list[str] = event_keys
         self.event_bag_keys = event_bag_keys
+        floats = [EventFloats(event_float_keys, tower.dim)] if event_float_keys else []
+        self.event_floats = nn.ModuleList(floats)
         self.time_key: str = history_key(history, TIME)
         self.pages_key: str = pages_key(history)
         self.visible_key: str = visible_key(history)
@@ -212,6 +240,8 @@ class HistoryPooling(nn.Module):
             token = token + embedded[key].values()
         for key in self.event_bag_keys:
             token = add_bags(token, embedded[key].values(), features[key].lengths())
+        for floats in self.event_floats:
+            token = floats(token, features)
         return token
 
     def event_offsets(self, features: dict[str, JaggedTensor]) -> Tensor:
@@ -296,9 +326,9 @@ class Histories(nn.Module):
             event_keys = [history_key(history.name, column) for column in schema.event_columns]
             event_keys += [k for k in token_keys if k == position_key(history.name)]
             bag_keys = [history_key(history.name, column) for column in schema.item_attributes]
-            self.poolings.append(
-                HistoryPooling(towers[history.name], history.name, event_keys, bag_keys)
-            )
+            float_keys = [history_key(history.name, column) for column in schema.event_floats]
+            keys = (event_keys, bag_keys, float_keys)
+            self.poolings.append(HistoryPooling(towers[history.name], history.name, *keys))
 
     def forward(
         self,
@@ -585,12 +615,12 @@ def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[E
         dim: width E of every table.
         has_positions: whether event tokens have a position, counted from the oldest event.
     """
-    vocabulary_by_column = {column: column for column in schema.event_columns}
+    vocabulary_by_column = {column: event_key(column) for column in schema.event_columns}
     vocabulary_by_column |= {column: item_key(column) for column in schema.item_attributes}
     tables = []
     for column, vocabulary in vocabulary_by_column.items():
         keys = [history_key(history.name, column) for history in schema.histories]
-        keys += [candidate_key(column)] if column != ACTION else []
+        keys += [candidate_key(column)] if column not in schema.event_attributes else []
         name = table_name(vocabulary)
         num_rows = schema.num_table_rows(vocabulary)
         tables.append(_token_table(name, dim, num_rows, keys=keys, std=dim**-0.5))

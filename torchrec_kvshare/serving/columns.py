@@ -26,6 +26,7 @@ from torchrec_kvshare.features.schema import (
     FeatureSchema,
     candidate_key,
     context_key,
+    event_key,
     history_key,
     item_key,
 )
@@ -88,7 +89,9 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
         # B requests with T events and C candidates in all
         # user_id, time                                          [B]
         # context.<column>.values, .lengths                      [ids], [B]
-        # history.item_id.values, .lengths; action, time alike   [T], [B]
+        # context.<float>.values                                [B]
+        # history.item_id.values, .lengths                       [T], [B]
+        # history.<event attribute>, <event float>, time alike   [T], [B]
         # history.<attribute>.values, .lengths                   [ids], [T]
         # history.first_event, optional                          [B]
         # candidates.item_id.values, .lengths; floats alike      [C], [B]
@@ -113,8 +116,12 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
 
     for column in schema.context:
         add(context_key(column), ids(context_key(column)))
+    for column in schema.context_floats:
+        specs.append(ColumnSpec(f"{context_key(column)}.values", FLOATS))
     for column in schema.event_columns:
-        add(history_key(HISTORY, column), ids(column))
+        add(history_key(HISTORY, column), ids(event_key(column)))
+    for column in schema.event_floats:
+        add(history_key(HISTORY, column), FLOATS)
     add(history_key(HISTORY, TIME), (INT64,))
     for column in schema.item_attributes:
         add(history_key(HISTORY, column), ids(item_key(column)))
@@ -193,7 +200,10 @@ def column_tensors(
     tensors[TIME] = _integers([raw[TIME] for raw in raws])
     for column in schema.context:
         add(context_key(column), [_cell(raw["context"][column]) for raw in raws])
-    add_group(HISTORY, (*schema.event_columns, TIME))
+    for column in schema.context_floats:
+        numbers = [raw["context"][column] for raw in raws]
+        tensors[f"{context_key(column)}.values"] = np.array(numbers, dtype=np.float64)
+    add_group(HISTORY, (*schema.event_columns, *schema.event_floats, TIME))
     if any(FIRST_EVENT in raw[HISTORY] for raw in raws):
         first_events = [raw[HISTORY].get(FIRST_EVENT) or 0 for raw in raws]
         tensors[FIRST_EVENT_COLUMN] = _integers(first_events)
@@ -225,20 +235,25 @@ def raw_requests(
         raise RequestError(
             f"{USER} has {num_requests} elements; 1 to {max_requests} are allowed, one per request"
         )
-    for name, tensor in ((TIME, tensors[TIME]), (FIRST_EVENT_COLUMN, first_events)):
+    floats = {c: tensors[f"{context_key(c)}.values"] for c in schema.context_floats}
+    one_each = {TIME: tensors[TIME], FIRST_EVENT_COLUMN: first_events}
+    one_each |= {f"{context_key(column)}.values": values for column, values in floats.items()}
+    for name, tensor in one_each.items():
         if tensor.size != num_requests:
             raise RequestError(
                 f"{name} has {tensor.size} elements; {USER} has {num_requests}, one per request"
             )
     context = {c: _rows(tensors, context_key(c), num_requests) for c in schema.context}
-    history = _group(tensors, HISTORY, (*schema.event_columns, TIME), schema, num_requests)
+    columns = (*schema.event_columns, *schema.event_floats, TIME)
+    history = _group(tensors, HISTORY, columns, schema, num_requests)
     columns = (ITEM, *schema.item_floats)
     candidates = _group(tensors, "candidates", columns, schema, num_requests)
     return [
         {
             USER: user_id,
             TIME: time,
-            "context": {column: _as_list(rows[row]) for column, rows in context.items()},
+            "context": {column: _as_list(rows[row]) for column, rows in context.items()}
+            | {column: values[row].item() for column, values in floats.items()},
             "history": {column: rows[row] for column, rows in history.items()}
             | {FIRST_EVENT: int(first_events[row])},
             "candidates": {column: rows[row] for column, rows in candidates.items()},
@@ -342,7 +357,9 @@ def byte_elements(texts: Sequence[str], name: str) -> NDArray[Any]:
 def _tensor(values: list[Any], key: str, schema: FeatureSchema) -> NDArray[Any]:
     if key == history_key(HISTORY, TIME):
         return _integers(values)
-    if key in map(candidate_key, schema.item_floats):
+    floats = [*map(candidate_key, schema.item_floats)]
+    floats += [history_key(HISTORY, column) for column in schema.event_floats]
+    if key in floats:
         return np.array(values, dtype=np.float64)
     return _ids(values, key)
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
 ROW_BYTES = 256  # of a candidate or an event: its ids, times, offsets and dense features
+COLUMN_BYTES = 64  # of an event in one further column: it is copied from list to batch
 ID_BYTES = 64  # of an id in a bag, beside its row of a table: it is copied from list to batch
 # In multiples of the model's width:
 TOKEN_WIDTHS = 16  # a candidate's token in a layer
@@ -53,7 +54,9 @@ def batch_bytes(manifest: Manifest, schema: FeatureSchema, limits: BatchLimits) 
     of_event = (EVENT_WIDTHS + EVENT_LAYER_WIDTHS * spec.num_layers) * spec.dim
     events = limits.requests * events_of_one
     floats = limits.candidates * of_candidate + events * of_event + ids * spec.dim
-    return FLOAT_BYTES * floats + ROW_BYTES * (limits.candidates + events) + ID_BYTES * ids
+    columns = len(schema.event_attributes) + len(schema.event_floats)
+    rows = ROW_BYTES * (limits.candidates + events) + COLUMN_BYTES * columns * events
+    return FLOAT_BYTES * floats + rows + ID_BYTES * ids
 
 
 def check_memory(

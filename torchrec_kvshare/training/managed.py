@@ -20,8 +20,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_kvshare.features.hashing import IntArray, codes_of_ids
 from torchrec_kvshare.features.schema import (
-    ACTION,
-    ITEM,
     MAX_EXAMPLES,
     NUM_RESERVED_ROWS,
     UNKNOWN_ROW,
@@ -29,6 +27,7 @@ from torchrec_kvshare.features.schema import (
     Managed,
     Vocabulary,
     candidate_key,
+    event_key,
     history_key,
     item_key,
 )
@@ -224,13 +223,13 @@ def keys_of(schema: FeatureSchema, column: str) -> list[str]:
         schema: the model's columns.
         column: a key of its vocabularies.
     """
-    name_by_column = {ITEM: ITEM, ACTION: ACTION}
+    name_by_column = {event_key(name): name for name in schema.event_columns}
     name_by_column |= {item_key(name): name for name in schema.item_attributes}
     if column not in name_by_column:
         return [column]
     name = name_by_column[column]
     keys = [history_key(history.name, name) for history in schema.histories]
-    return keys + ([candidate_key(name)] if column != ACTION else [])
+    return keys + ([candidate_key(name)] if name not in schema.event_attributes else [])
 
 
 def _sum(parts: Sequence[Counted]) -> Counted:

@@ -43,7 +43,6 @@ from torchrec_kvshare.features.draw import draw_raw_request
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.features.request import Events, Request
 from torchrec_kvshare.features.schema import (
-    ACTION,
     HISTORY,
     ITEM,
     NUM_RESERVED_ROWS,
@@ -51,6 +50,7 @@ from torchrec_kvshare.features.schema import (
     FeatureSchema,
     History,
     Window,
+    event_key,
     item_key,
 )
 from torchrec_kvshare.history.kinds import CAUSAL
@@ -297,13 +297,17 @@ def _events_of(dataset: Dataset, window: Window, user: int, num_earlier: int) ->
     read = slice(first + start, first + num_earlier)
     items = dataset.item[read]
     columns = {ITEM: dataset.item_row[items], TIME: dataset.time[read]}
-    if dataset.schema.has_action:
-        columns[ACTION] = dataset.action_row[dataset.action[read]]
+    for name, of_events in dataset.event_attributes.items():
+        columns[name] = of_events.take(read)
     bags = {}
     for name, rows in dataset.item_attributes.items():
         values, lengths = rows.take(items)
         bags[name] = Bags(torch.from_numpy(values), torch.from_numpy(lengths))
-    return Events(_tensors(columns), bags, start)
+    floats = {
+        name: torch.from_numpy(dataset.event_floats[read, index].copy())
+        for index, name in enumerate(dataset.schema.event_floats)
+    }
+    return Events(_tensors(columns), bags, start, floats)
 
 
 def _drawn_events(
@@ -316,11 +320,12 @@ def _drawn_events(
     def drawn(key: str) -> Ints:
         return NUM_RESERVED_ROWS + numbers % (schema.num_table_rows(key) - NUM_RESERVED_ROWS)
 
-    rows = {column: drawn(column) for column in schema.event_columns}
+    rows = {column: drawn(event_key(column)) for column in schema.event_columns}
     bags = {c: single(torch.from_numpy(drawn(item_key(c)))) for c in schema.item_attributes}
     event = np.arange(start, num_events)
     rows[TIME] = ZIPF_START - FIRST_EVENT_S + SECONDS_PER_EVENT * event
-    return Events(_tensors(rows), bags, start)
+    floats = {c: torch.from_numpy(numbers % 100 / np.float32(100)) for c in schema.event_floats}
+    return Events(_tensors(rows), bags, start, floats)
 
 
 def _tensors(columns: dict[str, Ints]) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ def catalogue_dataset(num_items: int, history: int, seed: int) -> Dataset:
         items=IdColumn(items, [str(item) for item in range(num_items)]),
         time=START_TIME + SECONDS_BETWEEN_EVENTS * event,
         label=np.ones(len(users), np.float32),
-        action=None,
+        event_attributes={},
         item_attributes={"category": [(str(item % NUM_CATEGORIES),) for item in range(num_items)]},
         item_floats={"price": np.ones(num_items, np.float32)},
         user_attributes={},

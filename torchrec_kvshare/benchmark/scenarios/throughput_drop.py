@@ -257,7 +257,6 @@ def mlperf_schema(history: int, *more: str) -> FeatureSchema:
     return FeatureSchema(
         dict.fromkeys((USER, ITEM, *map(context_key, context)), vocabulary),
         context=context,
-        has_action=False,
         item_attributes=(),
         item_floats=tuple(f"float_{index}" for index in range(NUM_FLOATS)),
         histories=(History(HISTORY, Window(history, MERGE)),),
