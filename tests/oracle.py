@@ -16,7 +16,11 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_kvshare.features.schema import FeatureSchema, History, table_name
 from torchrec_kvshare.history.kinds import TowerSpec
-from torchrec_kvshare.history.reference import ReferenceOptions, reference_tower
+from torchrec_kvshare.history.reference import (
+    ReferenceOptions,
+    reference_state,
+    reference_tower,
+)
 from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
 
 
@@ -69,11 +73,15 @@ def reference_features(
         key: _rows(tables[f"bag_{table_name(of)}"], schema, of, cells)
         for key, (of, cells) in cells_by_key.items()
     }
-    pooled = {
-        history.name: reference_history(collection, schema, raw, index, history_index=history_index)
-        for history_index, history in enumerate(schema.histories)
-    }
-    return feature_by_key | pooled
+    for history_index in range(len(schema.histories)):
+        feature_by_key |= reference_history(collection, schema, raw, index, history_index)
+    if any(tower.spec.has_state for tower in collection.towers()):
+        feature_by_key["candidates.vector"] = sum(
+            _rows(tables[f"vector_{table_name(of)}"], schema, of, cells)
+            for key, (of, cells) in cells_by_key.items()
+            if key.startswith("candidates.")
+        )
+    return feature_by_key
 
 
 def exact_tables(collection: KVShareEmbeddingBagCollection) -> dict[str, Tensor]:
@@ -81,7 +89,7 @@ def exact_tables(collection: KVShareEmbeddingBagCollection) -> dict[str, Tensor]
     table_by_name = {}
     for name, weight in collection.state_dict().items():
         *_, table, _ = name.split(".")
-        if table.startswith(("bag_", "token_")):
+        if table.startswith(("bag_", "token_", "vector_")):
             table_by_name[table] = weight.double()
     return table_by_name
 
@@ -92,8 +100,11 @@ def reference_history(
     raw: dict[str, Any],
     index: int,
     history_index: int = 0,
-) -> Tensor:
-    """Return one history as one candidate pools it, [E] float64."""
+) -> dict[str, Tensor]:
+    """Return the features [E] float64 of one history for one candidate, by key.
+
+    They are the pooled history and, with states, the user's state.
+    """
     described, tower = schema.histories[history_index], collection.towers()[history_index]
     history = raw["history"]
     read = [
@@ -137,7 +148,13 @@ def reference_history(
     times = [history["time"][event] for event in read[first:]]
     options = reference_options(tower.spec, described)
     parameters = tower.state_dict()
-    return reference_tower(parameters, options, seen, times, candidate, raw["time"])
+    pooled = reference_tower(parameters, options, seen, times, candidate, raw["time"])
+    if not tower.spec.has_state:
+        return {described.name: pooled}
+    return {
+        described.name: pooled,
+        f"{described.name}.state": reference_state(parameters, options, seen, times),
+    }
 
 
 def reference_options(spec: TowerSpec, history: History) -> ReferenceOptions:

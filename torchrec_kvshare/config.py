@@ -48,8 +48,8 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("http_port", "grpc_port"), 0),
     **dict.fromkeys(("replicas", "redis_bytes", "replica_port", "num_shards"), 1),
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
-    **dict.fromkeys(("shuffle_shards", "prefetch", "patience"), 1),
-    **dict.fromkeys(("workers", "split_times"), 0),
+    **dict.fromkeys(("shuffle_shards", "prefetch", "shared_items", "patience"), 1),
+    **dict.fromkeys(("workers", "split_times", "next_event"), 0),
     **dict.fromkeys(("clip_norm", "table_clip"), TINY),
     **dict.fromkeys(("warmup_steps", "ema_decay"), 0),
 }
@@ -73,6 +73,8 @@ NOT_EMPTY = (
 )
 REFUSE, SORT = "refuse", "sort"
 AUTO, CPU, CUDA = "auto", "cpu", "cuda"
+POPULARITY, NO_HISTORY, POOLED, SASREC = "popularity", "none", "pooled", "sasrec"
+BASELINES = (POPULARITY, NO_HISTORY, POOLED, SASREC)
 EXCLUDE, INCLUDE = "exclude", "include"
 TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT = "time_share", "leave_one_out", "time"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
@@ -208,6 +210,7 @@ class ModelConfig:
     merge: int = 8  # longer: events in a group
     recent: int = 128  # longer: newest events, whose groups go on to deeper layers
     num_globals: int = 4  # longer: learned rows that see the whole history
+    user_state: bool = True  # the ranking stage gets the state of the user, too
     # Histories by name, each with the actions of its events; []: events of all actions.
     histories: dict[str, list[str]] = field(default_factory=lambda: {"history": []})
 
@@ -230,7 +233,8 @@ class Budget:
     epochs: int = 3  # passes over the training split
     max_users: int | None = None  # users to train and test on; None: all
     eval_users: int | None = None  # users to rank the catalogue for; None: all
-    baselines: bool = True  # also train history=none and count popularity
+    # Models to compare with, of BASELINES.
+    baselines: list[str] = field(default_factory=lambda: ["none", "popularity"])
 
 
 @dataclass
@@ -270,6 +274,8 @@ class TrainConfig:
     precision: str = FLOAT32  # of the forward pass in training; or bfloat16
     batch_targets: int = 256  # targets per batch, each with its negatives
     negatives: int = 7  # sampled per target; 0: the log has its own, with label 0
+    next_event: float = 0.02  # weight of the next-event loss beside the ranking loss; 0: none
+    shared_items: int = 1024  # items that the next-event loss tells a target from, at most
     checkpoint_seconds: float = 60.0  # seconds between two checkpoints
     keep_checkpoints: int = 1  # older ones are removed, but not the best
     keep_best: str | None = None  # validation metric that chooses the epoch; None: the last one

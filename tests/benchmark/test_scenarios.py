@@ -512,7 +512,10 @@ def test_a_catalogue_is_trained_on_and_ranked_at_each_size(run: Run) -> None:
     latency_ms = values(records, "latency")
     assert set(latency_ms) == {
         ("causal", path, HISTORY, num_items)
-        for path in ("training_step", "rank_item_behind", "rank_first_item")
+        for path in (
+            *("training_step", "training_step_next_event"),
+            *("rank_item_behind", "rank_first_item"),
+        )
         for num_items in CATALOGUES
     }
     for (encoder, path, history, num_items), ratio in values(records, "ratio_to_smallest").items():

@@ -36,7 +36,7 @@ Figures = dict[str, dict[str, float]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that takes seconds."""
     output = tmp_path_factory.mktemp("run") / "run"
-    run_pipeline("train", *WORLD, *TINY, "budget.baselines=false", f"output={output}")
+    run_pipeline("train", *WORLD, *TINY, "budget.baselines=[]", f"output={output}")
     return output
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from tests.data.logs import Event, log_of
-from torchrec_kvshare.data.dataset import TEST, Dataset, build_dataset
+from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.digest import DataDigest, data_digest, log_digest
 from torchrec_kvshare.data.shards import in_memory
 from torchrec_kvshare.data.split_report import split_report
+from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import (
     ITEM,

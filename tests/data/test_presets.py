@@ -331,7 +331,7 @@ def test_the_complete_journey_is_read_in_full(tmp_path: Path) -> None:
     first = 1_483_271_606  # 2017-01-01T11:53:26Z
     assert log.time.tolist() == [first, first, first + 1_984, first + 174_784]
     assert log.label.tolist() == [1, 1, 1, 1]
-    assert log.action is None
+    assert log.event_attributes == {}
     assert log.item_attributes == {
         "department": [("PASTRY",), ("MISCELLANEOUS",)],
         "product_category": [("BREAD",), ()],

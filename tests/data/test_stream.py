@@ -132,7 +132,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(six: Shards) -> None:
 def test_batches_are_the_same_from_any_number_of_workers(six: Shards, workers: int) -> None:
     stream = stream_of(six)
     epoch = stream.epoch(1)
-    expected = [stream.batch(chosen, 1) for chosen in epoch.chosen]
+    expected = [stream.batch(chosen, 1, index) for index, chosen in enumerate(epoch.chosen)]
     assert len(expected) > 20
     found = list(stream_of(six).epoch(1).load(0, Loading(workers)))
     assert_same_batches(found, expected)
@@ -291,10 +291,10 @@ def test_a_worker_that_is_killed_ends_the_epoch_in_our_words(six: Shards) -> Non
     epoch = stream.epoch(0)
     parent, real_batch = os.getpid(), stream.batch
 
-    def batch(chosen: Any, number: int) -> Batch:
+    def batch(chosen: Any, number: int, index: int) -> Batch:
         if os.getpid() != parent and chosen is not None and chosen[0] == epoch.chosen[9][0]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real_batch(chosen, number)
+        return real_batch(chosen, number, index)
 
     stream.batch = batch  # type: ignore[method-assign]
     with pytest.raises(DataError, match="a process that read data has ended: "), worker_errors():

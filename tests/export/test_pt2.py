@@ -73,11 +73,11 @@ class World(NamedTuple):
 
 # Together they cover all features of a model; test_graphs.py covers them for every kind.
 WORLD_BY_KIND = {
-    CAUSAL: World(SCHEMA, TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2)),
+    CAUSAL: World(SCHEMA, TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2, has_state=True)),
     BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 1, 2)),
     TARGET_ONLY: World(
         replace(BARE, event_attributes=("action",), histories=(SEEN, BOUGHT)),
-        TowerSpec(TARGET_ONLY, 10, 1, 2, window=4),
+        TowerSpec(TARGET_ONLY, 10, 1, 2, window=4, has_state=True),
     ),
     HSTU: World(
         replace(BARE, histories=(History("history", SLIDING_WINDOW),)),
@@ -85,7 +85,7 @@ WORLD_BY_KIND = {
     ),
     LONGER: World(
         replace(BARE, histories=(History("history", LONGER_WINDOW),)),
-        TowerSpec(LONGER, 10, 2, 2, merge=3, recent=12, num_globals=2),
+        TowerSpec(LONGER, 10, 2, 2, merge=3, recent=12, num_globals=2, has_state=True),
     ),
 }
 

@@ -47,7 +47,12 @@ from torchrec_kvshare.export.torchscript import script_model
 from torchrec_kvshare.features.bags import single
 from torchrec_kvshare.features.batches import RequestBatch, collate, collate_history, with_key
 from torchrec_kvshare.features.request import Request
-from torchrec_kvshare.features.schema import HISTORY, Window, first_index_key
+from torchrec_kvshare.features.schema import (
+    HISTORY,
+    Window,
+    first_index_key,
+    state_feature,
+)
 from torchrec_kvshare.history.kinds import (
     BIDIRECTIONAL,
     CAUSAL,
@@ -56,7 +61,13 @@ from torchrec_kvshare.history.kinds import (
     LONGER,
     TARGET_ONLY,
 )
-from torchrec_kvshare.history.pages import KVPages, flat_pages, offsets_of, split_users
+from torchrec_kvshare.history.pages import (
+    KVPages,
+    flat_pages,
+    offsets_of,
+    split_users,
+    users_of_rows,
+)
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.model.collection import kvshare_collection
 from torchrec_kvshare.model.ranking import RankingModel, takes_prefixes
@@ -92,8 +103,10 @@ def score(world: World, raws: list[RawRequest]) -> Tensor:
 
 
 @torch.no_grad()
-def pooled_history(world: World, features: Any) -> Tensor:
-    return world.dlrm.sparse_arch.embedding_bag_collection(features)[HISTORY]
+def history_features_of(world: World, features: Any) -> Tensor:
+    """Return the pooled history and the user's state: [C, 2, E]."""
+    pooled = world.dlrm.sparse_arch.embedding_bag_collection(features)
+    return torch.stack([pooled[key] for key in (HISTORY, state_feature(HISTORY))], dim=1)
 
 
 def features_of(world: World, raws: list[RawRequest]) -> Any:
@@ -187,9 +200,10 @@ def test_tokens_of_a_candidate_see_each_other_and_no_other_candidate(
 def test_another_brand_changes_what_its_candidate_pools_and_no_other(name: str) -> None:
     world = world_of(name)
     [raw] = raws_of(world, [(7, 3, 8)])
-    before = pooled_history(world, features_of(world, [raw]))
+    before = history_features_of(world, features_of(world, [raw]))
     raw["candidates"]["brands"][1] = ["brand 2", "brand 5", "brand 3"]
-    moved = (pooled_history(world, features_of(world, [raw])) - before).abs().amax(1)
+    moved = history_features_of(world, features_of(world, [raw])) - before
+    moved = moved.abs().amax((1, 2))
     assert moved[1] > 100 * PATH_TOLERANCE
     assert moved[[0, 2]].tolist() == [0.0, 0.0]
 
@@ -388,8 +402,9 @@ def test_a_candidate_that_may_see_some_events_pools_as_over_a_history_of_these(
     expected = []
     for index, num_seen, time in zip(indices, visible, times, strict=True):
         asked = cut(raw, 0, num_seen) | {"time": time}
-        expected.append(reference_history(collection, world.schema, asked, index))
-    got = pooled_history(world, batch.sparse_features)
+        features = reference_history(collection, world.schema, asked, index)
+        expected.append(torch.stack([*features.values()]))
+    got = history_features_of(world, batch.sparse_features)
     assert_close(got, torch.stack(expected), LOGIT_TOLERANCE)
 
 
@@ -404,8 +419,8 @@ def test_seeing_everything_at_the_time_of_the_request_is_serving(name: str, user
     training = see_prefixes(
         batch, [request.num_events for request in asked], [request.time for request in asked]
     )
-    got = pooled_history(world, training.sparse_features)
-    assert_close(got, pooled_history(world, batch.sparse_features), PATH_TOLERANCE)
+    got = history_features_of(world, training.sparse_features)
+    assert_close(got, history_features_of(world, batch.sparse_features), PATH_TOLERANCE)
 
 
 @by_name
@@ -419,7 +434,7 @@ def test_an_encoder_that_takes_no_prefixes_refuses_them(name: str) -> None:
     batch = collate(parse_all(raws_of(world, [(9, 2, 1)]), world.schema), world.schema)
     prefixes = see_prefixes(batch, [9, 8], [1_700_000_000, 1_700_000_000])
     with pytest.raises(ValueError, match="whole histories, not prefixes"):
-        pooled_history(world, prefixes.sparse_features)
+        history_features_of(world, prefixes.sparse_features)
 
 
 def test_longer_takes_candidates_at_different_moments() -> None:
@@ -427,11 +442,11 @@ def test_longer_takes_candidates_at_different_moments() -> None:
     [raw] = raws_of(world, [(9, 2, 1)])
     batch = collate(parse_all([raw], world.schema), world.schema)
     times = [raw["time"], raw["time"] + 10**6]
-    got = pooled_history(world, see_prefixes(batch, [9, 9], times).sparse_features)
+    got = history_features_of(world, see_prefixes(batch, [9, 9], times).sparse_features)
     for index, time in enumerate(times):
-        expected = pooled_history(world, features_of(world, [raw | {"time": time}]))
+        expected = history_features_of(world, features_of(world, [raw | {"time": time}]))
         assert_close(got[index], expected[index], PATH_TOLERANCE)
-    assert (got[1] - pooled_history(world, batch.sparse_features)[1]).abs().max() > 1e-4
+    assert (got[1] - history_features_of(world, batch.sparse_features)[1]).abs().max() > 1e-4
 
 
 # Sliding windows.
@@ -500,7 +515,7 @@ def asked_of(tower: HistoryTower) -> Asked:
 
 
 class TrainingPath(nn.Module):
-    """A tower's training forward as one function of tensors; event i has time 100 i."""
+    """A tower's training forward, pooled history plus state; event i has time 100 i."""
 
     def __init__(self, tower: HistoryTower) -> None:
         super().__init__()
@@ -513,14 +528,18 @@ class TrainingPath(nn.Module):
         times = [100 * torch.arange(length) for length in asked.lengths]
         asked_at = torch.tensor(asked.times, dtype=torch.int64)
         visible = torch.tensor(asked.visible, dtype=torch.int64)
-        return self.tower.attend(
+        pages = flat_pages(kv, self.tower.encoder.row_offsets(event_offsets))
+        pooled = self.tower.attend(
             rows,
             entered,
             offsets_of(torch.tensor(asked.counts)),
-            flat_pages(kv, self.tower.encoder.row_offsets(event_offsets)),
+            pages,
             Visibility(torch.cat(times), asked_at, visible),
             event_offsets,
         )
+        counts = torch.tensor(asked.counts)
+        users = torch.arange(len(counts)).repeat_interleave(counts)
+        return pooled + self.tower.state(pages, users, visible)
 
 
 def draw_leaves(asked: Asked) -> tuple[Tensor, Tensor]:
@@ -613,14 +632,15 @@ class ServingPath(nn.Module):
         candidates: Tensor,
         candidate_offsets: Tensor,
         visibility: Visibility,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kv = self.tower.prefill(events, event_offsets)
         rows, entered = self.tower.enter(candidates)
         pages = flat_pages(kv, self.tower.encoder.row_offsets(event_offsets))
         pooled = self.tower.attend(
             rows, entered, candidate_offsets, pages, visibility, event_offsets
         )
-        return kv, pooled
+        users = users_of_rows(candidate_offsets, candidates.size(0))
+        return kv, pooled, self.tower.state(pages, users, visibility.visible_rows)
 
 
 @by_name

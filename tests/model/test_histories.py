@@ -156,13 +156,15 @@ def test_a_view_moves_what_was_seen_and_not_what_was_bought() -> None:
 def test_towers_are_apart_and_tables_are_shared() -> None:
     names = [name for name, _ in two_histories_model(CAUSAL).named_parameters()]
     assert sum(name.endswith("candidate_token") for name in names) == 2
-    tables = [name.split(".")[-2] for name in names if ".token_" in name or "token_item" in name]
+    tables = [name.split(".")[-2] for name in names if ".token_embeddings." in name]
     assert sorted(tables) == [
         "token_events_action",
         "token_item_id",
         "token_items_genres",
         "token_position_bought",
         "token_position_seen",
+        "vector_item_id",
+        "vector_items_genres",
     ]
 
 

@@ -185,7 +185,7 @@ def test_a_candidate_that_may_see_some_events_pools_as_over_a_history_of_these(
         history = {column: cells[:num_seen] for column, cells in raw["history"].items()}
         asked = raw | {"history": history, "time": time}
         collection = dlrm.sparse_arch.embedding_bag_collection
-        expected.append(reference_history(collection, SCHEMA, asked, index))
+        expected.append(reference_history(collection, SCHEMA, asked, index)[HISTORY])
     assert_close(pooled_history(dlrm, batch), torch.stack(expected), LOGIT_TOLERANCE)
 
 

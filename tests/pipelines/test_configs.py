@@ -138,6 +138,12 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("evaluation.seen=no", "evaluation.seen is 'no'; one of ('exclude', 'include') is allowed"),
         ("evaluation.candidates=60", "evaluation.candidates is 60; the training split of synthe"),
         ("negatives=-1", "negatives is -1; it must be at least 0"),
+        ("next_event=-0.5", "next_event is -0.5; it must be at least 0"),
+        ("shared_items=0", "shared_items is 0; it must be at least 1"),
+        (
+            "budget.baselines=[none,best]",
+            "budget.baselines has ['best']; ['popularity', 'none', 'pooled', 'sasrec'] are allowed",
+        ),
         ("model.num_layers=0", "model.num_layers is 0; it must be at least 1"),
         ("model.dim=-16", "model.dim is -16; it must be at least 1"),
         ("threads=0", "threads is 0; it must be at least 1"),

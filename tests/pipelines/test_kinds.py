@@ -21,7 +21,7 @@ RUNS = {
         "+model.histories.buys=[buy]",
     ),
 }
-SMALLER = ("budget.baselines=false", "budget.max_users=12", "budget.eval_users=5")
+SMALLER = ("budget.baselines=[]", "budget.max_users=12", "budget.eval_users=5")
 NUM_REQUESTS = 9
 NUM_EVENTS = 11  # no window moves when one more comes
 

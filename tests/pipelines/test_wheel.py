@@ -119,7 +119,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
 def exported(installed: Environment) -> Path:
     """An artifact and a file of requests, made by the commands of the wheel."""
     installed.succeed_all(
-        ("train", *WORLD, *TINY, "budget.baselines=false", "output=run"),
+        ("train", *WORLD, *TINY, "budget.baselines=[]", "output=run"),
         ("export", "run=run", "output=artifact", "threads=1"),
         ("make_requests", *WORLD, "count=5", "candidates=9", "output=requests.jsonl"),
     )

@@ -48,7 +48,7 @@ def steps(trainer: Trainer, first: int, end: int) -> list[float]:
 
 def probe(trainer: Trainer) -> list[float]:
     """Return logits of a batch that every rank holds."""
-    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1)
+    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1, 0)
     return logits_of(trainer.ranker, batch).tolist()
 
 

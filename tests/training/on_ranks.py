@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torchrec.datasets.utils import Batch
-from torchrec.models.dlrm import DLRMTrain
 
 from tests.once import make_once
 from tests.training.worlds import BUDGET, MODEL, tiny_config
@@ -33,6 +32,7 @@ from torchrec_kvshare.config import LEAVE_ONE_OUT, EvaluationConfig, TrainConfig
 from torchrec_kvshare.data.dataset import Ints
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.training.loop import Trainer, TrainSettings
+from torchrec_kvshare.training.objective import Objective, ObjectiveSettings
 from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.run import new_model
 from torchrec_kvshare.training.sharding import SGD, TableSettings
@@ -172,7 +172,7 @@ def run_config(output: Path, **changes: Any) -> TrainConfig:
     return tiny_config(
         output,
         model=replace(MODEL, dropout=0.0),
-        budget=replace(BUDGET, epochs=2, baselines=True),
+        budget=replace(BUDGET, epochs=2, baselines=["none", "popularity"]),
         **changes,
     )
 
@@ -185,6 +185,10 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
         tag: [(point.step, point.value) for point in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
+
+
+OBJECTIVE = ObjectiveSettings(next_event=0.5, shared_items=23)
+NEGATIVES = 3
 
 
 def trainer_of(
@@ -205,27 +209,34 @@ def trainer_of(
         tables=tables or TableSettings(SGD, 0.5),
         weight_decay=1e-5,
         batch_targets=64,
-        negatives=3,
+        negatives=NEGATIVES,
         seed=0,
         checkpoint_seconds=1e9,
+        objective=OBJECTIVE,
     )
     model = new_model(shards.schema, sizes, kind, seed)
     return Trainer(model, shards, replace(settings, **changes), folder, ranks)
 
 
-def plain_model(kind: str, shards: Shards, seed: int = 0) -> DLRMTrain:
+def plain_model(kind: str, shards: Shards, seed: int = 0) -> Objective:
     """The model of ``trainer_of``, as one process has it without sharding."""
     sizes = replace(MODEL, history=kind, dropout=0.0, merge=4, recent=8, num_globals=3)
-    return DLRMTrain(new_model(shards.schema, sizes, kind, seed))
+    return Objective(
+        new_model(shards.schema, sizes, kind, seed),
+        OBJECTIVE,
+        histories=[history.name for history in shards.schema.histories],
+        negatives=NEGATIVES,
+        num_items=len(shards.shared.known_items),
+    )
 
 
 def own_part(trainer: Trainer, chosen: Ints) -> tuple[Batch, int | None]:
     """Build this rank's part of a batch of windows, and count its candidates for ``step``."""
     own = trainer.stream.own(chosen)
     if len(own):
-        return trainer.stream.batch(own, 0), None
+        return trainer.stream.batch(own, 0, 0), None
     trainer.stream.hold([0])
-    return trainer.stream.batch(trainer.stream.smallest(), 0), 0
+    return trainer.stream.batch(trainer.stream.smallest(), 0, 0), 0
 
 
 def train_on(trainer: Trainer, chosen: Ints) -> float:

@@ -30,6 +30,7 @@ from torchrec_kvshare.data.stream import Epoch, WindowStream
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.training.loop import Trainer
+from torchrec_kvshare.training.objective import ObjectiveSettings
 from torchrec_kvshare.training.ranks import Ranks
 from torchrec_kvshare.training.run import load_data, train_run
 from torchrec_kvshare.training.sharding import SGD, TableSettings
@@ -55,7 +56,7 @@ def check_gradients(kind: str, shards: Shards, folder: Path, ranks: Ranks, users
             gradients[name] = parameter.grad
 
     plain = plain_model(kind, shards)
-    expected, _ = plain(trainer.stream.batch(chosen, 0))
+    expected, _ = plain(trainer.stream.batch(chosen, 0, 0))
     expected.backward()
     differences: dict[bool, float] = {True: 0.0, False: 0.0}
     for name, parameter in plain.named_parameters():
@@ -87,11 +88,13 @@ def train_bounded(shards: Shards, folder: Path, ranks: Ranks) -> dict[str, list[
         ema_decay=0.8,
         keep_best="NE",
         epochs=1,
+        # Each rank has its part of the gradient of a shared item, and table_clip bounds the part.
+        objective=ObjectiveSettings(),
     )
     losses = steps(trainer, 0, 7)
     trainer.run(None)  # the rest of the epoch
     assert trainer.progress.best is not None
-    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1)
+    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1, 0)
     logits = trainer.scorer()(batch).tolist()
     return {"losses": losses, "best": [trainer.progress.best.value], "logits": logits}
 

@@ -27,7 +27,12 @@ from tests.training.on_ranks import (
 )
 from tests.training.worlds import MODEL
 from torchrec_kvshare.data.shards import Shards
-from torchrec_kvshare.features.schema import position_key
+from torchrec_kvshare.features.schema import (
+    candidate_key,
+    position_key,
+    shared_key,
+    vector_key,
+)
 from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.ranks import Ranks
 from torchrec_kvshare.training.run import load_data, new_model
@@ -91,7 +96,7 @@ def check_losses(forced: str, optimizer: str, shards: Shards, folder: Path, rank
         for one, rate in zip(optimizers, first_rates, strict=True):
             one.param_groups[0]["lr"] = rate * trainer._rate_share()
             one.zero_grad()
-        loss, _ = plain(trainer.stream.batch(chosen, 0))
+        loss, _ = plain(trainer.stream.batch(chosen, 0, 0))
         loss.backward()
         for one in optimizers:
             one.step()
@@ -157,12 +162,14 @@ def check_changed_rows(shards: Shards, folder: Path, ranks: Ranks) -> None:
         before = whole_tensors(trainer.sharded.state_dict())
         train_on(trainer, chosen)
     after = whole_tensors(trainer.sharded.state_dict())
-    features = trainer.stream.batch(chosen, 0).sparse_features  # of all ranks
+    features = trainer.stream.batch(chosen, 0, 0).sparse_features.to_dict()  # of all ranks
     changed = {}
     for table, keys in keys_by_table(plain_model("causal", shards)).items():
         (name,) = [name for name in before if name.endswith(f".{table}.weight")]
         rows = (before[name] != after[name]).any(1).nonzero().flatten().tolist()
-        met = torch.cat([features[key].values() for key in keys]).tolist()
+        # Vectors are those of candidates and of shared items.
+        names = [name for key in keys for name in sources_of(key)]
+        met = torch.cat([features[name].values() for name in names]).tolist()
         changed[table] = {
             "inside": len(set(rows) & set(met)),
             "outside": len(set(rows) - set(met)),
@@ -171,10 +178,19 @@ def check_changed_rows(shards: Shards, folder: Path, ranks: Ranks) -> None:
     tell(case="changed rows", changed=changed)
 
 
+def sources_of(key: str) -> list[str]:
+    """Return the keys of a batch that a table's feature is made of."""
+    vectors = vector_key("")
+    if not key.startswith(vectors):
+        return [key]
+    column = key.removeprefix(vectors)
+    return [candidate_key(column), shared_key(column)]
+
+
 def own_batches(trainer: Trainer, num_batches: int) -> list[Batch]:
     """Return batches of this rank, one of each in which it has windows."""
     parts = [trainer.stream.own(chosen) for chosen in trainer.stream.epoch(0).chosen]
-    return [trainer.stream.batch(part, 0) for part in parts if len(part)][:num_batches]
+    return [trainer.stream.batch(part, 0, 0) for part in parts if len(part)][:num_batches]
 
 
 def check_pipeline(shards: Shards, folder: Path, ranks: Ranks) -> None:

@@ -136,7 +136,7 @@ def test_without_matplotlib_the_extra_is_named(
 
 def run_with(folder: Path, **changes: Any) -> dict[str, Any]:
     """Train the plain DLRM and count popularity; return ``metrics.json``."""
-    budget = Budget("tiny", epochs=1, max_users=12, baselines=True)
+    budget = Budget("tiny", epochs=1, max_users=12, baselines=["none", "popularity"])
     model = {**vars(MODEL), "history": "none"}
     train_run(tiny_config(folder, budget=budget, model=type(MODEL)(**model), **changes))
     return json.loads((folder / "metrics.json").read_text())

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrec.models.dlrm import DLRMTrain
 
 from tests.once import shared_folder
 from tests.training.checkpoints_program import (
@@ -40,6 +39,7 @@ from torchrec_kvshare.training.checkpoints import (
     load_weights,
 )
 from torchrec_kvshare.training.loop import Trainer
+from torchrec_kvshare.training.objective import Objective
 from torchrec_kvshare.training.ranks import joined_ranks
 from torchrec_kvshare.training.run import load_data
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(
 
 
 @pytest.fixture
-def loaded(saved: Saved, shards: Shards) -> DLRMTrain:
+def loaded(saved: Saved, shards: Shards) -> Objective:
     """A plain module of other weights, with those of the checkpoint of two ranks loaded."""
     plain = plain_model(KIND, shards, OTHER_SEED)
     load_weights(plain, saved.folder / "rowwise_adagrad")
@@ -106,19 +106,19 @@ def loaded(saved: Saved, shards: Shards) -> DLRMTrain:
 
 
 def test_the_plain_module_loads_a_checkpoint_of_ranks(
-    saved: Saved, shards: Shards, loaded: DLRMTrain
+    saved: Saved, shards: Shards, loaded: Objective
 ) -> None:
     cases = saved.cases(2, case="saved", name="rowwise_adagrad")
     assert all(case["same_keys"] for case in cases)
     with joined_ranks(torch.device("cpu")) as ranks:
         trainer = trainer_of(KIND, shards, saved.folder / "unused", ranks)
-    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1)
+    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1, 0)
     found = logits_of(loaded.model, batch).tolist()
     assert found == pytest.approx(cases[0]["logits"], abs=TOLERANCE, rel=0)
 
 
 def test_a_checkpoint_of_ranks_is_exported(
-    shards: Shards, loaded: DLRMTrain, tmp_path: Path
+    shards: Shards, loaded: Objective, tmp_path: Path
 ) -> None:
     ranking = RankingModel(loaded.model).eval()
     export_model(ranking, shards.schema, tmp_path / "artifact")

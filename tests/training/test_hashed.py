@@ -34,7 +34,7 @@ IDS = {
 
 
 def config_of(folder: Path, **ids: IdConfig) -> TrainConfig:
-    budget = replace(BUDGET, epochs=1, baselines=True)
+    budget = replace(BUDGET, epochs=1, baselines=["none", "popularity"])
     return tiny_config(folder, budget=budget, ids=ids)
 
 
@@ -67,6 +67,7 @@ def test_tables_have_the_rows_that_were_asked_for(finished: Path) -> None:
         "bag_user_id": 10_000 + NUM_RESERVED_ROWS,
         "bag_item_id": 31 + NUM_RESERVED_ROWS,
         "token_item_id": 31 + NUM_RESERVED_ROWS,
+        "vector_item_id": 31 + NUM_RESERVED_ROWS,
     }
 
 

@@ -51,7 +51,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> InteractionsData:
 def impressions_config(output: Path, data: object, **changes: object) -> TrainConfig:
     """A run on logged labels, whose history is of clicks."""
     sizes = replace(MODEL, histories={"history": ["click"]}, top_mlp=[32, 1])
-    budget = replace(BUDGET, epochs=3, baselines=True)
+    budget = replace(BUDGET, epochs=3, baselines=["none", "popularity"])
     return tiny_config(output, data=data, model=sizes, budget=budget, negatives=0, **changes)
 
 

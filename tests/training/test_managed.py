@@ -62,7 +62,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 def values_of(trainer: Trainer, key: str, step: int = 0) -> tuple[Tensor, Tensor]:
     """The ids of a key in a training batch, before and after they are remapped."""
-    batch = trainer.stream.batch(trainer.stream.epoch(0).chosen[step], 0)
+    batch = trainer.stream.batch(trainer.stream.epoch(0).chosen[step], 0, 0)
     mapped = trainer.managed.remapped(batch)
     return tuple(one.sparse_features[key].values() for one in (batch, mapped))  # type: ignore
 
@@ -101,7 +101,7 @@ def test_reserved_rows_stay_and_a_batch_is_not_changed(shards: Shards, tmp_path:
     with joined_ranks(torch.device("cpu")) as ranks:
         trainer = managed_trainer(shards, tmp_path, ranks)
         train_steps(trainer, 0, 6)
-        batch = trainer.stream.batch(trainer.stream.epoch(0).chosen[0], 0)
+        batch = trainer.stream.batch(trainer.stream.epoch(0).chosen[0], 0, 0)
         values = batch.sparse_features.values()
         first = sum(batch.sparse_features.length_per_key()[:1])
         values[:first] = torch.arange(first) % 2
@@ -124,7 +124,7 @@ def test_a_row_that_changes_hands_starts_anew(
         train_steps(trainer, 0, 8)
         weights, states = tables_of(trainer)
         chosen = trainer.stream.epoch(0).chosen[8]
-        batch = trainer.stream.batch(chosen, 0)
+        batch = trainer.stream.batch(chosen, 0, 0)
         evicted = trainer.managed.observe(batch, step=8)
         assert set(evicted) == {ITEM, "items.category"}
         rows = torch.from_numpy(evicted[ITEM])
@@ -168,9 +168,10 @@ def tables_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_keys_of_a_column_are_those_of_its_tables(shards: Shards) -> None:
     schema = shards.schema
     assert keys_of(schema, USER) == [USER]
-    assert keys_of(schema, ITEM) == ["history.item_id", "candidates.item_id"]
+    groups = ("history", "candidates", "shared", "vectors")
+    assert keys_of(schema, ITEM) == [f"{group}.item_id" for group in groups]
     assert keys_of(schema, "events.action") == ["history.action"]
-    assert keys_of(schema, "items.category") == ["history.category", "candidates.category"]
+    assert keys_of(schema, "items.category") == [f"{group}.category" for group in groups]
     assert keys_of(schema, "context.category") == ["context.category"]
 
 
@@ -240,7 +241,7 @@ def test_the_map_of_the_best_epoch_is_part_of_the_result(shards: Shards, tmp_pat
 
 
 def config_of(folder: Path, **changes: object) -> TrainConfig:
-    whole = {"ids": IDS, "data": DATA, "budget": replace(BUDGET, baselines=True)}
+    whole = {"ids": IDS, "data": DATA, "budget": replace(BUDGET, baselines=["none", "popularity"])}
     return tiny_config(folder, **(whole | changes))
 
 
@@ -352,7 +353,7 @@ def test_the_rows_of_a_column_are_needed(tmp_path: Path) -> None:
 def test_metrics_of_popularity_are_those_of_a_vocabulary(finished: Path, tmp_path: Path) -> None:
     """It counts ids, which the managed map must not merge."""
     other = tmp_path / "run"
-    budget = replace(BUDGET, baselines=True, epochs=1)
+    budget = replace(BUDGET, baselines=["none", "popularity"], epochs=1)
     train_run(config_of(other, ids={}, budget=budget))
     found, expected = (
         json.loads((run / "metrics.json").read_text())["test"]["popularity"]

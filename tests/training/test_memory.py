@@ -26,7 +26,7 @@ class Watched(loop.Trainer):
 
 loop.Trainer = Watched
 run_pipeline(
-    "train", *WORLD, *TINY, f"output={sys.argv[1]}", "budget.baselines=false", "budget.epochs=4",
+    "train", *WORLD, *TINY, f"output={sys.argv[1]}", "budget.baselines=[]", "budget.epochs=4",
     "budget.max_users=null", "batch_targets=4", "model.dim=64", "checkpoint_seconds=1000",
 )
 print(json.dumps(allocated_bytes))

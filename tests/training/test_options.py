@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchrec.models.dlrm import DLRM
 
 from tests.training.checkpoints_program import steps
 from tests.training.on_ranks import is_table, plain_model, run_config, trainer_of
@@ -21,6 +20,7 @@ from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.training.checkpoints import load_weights
 from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
 from torchrec_kvshare.training.loop import FIRST_RATE, Trainer
+from torchrec_kvshare.training.objective import Objective
 from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.run import load_data
 from torchrec_kvshare.training.sharding import SGD, TableSettings, local_weights
@@ -88,7 +88,7 @@ def test_the_gradients_of_looked_up_embeddings_are_cut_to_the_largest_value(
     trainer = trainer_of(KIND, shards, tmp_path, ranks, tables=tables)
     before = weights_of(trainer)
     (chosen, *_) = trainer.stream.epoch(0).chosen
-    features = trainer.stream.batch(chosen, 0).sparse_features
+    features = trainer.stream.batch(chosen, 0, 0).sparse_features
     steps(trainer, 0, 1)
     after = weights_of(trainer)
     for name in filter(is_table, before):
@@ -169,7 +169,7 @@ def test_a_run_with_averages_validates_tests_and_exports_them(
     trainer.run(None)
     plain = plain_model(KIND, shards, seed=5)
     load_weights(plain, tmp_path)
-    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1)
+    batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1, 0)
     expected = model_scorer(plain.model)(batch)
     assert torch.equal(trainer.scorer()(batch), expected)
     trainer.resume()  # It has the raw weights again.
@@ -192,10 +192,15 @@ def test_bfloat16_is_the_precision_of_linear_layers_only(
         dtypes.setdefault(type(module), set()).add(out.dtype)
 
     for module in trainer.sharded.modules():
-        if isinstance(module, nn.Linear | DLRM | nn.BCEWithLogitsLoss):
+        if isinstance(module, nn.Linear):
             module.register_forward_hook(remember)
+    losses: list[torch.Tensor] = []
+    [objective] = [one for one in trainer.sharded.modules() if isinstance(one, Objective)]
+    objective.register_forward_hook(
+        lambda _module, _batch, result: losses.extend([result[0], *result[1]])
+    )
     steps(trainer, 0, 1)
-    assert dtypes.pop(DLRM) == dtypes.pop(nn.BCEWithLogitsLoss) == {torch.float32}
+    assert {one.dtype for one in losses} == {torch.float32}
     assert len(dtypes) == 2  # linear layers and projections
     assert all(found == {torch.bfloat16} for found in dtypes.values())
     assert {weight.dtype for weight in weights_of(trainer).values()} == {torch.float32}
@@ -215,7 +220,7 @@ def test_every_encoder_trains_in_bfloat16_and_is_evaluated_in_float32(
     plain = plain_model(kind, shards)
     weights = {name.removesuffix("[0]"): value for name, value in weights_of(mixed).items()}
     plain.load_state_dict(weights)
-    batch = mixed.stream.batch(mixed.stream.epoch(1).chosen[0], 1)
+    batch = mixed.stream.batch(mixed.stream.epoch(1).chosen[0], 1, 0)
     score = model_scorer(plain.model)
     assert torch.equal(mixed.scorer()(batch), score(batch))
 

@@ -88,7 +88,7 @@ def test_one_shard_is_trained_as_the_log_in_memory(
     folders: dict[int, Path], tmp_path: Path
 ) -> None:
     """Losses, metrics, schema and digest are equal to the bit."""
-    budget = replace(BUDGET, epochs=2, baselines=True, eval_users=9)
+    budget = replace(BUDGET, epochs=2, baselines=["none", "popularity"], eval_users=9)
     train_run(tiny_config(tmp_path / "memory", budget=budget))
     train_run(prepared_config(folders[1], tmp_path / "prepared", budget=budget, workers=2))
     assert curves(tmp_path / "prepared") == curves(tmp_path / "memory")

@@ -35,7 +35,10 @@ from torchrec_kvshare.training.sharding import (
 # Tables after six steps against a plain loop's; rows are summed rank by rank. Worst: 1.9e-6.
 TABLE_TOLERANCE = 1e-5
 BAGS = ("bag_user_id", "bag_context_country", "bag_item_id", "bag_items_category")
-TOKENS = ("token_item_id", "token_events_action", "token_items_category", "token_position_history")
+TOKENS = (
+    *("token_item_id", "token_events_action", "token_items_category", "token_position_history"),
+    *("vector_item_id", "vector_items_category"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,7 @@ def test_tables_on_meta_are_drawn_where_they_lie(ranks: list[list[Case]]) -> Non
     """Their weights were cloned before sharding, which meta tensors do not have."""
     for cases in ranks:
         case = find(cases, case="meta")
-        assert case["num_on_meta"] == [8, 0]
+        assert case["num_on_meta"] == [10, 0]
         assert case["dense"] == 0.0
         assert case["finite"]
         for table, scale in case["scales"].items():

@@ -11,7 +11,7 @@ from torchrec_kvshare.data.shards import Shards, in_memory
 
 DATA = SyntheticData(num_users=40, events_per_user=40, num_items=60, num_categories=6)
 MODEL = ModelConfig(dim=16, num_layers=2, num_heads=2, top_mlp=[16, 1], max_history=32, block=8)
-BUDGET = Budget("tiny", epochs=3, baselines=False)
+BUDGET = Budget("tiny", epochs=3, baselines=[])
 
 
 def tiny_config(output: Path, **changes: Any) -> TrainConfig:

@@ -33,6 +33,7 @@ SCHEMAS = {
     "rows_linear": ("Tensor rows, Tensor weight, Tensor bias", 1),
 }
 # Indices of the arguments that have gradients.
+LOWER_PRECISION = (torch.bfloat16, torch.float16)
 DIFFERENTIABLE = {"history_attention": (0, 2, 3), "candidate_attention": (0, 1, 2, 4, 5, 12, 13)}
 
 logger = logging.getLogger(__name__)
@@ -101,11 +102,27 @@ def _register_plain(has_library: bool) -> None:
     for name in DIFFERENTIABLE:
         if not has_library:
             _register_autograd(name)
-        # Of a lower precision, softmax and the sums over a long history would lose most.
-        for device in ("cpu", "cuda"):
-            torch.library.register_autocast(
-                f"{NAMESPACE}::{name}", device, torch.float32, lib=library
-            )
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            library.impl(name, _in_float32(name, device), key)
+
+
+def _in_float32(name: str, device: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Make the operator under autocast: it computes in float32.
+
+    Of a lower precision, softmax and the sums over a long history would lose most. Not by
+    ``torch.library.register_autocast``, which needs the operator before a library is complete.
+    """
+
+    def compute(*arguments: Any) -> tuple[Tensor, ...]:
+        exact = [
+            one.float() if isinstance(one, Tensor) and one.dtype in LOWER_PRECISION else one
+            for one in arguments
+        ]
+        with torch.autocast(device, enabled=False):
+            found: tuple[Tensor, ...] = getattr(getattr(torch.ops, NAMESPACE), name)(*exact)
+        return found
+
+    return compute
 
 
 def _backward(

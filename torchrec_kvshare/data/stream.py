@@ -31,6 +31,7 @@ from torchrec_kvshare.data.targets import (
     batches_of,
     build_batch,
     sample_negatives,
+    sample_shared,
     windows_of,
 )
 from torchrec_kvshare.errors import DataError
@@ -47,6 +48,7 @@ class StreamSettings:
         negatives: negatives sampled per target.
         seed: of negatives and of the order.
         shuffle_shards: shards in a group.
+        shared_items: maximum number of items that all targets of a batch share; 0 for none.
         share_prefill: whether targets at different times may see prefixes of one prefill.
         rank: this process among those that train together.
         world_size: their number.
@@ -56,6 +58,7 @@ class StreamSettings:
     negatives: int
     seed: int
     shuffle_shards: int = 1
+    shared_items: int = 0
     share_prefill: bool = True
     rank: int = 0
     world_size: int = 1
@@ -154,8 +157,14 @@ class WindowStream:
         assert self._held is not None
         return self._held.numbers[[self._held.windows.num_targets.argmin()]]
 
-    def batch(self, chosen: Ints, epoch: int) -> Batch:
-        """Build a batch of windows; their shards are read unless they are held."""
+    def batch(self, chosen: Ints, epoch: int, index: int) -> Batch:
+        """Build the part of an epoch's batch that has some windows.
+
+        Args:
+            chosen: numbers of the windows; their shards are read unless they are held.
+            epoch: from 0.
+            index: of the batch in its epoch.
+        """
         needed = np.unique(np.searchsorted(self.offsets, chosen, side="right") - 1).tolist()
         if self._held is None or not set(needed) <= set(self._held.shards):
             self.hold(needed)
@@ -165,7 +174,10 @@ class WindowStream:
         draws = Draws(self.settings.seed, epoch)
         negatives = sample_negatives(dataset, part.targets, self.settings.negatives, draws)
         candidates = np.concatenate([dataset.item[part.targets][:, None], negatives], axis=1)
-        return build_batch(dataset, part, candidates, draws)
+        shared = None
+        if self.settings.shared_items:
+            shared = sample_shared(dataset, self.settings.shared_items, draws, index)
+        return build_batch(dataset, part, candidates, draws, shared)
 
     def forget(self) -> None:
         """Drop the shards that are held."""
@@ -211,7 +223,8 @@ class Epoch(MapStyle["Batch | DataError"]):
             self.stream.hold(self.held[index])
             own = self.stream.own(self.chosen[index])
             # Every rank takes part in every step: without windows of its own it pads.
-            return self.stream.batch(own if len(own) else self.stream.smallest(), self.number)
+            chosen = own if len(own) else self.stream.smallest()
+            return self.stream.batch(chosen, self.number, index)
         except DataError as error:  # Raised in a worker, it would come with its traceback as text.
             return error
 

@@ -34,6 +34,7 @@ from torchrec_kvshare.features.schema import (
     candidate_key,
     context_key,
     history_key,
+    shared_key,
     visible_key,
 )
 
@@ -42,7 +43,7 @@ MIN_CATALOGUE = 2  # items: the target's own and a negative
 # Training shows this share of ids as unknown, so that the row of unknown ids is trained.
 UNKNOWN_SHARE = 0.01
 # Second keys of draws that choose unknown ids; those of candidates are their slots, from 0.
-OF_USERS, OF_EVENTS = np.array([-1]), np.array([-2])
+OF_USERS, OF_EVENTS, OF_SHARED = np.array([-1]), np.array([-2]), np.array([-3])
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +174,31 @@ def sample_negatives(dataset: Dataset, targets: Ints, num_negatives: int, draws:
     return np.where(own, catalogue[(drawn + 1) % len(catalogue)], negatives)
 
 
-def build_batch(dataset: Dataset, windows: Windows, candidates: Ints, draws: Draws | None) -> Batch:
+def sample_shared(dataset: Dataset, num_items: int, draws: Draws, batch: int) -> Ints:
+    """Return items that all targets of a batch share: the whole catalogue, or uniform draws.
+
+    Args:
+        dataset: holds the catalogue.
+        num_items: maximum number of items.
+        draws: random numbers.
+        batch: number of the batch in its epoch; every rank has the same items.
+
+    Returns:
+        [S] item codes.
+    """
+    catalogue = dataset.known_items
+    if len(catalogue) <= num_items:
+        return catalogue
+    return catalogue[draws.below(len(catalogue), OF_SHARED, np.array(batch), np.arange(num_items))]
+
+
+def build_batch(
+    dataset: Dataset,
+    windows: Windows,
+    candidates: Ints,
+    draws: Draws | None,
+    shared: Ints | None = None,
+) -> Batch:
     """Build a TorchRec batch: every target with its negatives over its window's history.
 
     Args:
@@ -181,6 +206,7 @@ def build_batch(dataset: Dataset, windows: Windows, candidates: Ints, draws: Dra
         windows: W windows, which become the histories of the batch.
         candidates: [P, 1 + negatives] item codes of each target's candidates, its own item first.
         draws: in training, chooses the ids to show as unknown; None shows all ids.
+        shared: [S] codes of items that are not candidates of anyone; None for none.
 
     Returns:
         A VBE batch with C = P x (1 + negatives) candidates; the first of each target has its label.
@@ -196,6 +222,10 @@ def build_batch(dataset: Dataset, windows: Windows, candidates: Ints, draws: Dra
         key: single(_tensor(np.repeat(values, candidates.shape[1])))
         for key, values in moments.items()
     }
+    if shared is not None:
+        bags[shared_key(ITEM)] = single(_tensor(dataset.item_row[shared]))
+        for name, rows in dataset.item_attributes.items():
+            bags[shared_key(name)] = _bags(*rows.take(shared))
     return _assemble(dataset, windows, candidates, window_of_target, bags=bags, draws=draws)
 
 

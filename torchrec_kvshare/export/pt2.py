@@ -411,7 +411,9 @@ class CompiledRanking:
         inputs[CANDIDATE_REQUEST] = inverse_indices[keys.index(USER)]
         inputs[DENSE] = dense
         for history, pages in zip(self.schema.histories, kv_pages, strict=True):
-            inputs[history_key(history.name, KV)] = pages.contiguous()
+            # The graph reads a row for a history without events too, and hides it.
+            table = pages if pages.size(1) else pages.new_zeros([len(pages), 1, *pages.shape[2:]])
+            inputs[history_key(history.name, KV)] = table.contiguous()
         [logits] = self.graphs[SCORE](inputs)
         return logits
 

@@ -49,7 +49,9 @@ RESERVED_COLUMNS = (ITEM, ACTION, TIME, FIRST_EVENT)
 REQUEST_TIME = "request.time"
 REQUEST_HISTORY = "request.history"  # row of each request's histories; requests may share one
 CANDIDATE_TIME = "targets.time"
-RESERVED_GROUPS = ("context", "candidates", "request", "targets")
+RESERVED_GROUPS = ("context", "candidates", "shared", "vectors", "request", "targets")
+
+VECTOR = "candidates.vector"  # the pooled feature that has a candidate's own vector
 
 # Sine and cosine of the hour of day and the day of week of the request.
 CLOCK_FEATURES = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
@@ -597,6 +599,21 @@ def first_index_key(history: str) -> str:
 def visible_key(history: str) -> str:
     """Return the key of how many events of a history each candidate may see."""
     return f"targets.visible_events.{history}"
+
+
+def shared_key(column: str) -> str:
+    """Return the key of a column of the items that all targets of a training batch share."""
+    return f"shared.{column}"
+
+
+def state_feature(history: str) -> str:
+    """Return the pooled feature that has the state of a candidate's user."""
+    return f"{history}.state"
+
+
+def vector_key(column: str) -> str:
+    """Return the key of an item's column for its vector, of candidates and shared items."""
+    return f"vectors.{column}"
 
 
 def has_candidate_rows(key: str) -> bool:

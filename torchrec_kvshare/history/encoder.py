@@ -66,6 +66,10 @@ class Encoder(nn.Module):
         """Return how many rows of K/V ``reusable_events`` events have."""
         return reusable_events
 
+    def rows_of_events(self, num_events: Tensor) -> Tensor:
+        """Return how many rows of K/V so many events have, without rows that follow the events."""
+        return num_events
+
     def row_offsets(self, event_offsets: Tensor) -> Tensor:
         """Return offsets [B + 1] of K/V rows, for histories with these event offsets."""
         return event_offsets

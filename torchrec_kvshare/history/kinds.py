@@ -41,6 +41,8 @@ class TowerSpec(LongerOptions):
         dropout: share of activations dropped in training.
         num_tokens: M, tokens of one candidate.
         window: events that a row and a candidate see at every layer; 0 for all.
+        has_state: whether candidates get the state of their user beside the pooled history, see
+            ``HistoryTower.state``, and a vector of their own to multiply it with.
 
     Raises:
         ConfigError: naming the field, if a value is not allowed or not for this kind.
@@ -54,6 +56,7 @@ class TowerSpec(LongerOptions):
     dropout: float = 0.0
     num_tokens: int = 1
     window: int = 0
+    has_state: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KIND_BY_NAME:

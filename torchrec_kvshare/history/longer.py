@@ -114,11 +114,11 @@ class LongerEncoder(TransformerEncoder):
     def row_offsets(self, event_offsets: Tensor) -> Tensor:
         """Return offsets [B + 1] of K/V rows, for histories with these event offsets."""
         lengths = event_offsets.diff()
-        return offsets_of(self.groups_of(lengths) + (lengths > 0) * self.num_globals)
+        return offsets_of(self.rows_of_events(lengths) + (lengths > 0) * self.num_globals)
 
-    def groups_of(self, lengths: Tensor) -> Tensor:
-        """Return the number of groups [B] of histories with these lengths [B]."""
-        return (lengths + self.merge - 1) // self.merge
+    def rows_of_events(self, num_events: Tensor) -> Tensor:
+        """Return the number of groups of so many events; globals follow them."""
+        return (num_events + self.merge - 1) // self.merge
 
     def first_recent(self, num_events: int) -> int:
         """Return the index of the first group that goes on to deeper layers."""
@@ -152,7 +152,7 @@ class LongerEncoder(TransformerEncoder):
         """Return K/V of each user's groups after the cached closed ones, then of the globals."""
         num_users = event_offsets.size(0) - 1
         num_cached = cached.row_offsets.diff()
-        groups = self.groups_of(event_offsets.diff())
+        groups = self.rows_of_events(event_offsets.diff())
         num_events = event_offsets.diff() + num_cached * self.merge
         new_offsets = offsets_of(groups + (num_events > 0) * self.num_globals)
         max_groups = self.max_groups(events.size(0), num_users)
@@ -244,7 +244,7 @@ class LongerEncoder(TransformerEncoder):
         event = (event_offsets.index_select(0, users) + newest).clamp(0, num_events)
         times = torch.cat([visibility.row_times, visibility.row_times.new_zeros([1])])
         times = times.index_select(0, event)
-        is_group = position < self.groups_of(lengths).index_select(0, users)
+        is_group = position < self.rows_of_events(lengths).index_select(0, users)
         row_times = torch.where(is_group, times, -1)
         candidate_user = users_of_rows(candidate_offsets, candidates.size(0))
         first_recent = self.first_recent_of(lengths)

@@ -91,6 +91,46 @@ def reference_tower(
     return _linear(exact, "head", _layer_norm(exact, "norm", tokens[0]))
 
 
+def reference_state(
+    parameters: Mapping[str, Tensor],
+    options: ReferenceOptions,
+    events: Tensor,
+    event_times: list[int],
+) -> Tensor:
+    """Compute the state of a user after a history.
+
+    Args:
+        parameters: as in ``reference_tower``.
+        options: kind and sizes of the encoder.
+        events: [L, E] event tokens, oldest first.
+        event_times: L Unix seconds.
+
+    Returns:
+        [E] float64: a projection of keys and values of the newest event's row, or the row of its
+        group, in the last layer; zeros without events.
+    """
+    exact = {name: parameter.double() for name, parameter in parameters.items()}
+    encoder = _below(exact, "encoder")
+    history = [
+        HistoryRow(event.double(), time) for event, time in zip(events, event_times, strict=True)
+    ]
+    if not history:
+        return torch.zeros(events.size(1), dtype=torch.float64)
+    *_, seen = _history_by_layer(encoder, options, history)
+    newest = [row.vector for row in seen if row.time is not None][-1]
+    layer = _below(encoder, f"layers.{_num_layers(encoder) - 1}")
+    if options.kind == "target_only":
+        key_and_value = newest  # Its K/V is the token itself.
+    elif options.kind == "hstu":
+        projected = _linear(layer, "gate_query_key_value", _layer_norm(layer, "norm", newest))
+        key_and_value = _each([reference_silu(value) for value in projected.tolist()])
+        key_and_value = key_and_value[2 * len(newest) :]
+    else:
+        projected = _linear(layer, "query_key_value", _layer_norm(layer, "attention_norm", newest))
+        key_and_value = projected[len(newest) :]
+    return _linear(exact, "state_head", key_and_value)
+
+
 def _candidate_above(
     layer: Mapping[str, Tensor],
     options: ReferenceOptions,

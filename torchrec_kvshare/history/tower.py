@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.history.kinds import TowerSpec, new_encoder
-from torchrec_kvshare.history.pages import KVPages
+from torchrec_kvshare.history.pages import KVPages, row_indices
 
 
 class HistoryTower(nn.Module):
@@ -39,6 +39,11 @@ class HistoryTower(nn.Module):
         self.norm = nn.LayerNorm(spec.dim)
         self.head = nn.Linear(spec.dim, spec.dim)
         self.dropout = nn.Dropout(spec.dropout)
+        self.has_state = spec.has_state
+        self.num_state_planes: int = min(2, self.encoder.num_planes)
+        self.state_head: nn.Module = nn.Identity()
+        if spec.has_state:
+            self.state_head = nn.Linear(self.num_state_planes * spec.dim, spec.dim)
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -113,3 +118,30 @@ class HistoryTower(nn.Module):
             candidates, entered, candidate_offsets, kv, visibility, event_offsets
         )
         return self.head(self.norm(rows[:, 0]))
+
+    def state(self, kv: KVPages, users: Tensor, visible: Tensor) -> Tensor:
+        """Return what the newest event that a candidate sees says about the next one.
+
+        The K/V of the last layer is a projection of the row of that event, which has seen the
+        events before it: the row from which a sequential model predicts the next item.
+
+        Args:
+            kv: of the users' histories.
+            users: [C] int64, the user of each candidate.
+            visible: [C] int64, how many events of its user it sees.
+
+        Returns:
+            [C, E]; zeros where no event is visible. It depends on user and number of events only.
+        """
+        newest = (self.encoder.rows_of_events(visible) - 1).clamp(min=0)
+        rows = kv.planes[-self.num_state_planes :].flatten(1, 2).flatten(2)  # [planes, P x S, E]
+        if rows.size(1) == 0:  # All histories are empty.
+            zeros = rows.new_zeros([self.num_state_planes, users.size(0), self.dim])
+            # DistributedDataParallel waits for the gradient of every weight: here it is 0.
+            newest_rows = zeros + rows.sum()
+        else:
+            newest_rows = rows.index_select(1, row_indices(kv, users, newest))
+        # Not transposed and flattened: an exported graph would ask whether there is 1 candidate.
+        state = self.state_head(torch.cat(newest_rows.unbind(0), dim=1))
+        # Not times 0: what is read where nothing is visible may be NaN.
+        return state.masked_fill((visible == 0).unsqueeze(1), 0.0)

@@ -29,6 +29,7 @@ from torchrec_kvshare.features.schema import (
     REQUEST_TIME,
     TIME,
     USER,
+    VECTOR,
     FeatureSchema,
     candidate_key,
     event_key,
@@ -37,7 +38,10 @@ from torchrec_kvshare.features.schema import (
     item_key,
     pages_key,
     position_key,
+    shared_key,
+    state_feature,
     table_name,
+    vector_key,
     visible_key,
 )
 from torchrec_kvshare.history.kinds import TowerSpec
@@ -57,6 +61,8 @@ from torchrec_kvshare.model.bags import (
 )
 from torchrec_kvshare.model.stages import ATTEND, PREFILL
 
+# Which tables hold the vectors that states are multiplied with.
+NO_VECTORS, OWN_VECTORS, TIED_VECTORS = "none", "own", "tied"
 START_POSITION_SCALE = 0.25  # relative to the other tables: an event's content matters most
 START_FLOAT_SCALE = 0.25  # likewise: a squashed float is a few units
 
@@ -67,7 +73,8 @@ class TokenFeatures(nn.Module):
     A sharded EmbeddingCollection silently expands every key of a VBE batch to candidate rows. With
     one bag per key there is nothing to expand, and row lengths are taken from the batch itself. A
     key that is not in the batch gets an empty bag: a prefill batch has no candidates, a batch
-    scored over cached K/V no history.
+    scored over cached K/V no history. Vectors are those of the candidates, then of the shared items
+    of a training batch.
 
     Args:
         keys: the keys of all token tables.
@@ -82,18 +89,27 @@ class TokenFeatures(nn.Module):
         self.position_keys = [position_key(name) for name in histories]
         self.item_keys: list[str] = [history_key(name, ITEM) for name in histories]
         self.first_keys: list[str] = [first_index_key(name) for name in histories]
+        vectors = vector_key("")
+        self.sources: list[list[str]] = [
+            [candidate_key(key.removeprefix(vectors)), shared_key(key.removeprefix(vectors))]
+            if key.startswith(vectors)
+            else [key]
+            for key in keys
+        ]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         jagged_by_key = features.to_dict(compute_offsets=False)
         rows: list[JaggedTensor] = []
-        for key in self.keys:
+        for index, key in enumerate(self.keys):
             if key in self.position_keys:
                 history = self.position_keys.index(key)
                 values = self.positions(features, jagged_by_key, history)
-            elif key in jagged_by_key:
-                values = jagged_by_key[key].values()
             else:
                 values = features.values()[:0]
+                for source in self.sources[index]:
+                    if source in jagged_by_key:
+                        part = jagged_by_key[source].values()
+                        values = part if values.size(0) == 0 else torch.cat([values, part])
             lengths = features.lengths().new_full([1], values.size(0))
             rows.append(JaggedTensor(values, lengths=lengths))
         return batch_of_one_stride(self.keys, rows, 1)
@@ -152,6 +168,36 @@ class CandidateTokens(nn.Module):
             else:
                 item = token
         return torch.stack([item] + tokens, dim=1)
+
+
+class ItemVectors(nn.Module):
+    """The vectors that states are multiplied with, of candidates, then of shared items.
+
+    Args:
+        item_attributes: multi-valued columns of candidates.
+    """
+
+    attribute_keys: list[str]
+    sources: list[list[str]]
+
+    def __init__(self, item_attributes: tuple[str, ...]) -> None:
+        super().__init__()
+        self.item_key: str = vector_key(ITEM)
+        self.attribute_keys = [vector_key(column) for column in item_attributes]
+        self.sources = [[candidate_key(column), shared_key(column)] for column in item_attributes]
+
+    def forward(
+        self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
+    ) -> Tensor:
+        """Return the sum of each item's columns: [C + S, E]."""
+        rows = embedded[self.item_key].values()
+        for index, key in enumerate(self.attribute_keys):
+            lengths: list[Tensor] = []
+            for source in self.sources[index]:
+                if source in features:
+                    lengths.append(features[source].lengths())
+            rows = add_bags(rows, embedded[key].values(), torch.cat(lengths))
+        return rows
 
 
 def add_bags(rows: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -273,6 +319,18 @@ class HistoryPooling(nn.Module):
         row_offsets = self.tower.encoder.row_offsets(self.event_offsets(features))
         return KVPages(kv_pages, pages.values(), offsets_of(pages.lengths()), row_offsets)
 
+    def visible_events(self, groups: CandidateGroups, features: dict[str, JaggedTensor]) -> Tensor:
+        """Return how many events of its user each candidate sees, grouped by user: [C]."""
+        whole = self.event_offsets(features).diff().index_select(0, groups.users)
+        if self.visible_key not in features:
+            return whole
+        visible = features[self.visible_key].values().index_select(0, groups.order)
+        # Checked on a CPU only: elsewhere reading the values would wait for the device.
+        is_checked = visible.is_cpu and not self.tower.encoder.takes_prefixes
+        if is_checked and not torch.equal(visible, whole):
+            raise ValueError("this encoder shows candidates whole histories, not prefixes")
+        return visible
+
     def forward(
         self,
         candidates: Tensor,
@@ -281,21 +339,23 @@ class HistoryPooling(nn.Module):
         kv: KVPages,
         features: dict[str, JaggedTensor],
     ) -> Tensor:
-        """Return one vector per candidate, grouped by user: [C, E]."""
+        """Return one vector per candidate, grouped by user: [C, E].
+
+        With ``has_state`` [C, 2E]: the state of its user follows.
+        """
         event_offsets = self.event_offsets(features)
-        visible = event_offsets.diff().index_select(0, groups.users)
+        visible = self.visible_events(groups, features)
         if self.visible_key in features:
             time = features[self.candidate_time].values().index_select(0, groups.order)
-            whole, visible = visible, features[self.visible_key].values()
-            visible = visible.index_select(0, groups.order)
-            # Checked on a CPU only: elsewhere reading the values would wait for the device.
-            is_checked = visible.is_cpu and not self.tower.encoder.takes_prefixes
-            if is_checked and not torch.equal(visible, whole):
-                raise ValueError("this encoder shows candidates whole histories, not prefixes")
         else:
             time = features[self.request_time].values().index_select(0, groups.requests)
         visibility = Visibility(features[self.time_key].values(), time, visible)
-        return self.tower.attend(candidates, entered, groups.offsets, kv, visibility, event_offsets)
+        pooled = self.tower.attend(
+            candidates, entered, groups.offsets, kv, visibility, event_offsets
+        )
+        if not self.tower.has_state:
+            return pooled
+        return torch.cat([pooled, self.tower.state(kv, groups.users, visible)], dim=1)
 
 
 class Histories(nn.Module):
@@ -319,6 +379,9 @@ class Histories(nn.Module):
     ) -> None:
         super().__init__()
         first = schema.histories[0].name
+        self.names: list[str] = list(towers)
+        self.has_states: bool = any(tower.has_state for tower in towers.values())
+        self.item_vectors = ItemVectors(schema.item_attributes)
         self.candidate_tokens = CandidateTokens(schema.item_attributes, towers[first].num_tokens)
         self.first_time_key: str = history_key(first, TIME)
         self.poolings = nn.ModuleList()
@@ -330,14 +393,23 @@ class Histories(nn.Module):
             keys = (event_keys, bag_keys, float_keys)
             self.poolings.append(HistoryPooling(towers[history.name], history.name, *keys))
 
+    @torch.jit.ignore
+    def by_name(self) -> dict[str, HistoryPooling]:
+        """Return the pooling of each history."""
+        found = [pooling for pooling in self.poolings if isinstance(pooling, HistoryPooling)]
+        return dict(zip(self.names, found, strict=True))
+
     def forward(
         self,
         embedded: dict[str, JaggedTensor],
         features: KeyedJaggedTensor,
         kv_pages: list[Tensor] | None,
         items: list[Tensor] | None,
-    ) -> Tensor:
-        """Return the pooled histories [C, histories x E]; see ``KVShareEmbeddingBagCollection``."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the pooled histories [C, features x E], and the vectors [S, E] of shared items.
+
+        See ``KVShareEmbeddingBagCollection.pool``.
+        """
         jagged_by_key = features.to_dict(compute_offsets=False)
         groups = self.group_candidates(features, jagged_by_key)
         values: list[Tensor] = []
@@ -363,7 +435,11 @@ class Histories(nn.Module):
                     rows, entered = both[:, :, : pooling.tower.dim], both[:, :, pooling.tower.dim :]
                 pooled = pooling(rows, entered, groups, kv, jagged_by_key)
             values.append(torch.empty_like(pooled).index_copy(0, groups.order, pooled))
-        return torch.cat(values, dim=1)
+        if not self.has_states:
+            return torch.cat(values, dim=1), values[0][:0]
+        vectors = self.item_vectors(embedded, jagged_by_key)
+        values.append(vectors[: groups.order.size(0)])
+        return torch.cat(values, dim=1), vectors[groups.order.size(0) :]
 
     def group_candidates(
         self, features: KeyedJaggedTensor, jagged_by_key: dict[str, JaggedTensor]
@@ -492,18 +568,27 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             *bags.embedding_bag_configs(),
             *[
                 EmbeddingBagConfig(
-                    name=name, embedding_dim=dim, num_embeddings=1, feature_names=[name]
+                    name=name,
+                    embedding_dim=dim,
+                    num_embeddings=1,
+                    feature_names=[name, state_feature(name)] if tower.has_state else [name],
                 )
-                for name in names
+                for name, tower in towers.items()
             ],
         ]
+        if self.histories.has_states:
+            self._configs.append(
+                EmbeddingBagConfig(
+                    name=VECTOR, embedding_dim=dim, num_embeddings=1, feature_names=[VECTOR]
+                )
+            )
         self._output_keys: list[str] = [key for c in self._configs for key in c.feature_names]
         self._output_dims: list[int] = [dim] * len(self._output_keys)
 
     @torch.jit.ignore
     def towers(self) -> list[HistoryTower]:
         """Return the towers, in the order of the schema's histories."""
-        return [p.tower for p in self.histories.poolings if isinstance(p, HistoryPooling)]
+        return [pooling.tower for pooling in self.histories.by_name().values()]
 
     def forward(
         self,
@@ -522,16 +607,37 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 computes it.
 
         Returns:
-            [C, features x E], the pooled histories last.
+            [C, features x E], the pooled histories last. Where towers have states, that of the user
+            follows each, and the candidate's own vector follows all.
+        """
+        return self.pool(features, kv_pages, items)[0]
+
+    def pool(
+        self,
+        features: KeyedJaggedTensor,
+        kv_pages: list[Tensor] | None = None,
+        items: list[Tensor] | None = None,
+    ) -> tuple[KeyedTensor, Tensor]:
+        """Do what ``forward`` does, for training with shared items too.
+
+        Args:
+            features: may have keys ``shared_key``: S items that are not candidates of anyone.
+            kv_pages: see ``forward``.
+            items: see ``forward``.
+
+        Returns:
+            The pooled features, and the vectors [S, E] of the shared items.
         """
         embedded = self.token_embeddings(self.token_features(features))
         pooled_bags = self.bag_order(self.bags(features))
-        pooled_histories = self.histories(embedded, features, kv_pages, items)
-        return KeyedTensor(
+        # Indexed, not unpacked: TorchRec's train pipelines trace this function.
+        from_histories = self.histories(embedded, features, kv_pages, items)
+        pooled = KeyedTensor(
             keys=self._output_keys,
             length_per_key=self._output_dims,
-            values=torch.cat([pooled_bags, pooled_histories], dim=1),
+            values=torch.cat([pooled_bags, from_histories[0]], dim=1),
         )
+        return pooled, from_histories[1]
 
     @torch.jit.export
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
@@ -604,7 +710,9 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return False
 
 
-def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[EmbeddingConfig]:
+def token_tables(
+    schema: FeatureSchema, dim: int, has_positions: bool, *, vectors: str = NO_VECTORS
+) -> list[EmbeddingConfig]:
     """Make the token tables; events and candidates share the tables of common columns.
 
     All tables but positions are initialised on one scale. TorchRec's default shrinks with the
@@ -614,21 +722,29 @@ def token_tables(schema: FeatureSchema, dim: int, has_positions: bool) -> list[E
         schema: columns and table sizes.
         dim: width E of every table.
         has_positions: whether event tokens have a position, counted from the oldest event.
+        vectors: ``OWN_VECTORS``: items have further tables, for the vectors that states are
+            multiplied with; ``TIED_VECTORS``: these are the tables of their tokens.
     """
     vocabulary_by_column = {column: event_key(column) for column in schema.event_columns}
     vocabulary_by_column |= {column: item_key(column) for column in schema.item_attributes}
     tables = []
     for column, vocabulary in vocabulary_by_column.items():
         keys = [history_key(history.name, column) for history in schema.histories]
-        keys += [candidate_key(column)] if column not in schema.event_attributes else []
-        name = table_name(vocabulary)
-        num_rows = schema.num_table_rows(vocabulary)
-        tables.append(_token_table(name, dim, num_rows, keys=keys, std=dim**-0.5))
+        name, num_rows = table_name(vocabulary), schema.num_table_rows(vocabulary)
+        if column not in schema.event_attributes:
+            keys.append(candidate_key(column))
+            if vectors == TIED_VECTORS:
+                keys.append(vector_key(column))
+            if vectors == OWN_VECTORS:
+                own = [vector_key(column)]
+                table = _table(f"vector_{name}", dim, num_rows, keys=own, std=dim**-0.5)
+                tables.append(table)
+        tables.append(_table(f"token_{name}", dim, num_rows, keys=keys, std=dim**-0.5))
     if has_positions:
         for history in schema.histories:
             tables.append(
-                _token_table(
-                    f"position_{table_name(history.name)}",
+                _table(
+                    f"token_position_{table_name(history.name)}",
                     dim,
                     history.window.max_history,
                     keys=[position_key(history.name)],
@@ -653,7 +769,13 @@ def kvshare_collection(
     return KVShareEmbeddingBagCollection(
         user_candidate_bags(schema, spec.dim, table_device),
         EmbeddingCollection(
-            tables=token_tables(schema, spec.dim, spec.has_positions), device=table_device
+            tables=token_tables(
+                schema,
+                spec.dim,
+                spec.has_positions,
+                vectors=OWN_VECTORS if spec.has_state else NO_VECTORS,
+            ),
+            device=table_device,
         ),
         {
             h.name: HistoryTower(spec, h.window.max_history, h.window.block)
@@ -663,11 +785,9 @@ def kvshare_collection(
     )
 
 
-def _token_table(
-    name: str, dim: int, num_rows: int, keys: list[str], std: float
-) -> EmbeddingConfig:
+def _table(name: str, dim: int, num_rows: int, keys: list[str], std: float) -> EmbeddingConfig:
     return EmbeddingConfig(
-        name=f"token_{name}",
+        name=name,
         embedding_dim=dim,
         num_embeddings=num_rows,
         feature_names=keys,

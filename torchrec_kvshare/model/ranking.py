@@ -5,7 +5,7 @@ as a leaf, and the collection's call gets two more inputs: K/V pages and project
 is a function of tensors, and nothing is set on a module between calls.
 """
 
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
@@ -43,6 +43,67 @@ def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
     Raises:
         ConfigError: if the model calls no KVShareEmbeddingBagCollection, or more than one.
     """
+    traced, call = _traced(model)
+    for name in (KV_PAGES, ITEMS):
+        last_input = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
+        with traced.graph.inserting_after(last_input):
+            added = traced.graph.create_node(
+                "placeholder", name, args=(None,), type_expr=list[Tensor] | None
+            )
+        call.args = (*call.args, added)
+    traced.recompile()
+    return traced
+
+
+class Predicted(NamedTuple):
+    """What a model gives in training.
+
+    Attributes:
+        logits: [C].
+        pooled: [C, E] by feature; the states of users and the vectors of candidates among them.
+        shared: [S, E], the vectors of the batch's shared items.
+    """
+
+    logits: Tensor
+    pooled: dict[str, Tensor]
+    shared: Tensor
+
+
+class RankingStage:
+    """A ranking model that also shows what its KVShareEmbeddingBagCollection gives to it.
+
+    It runs on the model's own modules, which may be sharded after it was made.
+
+    Args:
+        model: a ranking model called as ``model(dense_features, sparse_features)``.
+
+    Raises:
+        ConfigError: if the model calls no KVShareEmbeddingBagCollection, or more than one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        traced, call = _traced(model)
+        _, features = [node for node in traced.graph.nodes if node.op == "placeholder"][:2]
+        with traced.graph.inserting_after(features):
+            pooled = traced.graph.placeholder("pooled")
+        call.replace_all_uses_with(pooled)
+        traced.graph.erase_node(call)
+        traced.graph.erase_node(features)
+        self._model = model
+        self._interpreter = fx.Interpreter(model, graph=traced.graph)
+        self._collection = str(call.target)
+
+    def predict(self, dense: Tensor, features: KeyedJaggedTensor) -> Predicted:
+        """Return logits, and the pooled features they are computed from."""
+        collection = self._model.get_submodule(self._collection)
+        assert isinstance(collection, KVShareEmbeddingBagCollection)
+        pooled, shared = collection.pool(features)
+        logits: Tensor = self._interpreter.run(dense, pooled)
+        return Predicted(logits.squeeze(1), pooled.to_dict(), shared)
+
+
+def _traced(model: nn.Module) -> tuple[fx.GraphModule, fx.Node]:
+    """Trace a ranking model; also return its call of its collection."""
     traced = symbolic_trace(model, leaf_modules=[KVShareEmbeddingBagCollection.__name__])
     calls = [
         node
@@ -55,15 +116,7 @@ def lift_kv_pages(model: nn.Module) -> fx.GraphModule:
             f"{type(model).__name__} calls {len(calls)} KVShareEmbeddingBagCollections; "
             "exactly one is allowed"
         )
-    for name in (KV_PAGES, ITEMS):
-        last_input = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
-        with traced.graph.inserting_after(last_input):
-            added = traced.graph.create_node(
-                "placeholder", name, args=(None,), type_expr=list[Tensor] | None
-            )
-        calls[0].args = (*calls[0].args, added)
-    traced.recompile()
-    return traced
+    return traced, calls[0]
 
 
 class RankingFunctions(Protocol):

@@ -1,4 +1,4 @@
-"""The training loop: TorchRec's ``DLRMTrain`` over whole windows, resumable at any batch.
+"""The training loop: a model and its ``Objective`` over whole windows, resumable at any batch.
 
 The same loop runs in one process and on several ranks, on a log in memory and on one that is read
 shard by shard. A batch is the same whatever the number of ranks: each rank trains on the windows of
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
@@ -50,6 +49,7 @@ from torchrec_kvshare.training.checkpoints import (
 from torchrec_kvshare.training.evaluate import Scorer, evaluate_sampled, model_scorer
 from torchrec_kvshare.training.managed import ManagedIds, keys_of
 from torchrec_kvshare.training.metrics import Values
+from torchrec_kvshare.training.objective import Objective, ObjectiveSettings
 from torchrec_kvshare.training.ranks import Ranks
 from torchrec_kvshare.training.schedule import check_warmup, rate_share
 from torchrec_kvshare.training.selection import Best, is_better
@@ -86,6 +86,7 @@ class TrainSettings:
         keep_checkpoints: number of checkpoints that stay.
         shuffle_shards: shards whose windows are shuffled together, and held at a time.
         loading: which processes build batches.
+        objective: what is minimised.
         warmup_steps: steps in which all learning rates rise; 0: the first step has the whole rate.
         clip_norm: highest norm of all dense gradients together; None: any.
         precision: of the forward pass, ``float32`` or ``bfloat16``; weights, optimizers, tables,
@@ -108,6 +109,7 @@ class TrainSettings:
     keep_checkpoints: int = 1
     shuffle_shards: int = 1
     loading: Loading = field(default_factory=Loading)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     warmup_steps: int = 0
     clip_norm: float | None = None
     precision: str = FLOAT32
@@ -140,7 +142,7 @@ class Progress:
 
 
 def train(
-    model: DLRM,
+    model: nn.Module,
     shards: Shards,
     settings: TrainSettings,
     folder: Path,
@@ -204,7 +206,7 @@ class Trainer:
     """
 
     def __init__(
-        self, model: DLRM, shards: Shards, settings: TrainSettings, folder: Path, ranks: Ranks
+        self, model: nn.Module, shards: Shards, settings: TrainSettings, folder: Path, ranks: Ranks
     ) -> None:
         self.shards = shards
         self.settings = settings
@@ -213,9 +215,14 @@ class Trainer:
         self.share_prefill = takes_prefixes(model)
         self.ranker = model
         self.configs = configs_of(model)
-        # The loss is computed from float32, whatever the model computed in.
-        model.register_forward_hook(lambda _model, _inputs, logits: logits.float())
-        self.sharded, self.plan = shard(DLRMTrain(model), settings.tables, ranks)
+        objective = Objective(
+            model,
+            settings.objective,
+            histories=[history.name for history in shards.schema.histories],
+            negatives=settings.negatives,
+            num_items=len(shards.shared.known_items),
+        )
+        self.sharded, self.plan = shard(objective, settings.tables, ranks)
         self.dense = dict(in_backward_optimizer_filter(self.sharded.named_parameters()))
         self.optimizer = _optimizer(self.sharded, self.dense, settings)
         self.averaged = (
@@ -224,6 +231,7 @@ class Trainer:
         stream = StreamSettings(
             batch_targets=settings.batch_targets,
             negatives=settings.negatives,
+            shared_items=settings.objective.shared_items if objective.has_next_event else 0,
             seed=settings.seed,
             shuffle_shards=settings.shuffle_shards,
             share_prefill=self.share_prefill,

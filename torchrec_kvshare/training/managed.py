@@ -30,6 +30,8 @@ from torchrec_kvshare.features.schema import (
     event_key,
     history_key,
     item_key,
+    shared_key,
+    vector_key,
 )
 from torchrec_kvshare.training.ranks import Ranks
 
@@ -114,7 +116,7 @@ class ManagedIds:
         features = batch.sparse_features
         values = features.values().clone()
         for column, module in self._modules.items():
-            for part in self._parts(features, values, column):
+            for part in self._parts(features, values, self._keys_by_column[column]):
                 slots = module.remap(_jagged(part))[IDS].values()
                 is_id = part >= NUM_RESERVED_ROWS
                 part[is_id] = _rows_of_slots(slots[is_id], module)
@@ -174,15 +176,18 @@ class ManagedIds:
         if batch is None:
             return NOTHING
         features = batch.sparse_features
-        parts = [part.numpy() for part in self._parts(features, features.values(), column)]
+        keys = [key for key in self._keys_by_column[column] if not key.startswith(shared_key(""))]
+        parts = [part.numpy() for part in self._parts(features, features.values(), keys)]
         codes, counts = np.unique(np.concatenate(parts), return_counts=True)
         is_id = codes >= NUM_RESERVED_ROWS
         return Counted(codes[is_id], counts[is_id])
 
-    def _parts(self, features: KeyedJaggedTensor, values: Tensor, column: str) -> list[Tensor]:
-        """Return the column's views of a batch's values."""
+    def _parts(
+        self, features: KeyedJaggedTensor, values: Tensor, keys: Sequence[str]
+    ) -> list[Tensor]:
+        """Return the keys' views of a batch's values."""
         parts = dict(zip(features.keys(), values.split(features.length_per_key()), strict=True))
-        return [parts[key] for key in self._keys_by_column[column] if key in parts]
+        return [parts[key] for key in keys if key in parts]
 
     def _give_rows(self, module: MCHManagedCollisionModule, ids: Counted) -> IntArray:
         """Give rows to the ids of several steps; return those that other ids had."""
@@ -217,7 +222,7 @@ class ManagedIds:
 
 
 def keys_of(schema: FeatureSchema, column: str) -> list[str]:
-    """Return the keys of a batch that hold ids of a column.
+    """Return the keys of a batch, and features of tables, that hold ids of a column.
 
     Args:
         schema: the model's columns.
@@ -229,7 +234,8 @@ def keys_of(schema: FeatureSchema, column: str) -> list[str]:
         return [column]
     name = name_by_column[column]
     keys = [history_key(history.name, name) for history in schema.histories]
-    return keys + ([candidate_key(name)] if name not in schema.event_attributes else [])
+    of_events = name in schema.event_attributes
+    return keys + ([] if of_events else [candidate_key(name), shared_key(name), vector_key(name)])
 
 
 def _sum(parts: Sequence[Counted]) -> Counted:

@@ -16,9 +16,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
-from torchrec_kvshare.config import BFLOAT16, EXCLUDE, IdConfig, ModelConfig, TrainConfig
+from torchrec_kvshare.config import (
+    BASELINES,
+    BFLOAT16,
+    EXCLUDE,
+    NO_HISTORY,
+    POOLED,
+    POPULARITY,
+    IdConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from torchrec_kvshare.data.digest import DataDigest, data_digest
 from torchrec_kvshare.data.load import load_shards
 from torchrec_kvshare.data.shards import Shards
@@ -39,8 +50,9 @@ from torchrec_kvshare.features.schema import (
     load_schema,
     save_schema,
 )
-from torchrec_kvshare.history.kinds import KINDS, TowerSpec
+from torchrec_kvshare.history.kinds import CAUSAL, KINDS, TowerSpec
 from torchrec_kvshare.history.tower import HistoryTower
+from torchrec_kvshare.model.baselines import SequentialModel, mean_pooled_dlrm
 from torchrec_kvshare.model.ranking import dlrm_with_history, plain_dlrm, takes_prefixes
 from torchrec_kvshare.training.by_length import by_history_length
 from torchrec_kvshare.training.checkpoints import load_weights
@@ -53,6 +65,7 @@ from torchrec_kvshare.training.evaluate import (
 from torchrec_kvshare.training.hyperparameters import settings_by_name, write_results
 from torchrec_kvshare.training.loop import TrainSettings, open_writer, train
 from torchrec_kvshare.training.metrics import Measures, rank_metrics
+from torchrec_kvshare.training.objective import ObjectiveSettings
 from torchrec_kvshare.training.plots import plot_by_length
 from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, device_of, joined_ranks
@@ -64,8 +77,6 @@ DATA = "data.json"
 METRICS = "metrics.json"
 LENGTH_PLOT = "history_length.png"
 TENSORBOARD = "tensorboard"  # folder of the models' curves, one folder each
-NO_HISTORY = "none"
-POPULARITY = "popularity"
 HISTORY_KINDS = (*KINDS, NO_HISTORY)
 WINDOWS = ("anchored", "sliding")
 # What may differ when a run is resumed: where it is written, and what computes it.
@@ -109,8 +120,8 @@ def train_run(config: TrainConfig) -> Metrics | None:
         config: the whole run; ``output`` is its folder, that of the first rank for all.
 
     Returns:
-        On the first rank test metrics by model: the history's kind, ``none`` (the plain DLRM) and
-        ``popularity``; None on the others. A finished run returns the metrics it wrote, and writes
+        On the first rank test metrics by model: the history's kind and the budget's baselines; None
+        on the others. A finished run returns the metrics it wrote, and writes
         nothing.
 
     Raises:
@@ -120,6 +131,8 @@ def train_run(config: TrainConfig) -> Metrics | None:
         TrainingError: if training diverges.
     """
     _check_model(config.model)
+    if unknown := sorted(set(config.budget.baselines) - set(BASELINES)):
+        raise ConfigError(f"budget.baselines has {unknown}; {list(BASELINES)} are allowed")
     check_selection(config.keep_best, config.patience)
     device = device_of(config.device)
     with _onednn_if_needed(config.precision), joined_ranks(device) as ranks:
@@ -133,9 +146,8 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     shards, splits = load_reported(config)
     schema = shards.schema
     _check_tokens(config.model, schema)
-    kinds = [config.model.history]
-    if config.budget.baselines and config.model.history != NO_HISTORY:
-        kinds.append(NO_HISTORY)
+    trained = [name for name in config.budget.baselines if name != POPULARITY]
+    kinds = [*dict.fromkeys([config.model.history, *trained])]
     meta = torch.device("meta")
     models = [new_model(schema, config.model, kind, config.seed, meta) for kind in kinds]
     check_tables(models, settings_of(config).tables, ranks)
@@ -160,7 +172,7 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         metrics[kind] = _evaluate(
             trainer.scorer(), shards, config, ranks, share_prefill=share_prefill
         )
-    if config.budget.baselines:
+    if POPULARITY in config.budget.baselines:
         popularity = popularity_scorer(shards, config.negatives)
         metrics[POPULARITY] = _evaluate(popularity, shards, config, ranks, share_prefill=True)
     tested = {kind: evaluated.test.to_json() for kind, evaluated in metrics.items()}
@@ -274,7 +286,8 @@ def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
         raise ConfigError(f"{folder} was trained with history=none; there is no K/V to share")
     schema = load_schema(folder)
     model = new_model(schema, model_config, model_config.history, values["seed"])
-    # Under DLRMTrain, as it was trained: its keys are those of the checkpoint.
+    assert isinstance(model, DLRM)
+    # Under DLRMTrain: its keys are those of the checkpoint.
     load_weights(DLRMTrain(model), folder / model_config.history)
     return model.eval(), schema
 
@@ -296,12 +309,29 @@ def new_model(
     kind: str,
     seed: int,
     table_device: torch.device | None = None,
-) -> DLRM:
-    """Build a DLRM with random weights and a history of a kind, or none."""
+) -> nn.Module:
+    """Build a model with random weights.
+
+    Args:
+        schema: columns, table sizes and histories.
+        sizes: of the model.
+        kind: of its history, for TorchRec's DLRM; or a baseline that is trained.
+        seed: of the weights.
+        table_device: of the tables; ``meta`` for tables that are drawn when they are sharded.
+    """
     torch.manual_seed(seed)
     if kind == NO_HISTORY:
         return plain_dlrm(schema, sizes.dim, sizes.top_mlp, table_device)
-    return dlrm_with_history(schema, tower_spec(sizes), sizes.top_mlp, table_device)
+    if kind in KINDS:
+        return dlrm_with_history(schema, tower_spec(sizes), sizes.top_mlp, table_device)
+    # Of a model without history the sizes are those of a causal one.
+    spec = tower_spec(dataclasses.replace(sizes, history=CAUSAL, candidate_tokens=1))
+    if kind == POOLED:
+        spec = dataclasses.replace(spec, has_state=False)
+        return mean_pooled_dlrm(schema, spec, sizes.top_mlp, table_device)
+    # A state reads the K/V of the last layer: one more layer than those that mix events.
+    spec = dataclasses.replace(spec, num_layers=spec.num_layers + 1, has_state=True)
+    return SequentialModel(schema, spec, table_device)
 
 
 def tower_spec(sizes: ModelConfig) -> TowerSpec:
@@ -321,6 +351,7 @@ def tower_spec(sizes: ModelConfig) -> TowerSpec:
         merge=sizes.merge,
         recent=sizes.recent,
         num_globals=sizes.num_globals,
+        has_state=sizes.user_state,
     )
 
 
@@ -434,6 +465,7 @@ def settings_of(config: TrainConfig) -> TrainSettings:
         keep_checkpoints=config.keep_checkpoints,
         shuffle_shards=config.shuffle_shards,
         loading=Loading(config.workers, config.prefetch),
+        objective=ObjectiveSettings(next_event=config.next_event, shared_items=config.shared_items),
         warmup_steps=config.warmup_steps,
         clip_norm=config.clip_norm,
         precision=config.precision,

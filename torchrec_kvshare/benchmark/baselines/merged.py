@@ -18,13 +18,20 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.attention.plain import doubling_bucket
-from torchrec_kvshare.features.schema import REQUEST_HISTORY, REQUEST_TIME, USER
+from torchrec_kvshare.features.schema import (
+    REQUEST_HISTORY,
+    REQUEST_TIME,
+    USER,
+    VECTOR,
+    state_feature,
+)
 from torchrec_kvshare.history.causal import CausalEncoder
 from torchrec_kvshare.history.encoder import NUM_TIME_BUCKETS
 from torchrec_kvshare.history.pages import flat_pages
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.history.transformer import TransformerLayer
-from torchrec_kvshare.model.collection import HistoryPooling, KVShareEmbeddingBagCollection
+from torchrec_kvshare.model.bags import feature_names
+from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
 
 Ranker = TypeVar("Ranker", bound=nn.Module)
 
@@ -51,31 +58,50 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             features: a VBE batch from ``features.batches.assemble``, users' candidates in order.
 
         Returns:
-            [C, features x E], the pooled history last.
+            [C, features x E], as the wrapped collection returns them.
         """
         jagged_by_key = features.to_dict()
         pooled_bags = self.collection.bags(features).to_dict()
         keys, inverse_indices = features.inverse_indices()
         candidate_request = inverse_indices[keys.index(USER)]
         counts = torch.bincount(candidate_request, minlength=jagged_by_key[USER].lengths().numel())
-        history = self.pool_history(features, jagged_by_key, counts)
-        names = [name for config in self.embedding_bag_configs() for name in config.feature_names]
+        embedded = self.collection.token_embeddings(self.collection.token_features(features))
+        [(name, pooling)] = self.collection.histories.by_name().items()
+        pooled = pooled_bags | {name: self.pool_history(embedded, jagged_by_key, counts)}
+        if pooling.tower.has_state:
+            pooled[state_feature(name)] = self.states(features, embedded, jagged_by_key)
+            pooled[VECTOR] = self.collection.histories.item_vectors(embedded, jagged_by_key)
+        names = feature_names(self)
         return KeyedTensor(
             keys=names,
-            length_per_key=[history.size(1)] * len(names),
-            values=torch.cat([*(pooled_bags[key] for key in names[:-1]), history], dim=1),
+            length_per_key=[pooling.tower.dim] * len(names),
+            values=torch.cat([pooled[key] for key in names], dim=1),
         )
+
+    def states(
+        self,
+        features: KeyedJaggedTensor,
+        embedded: dict[str, JaggedTensor],
+        jagged_by_key: dict[str, JaggedTensor],
+    ) -> Tensor:
+        """Return the state of each candidate's user, encoded once per user: [C, E]."""
+        [pooling] = self.collection.histories.by_name().values()
+        groups = self.collection.histories.group_candidates(features, jagged_by_key)
+        event_offsets = pooling.event_offsets(jagged_by_key)
+        planes = pooling.prefill(embedded, jagged_by_key)
+        kv = flat_pages(planes, pooling.tower.encoder.row_offsets(event_offsets))
+        visible = pooling.visible_events(groups, jagged_by_key)
+        states = pooling.tower.state(kv, groups.users, visible)
+        return torch.empty_like(states).index_copy(0, groups.order, states)
 
     def pool_history(
         self,
-        features: KeyedJaggedTensor,
+        embedded: dict[str, JaggedTensor],
         jagged_by_key: dict[str, JaggedTensor],
         counts: Tensor,
     ) -> Tensor:
         """Return one vector per candidate, each from its own sequence: [C, E]."""
-        [pooling] = self.collection.histories.poolings
-        assert isinstance(pooling, HistoryPooling)
-        embedded = self.collection.token_embeddings(self.collection.token_features(features))
+        [pooling] = self.collection.histories.by_name().values()
         # The tokens are made once for all rows, which favours the baseline.
         events = pooling.event_tokens(embedded, jagged_by_key)
         candidates = self.collection.histories.candidate_tokens(embedded, jagged_by_key)

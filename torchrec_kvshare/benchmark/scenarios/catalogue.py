@@ -6,7 +6,7 @@ behind them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +26,14 @@ from torchrec_kvshare.features.schema import HISTORY, History, Window
 from torchrec_kvshare.model.ranking import dlrm_with_history
 from torchrec_kvshare.training.evaluate import model_scorer
 from torchrec_kvshare.training.loop import Trainer, TrainSettings
+from torchrec_kvshare.training.objective import ObjectiveSettings
 from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.sharding import ROWWISE_ADAGRAD, TableSettings
 
 CATALOGUE = "catalogue"
-STEP = "training_step"
+STEP = "training_step"  # with the ranking loss alone
+STEP_NEXT_EVENT = "training_step_next_event"  # with states and the next-event loss too
 RANK_BEHIND = "rank_item_behind"
 RANK_FIRST = "rank_first_item"
 NUM_ITEMS = (10_000, 1_000_000)
@@ -50,6 +52,10 @@ SETTINGS = TrainSettings(
     seed=0,
     checkpoint_seconds=60.0,
 )
+OBJECTIVE_BY_PATH = {
+    STEP: ObjectiveSettings(),
+    STEP_NEXT_EVENT: ObjectiveSettings(next_event=0.02, shared_items=1024),
+}
 
 
 @dataclass
@@ -82,12 +88,15 @@ def _case_records(
     spec = options.spec(encoder, history)
     for num_items in NUM_ITEMS:
         shards = in_memory(catalogue_dataset(num_items, history, options.seed))
-        torch.manual_seed(options.seed)
-        model = dlrm_with_history(shards.schema, spec, [options.dim, 1])
-        trainer = Trainer(model, shards, SETTINGS, Path(), ranks)
-        # The windows of the user that has the whole catalogue come first.
-        chosen = np.flatnonzero(trainer.stream.user > 0)[: max(1, 256 // history)]
-        call_by_path[STEP, num_items] = partial(train_step, trainer, chosen)
+        for path, objective in OBJECTIVE_BY_PATH.items():
+            torch.manual_seed(options.seed)
+            with_state = replace(spec, has_state=objective.next_event > 0)
+            model = dlrm_with_history(shards.schema, with_state, [options.dim, 1])
+            settings = replace(SETTINGS, objective=objective)
+            trainer = Trainer(model, shards, settings, Path(), ranks)
+            # The windows of the user that has the whole catalogue come first.
+            chosen = np.flatnonzero(trainer.stream.user > 0)[: max(1, 256 // history)]
+            call_by_path[path, num_items] = partial(train_step, trainer, chosen)
         for path, moved_by in ((RANK_BEHIND, -1e6), (RANK_FIRST, 1e6)):
             scorer = partial(_moved, model, moved_by)
             one_user = RankingSettings(max_users=1)
@@ -136,7 +145,7 @@ def catalogue_dataset(num_items: int, history: int, seed: int) -> Dataset:
 def train_step(trainer: Trainer, chosen: np.ndarray) -> None:
     """Make a batch and train on it."""
     trainer.sharded.train()
-    trainer.step(trainer.stream.batch(chosen, 0))
+    trainer.step(trainer.stream.batch(chosen, 0, 0))
 
 
 def _moved(model: nn.Module, moved_by: float, batch: Batch) -> Tensor:
