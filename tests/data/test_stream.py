@@ -72,6 +72,27 @@ def assert_same_batches(found: list[Batch], expected: list[Batch]) -> None:
             assert torch.equal(one, other)
 
 
+def test_ranks_have_as_much_to_do_in_a_large_batch(
+    one: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks waited in every batch for the one whose users happened to have more targets in it."""
+    monkeypatch.setattr("torchrec_kvshare.data.stream.LANE_TARGETS", 36)
+    stream = WindowStream(one, StreamSettings(2 * 36, NEGATIVES, SEED))
+    batches = stream.epoch(3).chosen
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(stream.user)))
+    largest = int(stream.num_targets.max())
+    assert largest <= 18
+    shares = np.array(
+        [
+            [stream.num_targets[part[stream.user[part] % 2 == rank]].sum() for rank in range(2)]
+            for part in batches
+        ]
+    )
+    both = shares[: (shares > 0).all(1).argmin()]  # In the last batches one lane has none left.
+    assert len(both) > 5
+    assert np.abs(np.diff(both.cumsum(0), axis=1)).max() < largest
+
+
 def windows_of_user(stream: WindowStream) -> dict[int, list[int]]:
     """Return the number of targets of each window, by user code."""
     found: dict[int, list[int]] = {}

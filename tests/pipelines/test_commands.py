@@ -21,7 +21,7 @@ from torchrec_kvshare.commands.help import (
 )
 from torchrec_kvshare.commands.layout import pipeline_names, typed_command
 
-BUG, MISTAKE, REFUSED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
+FAILED, MISTAKE, REFUSED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
 
 
 # ----------------------------------------------------------------------- commands of the project
@@ -196,7 +196,7 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Commands:
 def test_a_training_that_diverges_ends_in_one_line_and_a_status(sweeps: Commands) -> None:
     """``learning_rate=1e6`` ended with exit status 0 and an NE of NaN."""
     ended = sweeps.ended_by_name["diverged"]
-    assert ended.status == MISTAKE
+    assert ended.status == FAILED
     last = ended.stderr.splitlines()[-1]
     assert re.match(r"error: causal, epoch 1, batch \d+: .*Last finite checkpoint, kept in ", last)
 
@@ -316,7 +316,7 @@ def test_an_error_of_ours_is_one_line_or_with_full_error_a_traceback(own: Path) 
 
 def test_a_bug_keeps_its_traceback(own: Path) -> None:
     ended = run_own(own, "run=bug", "output=a")
-    assert ended.status == BUG
+    assert ended.status == FAILED
     assert ended.stderr.startswith("Traceback")
     assert "ZeroDivisionError" in ended.stderr
 

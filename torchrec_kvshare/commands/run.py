@@ -40,11 +40,11 @@ from torchrec_kvshare.commands.outputs import (
 )
 from torchrec_kvshare.commands.process import prepare_torch, share_cores
 from torchrec_kvshare.config import Schema, checked, literal_overrides
-from torchrec_kvshare.errors import ConfigError, KVShareError
+from torchrec_kvshare.errors import ConfigError, KVShareError, TrainingError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 HELP = ("--help", "-h")
-BUG, MISTAKE = 1, 2
+FAILED, MISTAKE = 1, 2
 INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE
 # Our errors and Hydra's, and what the system refuses because of a path.
@@ -233,7 +233,8 @@ def _report(error: Exception, name: str, job: str = "", *, is_mistake: bool) -> 
         traceback.print_exception(error)
     else:
         _print_error(job + message_of(error, name))
-    return MISTAKE if is_mistake else BUG
+    # That training diverges is its outcome, not a mistake in the command.
+    return MISTAKE if is_mistake and not isinstance(error, TrainingError) else FAILED
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import TRAIN
 from torchrec_kvshare.data.targets import (
+    MAX_TARGETS_PER_WINDOW,
     Windows,
     batches_of,
     build_batch,
@@ -36,6 +38,8 @@ from torchrec_kvshare.data.targets import (
 )
 from torchrec_kvshare.errors import DataError
 
+LANE_TARGETS = 2 * MAX_TARGETS_PER_WINDOW  # of a batch: a lane has whole windows
+MAX_LANES = 8
 WORKER_ENDED = "DataLoader worker"  # begins torch's message
 
 
@@ -127,11 +131,27 @@ class WindowStream:
         held: list[list[int]] = []
         for place in rng.permutation(len(groups)).tolist():
             group = sorted(groups[place].tolist())
-            windows = self._windows_in(group)
-            batches = batches_of(self.num_targets[windows], self.settings.batch_targets, rng)
-            chosen += [windows[batch] for batch in batches]
+            chosen += self._batches_of(self._windows_in(group), rng)
             held += [self._shards_with_own(group)] * (len(chosen) - len(held))
         return Epoch(self, number, chosen, held)
+
+    def _batches_of(self, windows: Ints, rng: np.random.Generator) -> list[Ints]:
+        """Shuffle windows and cut them into batches.
+
+        Large batches take as many targets from each of several lanes of users. Ranks whose number
+        divides that of the lanes then have as much to do in every batch.
+        """
+        num_lanes = max(1, self.settings.batch_targets // LANE_TARGETS)
+        num_lanes = min(MAX_LANES, 1 << (num_lanes.bit_length() - 1))
+        lane = self.user[windows] % num_lanes
+        by_lane = []
+        for number in range(num_lanes):
+            of_lane = windows[lane == number]
+            num_targets = self.settings.batch_targets // num_lanes
+            batches = batches_of(self.num_targets[of_lane], num_targets, rng)
+            by_lane.append([of_lane[batch] for batch in batches])
+        none = windows[:0]
+        return [np.concatenate(parts) for parts in zip_longest(*by_lane, fillvalue=none)]
 
     def own(self, chosen: Ints) -> Ints:
         """Return those windows whose users are this rank's."""
