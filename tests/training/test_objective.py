@@ -12,7 +12,8 @@ from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRMTrain
 
 from tests.training.on_ranks import NEGATIVES, plain_model
-from tests.training.worlds import tiny_config
+from tests.training.worlds import MODEL, tiny_config
+from torchrec_kvshare.config import SASREC
 from torchrec_kvshare.data.dataset import Dataset
 from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.shards import Shards, in_memory
@@ -28,7 +29,7 @@ from torchrec_kvshare.features.schema import HISTORY, ITEM, candidate_key, state
 from torchrec_kvshare.history.kinds import KINDS
 from torchrec_kvshare.model.ranking import RankingStage, takes_prefixes
 from torchrec_kvshare.training.objective import Objective, ObjectiveSettings, next_item_loss
-from torchrec_kvshare.training.run import load_data
+from torchrec_kvshare.training.run import load_data, new_model
 
 # Two float64 sums of the same terms.
 EXACT = 1e-12
@@ -157,7 +158,7 @@ def test_a_target_that_nobody_should_predict_has_no_loss(shards: Shards, changed
     targets = np.flatnonzero(dataset.split == TRAIN)[1:30]
     batch = batch_of(dataset, windows_of(dataset, targets))
     objective = plain_model("causal", shards).eval()
-    objective.settings = replace(objective.settings, next_event=1.0)
+    objective.weight = 1.0
 
     def next_event(batch: Batch) -> float:
         loss, (_, logits, labels) = objective(batch)
@@ -184,6 +185,27 @@ def test_the_objective_has_the_logits_of_its_model(shards: Shards) -> None:
     assert detached == loss > torch.nn.BCEWithLogitsLoss()(logits, labels)
     expected_logits = objective.model(batch.dense_features, batch.sparse_features).squeeze(1)
     assert torch.equal(logits, expected_logits)
+
+
+def test_sasrec_learns_the_next_item_whatever_the_weight_of_others(shards: Shards) -> None:
+    """With ``next_event=0`` it was trained with the ranking loss."""
+    dataset = shards.read([0])
+    batch = batch_of(dataset, windows_of(dataset, np.flatnonzero(dataset.split == TRAIN)[:20]))
+    model = new_model(shards.schema, MODEL, SASREC, seed=2).eval()
+    num_items = len(dataset.known_items)
+    losses = [
+        Objective(
+            model,
+            ObjectiveSettings(next_event=weight),
+            histories=[HISTORY],
+            negatives=NEGATIVES,
+            num_items=num_items,
+        )(batch)[0].detach()
+        for weight in (0.0, 0.5)
+    ]
+    assert losses[0] == losses[1]
+    # Untrained, it is near that of a guess among all items.
+    assert 0.5 < float(losses[0]) / math.log(num_items) < 2.0
 
 
 def test_without_the_next_event_loss_the_objective_is_torchrecs(shards: Shards) -> None:

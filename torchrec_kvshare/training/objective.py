@@ -51,7 +51,7 @@ class Objective(nn.Module):
     """A ranking model and its loss, called as TorchRec's ``DLRMTrain``.
 
     Args:
-        model: a ranking model, or a SequentialModel, which has a next-event loss only.
+        model: a ranking model, or a SequentialModel, which has a next-event loss only, of weight 1.
         settings: what is minimised. A model whose towers have no states has a ranking loss only.
         histories: names, in the order of the schema.
         negatives: candidates of each target beside its own item.
@@ -69,11 +69,11 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.settings = settings
+        self.weight = 1.0 if isinstance(model, SequentialModel) else settings.next_event
         self.histories = histories
         self.num_items = num_items
         self.of_targets = slice(None, None, 1 + negatives)  # in a batch's candidates
-        self.has_next_event = settings.next_event > 0 and any(
+        self.has_next_event = self.weight > 0 and any(
             isinstance(module, HistoryTower) and module.has_state for module in model.modules()
         )
         self._stage: RankingStage | None = None
@@ -92,7 +92,7 @@ class Objective(nn.Module):
             self._next_event(predicted.pooled, batch, name, predicted.shared.float())
             for name in self.histories
         ]
-        loss = torch.stack(losses).mean() * self.settings.next_event
+        loss = torch.stack(losses).mean() * self.weight
         if not isinstance(self.model, SequentialModel):
             loss = loss + functional.binary_cross_entropy_with_logits(logits, batch.labels)
         return loss, (loss.detach(), logits.detach(), batch.labels)
