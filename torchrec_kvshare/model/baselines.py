@@ -24,7 +24,6 @@ from torchrec_kvshare.features.schema import (
     state_feature,
 )
 from torchrec_kvshare.history.kinds import TowerSpec
-from torchrec_kvshare.history.pages import flat_pages
 from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.history.transformer import TransformerLayer
 from torchrec_kvshare.model.bags import FeatureOrder, feature_names, user_candidate_bags
@@ -160,14 +159,9 @@ class SequentialModel(nn.Module):
         pooled = {VECTOR: vectors[:num_candidates]}
         logits: list[Tensor] = []
         for name, pooling in self.histories.by_name().items():
-            planes = pooling.prefill(embedded, jagged_by_key)
-            event_offsets = pooling.event_offsets(jagged_by_key)
-            kv = flat_pages(planes, pooling.tower.encoder.row_offsets(event_offsets))
-            visible = pooling.visible_events(groups, jagged_by_key)
-            grouped = pooling.tower.state(kv, groups.users, visible)
-            state = torch.empty_like(grouped).index_copy(0, groups.order, grouped)
-            pooled[state_feature(name)] = state
-            logits.append((state * vectors[:num_candidates]).sum(1))
+            states = pooling.states(embedded, groups, jagged_by_key)
+            pooled[state_feature(name)] = states
+            logits.append((states * vectors[:num_candidates]).sum(1))
         return Predicted(torch.stack(logits).mean(0), pooled, vectors[num_candidates:])
 
 

@@ -331,6 +331,19 @@ class HistoryPooling(nn.Module):
             raise ValueError("this encoder shows candidates whole histories, not prefixes")
         return visible
 
+    @torch.jit.ignore
+    def states(
+        self,
+        embedded: dict[str, JaggedTensor],
+        groups: CandidateGroups,
+        features: dict[str, JaggedTensor],
+    ) -> Tensor:
+        """Encode the histories; return the state of each candidate's user, in the batch's order."""
+        planes = self.prefill(embedded, features)
+        kv = flat_pages(planes, self.tower.encoder.row_offsets(self.event_offsets(features)))
+        states = self.tower.state(kv, groups.users, self.visible_events(groups, features))
+        return torch.empty_like(states).index_copy(0, groups.order, states)
+
     def forward(
         self,
         candidates: Tensor,

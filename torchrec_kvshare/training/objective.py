@@ -44,7 +44,7 @@ class ObjectiveSettings:
     """
 
     next_event: float = 0.0
-    shared_items: int = 0
+    shared_items: int = 1024
 
 
 class Objective(nn.Module):

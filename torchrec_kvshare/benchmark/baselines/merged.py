@@ -69,7 +69,9 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         [(name, pooling)] = self.collection.histories.by_name().items()
         pooled = pooled_bags | {name: self.pool_history(embedded, jagged_by_key, counts)}
         if pooling.tower.has_state:
-            pooled[state_feature(name)] = self.states(features, embedded, jagged_by_key)
+            # Encoded once per user: a state costs the baseline nothing.
+            groups = self.collection.histories.group_candidates(features, jagged_by_key)
+            pooled[state_feature(name)] = pooling.states(embedded, groups, jagged_by_key)
             pooled[VECTOR] = self.collection.histories.item_vectors(embedded, jagged_by_key)
         names = feature_names(self)
         return KeyedTensor(
@@ -77,22 +79,6 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             length_per_key=[pooling.tower.dim] * len(names),
             values=torch.cat([pooled[key] for key in names], dim=1),
         )
-
-    def states(
-        self,
-        features: KeyedJaggedTensor,
-        embedded: dict[str, JaggedTensor],
-        jagged_by_key: dict[str, JaggedTensor],
-    ) -> Tensor:
-        """Return the state of each candidate's user, encoded once per user: [C, E]."""
-        [pooling] = self.collection.histories.by_name().values()
-        groups = self.collection.histories.group_candidates(features, jagged_by_key)
-        event_offsets = pooling.event_offsets(jagged_by_key)
-        planes = pooling.prefill(embedded, jagged_by_key)
-        kv = flat_pages(planes, pooling.tower.encoder.row_offsets(event_offsets))
-        visible = pooling.visible_events(groups, jagged_by_key)
-        states = pooling.tower.state(kv, groups.users, visible)
-        return torch.empty_like(states).index_copy(0, groups.order, states)
 
     def pool_history(
         self,
