@@ -16,6 +16,7 @@ from tests.pipelines.commands import (
     ROOT,
     TINY,
     WORLD,
+    composed,
     run_all,
     run_pipeline,
     spawn_pipeline,
@@ -316,3 +317,11 @@ def test_a_pipeline_is_thin_and_shadows_no_standard_module(path: Path) -> None:
     assert "@hydra.main(" in source
     assert "    run(main)\n" in source
     assert (CONFIGS / f"{path.stem}.yaml").is_file()
+
+
+def test_a_budget_may_set_other_values_and_the_command_line_has_the_last_word() -> None:
+    """The values of ``train.yaml`` came after those of a budget and undid them."""
+    paper = composed("train", "budget=paper", "shared_items=77")
+    assert (paper.split, paper.model.dropout, paper.shared_items) == ("leave_one_out", 0.2, 77)
+    assert paper.model.num_layers == composed("train").model.num_layers
+    assert composed("train").split == "time_share"
