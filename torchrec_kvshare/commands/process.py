@@ -6,8 +6,8 @@ time slices: a hit of 8 ms took 830 ms. Sleeping threads cost a wake-up per regi
 (figures in docs/serving.md). libgomp spins less by itself only if this process has more threads
 than cores; it does not count other processes.
 
-glibc returns large freed blocks to the system, and a call of the model frees megabytes: the next
-call then waits while the system clears each page again.
+glibc returns large freed blocks to the system, and a call of the model frees megabytes, a training
+step gigabytes: the next one then waits while the system clears each page again.
 
 TorchScript compiles a program again for the first shapes of its inputs, which takes seconds and
 makes no call on a CPU faster.
@@ -15,15 +15,18 @@ makes no call on a CPU faster.
 
 import ctypes
 import os
+from collections.abc import Mapping
 
 from torchrec_kvshare.commands.machine import granted_cores
 
 WAIT_POLICY, SPIN_COUNT = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 ASLEEP = "PASSIVE"
 # glibc's parameters by number: from what size a block gets a mapping of its own (at most 32 MiB),
-# and how much free memory the end of a heap keeps.
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
-MALLOC_BYTES = {MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
+# how many blocks may have one, and how much free memory the end of a heap keeps.
+MMAP_THRESHOLD, MMAP_MAX, TRIM_THRESHOLD = -3, -4, -1
+CALL_MEMORY = {MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
+# Logits and their gradients in a step of 4,096 targets have blocks of up to 100 MB.
+STEP_MEMORY = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**30}
 # TorchScript specialises a program for no shape.
 ANY_SHAPE = [("DYNAMIC", 0)]
 MALLOC_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
@@ -38,12 +41,16 @@ def share_cores() -> None:
         os.environ[WAIT_POLICY] = ASLEEP
 
 
-def keep_freed_memory() -> None:
-    """Let malloc keep up to 64 MiB of freed memory, unless the user has set its limits."""
+def keep_freed_memory(settings: Mapping[int, int]) -> None:
+    """Let malloc keep freed memory, unless the user has set its limits.
+
+    Args:
+        settings: values of glibc's parameters.
+    """
     process = ctypes.CDLL(None)
     if hasattr(process, "mallopt") and not set(MALLOC_SETTINGS) & os.environ.keys():
-        for parameter, num_bytes in MALLOC_BYTES.items():
-            process.mallopt(parameter, num_bytes)
+        for parameter, value in settings.items():
+            process.mallopt(parameter, value)
 
 
 def prepare_torch(threads: int | None) -> None:
@@ -55,6 +62,6 @@ def prepare_torch(threads: int | None) -> None:
     """
     import torch  # Only after OpenMP's variables are set.
 
-    keep_freed_memory()
+    keep_freed_memory(CALL_MEMORY)
     torch.set_num_threads(threads or min(torch.get_num_threads(), granted_cores()))
     torch.jit.set_fusion_strategy(ANY_SHAPE)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
+from torchrec_kvshare.commands.process import STEP_MEMORY, keep_freed_memory
 from torchrec_kvshare.config import (
     BASELINES,
     BFLOAT16,
@@ -135,6 +136,7 @@ def train_run(config: TrainConfig) -> Metrics | None:
         raise ConfigError(f"budget.baselines has {unknown}; {list(BASELINES)} are allowed")
     check_selection(config.keep_best, config.patience)
     device = device_of(config.device)
+    keep_freed_memory(STEP_MEMORY)
     with _onednn_if_needed(config.precision), joined_ranks(device) as ranks:
         # The default output holds the time, which ranks may read differently.
         config = dataclasses.replace(config, output=ranks.gather(config.output)[0])
