@@ -193,7 +193,7 @@ def test_the_config_of_a_scenario_has_the_options_and_their_defaults(name: str) 
     assert set(composed_config) == {one.name for one in fields(schema)}
     options: Any = checked(composed_config, schema)
     assert options.scenario == name
-    given = {"output", "scenario", "data", "artifact", "run"} & set(composed_config)
+    given = {"output", "scenario", "data", "budget", "artifact", "run"} & set(composed_config)
     assert options == schema(**{key: getattr(options, key) for key in given})
 
 

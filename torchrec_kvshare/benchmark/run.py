@@ -13,6 +13,7 @@ from torchrec_kvshare.benchmark.scenarios import (
     catalogue,
     codec,
     faults,
+    history_length,
     host,
     items,
     memory,
@@ -65,6 +66,11 @@ SCENARIO_BY_NAME = {
     runtimes.RUNTIMES_SCENARIO: Scenario(runtimes.RuntimesOptions, runtimes.measure_runtimes),
     tables.TABLES: Scenario(tables.TablesOptions, tables.measure_tables),
     host.HOST: Scenario(host.HostOptions, host.measure_host),
+    history_length.HISTORY_LENGTH: Scenario(
+        history_length.HistoryLengthOptions,
+        history_length.measure_history_length,
+        history_length.PICTURE_BY_NAME,
+    ),
     serving.SERVING: Scenario(serving.ServingOptions, serving.measure_serving),
 }
 
