@@ -1,7 +1,8 @@
 """Add a shared history to your own DLRM: keep the tables, wrap the collection, score from pages.
 
-The ranking model is TorchRec's, unmodified, and so is the collection of its own tables. The cache
-identifies a model by digests of its weights, never by a name that the caller makes up.
+The ranking model is TorchRec's, unmodified, and so is the collection of its own tables, which keep
+their width: the tower and the tables of its tokens have others. The cache identifies a model by
+digests of its weights, never by a name that the caller makes up.
 """
 
 import torch
@@ -20,8 +21,10 @@ from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection, tok
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 
-DIM = 32
-spec = TowerSpec("causal", DIM, num_layers=2, num_heads=4)
+OWN_DIM, TOKEN_DIM = 48, 16
+spec = TowerSpec(
+    "causal", dim=32, num_layers=2, num_heads=4, token_dim=TOKEN_DIM, output_dim=OWN_DIM
+)
 
 schema = FeatureSchema(
     vocabulary_by_column={
@@ -36,13 +39,13 @@ schema = FeatureSchema(
 own_tables = [
     EmbeddingBagConfig(
         name="users",
-        embedding_dim=DIM,
+        embedding_dim=OWN_DIM,
         num_embeddings=schema.num_table_rows("user_id"),
         feature_names=["user_id"],
     ),
     EmbeddingBagConfig(
         name="products",
-        embedding_dim=DIM,
+        embedding_dim=OWN_DIM,
         num_embeddings=schema.num_table_rows("item_id"),
         feature_names=["candidates.item_id"],
     ),
@@ -50,11 +53,11 @@ own_tables = [
 tower = HistoryTower(spec, max_history=256, block=64)
 collection = KVShareEmbeddingBagCollection(
     EmbeddingBagCollection(tables=own_tables),
-    EmbeddingCollection(tables=token_tables(schema, DIM, spec.has_positions)),
+    EmbeddingCollection(tables=token_tables(schema, TOKEN_DIM, spec.has_positions)),
     {"history": tower},
     schema,
 )
-model = DLRM(collection, schema.num_dense, [64, DIM], [64, 1]).eval()
+model = DLRM(collection, schema.num_dense, [64, OWN_DIM], [64, 1]).eval()
 
 request = parse_request(
     {

@@ -5,7 +5,8 @@ On two ranks, or in one process:
     torchrun --nproc_per_node 2 examples/own_dlrm_distributed.py
     python examples/own_dlrm_distributed.py
 
-The ranking model and the collection of its own tables are TorchRec's, unmodified. Each rank trains
+The ranking model and the collection of its own tables are TorchRec's, unmodified; these tables are
+wider than the tower and than the tables of its tokens. Each rank trains
 on requests of its own; TorchRec's planner places all tables, yours and the history's.
 """
 
@@ -25,8 +26,10 @@ from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection, tok
 from torchrec_kvshare.training.ranks import joined_ranks
 from torchrec_kvshare.training.sharding import TableSettings, plan_table, shard
 
-DIM, NUM_STEPS = 32, 5
-spec = TowerSpec("causal", DIM, num_layers=2, num_heads=4)
+OWN_DIM, TOKEN_DIM, NUM_STEPS = 48, 16, 5
+spec = TowerSpec(
+    "causal", dim=32, num_layers=2, num_heads=4, token_dim=TOKEN_DIM, output_dim=OWN_DIM
+)
 schema = FeatureSchema(
     vocabulary_by_column={
         "user_id": Vocabulary([str(user) for user in range(100)]),
@@ -40,13 +43,13 @@ schema = FeatureSchema(
 own_tables = [
     EmbeddingBagConfig(
         name="users",
-        embedding_dim=DIM,
+        embedding_dim=OWN_DIM,
         num_embeddings=schema.num_table_rows("user_id"),
         feature_names=["user_id"],
     ),
     EmbeddingBagConfig(
         name="products",
-        embedding_dim=DIM,
+        embedding_dim=OWN_DIM,
         num_embeddings=schema.num_table_rows("item_id"),
         feature_names=["candidates.item_id"],
     ),
@@ -54,11 +57,11 @@ own_tables = [
 torch.manual_seed(0)  # all ranks start with the same weights
 collection = KVShareEmbeddingBagCollection(
     EmbeddingBagCollection(tables=own_tables),
-    EmbeddingCollection(tables=token_tables(schema, DIM, spec.has_positions)),
+    EmbeddingCollection(tables=token_tables(schema, TOKEN_DIM, spec.has_positions)),
     {"history": HistoryTower(spec, max_history=256, block=64)},
     schema,
 )
-model = DLRMTrain(DLRM(collection, schema.num_dense, [64, DIM], [64, 1]))
+model = DLRMTrain(DLRM(collection, schema.num_dense, [64, OWN_DIM], [64, 1]))
 
 with joined_ranks(torch.device("cpu")) as ranks:
     # One table's rows are spread over all ranks; the planner places the others as it likes.

@@ -1,6 +1,7 @@
 """A small world for each kind of history encoder, anchored and sliding, with one token or three.
 
-Candidates have two attributes here, so that three tokens differ from both one and two.
+Candidates have two attributes here, so that three tokens differ from both one and two. Tables,
+towers and the ranking stage have widths of their own.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.model.ranking import RankingModel
 
 WIDTH, HEADS = 10, 2
+TOKEN_WIDTH, OUTPUT_WIDTH = 6, 8
 NUM_TOKENS = 3  # the item, its genres, its brands
 SLIDING = " sliding"
 SEEN_BACK = 4  # events, seen by every layer of a sliding window
@@ -82,6 +84,8 @@ def world_of(name: str, num_tokens: int = NUM_TOKENS) -> World:
         num_tokens=num_tokens,
         window=SEEN_BACK if name.endswith(SLIDING) else 0,
         has_state=True,
+        token_dim=TOKEN_WIDTH,
+        output_dim=OUTPUT_WIDTH,
         merge=MERGE,
         recent=RECENT,
         num_globals=GLOBALS,

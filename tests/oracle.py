@@ -76,11 +76,17 @@ def reference_features(
     for history_index in range(len(schema.histories)):
         feature_by_key |= reference_history(collection, schema, raw, index, history_index)
     if any(tower.spec.has_state for tower in collection.towers()):
-        feature_by_key["candidates.vector"] = sum(
+        vector = sum(
             _rows(tables[f"vector_{table_name(of)}"], schema, of, cells)
             for key, (of, cells) in cells_by_key.items()
             if key.startswith("candidates.")
         )
+        projection = collection.histories.item_vectors.projection
+        if isinstance(projection, nn.Linear):
+            vector = (
+                projection.weight.detach().double() @ vector + projection.bias.detach().double()
+            )
+        feature_by_key["candidates.vector"] = vector
     return feature_by_key
 
 
@@ -120,7 +126,7 @@ def reference_history(
     floats = collection.histories.poolings[history_index].event_floats
     events = []
     for position, event in enumerate(read[first:]):
-        token = torch.zeros(tower.dim, dtype=torch.float64)
+        token = torch.zeros(tower.spec.token_width, dtype=torch.float64)
         if positions is not None:
             token = token + positions[position]
         for column in schema.event_columns:
@@ -144,7 +150,7 @@ def reference_history(
     candidate = torch.stack(tokens)
     if tower.spec.num_tokens == 1:
         candidate = candidate.sum(0, keepdim=True)
-    seen = torch.stack(events) if events else torch.empty(0, tower.dim)
+    seen = torch.stack(events) if events else torch.empty(0, tower.spec.token_width)
     times = [history["time"][event] for event in read[first:]]
     options = reference_options(tower.spec, described)
     parameters = tower.state_dict()

@@ -22,7 +22,8 @@ TINY = 1e-12  # least value of a number that must be above 0
 
 # Least allowed value of a number, or of each number in a list, by key, in every config.
 LEAST_BY_KEY = {
-    **dict.fromkeys(("threads", "dim", "num_layers", "num_heads", "batch_targets"), 1),
+    **dict.fromkeys(("threads", "dim", "table_dim", "num_layers", "num_heads"), 1),
+    "batch_targets": 1,
     **dict.fromkeys(("max_users", "eval_users", "max_history", "block", "merge", "top_mlp"), 1),
     **dict.fromkeys(("candidate_tokens", "num_tokens", "recent", "epochs", "keep_checkpoints"), 1),
     **dict.fromkeys(("seed", "weight_decay", "dropout", "checkpoint_seconds"), 0),
@@ -198,7 +199,8 @@ class ModelConfig:
     """Sizes of the DLRM and of its history towers."""
 
     history: str = "causal"  # kind of encoder, or none: the plain DLRM
-    dim: int = 64  # width of tables and towers
+    dim: int = 64  # width of towers
+    table_dim: int | None = None  # width of tables and the ranking stage; None: dim
     num_layers: int = 2  # of each tower
     num_heads: int = 4  # of attention; must divide dim
     dropout: float = 0.1  # share of activations, in towers

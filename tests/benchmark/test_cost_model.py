@@ -57,6 +57,18 @@ def specs() -> Iterator[TowerSpec]:
                 )
     for kind in (name for name, kind in KIND_BY_NAME.items() if kind.slides):
         yield TowerSpec(kind, DIM, 2, NUM_HEADS, window=WINDOW)
+    for kind, token_dim in zip(KINDS, (5, 20, 6, 7, 18), strict=True):
+        yield TowerSpec(
+            kind,
+            DIM,
+            2,
+            NUM_HEADS,
+            token_dim=token_dim,
+            output_dim=9,
+            merge=MERGE,
+            recent=RECENT,
+            num_globals=NUM_GLOBALS,
+        )
 
 
 SPECS = list(specs())
@@ -64,7 +76,8 @@ SPECS = list(specs())
 
 def name_of(spec: TowerSpec) -> str:
     window = " sliding" if spec.window else ""
-    return f"{spec.kind} of {spec.num_layers} layers, {spec.num_tokens} tokens{window}"
+    width = f" of width {spec.token_dim}" if spec.token_dim else ""
+    return f"{spec.kind} of {spec.num_layers} layers, {spec.num_tokens} tokens{width}{window}"
 
 
 def tower_of(spec: TowerSpec) -> HistoryTower:
@@ -84,9 +97,10 @@ def flop_of(call: Callable[[], Tensor], operators: tuple[object, ...] = ()) -> i
 def attend_of(tower: HistoryTower, num_events: int) -> Callable[[], Tensor]:
     ends, candidate_ends = torch.tensor([0, num_events]), torch.tensor([0, NUM_CANDIDATES])
     kv = flat_pages(
-        tower.prefill(torch.randn(num_events, DIM), ends), tower.encoder.row_offsets(ends)
+        tower.prefill(torch.randn(num_events, tower.spec.token_width), ends),
+        tower.encoder.row_offsets(ends),
     )
-    candidates = torch.randn(NUM_CANDIDATES, tower.num_tokens, DIM)
+    candidates = torch.randn(NUM_CANDIDATES, tower.num_tokens, tower.spec.token_width)
     now = torch.full([NUM_CANDIDATES], num_events)
     visibility = Visibility(torch.arange(num_events), now, now)
 
@@ -160,7 +174,7 @@ def test_attend_is_what_torch_counts_and_the_candidates_own_tokens(spec: TowerSp
         seen = rows_seen(tower, num_events)
         # torch does not count inside the operator; the head is not a layer.
         attended = 4 * DIM * rows * sum(s + spec.num_tokens for s in seen)
-        head = 2 * DIM * DIM * NUM_CANDIDATES
+        head = 2 * DIM * spec.output_width * NUM_CANDIDATES
         cost = attend_cost(spec, num_events, NUM_CANDIDATES)
         assert cost.flop == projected + attended - head
         assert cost.exponentials == sum(NUM_HEADS * rows * (s + spec.num_tokens) for s in seen)
@@ -171,7 +185,7 @@ def test_attend_is_what_torch_counts_and_the_candidates_own_tokens(spec: TowerSp
 def test_prefill_is_its_projections_and_every_pair_that_is_seen(spec: TowerSpec) -> None:
     tower = tower_of(spec)
     for num_events in NUM_EVENTS:
-        events = torch.randn(num_events, DIM)
+        events = torch.randn(num_events, spec.token_width)
         prefill = partial(tower.prefill, events, torch.tensor([0, num_events]))
         pairs = pairs_of_prefill(spec, num_events)
         projected = flop_of(prefill, PROJECTIONS) - flop_of_padding(tower, num_events)
@@ -196,7 +210,8 @@ def test_bytes_are_those_of_tokens_weights_and_kv(spec: TowerSpec) -> None:
     layers = [m for m in encoder.layers if isinstance(m, TransformerLayer | HSTULayer)]
     assert len(layers) == spec.num_layers
     for num_events in NUM_EVENTS:
-        planes = tower.prefill(torch.randn(num_events, DIM), torch.tensor([0, num_events]))
+        events = torch.randn(num_events, spec.token_width)
+        planes = tower.prefill(events, torch.tensor([0, num_events]))
         [kv] = split_users(planes, [encoder.num_kv_rows(num_events)])
         # The last layer needs its projections only, and queries only for longer.
         last = {LONGER: 3, TARGET_ONLY: 0}.get(spec.kind, 2) * DIM * DIM
@@ -205,14 +220,17 @@ def test_bytes_are_those_of_tokens_weights_and_kv(spec: TowerSpec) -> None:
             weights += weights_of(encoder.inner, encoder.merge_group)
         if spec.kind == TARGET_ONLY:
             weights = 0
+        weights += weights_of(tower.token_in)
         moved = prefill_cost(spec, num_events).bytes_moved
-        assert moved == 4 * (num_events * DIM + kv.numel() + weights)
+        assert moved == 4 * (num_events * spec.token_width + kv.numel() + weights)
         # Candidates read the rows they see; as many rows go in as come out.
         seen = rows_seen(tower, num_events)
         read = num_events * DIM if spec.kind == TARGET_ONLY else 2 * DIM * sum(seen)
         rows = NUM_CANDIDATES * spec.num_tokens
         moved = attend_cost(spec, num_events, NUM_CANDIDATES).bytes_moved
-        assert moved == 4 * (read + weights_of(*layers) + 2 * rows * DIM)
+        assert moved == 4 * (
+            read + weights_of(*layers, tower.token_in) + rows * (spec.token_width + DIM)
+        )
 
 
 def test_the_roofline_adds_up() -> None:

@@ -73,7 +73,10 @@ class World(NamedTuple):
 
 # Together they cover all features of a model; test_graphs.py covers them for every kind.
 WORLD_BY_KIND = {
-    CAUSAL: World(SCHEMA, TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2, has_state=True)),
+    CAUSAL: World(
+        SCHEMA,
+        TowerSpec(CAUSAL, 10, 2, 2, num_tokens=2, has_state=True, token_dim=6, output_dim=8),
+    ),
     BIDIRECTIONAL: World(BARE, TowerSpec(BIDIRECTIONAL, 10, 1, 2)),
     TARGET_ONLY: World(
         replace(BARE, event_attributes=("action",), histories=(SEEN, BOUGHT)),

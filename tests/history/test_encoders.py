@@ -18,9 +18,10 @@ from tests.encoder_worlds import (
     EXTENDED_NAMES,
     NAMES,
     NUM_TOKENS,
+    OUTPUT_WIDTH,
     PREFIX_NAMES,
     SLIDING_NAMES,
-    WIDTH,
+    TOKEN_WIDTH,
     World,
     attend_whole,
     cut,
@@ -166,13 +167,13 @@ def test_users_without_candidates_get_no_scores_and_change_none(name: str) -> No
 @torch.no_grad()
 def test_no_candidates_give_no_vectors(name: str) -> None:
     tower = make_tower(name, torch.float32)
-    no_candidates = torch.empty(0, NUM_TOKENS, WIDTH)
+    no_candidates = torch.empty(0, NUM_TOKENS, TOKEN_WIDTH)
     for num_events in (0, 11):
-        kv = prefill_alone(tower, draw_rows(2, torch.float32, num_events, WIDTH))
-        assert attend_whole(tower, no_candidates, kv, num_events).shape == (0, WIDTH)
+        kv = prefill_alone(tower, draw_rows(2, torch.float32, num_events, TOKEN_WIDTH))
+        assert attend_whole(tower, no_candidates, kv, num_events).shape == (0, OUTPUT_WIDTH)
     asked = Asked([3, 0], [0, 0], [], [])
-    events = draw_rows(2, torch.float32, 3, WIDTH)
-    assert TrainingPath(tower)(events, no_candidates, asked).shape == (0, WIDTH)
+    events = draw_rows(2, torch.float32, 3, TOKEN_WIDTH)
+    assert TrainingPath(tower)(events, no_candidates, asked).shape == (0, OUTPUT_WIDTH)
 
 
 # The tokens of a candidate.
@@ -185,12 +186,12 @@ def test_tokens_of_a_candidate_see_each_other_and_no_other_candidate(
     name: str, num_events: int
 ) -> None:
     tower = make_tower(name, torch.float32)
-    candidates = draw_rows(1, torch.float32, 4, NUM_TOKENS, WIDTH)
-    kv = tower.prefill(draw_rows(2, torch.float32, num_events, WIDTH), one_user(num_events))
+    candidates = draw_rows(1, torch.float32, 4, NUM_TOKENS, TOKEN_WIDTH)
+    kv = tower.prefill(draw_rows(2, torch.float32, num_events, TOKEN_WIDTH), one_user(num_events))
     before = attend_whole(tower, candidates, kv, num_events)
     for token in range(NUM_TOKENS):
         changed = candidates.clone()
-        changed[2, token] = draw_rows(3, torch.float32, WIDTH)
+        changed[2, token] = draw_rows(3, torch.float32, TOKEN_WIDTH)
         moved = (attend_whole(tower, changed, kv, num_events) - before).abs().amax(1)
         assert moved[2] > 100 * PATH_TOLERANCE
         assert moved[[0, 1, 3]].tolist() == [0.0, 0.0, 0.0]
@@ -231,7 +232,7 @@ def prefill_alone(tower: HistoryTower, events: Tensor) -> Tensor:
 @torch.no_grad()
 def test_extending_at_any_event_gives_what_a_prefill_gives(name: str, dtype: torch.dtype) -> None:
     tower = make_tower(name, dtype)
-    events = draw_rows(4, dtype, 23, WIDTH)
+    events = draw_rows(4, dtype, 23, TOKEN_WIDTH)
     for num_events in (23, 13, 6):
         whole = prefill_alone(tower, events[:num_events])
         for num_cached in range(num_events + 1):
@@ -248,7 +249,7 @@ def test_extending_again_and_again_gives_what_a_prefill_gives(
     name: str, steps: list[int], seed: int
 ) -> None:
     tower = make_tower(name, torch.float64)
-    events = draw_rows(seed, torch.float64, sum(steps), WIDTH)
+    events = draw_rows(seed, torch.float64, sum(steps), TOKEN_WIDTH)
     num_events = 0
     kv = prefill_alone(tower, events[:0])
     for step in steps:
@@ -268,7 +269,7 @@ def test_users_are_extended_together_as_alone_wherever_their_rows_lie(
     encoder = tower.encoder
     cached, new_events, expected = [], [], []
     for index, (num_cached, num_new) in enumerate(users):
-        events = draw_rows(seed + index, torch.float64, num_cached + num_new, WIDTH)
+        events = draw_rows(seed + index, torch.float64, num_cached + num_new, TOKEN_WIDTH)
         num_kept = encoder.reusable_events(num_cached, num_cached, len(events))
         rows = encoder.reusable_rows(num_kept)
         cached.append(prefill_alone(tower, events[:num_cached])[:, :rows])
@@ -298,7 +299,7 @@ def pages_with_gaps(parts: list[Tensor], page_size: int = 3) -> KVPages:
 @torch.no_grad()
 def test_what_is_cached_is_read_and_not_encoded_again(name: str) -> None:
     tower = make_tower(name, torch.float32)
-    events = draw_rows(6, torch.float32, 11, WIDTH)
+    events = draw_rows(6, torch.float32, 11, TOKEN_WIDTH)
     cached = prefill_alone(tower, events[:8])
     moved = (grow(tower, cached + 1.0, 8, events) - grow(tower, cached, 8, events)).abs()
     rows = tower.encoder.reusable_rows(tower.encoder.reusable_events(8, 8, 11))
@@ -377,7 +378,7 @@ def raw_length(raw: RawRequest) -> int:
 def test_a_bidirectional_history_refuses_to_be_extended() -> None:
     tower = make_tower(BIDIRECTIONAL, torch.float32)
     assert [tower.encoder.reusable_events(cached, cached, 9) for cached in (0, 5, 9)] == [0, 0, 0]
-    events = draw_rows(6, torch.float32, 9, WIDTH)
+    events = draw_rows(6, torch.float32, 9, TOKEN_WIDTH)
     cached = prefill_alone(tower, events[:6])
     with pytest.raises(ValueError, match="bidirectional histories cannot be extended"):
         tower.extend(flat_pages(cached, one_user(6)), events[6:], one_user(3))
@@ -473,7 +474,10 @@ def test_only_events_that_its_layers_see_back_to_matter_to_a_sliding_window(
     name: str, dtype: torch.dtype
 ) -> None:
     tower = make_tower(name, dtype)
-    events, candidates = draw_rows(7, dtype, 15, WIDTH), draw_rows(8, dtype, 3, NUM_TOKENS, WIDTH)
+    events, candidates = (
+        draw_rows(7, dtype, 15, TOKEN_WIDTH),
+        draw_rows(8, dtype, 3, NUM_TOKENS, TOKEN_WIDTH),
+    )
     expected = attend_whole(tower, candidates, prefill_alone(tower, events), 15)
     last_start = 15 - tower.spec.events_read
     assert last_start == (8 if KIND_BY_NAME[tower.spec.kind].mixes_events else 11)
@@ -543,8 +547,8 @@ class TrainingPath(nn.Module):
 
 
 def draw_leaves(asked: Asked) -> tuple[Tensor, Tensor]:
-    events = draw_rows(9, torch.float64, sum(asked.lengths), WIDTH)
-    candidates = draw_rows(10, torch.float64, sum(asked.counts), NUM_TOKENS, WIDTH)
+    events = draw_rows(9, torch.float64, sum(asked.lengths), TOKEN_WIDTH)
+    candidates = draw_rows(10, torch.float64, sum(asked.counts), NUM_TOKENS, TOKEN_WIDTH)
     return events.requires_grad_(), candidates.requires_grad_()
 
 
@@ -577,7 +581,7 @@ def test_one_prefill_for_all_candidates_learns_as_one_row_for_each(name: str) ->
     tower = make_tower(name, torch.float64)
     path, asked = TrainingPath(tower), asked_of(tower)
     events, candidates = draw_leaves(asked)
-    weigh = draw_rows(11, torch.float64, sum(asked.counts), WIDTH)
+    weigh = draw_rows(11, torch.float64, sum(asked.counts), OUTPUT_WIDTH)
     leaves = [events, candidates, *path.parameters()]
     together = torch.autograd.grad((path(events, candidates, asked) * weigh).sum(), leaves)
     loss = torch.zeros((), dtype=torch.float64)
@@ -650,9 +654,9 @@ def test_a_scripted_tower_is_bit_equal_to_eager(name: str) -> None:
     scripted = torch.jit.script(path)
     for lengths, counts in (([13, 0, 7], [2, 1, 3]), ([1], [5]), ([22, 9], [0, 4])) * 2:
         arguments = (
-            draw_rows(12, torch.float32, sum(lengths), WIDTH),
+            draw_rows(12, torch.float32, sum(lengths), TOKEN_WIDTH),
             offsets_of(torch.tensor(lengths)),
-            draw_rows(13, torch.float32, sum(counts), NUM_TOKENS, WIDTH),
+            draw_rows(13, torch.float32, sum(counts), NUM_TOKENS, TOKEN_WIDTH),
             offsets_of(torch.tensor(counts)),
             Visibility(
                 torch.cat([7 * torch.arange(length) for length in lengths]),

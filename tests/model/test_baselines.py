@@ -1,5 +1,6 @@
 """The baselines are what they are said to be, target by target."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torchrec.datasets.utils import Batch
 
 from tests.oracle import exact_tables, reference_options
 from tests.training.worlds import MODEL, tiny_config
-from torchrec_kvshare.config import POOLED, SASREC
+from torchrec_kvshare.config import POOLED, SASREC, ModelConfig
 from torchrec_kvshare.data.dataset import Dataset, Ints
 from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.shards import Shards
@@ -21,6 +22,7 @@ from torchrec_kvshare.model.baselines import SequentialModel
 from torchrec_kvshare.training.run import load_data, new_model
 
 NEGATIVES = 2
+WIDER_TABLES = replace(MODEL, table_dim=24)
 TOLERANCE = 2e-5  # float32 against float64
 
 
@@ -66,9 +68,12 @@ def test_pooled_is_the_mean_of_the_events_that_a_target_sees(shards: Shards) -> 
             torch.testing.assert_close(row.double(), expected.double(), rtol=0.0, atol=TOLERANCE)
 
 
-def test_sasrec_is_the_state_of_a_user_times_the_vector_of_an_item(shards: Shards) -> None:
+@pytest.mark.parametrize("sizes", [MODEL, WIDER_TABLES])
+def test_sasrec_is_the_state_of_a_user_times_the_vector_of_an_item(
+    shards: Shards, sizes: ModelConfig
+) -> None:
     dataset = shards.read([0])
-    model = new_model(shards.schema, MODEL, SASREC, seed=2).eval()
+    model = new_model(shards.schema, sizes, SASREC, seed=2).eval()
     assert isinstance(model, SequentialModel)
     first = int(dataset.user_offsets[2])
     targets = np.arange(first, first + 9)
@@ -84,7 +89,7 @@ def test_sasrec_is_the_state_of_a_user_times_the_vector_of_an_item(shards: Shard
             token(dataset, tables, event, with_action=True) + tables["token_position_history"][at]
             for at, event in enumerate(seen)
         ]
-        rows = torch.stack(events) if events else torch.zeros(0, MODEL.dim)
+        rows = torch.stack(events) if events else torch.zeros(0, sizes.table_dim or sizes.dim)
         times = dataset.time[list(seen)].tolist()
         state = reference_state(tower.state_dict(), options, rows, times)
         vector = token(dataset, tables, target, with_action=False)
@@ -92,15 +97,18 @@ def test_sasrec_is_the_state_of_a_user_times_the_vector_of_an_item(shards: Shard
         assert float(logits[place * (1 + NEGATIVES), 0]) == pytest.approx(expected, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("sizes", [MODEL, WIDER_TABLES])
 @pytest.mark.parametrize("num_targets", [1, 40])
 @pytest.mark.parametrize("kind", [POOLED, SASREC])
-def test_all_that_is_trained_gets_a_gradient(shards: Shards, kind: str, num_targets: int) -> None:
+def test_all_that_is_trained_gets_a_gradient(
+    shards: Shards, kind: str, num_targets: int, sizes: ModelConfig
+) -> None:
     """DistributedDataParallel waits for the gradient of every parameter that asks for one.
 
     The first event of a user sees nothing: a batch of such events ended the training of sasrec.
     """
     dataset = shards.read([0])
-    model = new_model(shards.schema, MODEL, kind, seed=2)
+    model = new_model(shards.schema, sizes, kind, seed=2)
     batch = batch_of(dataset, np.arange(num_targets))
     model(batch.dense_features, batch.sparse_features).square().sum().backward()
     missing = [

@@ -31,9 +31,14 @@ from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.torchscript import script_model
 from torchrec_kvshare.features.batches import RequestBatch, collate
 from torchrec_kvshare.features.schema import HISTORY
-from torchrec_kvshare.history.tower import HistoryTower
+from torchrec_kvshare.history.tower import HistoryTower, projection_between
 from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection, kvshare_collection
-from torchrec_kvshare.model.ranking import RankingModel, lift_kv_pages, plain_dlrm
+from torchrec_kvshare.model.ranking import (
+    RankingModel,
+    dlrm_with_history,
+    lift_kv_pages,
+    plain_dlrm,
+)
 from torchrec_kvshare.verify.parity import score_through_pages
 
 NUM_DENSE = SCHEMA.num_dense
@@ -115,11 +120,50 @@ def test_a_model_with_two_collections_cannot_be_lifted() -> None:
         lift_kv_pages(TwoRankers())
 
 
-def test_tables_of_another_width_than_the_tower_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"token_dim": 9},
+            "token_item_id is 12 wide; the tower of history takes tokens of width 9: set token_dim",
+        ),
+        (
+            {"dim": 15, "token_dim": 12},
+            "bag_user_id is 12 wide; the tower of history gives rows of width 15: set output_dim",
+        ),
+    ],
+)
+def test_tables_of_another_width_than_the_spec_says_are_refused(
+    spec: dict[str, int], message: str
+) -> None:
     good = new_collection()
-    wider = HistoryTower(replace(CAUSAL_SPEC, dim=DIM + 3), MAX_HISTORY, BLOCK)
-    with pytest.raises(ConfigError, match="bag_user_id is 12 wide; the tower is 15"):
-        KVShareEmbeddingBagCollection(good.bags, good.token_embeddings, {HISTORY: wider}, SCHEMA)
+    tower = HistoryTower(replace(CAUSAL_SPEC, **spec), MAX_HISTORY, BLOCK)
+    with pytest.raises(ConfigError, match=message):
+        KVShareEmbeddingBagCollection(good.bags, good.token_embeddings, {HISTORY: tower}, SCHEMA)
+
+
+def test_a_width_below_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="output_dim is -8; it must be at least 1, or 0 for dim"):
+        replace(CAUSAL_SPEC, output_dim=-8)
+
+
+def test_equal_widths_need_no_projection_and_leave_a_models_weights_as_they_were() -> None:
+    torch.manual_seed(3)
+    plain = dlrm_with_history(SCHEMA, replace(CAUSAL_SPEC, has_state=True), [9, 1])
+    torch.manual_seed(3)
+    widths = {"token_dim": DIM, "output_dim": DIM}
+    named = dlrm_with_history(SCHEMA, replace(CAUSAL_SPEC, has_state=True, **widths), [9, 1])
+    assert not [name for name in plain.state_dict() if "token_in" in name or "projection." in name]
+    weights = named.state_dict()
+    assert list(weights) == list(plain.state_dict())
+    assert all(torch.equal(weights[name], one) for name, one in plain.state_dict().items())
+
+
+def test_projected_tokens_start_on_the_scale_of_tables_of_the_towers_width() -> None:
+    for width, new_width in ((64, 16), (16, 64)):
+        projection = projection_between(width, new_width)
+        rows = torch.randn(200, width) * width**-0.5
+        assert 0.9 < float(projection(rows).detach().std() * new_width**0.5) < 1.1
 
 
 def test_torchrecs_own_bags_will_do() -> None:

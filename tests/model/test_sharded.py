@@ -26,7 +26,8 @@ logging.disable(logging.WARNING)
 torch.set_num_threads(1)
 rank, world_size, folder = int(sys.argv[1]), 2, sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-SPEC = TowerSpec("causal", 16, 2, 4)  # fbgemm wants widths that 4 divides
+# fbgemm wants widths that 4 divides.
+SPEC = TowerSpec("causal", 16, 2, 4, has_state=True, token_dim=8, output_dim=12)
 SHARDERS = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
 
 
@@ -36,7 +37,7 @@ def over_plain_bags():
     plain = EmbeddingBagCollection(tables=ours.bags.embedding_bag_configs())
     towers = {"history": ours.towers()[0]}
     collection = KVShareEmbeddingBagCollection(plain, ours.token_embeddings, towers, SCHEMA)
-    model = DLRM(collection, SCHEMA.num_dense, [SPEC.dim, SPEC.dim], [9, 1])
+    model = DLRM(collection, SCHEMA.num_dense, [9, SPEC.output_dim], [9, 1])
     random_weights(model, 7)
     return model.eval()
 

@@ -15,7 +15,10 @@ Json = dict[str, Any]
 # Overrides of each run; two layers with a sliding window of 8 events see 15 together.
 LONGER, HSTU = "longer of two tokens", "sliding hstu of two histories"
 RUNS = {
-    LONGER: ("history=longer", "model.merge=4", "model.recent=16", "model.candidate_tokens=2"),
+    LONGER: (
+        *("history=longer", "model.merge=4", "model.recent=16", "model.candidate_tokens=2"),
+        "model.table_dim=24",
+    ),
     HSTU: (
         *("history=hstu", "model.window=sliding", "model.max_history=8"),
         "+model.histories.buys=[buy]",
@@ -120,7 +123,8 @@ def test_cached_and_uncached_scores_agree_while_histories_grow(
 def test_a_manifest_of_longer_says_what_was_trained(made: Make) -> None:
     manifest = made(LONGER).manifest
     spec = {"kind": "longer", "dim": 16, "num_tokens": 2, "window": 0, "merge": 4, "recent": 16}
-    assert spec.items() <= manifest["encoder"].items()
+    widths = {"token_dim": 24, "output_dim": 24}
+    assert (spec | widths).items() <= manifest["encoder"].items()
     # Eight groups of 32 events, and the four globals.
     assert manifest["towers"]["history"]["max_rows"] == 12
     assert list(json.loads((made(LONGER).run / "metrics.json").read_text())["test"]) == ["longer"]

@@ -21,7 +21,7 @@ from torchrec_kvshare.serving.scheduler import BatchLimits
 EAGER = "eager"
 HISTORY, REQUESTS, CANDIDATES, IDS = 512, 16, 4096, 150_000
 SCHEMA = make_schema(HISTORY, num_users=4, block=64)
-SPEC = TowerSpec(CAUSAL, 48, 2, 4)
+SPEC = TowerSpec(CAUSAL, 48, 2, 4, token_dim=32, output_dim=64)
 LIMITS = BatchLimits(REQUESTS, CANDIDATES, events=8192, ids=IDS, max_wait_s=0.0)
 # Ratio to the measured bytes: 2.4, and 8.2 for graphs, in which the rows of a bag are never
 # together. Beyond twice that the figure has nothing to do with the batch.

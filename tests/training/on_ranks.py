@@ -189,6 +189,7 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 OBJECTIVE = ObjectiveSettings(next_event=0.5, shared_items=23)
 NEGATIVES = 3
+SIZES = replace(MODEL, dropout=0.0, table_dim=24, merge=4, recent=8, num_globals=3)
 
 
 def trainer_of(
@@ -202,7 +203,7 @@ def trainer_of(
     **changes: Any,
 ) -> Trainer:
     """A trainer of a small model of a kind; its tables get SGD unless told otherwise."""
-    sizes = replace(MODEL, history=kind, dropout=0.0, merge=4, recent=8, num_globals=3)
+    sizes = replace(SIZES, history=kind)
     settings = TrainSettings(
         epochs=2,
         learning_rate=3e-3,
@@ -220,7 +221,7 @@ def trainer_of(
 
 def plain_model(kind: str, shards: Shards, seed: int = 0) -> Objective:
     """The model of ``trainer_of``, as one process has it without sharding."""
-    sizes = replace(MODEL, history=kind, dropout=0.0, merge=4, recent=8, num_globals=3)
+    sizes = replace(SIZES, history=kind)
     return Objective(
         new_model(shards.schema, sizes, kind, seed),
         OBJECTIVE,

@@ -72,7 +72,8 @@ def attend_cost(spec: TowerSpec, num_events: int, num_candidates: int) -> Cost:
         The cost of the layers as defined: padded or masked elements are not counted.
     """
     dim, rows = spec.dim, num_candidates * spec.num_tokens
-    flop = float(spec.num_layers * rows * _row_flop(spec))
+    projection = _token_weights(spec)
+    flop = float(spec.num_layers * rows * _row_flop(spec) + 2 * projection * rows)
     exponentials = 0.0
     kv = 0
     for seen in _rows_seen(spec, num_events):
@@ -83,12 +84,23 @@ def attend_cost(spec: TowerSpec, num_events: int, num_candidates: int) -> Cost:
             kv = num_events * dim  # the same plane for all layers
         else:
             kv += 2 * seen * dim
-    weights = spec.num_layers * _row_flop(spec) / 2
-    return Cost(flop, exponentials, 4 * (kv + weights + 2 * rows * dim))
+    weights = spec.num_layers * _row_flop(spec) / 2 + projection
+    return Cost(flop, exponentials, 4 * (kv + weights + rows * (spec.token_width + dim)))
 
 
 def prefill_cost(spec: TowerSpec, num_events: int) -> Cost:
     """Return the cost of encoding one history into K/V; arguments as in ``attend_cost``."""
+    layers, projection = _layers_prefill_cost(spec, num_events), _token_weights(spec)
+    narrower = num_events * (spec.token_width - spec.dim)
+    return Cost(
+        layers.flop + 2 * projection * num_events,
+        layers.exponentials,
+        layers.bytes_moved + 4 * (narrower + projection),
+    )
+
+
+def _layers_prefill_cost(spec: TowerSpec, num_events: int) -> Cost:
+    """Return the cost of a prefill of tokens of the tower's width."""
     dim, deep = spec.dim, spec.num_layers - 1
     if spec.kind == TARGET_ONLY:
         return Cost(0.0, 0.0, 8 * num_events * dim)
@@ -125,6 +137,11 @@ def measure_rates() -> Rates:
 def _row_flop(spec: TowerSpec) -> int:
     """Return the operations of one row through one layer without attention itself."""
     return (10 if spec.kind == HSTU else 24) * spec.dim * spec.dim
+
+
+def _token_weights(spec: TowerSpec) -> int:
+    """Return the size of the matrix that gives tokens the tower's width, if they have another."""
+    return spec.token_width * spec.dim if spec.token_width != spec.dim else 0
 
 
 def _rows_seen(spec: TowerSpec, num_events: int) -> list[int]:

@@ -35,7 +35,7 @@ class TowerSpec(LongerOptions):
 
     Attributes:
         kind: one of ``KINDS``.
-        dim: width E.
+        dim: width E of rows and K/V.
         num_layers: layers in the stack.
         num_heads: H; must divide ``dim``.
         dropout: share of activations dropped in training.
@@ -43,6 +43,9 @@ class TowerSpec(LongerOptions):
         window: events that a row and a candidate see at every layer; 0 for all.
         has_state: whether candidates get the state of their user beside the pooled history, see
             ``HistoryTower.state``, and a vector of their own to multiply it with.
+        token_dim: width of tokens, which is that of their tables; 0 for ``dim``.
+        output_dim: width of pooled histories, states and vectors, which is that of the ranking
+            stage; 0 for ``dim``.
 
     Raises:
         ConfigError: naming the field, if a value is not allowed or not for this kind.
@@ -57,6 +60,8 @@ class TowerSpec(LongerOptions):
     num_tokens: int = 1
     window: int = 0
     has_state: bool = False
+    token_dim: int = 0
+    output_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KIND_BY_NAME:
@@ -67,8 +72,21 @@ class TowerSpec(LongerOptions):
             raise ConfigError(
                 f"window is {self.window} events; it must be at least 1, or 0 for all"
             )
+        for name, width in (("token_dim", self.token_dim), ("output_dim", self.output_dim)):
+            if width < 0:
+                raise ConfigError(f"{name} is {width}; it must be at least 1, or 0 for dim")
         if self.window and not KIND_BY_NAME[self.kind].slides:
             raise ConfigError(f"window is {self.window}; {self.kind} has no sliding windows")
+
+    @property
+    def token_width(self) -> int:
+        """Width of tokens."""
+        return self.token_dim or self.dim
+
+    @property
+    def output_width(self) -> int:
+        """Width of what the ranking stage gets."""
+        return self.output_dim or self.dim
 
     @property
     def has_positions(self) -> bool:

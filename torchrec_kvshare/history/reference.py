@@ -64,13 +64,13 @@ def reference_tower(
     Args:
         parameters: state dict of a ``HistoryTower``, such as ``encoder.layers.0.out.weight``.
         options: kind and sizes of the encoder.
-        events: [L, E] event tokens, oldest first.
+        events: [L, token width] event tokens, oldest first.
         event_times: L Unix seconds.
-        candidate: [M, E], the candidate's tokens.
+        candidate: [M, token width], the candidate's tokens.
         request_time: Unix seconds.
 
     Returns:
-        [E] float64: the output at the candidate's first token.
+        [output width] float64: the output at the candidate's first token.
 
     Source:
         Pre-norm block: Xiong et al. 2020 (arXiv:2002.04745). ``causal``, ``bidirectional`` and
@@ -80,9 +80,11 @@ def reference_tower(
     exact = {name: parameter.double() for name, parameter in parameters.items()}
     encoder = _below(exact, "encoder")
     history = [
-        HistoryRow(event.double(), time) for event, time in zip(events, event_times, strict=True)
+        HistoryRow(_entered(exact, event), time)
+        for event, time in zip(events, event_times, strict=True)
     ]
-    tokens = list(candidate.double() + exact["candidate_token"])
+    entered = [_entered(exact, token) for token in candidate]
+    tokens = [token + own for token, own in zip(entered, exact["candidate_token"], strict=True)]
     seen_by_layer = _history_by_layer(encoder, options, history)
     # Not strict: the history is not computed above the last layer, where nothing sees it.
     for layer, seen in zip(range(_num_layers(encoder)), seen_by_layer, strict=False):
@@ -102,20 +104,21 @@ def reference_state(
     Args:
         parameters: as in ``reference_tower``.
         options: kind and sizes of the encoder.
-        events: [L, E] event tokens, oldest first.
+        events: [L, token width] event tokens, oldest first.
         event_times: L Unix seconds.
 
     Returns:
-        [E] float64: a projection of keys and values of the newest event's row, or the row of its
-        group, in the last layer; zeros without events.
+        [output width] float64: a projection of keys and values of the newest event's row, or the
+        row of its group, in the last layer; zeros without events.
     """
     exact = {name: parameter.double() for name, parameter in parameters.items()}
     encoder = _below(exact, "encoder")
     history = [
-        HistoryRow(event.double(), time) for event, time in zip(events, event_times, strict=True)
+        HistoryRow(_entered(exact, event), time)
+        for event, time in zip(events, event_times, strict=True)
     ]
     if not history:
-        return torch.zeros(events.size(1), dtype=torch.float64)
+        return torch.zeros_like(exact["state_head.bias"])
     *_, seen = _history_by_layer(encoder, options, history)
     newest = [row.vector for row in seen if row.time is not None][-1]
     layer = _below(encoder, f"layers.{_num_layers(encoder) - 1}")
@@ -129,6 +132,13 @@ def reference_state(
         projected = _linear(layer, "query_key_value", _layer_norm(layer, "attention_norm", newest))
         key_and_value = projected[len(newest) :]
     return _linear(exact, "state_head", key_and_value)
+
+
+def _entered(parameters: Mapping[str, Tensor], token: Tensor) -> Tensor:
+    """Return a token in the width of the tower; a tower of the tokens' width has no projection."""
+    if "token_in.weight" not in parameters:
+        return token.double()
+    return _linear(parameters, "token_in", token.double())
 
 
 def _candidate_above(

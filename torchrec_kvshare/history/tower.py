@@ -4,6 +4,9 @@
 K/V, ``attend`` turns candidates into one vector each over that K/V. K/V is an argument and a
 result, never an attribute. The training forward is ``prefill`` then ``attend`` over the same K/V:
 what is trained is what is served.
+
+Tokens have the width of their tables, and what leaves the tower has that of the ranking stage. A
+projection gives tokens the tower's width, if they have another; the heads give outputs theirs.
 """
 
 import torch
@@ -12,6 +15,17 @@ from torch import Tensor, nn
 from torchrec_kvshare.attention.operators import Visibility
 from torchrec_kvshare.history.kinds import TowerSpec, new_encoder
 from torchrec_kvshare.history.pages import KVPages, row_indices
+
+
+def projection_between(width: int, new_width: int) -> nn.Module:
+    """Return a linear layer between two widths that keeps lengths; the identity for equal ones."""
+    if width == new_width:
+        return nn.Identity()
+    projection = nn.Linear(width, new_width)
+    # Rows start on the scale of tables of the new width, and similar rows stay similar.
+    nn.init.orthogonal_(projection.weight, gain=max(1.0, width / new_width) ** 0.5)
+    nn.init.zeros_(projection.bias)
+    return projection
 
 
 class HistoryTower(nn.Module):
@@ -35,15 +49,16 @@ class HistoryTower(nn.Module):
         self.encoder = new_encoder(spec, max_history, block)
         self.dim = spec.dim
         self.num_tokens = spec.num_tokens
+        self.token_in = projection_between(spec.token_width, spec.dim)
         self.candidate_token = nn.Parameter(torch.zeros(spec.num_tokens, spec.dim))
         self.norm = nn.LayerNorm(spec.dim)
-        self.head = nn.Linear(spec.dim, spec.dim)
+        self.head = nn.Linear(spec.dim, spec.output_width)
         self.dropout = nn.Dropout(spec.dropout)
         self.has_state = spec.has_state
         self.num_state_planes: int = min(2, self.encoder.num_planes)
         self.state_head: nn.Module = nn.Identity()
         if spec.has_state:
-            self.state_head = nn.Linear(self.num_state_planes * spec.dim, spec.dim)
+            self.state_head = nn.Linear(self.num_state_planes * spec.dim, spec.output_width)
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -54,21 +69,21 @@ class HistoryTower(nn.Module):
         """Return the K/V of the histories of all users.
 
         Args:
-            events: [T, E] event tokens, grouped by user, oldest first.
+            events: [T, token width] event tokens, grouped by user, oldest first.
             event_offsets: [B + 1] int64, in events.
 
         Returns:
             [planes, R, H, D], grouped by user, ``encoder.num_kv_rows`` rows for each; rows after
             the last user's are padding.
         """
-        return self.encoder.prefill(self.dropout(events), event_offsets)
+        return self.encoder.prefill(self.dropout(self.token_in(events)), event_offsets)
 
     def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
         """Return the K/V that follows cached rows, as a prefill of the whole history would give it.
 
         Args:
             cached: for each user the rows of its ``encoder.reusable_events``.
-            events: [T, E] tokens of the events after the reusable ones.
+            events: [T, token width] tokens of the events after the reusable ones.
             event_offsets: [B + 1] int64, in events.
 
         Returns:
@@ -77,18 +92,18 @@ class HistoryTower(nn.Module):
         Raises:
             ValueError: if histories of this kind cannot be extended.
         """
-        return self.encoder.extend(cached, self.dropout(events), event_offsets)
+        return self.encoder.extend(cached, self.dropout(self.token_in(events)), event_offsets)
 
     def enter(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the part of a candidate that does not depend on the user.
 
         Args:
-            candidates: [C, M, E] candidate tokens.
+            candidates: [C, M, token width] candidate tokens.
 
         Returns:
             Rows [C, M, E] and their projections in the first layer, [C, M, 3E or 4E].
         """
-        rows = self.dropout(candidates + self.candidate_token)
+        rows = self.dropout(self.token_in(candidates) + self.candidate_token)
         return rows, self.encoder.enter(rows)
 
     def attend(
@@ -112,7 +127,7 @@ class HistoryTower(nn.Module):
                 every candidate the whole history.
 
         Returns:
-            [C, E]; differentiable.
+            [C, output width]; differentiable.
         """
         rows = self.encoder.attend(
             candidates, entered, candidate_offsets, kv, visibility, event_offsets
@@ -131,7 +146,8 @@ class HistoryTower(nn.Module):
             visible: [C] int64, how many events of its user it sees.
 
         Returns:
-            [C, E]; zeros where no event is visible. It depends on user and number of events only.
+            [C, output width]; zeros where no event is visible. It depends on user and number of
+            events only.
         """
         newest = (self.encoder.rows_of_events(visible) - 1).clamp(min=0)
         rows = kv.planes[-self.num_state_planes :].flatten(1, 2).flatten(2)  # [planes, P x S, E]

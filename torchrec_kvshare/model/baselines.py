@@ -43,7 +43,7 @@ class MeanHistoryCollection(EmbeddingBagCollectionInterface):
 
     Args:
         schema: columns, table sizes and histories.
-        spec: width of tables.
+        spec: widths of tables; tokens are as wide as the outputs.
         table_device: of the tables; ``meta`` for tables that are drawn when they are sharded.
     """
 
@@ -52,9 +52,10 @@ class MeanHistoryCollection(EmbeddingBagCollectionInterface):
     ) -> None:
         super().__init__()
         names = [history.name for history in schema.histories]
-        self.bags = user_candidate_bags(schema, spec.dim, table_device)
+        width = spec.output_width
+        self.bags = user_candidate_bags(schema, width, table_device)
         self.bag_order = FeatureOrder(feature_names(self.bags))
-        tables = token_tables(schema, spec.dim, has_positions=False)
+        tables = token_tables(schema, width, has_positions=False)
         for table in tables:
             table.feature_names = [
                 key for key in table.feature_names if not key.startswith(candidate_key(""))
@@ -69,7 +70,7 @@ class MeanHistoryCollection(EmbeddingBagCollectionInterface):
             *self.bags.embedding_bag_configs(),
             *[
                 EmbeddingBagConfig(
-                    name=name, embedding_dim=spec.dim, num_embeddings=1, feature_names=[name]
+                    name=name, embedding_dim=width, num_embeddings=1, feature_names=[name]
                 )
                 for name in names
             ],
@@ -111,7 +112,7 @@ def mean_pooled_dlrm(
     """Make TorchRec's DLRM with the mean of the history's events as one more feature."""
     collection = MeanHistoryCollection(schema, spec, table_device)
     bags = cast(EmbeddingBagCollection, collection)
-    return DLRM(bags, schema.num_dense, [spec.dim, spec.dim], top_mlp)
+    return DLRM(bags, schema.num_dense, [spec.output_width, spec.output_width], top_mlp)
 
 
 class SequentialModel(nn.Module):
@@ -131,7 +132,7 @@ class SequentialModel(nn.Module):
         self, schema: FeatureSchema, spec: TowerSpec, table_device: torch.device | None = None
     ) -> None:
         super().__init__()
-        tables = token_tables(schema, spec.dim, spec.has_positions, vectors=TIED_VECTORS)
+        tables = token_tables(schema, spec.token_width, spec.has_positions, vectors=TIED_VECTORS)
         self.token_embeddings = EmbeddingCollection(tables=tables, device=table_device)
         names = [history.name for history in schema.histories]
         self.token_features = TokenFeatures(_keys(tables), names)
@@ -139,6 +140,7 @@ class SequentialModel(nn.Module):
         for pooling in self.histories.by_name().values():
             # DistributedDataParallel waits for the gradients of all that is trained.
             pooling.tower.requires_grad_(False)
+            pooling.tower.token_in.requires_grad_(True)
             pooling.tower.state_head.requires_grad_(True)
             *whole, last = pooling.tower.encoder.layers
             assert isinstance(last, TransformerLayer)

@@ -52,7 +52,7 @@ from torchrec_kvshare.history.pages import (
     position_in_user,
     users_of_rows,
 )
-from torchrec_kvshare.history.tower import HistoryTower
+from torchrec_kvshare.history.tower import HistoryTower, projection_between
 from torchrec_kvshare.model.bags import (
     FeatureOrder,
     batch_of_one_stride,
@@ -131,7 +131,7 @@ class TokenFeatures(nn.Module):
 
 
 class CandidateTokens(nn.Module):
-    """Tokens of candidates, the same for every history: [C, M, E].
+    """Tokens of candidates, the same for every history: [C, M, token width].
 
     Args:
         item_attributes: multi-valued columns of candidates.
@@ -175,13 +175,15 @@ class ItemVectors(nn.Module):
 
     Args:
         item_attributes: multi-valued columns of candidates.
+        projection: from the width of the tables to that of states.
     """
 
     attribute_keys: list[str]
     sources: list[list[str]]
 
-    def __init__(self, item_attributes: tuple[str, ...]) -> None:
+    def __init__(self, item_attributes: tuple[str, ...], projection: nn.Module) -> None:
         super().__init__()
+        self.projection = projection
         self.item_key: str = vector_key(ITEM)
         self.attribute_keys = [vector_key(column) for column in item_attributes]
         self.sources = [[candidate_key(column), shared_key(column)] for column in item_attributes]
@@ -189,7 +191,7 @@ class ItemVectors(nn.Module):
     def forward(
         self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
     ) -> Tensor:
-        """Return the sum of each item's columns: [C + S, E]."""
+        """Return the projected sum of each item's columns: [C + S, output width]."""
         rows = embedded[self.item_key].values()
         for index, key in enumerate(self.attribute_keys):
             lengths: list[Tensor] = []
@@ -197,7 +199,8 @@ class ItemVectors(nn.Module):
                 if source in features:
                     lengths.append(features[source].lengths())
             rows = add_bags(rows, embedded[key].values(), torch.cat(lengths))
-        return rows
+        projected: Tensor = self.projection(rows)
+        return projected
 
 
 def add_bags(rows: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -210,7 +213,7 @@ class EventFloats(nn.Module):
 
     Args:
         keys: of the floats, whose values are ``bits_of`` them.
-        dim: width E of tokens.
+        dim: width of tokens.
     """
 
     def __init__(self, keys: list[str], dim: int) -> None:
@@ -271,7 +274,8 @@ class HistoryPooling(nn.Module):
         self.tower = tower
         self.event_keys: list[str] = event_keys
         self.event_bag_keys = event_bag_keys
-        floats = [EventFloats(event_float_keys, tower.dim)] if event_float_keys else []
+        token_width = tower.spec.token_width
+        floats = [EventFloats(event_float_keys, token_width)] if event_float_keys else []
         self.event_floats = nn.ModuleList(floats)
         self.time_key: str = history_key(history, TIME)
         self.pages_key: str = pages_key(history)
@@ -280,7 +284,7 @@ class HistoryPooling(nn.Module):
     def event_tokens(
         self, embedded: dict[str, JaggedTensor], features: dict[str, JaggedTensor]
     ) -> Tensor:
-        """Return event tokens, the sum of each event's columns: [T, E]."""
+        """Return event tokens, the sum of each event's columns: [T, token width]."""
         token = embedded[self.event_keys[0]].values()
         for key in self.event_keys[1:]:
             token = token + embedded[key].values()
@@ -352,9 +356,9 @@ class HistoryPooling(nn.Module):
         kv: KVPages,
         features: dict[str, JaggedTensor],
     ) -> Tensor:
-        """Return one vector per candidate, grouped by user: [C, E].
+        """Return one vector per candidate, grouped by user: [C, output width].
 
-        With ``has_state`` [C, 2E]: the state of its user follows.
+        With ``has_state`` it is twice as wide: the state of its user follows.
         """
         event_offsets = self.event_offsets(features)
         visible = self.visible_events(groups, features)
@@ -394,7 +398,11 @@ class Histories(nn.Module):
         first = schema.histories[0].name
         self.names: list[str] = list(towers)
         self.has_states: bool = any(tower.has_state for tower in towers.values())
-        self.item_vectors = ItemVectors(schema.item_attributes)
+        spec = towers[first].spec
+        projection: nn.Module = nn.Identity()
+        if self.has_states:
+            projection = projection_between(spec.token_width, spec.output_width)
+        self.item_vectors = ItemVectors(schema.item_attributes, projection)
         self.candidate_tokens = CandidateTokens(schema.item_attributes, towers[first].num_tokens)
         self.first_time_key: str = history_key(first, TIME)
         self.poolings = nn.ModuleList()
@@ -419,7 +427,7 @@ class Histories(nn.Module):
         kv_pages: list[Tensor] | None,
         items: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the pooled histories [C, features x E], and the vectors [S, E] of shared items.
+        """Return the pooled histories [C, features x width], and the shared items' vectors.
 
         See ``KVShareEmbeddingBagCollection.pool``.
         """
@@ -538,11 +546,12 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     Args:
         bags: the ranking stage's own collection; may be TorchRec's EmbeddingBagCollection.
         token_embeddings: tables of the tokens' columns; histories and candidates share the item's.
-        towers: an encoder for each history of the schema; their width is that of the pooled vector.
+        towers: an encoder for each history of the schema. Each may have a width of its own; their
+            tokens are as wide as ``token_embeddings``, their outputs as ``bags``.
         schema: columns of events and candidates.
 
     Raises:
-        ConfigError: if the widths of the tables differ from the towers', or a history has no tower.
+        ConfigError: if a table has another width than the towers expect, or a history has no tower.
 
     Example:
         >>> from torchrec_kvshare.features.schema import FeatureSchema, History, Vocabulary, Window
@@ -565,12 +574,9 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         names = [history.name for history in schema.histories]
         if names != list(towers):
             raise ConfigError(f"towers are for {list(towers)}; the schema's histories are {names}")
-        dim = towers[names[0]].dim
-        for config in [*bags.embedding_bag_configs(), *token_embeddings.embedding_configs()]:
-            if config.embedding_dim != dim:
-                raise ConfigError(
-                    f"table {config.name} is {config.embedding_dim} wide; the tower is {dim}"
-                )
+        for name, tower in towers.items():
+            _check_widths(name, tower, bags, token_embeddings)
+        dim = towers[names[0]].spec.output_width
         self.bags = bags
         self.bag_order = FeatureOrder(feature_names(bags))
         self.token_embeddings = token_embeddings
@@ -620,8 +626,8 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 computes it.
 
         Returns:
-            [C, features x E], the pooled histories last. Where towers have states, that of the user
-            follows each, and the candidate's own vector follows all.
+            [C, features x output width], the pooled histories last. Where towers have states, that
+            of the user follows each, and the candidate's own vector follows all.
         """
         return self.pool(features, kv_pages, items)[0]
 
@@ -639,7 +645,7 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             items: see ``forward``.
 
         Returns:
-            The pooled features, and the vectors [S, E] of the shared items.
+            The pooled features, and the vectors [S, output width] of the shared items.
         """
         embedded = self.token_embeddings(self.token_features(features))
         pooled_bags = self.bag_order(self.bags(features))
@@ -723,6 +729,27 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return False
 
 
+def _check_widths(
+    name: str,
+    tower: HistoryTower,
+    bags: EmbeddingBagCollectionInterface,
+    token_embeddings: EmbeddingCollection,
+) -> None:
+    spec = tower.spec
+    for config in token_embeddings.embedding_configs():
+        if config.embedding_dim != spec.token_width:
+            raise ConfigError(
+                f"table {config.name} is {config.embedding_dim} wide; the tower of {name} takes "
+                f"tokens of width {spec.token_width}: set token_dim of its spec"
+            )
+    for bag in bags.embedding_bag_configs():
+        if bag.embedding_dim != spec.output_width:
+            raise ConfigError(
+                f"table {bag.name} is {bag.embedding_dim} wide; the tower of {name} gives rows of "
+                f"width {spec.output_width}: set output_dim of its spec"
+            )
+
+
 def token_tables(
     schema: FeatureSchema, dim: int, has_positions: bool, *, vectors: str = NO_VECTORS
 ) -> list[EmbeddingConfig]:
@@ -733,7 +760,7 @@ def token_tables(
 
     Args:
         schema: columns and table sizes.
-        dim: width E of every table.
+        dim: width of every table.
         has_positions: whether event tokens have a position, counted from the oldest event.
         vectors: ``OWN_VECTORS``: items have further tables, for the vectors that states are
             multiplied with; ``TIED_VECTORS``: these are the tables of their tokens.
@@ -770,7 +797,7 @@ def token_tables(
 def kvshare_collection(
     schema: FeatureSchema, spec: TowerSpec, table_device: torch.device | None = None
 ) -> KVShareEmbeddingBagCollection:
-    """Make the collection for a schema; every table is as wide as the towers.
+    """Make the collection for a schema, its tables as wide as the spec says.
 
     Args:
         schema: columns, table sizes and histories.
@@ -780,11 +807,11 @@ def kvshare_collection(
         A collection with freshly drawn weights.
     """
     return KVShareEmbeddingBagCollection(
-        user_candidate_bags(schema, spec.dim, table_device),
+        user_candidate_bags(schema, spec.output_width, table_device),
         EmbeddingCollection(
             tables=token_tables(
                 schema,
-                spec.dim,
+                spec.token_width,
                 spec.has_positions,
                 vectors=OWN_VECTORS if spec.has_state else NO_VECTORS,
             ),

@@ -60,8 +60,8 @@ class Predicted(NamedTuple):
 
     Attributes:
         logits: [C].
-        pooled: [C, E] by feature; the states of users and the vectors of candidates among them.
-        shared: [S, E], the vectors of the batch's shared items.
+        pooled: [C, width] by feature; the states of users and the vectors of candidates among them.
+        shared: [S, width], the vectors of the batch's shared items.
     """
 
     logits: Tensor
@@ -228,7 +228,7 @@ def dlrm_with_history(
 
     Args:
         schema: columns and table sizes.
-        spec: of the towers; every table and the dense arch's output have its width.
+        spec: of the towers; the bags and the dense arch's output have its output width.
         top_mlp: widths of the over arch, the last of them 1.
         table_device: of the tables; ``meta`` for tables that are drawn when they are sharded.
 
@@ -238,7 +238,8 @@ def dlrm_with_history(
     collection = kvshare_collection(schema, spec, table_device)
     # DLRM's annotation names the class, but it uses only the interface.
     bags = cast(EmbeddingBagCollection, collection)
-    return DLRM(bags, schema.num_dense, [spec.dim, spec.dim], top_mlp)
+    width = spec.output_width
+    return DLRM(bags, schema.num_dense, [width, width], top_mlp)
 
 
 def split_tables(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -24,12 +24,15 @@ FLOAT_BYTES = 4
 ROW_BYTES = 256  # of a candidate or an event: its ids, times, offsets and dense features
 COLUMN_BYTES = 64  # of an event in one further column: it is copied from list to batch
 ID_BYTES = 64  # of an id in a bag, beside its row of a table: it is copied from list to batch
-# In multiples of the model's width:
+# In multiples of the tower's width:
 TOKEN_WIDTHS = 16  # a candidate's token in a layer
-RANKING_WIDTHS = 16  # a candidate in the arches of the ranking stage
-FEATURE_WIDTHS = 3  # a feature of the ranking stage: gathered, concatenated, interacted
 EVENT_WIDTHS = 12  # an event in a layer
 EVENT_LAYER_WIDTHS = 6  # K/V of an event per layer, twice for copies when joined or split
+# In multiples of the ranking stage's width:
+RANKING_WIDTHS = 16  # a candidate in the arches of the ranking stage
+FEATURE_WIDTHS = 3  # a feature of the ranking stage: gathered, concatenated, interacted
+# In multiples of the tables' width:
+SUM_WIDTHS = 4  # a token, while columns are summed, if it is not of the tower's width
 
 
 def batch_bytes(manifest: Manifest, schema: FeatureSchema, limits: BatchLimits) -> int:
@@ -49,11 +52,17 @@ def batch_bytes(manifest: Manifest, schema: FeatureSchema, limits: BatchLimits) 
     num_bags = len(schema.item_attributes) * (1 + len(schema.histories))
     ids = min(limits.ids * num_bags + MAX_BAG_IDS * len(schema.context), MAX_REQUEST_IDS)
     features = 3 + len(schema.context) + len(schema.item_attributes) + len(schema.histories)
-    widths = TOKEN_WIDTHS * spec.num_tokens + spec.num_tokens**2 + RANKING_WIDTHS
-    of_candidate = (widths + FEATURE_WIDTHS * features) * spec.dim + FEATURE_WIDTHS * features**2
-    of_event = (EVENT_WIDTHS + EVENT_LAYER_WIDTHS * spec.num_layers) * spec.dim
+    of_sum = SUM_WIDTHS * spec.token_width if spec.token_width != spec.dim else 0
+    of_candidate = (
+        (TOKEN_WIDTHS * spec.num_tokens + spec.num_tokens**2) * spec.dim
+        + spec.num_tokens * of_sum
+        + (RANKING_WIDTHS + FEATURE_WIDTHS * features) * spec.output_width
+        + FEATURE_WIDTHS * features**2
+    )
+    of_event = (EVENT_WIDTHS + EVENT_LAYER_WIDTHS * spec.num_layers) * spec.dim + of_sum
     events = limits.requests * events_of_one
-    floats = limits.candidates * of_candidate + events * of_event + ids * spec.dim
+    of_id = max(spec.token_width, spec.output_width)
+    floats = limits.candidates * of_candidate + events * of_event + ids * of_id
     columns = len(schema.event_attributes) + len(schema.event_floats)
     rows = ROW_BYTES * (limits.candidates + events) + COLUMN_BYTES * columns * events
     return FLOAT_BYTES * floats + rows + ID_BYTES * ids

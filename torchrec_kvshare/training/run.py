@@ -323,7 +323,8 @@ def new_model(
     """
     torch.manual_seed(seed)
     if kind == NO_HISTORY:
-        return plain_dlrm(schema, sizes.dim, sizes.top_mlp, table_device)
+        width = sizes.table_dim or sizes.dim
+        return plain_dlrm(schema, width, sizes.top_mlp, table_device)
     if kind in KINDS:
         return dlrm_with_history(schema, tower_spec(sizes), sizes.top_mlp, table_device)
     # Of a model without history the sizes are those of a causal one.
@@ -354,6 +355,8 @@ def tower_spec(sizes: ModelConfig) -> TowerSpec:
         recent=sizes.recent,
         num_globals=sizes.num_globals,
         has_state=sizes.user_state,
+        token_dim=sizes.table_dim or 0,
+        output_dim=sizes.table_dim or 0,
     )
 
 

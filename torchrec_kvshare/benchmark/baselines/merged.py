@@ -76,7 +76,7 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         names = feature_names(self)
         return KeyedTensor(
             keys=names,
-            length_per_key=[pooling.tower.dim] * len(names),
+            length_per_key=[pooling.tower.spec.output_width] * len(names),
             values=torch.cat([pooled[key] for key in names], dim=1),
         )
 
@@ -167,8 +167,9 @@ def _pool_causal(
         elapsed: [L] int64 seconds from each event to the request.
         candidates: [N, 1, E] candidate tokens.
     """
-    history = events.expand(candidates.size(0), -1, -1)
-    rows = torch.cat([history, candidates + tower.candidate_token], dim=1)  # [N, L + 1, E]
+    history = tower.token_in(events).expand(candidates.size(0), -1, -1)
+    candidates = tower.token_in(candidates) + tower.candidate_token
+    rows = torch.cat([history, candidates], dim=1)  # [N, L + 1, E]
     buckets = doubling_bucket(elapsed, NUM_TIME_BUCKETS)
     for depth, layer in enumerate(tower.encoder.layers):
         assert isinstance(layer, TransformerLayer)
