@@ -7,6 +7,7 @@ precision.
 
 import copy
 import math
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -23,6 +24,8 @@ from torchrec_kvshare.history.reference import (
 )
 from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
 
+NO_WEIGHTS: Mapping[str, list[list[float]]] = {}
+
 
 class GivenFeatures(nn.Module):
     """Replaces the collection and returns features that were computed elsewhere."""
@@ -37,13 +40,22 @@ class GivenFeatures(nn.Module):
         return KeyedTensor(self.keys, widths, self.rows.flatten(1))
 
 
-def reference_logits(model: nn.Module, schema: FeatureSchema, raw: dict[str, Any]) -> Tensor:
-    """Return the logits of one raw request, [N] float64."""
+def reference_logits(
+    model: nn.Module,
+    schema: FeatureSchema,
+    raw: dict[str, Any],
+    weights_by_key: Mapping[str, list[list[float]]] = NO_WEIGHTS,
+) -> Tensor:
+    """Return the logits of one raw request, [N] float64.
+
+    ``weights_by_key`` has those of each candidate's ids, for keys of weighted bags.
+    """
     collection = model.sparse_arch.embedding_bag_collection
     keys = [key for config in collection.embedding_bag_configs() for key in config.feature_names]
     rows = []
     for index in range(len(raw["candidates"]["item_id"])):
-        feature_by_key = reference_features(collection, schema, raw, index)
+        weights = {key: of_candidates[index] for key, of_candidates in weights_by_key.items()}
+        feature_by_key = reference_features(collection, schema, raw, index, weights)
         assert set(feature_by_key) == set(keys)
         rows.append(torch.stack([feature_by_key[key] for key in keys]))
     ranker = copy.deepcopy(model).double()
@@ -59,6 +71,7 @@ def reference_features(
     schema: FeatureSchema,
     raw: dict[str, Any],
     index: int,
+    weights_by_key: Mapping[str, list[float]],
 ) -> dict[str, Tensor]:
     """Return every pooled feature of one candidate, [E] float64, by key."""
     tables = exact_tables(collection)
@@ -70,7 +83,7 @@ def reference_features(
     for column in schema.item_attributes:
         cells_by_key[f"candidates.{column}"] = (f"items.{column}", candidates[column][index])
     feature_by_key = {
-        key: _rows(tables[f"bag_{table_name(of)}"], schema, of, cells)
+        key: _rows(tables[f"bag_{table_name(of)}"], schema, of, cells, weights_by_key.get(key))
         for key, (of, cells) in cells_by_key.items()
     }
     for history_index in range(len(schema.histories)):
@@ -194,13 +207,19 @@ def _squashed(value: float) -> float:
     return float(torch.tensor(math.copysign(math.log(1 + abs(value)), value)))
 
 
-def _rows(table: Tensor, schema: FeatureSchema, column: str, cells: list[Any]) -> Tensor:
+def _rows(
+    table: Tensor,
+    schema: FeatureSchema,
+    column: str,
+    cells: list[Any],
+    weights: list[float] | None = None,
+) -> Tensor:
     """Return the sum of a bag's rows, [E]. Row 0 is for missing ids, row 1 for unknown ids."""
     known = list(schema.vocabulary_by_column[column].examples)
     total = torch.zeros(table.size(1), dtype=torch.float64)
-    for cell in cells:
+    for cell, weight in zip(cells, weights or [1.0] * len(cells), strict=True):
         row = 0 if cell is None else 1
         if cell is not None and str(cell) in known:
             row = 2 + known.index(str(cell))
-        total = total + table[row]
+        total = total + weight * table[row]
     return total

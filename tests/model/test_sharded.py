@@ -19,7 +19,7 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from tests.worlds import SCHEMA, draw_raws, make_dlrm, parse_all, random_weights
 from torchrec_kvshare.model.collection import KVShareEmbeddingBagCollection
-from torchrec_kvshare.features.batches import collate
+from torchrec_kvshare.features.batches import collate, with_weights
 from torchrec_kvshare.history.kinds import TowerSpec
 
 logging.disable(logging.WARNING)
@@ -31,10 +31,10 @@ SPEC = TowerSpec("causal", 16, 2, 4, has_state=True, token_dim=8, output_dim=12)
 SHARDERS = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
 
 
-def over_plain_bags():
+def over_plain_bags(is_weighted=False):
     """The history beside a collection of the user's own, as in examples/own_dlrm.py."""
     ours = make_dlrm(7, spec=SPEC).sparse_arch.embedding_bag_collection
-    plain = EmbeddingBagCollection(tables=ours.bags.embedding_bag_configs())
+    plain = EmbeddingBagCollection(ours.bags.embedding_bag_configs(), is_weighted)
     towers = {"history": ours.towers()[0]}
     collection = KVShareEmbeddingBagCollection(plain, ours.token_embeddings, towers, SCHEMA)
     model = DLRM(collection, SCHEMA.num_dense, [9, SPEC.output_dim], [9, 1])
@@ -63,7 +63,14 @@ def plan_of(model):
 
 requests = parse_all(draw_raws([(9, 3, 1 + rank), (0, 2, 5 + rank), (14 - rank, 4, 9)]))
 batch = collate(requests, SCHEMA)
-for make in (lambda: make_dlrm(7, spec=SPEC), over_plain_bags):
+genres = batch.sparse_features["candidates.genres"].values()
+weights = {"candidates.genres": torch.linspace(-1.0, 2.0, genres.size(0))}
+plain, weighted = batch.sparse_features, with_weights(batch.sparse_features, weights)
+for make, features in (
+    (lambda: make_dlrm(7, spec=SPEC), plain),
+    (over_plain_bags, plain),
+    (lambda: over_plain_bags(is_weighted=True), weighted),
+):
     whole = make()
     sharded = make()
     plan = plan_of(sharded)
@@ -72,8 +79,8 @@ for make in (lambda: make_dlrm(7, spec=SPEC), over_plain_bags):
     sharded.load_state_dict(whole.state_dict())
     sharded.eval()
     with torch.no_grad():
-        expected = whole(batch.dense_features, batch.sparse_features)
-        got = sharded(batch.dense_features, batch.sparse_features)
+        expected = whole(batch.dense_features, features)
+        got = sharded(batch.dense_features, features)
     print((got - expected).abs().max().item())
 dist.destroy_process_group()
 '''
@@ -88,5 +95,5 @@ def test_scores_do_not_depend_on_where_tables_lie(tmp_path: Path) -> None:
     for (out, err), status in ends:
         assert status == 0, err
         differences = [float(line) for line in out.splitlines()]
-        assert len(differences) == 2
+        assert len(differences) == 3
         assert max(differences) <= TOLERANCE

@@ -42,7 +42,7 @@ from torchrec_kvshare.features.schema import (
 )
 from torchrec_kvshare.features.tensors import input_specs
 from torchrec_kvshare.model.quantised import FLOAT32, quantise_tables
-from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
+from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel, refuse_weights
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.verify.audit import EXACT, Audit, audit_model
 from torchrec_kvshare.verify.golden import GOLDEN, check_golden, read_golden, write_golden
@@ -128,6 +128,7 @@ def export_model(
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime is {runtime!r}; one of {list(RUNTIMES)} is allowed")
+    refuse_weights(model)
     check_weights(model)
     encoder = asdict(model.collection.towers()[0].spec)
     version = version_of(

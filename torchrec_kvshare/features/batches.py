@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_kvshare.errors import ShapeError
 from torchrec_kvshare.features.bags import Bags, bits_of, jagged, joined, single
 from torchrec_kvshare.features.request import Events, Request
 from torchrec_kvshare.features.schema import (
@@ -179,10 +180,51 @@ def with_key(features: KeyedJaggedTensor, key: str, bags: Bags) -> KeyedJaggedTe
     """
     old_keys, inverse = features.inverse_indices()
     of_users = next(row for row, old in enumerate(old_keys) if not has_candidate_rows(old))
-    rows = features.to_dict(compute_offsets=False)
-    bags_by_key = {key: Bags(one.values(), one.lengths()) for key, one in rows.items()}
+    bags_by_key = _bags_by_key(features)
     assert list(old_keys) == list(bags_by_key)
-    return _keyed(bags_by_key | {key: bags}, torch.cat([inverse, inverse[of_users, None]]))
+    weights = features.weights_or_none()
+    if weights is not None:
+        weights = torch.cat([weights, weights.new_ones(bags.values.size(0))])
+    inverse = torch.cat([inverse, inverse[of_users, None]])
+    return _keyed(bags_by_key | {key: bags}, inverse, weights)
+
+
+def with_weights(
+    features: KeyedJaggedTensor, weights_by_key: Mapping[str, Tensor]
+) -> KeyedJaggedTensor:
+    """Give ids weights, by which a weighted EmbeddingBagCollection multiplies their rows.
+
+    Args:
+        features: of a batch as ``assemble`` returns it.
+        weights_by_key: by key, [ids] float32: one weight for each of its ids, in their order.
+
+    Returns:
+        A new ``KeyedJaggedTensor``, in which ids of other keys have weight 1.
+
+    Raises:
+        ShapeError: naming the key, if the batch has no such key or another number of ids in it.
+
+    Example:
+        >>> users = torch.zeros(2, dtype=torch.int64)
+        >>> bags = {"user_id": single(torch.tensor([3])), "candidates.tag": single(users + 7)}
+        >>> batch = assemble(bags, users, torch.zeros(2, 1), torch.zeros(2))
+        >>> weights = {"candidates.tag": torch.tensor([0.5, 2.0])}
+        >>> with_weights(batch.sparse_features, weights).weights()
+        tensor([1.0000, 0.5000, 2.0000])
+    """
+    bags_by_key = _bags_by_key(features)
+    if unknown := sorted(set(weights_by_key) - set(bags_by_key)):
+        raise ShapeError(f"there are weights for {unknown}; the batch has {list(bags_by_key)}")
+    weights: list[Tensor] = []
+    for key, bags in bags_by_key.items():
+        of_key = weights_by_key.get(key, torch.ones(bags.values.size(0)))
+        if of_key.shape != bags.values.shape:
+            raise ShapeError(
+                f"{key} has weights of shape {list(of_key.shape)}; its {bags.values.size(0)} ids "
+                "have one each"
+            )
+        weights.append(of_key.to(bags.values.device))
+    return _keyed(bags_by_key, features.inverse_indices()[1], torch.cat(weights))
 
 
 def with_pages(
@@ -208,12 +250,20 @@ def with_pages(
     return features
 
 
-def _keyed(bags_by_key: Mapping[str, Bags], inverse: Tensor) -> KeyedJaggedTensor:
+def _bags_by_key(features: KeyedJaggedTensor) -> dict[str, Bags]:
+    rows = features.to_dict(compute_offsets=False)
+    return {key: Bags(one.values(), one.lengths()) for key, one in rows.items()}
+
+
+def _keyed(
+    bags_by_key: Mapping[str, Bags], inverse: Tensor, weights: Tensor | None = None
+) -> KeyedJaggedTensor:
     """Return keys with their own strides; all sizes are given, so that no device is read."""
     keys, all_bags = list(bags_by_key), list(bags_by_key.values())
     return KeyedJaggedTensor(
         keys=keys,
         values=torch.cat([bags.values for bags in all_bags]),
+        weights=weights,
         lengths=torch.cat([bags.lengths for bags in all_bags]),
         stride_per_key_per_rank=[[bags.lengths.numel()] for bags in all_bags],
         stride_per_key=[bags.lengths.numel() for bags in all_bags],

@@ -18,6 +18,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.features.schema import (
     ITEM,
     USER,
@@ -97,12 +98,20 @@ class UserCandidateBags(EmbeddingBagCollectionInterface):
     Args:
         user_bags: tables of the users' features.
         candidate_bags: tables of the candidates' features.
+
+    Raises:
+        ConfigError: if one of them takes weights.
     """
 
     def __init__(
         self, user_bags: EmbeddingBagCollection, candidate_bags: EmbeddingBagCollection
     ) -> None:
         super().__init__()
+        if user_bags.is_weighted() or candidate_bags.is_weighted():
+            raise ConfigError(
+                "UserCandidateBags selects ids without their weights; a weighted "
+                "EmbeddingBagCollection is allowed as KVShareEmbeddingBagCollection's own bags"
+            )
         self.user_bags = user_bags
         self.candidate_bags = candidate_bags
         self._configs: list[EmbeddingBagConfig] = (

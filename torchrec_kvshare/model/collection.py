@@ -544,7 +544,8 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """An EmbeddingBagCollection with one more feature for each history, pooled by attention.
 
     Args:
-        bags: the ranking stage's own collection; may be TorchRec's EmbeddingBagCollection.
+        bags: the ranking stage's own collection; may be TorchRec's EmbeddingBagCollection. If it is
+            weighted, batches have weights, see ``features.batches.with_weights``; tokens have none.
         token_embeddings: tables of the tokens' columns; histories and candidates share the item's.
         towers: an encoder for each history of the schema. Each may have a width of its own; their
             tokens are as wide as ``token_embeddings``, their outputs as ``bags``.
@@ -725,8 +726,9 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     @torch.jit.ignore
     def is_weighted(self) -> bool:
-        """Return False: features have no weights."""
-        return False
+        """Return whether the ranking stage's own bags take weights."""
+        is_weighted: bool = self.bags.is_weighted()
+        return is_weighted
 
 
 def _check_widths(

@@ -242,6 +242,20 @@ def dlrm_with_history(
     return DLRM(bags, schema.num_dense, [width, width], top_mlp)
 
 
+def refuse_weights(model: nn.Module) -> None:
+    """Refuse a model whose bags take weights: requests have none.
+
+    Raises:
+        ConfigError: saying how such a model is scored.
+    """
+    for module in model.modules():
+        if isinstance(module, KVShareEmbeddingBagCollection) and module.is_weighted():
+            raise ConfigError(
+                "the model's EmbeddingBagCollection is weighted, and requests have no weights; its "
+                "batches are scored by RankingModel, with the weights that with_weights gives them"
+            )
+
+
 def split_tables(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split a model's state into dense weights and embedding tables."""
     collections = (

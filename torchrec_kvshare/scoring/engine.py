@@ -40,7 +40,7 @@ from torchrec_kvshare.features.parse import UNKNOWN_IDS
 from torchrec_kvshare.features.request import Events, Request, unknown_ids
 from torchrec_kvshare.features.schema import FeatureSchema, RawId
 from torchrec_kvshare.history.pages import split_histories
-from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
+from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel, refuse_weights
 from torchrec_kvshare.model.stages import EXPAND, PREFILL, SCORE
 
 CACHE_OFF = "cache_off"
@@ -121,6 +121,8 @@ class Engine:
         version: ModelVersion | None = None,
         no_store: str = CACHE_OFF,
     ) -> None:
+        if isinstance(model, RankingModel):
+            refuse_weights(model)
         if not isinstance(version, ModelVersion | None):
             raise ConfigError(
                 f"version is {version!r}; a word tells no weights apart: leave it out, or give an "

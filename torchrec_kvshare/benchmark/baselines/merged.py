@@ -113,8 +113,8 @@ class MergedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return self.collection.embedding_bag_configs()
 
     def is_weighted(self) -> bool:
-        """Return False, like the wrapped collection."""
-        return False
+        """Return what the wrapped collection returns."""
+        return self.collection.is_weighted()
 
 
 def pool_without_sharing(
