@@ -50,7 +50,8 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("replicas", "redis_bytes", "replica_port", "num_shards"), 1),
     **dict.fromkeys(("timeout_ms", "stream_timeout_s", "poll_s"), 1e-3),
     **dict.fromkeys(("shuffle_shards", "prefetch", "shared_items", "patience"), 1),
-    **dict.fromkeys(("workers", "split_times", "next_event"), 0),
+    **dict.fromkeys(("workers", "split_times", "next_event", "popularity_power"), 0),
+    "gbce_t": 0,
     **dict.fromkeys(("clip_norm", "table_clip"), TINY),
     **dict.fromkeys(("warmup_steps", "ema_decay"), 0),
 }
@@ -62,7 +63,7 @@ MOST_BY_KEY = {
     **dict.fromkeys(("seed", "salt"), 2**63 - 1),
     "num_rows": 2**32 - 3,  # digests of cached histories hold rows as 32 bits
     **dict.fromkeys(("watermark", "shadow_share", "max_top10_loss", "max_auc_change"), 1),
-    **dict.fromkeys(("shadow_limit", "max_score_difference"), 1),
+    **dict.fromkeys(("shadow_limit", "max_score_difference", "gbce_t"), 1),
     **dict.fromkeys(("http_port", "grpc_port", "replica_port"), 65_535),
 }
 
@@ -77,6 +78,8 @@ AUTO, CPU, CUDA = "auto", "cpu", "cuda"
 POPULARITY, NO_HISTORY, POOLED, SASREC = "popularity", "none", "pooled", "sasrec"
 BASELINES = (POPULARITY, NO_HISTORY, POOLED, SASREC)
 EXCLUDE, INCLUDE = "exclude", "include"
+UNIFORM, IN_BATCH = "uniform", "in_batch"  # how items are drawn; or POPULARITY
+SOFTMAX, GBCE = "softmax", "gbce"
 TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT = "time_share", "leave_one_out", "time"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 # Allowed words by key, in every config.
@@ -87,6 +90,9 @@ WORDS_BY_KEY = {
     "kind": ("vocabulary", "hashed", "managed"),
     "split": (TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT),
     "seen": (EXCLUDE, INCLUDE),
+    "negative_sampling": (UNIFORM, POPULARITY, IN_BATCH),
+    "shared_sampling": (UNIFORM, POPULARITY),
+    "next_event_loss": (SOFTMAX, GBCE),
 }
 
 
@@ -276,8 +282,13 @@ class TrainConfig:
     precision: str = FLOAT32  # of the forward pass in training; or bfloat16
     batch_targets: int = 256  # targets per batch, each with its negatives
     negatives: int = 7  # sampled per target; 0: the log has its own, with label 0
+    negative_sampling: str = UNIFORM  # or popularity; or in_batch: other targets' items
     next_event: float = 0.02  # weight of the next-event loss beside the ranking loss; 0: none
+    next_event_loss: str = SOFTMAX  # or gbce
+    gbce_t: float = 0.75  # how far gbce corrects for its draws; 1: scores are calibrated
     shared_items: int = 1024  # items that the next-event loss tells a target from, at most
+    shared_sampling: str = UNIFORM  # of these items; or popularity
+    popularity_power: float = 0.75  # popularity is the number of training events to this power
     checkpoint_seconds: float = 60.0  # seconds between two checkpoints
     keep_checkpoints: int = 1  # older ones are removed, but not the best
     keep_best: str | None = None  # validation metric that chooses the epoch; None: the last one

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_kvshare.data.draws import Draws
+from torchrec_kvshare.data.draws import Draws, Proposal
 
 KEYS = np.arange(20_000)
 # Standard deviation of the mean of 20,000 uniform numbers: 0.002.
@@ -51,3 +51,40 @@ def test_integers_below_a_limit_are_all_drawn_alike() -> None:
     assert len(counts) == 7
     # A count has a standard deviation of 49.5.
     assert np.abs(counts - len(KEYS) / 7).max() < 250
+
+
+weights = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=9)
+
+
+@given(weights, st.integers(0, 2**40), st.data())
+def test_items_are_drawn_by_their_weights_and_never_the_own_one(
+    weights: list[float], seed: int, data: st.DataObject
+) -> None:
+    items = np.arange(len(weights)) * 3 + 5
+    proposal = Proposal(items, np.array(weights))
+    expected = np.array(weights) / sum(weights)
+    assert np.abs(proposal.probability(items) - expected).max() < 1e-12
+    assert proposal.probability(np.array([4, 6, 5 + 3 * len(weights)])).tolist() == [0.0] * 3
+    uniform = Draws(seed).uniform(KEYS)
+    own = int(data.draw(st.integers(0, len(weights) - 1)))
+    of_others = np.where(np.arange(len(weights)) == own, 0.0, expected)
+    of_others /= of_others.sum()
+    for found, wanted in (
+        (proposal.draw(uniform), expected),
+        (proposal.draw_others(uniform, items[[own]]), of_others),
+    ):
+        counts = np.bincount((found - 5) // 3, minlength=len(weights))
+        deviation = np.sqrt(len(KEYS) * wanted * (1 - wanted))
+        assert (np.abs(counts - len(KEYS) * wanted) <= 6 * deviation + 1e-9).all()
+
+
+def test_rounding_at_the_edge_of_an_interval_never_gives_the_own_item() -> None:
+    rng = np.random.default_rng(0)
+    items = np.arange(40)
+    proposal = Proposal(items, rng.random(40) + 1e-9)
+    ends = np.cumsum(proposal.probability(items))
+    for own in items.tolist():
+        width = proposal.probability(np.array([own]))
+        edge = np.array([ends[own] - width[0]]) / (1 - width)
+        near = np.concatenate([np.nextafter(edge, 0), edge, np.nextafter(edge, 1)]).clip(0, 1)
+        assert not (proposal.draw_others(np.append(near, 1 - 2**-53), np.array([own])) == own).any()

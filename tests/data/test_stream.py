@@ -17,20 +17,44 @@ from torchrec.datasets.utils import Batch
 
 from tests.data.folders import write_folder
 from tests.data.logs import all_events
+from torchrec_kvshare.config import IN_BATCH, POPULARITY, UNIFORM
 from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.requests import make_requests
 from torchrec_kvshare.data.shards import Shards, in_memory, open_prepared
 from torchrec_kvshare.data.split_report import split_report
 from torchrec_kvshare.data.splits import TEST
-from torchrec_kvshare.data.stream import Loading, StreamSettings, WindowStream, worker_errors
+from torchrec_kvshare.data.stream import (
+    Loading,
+    SamplingSettings,
+    StreamSettings,
+    WindowStream,
+    worker_errors,
+)
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.errors import DataError
-from torchrec_kvshare.features.schema import ITEM, USER, candidate_key
+from torchrec_kvshare.features.schema import (
+    ITEM,
+    SHARED_PROBABILITY,
+    TARGET_PROBABILITY,
+    UNKNOWN_ROW,
+    USER,
+    candidate_key,
+    shared_key,
+)
 from torchrec_kvshare.training.evaluate import evaluate_sampled
 from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 
 HISTORIES = all_events(16, 4)
 BATCH_TARGETS, NEGATIVES, SEED = 24, 2, 5
+by_sampling = pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingSettings(),
+        SamplingSettings(POPULARITY, POPULARITY),
+        SamplingSettings(IN_BATCH, UNIFORM),
+    ],
+    ids=lambda sampling: sampling.negatives,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +76,7 @@ def six(folder: Path) -> Shards:
 
 
 def stream_of(shards: Shards, **changes: Any) -> WindowStream:
-    settings = {"shuffle_shards": 2} | changes
+    settings = {"shuffle_shards": 2, "shared_items": 7} | changes
     return WindowStream(shards, StreamSettings(BATCH_TARGETS, NEGATIVES, SEED, **settings))
 
 
@@ -149,13 +173,16 @@ def test_epochs_and_seeds_have_orders_of_their_own(six: Shards) -> None:
 # --- who builds the batches
 
 
+@by_sampling
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_batches_are_the_same_from_any_number_of_workers(six: Shards, workers: int) -> None:
-    stream = stream_of(six)
+def test_batches_are_the_same_from_any_number_of_workers(
+    six: Shards, workers: int, sampling: SamplingSettings
+) -> None:
+    stream = stream_of(six, sampling=sampling)
     epoch = stream.epoch(1)
     expected = [stream.batch(chosen, 1, index) for index, chosen in enumerate(epoch.chosen)]
     assert len(expected) > 20
-    found = list(stream_of(six).epoch(1).load(0, Loading(workers)))
+    found = list(stream_of(six, sampling=sampling).epoch(1).load(0, Loading(workers)))
     assert_same_batches(found, expected)
 
 
@@ -164,11 +191,14 @@ def test_workers_build_batches_of_a_log_in_memory(one: Shards) -> None:
     assert_same_batches(list(epoch.load(0, Loading(2))), list(epoch.load(0, Loading())))
 
 
+@by_sampling
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_epoch_goes_on_with_the_same_batches(six: Shards, workers: int) -> None:
-    expected = list(stream_of(six).epoch(1).load(0, Loading()))
+def test_a_resumed_epoch_goes_on_with_the_same_batches(
+    six: Shards, workers: int, sampling: SamplingSettings
+) -> None:
+    expected = list(stream_of(six, sampling=sampling).epoch(1).load(0, Loading()))
     for first in (1, 11, len(expected) - 1, len(expected)):
-        resumed = list(stream_of(six).epoch(1).load(first, Loading(workers)))
+        resumed = list(stream_of(six, sampling=sampling).epoch(1).load(first, Loading(workers)))
         assert_same_batches(resumed, expected[first:])
 
 
@@ -179,20 +209,25 @@ def test_torchs_own_random_numbers_are_left_alone(six: Shards) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def candidates_by_user(batch: Batch) -> list[tuple[int, int, float]]:
-    """Return user row, item row and label of each candidate, sorted."""
+def candidates_by_user(batch: Batch) -> list[tuple[int, ...]]:
+    """Return user row, item row, label and the probability of the target, sorted."""
     features = batch.sparse_features
     keys, inverse = features.inverse_indices()
     users = features[USER].values()[inverse[keys.index(USER)]].tolist()
     items = features[candidate_key(ITEM)].values().tolist()
-    return sorted(zip(users, items, batch.labels.tolist(), strict=True))
+    probabilities = features[TARGET_PROBABILITY].values().tolist()
+    return sorted(zip(users, items, batch.labels.tolist(), probabilities, strict=True))
 
 
+@by_sampling
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_together_have_the_batches_of_one_process(six: Shards, world_size: int) -> None:
-    expected = stream_of(six).epoch(1)
+def test_ranks_together_have_the_batches_of_one_process(
+    six: Shards, world_size: int, sampling: SamplingSettings
+) -> None:
+    expected = stream_of(six, sampling=sampling).epoch(1)
     epochs = [
-        stream_of(six, rank=rank, world_size=world_size).epoch(1) for rank in range(world_size)
+        stream_of(six, sampling=sampling, rank=rank, world_size=world_size).epoch(1)
+        for rank in range(world_size)
     ]
     num_padded = 0
     for index, batch in enumerate(expected.load(0, Loading())):
@@ -202,11 +237,60 @@ def test_ranks_together_have_the_batches_of_one_process(six: Shards, world_size:
             part = epoch[index]
             assert isinstance(part, Batch)
             assert part.labels.numel() > 0
+            for key in (shared_key(ITEM), SHARED_PROBABILITY):
+                of_part, of_batch = part.sparse_features[key], batch.sparse_features[key]
+                assert torch.equal(of_part.values(), of_batch.values())
             if epoch.has_own(index):
                 parts += candidates_by_user(part)
             num_padded += not epoch.has_own(index)
         assert sorted(parts) == candidates_by_user(batch)
     assert num_padded > 0
+
+
+def test_a_log_in_memory_and_in_shards_has_the_same_counts_to_draw_by(
+    one: Shards, six: Shards
+) -> None:
+    sampling = SamplingSettings(POPULARITY, POPULARITY)
+    streams = [stream_of(shards, sampling=sampling, shuffle_shards=6) for shards in (one, six)]
+    of_one, of_six = (stream.batch(np.arange(1), 0, 0).sparse_features for stream in streams)
+    for key in (shared_key(ITEM), SHARED_PROBABILITY):
+        assert torch.equal(of_one[key].values(), of_six[key].values())
+
+
+def test_negatives_of_the_batch_are_items_of_its_other_targets_as_often_as_these(
+    one: Shards,
+) -> None:
+    stream = stream_of(one, sampling=SamplingSettings(negatives=IN_BATCH))
+    chosen = stream.epoch(0).chosen[2]
+    stream.hold([0])
+    assert stream._held is not None
+    targets = stream._held.windows.take(chosen).targets
+    own = stream._held.dataset.item_row[stream._held.dataset.item[targets]]
+    drawn: dict[int, list[int]] = {row: [] for row in own.tolist()}
+    for epoch in range(300):
+        items = stream.batch(chosen, epoch, 2).sparse_features[candidate_key(ITEM)].values()
+        for row, negatives in zip(own.tolist(), items.view(len(own), -1)[:, 1:], strict=True):
+            drawn[row] += negatives.tolist()
+    for row, negatives in drawn.items():
+        found = np.array(negatives)
+        found = found[found != UNKNOWN_ROW]  # Training shows some ids as unknown.
+        assert not (found == row).any()
+        others = own[own != row]
+        for other in np.unique(others).tolist():
+            share = float((others == other).mean())
+            # Five standard deviations of a binomial share.
+            deviation = 5 * (share * (1 - share) / len(found)) ** 0.5
+            assert float((found == other).mean()) == pytest.approx(share, abs=deviation)
+        assert np.isin(found, others).all()
+
+
+def test_a_batch_of_one_item_has_negatives_of_the_catalogue(one: Shards) -> None:
+    """The last batch of an epoch may be one target, whose own item is all there is to draw."""
+    stream = stream_of(one, sampling=SamplingSettings(negatives=IN_BATCH))
+    smallest = int(stream.num_targets.argmin())
+    assert stream.num_targets[smallest] == 1
+    items = stream.batch(np.array([smallest]), 0, 0).sparse_features[candidate_key(ITEM)].values()
+    assert len(set(items.tolist())) == 1 + NEGATIVES
 
 
 @pytest.mark.parametrize(("world_size", "shuffle_shards"), [(2, 2), (3, 3), (2, 6), (6, 6)])
@@ -312,10 +396,10 @@ def test_a_worker_that_is_killed_ends_the_epoch_in_our_words(six: Shards) -> Non
     epoch = stream.epoch(0)
     parent, real_batch = os.getpid(), stream.batch
 
-    def batch(chosen: Any, number: int, index: int) -> Batch:
+    def batch(chosen: Any, number: int, index: int, whole: Any) -> Batch:
         if os.getpid() != parent and chosen is not None and chosen[0] == epoch.chosen[9][0]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real_batch(chosen, number, index)
+        return real_batch(chosen, number, index, whole)
 
     stream.batch = batch  # type: ignore[method-assign]
     with pytest.raises(DataError, match="a process that read data has ended: "), worker_errors():

@@ -140,6 +140,18 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("evaluation.candidates=60", "evaluation.candidates is 60; the training split of synthe"),
         ("negatives=-1", "negatives is -1; it must be at least 0"),
         ("next_event=-0.5", "next_event is -0.5; it must be at least 0"),
+        ("gbce_t=1.5", "gbce_t is 1.5; it must be at most 1"),
+        ("popularity_power=-1", "popularity_power is -1.0; it must be at least 0"),
+        ("model.table_dim=0", "model.table_dim is 0; it must be at least 1"),
+        (
+            "negative_sampling=hard",
+            "negative_sampling is 'hard'; one of ('uniform', 'popularity', 'in_batch') is allowed",
+        ),
+        (
+            "shared_sampling=in_batch",
+            "shared_sampling is 'in_batch'; one of ('uniform', 'popularity') is allowed",
+        ),
+        ("next_event_loss=bce", "next_event_loss is 'bce'; one of ('softmax', 'gbce') is allowed"),
         ("shared_items=0", "shared_items is 0; it must be at least 1"),
         (
             "budget.baselines=[none,best]",
@@ -247,6 +259,13 @@ def test_every_number_of_every_config_has_a_least_value_and_is_finite(path: str,
 )
 def test_sizes_that_do_not_fit_the_kind_are_named(overrides: tuple[str, ...], message: str) -> None:
     assert message in refused("train", *WORLD, *TINY, *overrides)
+
+
+def test_gbce_is_refused_with_draws_that_it_does_not_calibrate() -> None:
+    message = refused("train", *TINY, "next_event_loss=gbce", "shared_sampling=popularity")
+    assert message == (
+        "shared_sampling is popularity; next_event_loss=gbce calibrates uniform draws only"
+    )
 
 
 def test_tokens_are_one_or_one_for_every_column(tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ from torchrec.datasets.utils import Batch
 
 from tests.once import make_once
 from tests.training.worlds import BUDGET, MODEL, tiny_config
-from torchrec_kvshare.config import LEAVE_ONE_OUT, EvaluationConfig, TrainConfig
+from torchrec_kvshare.config import (
+    IN_BATCH,
+    LEAVE_ONE_OUT,
+    POPULARITY,
+    EvaluationConfig,
+    TrainConfig,
+)
 from torchrec_kvshare.data.dataset import Ints
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.training.loop import Trainer, TrainSettings
@@ -46,8 +52,15 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # a rank that waits alone ends with 
 # three ranks, was off by 9.6e-8.
 LOSS_TOLERANCE = 1e-6
 
-# Of published figures: one test event of each user, ranked among drawn items.
-PROTOCOL = {"split": LEAVE_ONE_OUT, "evaluation": EvaluationConfig(candidates=25)}
+# Of published figures: one test event of each user, ranked among drawn items. Negatives and shared
+# items are drawn otherwise than by default.
+PROTOCOL = {
+    "split": LEAVE_ONE_OUT,
+    "evaluation": EvaluationConfig(candidates=25),
+    "negative_sampling": IN_BATCH,
+    "shared_items": 23,
+    "shared_sampling": POPULARITY,
+}
 
 Case = dict[str, Any]
 
@@ -227,7 +240,6 @@ def plain_model(kind: str, shards: Shards, seed: int = 0) -> Objective:
         OBJECTIVE,
         histories=[history.name for history in shards.schema.histories],
         negatives=NEGATIVES,
-        num_items=len(shards.shared.known_items),
     )
 
 

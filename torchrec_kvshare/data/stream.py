@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapStyle
 from torchrec.datasets.utils import Batch
 
-from torchrec_kvshare.data.dataset import Dataset, Ints
-from torchrec_kvshare.data.draws import Draws
+from torchrec_kvshare.config import IN_BATCH, POPULARITY, UNIFORM
+from torchrec_kvshare.data.dataset import Dataset, Ints, ranges
+from torchrec_kvshare.data.draws import Draws, Proposal
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import TRAIN
 from torchrec_kvshare.data.targets import (
@@ -44,6 +46,22 @@ WORKER_ENDED = "DataLoader worker"  # begins torch's message
 
 
 @dataclass(frozen=True)
+class SamplingSettings:
+    """What items are drawn from.
+
+    Attributes:
+        negatives: of targets: ``UNIFORM`` from the catalogue, by ``POPULARITY``, or ``IN_BATCH``
+            from the items of all targets of the batch, as often as they are there.
+        shared: of the items that all targets of a batch share: ``UNIFORM`` or by ``POPULARITY``.
+        popularity_power: popularity is the number of training events to this power.
+    """
+
+    negatives: str = UNIFORM
+    shared: str = UNIFORM
+    popularity_power: float = 0.75
+
+
+@dataclass(frozen=True)
 class StreamSettings:
     """How windows become batches.
 
@@ -53,6 +71,7 @@ class StreamSettings:
         seed: of negatives and of the order.
         shuffle_shards: shards in a group.
         shared_items: maximum number of items that all targets of a batch share; 0 for none.
+        sampling: what negatives and shared items are drawn from.
         share_prefill: whether targets at different times may see prefixes of one prefill.
         rank: this process among those that train together.
         world_size: their number.
@@ -63,6 +82,7 @@ class StreamSettings:
     seed: int
     shuffle_shards: int = 1
     shared_items: int = 0
+    sampling: SamplingSettings = SamplingSettings()
     share_prefill: bool = True
     rank: int = 0
     world_size: int = 1
@@ -110,15 +130,26 @@ class WindowStream:
     def __init__(self, shards: Shards, settings: StreamSettings) -> None:
         self.shards = shards
         self.settings = settings
-        users, num_targets, lengths = [], [], []
+        sampling = settings.sampling
+        users, num_targets, lengths, items = [], [], [], []
         for dataset in shards:
             windows = self._windows_of(dataset)
+            if sampling.negatives == IN_BATCH:
+                # Four bytes per event: a rank does not read the windows of the others again.
+                items.append(dataset.item[windows.targets].astype(np.int32))
             users.append(dataset.user_code[windows.user])
             num_targets.append(windows.num_targets)
             lengths.append(len(windows.user))
         self.user: Ints = np.concatenate(users)  # [W] code of each window's user
         self.num_targets: Ints = np.concatenate(num_targets)  # [W]
         self.offsets: Ints = np.cumsum([0, *lengths])  # in windows, by shard
+        self._items = np.concatenate(items) if items else None  # of all windows' targets
+        self._first_target: Ints = np.cumsum(self.num_targets) - self.num_targets
+        self._popular: Proposal | None = None
+        if POPULARITY in (sampling.negatives, sampling.shared):
+            known = shards.shared.known_items
+            weights = shards.num_training[known].astype(np.float64) ** sampling.popularity_power
+            self._popular = Proposal(known, weights)
         self._held: Held | None = None
 
     def epoch(self, number: int) -> "Epoch":
@@ -177,13 +208,14 @@ class WindowStream:
         assert self._held is not None
         return self._held.numbers[[self._held.windows.num_targets.argmin()]]
 
-    def batch(self, chosen: Ints, epoch: int, index: int) -> Batch:
+    def batch(self, chosen: Ints, epoch: int, index: int, whole: Ints | None = None) -> Batch:
         """Build the part of an epoch's batch that has some windows.
 
         Args:
             chosen: numbers of the windows; their shards are read unless they are held.
             epoch: from 0.
             index: of the batch in its epoch.
+            whole: numbers of all windows of the batch; None if they are those chosen.
         """
         needed = np.unique(np.searchsorted(self.offsets, chosen, side="right") - 1).tolist()
         if self._held is None or not set(needed) <= set(self._held.shards):
@@ -192,12 +224,24 @@ class WindowStream:
         dataset = self._held.dataset
         part = self._held.windows.take(np.searchsorted(self._held.numbers, chosen))
         draws = Draws(self.settings.seed, epoch)
-        negatives = sample_negatives(dataset, part.targets, self.settings.negatives, draws)
+        settings, sampling = self.settings, self.settings.sampling
+        proposal = self._popular if sampling.negatives == POPULARITY else None
+        if self._items is not None:
+            proposal = self._in_batch(self._items, chosen if whole is None else whole)
+        negatives = sample_negatives(dataset, part.targets, settings.negatives, draws, proposal)
         candidates = np.concatenate([dataset.item[part.targets][:, None], negatives], axis=1)
         shared = None
-        if self.settings.shared_items:
-            shared = sample_shared(dataset, self.settings.shared_items, draws, index)
+        if settings.shared_items:
+            by_popularity = self._popular if sampling.shared == POPULARITY else None
+            num_items = settings.shared_items
+            shared = sample_shared(dataset, part.targets, num_items, draws, index, by_popularity)
         return build_batch(dataset, part, candidates, draws, shared)
+
+    def _in_batch(self, items: NDArray[np.int32], chosen: Ints) -> Proposal:
+        """Return the items of all targets of some windows, each as often as it is there."""
+        targets = ranges(self._first_target[chosen], self.num_targets[chosen])
+        distinct, counts = np.unique(items[targets].astype(np.int64), return_counts=True)
+        return Proposal(distinct, counts.astype(np.float64))
 
     def forget(self) -> None:
         """Drop the shards that are held."""
@@ -244,7 +288,7 @@ class Epoch(MapStyle["Batch | DataError"]):
             own = self.stream.own(self.chosen[index])
             # Every rank takes part in every step: without windows of its own it pads.
             chosen = own if len(own) else self.stream.smallest()
-            return self.stream.batch(chosen, self.number, index)
+            return self.stream.batch(chosen, self.number, index, self.chosen[index])
         except DataError as error:  # Raised in a worker, it would come with its traceback as text.
             return error
 

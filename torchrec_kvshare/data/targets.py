@@ -10,6 +10,7 @@ and with the context of its own request.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch
 
 from torchrec_kvshare.data.dataset import Dataset, Ints, ranges
-from torchrec_kvshare.data.draws import Draws
+from torchrec_kvshare.data.draws import Draws, Proposal
 from torchrec_kvshare.errors import DataError
 from torchrec_kvshare.features.bags import Bags, bits_of, single
 from torchrec_kvshare.features.batches import assemble
@@ -28,6 +29,8 @@ from torchrec_kvshare.features.schema import (
     ITEM,
     REQUEST_HISTORY,
     REQUEST_TIME,
+    SHARED_PROBABILITY,
+    TARGET_PROBABILITY,
     TIME,
     UNKNOWN_ROW,
     USER,
@@ -145,14 +148,36 @@ def batches_of(
         yield from np.split(order, np.flatnonzero(np.diff(batch)) + 1)
 
 
-def sample_negatives(dataset: Dataset, targets: Ints, num_negatives: int, draws: Draws) -> Ints:
-    """Draw negatives from the catalogue at random, never the target's own item.
+class SharedItems(NamedTuple):
+    """Items of the catalogue that all targets of a batch are told from.
+
+    Attributes:
+        items: [S] codes.
+        probability: [S] with which each was drawn.
+        of_targets: [P] with which each target's own item would have been.
+    """
+
+    items: Ints
+    probability: NDArray[np.float64]
+    of_targets: NDArray[np.float64]
+
+
+def sample_negatives(
+    dataset: Dataset,
+    targets: Ints,
+    num_negatives: int,
+    draws: Draws,
+    proposal: Proposal | None = None,
+) -> Ints:
+    """Draw negatives at random, never the target's own item.
 
     Args:
         dataset: holds the catalogue.
         targets: [P] event indices of the targets.
         num_negatives: number of negatives per target.
         draws: random numbers by target.
+        proposal: what they are drawn from. None, or one with a single item, which may be the own
+            one, for the catalogue, all items alike.
 
     Returns:
         [P, num_negatives] item codes.
@@ -166,30 +191,46 @@ def sample_negatives(dataset: Dataset, targets: Ints, num_negatives: int, draws:
             f"the catalogue, the items of the training split, has {len(catalogue)} item; negatives "
             f"need at least {MIN_CATALOGUE}"
         )
-    keys = dataset.keys_of(targets)[:, None]
-    drawn = draws.below(len(catalogue), keys, np.arange(num_negatives))
+    keys, slots = dataset.keys_of(targets)[:, None], np.arange(num_negatives)
+    own = dataset.item[targets][:, None]
+    drawn = draws.below(len(catalogue), keys, slots)
     negatives = catalogue[drawn]
-    own = negatives == dataset.item[targets][:, None]
     # The next item of the catalogue replaces the target's own, so it comes twice as often.
-    return np.where(own, catalogue[(drawn + 1) % len(catalogue)], negatives)
+    negatives = np.where(negatives == own, catalogue[(drawn + 1) % len(catalogue)], negatives)
+    if proposal is None or len(proposal.items) == 1:
+        return negatives
+    return proposal.draw_others(draws.uniform(keys, slots), own)
 
 
-def sample_shared(dataset: Dataset, num_items: int, draws: Draws, batch: int) -> Ints:
-    """Return items that all targets of a batch share: the whole catalogue, or uniform draws.
+def sample_shared(
+    dataset: Dataset,
+    targets: Ints,
+    num_items: int,
+    draws: Draws,
+    batch: int,
+    proposal: Proposal | None = None,
+) -> SharedItems:
+    """Return items that all targets of a batch share: the whole catalogue, or draws from it.
 
     Args:
         dataset: holds the catalogue.
+        targets: [P] event indices of the targets, whose items are in the catalogue.
         num_items: maximum number of items.
         draws: random numbers.
         batch: number of the batch in its epoch; every rank has the same items.
-
-    Returns:
-        [S] item codes.
+        proposal: what they are drawn from; None for all items alike.
     """
     catalogue = dataset.known_items
-    if len(catalogue) <= num_items:
-        return catalogue
-    return catalogue[draws.below(len(catalogue), OF_SHARED, np.array(batch), np.arange(num_items))]
+    alike = 1.0 / len(catalogue)
+    if proposal is None or len(catalogue) <= num_items:
+        items = catalogue
+        if len(catalogue) > num_items:
+            keys = (OF_SHARED, np.array(batch), np.arange(num_items))
+            items = catalogue[draws.below(len(catalogue), *keys)]
+        return SharedItems(items, np.full(len(items), alike), np.full(len(targets), alike))
+    items = proposal.draw(draws.uniform(OF_SHARED, np.array(batch), np.arange(num_items)))
+    of_targets = proposal.probability(dataset.item[targets])
+    return SharedItems(items, proposal.probability(items), of_targets)
 
 
 def build_batch(
@@ -197,7 +238,7 @@ def build_batch(
     windows: Windows,
     candidates: Ints,
     draws: Draws | None,
-    shared: Ints | None = None,
+    shared: SharedItems | None = None,
 ) -> Batch:
     """Build a TorchRec batch: every target with its negatives over its window's history.
 
@@ -206,7 +247,7 @@ def build_batch(
         windows: W windows, which become the histories of the batch.
         candidates: [P, 1 + negatives] item codes of each target's candidates, its own item first.
         draws: in training, chooses the ids to show as unknown; None shows all ids.
-        shared: [S] codes of items that are not candidates of anyone; None for none.
+        shared: items that are not candidates of anyone; None for none.
 
     Returns:
         A VBE batch with C = P x (1 + negatives) candidates; the first of each target has its label.
@@ -223,9 +264,12 @@ def build_batch(
         for key, values in moments.items()
     }
     if shared is not None:
-        bags[shared_key(ITEM)] = single(_tensor(dataset.item_row[shared]))
+        bags[shared_key(ITEM)] = single(_tensor(dataset.item_row[shared.items]))
         for name, rows in dataset.item_attributes.items():
-            bags[shared_key(name)] = _bags(*rows.take(shared))
+            bags[shared_key(name)] = _bags(*rows.take(shared.items))
+        of_candidates = np.repeat(shared.of_targets, candidates.shape[1])
+        bags[SHARED_PROBABILITY] = single(bits_of(_floats(shared.probability)))
+        bags[TARGET_PROBABILITY] = single(bits_of(_floats(of_candidates)))
     return _assemble(dataset, windows, candidates, window_of_target, bags=bags, draws=draws)
 
 
@@ -337,3 +381,7 @@ def _bags(values: Ints, lengths: Ints) -> Bags:
 
 def _tensor(values: Ints) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+
+
+def _floats(values: NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))

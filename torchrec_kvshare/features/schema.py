@@ -49,6 +49,10 @@ RESERVED_COLUMNS = (ITEM, ACTION, TIME, FIRST_EVENT)
 REQUEST_TIME = "request.time"
 REQUEST_HISTORY = "request.history"  # row of each request's histories; requests may share one
 CANDIDATE_TIME = "targets.time"
+# Of a training batch: the probability, as ``bits_of``, with which each shared item was drawn, and
+# with which each candidate's target would have been.
+SHARED_PROBABILITY = "request.shared_probability"
+TARGET_PROBABILITY = "targets.shared_probability"
 RESERVED_GROUPS = ("context", "candidates", "shared", "vectors", "request", "targets")
 
 VECTOR = "candidates.vector"  # the pooled feature that has a candidate's own vector

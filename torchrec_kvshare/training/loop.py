@@ -30,7 +30,13 @@ from tqdm import tqdm
 from torchrec_kvshare.config import BFLOAT16, CUDA, FLOAT32
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import VALID
-from torchrec_kvshare.data.stream import Loading, StreamSettings, WindowStream, worker_errors
+from torchrec_kvshare.data.stream import (
+    Loading,
+    SamplingSettings,
+    StreamSettings,
+    WindowStream,
+    worker_errors,
+)
 from torchrec_kvshare.errors import TrainingError
 from torchrec_kvshare.model.ranking import takes_prefixes
 from torchrec_kvshare.training.averaging import AveragedWeights
@@ -85,6 +91,7 @@ class TrainSettings:
         checkpoint_seconds: longest time between two checkpoints, in seconds.
         keep_checkpoints: number of checkpoints that stay.
         shuffle_shards: shards whose windows are shuffled together, and held at a time.
+        sampling: what negatives and shared items are drawn from.
         loading: which processes build batches.
         objective: what is minimised.
         warmup_steps: steps in which all learning rates rise; 0: the first step has the whole rate.
@@ -108,6 +115,7 @@ class TrainSettings:
     checkpoint_seconds: float
     keep_checkpoints: int = 1
     shuffle_shards: int = 1
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     loading: Loading = field(default_factory=Loading)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     warmup_steps: int = 0
@@ -220,7 +228,6 @@ class Trainer:
             settings.objective,
             histories=[history.name for history in shards.schema.histories],
             negatives=settings.negatives,
-            num_items=len(shards.shared.known_items),
         )
         self.sharded, self.plan = shard(objective, settings.tables, ranks)
         self.dense = dict(in_backward_optimizer_filter(self.sharded.named_parameters()))
@@ -232,6 +239,7 @@ class Trainer:
             batch_targets=settings.batch_targets,
             negatives=settings.negatives,
             shared_items=settings.objective.shared_items if objective.has_next_event else 0,
+            sampling=settings.sampling,
             seed=settings.seed,
             shuffle_shards=settings.shuffle_shards,
             share_prefill=self.share_prefill,

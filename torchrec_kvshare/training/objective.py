@@ -2,7 +2,8 @@
 
 The ranking loss is TorchRec's: binary cross entropy of every candidate. The next-event loss is that
 of sequential models: of all items, which one does the user take next? It teaches item vectors and
-the history's rows with every item of the catalogue, not with a few negatives.
+the history's rows with every item of the catalogue, not with a few negatives. It is a softmax, or a
+binary cross entropy of the target's item and all others (gBCE).
 
 A target is predicted from the state of its user (``HistoryTower.state``) at the newest event that
 it sees. So whatever a candidate may not see, this loss does not see either: later events, and
@@ -17,8 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec.datasets.utils import Batch
 
+from torchrec_kvshare.config import GBCE, SOFTMAX
+from torchrec_kvshare.features.bags import floats_of
 from torchrec_kvshare.features.schema import (
     ITEM,
+    SHARED_PROBABILITY,
+    TARGET_PROBABILITY,
     UNKNOWN_ROW,
     VECTOR,
     candidate_key,
@@ -41,10 +46,14 @@ class ObjectiveSettings:
         next_event: weight of the next-event loss beside the ranking loss; 0 for none.
         shared_items: maximum number of items that a target is told from; a smaller catalogue is
             taken whole.
+        loss: the next-event loss, ``SOFTMAX`` or ``GBCE``.
+        gbce_t: how far gBCE corrects for its draws, from 0, not at all, to 1.
     """
 
     next_event: float = 0.0
     shared_items: int = 1024
+    loss: str = SOFTMAX
+    gbce_t: float = 0.75
 
 
 class Objective(nn.Module):
@@ -55,7 +64,6 @@ class Objective(nn.Module):
         settings: what is minimised. A model whose towers have no states has a ranking loss only.
         histories: names, in the order of the schema.
         negatives: candidates of each target beside its own item.
-        num_items: size of the catalogue.
     """
 
     def __init__(
@@ -65,13 +73,12 @@ class Objective(nn.Module):
         *,
         histories: Sequence[str],
         negatives: int,
-        num_items: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.weight = 1.0 if isinstance(model, SequentialModel) else settings.next_event
+        self.settings = settings
         self.histories = histories
-        self.num_items = num_items
         self.of_targets = slice(None, None, 1 + negatives)  # in a batch's candidates
         self.has_next_event = self.weight > 0 and any(
             isinstance(module, HistoryTower) and module.has_state for module in model.modules()
@@ -115,46 +122,98 @@ class Objective(nn.Module):
         items = features[candidate_key(ITEM)].values()[self.of_targets]
         states = pooled[state_feature(history)][self.of_targets].float()
         own = (states * pooled[VECTOR][self.of_targets].float()).sum(1)
-        losses = next_item_loss(
-            states, own, shared, items, features[shared_key(ITEM)].values(), self.num_items
-        )
+        is_own = is_own_item(items, features[shared_key(ITEM)].values())
+        of_shared = floats_of(features[SHARED_PROBABILITY].values())
+        of_targets = floats_of(features[TARGET_PROBABILITY].values()[self.of_targets])
+        if self.settings.loss == GBCE:
+            t = self.settings.gbce_t
+            losses = gbce_loss(states, own, shared, is_own, of_targets, t)
+        else:
+            losses = next_item_loss(states, own, shared, is_own, of_targets, of_shared)
         visible = features[visible_key(history)].values()[self.of_targets]
         counts = (batch.labels[self.of_targets] > 0) & (visible > 0) & (items != UNKNOWN_ROW)
         return (losses * counts).mean()
 
 
-@torch.fx.wrap  # TorchRec's train pipelines trace the objective; here they would meet a device.
+# Wrapped, because TorchRec's train pipelines trace the objective; here they would meet a device.
+@torch.fx.wrap
+def is_own_item(items: Tensor, shared_items: Tensor) -> Tensor:
+    """Return which shared items [S] are a target's own [P], by their table rows: [P, S]."""
+    return shared_items == items.unsqueeze(1)
+
+
+@torch.fx.wrap
 def next_item_loss(
     states: Tensor,
     own: Tensor,
     vectors: Tensor,
-    items: Tensor,
-    shared_items: Tensor,
-    num_items: int,
+    is_own: Tensor,
+    own_probability: Tensor,
+    probability: Tensor,
 ) -> Tensor:
     """Return the cross entropy of each target's item among the catalogue.
 
     Args:
         states: [P, E] of the targets' users.
         own: [P] logit of each target's item.
-        vectors: [S, E] of items of the catalogue: all of them once, or uniform draws.
-        items: [P] int64, table row of each target's item.
-        shared_items: [S] int64, those of ``vectors``.
-        num_items: size of the catalogue.
+        vectors: [S, E] of items of the catalogue: all of them once, or draws.
+        is_own: [P, S] which of them are the target's item.
+        own_probability: [P] with which a draw is the target's item.
+        probability: [S] with which a draw is that item; of the whole catalogue one by its size.
 
     Returns:
         [P]. Of the whole catalogue it is exact; of draws the sum over all other items is estimated
-        by that over the draws, each of which stands for as many items.
+        by that over the draws, each of which stands for the more items the rarer it is drawn.
 
     Source:
-        Sampled softmax with the logQ correction, Bengio and Senecal 2008, of uniform draws. Full
-        cross entropy in SASRec: Klenitskiy and Vasilev 2023 (arXiv:2309.07602).
+        Sampled softmax with the logQ correction, Bengio and Senecal 2008. Full cross entropy in
+        SASRec: Klenitskiy and Vasilev 2023 (arXiv:2309.07602).
     """
-    # In the precision of the arguments, whatever the model computes in.
-    with torch.autocast(states.device.type, enabled=False):
-        logits = states @ vectors.T  # [P, S]
-    is_own = shared_items == items.unsqueeze(1)
-    num_others = vectors.size(0) - is_own.sum(1, keepdim=True)
-    stands_for = (num_items - 1) / num_others.clamp(min=1).to(states.dtype)
-    logits = (logits + stands_for.log()).masked_fill(is_own, HIDDEN)
+    logits = _others(states, vectors)
+    num_others = (~is_own).sum(1).clamp(min=1).to(states.dtype)
+    # The probability of a draw that is another item than the target's.
+    of_others = torch.log1p(-own_probability) - num_others.log()  # [P]
+    logits = logits + of_others.unsqueeze(1) - probability.log()
+    logits = logits.masked_fill(is_own, HIDDEN)
     return torch.logsumexp(torch.cat([own.unsqueeze(1), logits], dim=1), dim=1) - own
+
+
+@torch.fx.wrap
+def gbce_loss(
+    states: Tensor,
+    own: Tensor,
+    vectors: Tensor,
+    is_own: Tensor,
+    own_probability: Tensor,
+    t: float,
+) -> Tensor:
+    """Return the generalised binary cross entropy of each target's item and the others drawn.
+
+    Args:
+        states: [P, E] of the targets' users.
+        own: [P] logit of each target's item.
+        vectors: [S, E] of items of the catalogue: all of them once, or uniform draws.
+        is_own: [P, S] which of them are the target's item.
+        own_probability: [P], one by the size of the catalogue.
+        t: from 0, plain binary cross entropy, to 1, at which the sigmoid of a logit is the
+            probability of the item as if nothing were sampled.
+
+    Returns:
+        [P], a mean over the target's item and the others.
+
+    Source:
+        gSASRec, Petrov and Macdonald 2023 (arXiv:2308.07192): of k negatives the positive's
+        likelihood has the exponent a (t (1 - 1/a) + 1/a), where a is k by the number of others.
+    """
+    logits = _others(states, vectors)
+    num_others = (~is_own).sum(1).to(states.dtype)
+    share = num_others * own_probability / (1.0 - own_probability)  # of all other items
+    beta = 1.0 - t * (1.0 - share)
+    of_others = functional.softplus(logits).masked_fill(is_own, 0.0).sum(1)
+    return (beta * functional.softplus(-own) + of_others) / (1.0 + num_others)
+
+
+def _others(states: Tensor, vectors: Tensor) -> Tensor:
+    """Return logits [P, S] in the precision of the arguments, whatever the model computes in."""
+    with torch.autocast(states.device.type, enabled=False):
+        return states @ vectors.T

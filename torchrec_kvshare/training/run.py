@@ -24,9 +24,11 @@ from torchrec_kvshare.config import (
     BASELINES,
     BFLOAT16,
     EXCLUDE,
+    GBCE,
     NO_HISTORY,
     POOLED,
     POPULARITY,
+    UNIFORM,
     IdConfig,
     ModelConfig,
     TrainConfig,
@@ -36,7 +38,7 @@ from torchrec_kvshare.data.load import load_shards
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.split_report import NAME_BY_SPLIT, SplitReport, split_report
 from torchrec_kvshare.data.splits import TEST, TRAIN, VALID, split_rule
-from torchrec_kvshare.data.stream import Loading
+from torchrec_kvshare.data.stream import Loading, SamplingSettings
 from torchrec_kvshare.data.targets import MIN_CATALOGUE
 from torchrec_kvshare.errors import ConfigError, DataError, MissingExtraError
 from torchrec_kvshare.features.schema import (
@@ -134,6 +136,11 @@ def train_run(config: TrainConfig) -> Metrics | None:
     _check_model(config.model)
     if unknown := sorted(set(config.budget.baselines) - set(BASELINES)):
         raise ConfigError(f"budget.baselines has {unknown}; {list(BASELINES)} are allowed")
+    if config.next_event_loss == GBCE and config.shared_sampling != UNIFORM:
+        raise ConfigError(
+            f"shared_sampling is {config.shared_sampling}; next_event_loss={GBCE} calibrates "
+            f"{UNIFORM} draws only"
+        )
     check_selection(config.keep_best, config.patience)
     device = device_of(config.device)
     keep_freed_memory(STEP_MEMORY)
@@ -470,7 +477,17 @@ def settings_of(config: TrainConfig) -> TrainSettings:
         keep_checkpoints=config.keep_checkpoints,
         shuffle_shards=config.shuffle_shards,
         loading=Loading(config.workers, config.prefetch),
-        objective=ObjectiveSettings(next_event=config.next_event, shared_items=config.shared_items),
+        objective=ObjectiveSettings(
+            next_event=config.next_event,
+            shared_items=config.shared_items,
+            loss=config.next_event_loss,
+            gbce_t=config.gbce_t,
+        ),
+        sampling=SamplingSettings(
+            negatives=config.negative_sampling,
+            shared=config.shared_sampling,
+            popularity_power=config.popularity_power,
+        ),
         warmup_steps=config.warmup_steps,
         clip_norm=config.clip_norm,
         precision=config.precision,
