@@ -1,7 +1,7 @@
 """A small world for each kind of history encoder, anchored and sliding, with one token or three.
 
 Candidates have two attributes here, so that three tokens differ from both one and two. Tables,
-towers and the ranking stage have widths of their own.
+towers and the ranking stage have widths of their own, and models predict two tasks.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ from torchrec_kvshare.model.ranking import RankingModel
 WIDTH, HEADS = 10, 2
 TOKEN_WIDTH, OUTPUT_WIDTH = 6, 8
 NUM_TOKENS = 3  # the item, its genres, its brands
+TASKS = ("like", "love")
 SLIDING = " sliding"
 SEEN_BACK = 4  # events, seen by every layer of a sliding window
 ANCHORED_WINDOW = Window(MAX_HISTORY, BLOCK)
@@ -108,6 +109,7 @@ def schema_with(window: Window) -> FeatureSchema:
         event_floats=("dwell", "paid"),
         item_attributes=("genres", "brands"),
         histories=(History(HISTORY, window),),
+        tasks=TASKS,
     )
 
 

@@ -46,7 +46,7 @@ def reference_logits(
     raw: dict[str, Any],
     weights_by_key: Mapping[str, list[list[float]]] = NO_WEIGHTS,
 ) -> Tensor:
-    """Return the logits of one raw request, [N] float64.
+    """Return the logits of one raw request, [N, tasks] float64.
 
     ``weights_by_key`` has those of each candidate's ids, for keys of weighted bags.
     """
@@ -63,7 +63,7 @@ def reference_logits(
     dense = [reference_dense(schema, raw, index) for index in range(len(rows))]
     # Dense features reach the model as float32: their rounding is part of the input.
     with torch.no_grad():
-        return ranker(torch.tensor(dense, dtype=torch.float32).double(), None).squeeze(1)
+        return ranker(torch.tensor(dense, dtype=torch.float32).double(), None)
 
 
 def reference_features(

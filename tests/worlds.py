@@ -181,7 +181,10 @@ def see_prefixes(batch: Batch, visible: list[int], times: list[int]) -> Batch:
 def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
     """Compare the answers of two engines, usually one with and one without a cache."""
     for answer, other in zip(answers, expected, strict=True):
-        assert answer.scores == pytest.approx(other.scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
+        assert [*answer.scores_by_task] == [*other.scores_by_task]
+        for task, scores in other.scores_by_task.items():
+            near = pytest.approx(scores, rel=0.0, abs=PROBABILITY_TOLERANCE)
+            assert answer.scores_by_task[task] == near
 
 
 def fresh_process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:

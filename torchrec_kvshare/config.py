@@ -52,7 +52,7 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("shuffle_shards", "prefetch", "shared_items", "patience"), 1),
     **dict.fromkeys(("workers", "split_times", "next_event", "popularity_power"), 0),
     "gbce_t": 0,
-    **dict.fromkeys(("clip_norm", "table_clip"), TINY),
+    **dict.fromkeys(("clip_norm", "table_clip", "task_weights"), TINY),
     **dict.fromkeys(("warmup_steps", "ema_decay"), 0),
 }
 # Greatest allowed value by key; for other keys every finite value is allowed.
@@ -176,7 +176,8 @@ class InteractionsData:
     path: Any = MISSING  # file (may be .gz), folder, glob, or a list of these
     format: Format = field(default_factory=Format)
     columns: Columns = field(default_factory=Columns)
-    label: str | None = None  # rule for positives, such as "rating>=8"; None: every row is one
+    # Rule for positives, such as "rating>=8", or rules by task; None: every row is one.
+    label: Any = None
 
 
 @dataclass
@@ -210,7 +211,7 @@ class ModelConfig:
     num_layers: int = 2  # of each tower
     num_heads: int = 4  # of attention; must divide dim
     dropout: float = 0.1  # share of activations, in towers
-    top_mlp: list[int] = field(default_factory=lambda: [64, 1])  # layer widths; the last must be 1
+    top_mlp: list[int] = field(default_factory=lambda: [64, 1])  # widths; the last, 1, of each task
     max_history: int = 256  # events read; with sliding windows, events each layer sees
     block: int = 64  # events; a window starts at a multiple of it
     window: str = "anchored"  # or sliding
@@ -283,6 +284,7 @@ class TrainConfig:
     batch_targets: int = 256  # targets per batch, each with its negatives
     negatives: int = 7  # sampled per target; 0: the log has its own, with label 0
     negative_sampling: str = UNIFORM  # or popularity; or in_batch: other targets' items
+    task_weights: dict[str, float] = field(default_factory=dict)  # in the ranking loss; others: 1
     next_event: float = 0.02  # weight of the next-event loss beside the ranking loss; 0: none
     next_event_loss: str = SOFTMAX  # or gbce
     gbce_t: float = 0.75  # how far gbce corrects for its draws; 1: scores are calibrated
@@ -621,6 +623,8 @@ def _check_values(config: Any, prefix: str) -> None:
             for entry, entry_value in value.items():
                 if is_dataclass(entry_value):
                     _check_values(entry_value, f"{name}.{entry}.")
+                elif isinstance(entry_value, float):
+                    _check_number(f"{name}.{entry}", entry_value, entry_value, key)
         elif key in NOT_EMPTY and isinstance(value, str) and not value.strip():
             raise ConfigError(f"{name} is empty; set {name}=…, or leave it out")
         elif key in WORDS_BY_KEY and value not in WORDS_BY_KEY[key]:

@@ -128,10 +128,17 @@ Features features_of(const Request& request, const Schema& schema) {
   return features;
 }
 
-std::vector<double> values_of(const at::Tensor& probabilities) {
-  const at::Tensor values = probabilities.contiguous();
-  const double* first = values.const_data_ptr<double>();
-  return {first, first + values.numel()};
+// Splits probabilities [C, tasks].
+Scores scores_of(const at::Tensor& probabilities, const std::vector<std::string>& tasks) {
+  const at::Tensor by_task = probabilities.t().contiguous();
+  const double* next = by_task.const_data_ptr<double>();
+  const int64_t num_candidates = by_task.numel() / static_cast<int64_t>(tasks.size());
+  Scores scores;
+  for (const std::string& task : tasks) {
+    scores.emplace_back(task, std::vector<double>(next, next + num_candidates));
+    next += num_candidates;
+  }
+  return scores;
 }
 
 // A request's id as Python shows it in a message.
@@ -141,11 +148,13 @@ std::string shown_id(const std::string& request_id) {
 }
 
 // A program refuses scores that are not finite itself; the host relies on no program for that.
-void check_scores(const std::vector<double>& scores, const Request& request) {
-  for (std::size_t candidate = 0; candidate < scores.size(); ++candidate) {
-    if (std::isfinite(scores[candidate])) continue;
-    throw ScoreError("the model gave no finite score for candidate " + std::to_string(candidate) +
-                     " of request " + shown_id(request.request_id));
+void check_scores(const Scores& scores, const Request& request) {
+  for (const auto& [task, of_task] : scores) {
+    for (std::size_t candidate = 0; candidate < of_task.size(); ++candidate) {
+      if (std::isfinite(of_task[candidate])) continue;
+      throw ScoreError("the model gave no finite score for candidate " + std::to_string(candidate) +
+                       " of request " + shown_id(request.request_id));
+    }
   }
 }
 
@@ -155,7 +164,7 @@ std::vector<std::string> names_of(const c10::IValue& names) {
   return found;
 }
 
-// How the scores differ from the golden ones; empty if they are equal within the tolerance.
+// How a task's scores differ from the golden ones; empty if they are equal within the tolerance.
 std::string difference(const std::vector<double>& scores, const std::vector<double>& golden) {
   if (scores.size() != golden.size()) {
     return std::to_string(scores.size()) + " scores, not " + std::to_string(golden.size());
@@ -169,12 +178,23 @@ std::string difference(const std::vector<double>& scores, const std::vector<doub
   return "";
 }
 
+// Likewise of all tasks; golden scores are as in an answer.
+std::string difference(const Scores& scores, const Json& golden) {
+  for (const auto& [task, of_task] : scores) {
+    const Json& expected = task.empty() ? golden : golden.at(task);
+    const std::string differs = difference(of_task, expected.get<std::vector<double>>());
+    if (!differs.empty()) return differs + (task.empty() ? "" : " for task " + task);
+  }
+  return "";
+}
+
 }  // namespace
 
-// The program, and the names of the statuses and reasons that its cache answers as numbers.
+// The program, the names of its tasks, and those of the statuses and reasons that its cache answers
+// as numbers.
 struct Host::Program {
   torch::jit::Module module;
-  std::vector<std::string> statuses, reasons;
+  std::vector<std::string> tasks, statuses, reasons;
 
   Program(const fs::path& path, const std::string& version)
       : module(torch::jit::load(path.string())) {
@@ -183,6 +203,7 @@ struct Host::Program {
     if (own_version != version) {
       throw ArtifactError("it is of model " + own_version + "; the manifest is of " + version);
     }
+    tasks = names_of(module.run_method("task_names"));
     statuses = names_of(module.run_method("status_names"));
     reasons = names_of(module.run_method("reason_names"));
   }
@@ -210,14 +231,13 @@ struct Host::Program {
     const auto answer = module.run_method("rank", features).toTuple();
     const at::Tensor use = answer->elements()[1].toTensor().contiguous();
     const int64_t* row = use.const_data_ptr<int64_t>();
-    return {values_of(answer->elements()[0].toTensor()),
+    return {scores_of(answer->elements()[0].toTensor(), tasks),
             {statuses.at(row[0]), reasons.at(row[1]), row[2], row[3]}};
   }
 
   Scored rank_uncached(const Features& features, const Request& request) {
-    Scored scored{{}, {"bypass", "cache_off", 0, request.num_events}};
-    if (request.num_candidates) scored.scores = values_of(module.forward({features}).toTensor());
-    return scored;
+    return {scores_of(module.forward({features}).toTensor(), tasks),
+            {"bypass", "cache_off", 0, request.num_events}};
   }
 };
 
@@ -256,7 +276,7 @@ Scored Host::rank(const Request& request) {
 void Host::check_golden(const Json& golden) {
   for (const Json& one : golden) {
     const Request request = parse_request(one.at("request"), schema_);
-    const auto expected = one.at("scores").get<std::vector<double>>();
+    const Json& expected = one.at("scores");
     for (int round = 0; round < kWarmUpRounds; ++round) {
       const std::string differs = difference(rank(request).scores, expected);
       if (!differs.empty()) throw ArtifactError("the program does not agree: " + differs);

@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 // The artifact cannot be served: one of its files is missing, broken or of another artifact.
@@ -33,8 +34,11 @@ struct CacheUse {
   int64_t cached_events, computed_events;
 };
 
+// Probabilities of all candidates, by task; the name of an unnamed task is empty.
+using Scores = std::vector<std::pair<std::string, std::vector<double>>>;
+
 struct Scored {
-  std::vector<double> scores;
+  Scores scores;
   CacheUse cache;
   double model_ms = 0;  // of the program's call only
 };

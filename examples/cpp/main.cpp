@@ -112,10 +112,18 @@ class WholeFile {
   }
 };
 
+// A list for an unnamed task, else an object by task.
+OrderedJson json_of(const Scores& scores) {
+  if (scores.size() == 1 && scores[0].first.empty()) return scores[0].second;
+  OrderedJson by_task = OrderedJson::object();
+  for (const auto& [task, of_task] : scores) by_task[task] = of_task;
+  return by_task;
+}
+
 // The project's one answer format.
 std::string answer_line(const Request& request, const Scored& scored, const std::string& version) {
   const CacheUse& cache = scored.cache;
-  OrderedJson rest = {{"scores", scored.scores},
+  OrderedJson rest = {{"scores", json_of(scored.scores)},
                             {"model_version", version},
                             {"cache",
                              {{"status", cache.status},

@@ -36,7 +36,7 @@ def merged_logits(paths: Paths, requests: list[Request], chunk_rows: int) -> Ten
     batch = collate(requests, paths.schema)
     merged = paths.merged(chunk_rows)
     with torch.no_grad():
-        return merged(batch.dense_features, batch.sparse_features).squeeze(1)
+        return merged(batch.dense_features, batch.sparse_features)
 
 
 def shared_logits(paths: Paths, requests: list[Request]) -> Tensor:

@@ -38,7 +38,10 @@ def write_folder(
         folder / "items.parquet",
         ("id", log.items.ids, TEXT),
         ("num_training", _counts(dataset, in_training), pa.int64()),
-        ("num_positive", _counts(dataset, in_training & (dataset.label > 0)), pa.int64()),
+        *(
+            (f"num_positive{task}", _counts(dataset, in_training & (labels > 0)), pa.int64())
+            for task, labels in enumerate(dataset.labels.T)
+        ),
         *((name, values, LIST) for name, values in log.item_attributes.items()),
         *((name, values, pa.float32()) for name, values in log.item_floats.items()),
     )
@@ -48,13 +51,14 @@ def write_folder(
         users = np.arange(shard, dataset.num_users, num_shards)
         _write_shard(dataset, folder / f"shards/{shard:05}", users)
     manifest = {
-        "format": 2,
+        "format": 3,
         "num_users": dataset.num_users,
         "num_items": len(log.items.ids),
         "num_events": len(dataset.time),
-        "num_positive": int(dataset.label.sum()),
+        "num_positive": int(dataset.is_positive.sum()),
         "num_shards": num_shards,
         "split_rule": rule.to_json(),
+        "tasks": list(log.labels),
         "item_attributes": list(log.item_attributes),
         "item_floats": list(log.item_floats),
         "user_attributes": list(log.user_attributes),
@@ -91,7 +95,10 @@ def _write_shard(dataset: Dataset, path: Path, users: Ints) -> None:
         path.with_suffix(".events.parquet"),
         ("item", dataset.item[events], pa.int32()),
         ("time", dataset.time[events], pa.int64()),
-        ("label", dataset.label[events].astype(np.uint8), pa.uint8()),
+        *(
+            (f"label{task}", labels[events].astype(np.uint8), pa.uint8())
+            for task, labels in enumerate(dataset.labels.T)
+        ),
         *(
             (f"event{number}", ids.codes[events], pa.int32())
             for number, ids in enumerate(log.event_attributes.values())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
 from torchrec_kvshare.data.tables import ValueColumn, encode
-from torchrec_kvshare.features.schema import HISTORY, History, Window
+from torchrec_kvshare.features.schema import HISTORY, UNNAMED_TASK, History, Window
 
 ITEMS = tuple(str(number) for number in range(100, 112))
 ACTIONS = ("view", "buy", "rate")
@@ -61,7 +61,7 @@ def log_of(events: list[Event]) -> InteractionLog:
         users=users,
         items=items,
         time=np.array([event.time for event in events], np.int64),
-        label=np.array([event.label for event in events], np.float32),
+        labels={UNNAMED_TASK: np.array([event.label for event in events], np.float32)},
         event_attributes={
             "action": encode(event.action for event in events),
             "mood": encode(event.mood for event in events),

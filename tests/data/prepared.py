@@ -34,16 +34,23 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
     numbers = [manifest[f"num_{what}"] for what in ("users", "items", "events", "positive")]
     assert numbers == [
         *(len(log.users.ids), len(log.items.ids), len(log.time)),
-        int(log.label.sum()),
+        int(dataset.is_positive.sum()),
     ]
+    assert manifest["tasks"] == list(log.labels)
 
     items = rows_of(folder / "items.parquet")
     in_training = dataset.split == 0
-    positive = dataset.item[in_training & (log.label == 1)]
+    positive = {
+        f"num_positive{task}": dataset.item[in_training & (labels == 1)]
+        for task, labels in enumerate(log.labels.values())
+    }
     assert items == {
         "id": log.items.ids,
         "num_training": np.bincount(dataset.item[in_training], minlength=numbers[1]).tolist(),
-        "num_positive": np.bincount(positive, minlength=numbers[1]).tolist(),
+        **{
+            name: np.bincount(found, minlength=numbers[1]).tolist()
+            for name, found in positive.items()
+        },
         **{name: list(map(list, values)) for name, values in log.item_attributes.items()},
         **{name: values.tolist() for name, values in log.item_floats.items()},
     }
@@ -80,7 +87,9 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
             **{name: floats[codes].tolist() for name, floats in log.user_floats.items()},
         }
         chosen = np.isin(dataset.event_user, codes)
-        columns = {"item": dataset.item, "time": dataset.time, "label": log.label.astype(int)}
+        columns = {"item": dataset.item, "time": dataset.time}
+        for task, labels in enumerate(log.labels.values()):
+            columns[f"label{task}"] = labels.astype(int)
         for number, ids in enumerate(log.event_attributes.values()):
             columns[f"event{number}"] = ids.codes
         for number, column in enumerate(log.request_attributes.values()):
@@ -92,7 +101,7 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
         events = pq.read_table(folder / "shards" / f"{shard:05d}.events.parquet")
         assert events.to_pydict() == {k: v[chosen].tolist() for k, v in columns.items()}
         types = {field.name: str(field.type) for field in events.schema}
-        kinds = {"time": "int64", "label": "uint8"}
+        kinds = {"time": "int64"} | {f"label{task}": "uint8" for task in range(len(log.labels))}
         kinds |= {name: "float" for name in columns if "float" in name}
         assert types == {name: kinds.get(name, "int32") for name in columns}
 

@@ -76,7 +76,7 @@ def events_of(dataset: Dataset) -> list[Event]:
             dataset.item.tolist(),
             dataset.time.tolist(),
             actions.codes.tolist(),
-            dataset.label.astype(int).tolist(),
+            dataset.labels[:, 0].astype(int).tolist(),
             surfaces,
             moods.codes.tolist(),
             log.request_floats["battery"].tolist(),
@@ -189,10 +189,10 @@ def test_a_float_that_is_not_finite_is_refused_by_its_item(value: float) -> None
 @pytest.mark.parametrize("value", [np.nan, 0.5, 2])
 def test_a_label_is_0_or_1(value: float) -> None:
     log = log_of(WORLD)
-    label = log.label.copy()
+    label = log.labels[""].copy()
     label[3] = value
     with pytest.raises(DataError, match=f"a label is {value}.*; 0 and 1 are allowed"):
-        build_dataset(replace(log, label=label), HISTORIES)
+        build_dataset(replace(log, labels={"": label}), HISTORIES)
 
 
 @given(event_lists)

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def time_of(folder: Path, text: str) -> int | None:
 
 
 def labels(folder: Path, rule: str, values: list[str]) -> list[float]:
-    return read_label(folder, rule, values).label.tolist()
+    return read_label(folder, rule, values).labels[""].tolist()
 
 
 # --- formats
@@ -124,7 +125,7 @@ def test_every_format_gives_the_same_log(tmp_path: Path, name: str) -> None:
     assert decoded(log.users) == ["17850", "12", "17850"]
     assert decoded(log.items) == ["85123A", "007", 'q"t,']
     assert log.time.tolist() == [5, 7, 8]
-    assert log.label.tolist() == [1, 1, 0]
+    assert log.labels[""].tolist() == [1, 1, 0]
     assert decoded(log.event_attributes["action"]) == ["4.5", "4", "2"]
     assert log.item_attributes == {"tags": [("a", "b"), ("c",), ("d",)]}
     assert log.item_floats["rating"].tolist() == [4.5, 4, 2]
@@ -258,8 +259,8 @@ def test_iso_times_agree_with_datetime(
 
 def test_label_is_one_without_a_rule(tmp_path: Path) -> None:
     log = read(tmp_path, "user,item,time\nu,i,1\nu,j,2\n")
-    assert log.label.tolist() == [1, 1]
-    assert log.label.dtype == np.float32
+    assert log.labels[""].tolist() == [1, 1]
+    assert log.labels[""].dtype == np.float32
     assert log.event_attributes == {}
 
 
@@ -311,7 +312,7 @@ def test_only_the_most_frequent_values_of_a_label_are_shown(tmp_path: Path) -> N
 def test_a_label_rule_of_one_class_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert read_label(tmp_path, "value>=1", ["1", "2"]).label.tolist() == [1, 1]
+    assert read_label(tmp_path, "value>=1", ["1", "2"]).labels[""].tolist() == [1, 1]
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert "label rule 'value>=1' makes every row of" in record.getMessage()
@@ -322,6 +323,55 @@ def test_two_classes_are_no_matter_for_a_warning(
 ) -> None:
     read_label(tmp_path, "value>=2", ["1", "2"])
     assert caplog.records == []
+
+
+def test_each_task_has_its_own_labels(tmp_path: Path) -> None:
+    rows = "u,i,1,3,yes\nu,j,2,4,no\nu,k,3,5,\nu,l,4,,no\nu,m,5,5,no\nu,n,6,2,yes\n"
+    rules = {"love": "stars>=5", "like": "stars>=4", "kept": "kept==yes"}
+    columns = ColumnMapping("user", "item", "time", label=rules)
+    log = read(tmp_path, f"user,item,time,stars,kept\n{rows}", columns)
+    assert list(log.labels) == list(columns.tasks) == ["love", "like", "kept"]
+    # A row that one of the rules cannot compare is dropped: its other labels would be alone.
+    assert [labels.tolist() for labels in log.labels.values()] == [
+        [0, 0, 1, 0],
+        [0, 1, 1, 0],
+        [1, 0, 0, 1],
+    ]
+    assert log.report.dropped == {"bad label": 2}
+    assert "line 4: bad label: kept is ''" in str(log.report)
+    assert "line 5: bad label: stars is ''" in str(log.report)
+    said = "25.0% positive for love, 50.0% positive for like, 50.0% positive for kept"
+    assert said in str(log.report)
+
+
+def test_a_rule_that_fits_nothing_is_named_with_its_task(tmp_path: Path) -> None:
+    rules = {"like": "value>=4", "love": "value>=9"}
+    expected = r"label rule 'value>=9' of task 'love' makes no row of .* positive; the most"
+    columns = ColumnMapping("user", "item", "time", label=rules)
+    with pytest.raises(DataError, match=expected):
+        read(tmp_path, "user,item,time,value\nu,i,1,4\nu,j,2,5\n", columns)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ({}, "there is no task; at least one is needed"),
+        ({"": "a>1"}, "the tasks are"),
+        ({"lengths": "a>1"}, "'lengths' is not allowed: distinct names of letters, digits, _"),
+        ({"a b": "a>1"}, "the tasks are ['a b']; 'a b' is not allowed"),
+        ({"1st": "a>1"}, "'1st' is not allowed"),
+        ({3: "a>1"}, "3 is not allowed"),
+        ({"like": "a=1"}, "label rule 'a=1' of task 'like'; allowed: COLUMN OPERATOR VALUE, with"),
+        ({"like": "a>1", "love": 4}, "label rule 4 of task 'love'; allowed: COLUMN OPERATOR VALUE"),
+        ({"like": "a>b"}, "label rule 'a>b' of task 'like' orders by text 'b'"),
+        ("{like: a>1, love: a>2}", 'or rules by task, such as {like: "rating>=4", love:'),
+        (["a>1"], "label rule ['a>1']; allowed: COLUMN OPERATOR VALUE"),
+    ],
+)
+def test_a_mistake_in_a_label_names_the_task_and_what_is_allowed(label: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
+        ColumnMapping("user", "item", "time", label=label)
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("rule", ["value==true", "value==True", "value!=false"])
@@ -618,7 +668,7 @@ def test_the_report_says_times_ties_and_the_share_of_positives(tmp_path: Path) -
     # Two events of u are at one moment, and v has one at the same.
     rows = ["u,a,1291191960,5", "u,b,1291191960,1", "v,a,1291191960,2", "u,c,1291278360,4"]
     log = read(tmp_path, "\n".join(["user,item,time,stars", *rows]), columns)
-    assert log.report.summary == ("Unix seconds", 1_291_191_960, 1_291_278_360, 0.5, 0.5)
+    assert log.report.summary == ("Unix seconds", 1_291_191_960, 1_291_278_360, 0.5, {"": 0.5})
     assert str(log.report).split("\n  ")[1] == (
         "times (Unix seconds) from 2010-12-01T08:26:00Z to 2010-12-02T08:26:00Z; 50.0% of the "
         "events at the time of another of their user; 50.0% positive"
@@ -820,7 +870,7 @@ def test_columns_that_do_not_fit_are_refused(name: str) -> None:
             users=value_by_name.get("users", column),
             items=value_by_name.get("items", column),
             time=value_by_name.get("time", np.arange(3)),
-            label=value_by_name.get("label", np.ones(3, np.float32)),
+            labels={"like": value_by_name.get("label", np.ones(3, np.float32))},
             event_attributes={"action": value_by_name.get("action", column)},
             item_attributes={"tag": [()] * (3 if name == "tag" else 2)},
             item_floats={"price": np.zeros(2, np.float32)},

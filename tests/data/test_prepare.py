@@ -123,7 +123,7 @@ def write_csv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] =
     return path
 
 
-def data_of(path: Path | str | list[str], label: str | None = None, **values: Any) -> DataConfig:
+def data_of(path: Path | str | list[str], label: Any = None, **values: Any) -> DataConfig:
     columns = values.pop("columns", COLUMNS)
     paths = path if isinstance(path, list) else str(path)
     return InteractionsData(path=paths, columns=columns, label=label, format=Format(**values))
@@ -132,9 +132,15 @@ def data_of(path: Path | str | list[str], label: str | None = None, **values: An
 # --- kinds of files
 
 
-@pytest.mark.parametrize("label", [None, "stars>=3", "what==buy", "time>1700010000"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        *(None, "stars>=3", "what==buy", "time>1700010000"),
+        {"love": "stars>=4", "buy": "what==buy", "like": "stars>=2"},
+    ],
+)
 def test_rows_of_every_kind_of_badness_are_dropped_and_reported_as_in_memory(
-    tmp_path: Path, label: str | None
+    tmp_path: Path, label: Any
 ) -> None:
     path = write_csv(tmp_path / "log.csv", with_bad(good_rows(400)))
     with path.open("a") as file:

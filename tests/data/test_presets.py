@@ -174,7 +174,7 @@ def test_online_retail_is_read_in_full(tmp_path: Path, name: str) -> None:
     assert decoded(log.users) == ["17850", "17850", "12583", "12583"]
     assert decoded(log.items) == ["85123A", "71053", "85123A", "15056bl"]
     assert log.time[0] == 1_291_191_960
-    assert log.label.tolist() == [1, 1, 1, 1]
+    assert log.labels[""].tolist() == [1, 1, 1, 1]
     assert log.event_attributes == {}
     assert set(log.item_floats) == {"price"}
     # Row 4, without a customer, is not in the median of 85123A.
@@ -269,7 +269,7 @@ def test_movielens_label_follows_the_rating(
 ) -> None:
     log = read_movielens(case.root(tmp_path), positive_rating)
     stars = np.array([float(text) for text in decoded(log.event_attributes["action"])])
-    np.testing.assert_array_equal(log.label, stars >= positive_rating)
+    np.testing.assert_array_equal(log.labels[""], stars >= positive_rating)
 
 
 def test_movielens_csv_is_read_in_full(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_the_complete_journey_is_read_in_full(tmp_path: Path) -> None:
     assert decoded(log.items) == ["1095275", "26081", "1095275", "1095275"]
     first = 1_483_271_606  # 2017-01-01T11:53:26Z
     assert log.time.tolist() == [first, first, first + 1_984, first + 174_784]
-    assert log.label.tolist() == [1, 1, 1, 1]
+    assert log.labels[""].tolist() == [1, 1, 1, 1]
     assert log.event_attributes == {}
     assert log.item_attributes == {
         "department": [("PASTRY",), ("MISCELLANEOUS",)],

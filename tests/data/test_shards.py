@@ -123,7 +123,7 @@ def assert_same_users(part: Dataset, whole: Dataset) -> None:
     for user, code in enumerate(part.user_code.tolist()):
         ours = slice(*part.user_offsets[user : user + 2].tolist())
         theirs = slice(*whole.user_offsets[code : code + 2].tolist())
-        for name in ("item", "time", "label", "num_earlier", "split"):
+        for name in ("item", "time", "labels", "num_earlier", "split"):
             assert np.array_equal(getattr(part, name)[ours], getattr(whole, name)[theirs]), name
         assert part.keys_of(np.arange(ours.start, ours.stop)).tolist() == list(
             range(theirs.start, theirs.stop)
@@ -152,7 +152,7 @@ def test_the_columns_of_a_data_set_are_all_compared() -> None:
     assert {field.name for field in fields(Dataset)} == {
         *("log", "schema", "user_code", "first_event", "user_offsets", "item", "time"),
         *(
-            "label",
+            "labels",
             "num_earlier",
             "split",
             "user_row",
@@ -350,7 +350,7 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = write_folder(log_of(events()), tmp_path / "folder", 2)
     manifest = json.loads((folder / "prepared.json").read_text())
     (folder / "prepared.json").write_text(json.dumps(manifest | {"format": 7}))
-    with pytest.raises(DataError, match="has format 7; format 2 can be read: prepare it again"):
+    with pytest.raises(DataError, match="has format 7; format 3 can be read: prepare it again"):
         open_prepared(folder, HISTORIES)
 
 

@@ -216,7 +216,8 @@ def candidates_by_user(batch: Batch) -> list[tuple[int, ...]]:
     users = features[USER].values()[inverse[keys.index(USER)]].tolist()
     items = features[candidate_key(ITEM)].values().tolist()
     probabilities = features[TARGET_PROBABILITY].values().tolist()
-    return sorted(zip(users, items, batch.labels.tolist(), probabilities, strict=True))
+    labels = batch.labels[:, 0].tolist()
+    return sorted(zip(users, items, labels, probabilities, strict=True))
 
 
 @by_sampling

@@ -24,7 +24,7 @@ def world() -> InteractionLog:
 
 def digest(log: InteractionLog) -> str:
     """Everything in the log, in one text."""
-    parts = [log.users, log.items, log.event_attributes, log.time.tolist(), log.label.tolist()]
+    parts = [log.users, log.items, log.event_attributes, log.time.tolist(), log.labels[""].tolist()]
     parts += [log.item_attributes, log.user_attributes, log.item_floats["price"].tolist()]
     arrays = [log.users.codes.tolist(), log.items.codes.tolist()]
     with np.printoptions(threshold=sys.maxsize):
@@ -193,7 +193,7 @@ def test_every_item_has_a_category_and_a_price_and_every_user_a_country(
 def test_nothing_is_dropped_and_all_is_positive(world: InteractionLog) -> None:
     assert world.report.dropped == {}
     assert world.report.rows_kept == len(world.time)
-    assert (world.label == 1).all()
+    assert (world.labels[""] == 1).all()
 
 
 @settings(max_examples=25)

@@ -272,7 +272,7 @@ def test_every_value_of_a_batch_is_that_of_the_log(events: Events) -> None:
     dense = np.concatenate([clock_features(times), floats, prices], axis=1)
     assert np.array_equal(batch.dense_features.numpy(), dense)
     labels = [[target.label] + [0] * (NUM_CANDIDATES - 1) for target in targets]
-    assert batch.labels.tolist() == [label for group in labels for label in group]
+    assert batch.labels.tolist() == [[label] for group in labels for label in group]
 
 
 @given(event_lists)
@@ -295,7 +295,7 @@ def test_attributes_stand_on_their_own_event(events: Events) -> None:
 def logits(batch: Batch, dataset: Dataset) -> Tensor:
     model = make_dlrm(3, dataset.schema)
     with torch.no_grad():
-        return model(batch.dense_features, batch.sparse_features).squeeze(1)
+        return model(batch.dense_features, batch.sparse_features)
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def test_requests_of_a_window_share_its_prefill() -> None:
     targets = [ordered[index] for index in windows.targets]
     surfaces = rows_of(batch, context_key("surface"))
     assert surfaces == [vocabulary.rows(target.surfaces) for target in targets]
-    assert batch.labels.tolist() == [target.label for target in targets]
+    assert batch.labels.tolist() == [[target.label] for target in targets]
     visible = features[visible_key(HISTORY)].values().tolist()
     assert visible == [len(seen_by(target, events)) for target in targets]
 

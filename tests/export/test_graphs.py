@@ -92,7 +92,7 @@ def assert_equals_eager(
     """Logits of a model of the usual schema, uncached and through pages."""
     requests = parse_all([draw_raw(*user) for user in users])
     batch = collate(requests, SCHEMA)
-    expected = model(batch.dense_features, batch.sparse_features).squeeze(1)
+    expected = model(batch.dense_features, batch.sparse_features)
     uncached = got(batch.dense_features, batch.sparse_features)
     assert_close(uncached, expected, PATH_TOLERANCE)
     assert_close(score_through_pages(got, requests, SCHEMA), expected, PATH_TOLERANCE)

@@ -30,6 +30,7 @@ from torchrec_kvshare.features.tensors import input_specs, request_tensors
 from torchrec_kvshare.model.quantised import TABLE_DTYPES, quantise_tables
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.verify.parity import probabilities_of
 
 pytestmark = pytest.mark.optimised
 
@@ -59,7 +60,7 @@ def engine_scores(model: RankingModel, raws: list[Raw]) -> Tensor:
     answers = Engine(model, SCHEMA, store=None, version=version_called(VERSION)).rank(
         parse_all(raws)
     )
-    return torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
+    return probabilities_of(answers).squeeze(1)
 
 
 # --- the module
@@ -72,7 +73,7 @@ def test_scores_are_the_reference_models_probabilities() -> None:
     logits = torch.cat([reference_logits(dlrm, SCHEMA, raw) for raw in raws])
     torch.testing.assert_close(
         scores_of(factory.create_predict_module(), raws),
-        torch.sigmoid(logits),
+        torch.sigmoid(logits).squeeze(1),
         rtol=0.0,
         atol=PROBABILITY_TOLERANCE,
     )

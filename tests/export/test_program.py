@@ -43,6 +43,7 @@ from torchrec_kvshare.model.quantised import TABLE_DTYPES, quantise_tables
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.verify.audit import audit_model
+from torchrec_kvshare.verify.parity import probabilities_of
 
 Raw = dict[str, Any]
 
@@ -90,8 +91,7 @@ def uncached(
     raws: list[Raw], model: RankingModel = LONG_MODEL, schema: FeatureSchema = LONG
 ) -> Tensor:
     engine = Engine(model, schema, store=None)
-    answers = engine.rank([parse_request(raw, schema) for raw in raws])
-    return torch.tensor([s for answer in answers for s in answer.scores], dtype=torch.float64)
+    return probabilities_of(engine.rank([parse_request(raw, schema) for raw in raws]))
 
 
 def assert_right(scores: Tensor, expected: Tensor) -> None:
@@ -262,8 +262,8 @@ def test_a_request_without_candidates_has_no_scores_and_is_kept() -> None:
     program = new_program()
     nobody = user("a", 40, num_candidates=0)
     scores, uses = rank(program, [nobody])
-    assert (scores.shape, uses) == ((0,), [Use("miss", "cold", 0, 40)])
-    assert program(tensors_of([nobody])).shape == (0,)
+    assert (scores.shape, uses) == ((0, 1), [Use("miss", "cold", 0, 40)])
+    assert program(tensors_of([nobody])).shape == (0, 1)
     raws = [user("a", 40, num_candidates=0), user("b", 20), user("c", 0, num_candidates=0)]
     scores, uses = rank(program, raws)
     assert [use.status for use in uses] == ["hit", "miss", "bypass"]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.encoder_worlds import ANCHORED_WINDOW, make_caches, schema_with, world_of
-from tests.worlds import PROBABILITY_TOLERANCE, draw_raw
+from tests.worlds import PROBABILITY_TOLERANCE, assert_same_scores, draw_raw
 from torchrec_kvshare.cache.identity import NO_CONTEXT, UNNAMED, PrefixDigests, identity_of
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.errors import ConfigError, RequestError
@@ -33,6 +33,7 @@ from torchrec_kvshare.features.tensors import request_tensors
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.columns import column_specs, column_tensors, raw_requests
+from torchrec_kvshare.verify.parity import probabilities_of
 
 OWN = schema_with(ANCHORED_WINDOW)
 
@@ -194,7 +195,7 @@ def test_an_edited_float_is_a_miss_and_scored_anew() -> None:
     assert (other.cache.reason, other.cache.cached_events) == ("edited", 10)
     assert other.scores != first.scores
     [expected] = Engine(model, OWN, None, version=UNNAMED).rank([parse_request(edited, OWN)])
-    assert other.scores == pytest.approx(expected.scores, abs=PROBABILITY_TOLERANCE)
+    assert_same_scores([other], [expected])
 
 
 def test_a_program_refuses_floats_that_are_none_and_misses_edited_ones() -> None:
@@ -219,7 +220,9 @@ def test_a_program_refuses_floats_that_are_none_and_misses_edited_ones() -> None
     assert program.reason_names()[int(use[0, 1])] == "edited"
     assert use[0, 2:].tolist() == [11, 1]
     [expected] = Engine(program.ranking, OWN, None, version=UNNAMED).rank([parse_request(raw, OWN)])
-    assert scores.tolist() == pytest.approx(expected.scores, abs=PROBABILITY_TOLERANCE)
+    torch.testing.assert_close(
+        scores, probabilities_of([expected]), rtol=0.0, atol=PROBABILITY_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("value", [None, "3", False, math.nan, -math.inf, [1.0], 10**400])

@@ -100,7 +100,7 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 @torch.no_grad()
 def score(world: World, raws: list[RawRequest]) -> Tensor:
     batch = collate(parse_all(raws, world.schema), world.schema)
-    return world.dlrm(batch.dense_features, batch.sparse_features).squeeze(1)
+    return world.dlrm(batch.dense_features, batch.sparse_features)
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def test_batchmates_order_and_splits_do_not_matter(
     num_first = data.draw(st.integers(1, len(together)))
     chosen = take_candidates(batch, order[:num_first])
     with torch.no_grad():
-        got = world.dlrm(chosen.dense_features, chosen.sparse_features).squeeze(1)
+        got = world.dlrm(chosen.dense_features, chosen.sparse_features)
     assert_close(got, together[order[:num_first]], PATH_TOLERANCE)
 
 

@@ -488,7 +488,7 @@ def test_a_target_has_the_logits_of_its_request(share_prefill: bool) -> None:
         shown = [dataset.log.items.ids[code] for code in (own[index], np.roll(own, 1)[index])]
         request = raw_request(ordered[target], events, shown)
         served = collate([parse_request(request, dataset.schema)], dataset.schema)
-        expected = model(served.dense_features, served.sparse_features).squeeze(1)
+        expected = model(served.dense_features, served.sparse_features)
         assert_close(trained[index], expected, PATH_TOLERANCE)
 
 

@@ -35,7 +35,7 @@ RawRequest = dict[str, Any]
 
 @torch.no_grad()
 def logits_of(model: DLRM, batch: Batch) -> Tensor:
-    return model(batch.dense_features, batch.sparse_features).squeeze(1)
+    return model(batch.dense_features, batch.sparse_features)
 
 
 def score(model: DLRM, raws: list[RawRequest]) -> Tensor:

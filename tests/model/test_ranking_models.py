@@ -77,7 +77,7 @@ def test_the_model_takes_the_collection_unmodified(model: nn.Module, expected: T
     got = model(batch.dense_features, batch.sparse_features)
     assert got.shape == (15, 1)
     assert expected.std() > 100 * LOGIT_TOLERANCE
-    torch.testing.assert_close(got.squeeze(1).double(), expected, rtol=0.0, atol=LOGIT_TOLERANCE)
+    torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=LOGIT_TOLERANCE)
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def test_torchrecs_own_bags_will_do() -> None:
     expected = torch.cat([reference_logits(model, SCHEMA, raw) for raw in draw_raws(USERS)])
     batch = collate(parse_all(draw_raws(USERS)), SCHEMA)
     with torch.no_grad():
-        got = model(batch.dense_features, batch.sparse_features).squeeze(1)
+        got = model(batch.dense_features, batch.sparse_features)
     torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=LOGIT_TOLERANCE)
 
 
@@ -217,8 +217,11 @@ def test_training_scores_are_serving_scores(dlrm: DLRM) -> None:
         batch, [request.num_events for request in asked], [request.time for request in asked]
     )
     order = torch.tensor([14, 3, 0, 8, 1, 2, 13, 4, 7, 5, 6, 9, 12, 10, 11])
-    _, (_, logits, labels) = DLRMTrain(dlrm)(take_candidates(training, order))
-    assert torch.equal(labels, torch.zeros(15))
+    chosen = take_candidates(training, order)
+    assert torch.equal(chosen.labels, torch.zeros(15, 1))
+    chosen.labels = chosen.labels.squeeze(1)  # TorchRec's own objective is of one task.
+    _, (_, logits, _) = DLRMTrain(dlrm)(chosen)
     with torch.no_grad():
-        serving = dlrm(batch.dense_features, batch.sparse_features).squeeze(1)
-    torch.testing.assert_close(logits.detach(), serving[order], rtol=0.0, atol=PATH_TOLERANCE)
+        serving = dlrm(batch.dense_features, batch.sparse_features)
+    expected = serving[order].squeeze(1)
+    torch.testing.assert_close(logits.detach(), expected, rtol=0.0, atol=PATH_TOLERANCE)

@@ -53,7 +53,7 @@ from torchrec_kvshare.features.schema import (
 from torchrec_kvshare.features.tensors import USER_KEY, request_tensors, user_key
 from torchrec_kvshare.model.quantised import quantise_tables
 from torchrec_kvshare.model.ranking import RankingModel
-from torchrec_kvshare.scoring.engine import Answer, Engine
+from torchrec_kvshare.scoring.engine import Answer, Engine, answered_scores
 from torchrec_kvshare.scoring.files import score_lines
 
 FAILED, MISUSED, REFUSED = 1, 2, 3
@@ -124,11 +124,12 @@ class Python:
 
     @torch.no_grad()
     def _rank(self, request: Request) -> Json:
-        scores, use = self.program.rank(request_tensors([request], self.schema))
+        found, use = self.program.rank(request_tensors([request], self.schema))
+        scores = answered_scores(found, self.schema.tasks)
         status, reason, cached, computed = use[0].tolist()
         names = self.program.status_names()[status], self.program.reason_names()[reason]
         cache = CacheUse(*names, cached, computed, "pages" if cached else "none")
-        answer = Answer(request.request_id, scores.tolist(), str(self.version), cache)
+        answer = Answer(request.request_id, scores, str(self.version), cache)
         return without_age(answer.to_json())
 
 
@@ -177,17 +178,35 @@ def test_scores_and_statuses_are_pythons_to_the_bit(
     assert ("miss", "evicted") in statuses_of(small)
 
 
-def test_quantised_tables_and_own_operators_are_loaded(
-    ask: Ask, tmp_path_factory: pytest.TempPathFactory
+def test_quantised_tables_and_own_operators_are_loaded_and_tasks_are_named(
+    host: Path, ask: Ask, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The program calls operators of fbgemm that others do not, and some that only we have."""
-    model = quantise_tables(RankingModel(make_dlrm(5)).eval(), "int8")
+    schema = replace(SCHEMA, tasks=("like", "love"))
+    model = quantise_tables(RankingModel(make_dlrm(5, schema)).eval(), "int8")
     artifact = tmp_path_factory.mktemp("native") / "artifact"
-    export_model(model, SCHEMA, artifact)
+    export_model(model, schema, artifact)
     raws = [draw_raw(events, 3, seed) for seed, events in enumerate((0, 1, 5, 14, 14, 40))]
+    raws.append(draw_raw(5, 0, 6))
     lines = grown([json.dumps(raw).encode() for raw in raws])
-    expected = Python(artifact).cached(lines, CAPACITY_BYTES, TTL_S)
-    assert ask(artifact, lines) == expected
+    python = Python(artifact)
+    answers = ask(artifact, lines)
+    assert answers == python.cached(lines, CAPACITY_BYTES, TTL_S)
+    assert [*answers[0]["scores"]] == ["like", "love"]
+    assert answers[-1]["scores"] == {"like": [], "love": []}
+    assert ask(artifact, lines, "--cache", "off") == python.uncached(lines)
+    # A host checks the golden scores of every task.
+    refused = tmp_path_factory.mktemp("refused")
+    shutil.copytree(artifact, refused / "spoilt")
+    rewrite(refused / "spoilt" / "golden.json", add_to_love)
+    said = refusal(host, refused)
+    assert "golden.json: the program does not agree: candidate 0 has the score" in said
+    assert said.endswith(" for task love")
+
+
+def add_to_love(golden: Any) -> None:
+    one = next(one for one in golden if one["scores"]["love"])
+    one["scores"]["love"][0] += 1e-4
 
 
 @pytest.mark.skipif(not RETAIL.is_dir(), reason="Online Retail does not lie beside the checkout")
@@ -249,7 +268,7 @@ def with_items(map_of_ids: IdMap) -> FeatureSchema:
 
 
 class Echo(nn.Module):
-    """A program whose scores are its input tensors and their names."""
+    """A program whose scores are its input tensors and their names, for one unnamed task."""
 
     user_key: Final[str] = USER_KEY
 
@@ -267,7 +286,11 @@ class Echo(nn.Module):
                 parts.append(torch.tensor(tensor.size()))
                 parts.append(torch.tensor([tensor.is_floating_point(), tensor.is_contiguous()]))
                 parts.append(tensor.flatten())
-        return torch.cat([part.double() for part in parts])
+        return torch.cat([part.double() for part in parts]).unsqueeze(1)
+
+    @torch.jit.export
+    def task_names(self) -> list[str]:
+        return [""]
 
     @torch.jit.export
     def rank(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -292,7 +315,7 @@ class Echo(nn.Module):
 
 def echo_of(raw: Json, schema: FeatureSchema) -> list[float]:
     """Return the scores of an echo for Python's tensors."""
-    return Echo()(request_tensors([parse_request(raw, schema)], schema)).tolist()
+    return Echo()(request_tensors([parse_request(raw, schema)], schema)).flatten().tolist()
 
 
 def write_echo(folder: Path, schema: FeatureSchema) -> Path:
@@ -428,7 +451,7 @@ def test_ids_are_spelt_as_in_python(ask: Ask, tmp_path: Path, kind: str) -> None
     assert min(rows) > 1
     tensors["candidates.item_id.values"] = torch.tensor(rows)
     [answer] = ask(folder, [json.dumps(changed(raw, "candidates", item_id=spellings)).encode()])
-    assert answer["scores"] == Echo()(tensors).tolist(), seed
+    assert answer["scores"] == Echo()(tensors).flatten().tolist(), seed
 
 
 def test_hashed_ids_have_the_rows_that_python_always_gave(ask: Ask, tmp_path: Path) -> None:
@@ -440,7 +463,7 @@ def test_hashed_ids_have_the_rows_that_python_always_gave(ask: Ask, tmp_path: Pa
     rows = [NUM_RESERVED_ROWS + row for _, row in GOLDEN.values()]
     tensors["candidates.item_id.values"] = torch.tensor(rows)
     [answer] = ask(folder, [json.dumps(raw).encode()])
-    assert answer["scores"] == Echo()(tensors).tolist()
+    assert answer["scores"] == Echo()(tensors).flatten().tolist()
 
 
 BLANKS = ("", " ", "\t\n", "\x1c", "\xa0\u2003", "\u3000", [], {}, [7])

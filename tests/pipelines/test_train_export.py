@@ -162,8 +162,8 @@ def test_a_label_rule_decides_what_is_positive(tmp_path: Path) -> None:
     dataset = load_data(config).read([0])
     actions = dataset.log.event_attributes["action"]
     liked = [code for code, stars in enumerate(actions.ids) if int(stars) >= 4]
-    assert dataset.label.tolist() == np.isin(actions.codes, liked).tolist()
-    assert 0 < dataset.label.mean() < 1
+    assert dataset.labels[:, 0].tolist() == np.isin(actions.codes, liked).tolist()
+    assert 0 < dataset.labels.mean() < 1
     assert dataset.log.report.dropped == {"no user": 8}
 
 

@@ -91,7 +91,8 @@ def cut(raw: RawRequest, num_events: int) -> RawRequest:
 
 def test_scores_are_the_references_probabilities(ranking_model: RankingModel, dlrm: DLRM) -> None:
     raws = [raw_of("a", 11, 3, 1), raw_of("b", 0, 2, 2), raw_of("c", 25, 4, 3)]
-    expected = [torch.sigmoid(reference_logits(dlrm, SCHEMA, raw)).tolist() for raw in raws]
+    logits = [reference_logits(dlrm, SCHEMA, raw) for raw in raws]
+    expected = [torch.sigmoid(of_request).flatten().tolist() for of_request in logits]
     engine = make_engine(ranking_model, 20)
     for _ in range(2):
         for answer, scores in zip(rank(engine, *raws), expected, strict=True):

@@ -236,7 +236,7 @@ def test_a_text_without_utf8_is_refused_by_its_column() -> None:
 
 
 def test_outputs_are_scores_and_what_the_cache_did() -> None:
-    assert {spec.name: spec.datatypes for spec in output_specs()} == {
+    assert {spec.name: spec.datatypes for spec in output_specs(SCHEMA)} == {
         "scores": ("FP64",),
         "scores.lengths": ("INT64",),
         "cache.status": ("BYTES",),
@@ -253,7 +253,7 @@ def test_answers_are_the_tensors_that_the_specifications_name() -> None:
     miss = CacheUse("miss", "cold", 0, 3, "none")
     tensors = output_tensors([Answer("a", [0.1, 1 / 3], "m-t", hit), Answer("b", [], "m-t", miss)])
     assert [(name, (datatype_of(tensor),)) for name, tensor in tensors.items()] == [
-        (spec.name, spec.datatypes) for spec in output_specs()
+        (spec.name, spec.datatypes) for spec in output_specs(SCHEMA)
     ]
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
         "scores": [0.1, 1 / 3],

@@ -137,7 +137,7 @@ def test_nulls_of_other_clients_count_as_missing() -> None:
     tensor = json_input() | {"parameters": None}
     head = {"id": None, "parameters": None, "outputs": None, "inputs": [tensor]}
     assert decode_infer_json(head, b"")["time"].tolist() == [5, 6]
-    assert list(requested_outputs_json(head)) == list(OUTPUTS)
+    assert list(requested_outputs_json(head, SCHEMA)) == list(OUTPUTS)
 
 
 # --- answers
@@ -186,7 +186,7 @@ ASKED: dict[str, tuple[Head, list[str], list[str]]] = {
 @pytest.mark.parametrize("case", ASKED)
 def test_http_answers_are_read_by_tritons_client(case: str) -> None:
     head, binary, plain = ASKED[case]
-    wanted = requested_outputs_json(head)
+    wanted = requested_outputs_json(head, SCHEMA)
     assert {name for name, is_binary in wanted.items() if is_binary} == set(binary)
     body, size = encode_infer_json("kvshare", "ab-cd", "r1", OUTPUTS, wanted)
     assert (size is None) == (not binary)
@@ -208,7 +208,7 @@ def test_a_report_is_requested_by_a_parameter_over_http_and_grpc() -> None:
     message.parameters["report"].string_param = "unknown_ids"
     head = {"parameters": {"report": "unknown_ids"}}
     assert requested_report(message) == requested_report_json(head) == ["unknown_ids"]
-    assert list(requested_outputs_json(head)) == [*OUTPUTS, "unknown_ids"]
+    assert list(requested_outputs_json(head, SCHEMA)) == [*OUTPUTS, "unknown_ids"]
     message.parameters["report"].string_param = "scores"
     with pytest.raises(RequestError, match=r"parameter report is scores; one of \['unknown_ids'\]"):
         requested_report(message)
@@ -237,7 +237,7 @@ def test_an_answer_to_a_request_without_an_id_has_none() -> None:
 )
 def test_broken_outputs_are_refused_by_their_names(head: Head, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        requested_outputs_json(head)
+        requested_outputs_json(head, SCHEMA)
 
 
 # --- malformed gRPC
@@ -438,7 +438,7 @@ def test_any_http_message_is_read_or_refused(
     with suppress(RequestError):
         assert isinstance(decode_infer_json(head, binary), dict)
     with suppress(RequestError):
-        assert isinstance(requested_outputs_json(head), dict)
+        assert isinstance(requested_outputs_json(head, SCHEMA), dict)
 
 
 @pytest.mark.parametrize("key", ["name", "datatype", "shape", "data", "parameters"])

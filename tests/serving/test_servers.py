@@ -112,7 +112,9 @@ def test_metadata_tells_every_tensor(
     ]
     assert by_http["inputs"] == inputs
     assert [one["name"] for one in by_grpc["inputs"]] == [one["name"] for one in inputs]
-    assert [one["name"] for one in by_http["outputs"]] == [spec.name for spec in output_specs()]
+    assert [one["name"] for one in by_http["outputs"]] == [
+        spec.name for spec in output_specs(SCHEMA)
+    ]
     assert by_http["versions"] == by_grpc["versions"] == ["1"]
     assert http_triton.get_server_metadata()["extensions"] == ["binary_tensor_data", "sequence"]
 

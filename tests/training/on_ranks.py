@@ -286,9 +286,9 @@ def largest_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 
 
 def logits_of(model: nn.Module, batch: Any) -> Tensor:
-    """Return the logits [C] of a DLRM."""
+    """Return the logits [C, tasks] of a DLRM."""
     model.eval()
     with torch.no_grad():
         logits: Tensor = model(batch.dense_features, batch.sparse_features)
     model.train()
-    return logits.squeeze(1)
+    return logits

@@ -68,7 +68,7 @@ def check_gradients(kind: str, shards: Shards, folder: Path, ranks: Ranks, users
         case="gradients",
         kind=kind,
         users=len(users),
-        candidates=batch.labels.numel() if num_trained is None else 0,
+        candidates=batch.labels.size(0) if num_trained is None else 0,
         loss=abs(loss - expected.item()),
         tables=differences[True],
         dense=differences[False],

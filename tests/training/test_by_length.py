@@ -16,6 +16,7 @@ from tests.training.worlds import MODEL, shards_of, tiny_config
 from torchrec_kvshare.config import Budget, EvaluationConfig
 from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.errors import MissingExtraError
+from torchrec_kvshare.features.schema import UNNAMED_TASK
 from torchrec_kvshare.training.by_length import LEAST_BY_BUCKET, by_history_length
 from torchrec_kvshare.training.evaluate import Scored, sampled_metrics, score_split
 from torchrec_kvshare.training.metrics import Measures, measures_of
@@ -29,9 +30,10 @@ BUCKETS = list(LEAST_BY_BUCKET)
 def scored_of(num_earlier: list[int], labels: list[int]) -> Scored:
     """Targets of one user each; each positive is before its negative, but for the last."""
     count = len(num_earlier)
-    logits = torch.tensor([[2.0, 1.0]] * (count - 1) + [[1.0, 2.0]])
+    logits = torch.tensor([[[2.0], [1.0]]] * (count - 1) + [[[1.0], [2.0]]])
     order = np.arange(count)
-    return Scored(order, order, np.array(num_earlier), torch.tensor(labels).float(), logits)
+    of_targets = torch.tensor(labels).float().unsqueeze(1)
+    return Scored(order, order, np.array(num_earlier), of_targets, logits, (UNNAMED_TASK,))
 
 
 def test_a_target_counts_in_the_bucket_of_its_earlier_events() -> None:

@@ -275,7 +275,9 @@ def test_a_folder_without_positive_events_is_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
     log = world()
-    folder = write_folder(replace(log, label=np.zeros_like(log.label)), tmp_path / "folder", 2)
+    folder = write_folder(
+        replace(log, labels={"": np.zeros_like(log.labels[""])}), tmp_path / "folder", 2
+    )
     with pytest.raises(DataError, match="prepared has no positive event in the training split"):
         train_run(prepared_config(folder, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -73,8 +73,9 @@ def what_moves_scores(world: World, model: RankingModel, caches: list[KVCache]) 
     return moved
 
 
-def scores_of(engine: Engine, raws: list[RawRequest], index: int = 0) -> list[float]:
-    return engine.rank([parse_request(raw, engine.schema) for raw in raws])[index].scores
+def scores_of(engine: Engine, raws: list[RawRequest], index: int = 0) -> list[Any]:
+    answer = engine.rank([parse_request(raw, engine.schema) for raw in raws])[index]
+    return [*zip(*answer.scores_by_task.values(), strict=True)]
 
 
 def with_candidates(raw: RawRequest, chosen: list[int]) -> RawRequest:

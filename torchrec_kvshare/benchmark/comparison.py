@@ -68,12 +68,12 @@ def compare_paths(
         batch = collate([request], uncached.schema)
         with torch.no_grad():
             logits = merged(batch.dense_features, batch.sparse_features)
-        return torch.sigmoid(logits.squeeze(1)).tolist()
+        return torch.sigmoid(logits[:, 0]).tolist()
 
     score_by_path: dict[str, Callable[[Request], list[float]]] = {
         UNCACHED_MERGED: score_merged,
-        REQUEST_SHARED: lambda request: uncached.rank([request])[0].scores,
-        CROSS_REQUEST_HIT: lambda request: cached.rank([request])[0].scores,
+        REQUEST_SHARED: lambda request: uncached.rank([request])[0].ranking_scores,
+        CROSS_REQUEST_HIT: lambda request: cached.rank([request])[0].ranking_scores,
     }
     timings: dict[str, list[_Timing]] = {path: [] for path in score_by_path}
     for index, request in enumerate(requests):

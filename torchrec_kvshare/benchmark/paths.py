@@ -72,19 +72,19 @@ class Paths:
 
     @torch.no_grad()
     def uncached_merged(self, request: Request, merged: nn.Module) -> Tensor:
-        """Return logits [N]; the history is encoded once per candidate."""
+        """Return logits [N, 1]; the history is encoded once per candidate."""
         batch = collate([request], self.schema)
-        return merged(batch.dense_features, batch.sparse_features).squeeze(1)
+        return merged(batch.dense_features, batch.sparse_features)
 
     @torch.no_grad()
     def request_shared(self, request: Request) -> Tensor:
-        """Return logits [N]; the history is encoded once for the request."""
+        """Return logits [N, 1]; the history is encoded once for the request."""
         batch = collate([request], self.schema)
         return self.model(batch.dense_features, batch.sparse_features)
 
     @torch.no_grad()
     def cross_request_hit(self, request: Request, model: RankingFunctions | None = None) -> Tensor:
-        """Return logits [N] over K/V from the cache, as the engine does on a hit.
+        """Return logits [N, 1] over K/V from the cache, as the engine does on a hit.
 
         Args:
             request: a request whose K/V is in the cache.
@@ -119,7 +119,7 @@ def assert_parity(logits_by_path: Mapping[str, Tensor]) -> None:
     """Check that all paths give the logits of ``request_shared``.
 
     Args:
-        logits_by_path: [N] each.
+        logits_by_path: [N, 1] each.
 
     Raises:
         ParityError: naming the path and by how much it differs.

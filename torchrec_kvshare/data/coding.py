@@ -15,6 +15,7 @@ from torchrec_kvshare.data.interactions import (
     DUBIOUS_IDS,
     VALUES_SHOWN,
     ColumnMapping,
+    LabelRule,
     ReadReport,
     attribute_ids,
     bad_float,
@@ -28,6 +29,7 @@ from torchrec_kvshare.data.interactions import (
 from torchrec_kvshare.data.shards import (
     event_column,
     event_float_column,
+    label_column,
     request_column,
     request_file,
     request_float_column,
@@ -62,9 +64,11 @@ class CodedLog:
     ``value``, for owners that have one; ``request_file(n)`` with ``value`` in the order of codes.
 
     Args:
-        events: a query with ``user``, ``item``, ``time``, ``label``, for each attribute of events
-            ``event_column(n)``, for each attribute of requests ``request_column(n)``, for each
-            float of requests ``request_float_column(n)`` and of events ``event_float_column(n)``.
+        events: a query with ``user``, ``item``, ``time``, for each task ``label_column(n)``, for
+            each attribute of events ``event_column(n)``, for each attribute of requests
+            ``request_column(n)``, for each float of requests ``request_float_column(n)`` and of
+            events ``event_float_column(n)``.
+        tasks: names of the tasks.
         event_attributes: names of attributes of events, whose roles are ``event_column(n)``.
         item_attributes: names of item attributes.
         item_floats: names of item floats.
@@ -78,6 +82,7 @@ class CodedLog:
     """
 
     events: str
+    tasks: tuple[str, ...]
     event_attributes: tuple[str, ...]
     item_attributes: tuple[str, ...]
     item_floats: tuple[str, ...]
@@ -125,6 +130,7 @@ def code_files(
     coding.take_medians()
     return CodedLog(
         events=coding.events(),
+        tasks=columns.tasks,
         event_attributes=tuple(columns.event_ids),
         item_attributes=columns.item_attributes,
         item_floats=columns.item_floats,
@@ -167,18 +173,22 @@ class _Coding:
             f"{time} AS other FROM {table(self.work.folder / 'staged')})"
         )
         before, after = self.columns.exclusions_before_time(), self.columns.exclusions_after_time()
-        rule = None if self.columns.label is None else label_rule(self.columns.label)
+        # By task; in staged texts its labels are called as in the events, by its index.
+        self.rules: list[tuple[str, LabelRule]] = [
+            (label_column(number), label_rule(rule))
+            for number, rule in enumerate(self.columns.rule_by_task.values())
+        ]
         reasons = [(one.reason, one.column) for one in before]
         reasons += [(BAD_TIME, self.columns.time)]
         reasons += [(one.reason, one.column) for one in after]
-        reasons += [] if rule is None else [(BAD_LABEL, rule.column)]
+        self.label_step = len(reasons)
+        reasons += [(BAD_LABEL, rule.column) for _, rule in self.rules]
         self.steps = [_Step(*reason, number) for number, reason in enumerate(reasons)]
         self.time_step = len(before)
         numbered = [*enumerate(before), *enumerate(after, start=len(before) + 1)]
         self.exclusions: dict[str, list[tuple[int, Exclusion]]] = {}
         for number, exclusion in numbered:
             self.exclusions.setdefault(exclusion.column, []).append((number, exclusion))
-        self.rule = rule
         self.id_by_role = {"user": self.columns.user, "item": self.columns.item}
         for number, name in enumerate(self.columns.event_ids.values()):
             self.id_by_role[event_column(number)] = name
@@ -191,15 +201,16 @@ class _Coding:
             *self.id_by_role.values(),
             *self.columns.attributes,
             *self.columns.floats,
-            *([] if self.rule is None else [self.rule.column]),
+            *(rule.column for _, rule in self.rules),
         ]
         for name in dict.fromkeys(named):
             self._find_values(name)
         bad = [step for step in self.steps if self._has_bad(step)]
         time_form = self._read_times([step for step in bad if step.number < self.time_step])
         tested = [step for step in self.steps if step in bad or step.number == self.time_step]
-        if self.rule is not None:
-            self._check_labels([step for step in tested if step.reason != BAD_LABEL])
+        for task in range(len(self.rules)):
+            before = [step for step in tested if step.number < self.label_step + task]
+            self._check_labels(task, before)
         self._write_rows(tested)
         return time_form
 
@@ -215,8 +226,9 @@ class _Coding:
             kinds[f"bad{number}"] = arrow.bool_()
         if name in self.id_by_role.values():
             kinds["id"] = arrow.string()
-        if self.rule is not None and name == self.rule.column:
-            kinds["label"] = arrow.float64()
+        for label, rule in self.rules:
+            if name == rule.column:
+                kinds[label] = arrow.float64()
         if name in self.columns.attributes:
             kinds["ids"] = arrow.list_(arrow.string())
         if name in self.columns.floats:
@@ -243,9 +255,10 @@ class _Coding:
         }
         if "id" in kinds:
             values["id"] = list(map(canonical_id, texts))
-        if "label" in kinds and self.rule is not None:
-            labels = map(self.rule.label, texts)
-            values["label"] = [None if label != label else label for label in labels]
+        for column, rule in self.rules:
+            if column in kinds:
+                labels = map(rule.label, texts)
+                values[column] = [None if label != label else label for label in labels]
         if "ids" in kinds:
             values["ids"] = [attribute_ids(text, self.columns.list_separator) for text in texts]
         if "number" in kinds:
@@ -265,9 +278,14 @@ class _Coding:
         """Return whether some text of a column makes its row bad; a bad time is not known yet."""
         if step.reason == BAD_TIME:
             return False
-        condition = "label IS NULL" if step.reason == BAD_LABEL else f"bad{step.number}"
+        is_label = step.reason == BAD_LABEL
+        condition = f"{self._label(step)} IS NULL" if is_label else f"bad{step.number}"
         [found] = self.work.one(f"SELECT bool_or({condition}) FROM {self._values(step.column)}")
         return bool(found)
+
+    def _label(self, step: _Step) -> str:
+        """Return the column with the labels that a step tests."""
+        return self.rules[step.number - self.label_step][0]
 
     # --- times
 
@@ -372,7 +390,7 @@ class _Coding:
             if step.reason == BAD_TIME:
                 bad = f"({self.seconds}) IS NULL"
             elif step.reason == BAD_LABEL:
-                bad = f"v{index}.label IS NULL"
+                bad = f"v{index}.{self._label(step)} IS NULL"
             cases.append(f"WHEN {bad} THEN {step.number}")
         return f"CASE {' '.join(cases)} END" if cases else "NULL"
 
@@ -381,16 +399,17 @@ class _Coding:
         on = f"{self.text_of_time} = seconds.text"
         return f"{self._from_staged(names)} LEFT JOIN {seconds} AS seconds ON {on}"
 
-    def _check_labels(self, steps: Sequence[_Step]) -> None:
-        assert self.rule is not None
-        name = self.rule.column
+    def _check_labels(self, task: int, steps: Sequence[_Step]) -> None:
+        column, rule = self.rules[task]
+        name = rule.column
         index = self.index_by_name[name]
         others = [step.column for step in steps if step.reason != BAD_TIME]
         kept = f"{self._all_rows([name, *others])} WHERE {self._verdict(steps)} IS NULL"
 
         def count() -> dict[str, Any]:
             by_text = (
-                f"SELECT v{index}.code, any_value(label) AS label, count(*) AS n {kept} GROUP BY 1"
+                f"SELECT v{index}.code, any_value(v{index}.{column}) AS label, count(*) AS n "
+                f"{kept} GROUP BY 1"
             )
             positive, negative = self.work.one(
                 "SELECT coalesce(sum(n) FILTER (label = 1), 0)::BIGINT, "
@@ -405,29 +424,29 @@ class _Coding:
                 ).fetchall()
             return {"positive": positive, "negative": negative, "frequent": frequent}
 
-        counts = self.work.write_json("labels.json", count)
+        counts = self.work.write_json(f"labels/{task}.json", count)
         texts = without_missing([text for text, _ in counts["frequent"]], self.missing)
+        name_of_task, rule_text = [*self.columns.rule_by_task.items()][task]
         check_labels(
-            self.rule_text,
+            name_of_task,
+            rule_text,
             self.source,
             num_positive=counts["positive"],
             num_negative=counts["negative"],
             frequent=list(zip(texts, [n for _, n in counts["frequent"]], strict=True)),
         )
 
-    @property
-    def rule_text(self) -> str:
-        """The label rule as the user wrote it."""
-        return self.columns.label or ""
-
     def _write_rows(self, steps: Sequence[_Step]) -> None:
         coded = dict.fromkeys((*self.id_by_role.values(), *self.columns.attributes))
-        label = "1" if self.rule is None else f"v{self.index_by_name[self.rule.column]}.label"
+        labels = [
+            f"CAST(v{self.index_by_name[rule.column]}.{column} AS TINYINT) AS {column}"
+            for column, rule in self.rules
+        ] or [f"CAST(1 AS TINYINT) AS {label_column(0)}"]
         selected = [
             f"CAST({self._verdict(steps)} AS TINYINT) AS verdict",
             "row",
             f"{self.seconds} AS time",
-            f"CAST({label} AS TINYINT) AS label",
+            *labels,
         ]
         for name in coded:
             index = self.index_by_name[name]
@@ -437,7 +456,7 @@ class _Coding:
             selected += [f"v{index}.number AS n{index}", f"v{index}.issue AS i{index}"]
         names = [*coded, *self.columns.floats]
         names += [step.column for step in steps if step.reason != BAD_TIME]
-        names += [] if self.rule is None else [self.rule.column]
+        names += [rule.column for _, rule in self.rules]
         self.work.copy("rows.parquet", f"SELECT {', '.join(selected)} {self._all_rows(names)}")
 
     @property
@@ -559,6 +578,10 @@ class _Coding:
         """Return the query of the coded events."""
         joins = " ".join(map(self._codes, self.id_by_role))
         others = "".join(
+            f", CAST({label} AS UTINYINT) AS {label}"
+            for label in map(label_column, range(len(self.columns.tasks)))
+        )
+        others += "".join(
             f", CAST({role}s.code AS INTEGER) AS {role}"
             for role in map(event_column, range(len(self.columns.event_ids)))
         )
@@ -571,8 +594,8 @@ class _Coding:
         for number, name in enumerate(self.columns.event_floats):
             others += f", {self._float(name)} AS {event_float_column(number)}"
         return (
-            f"SELECT users.code AS user, CAST(items.code AS INTEGER) AS item, time, "
-            f"CAST(label AS UTINYINT) AS label{others} FROM {self.kept} {joins}"
+            f"SELECT users.code AS user, CAST(items.code AS INTEGER) AS item, time{others} "
+            f"FROM {self.kept} {joins}"
         )
 
     def _float(self, name: str) -> str:

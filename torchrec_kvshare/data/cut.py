@@ -20,6 +20,8 @@ from torchrec_kvshare.data.shards import (
     event_column,
     event_file,
     event_float_column,
+    label_column,
+    positive_column,
     request_column,
     request_file,
     request_float_column,
@@ -48,7 +50,7 @@ class _Tally(NamedTuple):
     known_users: NDArray[np.bool_]
     known_by_column: dict[str, NDArray[np.bool_]]  # codes of attributes of events and requests
     num_training: Ints  # by item
-    num_positive: Ints  # by item, of the training split
+    num_positive: Ints  # [tasks, items], of the training split
 
 
 @dataclass
@@ -114,8 +116,13 @@ class Cutter:
 
     @property
     def coded(self) -> list[str]:
-        """The columns of events beside item, time and label, all of them codes."""
+        """The columns of events beside item, time and labels, all of them codes."""
         return [*self.event_keys, *self.requests]
+
+    @property
+    def labels(self) -> list[str]:
+        """The columns of events with the labels of each task."""
+        return [*map(label_column, range(len(self.log.tasks)))]
 
     @property
     def floats(self) -> list[str]:
@@ -144,7 +151,7 @@ class Cutter:
         self._write_items()
         self._write_vocabularies(tally)
         text = str(replace(self.log.report, summary=summary))
-        num_positive = self._num_positive
+        num_positive = self._num_positive[0]
         counts = {
             "users": self.num_by_role["user"],
             "items": self.num_by_role["item"],
@@ -159,6 +166,7 @@ class Cutter:
             "num_positive": num_positive,
             "num_shards": self.num_shards,
             "split_rule": self.rule.to_json(),
+            "tasks": list(self.log.tasks),
             "item_attributes": list(self.log.item_attributes),
             "item_floats": list(self.log.item_floats),
             "user_attributes": list(self.log.user_attributes),
@@ -212,13 +220,13 @@ class Cutter:
             f"WHERE code % {self.num_shards} = {shard} ORDER BY code",
         )
         others = [*self.coded, *self.floats]
+        num_first = len(self.event_keys)
         # As ``in_canonical_order`` does.
-        order = ["user", "time", "item", *others]
-        order.insert(3 + len(self.event_keys), "label")
+        order = ["user", "time", "item", *others[:num_first], *self.labels, *others[num_first:]]
         cut = table(self.work.folder / f"cut/shard={shard}", ", hive_partitioning = false")
         self.work.copy(
             f"{name}.events.parquet",
-            f"SELECT {', '.join(['item', 'time', 'label', *others])} FROM {cut} "
+            f"SELECT {', '.join(['item', 'time', *self.labels, *others])} FROM {cut} "
             f"ORDER BY {', '.join(order)}",
         )
 
@@ -236,14 +244,15 @@ class Cutter:
                 column: np.zeros(self._num_codes(column), np.bool_) for column in self.coded
             },
             num_training=np.zeros(self.num_by_role["item"], np.int64),
-            num_positive=np.zeros(self.num_by_role["item"], np.int64),
+            num_positive=np.zeros((len(self.labels), self.num_by_role["item"]), np.int64),
         )
-        tied, self._num_positive = 0, 0
+        tied, self._num_positive = 0, [0 for _ in self.labels]
         times: list[int] = []
         for shard in range(self.num_shards):
             tied += self._count_shard(shard, tally, times)
             self.work.finished(f"count {shard}")
-        columns = {"num_training": tally.num_training, "num_positive": tally.num_positive}
+        columns = {"num_training": tally.num_training}
+        columns |= {positive_column(task): counts for task, counts in enumerate(tally.num_positive)}
         self.work.write_columns("training.parquet", columns)
         if self.log.time_form is None:
             return tally, None
@@ -252,7 +261,10 @@ class Cutter:
             first_time=min(times),
             last_time=max(times),
             tied_share=tied / self.total,
-            positive_share=self._num_positive / self.total,
+            positive_shares={
+                task: count / self.total
+                for task, count in zip(self.log.tasks, self._num_positive, strict=True)
+            },
         )
         return tally, summary
 
@@ -262,18 +274,22 @@ class Cutter:
 
     def _count_shard(self, shard: int, tally: _Tally, times: list[int]) -> int:
         """Add a shard's counts, and return its number of tied events."""
-        item, time, label, *coded = self._events(shard, ("item", "time", "label", *self.coded))
+        names = ("item", "time", *self.labels, *self.coded)
+        item, time, *others = self._events(shard, names)
+        labels, coded = others[: len(self.labels)], others[len(self.labels) :]
         counts = self.num_events[shard :: self.num_shards]
         user = np.repeat(np.arange(len(counts)), counts)
         in_training = split_events(user, time, counts, self.rule).split == TRAIN
-        positive = item[in_training & (label == 1)]
         tally.num_training[:] += np.bincount(item[in_training], minlength=len(tally.num_training))
-        tally.num_positive[:] += np.bincount(positive, minlength=len(tally.num_positive))
+        for task, label in enumerate(labels):
+            positive = item[in_training & (label == 1)]
+            counted = np.bincount(positive, minlength=tally.num_positive.shape[1])
+            tally.num_positive[task] += counted
+            self._num_positive[task] += int(label.sum(dtype=np.int64))
         tally.known_users[shard + self.num_shards * np.unique(user[in_training])] = True
         for known, codes in zip(tally.known_by_column.values(), coded, strict=True):
             known[codes[in_training]] = True
         times += [int(time.min()), int(time.max())]
-        self._num_positive += int(label.sum(dtype=np.int64))
         return num_tied(user, time)
 
     # --- items and vocabularies
@@ -282,9 +298,10 @@ class Cutter:
         attributes, joins = self._values("item", self.log.item_attributes, "attributes")
         floats, more_joins = self._values("item", self.log.item_floats, "floats")
         training = table(self.work.folder / "training.parquet", ", file_row_number = true")
+        positive = ", ".join(map(positive_column, range(len(self.labels))))
         self.work.copy(
             "../items.parquet",
-            f"SELECT id, num_training, num_positive{attributes}{floats} "
+            f"SELECT id, num_training, {positive}{attributes}{floats} "
             f"FROM {self.ids['item']} AS i JOIN {training} AS t USING (file_row_number) "
             f"{joins} {more_joins} ORDER BY i.file_row_number",
         )
@@ -345,7 +362,7 @@ class Cutter:
         }
         columns: list[Iterator[NDArray[Any]]] = [
             self._user_codes(),
-            *(self._in_order(name) for name in ("item", "time", "label", *self.coded)),
+            *(self._in_order(name) for name in ("item", "time", *self.labels, *self.coded)),
         ]
         for number, name in enumerate(self.log.event_attributes):
             ids = self._column(self.folder / event_file(number), "id")

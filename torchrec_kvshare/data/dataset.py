@@ -5,7 +5,7 @@ time are a set, and none of them sees another: an event sees the ``num_earlier``
 events of its user and nothing else.
 
 Nothing depends on the order of the log's rows: ids are numbered in sorted order, and events of a
-user at the same time are ordered by item, attributes of the event, label, attributes and floats of
+user at the same time are ordered by item, attributes of the event, labels, attributes and floats of
 their requests, and floats of the event.
 
 A log larger than memory is cut into shards by user (``shards``). A ``Dataset`` is one or several of
@@ -104,7 +104,7 @@ class Dataset:
         user_offsets: [U + 1], in events.
         item: [T] item code of each event.
         time: [T] Unix seconds.
-        label: [T] float32, 1 for a positive event.
+        labels: [T, tasks] float32, 1 for a positive event.
         num_earlier: [T] number of events of the same user at strictly earlier times.
         split: [T] ``TRAIN``, ``VALID`` or ``TEST``.
         user_row: [U] table row of each user.
@@ -131,7 +131,7 @@ class Dataset:
     user_offsets: Ints
     item: Ints
     time: Ints
-    label: NDArray[np.float32]
+    labels: NDArray[np.float32]
     num_earlier: Ints
     split: NDArray[np.int8]
     user_row: Ints
@@ -159,6 +159,11 @@ class Dataset:
     def event_user(self) -> Ints:
         """[T] user of each event, numbered from 0."""
         return self.log.users.codes
+
+    @property
+    def is_positive(self) -> NDArray[np.bool_]:
+        """[T] whether each event is positive for the first task, which ranks."""
+        return np.asarray(self.labels[:, 0] > 0)
 
     def keys_of(self, events: Ints) -> Ints:
         """Return the indices of events in the whole log, which are the same whatever its shards."""
@@ -243,6 +248,7 @@ def without_users(
         item_attributes=tuple(log.item_attributes),
         item_floats=tuple(log.item_floats),
         histories=tuple(histories),
+        tasks=tuple(log.labels),
     )
     for history in histories:
         _check_actions(history, log)
@@ -255,7 +261,7 @@ def without_users(
         user_offsets=np.zeros(1, np.int64),
         item=none,
         time=none,
-        label=np.zeros(0, np.float32),
+        labels=np.zeros((0, len(log.labels)), np.float32),
         num_earlier=none,
         split=np.zeros(0, np.int8),
         user_row=none,
@@ -309,7 +315,7 @@ def with_users(
         user_offsets=splits.user_offsets,
         item=log.items.codes,
         time=log.time,
-        label=log.label,
+        labels=np.stack([*log.labels.values()], axis=1),
         num_earlier=splits.num_earlier,
         split=splits.split,
         user_row=vocabularies[USER].rows_of_ids(log.users.ids),
@@ -347,7 +353,7 @@ def in_canonical_order(log: InteractionLog) -> InteractionLog:
     """Return the log independent of the order of its rows: equal logs become identical.
 
     Ids are coded by ``sorted_ids``, without those that have no event; rows are ordered by user,
-    time, item, attributes of the event, label, attributes and floats of the request, and floats of
+    time, item, attributes of the event, labels, attributes and floats of the request, and floats of
     the event.
     """
     users, old_users = _recoded(log.users)
@@ -356,7 +362,7 @@ def in_canonical_order(log: InteractionLog) -> InteractionLog:
     requests = {name: _sorted_values(one) for name, one in log.request_attributes.items()}
     keys: list[NDArray[Any]] = [users.codes, log.time, items.codes]
     keys += [column.codes for column in events.values()]
-    keys += [log.label, *(column.codes for column in requests.values())]
+    keys += [*log.labels.values(), *(column.codes for column in requests.values())]
     keys += (*log.request_floats.values(), *log.event_floats.values())
     order = np.lexsort(keys[::-1])  # The last key counts most.
     return replace(
@@ -364,7 +370,7 @@ def in_canonical_order(log: InteractionLog) -> InteractionLog:
         users=users._replace(codes=users.codes[order]),
         items=items._replace(codes=items.codes[order]),
         time=log.time[order],
-        label=log.label[order],
+        labels=rows_of_floats(log.labels, order),
         event_attributes=rows_of_columns(events, order),
         item_attributes=_taken(log.item_attributes, old_items),
         item_floats=rows_of_floats(log.item_floats, old_items),
@@ -395,7 +401,7 @@ def keep_users(
         users=log.users._replace(codes=user[kept]),
         items=log.items._replace(codes=log.items.codes[kept]),
         time=log.time[kept],
-        label=log.label[kept],
+        labels=rows_of_floats(log.labels, kept),
         event_attributes=rows_of_columns(log.event_attributes, kept),
         request_attributes=rows_of_columns(log.request_attributes, kept),
         request_floats=rows_of_floats(log.request_floats, kept),
@@ -440,9 +446,10 @@ def ranges(firsts: Ints, lengths: Ints) -> Ints:
 
 
 def _check_numbers(log: InteractionLog) -> None:
-    wrong = ~np.isin(log.label, (0, 1))
-    if wrong.any():
-        raise DataError(f"a label is {log.label[wrong][0]}; 0 and 1 are allowed")
+    for labels in log.labels.values():
+        wrong = ~np.isin(labels, (0, 1))
+        if wrong.any():
+            raise DataError(f"a label is {labels[wrong][0]}; 0 and 1 are allowed")
     for name, values in log.item_floats.items():
         _check_finite(name, values, lambda row: f"item {log.items.ids[row]}")
     for name, values in log.user_floats.items():

@@ -21,7 +21,7 @@ class DataDigest:
     """Readable counts, and a digest of each part that affects training.
 
     Attributes:
-        count_by_name: users, items, events, positive events.
+        count_by_name: users, items, events, events that are positive for the first task.
         sha256_by_part: of ids, events, each attribute, and the schema built from them.
     """
 
@@ -62,7 +62,7 @@ def log_digest(log: InteractionLog) -> DataDigest:
         "users": len(log.users.ids),
         "items": len(log.items.ids),
         "events": len(log.time),
-        "positive events": int(log.label.sum()),
+        "positive events": int(next(iter(log.labels.values())).sum()),
     }
     return DataDigest(counts, _parts(log))
 
@@ -75,7 +75,8 @@ def data_digest(log: DataDigest, schema: FeatureSchema) -> DataDigest:
 
 
 def _parts(log: InteractionLog) -> dict[str, str]:
-    columns = [log.users.codes, log.items.codes, log.time, log.label.astype(np.int64)]
+    columns = [log.users.codes, log.items.codes, log.time]
+    columns += [labels.astype(np.int64) for labels in log.labels.values()]
     digest_by_part = {"user ids": _digest(log.users.ids), "item ids": _digest(log.items.ids)}
     for name, ids in log.event_attributes.items():
         columns.append(ids.codes)

@@ -8,7 +8,7 @@ import logging
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
@@ -34,7 +34,7 @@ from torchrec_kvshare.data.times import TimeFormat, finite_number, iso_of, read_
 from torchrec_kvshare.errors import ConfigError, DataError, ShapeError
 from torchrec_kvshare.features.ids import canonical_id, is_long_id
 from torchrec_kvshare.features.limits import MAX_FLOAT
-from torchrec_kvshare.features.schema import ACTION, check_columns
+from torchrec_kvshare.features.schema import ACTION, UNNAMED_TASK, check_columns, check_tasks
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -60,13 +60,17 @@ class LogSummary(NamedTuple):
     first_time: int  # Unix seconds
     last_time: int
     tied_share: float  # of the events: at the time of another event of their user
-    positive_share: float  # of the events: with label 1
+    positive_shares: dict[str, float]  # by task, of the events: with label 1
 
     def __str__(self) -> str:
+        positive = ", ".join(
+            f"{share:.1%} positive" + (f" for {task}" if task else "")
+            for task, share in self.positive_shares.items()
+        )
         return (
             f"times ({self.time_form}) from {iso_of(self.first_time)} to {iso_of(self.last_time)}; "
             f"{self.tied_share:.1%} of the events at the time of another of their user; "
-            f"{self.positive_share:.1%} positive"
+            f"{positive}"
         )
 
 
@@ -117,7 +121,7 @@ class ColumnMapping:
         action: column of what the user did, such as "view"; requests call it ``action``.
         event_attributes: columns with one id per row, of the event: the surface, the device.
         label: rule for the positive label, such as "rating>=4" or "event==buy", on any column of
-            the file. None: every row is positive.
+            the file; or rules by task. None: every row is positive.
         item_attributes: columns of item attributes, each with one or several ids.
         item_floats: columns of item numbers.
         user_floats: columns of user numbers.
@@ -130,8 +134,8 @@ class ColumnMapping:
         time_format: how times are written; a time without a zone is UTC.
 
     Raises:
-        ConfigError: if the label rule cannot be parsed, the separator is empty, or names of
-            attributes clash in requests.
+        ConfigError: if a label rule cannot be parsed, the separator is empty, or names of
+            attributes clash in requests, or those of tasks.
     """
 
     user: str
@@ -139,7 +143,7 @@ class ColumnMapping:
     time: str
     action: str | None = None
     event_attributes: tuple[str, ...] = ()
-    label: str | None = None
+    label: str | Mapping[str, str] | None = None
     item_attributes: tuple[str, ...] = ()
     item_floats: tuple[str, ...] = ()
     user_attributes: tuple[str, ...] = ()
@@ -167,8 +171,21 @@ class ColumnMapping:
             )
         if not self.list_separator:
             raise ConfigError("list_separator is ''; allowed is any text of at least one character")
-        if self.label is not None:
-            label_rule(self.label)
+        for task, rule in self.rule_by_task.items():
+            label_rule(rule, task)
+
+    @property
+    def rule_by_task(self) -> dict[str, str]:
+        """The label rules by task; none if every row is positive."""
+        if isinstance(self.label, Mapping):
+            check_tasks([*self.label])
+            return dict(self.label)
+        return {} if self.label is None else {UNNAMED_TASK: self.label}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What each row has a label for; the first task ranks."""
+        return tuple(self.rule_by_task) or (UNNAMED_TASK,)
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -204,14 +221,13 @@ class ColumnMapping:
         ]
 
     def exclusions_after_time(self) -> list[Exclusion]:
-        """Return the reasons to drop a row that are tested between its time and its label."""
+        """Return the reasons to drop a row that are tested between its time and its labels."""
         return [] if self.action is None else [Exclusion("no action", self.action, is_blank)]
 
     def names(self) -> list[str]:
         """Return the columns to read, without duplicates."""
         single = [self.user, self.item, self.time, *self.event_ids.values()]
-        if self.label is not None:
-            single.append(label_rule(self.label).column)
+        single += [label_rule(rule).column for rule in self.rule_by_task.values()]
         return list(dict.fromkeys((*single, *self.attributes, *self.floats)))
 
 
@@ -223,7 +239,7 @@ class InteractionLog:
         users: user of each row.
         items: item of each row.
         time: [T] int64, Unix seconds.
-        label: [T] float32 in {0, 1}; all 1 without a label rule.
+        labels: by task: [T] float32 in {0, 1}; all 1 without a label rule.
         event_attributes: by name in requests, ``action`` among them: id of each row, empty where
             the log has none.
         item_attributes: by name, then by item code: raw ids, empty where the log has none.
@@ -242,7 +258,7 @@ class InteractionLog:
     users: IdColumn
     items: IdColumn
     time: NDArray[np.int64]
-    label: NDArray[np.float32]
+    labels: dict[str, NDArray[np.float32]]
     event_attributes: dict[str, IdColumn]
     item_attributes: dict[str, list[tuple[str, ...]]]
     item_floats: dict[str, NDArray[np.float32]]
@@ -259,7 +275,8 @@ class InteractionLog:
             _check_length(name, column.codes, num_events)
         _check_length("users", self.users.codes, num_events)
         _check_length("items", self.items.codes, num_events)
-        _check_length("label", self.label, num_events)
+        for task, labels in self.labels.items():
+            _check_length(f"label {task}".strip(), labels, num_events)
         for name, ids in self.event_attributes.items():
             _check_length(name, ids.codes, num_events)
         for name, values in self.item_attributes.items():
@@ -330,7 +347,7 @@ def build_log(
         The log.
 
     Raises:
-        DataError: if no row is left, the times cannot be parsed, the label rule makes no row
+        DataError: if no row is left, the times cannot be parsed, a label rule makes no row
             positive or a float column holds no number.
     """
     rows = _RowFilter(table)
@@ -339,9 +356,11 @@ def build_log(
     time, time_form = _times(rows, columns)
     for exclusion in columns.exclusions_after_time():
         rows.drop(exclusion)
-    label = np.ones(len(rows.keep)) if columns.label is None else _labels(rows, columns.label)
+    labels = {task: _labels(rows, task, rule) for task, rule in columns.rule_by_task.items()}
     check_kept(rows.report(), table.source)
-    return _assemble(rows, columns, time, label, time_form=time_form)
+    if not labels:
+        labels = {UNNAMED_TASK: np.ones(len(rows.keep))}
+    return _assemble(rows, columns, time, labels, time_form=time_form)
 
 
 class _RowFilter:
@@ -415,14 +434,15 @@ def _times(rows: _RowFilter, columns: ColumnMapping) -> tuple[NDArray[np.float64
     return seconds[column.codes], times.form
 
 
-def _labels(rows: _RowFilter, rule_text: str) -> NDArray[np.float64]:
+def _labels(rows: _RowFilter, task: str, rule_text: str) -> NDArray[np.float64]:
     """Return 1 or 0 by row."""
-    rule = label_rule(rule_text)
+    rule = label_rule(rule_text, task)
     column = rows.table.columns[rule.column]
     label_by_code = _numbers(column, rule.label)
     counts = np.bincount(column.codes[rows.keep], minlength=len(column.ids))
     frequent = np.argsort(-counts, kind="stable")[:VALUES_SHOWN].tolist()
     check_labels(
+        task,
         rule_text,
         rows.table.source,
         num_positive=int(counts[label_by_code == 1].sum()),
@@ -434,6 +454,7 @@ def _labels(rows: _RowFilter, rule_text: str) -> NDArray[np.float64]:
 
 
 def check_labels(
+    task: str,
     rule: str,
     source: str,
     *,
@@ -444,6 +465,7 @@ def check_labels(
     """Refuse a label rule that makes no row positive; warn of one that makes every row positive.
 
     Args:
+        task: its task.
         rule: the rule.
         source: the log, for messages.
         num_positive: rows with label 1.
@@ -459,11 +481,11 @@ def check_labels(
             f"{text[:EXAMPLE_CHARACTERS]!r} ({count} rows)" for text, count in frequent
         )
         raise DataError(
-            f"label rule {rule!r} makes no row of {source} positive; the most frequent values of "
-            f"column {label_rule(rule).column!r}: {shown}"
+            f"{_described(rule, task)} makes no row of {source} positive; the most frequent values "
+            f"of column {label_rule(rule).column!r}: {shown}"
         )
     if num_positive and not num_negative:
-        logger.warning("label rule %r makes every row of %s positive", rule, source)
+        logger.warning("%s makes every row of %s positive", _described(rule, task), source)
 
 
 def check_kept(report: ReadReport, source: str) -> None:
@@ -516,26 +538,35 @@ class LabelRule(NamedTuple):
         return math.nan if math.isnan(number) else self.compare(number, self.right)
 
 
-def label_rule(rule: str) -> LabelRule:
-    """Parse a rule such as ``rating>=4``."""
-    match = _LABEL_RULE.fullmatch(rule)
+def label_rule(rule: str, task: str = UNNAMED_TASK) -> LabelRule:
+    """Parse a rule such as ``rating>=4``; an error names its task."""
+    match = _LABEL_RULE.fullmatch(rule) if isinstance(rule, str) else None
     if match is None:
-        allowed = " ".join(COMPARISONS)
-        raise ConfigError(f"label rule {rule!r}; allowed: COLUMN OPERATOR VALUE, with {allowed}")
+        allowed = f"COLUMN OPERATOR VALUE, with {' '.join(COMPARISONS)}"
+        if not task:
+            allowed += ', or rules by task, such as {like: "rating>=4", love: "rating>=5"}'
+        raise ConfigError(f"{_described(rule, task)}; allowed: {allowed}")
     column, sign, text = match.groups()
     number = finite_number(text)
     if not math.isnan(number):
         return LabelRule(column, COMPARISONS[sign], number)
     if sign not in ("==", "!="):
-        raise ConfigError(f"label rule {rule!r} orders by text {text!r}; allowed with text: == !=")
+        raise ConfigError(
+            f"{_described(rule, task)} orders by text {text!r}; allowed with text: == !="
+        )
     return LabelRule(column, COMPARISONS[sign], canonical_id(text))
+
+
+def _described(rule: Any, task: str) -> str:
+    """Return a label rule in words."""
+    return f"label rule {rule!r}" + (f" of task {task!r}" if task else "")
 
 
 def _assemble(
     rows: _RowFilter,
     columns: ColumnMapping,
     time_by_row: NDArray[np.float64],
-    label_by_row: NDArray[np.float64],
+    labels_by_row: dict[str, NDArray[np.float64]],
     time_form: str,
 ) -> InteractionLog:
     table, separator = rows.table, columns.list_separator
@@ -545,7 +576,7 @@ def _assemble(
     }
     users, items = _canonical(kept[columns.user]), _canonical(kept[columns.item])
     time = time_by_row[rows.keep].astype(np.int64)
-    label = label_by_row[rows.keep].astype(np.float32)
+    labels = {task: one[rows.keep].astype(np.float32) for task, one in labels_by_row.items()}
     numbers_by_name = {}
     for name in columns.floats:
         numbers_by_name[name] = numbers = rows.floats(name)
@@ -557,14 +588,16 @@ def _assemble(
         first_time=int(time.min()),
         last_time=int(time.max()),
         tied_share=num_tied(users.codes[order], time[order]) / len(time),
-        positive_share=int(label.sum(dtype=np.int64)) / len(time),
+        positive_shares={
+            task: int(one.sum(dtype=np.int64)) / len(time) for task, one in labels.items()
+        },
     )
     notes = (*_notes("user", users), *_notes("item", items))
     return InteractionLog(
         users=users,
         items=items,
         time=time,
-        label=label,
+        labels=labels,
         event_attributes={
             name: _canonical(kept[column]) for name, column in columns.event_ids.items()
         },

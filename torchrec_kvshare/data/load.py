@@ -56,7 +56,7 @@ def load_shards(
             ``time_share``.
 
     Raises:
-        ConfigError: if a format, the label rule, a column name or a history cannot work, or a
+        ConfigError: if a format, a label rule, a column name or a history cannot work, or a
             folder was prepared with another split.
         DataError: if the files are not what the config says.
         MissingExtraError: if a Parquet file cannot be read without pyarrow.
@@ -95,7 +95,7 @@ def load_log(data: DataConfig) -> InteractionLog:
         The log; its report says what was dropped and why.
 
     Raises:
-        ConfigError: if a format, the label rule or a column name cannot work.
+        ConfigError: if a format, a label rule or a column name cannot work.
         DataError: if the files are not what the config says.
         MissingExtraError: if a data set or pyarrow is not installed.
     """

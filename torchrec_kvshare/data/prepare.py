@@ -33,6 +33,7 @@ from torchrec_kvshare.data.shards import (
     MANIFEST,
     event_column,
     event_float_column,
+    label_column,
     request_column,
     request_file,
     request_float_column,
@@ -109,8 +110,11 @@ def _made_of(config: PrepareConfig, rule: SplitRule) -> dict[str, Any]:
             raise DataError(f"{path} cannot be read: there is no such file")
         status = path.stat()
         inputs.append([str(path), status.st_size, status.st_mtime_ns])
+    data = asdict(config.data)
+    if isinstance(data.get("label"), dict):
+        data["label"] = [*data["label"].items()]  # The order of tasks counts, too.
     return {
-        "data": asdict(config.data),
+        "data": data,
         "num_shards": config.num_shards,
         "split_rule": rule.to_json(),
         "inputs": inputs,
@@ -169,6 +173,7 @@ def _coded_in_memory(work: Work, data: DataConfig) -> CodedLog:
     report = described["report"]
     return CodedLog(
         events=f"SELECT * FROM {table(work.folder / 'events.parquet')}",
+        tasks=tuple(described["tasks"]),
         event_attributes=tuple(described["event_attributes"]),
         item_attributes=tuple(described["item_attributes"]),
         item_floats=tuple(described["item_floats"]),
@@ -194,8 +199,9 @@ def _write_log(work: Work, log: InteractionLog) -> None:
         "user": log.users.codes,
         "item": log.items.codes.astype(np.int32),
         "time": log.time,
-        "label": log.label.astype(np.uint8),
     }
+    for number, labels in enumerate(log.labels.values()):
+        events[label_column(number)] = labels.astype(np.uint8)
     for number, ids in enumerate(log.event_attributes.values()):
         events[event_column(number)] = ids.codes.astype(np.int32)
     for number, column in enumerate(log.request_attributes.values()):
@@ -221,6 +227,7 @@ def _write_log(work: Work, log: InteractionLog) -> None:
             work.write_columns(f"{role}_floats/{number}.parquet", coded)
     summary = log.report.summary
     described = {
+        "tasks": list(log.labels),
         "event_attributes": list(log.event_attributes),
         "item_attributes": list(log.item_attributes),
         "item_floats": list(log.item_floats),

@@ -52,12 +52,13 @@ from torchrec_kvshare.features.schema import (
     table_name,
 )
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "prepared.json"
-ITEM_COLUMNS = ("id", "num_training", "num_positive")  # then attributes and floats
+# Then the numbers of positive events by task, attributes and floats.
+ITEM_COLUMNS = ("id", "num_training")
 USER_COLUMNS = ("code", "id", "first_event", "num_events")  # then attributes and floats
-# Then codes of attributes of events and of requests, and floats.
-EVENT_COLUMNS = ("item", "time", "label")
+# Then labels by task, codes of attributes of events and of requests, and floats.
+EVENT_COLUMNS = ("item", "time")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class Shards:
         shared: what all shards share: the schema, items and attributes; its users are not used.
         num_shards: their number.
         num_training: [I] events of the training split, by item code.
-        num_positive: [I] those of them that are positive.
+        num_positive: [I, tasks] those of them that are positive.
         report: what was read and dropped.
         digest: computes the digest of the log.
         read: reads shards by number into one data set, in their order.
@@ -104,11 +105,12 @@ def in_memory(dataset: Dataset) -> Shards:
         return np.bincount(dataset.item[chosen], minlength=len(dataset.item_row))
 
     in_training = dataset.split == TRAIN
+    positive = [counts(in_training & (labels > 0)) for labels in dataset.labels.T]
     return Shards(
         shared=dataset,
         num_shards=1,
         num_training=counts(in_training),
-        num_positive=counts(in_training & (dataset.label > 0)),
+        num_positive=np.stack(positive, axis=1),
         report=str(dataset.log.report),
         digest=partial(log_digest, dataset.log),
         read=lambda shards: dataset,
@@ -198,6 +200,16 @@ def event_file(number: int) -> str:
     return f"events/{number}.parquet"
 
 
+def label_column(number: int) -> str:
+    """Return the column of events with the labels of a task."""
+    return f"label{number}"
+
+
+def positive_column(number: int) -> str:
+    """Return the column of items with the number of events that are positive for a task."""
+    return f"num_positive{number}"
+
+
 def event_column(number: int) -> str:
     """Return the column of events with the codes of one of their attributes."""
     return f"event{number}"
@@ -273,17 +285,22 @@ class _Folder:
         """Read all items and attributes, without events; count each item's training events.
 
         Returns:
-            The log, and by item code the number of training events and of those that are positive.
+            The log, by item code the number of training events, and [I, tasks] of those that are
+            positive.
         """
         none, no_floats, manifest = np.zeros(0, np.int64), np.zeros(0, np.float32), self.manifest
         attributes, floats = manifest["item_attributes"], manifest["item_floats"]
-        wanted = [*ITEM_COLUMNS, *attributes, *floats]
-        ids, num_training, num_positive, *rest = self.columns(["items.parquet"], wanted)
+        tasks = manifest["tasks"]
+        counts = [positive_column(number) for number in range(len(tasks))]
+        wanted = [*ITEM_COLUMNS, *counts, *attributes, *floats]
+        ids, num_training, *rest = self.columns(["items.parquet"], wanted)
+        num_positive = np.stack([*map(_ints, rest[: len(tasks)])], axis=1)
+        rest = rest[len(tasks) :]
         log = InteractionLog(
             users=IdColumn(none, []),
             items=IdColumn(none, _texts(ids)),
             time=none,
-            label=np.zeros(0, np.float32),
+            labels=dict.fromkeys(tasks, no_floats),
             event_attributes={
                 name: IdColumn(none, self.ids(event_file(number)))
                 for number, name in enumerate(manifest["event_attributes"])
@@ -300,7 +317,7 @@ class _Folder:
             request_floats=dict.fromkeys(manifest["request_floats"], no_floats),
             event_floats=dict.fromkeys(manifest["event_floats"], no_floats),
         )
-        return log, _ints(num_training), _ints(num_positive)
+        return log, _ints(num_training), num_positive
 
     def users_of(
         self, bare: InteractionLog, shards: Sequence[int]
@@ -319,14 +336,16 @@ class _Folder:
             [*USER_COLUMNS, *bare.user_attributes, *bare.user_floats],
         )
         num_attributes = len(bare.user_attributes)
+        labels = [label_column(number) for number in range(len(bare.labels))]
         events = [event_column(number) for number in range(len(bare.event_attributes))]
         requests = [request_column(number) for number in range(len(bare.request_attributes))]
         floats = [request_float_column(number) for number in range(len(bare.request_floats))]
         floats += [event_float_column(number) for number in range(len(bare.event_floats))]
-        item, time, label, *rest = self.columns(
+        item, time, *rest = self.columns(
             [f"shards/{shard:05}.events.parquet" for shard in shards],
-            [*EVENT_COLUMNS, *events, *requests, *floats],
+            [*EVENT_COLUMNS, *labels, *events, *requests, *floats],
         )
+        of_tasks, rest = rest[: len(labels)], rest[len(labels) :]
         num_coded = len(events) + len(requests)
         num_before = num_coded + len(bare.request_floats)
         counts, items = _ints(lengths), _ints(item)
@@ -341,7 +360,7 @@ class _Folder:
             users=IdColumn(np.repeat(np.arange(len(counts)), counts), _texts(ids)),
             items=bare.items._replace(codes=items),
             time=_ints(time),
-            label=label.to_numpy().astype(np.float32),
+            labels=_floats_of(bare.labels, of_tasks),
             event_attributes=_with_codes(bare.event_attributes, rest[: len(events)]),
             user_attributes=dict(zip(bare.user_attributes, map(_lists, of_users), strict=False)),
             report=ReadReport(len(items), len(items), {}, []),
@@ -363,7 +382,7 @@ def _events_of(log: InteractionLog, is_chosen: NDArray[np.bool_]) -> Interaction
         users=IdColumn(new_code[log.users.codes[kept]], [log.users.ids[user] for user in chosen]),
         items=log.items._replace(codes=log.items.codes[kept]),
         time=log.time[kept],
-        label=log.label[kept],
+        labels=rows_of_floats(log.labels, kept),
         event_attributes=rows_of_columns(log.event_attributes, kept),
         user_attributes={
             name: [ids_by_user[user] for user in chosen]
@@ -387,7 +406,7 @@ def _joined(parts: Sequence[InteractionLog]) -> InteractionLog:
         users=IdColumn(np.concatenate(users), [raw for part in parts for raw in part.users.ids]),
         items=first.items._replace(codes=np.concatenate([part.items.codes for part in parts])),
         time=np.concatenate([part.time for part in parts]),
-        label=np.concatenate([part.label for part in parts]),
+        labels=_joined_floats([part.labels for part in parts]),
         event_attributes=_joined_columns([part.event_attributes for part in parts]),
         user_attributes={
             name: [ids for part in parts for ids in part.user_attributes[name]]

@@ -126,7 +126,7 @@ def _parts(dataset: Dataset) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 def _num_own_positives(dataset: Dataset, num_negatives: int) -> int:
     """Count the test split's negatives, as an evaluation samples them, that their user likes."""
     num_items, user = len(dataset.item_row), dataset.event_user
-    liked = dataset.label > 0
+    liked = dataset.is_positive
     pairs = np.unique(user[liked] * num_items + dataset.item[liked])
     targets = np.flatnonzero(dataset.split == TEST)
     draws, count = Draws(EVALUATION_SEED), 0

@@ -250,7 +250,8 @@ def build_batch(
         shared: items that are not candidates of anyone; None for none.
 
     Returns:
-        A VBE batch with C = P x (1 + negatives) candidates; the first of each target has its label.
+        A VBE batch with C = P x (1 + negatives) candidates, with labels [C, tasks]: the first of
+        each target has the target's, a negative is negative for every task.
         Its user rows are the windows or, where requests have attributes, the targets, of which
         those of a window share its history.
     """
@@ -312,14 +313,14 @@ def _assemble(
     bags[candidate_key(ITEM)] = single(_hidden(dataset.item_row[codes], draws, keys, slots))
     for name, rows in dataset.item_attributes.items():
         bags[candidate_key(name)] = _bags(*rows.take(codes))
-    labels = np.zeros(candidates.shape, np.float32)
-    labels[:, 0] = dataset.label[windows.targets]
+    labels = np.zeros((*candidates.shape, dataset.labels.shape[1]), np.float32)
+    labels[:, 0] = dataset.labels[windows.targets]
     targets = np.repeat(windows.targets, num_candidates)
     return assemble(
         bags,
         _tensor(np.repeat(request_of_target, num_candidates)),
         _dense(dataset, targets, codes),
-        torch.from_numpy(labels.ravel()),
+        torch.from_numpy(labels.reshape(len(codes), -1)),
     )
 
 

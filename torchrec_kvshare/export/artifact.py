@@ -25,7 +25,7 @@ from torchrec_kvshare.features.schema import IDS, SCHEMA, FeatureSchema, load_sc
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.mac"  # keyed digest of the manifest's bytes, as hexadecimal text
 PURPOSE = b"kvshare-artifact"
-FORMAT = 8
+FORMAT = 9
 CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than memory
 
 

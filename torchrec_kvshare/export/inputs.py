@@ -78,9 +78,9 @@ def check_finite(name: str, values: Tensor) -> None:
 
 
 def check_scores(logits: Tensor) -> None:
-    """Refuse logits [C] that are not finite; the error names the first ten candidates."""
+    """Refuse logits [C, tasks] that are not finite; the error names the first ten candidates."""
     if not bool(torch.isfinite(logits.sum())):
-        wrong: list[int] = (~torch.isfinite(logits)).nonzero().flatten().tolist()
+        wrong: list[int] = (~torch.isfinite(logits)).any(1).nonzero().flatten().tolist()
         if len(wrong) > 0:
             named = ", ".join([str(candidate) for candidate in wrong[:10]])
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""

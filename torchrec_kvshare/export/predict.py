@@ -20,12 +20,11 @@ from torchrec.inference.modules import (
 from torchrec_kvshare.export.program import RankingProgram
 from torchrec_kvshare.export.torchscript import script_model
 from torchrec_kvshare.export.weights import check_weights
-from torchrec_kvshare.features.schema import FeatureSchema
+from torchrec_kvshare.features.schema import FeatureSchema, score_name
 from torchrec_kvshare.features.tensors import input_specs
 from torchrec_kvshare.model.quantised import FLOAT32, quantise_tables, shard_tables
 from torchrec_kvshare.model.ranking import RankingModel
 
-SCORES = "scores"
 CPU = "cpu"
 # TorchRec's names for an input of one tensor, and for one of values and lengths.
 ONE_TENSOR, JAGGED = "dense", "sparse"
@@ -38,12 +37,16 @@ class KVSharePredictModule(PredictModule):
         program: a ``RankingProgram``, eager or loaded from an artifact.
     """
 
-    def __init__(self, program: nn.Module) -> None:
+    names: list[str]
+
+    def __init__(self, program: RankingProgram) -> None:
         super().__init__(program, CPU)
+        self.names = [score_name(task) for task in program.task_names()]
 
     def predict_forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``scores`` [C] float64: the probabilities of all candidates, in their order."""
-        return {SCORES: self.predict_module(batch)}
+        """Return the probabilities [C] float64 of all candidates by ``score_name`` of each task."""
+        scores = self.predict_module(batch)
+        return {name: scores[:, task] for task, name in enumerate(self.names)}
 
 
 class KVSharePredictFactory(PredictFactory):

@@ -225,6 +225,7 @@ class RankingProgram(nn.Module):
     context_keys: list[str]
     bag_keys: list[str]
     reasons: list[str]
+    tasks: list[str]
     shares: list[float]
 
     def __init__(
@@ -246,6 +247,7 @@ class RankingProgram(nn.Module):
         self.most = [MAX_INT64 if spec.most is None else spec.most for spec in specs]
         self.context_keys = [context_key(column) for column in schema.context]
         self.num_dense: int = schema.num_dense
+        self.tasks = list(schema.tasks)
         self.item_key: str = candidate_key(ITEM)
         self.bag_keys = [candidate_key(column) for column in schema.item_attributes]
         self.histories = nn.ModuleList()
@@ -261,11 +263,11 @@ class RankingProgram(nn.Module):
         self.reasons = list(REASONS)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """Return probabilities [C] float64; encode every history and keep nothing."""
+        """Return probabilities [C, tasks] float64; encode every history and keep nothing."""
         self.check(features)
         parts = self.request_parts(features) + self.event_parts(self.split_events(features))
         batch = batch_of(parts, self.request_of_candidates(features))
-        logits = torch.empty([0])
+        logits = torch.empty([0, len(self.tasks)])
         # A ranking stage takes no empty batch.
         if features[self.dense].size(0) > 0:
             with torch.no_grad():
@@ -314,7 +316,7 @@ class RankingProgram(nn.Module):
 
     @torch.jit.export
     def score(self, features: dict[str, Tensor], kv: list[Tensor]) -> Tensor:
-        """Return probabilities [C] float64 over K/V from ``prefill`` and ``extend``.
+        """Return probabilities [C, tasks] float64 over K/V from ``prefill`` and ``extend``.
 
         Args:
             features: of the events only the times are read.
@@ -331,7 +333,7 @@ class RankingProgram(nn.Module):
         """Score through the program's own cache; encode misses request by request.
 
         Returns:
-            Probabilities [C] float64, and [B, 4] int64: indices into ``status_names`` and
+            Probabilities [C, tasks] float64, and [B, 4] int64: indices into ``status_names`` and
             ``reason_names``, cached events and computed events.
 
         Raises:
@@ -384,6 +386,11 @@ class RankingProgram(nn.Module):
     def reason_names(self) -> list[str]:
         """Return the names of the reasons in the second column of ``rank``; empty for a hit."""
         return self.reasons
+
+    @torch.jit.export
+    def task_names(self) -> list[str]:
+        """Return the names of the tasks, whose probabilities stand side by side."""
+        return self.tasks
 
     @torch.jit.export
     def configure(self, capacity_bytes: int, ttl_s: float) -> None:
@@ -550,13 +557,13 @@ class RankingProgram(nn.Module):
         tables: list[Tensor],
         pages: list[list[list[int]]],
     ) -> Tensor:
-        """Return probabilities [C] over K/V in pages; page ids are by history and request."""
+        """Return probabilities [C, tasks] over K/V in pages; page ids by history and request."""
         parts = self.request_parts(features)
         for index, history in enumerate(self.histories):
             parts.append(history.time_part(events[index]))
             parts.append(history.pages_part(pages[index]))
         batch = batch_of(parts, self.request_of_candidates(features))
-        logits = torch.empty([0])
+        logits = torch.empty([0, len(self.tasks)])
         if features[self.dense].size(0) > 0:
             with torch.no_grad():
                 logits = self.ranking.score(features[self.dense], batch, tables)

@@ -185,7 +185,7 @@ class EncodingGraph(nn.Module):
 
 
 class ScoringGraph(EncodingGraph):
-    """Logits [C] over K/V in pages."""
+    """Logits [C, tasks] over K/V in pages."""
 
     def forward(self, inputs: Inputs) -> list[Tensor]:
         batch = self.batch(inputs, inputs[CANDIDATE_REQUEST])
@@ -340,7 +340,7 @@ class CompiledRanking:
         self.kv_shapes = [tower.kv_shape for tower in towers]
 
     def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Logits [C], histories encoded on the way."""
+        """Logits [C, tasks], histories encoded on the way."""
         tables = [kv.unsqueeze(2) for kv in self.prefill(features)]
         for history, encoder in zip(self.schema.histories, self.encoders, strict=True):
             lengths = features[history_key(history.name, TIME)].lengths().tolist()
@@ -399,7 +399,7 @@ class CompiledRanking:
         kv_pages: list[Tensor],
         items: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return logits [C] over K/V in pages.
+        """Return logits [C, tasks] over K/V in pages.
 
         Raises:
             ConfigError: if there are projected items.

@@ -66,17 +66,19 @@ def write_repository(
         shutil.copytree(artifact, engine / ARTIFACT)
         read_artifact(engine / ARTIFACT, key)  # Check the copy: Triton loads that one.
         write_cached_forward(engine / ARTIFACT / PROGRAM, program / PROGRAM)
-        _write_config(folder / name, program_config(name, input_specs(schema)))
+        config = program_config(name, input_specs(schema), len(schema.tasks))
+        _write_config(folder / name, config)
         (engine / MODEL_FILE).write_text(MODEL_SOURCE)
         _write_config(folder / f"{name}_engine", engine_config(f"{name}_engine", key_file))
 
 
-def program_config(name: str, inputs: Sequence[TensorSpec]) -> "ModelConfig":
+def program_config(name: str, inputs: Sequence[TensorSpec], num_tasks: int) -> "ModelConfig":
     """Return the program's config: a tensor for each input; scores and use of the cache as outputs.
 
     Args:
         name: of the model.
         inputs: of the program.
+        num_tasks: columns of its scores.
     """
     config = _new_config(name)
     config.platform = "pytorch_libtorch"
@@ -84,7 +86,7 @@ def program_config(name: str, inputs: Sequence[TensorSpec]) -> "ModelConfig":
     type_by_dtype = {INT64: _pb().TYPE_INT64, FLOAT32: _pb().TYPE_FP32}
     for spec in inputs:
         config.input.add(name=spec.name, data_type=type_by_dtype[spec.dtype], dims=spec.shape)
-    config.output.add(name=SCORES, data_type=_pb().TYPE_FP64, dims=[-1])
+    config.output.add(name=SCORES, data_type=_pb().TYPE_FP64, dims=[-1, num_tasks])
     config.output.add(name=CACHE, data_type=_pb().TYPE_INT64, dims=[-1, 4])
     return config
 

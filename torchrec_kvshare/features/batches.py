@@ -87,7 +87,7 @@ def collate(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
     """
     batch = _grouped(requests)
     histories = history_bags([user.events_by_history for user in batch.users], schema)
-    return _collate(batch, _request_bags(batch, schema) | histories)
+    return _collate(batch, _request_bags(batch, schema) | histories, schema)
 
 
 def collate_candidates(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
@@ -101,7 +101,7 @@ def collate_candidates(requests: Sequence[Request], schema: FeatureSchema) -> Ba
         A batch for ``model.score`` once ``with_key`` has added the page ids.
     """
     batch = _grouped(requests)
-    return _collate(batch, _request_bags(batch, schema))
+    return _collate(batch, _request_bags(batch, schema), schema)
 
 
 def collate_history(requests: Sequence[Request], schema: FeatureSchema) -> Batch:
@@ -156,7 +156,7 @@ def assemble(
         bags_by_key: rows of every key; keys with ``has_candidate_rows`` have C rows.
         candidate_user: [C] int64, the user of each candidate, in any order.
         dense: [C, num_dense] float32.
-        labels: [C] float32.
+        labels: [C, tasks] float32.
 
     Returns:
         The batch; every key keeps its own stride.
@@ -312,9 +312,10 @@ def _grouped(requests: Sequence[Request]) -> RequestBatch:
     return requests if isinstance(requests, RequestBatch) else RequestBatch(requests)
 
 
-def _collate(batch: RequestBatch, bags: dict[str, Bags]) -> Batch:
+def _collate(batch: RequestBatch, bags: dict[str, Bags], schema: FeatureSchema) -> Batch:
     dense = torch.cat([request.dense for request in batch])
-    return assemble(bags, batch.request_of_candidate, dense, torch.zeros(dense.size(0)))
+    labels = torch.zeros(dense.size(0), len(schema.tasks))
+    return assemble(bags, batch.request_of_candidate, dense, labels)
 
 
 def _request_bags(batch: RequestBatch, schema: FeatureSchema) -> dict[str, Bags]:
@@ -332,7 +333,8 @@ def _request_bags(batch: RequestBatch, schema: FeatureSchema) -> dict[str, Bags]
 
 def _without_candidates(bags: dict[str, Bags], schema: FeatureSchema) -> Batch:
     no_candidates = torch.empty(0, dtype=torch.int64)
-    return assemble(bags, no_candidates, torch.empty(0, schema.num_dense), torch.empty(0))
+    labels = torch.empty(0, len(schema.tasks))
+    return assemble(bags, no_candidates, torch.empty(0, schema.num_dense), labels)
 
 
 def _same_events(one: Request, other: Request) -> bool:

@@ -41,6 +41,12 @@ TIME = "time"
 
 HISTORY = "history"  # the usual name of a single history of all events
 
+UNNAMED_TASK = ""  # the only task of a log with one rule for its labels
+SCORES = "scores"
+# Names of tasks are parts of names of tensors, such as ``scores.like`` beside ``scores.lengths``.
+RESERVED_TASK = "lengths"
+_TASK = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
 # Columns of a request's history that are not item attributes.
 FIRST_EVENT = "first_event"
 RESERVED_COLUMNS = (ITEM, ACTION, TIME, FIRST_EVENT)
@@ -387,10 +393,12 @@ class FeatureSchema:
         item_attributes: id columns of an item, multi-valued, of events and candidates alike.
         item_floats: float columns of a candidate.
         histories: the histories that the model reads, at least one.
+        tasks: what the model predicts, in the order of its logits; candidates are ranked by the
+            first. ``(UNNAMED_TASK,)``: one task, whose scores have no name.
 
     Raises:
-        ConfigError: if names of columns or histories clash, or a history needs actions that events
-            do not have.
+        ConfigError: if names of columns, histories or tasks clash, or a history needs actions that
+            events do not have.
     """
 
     vocabulary_by_column: dict[str, IdMap]
@@ -402,8 +410,11 @@ class FeatureSchema:
     item_attributes: tuple[str, ...] = ()
     item_floats: tuple[str, ...] = ()
     histories: tuple[History, ...]
+    tasks: tuple[str, ...] = (UNNAMED_TASK,)
 
     def __post_init__(self) -> None:
+        if self.tasks != (UNNAMED_TASK,):
+            check_tasks(self.tasks)
         check_columns(
             self.item_attributes,
             self.item_floats,
@@ -455,6 +466,7 @@ class FeatureSchema:
                 {"name": h.name, "window": asdict(h.window), "actions": list(h.actions)}
                 for h in self.histories
             ],
+            "tasks": list(self.tasks),
         }
 
 
@@ -504,6 +516,7 @@ def load_schema(folder: Path) -> FeatureSchema:
             History(h["name"], Window(**h["window"]), tuple(h["actions"]))
             for h in values["histories"]
         ),
+        tasks=tuple(values["tasks"]),
     )
 
 
@@ -525,6 +538,23 @@ def _replaced(path: Path) -> Iterator[Path]:
     written = path.with_name(f"{path.name}.new")
     yield written
     os.replace(written, path)
+
+
+def check_tasks(tasks: Sequence[Any]) -> None:
+    """Refuse names of tasks that cannot be told apart, or that tensors and metrics cannot have.
+
+    Raises:
+        ConfigError: naming the tasks and what is allowed.
+    """
+    for task in tasks:
+        is_name = isinstance(task, str) and _TASK.fullmatch(task)
+        if not is_name or task == RESERVED_TASK or list(tasks).count(task) > 1:
+            raise ConfigError(
+                f"the tasks are {list(tasks)}; {task!r} is not allowed: distinct names of letters, "
+                f"digits, _ and - that begin with a letter, other than {RESERVED_TASK!r}"
+            )
+    if not tasks:
+        raise ConfigError("there is no task; at least one is needed")
 
 
 def check_columns(
@@ -568,6 +598,16 @@ def item_key(column: str) -> str:
 def event_key(column: str) -> str:
     """Return the key of the vocabulary of an event column: the item's own, or the attribute's."""
     return column if column == ITEM else f"events.{column}"
+
+
+def score_name(task: str) -> str:
+    """Return the name of the tensor that has a task's scores.
+
+    Example:
+        >>> score_name("like"), score_name(UNNAMED_TASK)
+        ('scores.like', 'scores')
+    """
+    return f"{SCORES}.{task}" if task else SCORES
 
 
 def table_name(key: str) -> str:

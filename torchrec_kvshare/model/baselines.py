@@ -33,7 +33,7 @@ from torchrec_kvshare.model.collection import (
     TokenFeatures,
     token_tables,
 )
-from torchrec_kvshare.model.ranking import Predicted
+from torchrec_kvshare.model.ranking import Predicted, over_arch
 
 
 class MeanHistoryCollection(EmbeddingBagCollectionInterface):
@@ -112,11 +112,14 @@ def mean_pooled_dlrm(
     """Make TorchRec's DLRM with the mean of the history's events as one more feature."""
     collection = MeanHistoryCollection(schema, spec, table_device)
     bags = cast(EmbeddingBagCollection, collection)
-    return DLRM(bags, schema.num_dense, [spec.output_width, spec.output_width], top_mlp)
+    width = spec.output_width
+    return DLRM(bags, schema.num_dense, [width, width], over_arch(schema, top_mlp))
 
 
 class SequentialModel(nn.Module):
     """A sequential model: the state of a user times the vector of an item, and nothing else.
+
+    It knows no labels, so that its logit is the same for every task.
 
     Args:
         schema: columns, table sizes and histories.
@@ -132,6 +135,7 @@ class SequentialModel(nn.Module):
         self, schema: FeatureSchema, spec: TowerSpec, table_device: torch.device | None = None
     ) -> None:
         super().__init__()
+        self.num_tasks = len(schema.tasks)
         tables = token_tables(schema, spec.token_width, spec.has_positions, vectors=TIED_VECTORS)
         self.token_embeddings = EmbeddingCollection(tables=tables, device=table_device)
         names = [history.name for history in schema.histories]
@@ -148,8 +152,8 @@ class SequentialModel(nn.Module):
                 used.requires_grad_(True)
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Return logits [C, 1]."""
-        return self.predict(dense, features).logits.unsqueeze(1)
+        """Return logits [C, tasks]."""
+        return self.predict(dense, features).logits
 
     def predict(self, dense: Tensor, features: KeyedJaggedTensor) -> Predicted:
         """Return logits, with the mean over histories of states times vectors as such."""
@@ -164,7 +168,8 @@ class SequentialModel(nn.Module):
             states = pooling.states(embedded, groups, jagged_by_key)
             pooled[state_feature(name)] = states
             logits.append((states * vectors[:num_candidates]).sum(1))
-        return Predicted(torch.stack(logits).mean(0), pooled, vectors[num_candidates:])
+        of_tasks = torch.stack(logits).mean(0).unsqueeze(1).expand(-1, self.num_tasks)
+        return Predicted(of_tasks, pooled, vectors[num_candidates:])
 
 
 def _histories(schema: FeatureSchema, spec: TowerSpec, tables: list[EmbeddingConfig]) -> Histories:

@@ -59,7 +59,7 @@ class Predicted(NamedTuple):
     """What a model gives in training.
 
     Attributes:
-        logits: [C].
+        logits: [C, tasks].
         pooled: [C, width] by feature; the states of users and the vectors of candidates among them.
         shared: [S, width], the vectors of the batch's shared items.
     """
@@ -99,7 +99,7 @@ class RankingStage:
         assert isinstance(collection, KVShareEmbeddingBagCollection)
         pooled, shared = collection.pool(features)
         logits: Tensor = self._interpreter.run(dense, pooled)
-        return Predicted(logits.squeeze(1), pooled.to_dict(), shared)
+        return Predicted(logits, pooled.to_dict(), shared)
 
 
 def _traced(model: nn.Module) -> tuple[fx.GraphModule, fx.Node]:
@@ -123,7 +123,7 @@ class RankingFunctions(Protocol):
     """The functions of a ranking model that an engine calls, eager or exported."""
 
     def __call__(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Return logits [C]; the histories in the batch are encoded too."""
+        """Return logits [C, tasks]; the histories in the batch are encoded too."""
 
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
         """Return K/V [planes, R, H, D] of each history."""
@@ -151,7 +151,7 @@ class RankingFunctions(Protocol):
         kv_pages: list[Tensor],
         items: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return logits [C] over K/V in pages."""
+        """Return logits [C, tasks] over K/V in pages."""
 
 
 class RankingModel(nn.Module):
@@ -174,8 +174,8 @@ class RankingModel(nn.Module):
         )
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Return logits [C]; the batch's histories are encoded too, one prefill per request."""
-        return self.ranker(dense, features, None, None).squeeze(1)
+        """Return logits [C, tasks]; the batch's histories are encoded too, once per request."""
+        return self.ranker(dense, features, None, None)
 
     @torch.jit.export
     def prefill(self, features: KeyedJaggedTensor) -> list[Tensor]:
@@ -214,8 +214,8 @@ class RankingModel(nn.Module):
         kv_pages: list[Tensor],
         items: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return logits [C] over K/V read from pages through the histories' keys ``pages``."""
-        return self.ranker(dense, features, kv_pages, items).squeeze(1)
+        """Return logits [C, tasks] over K/V in pages, through the histories' keys ``pages``."""
+        return self.ranker(dense, features, kv_pages, items)
 
 
 def dlrm_with_history(
@@ -229,7 +229,7 @@ def dlrm_with_history(
     Args:
         schema: columns and table sizes.
         spec: of the towers; the bags and the dense arch's output have its output width.
-        top_mlp: widths of the over arch, the last of them 1.
+        top_mlp: widths of the over arch, the last of them, 1, of each task.
         table_device: of the tables; ``meta`` for tables that are drawn when they are sharded.
 
     Returns:
@@ -239,7 +239,12 @@ def dlrm_with_history(
     # DLRM's annotation names the class, but it uses only the interface.
     bags = cast(EmbeddingBagCollection, collection)
     width = spec.output_width
-    return DLRM(bags, schema.num_dense, [width, width], top_mlp)
+    return DLRM(bags, schema.num_dense, [width, width], over_arch(schema, top_mlp))
+
+
+def over_arch(schema: FeatureSchema, top_mlp: list[int]) -> list[int]:
+    """Return the widths of an over arch that has one logit for each task of the schema."""
+    return [*top_mlp[:-1], top_mlp[-1] * len(schema.tasks)]
 
 
 def refuse_weights(model: nn.Module) -> None:
@@ -290,4 +295,4 @@ def plain_dlrm(
 ) -> DLRM:
     """Make the same DLRM without a history, for comparison."""
     bags = cast(EmbeddingBagCollection, user_candidate_bags(schema, dim, table_device))
-    return DLRM(bags, schema.num_dense, [dim, dim], top_mlp)
+    return DLRM(bags, schema.num_dense, [dim, dim], over_arch(schema, top_mlp))

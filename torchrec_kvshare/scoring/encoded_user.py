@@ -21,7 +21,7 @@ from torchrec_kvshare.cache.record import KVRecord, pack, unpack
 from torchrec_kvshare.errors import RecordError
 from torchrec_kvshare.features.parse import parse_candidates, parse_user
 from torchrec_kvshare.features.request import Request
-from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.scoring.engine import Engine, Scores, answered_scores
 
 BLOCK = 32  # events between two digests of a saved history
 CODEC = get_codec("float32")
@@ -59,7 +59,7 @@ class EncodedUser:
             self._version = self.engine.version
         return self._kv_by_history
 
-    def score(self, request: Request, first_candidate: int = 0) -> list[float]:
+    def score(self, request: Request, first_candidate: int = 0) -> Tensor:
         """Score candidates of a parsed request.
 
         Args:
@@ -67,14 +67,14 @@ class EncodedUser:
             first_candidate: index of the first of them among all.
 
         Returns:
-            Probabilities, in the order of the candidates.
+            Probabilities [N, tasks] float64, in the order of the candidates.
 
         Raises:
             ScoreError: listing the candidates whose scores are not finite.
         """
         return self.engine.score_with(request, self.kv_by_history(), first_candidate)
 
-    def predict(self, candidates: Mapping[str, Any], time: int | None = None) -> list[float]:
+    def predict(self, candidates: Mapping[str, Any], time: int | None = None) -> Scores:
         """Score raw candidates.
 
         Args:
@@ -82,14 +82,15 @@ class EncodedUser:
             time: Unix seconds of the request; by default that of the user's request.
 
         Returns:
-            Probabilities, in the order of the candidates.
+            Probabilities as an answer has them, in the order of the candidates.
 
         Raises:
             RequestError: naming the column, what came and what was allowed.
             ScoreError: listing the candidates whose scores are not finite.
         """
         raw = {"candidates": candidates} | ({} if time is None else {"time": time})
-        return self.score(parse_candidates(raw, self.user, self.engine.schema))
+        schema = self.engine.schema
+        return answered_scores(self.score(parse_candidates(raw, self.user, schema)), schema.tasks)
 
 
 def encode_user(engine: Engine, raw: Mapping[str, Any]) -> EncodedUser:

@@ -6,7 +6,6 @@ cache leads to encoding the history again, so scores never depend on what the ca
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from torchrec_kvshare.features.batches import (
 )
 from torchrec_kvshare.features.parse import UNKNOWN_IDS
 from torchrec_kvshare.features.request import Events, Request, unknown_ids
-from torchrec_kvshare.features.schema import FeatureSchema, RawId
+from torchrec_kvshare.features.schema import SCORES, UNNAMED_TASK, FeatureSchema, RawId
 from torchrec_kvshare.history.pages import split_histories
 from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel, refuse_weights
 from torchrec_kvshare.model.stages import EXPAND, PREFILL, SCORE
@@ -48,6 +47,8 @@ MAX_NAMED = 10  # candidates without a score that an error lists
 
 logger = logging.getLogger(__name__)
 
+Scores = list[float] | dict[str, list[float]]  # of an unnamed task, or by task
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -55,23 +56,34 @@ class Answer:
 
     Attributes:
         request_id: of the request.
-        scores: probabilities, one for each candidate, in the order they came.
+        scores: probabilities, one for each candidate, in the order they came; of named tasks by
+            their names.
         model_version: the model that scored.
         cache: what the cache did.
         unknown_ids: their number by column, if the request asked for it.
     """
 
     request_id: str | int | None
-    scores: list[float]
+    scores: Scores
     model_version: str
     cache: CacheUse
     unknown_ids: dict[str, int] | None = None
+
+    @property
+    def scores_by_task(self) -> dict[str, list[float]]:
+        """The scores by task, also of an unnamed one."""
+        return self.scores if isinstance(self.scores, dict) else {UNNAMED_TASK: self.scores}
+
+    @property
+    def ranking_scores(self) -> list[float]:
+        """The scores of the first task, by which candidates are ranked."""
+        return next(iter(self.scores_by_task.values()))
 
     def to_json(self) -> dict[str, Any]:
         """The project's one answer format."""
         answer = {
             "request_id": self.request_id,
-            "scores": self.scores,
+            SCORES: self.scores,
             "model_version": self.model_version,
             "cache": vars(self.cache),
         }
@@ -245,7 +257,7 @@ class Engine:
     @torch.no_grad()
     def score_with(
         self, request: Request, kv_by_history: Sequence[Tensor], first_candidate: int = 0
-    ) -> list[float]:
+    ) -> Tensor:
         """Score candidates over K/V that the caller holds.
 
         Args:
@@ -254,7 +266,7 @@ class Engine:
             first_candidate: index of its first candidate, where the request is a part of another.
 
         Returns:
-            Probabilities, in the order of the candidates.
+            Probabilities [N, tasks] float64, in the order of the candidates.
 
         Raises:
             ScoreError: listing the candidates whose scores are not finite.
@@ -263,10 +275,11 @@ class Engine:
         _check_scores(request, scores, first_candidate)
         return scores
 
-    def answer(self, request: Request, scores: list[float], use: CacheUse) -> Answer:
-        """The answer to a request, with the reports it asked for."""
+    def answer(self, request: Request, scores: Tensor, use: CacheUse) -> Answer:
+        """The answer to a request with scores [N, tasks], and the reports it asked for."""
         unknown = unknown_ids(request) if UNKNOWN_IDS in request.report else None
-        return Answer(request.request_id, scores, self.model_version, use, unknown)
+        answered = answered_scores(scores, self.schema.tasks)
+        return Answer(request.request_id, answered, self.model_version, use, unknown)
 
     def events_to_encode(self, request: Request) -> int:
         """Estimate without a look-up: 0 for a user that has pages, else all events."""
@@ -342,7 +355,7 @@ class Engine:
     def _answers(
         self,
         requests: Sequence[Request],
-        scores: Sequence[list[float]],
+        scores: Sequence[Tensor],
         uses: Sequence[CacheUse],
     ) -> list[Answer | Unscored]:
         answers: list[Answer | Unscored] = []
@@ -357,9 +370,9 @@ class Engine:
 
     def _score_leased(
         self, batch: RequestBatch, leases: Sequence[Lease], store: KVStore
-    ) -> list[list[float]]:
+    ) -> list[Tensor]:
         """Score over pages, over K/V that the store had no room for, or without a cache."""
-        scores: list[list[float]] = [[] for _ in batch]
+        scores = [self._no_scores() for _ in batch]
         in_pages = [row for row, lease in enumerate(leases) if lease.pages is not None]
         # Requests that share their histories share a lease: one list of pages for each of them.
         distinct = dict.fromkeys(leases[row] for row in in_pages)
@@ -376,7 +389,7 @@ class Engine:
                 scores[row] = self._score_kv(batch[row], lease.kv_by_history)
         return scores
 
-    def _score_kv(self, request: Request, kv_by_history: Sequence[Tensor]) -> list[float]:
+    def _score_kv(self, request: Request, kv_by_history: Sequence[Tensor]) -> Tensor:
         # Each history's K/V is a table of one page.
         pages = [[[0] if kv.size(1) else []] for kv in kv_by_history]
         tables = [kv.unsqueeze(1) for kv in kv_by_history]
@@ -387,21 +400,37 @@ class Engine:
         batch: RequestBatch,
         pages_by_history: Sequence[Sequence[list[int]]],
         tables: Sequence[Tensor],
-    ) -> list[list[float]]:
+    ) -> list[Tensor]:
         if not any(request.num_candidates for request in batch):
-            return [[] for _ in batch]
+            return [self._no_scores() for _ in batch]
         logits = score_pages(
             self.model, batch, self.schema, pages_by_history, tables, items=self.items
         )
-        return _probabilities(batch, logits)
+        return self._probabilities(batch, logits)
 
-    def _score_uncached(self, batch: RequestBatch) -> list[list[float]]:
+    def _score_uncached(self, batch: RequestBatch) -> list[Tensor]:
         if not any(request.num_candidates for request in batch):
-            return [[] for _ in batch]
+            return [self._no_scores() for _ in batch]
         collated = collate(batch, self.schema)
         with record_function(SCORE):
             logits = self.model(collated.dense_features, collated.sparse_features)
-        return _probabilities(batch, logits)
+        return self._probabilities(batch, logits)
+
+    def _no_scores(self) -> Tensor:
+        return torch.empty(0, len(self.schema.tasks), dtype=torch.float64)
+
+    def _probabilities(self, requests: Sequence[Request], logits: Tensor) -> list[Tensor]:
+        """Return the probabilities [N, tasks] of each request."""
+        shape = [sum(request.num_candidates for request in requests), len(self.schema.tasks)]
+        if [*logits.shape] != shape:
+            raise ConfigError(
+                f"the model gives logits {[*logits.shape]}; {shape} are needed, one for each "
+                f"candidate and each of the tasks {list(self.schema.tasks)}"
+            )
+        # Not torch.sigmoid: its vectorised form gives other bits than the one for a tensor's last
+        # rows.
+        probabilities = 1.0 / (1.0 + torch.exp(-logits.double()))
+        return [*probabilities.split([request.num_candidates for request in requests])]
 
 
 def score_pages(
@@ -425,7 +454,7 @@ def score_pages(
         items: keeps projected candidates between requests; None projects them here.
 
     Returns:
-        Logits [C].
+        Logits [C, tasks].
     """
     with record_function(EXPAND):
         batch = collate_candidates(requests, schema)
@@ -457,18 +486,25 @@ def _context_digest(request: Request, columns: Sequence[str]) -> str:
     return text_digest(json.dumps([request.context[column].tolist() for column in columns]))[:16]
 
 
-def _probabilities(requests: Sequence[Request], logits: Tensor) -> list[list[float]]:
-    # Not torch.sigmoid: its vectorised form gives other bits than the one for a tensor's last rows.
-    probabilities = 1.0 / (1.0 + torch.exp(-logits.double()))
-    parts = probabilities.split([request.num_candidates for request in requests])
-    return [part.tolist() for part in parts]
+def answered_scores(scores: Tensor, tasks: Sequence[str]) -> Scores:
+    """Return scores [N, tasks] as answers have them.
+
+    Example:
+        >>> answered_scores(torch.tensor([[0.5, 0.25], [1.0, 0.0]]), ("like", "love"))
+        {'like': [0.5, 1.0], 'love': [0.25, 0.0]}
+        >>> answered_scores(torch.tensor([[0.5], [1.0]]), (UNNAMED_TASK,))
+        [0.5, 1.0]
+    """
+    by_task: dict[str, list[float]] = dict(zip(tasks, scores.T.tolist(), strict=True))
+    return by_task.get(UNNAMED_TASK, by_task)
 
 
-def _check_scores(request: Request, scores: Sequence[float], first_candidate: int = 0) -> None:
+def _check_scores(request: Request, scores: Tensor, first_candidate: int = 0) -> None:
     """Refuse scores that are not finite, listing their candidates' indices."""
-    if all(map(math.isfinite, scores)):
+    is_finite = scores.isfinite().all(1)
+    if bool(is_finite.all()):
         return
-    wrong = [index for index, score in enumerate(scores) if not math.isfinite(score)]
+    wrong: list[int] = (~is_finite).nonzero().flatten().tolist()
     listed = ", ".join(str(first_candidate + index) for index in wrong[:MAX_NAMED])
     more = f" and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
     raise ScoreError(

@@ -21,6 +21,7 @@ from torchrec_kvshare.features.schema import (
     FIRST_EVENT,
     HISTORY,
     ITEM,
+    RESERVED_TASK,
     TIME,
     USER,
     FeatureSchema,
@@ -29,6 +30,7 @@ from torchrec_kvshare.features.schema import (
     event_key,
     history_key,
     item_key,
+    score_name,
 )
 from torchrec_kvshare.scoring.engine import Answer
 
@@ -45,6 +47,7 @@ DATATYPE_BY_DTYPE = {dtype: datatype for datatype, dtype in DTYPE_BY_DATATYPE.it
 INTEGER_IDS, TEXT_IDS = (INT64, BYTES, FP64, BOOL), (BYTES, INT64, FP64, BOOL)
 FLOATS = (FP32, FP64)
 FIRST_EVENT_COLUMN = history_key(HISTORY, FIRST_EVENT)
+SCORE_LENGTHS = score_name(RESERVED_TASK)
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,11 @@ def column_specs(schema: FeatureSchema) -> list[ColumnSpec]:
     return specs
 
 
-def output_specs() -> list[ColumnSpec]:
-    """Return the output tensors: scores of all candidates, and what the cache did."""
+def output_specs(schema: FeatureSchema) -> list[ColumnSpec]:
+    """Return the output tensors: each task's scores of all candidates, and what the cache did."""
     return [
-        ColumnSpec("scores", (FP64,)),
-        ColumnSpec("scores.lengths", (INT64,)),
+        *(ColumnSpec(score_name(task), (FP64,)) for task in schema.tasks),
+        ColumnSpec(SCORE_LENGTHS, (INT64,)),
         ColumnSpec("cache.status", (BYTES,)),
         ColumnSpec("cache.reason", (BYTES,)),
         ColumnSpec("cache.tier", (BYTES,)),
@@ -284,7 +287,7 @@ def raw_candidates(tensors: Mapping[str, NDArray[Any]], schema: FeatureSchema) -
 
 
 def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
-    """Convert answers to the tensors of ``output_specs``, in its order.
+    """Convert answers of one model to the tensors of ``output_specs``, in its order.
 
     ``unknown_ids``, one JSON object per request, comes last if any request asked for it.
     """
@@ -294,16 +297,24 @@ def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
     if any(ids is not None for ids in unknown_ids):
         objects = [json.dumps(ids or {}) for ids in unknown_ids]
         report = {UNKNOWN_IDS: byte_elements(objects, UNKNOWN_IDS)}
-    return {
-        "scores": np.concatenate([np.array(answer.scores) for answer in answers]),
-        "scores.lengths": _integers([len(answer.scores) for answer in answers]),
-        "cache.status": byte_elements([use.status for use in uses], "cache.status"),
-        "cache.reason": byte_elements([use.reason for use in uses], "cache.reason"),
-        "cache.tier": byte_elements([use.tier for use in uses], "cache.tier"),
-        "cache.cached_events": _integers([use.cached_events for use in uses]),
-        "cache.computed_events": _integers([use.computed_events for use in uses]),
-        "cache.staleness_s": np.array([use.staleness_s for use in uses], dtype=np.float64),
-    } | report
+    by_task = [answer.scores_by_task for answer in answers]
+    scores = {
+        score_name(task): np.concatenate([np.array(one[task]) for one in by_task])
+        for task in by_task[0]
+    }
+    return (
+        scores
+        | {
+            SCORE_LENGTHS: _integers([len(answer.ranking_scores) for answer in answers]),
+            "cache.status": byte_elements([use.status for use in uses], "cache.status"),
+            "cache.reason": byte_elements([use.reason for use in uses], "cache.reason"),
+            "cache.tier": byte_elements([use.tier for use in uses], "cache.tier"),
+            "cache.cached_events": _integers([use.cached_events for use in uses]),
+            "cache.computed_events": _integers([use.computed_events for use in uses]),
+            "cache.staleness_s": np.array([use.staleness_s for use in uses], dtype=np.float64),
+        }
+        | report
+    )
 
 
 def check_limits(raw: Mapping[str, Any], limits: RequestLimits) -> None:

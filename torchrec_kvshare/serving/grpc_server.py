@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -410,10 +410,8 @@ class _Sequences:
         finally:
             if message.parameters["sequence_end"].bool_param:
                 self._end(sequence_id, incoming)
-        scores: list[float] = []
-        async for _, part in group.parts():
-            scores += part.scores
-        return _reply(message, message.model_name, [replace(part, scores=scores)])
+        answer = await self._service.finish(group.job)
+        return _reply(message, message.model_name, [answer])
 
     def answered(self, incoming: Incoming) -> None:
         """Release a sequence after the answer to its last message."""

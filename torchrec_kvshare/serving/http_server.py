@@ -179,7 +179,7 @@ class _HttpServer:
                 head, tensors = await self._intake.parse(
                     len(body), self._decode_infer, request, body
                 )
-                requested = requested_outputs_json(head)
+                requested = requested_outputs_json(head, served.engine.schema)
                 raws = raw_requests(tensors, served.engine.schema, self._service.limits.requests)
                 message_id = head.get("id") or call.request_id
                 if not isinstance(message_id, str):

@@ -179,11 +179,12 @@ def decode_infer_json(head: Mapping[str, Any], binary: bytes) -> dict[str, NDArr
     return tensors
 
 
-def requested_outputs_json(head: Mapping[str, Any]) -> dict[str, bool]:
+def requested_outputs_json(head: Mapping[str, Any], schema: FeatureSchema) -> dict[str, bool]:
     """Return the outputs that an HTTP message requests, and which of them as binary data.
 
     Args:
         head: the decoded JSON object.
+        schema: of the model.
 
     Returns:
         Whether the output is binary, by its name; all outputs if the message names none.
@@ -191,7 +192,7 @@ def requested_outputs_json(head: Mapping[str, Any]) -> dict[str, bool]:
     Raises:
         RequestError: naming the output, what came and what was allowed.
     """
-    known = [spec.name for spec in output_specs()]
+    known = [spec.name for spec in output_specs(schema)]
     known += [UNKNOWN_IDS] * (UNKNOWN_IDS in requested_report_json(head))
     default = _flag(head, "binary_data_output", False, "the request")
     binary_by_output = {}
@@ -264,7 +265,7 @@ def model_metadata(name: str, versions: Sequence[str], schema: FeatureSchema) ->
         "versions": list(versions),
         "platform": PLATFORM,
         "inputs": [_spec_json(spec) for spec in column_specs(schema)],
-        "outputs": [_spec_json(spec) for spec in output_specs()],
+        "outputs": [_spec_json(spec) for spec in output_specs(schema)],
     }
 
 

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.config import ServerConfig
 from torchrec_kvshare.errors import OverloadError, ScoreError
@@ -71,7 +74,7 @@ class Job:
         first_candidate: index of its first candidate among all of the stream.
         on_scores: called in the event loop with the scores of each part.
         answer: resolves to the answer or the error.
-        scores: of the candidates that are done.
+        scores: [n, tasks] of the candidates that are done.
         queued_at: monotonic seconds.
         started_at: monotonic seconds; start of the first batch with a part of it.
         score_s: seconds in the engine, of whole batches.
@@ -82,11 +85,11 @@ class Job:
     deadline: float
     encoded: EncodedUser | None = None
     first_candidate: int = 0
-    on_scores: Callable[[list[float], CacheUse], None] | None = None
+    on_scores: Callable[[Tensor, CacheUse], None] | None = None
     answer: "asyncio.Future[Answer]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
-    scores: list[float] = field(default_factory=list)
+    scores: Tensor | None = None
     queued_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     score_s: float = 0.0
@@ -94,7 +97,12 @@ class Job:
     @property
     def num_left(self) -> int:
         """Number of candidates that are not scored yet."""
-        return self.request.num_candidates - len(self.scores)
+        return self.request.num_candidates - self.num_scored
+
+    @property
+    def num_scored(self) -> int:
+        """Number of candidates that are scored."""
+        return 0 if self.scores is None else len(self.scores)
 
 
 @dataclass(frozen=True)
@@ -262,7 +270,7 @@ class Scheduler:
         """Score the next candidates of a job, over K/V that its parts share."""
         job = part.job
         job.encoded = encoded = job.encoded or EncodedUser(job.engine, job.request)
-        first = len(job.scores)
+        first = job.num_scored
         request = job.request.part(first, first + part.num_candidates)
         start = time.monotonic()
         try:
@@ -274,7 +282,7 @@ class Scheduler:
                 self._jobs = [other for other in self._jobs if other is not job]
             self._end(job, error)
             return
-        job.scores += scores
+        job.scores = scores if job.scores is None else torch.cat([job.scores, scores])
         job.score_s += time.monotonic() - start
         if job.on_scores is not None:
             self._loop.call_soon_threadsafe(job.on_scores, scores, encoded.use)
@@ -300,7 +308,7 @@ def next_batch(jobs: Sequence[Job], limits: BatchLimits) -> list[Part]:
     by_deadline = sorted(jobs, key=lambda job: job.deadline)
     half = limits.part_candidates
     room = limits.candidates
-    room_for_started = half if any(not job.scores for job in by_deadline) else room
+    room_for_started = half if any(not job.num_scored for job in by_deadline) else room
     room_for_events, room_for_ids = limits.events, limits.ids
     parts: list[Part] = []
     for job in by_deadline:
@@ -311,13 +319,13 @@ def next_batch(jobs: Sequence[Job], limits: BatchLimits) -> list[Part]:
         share = min(job.num_left, half)
         events = 0 if job.encoded else job.engine.events_to_encode(job.request)
         ids = job.request.num_bag_ids
-        if share > (room_for_started if job.scores else room):
+        if share > (room_for_started if job.num_scored else room):
             continue
         if parts and (events > room_for_events or ids > room_for_ids):
             continue
         parts.append(Part(job, share))
         room -= share
-        room_for_started = min(room, room_for_started - (share if job.scores else 0))
+        room_for_started = min(room, room_for_started - (share if job.num_scored else 0))
         room_for_events -= events
         room_for_ids -= ids
     return parts

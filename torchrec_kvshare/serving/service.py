@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.reasons import HIT
@@ -238,7 +240,7 @@ class Service:
         except asyncio.TimeoutError as error:
             waited_ms = (time.monotonic() - job.queued_at) * 1e3
             raise DeadlineError(
-                f"the deadline passed after {waited_ms:.0f} ms, {len(job.scores)} of "
+                f"the deadline passed after {waited_ms:.0f} ms, {job.num_scored} of "
                 f"{job.request.num_candidates} candidates were scored"
             ) from error
 
@@ -410,7 +412,7 @@ class Service:
                 model,
                 outcomes.OK,
                 model_version=answer.model_version,
-                candidates=len(answer.scores),
+                candidates=job.request.num_candidates,
                 cache=vars(answer.cache),
                 score_ms=round(job.score_s * 1e3, 3),
             )
@@ -458,12 +460,12 @@ class Group:
         try:
             while (part := await self._parts.get()) is not None:
                 yield first_candidate, part
-                first_candidate += len(part.scores)
+                first_candidate += len(part.ranking_scores)
             await finishing
         finally:
             finishing.cancel()
 
-    def _take(self, scores: list[float], use: CacheUse) -> None:
+    def _take(self, scores: Tensor, use: CacheUse) -> None:
         """Receive the scores of a part from the scheduler."""
         self._parts.put_nowait(self.job.engine.answer(self.job.request, scores, use))
 

@@ -11,21 +11,25 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from torchrec_kvshare.cache.reasons import BYPASS, MISS
 from torchrec_kvshare.errors import ScoreError
 from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.scoring.encoded_user import EncodedUser
 from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
+from torchrec_kvshare.verify.parity import probabilities_of
 
 MAX_WAITING = 32  # answers that wait to be checked; the oldest are dropped
 
 
 class Sample(NamedTuple):
-    """An answer to check; its scores are None if they were not finite."""
+    """An answer to check; its scores [N, tasks] are None if they were not finite."""
 
     engine: Engine
     request: Request
-    scores: list[float] | None
+    scores: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,12 @@ class _Begun:
 
     sample: Sample
     user: EncodedUser  # of an engine without a cache
-    scores: list[float] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)  # by part
+
+    @property
+    def num_scored(self) -> int:
+        """Number of candidates that are scored again."""
+        return sum(map(len, self.scores))
 
 
 class ShadowParity:
@@ -68,7 +77,7 @@ class ShadowParity:
         if isinstance(answer, Unscored):
             is_kept, scores = self._share > 0.0, None
         else:
-            is_kept, scores = self._draw.random() < self._share, answer.scores
+            is_kept, scores = self._draw.random() < self._share, probabilities_of([answer])
         if is_kept:
             with self._lock:
                 self._waiting.append(Sample(engine, request, scores))
@@ -86,8 +95,8 @@ class ShadowParity:
 
         Returns:
             None until all candidates of a sample are scored, and if there is no sample. Then the
-            sample and the greatest difference of a probability, infinite if only one of the two is
-            finite.
+            sample and the greatest difference of a probability of any task, infinite if only one of
+            the two is finite.
         """
         with self._lock:
             begun, self._begun = self._begun, None  # If this one raises, the next call goes on.
@@ -97,20 +106,20 @@ class ShadowParity:
         if waiting is not None:
             begun = _begin(waiting)
         assert begun is not None
-        sample, first = begun.sample, len(begun.scores)
+        sample, first = begun.sample, begun.num_scored
         part = sample.request.part(first, first + self._part_candidates)
         try:
-            begun.scores.extend(begun.user.score(part, first))
+            begun.scores.append(begun.user.score(part, first))
         except ScoreError:
             # The model has no finite scores; the cache is wrong only if it gave some.
             return sample, 0.0 if sample.scores is None else math.inf
-        if len(begun.scores) < sample.request.num_candidates:
+        if begun.num_scored < sample.request.num_candidates:
             self._begun = begun
             return None
         if sample.scores is None:
             return sample, math.inf
-        pairs = zip(begun.scores, sample.scores, strict=True)
-        return sample, max((abs(ours - theirs) for ours, theirs in pairs), default=0.0)
+        moved = (torch.cat(begun.scores) - sample.scores).abs()
+        return sample, float(moved.max()) if moved.numel() else 0.0
 
     @property
     def has_more(self) -> bool:

@@ -7,7 +7,7 @@ also where the model reads fewer of them.
 import numpy as np
 
 from torchrec_kvshare.training.evaluate import Scored, sampled_metrics
-from torchrec_kvshare.training.metrics import Measures, measures_of, rank_metrics
+from torchrec_kvshare.training.metrics import Measures, measures_of, metric_name, rank_metrics
 from torchrec_kvshare.training.ranking import Ranked
 
 # Fewest events of each bucket.
@@ -25,9 +25,11 @@ def by_history_length(scored: Scored, ranked: Ranked) -> dict[str, Measures]:
         ranked: the held-out events of ``HR@10`` and ``NDCG@10``.
 
     Returns:
-        By bucket the number of ``targets``, the number of ``held_out`` events, and the metrics.
+        By bucket the number of ``targets``, the number of ``held_out`` events, and the metrics,
+        AUC and GAUC of every task.
     """
     least = list(LEAST_BY_BUCKET.values())
+    sampled = [metric_name(name, task) for task in scored.tasks for name in SAMPLED_NAMES]
     bucket_of_target, bucket_of_held_out = (
         np.searchsorted(least, counts, side="right") - 1
         for counts in (scored.num_earlier, ranked.num_earlier)
@@ -39,7 +41,7 @@ def by_history_length(scored: Scored, ranked: Ranked) -> dict[str, Measures]:
         counts = measures_of({TARGETS: len(targets.keys), HELD_OUT: len(positions)})
         found[name] = (
             counts
-            | sampled_metrics(targets).take(*SAMPLED_NAMES)
+            | sampled_metrics(targets).take(*sampled)
             | rank_metrics(positions, ranked.num_items).take(*RANK_NAMES)
         )
     return found

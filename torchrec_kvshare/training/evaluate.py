@@ -32,18 +32,19 @@ from torchrec_kvshare.training.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
-Scorer = Callable[[Batch], Tensor]  # logits [C]
+Scorer = Callable[[Batch], Tensor]  # logits [C, tasks]
 
 
 class Scored(NamedTuple):
-    """Targets with the logits [P, 1 + negatives] of their candidates, the first their own item.
+    """Targets with the logits of their candidates, the first their own item.
 
     Attributes:
         keys: [P] index of each target's event in the whole log.
         user: [P] code of its user.
         num_earlier: [P] number of the user's strictly earlier events.
-        labels: [P] float32; negatives have 0.
-        logits: of its candidates.
+        labels: [P, tasks] float32; negatives have 0.
+        logits: [P, 1 + negatives, tasks] of its candidates.
+        tasks: their names.
     """
 
     keys: Ints
@@ -51,6 +52,7 @@ class Scored(NamedTuple):
     num_earlier: Ints
     labels: Tensor
     logits: Tensor
+    tasks: tuple[str, ...]
 
     def take(self, chosen: Ints) -> "Scored":
         """Return some of the targets, in the given order."""
@@ -61,6 +63,7 @@ class Scored(NamedTuple):
             self.num_earlier[chosen],
             self.labels[rows],
             self.logits[rows],
+            self.tasks,
         )
 
 
@@ -86,13 +89,13 @@ def model_scorer(model: nn.Module, device: torch.device = ALONE.device) -> Score
             logits: Tensor = model(batch.dense_features, batch.sparse_features)
         if not bool(torch.isfinite(logits).all()):
             raise TrainingError("the model gives scores that are not finite: it has diverged")
-        return logits.squeeze(1).cpu()
+        return logits.cpu()
 
     return score
 
 
 def popularity_scorer(shards: Shards, num_negatives: int) -> Scorer:
-    """Return a scorer that scores an item by its number of positive training events.
+    """Return a scorer that scores an item for each task by its positive training events.
 
     Args:
         shards: their training split is counted.
@@ -104,18 +107,21 @@ def popularity_scorer(shards: Shards, num_negatives: int) -> Scorer:
     """
     trained = np.flatnonzero(shards.num_training)
     rows, of_row = np.unique(shards.shared.item_row[trained], return_inverse=True)
-    shown, positive = (
+    shown, *positives = (
         np.append(np.bincount(of_row, weights=counts[trained], minlength=len(rows)), 0)
-        for counts in (shards.num_training, shards.num_positive)
+        for counts in (shards.num_training, *shards.num_positive.T)
     )
-    if num_negatives:
-        negative = num_negatives * max(positive.sum(), 1) / len(shards.shared.known_items)
-        prior = 1.0
-    else:
-        negative = shown - positive + 1.0
-        prior = max(positive.sum(), 1) / max((shown - positive).sum(), 1)
-    # With a prior an item that was never bought gets small odds, not zero.
-    log_odds = np.log((positive + prior) / negative).astype(np.float32)
+    by_task = []
+    for positive in positives:
+        if num_negatives:
+            negative = num_negatives * max(positive.sum(), 1) / len(shards.shared.known_items)
+            prior = 1.0
+        else:
+            negative = shown - positive + 1.0
+            prior = max(positive.sum(), 1) / max((shown - positive).sum(), 1)
+        # With a prior an item that was never bought gets small odds, not zero.
+        by_task.append(np.log((positive + prior) / negative))
+    log_odds = np.stack(by_task, axis=1).astype(np.float32)  # [rows, tasks]
 
     def score(batch: Batch) -> Tensor:
         candidates = batch.sparse_features[candidate_key(ITEM)].values().numpy()
@@ -146,8 +152,8 @@ def evaluate_sampled(
         ranks: the processes that evaluate together; all of them must call this.
 
     Returns:
-        ``AUC``, ``GAUC``, ``NE`` and ``calibration``; None where a metric is undefined. The same on
-        every rank.
+        ``AUC``, ``GAUC``, ``NE`` and ``calibration`` by task; None where a metric is undefined. The
+        same on every rank.
     """
     measures = sampled_metrics(
         score_split(score, shards, split, num_negatives, share_prefill=share_prefill, ranks=ranks)
@@ -184,7 +190,7 @@ def score_split(
     draws = Draws(EVALUATION_SEED)
     num_targets = sum(int((dataset.split == split).sum()) for dataset in shards)
     share = _share_scored(num_targets, num_negatives)
-    scored = [_no_targets(num_negatives)]
+    scored = [_no_targets(num_negatives, shards.schema.tasks)]
     bar = progress_bar(NAME_BY_SPLIT[split], int(num_targets * min(1, share)), "target", ranks)
     for dataset in shards:
         targets = np.flatnonzero(dataset.split == split)
@@ -200,7 +206,8 @@ def score_split(
             candidates = np.concatenate([dataset.item[part.targets][:, None], negatives], axis=1)
             logits = score(build_batch(dataset, part, candidates, None))
             if len(own):
-                scored.append(_scored(dataset, part.targets, logits.view(candidates.shape)))
+                logits = logits.view(*candidates.shape, -1)
+                scored.append(_scored(dataset, part.targets, logits))
             bar.update(int(windows.num_targets[chosen].sum()))
     bar.close()
     everyone = _joined([one for of_rank in ranks.gather(scored) for one in of_rank])
@@ -208,17 +215,24 @@ def score_split(
 
 
 def sampled_metrics(scored: Scored) -> Measures:
-    """Compute AUC, GAUC, NE and calibration of scored targets.
+    """Compute AUC, GAUC, NE and calibration of scored targets, of every task.
 
     Args:
         scored: in the order of the log.
     """
     labels = torch.zeros_like(scored.logits)
     labels[:, 0] = scored.labels
+    probabilities = torch.sigmoid(scored.logits)
     per_user = np.unique(scored.user, return_counts=True)[1] * scored.logits.shape[1]
-    return classification_metrics(
-        torch.sigmoid(scored.logits).flatten(), labels.flatten(), torch.from_numpy(per_user)
-    )
+    measures = Measures({}, {})
+    for number, task in enumerate(scored.tasks):
+        of_task = classification_metrics(
+            probabilities[:, :, number].flatten(),
+            labels[:, :, number].flatten(),
+            torch.from_numpy(per_user),
+        )
+        measures |= of_task.of_task(task)
+    return measures
 
 
 def progress_bar(title: str, total: int, unit: str, ranks: Ranks) -> "tqdm[NoReturn]":
@@ -239,14 +253,16 @@ def _scored(dataset: Dataset, targets: Ints, logits: Tensor) -> Scored:
         keys=dataset.keys_of(targets),
         user=dataset.user_code[dataset.event_user[targets]],
         num_earlier=dataset.num_earlier[targets],
-        labels=torch.from_numpy(dataset.label[targets]),
+        labels=torch.from_numpy(dataset.labels[targets]),
         logits=logits,
+        tasks=dataset.schema.tasks,
     )
 
 
-def _no_targets(num_negatives: int) -> Scored:
+def _no_targets(num_negatives: int, tasks: tuple[str, ...]) -> Scored:
     none = np.zeros(0, np.int64)
-    return Scored(none, none, none, torch.zeros(0), torch.zeros(0, 1 + num_negatives))
+    logits = torch.zeros(0, 1 + num_negatives, len(tasks))
+    return Scored(none, none, none, logits[:, 0], logits, tasks)
 
 
 def _joined(parts: list[Scored]) -> Scored:
@@ -256,4 +272,5 @@ def _joined(parts: list[Scored]) -> Scored:
         num_earlier=np.concatenate([part.num_earlier for part in parts]),
         labels=torch.cat([part.labels for part in parts]),
         logits=torch.cat([part.logits for part in parts]),
+        tasks=parts[0].tasks,
     )

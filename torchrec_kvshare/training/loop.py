@@ -54,7 +54,7 @@ from torchrec_kvshare.training.checkpoints import (
 )
 from torchrec_kvshare.training.evaluate import Scorer, evaluate_sampled, model_scorer
 from torchrec_kvshare.training.managed import ManagedIds, keys_of
-from torchrec_kvshare.training.metrics import Values
+from torchrec_kvshare.training.metrics import Values, metric_name
 from torchrec_kvshare.training.objective import Objective, ObjectiveSettings
 from torchrec_kvshare.training.ranks import Ranks
 from torchrec_kvshare.training.schedule import check_warmup, rate_share
@@ -100,8 +100,8 @@ class TrainSettings:
             attention and the loss are float32 with both.
         ema_decay: highest decay of the moving average of dense weights, which is what is validated
             and saved as the model; None: the weights themselves are.
-        keep_best: validation metric that chooses the epoch whose weights are the result; None: the
-            last epoch is.
+        keep_best: validation metric, of the first task, that chooses the epoch whose weights are
+            the result; None: the last epoch is.
         patience: epochs in a row without a better ``keep_best`` after which training stops.
     """
 
@@ -316,9 +316,11 @@ class Trainer:
     def _best_after(self, epoch: int, watched: Values) -> Best | None:
         """Return the best epoch so far, given the metrics of the one that has ended."""
         metric = self.settings.keep_best
-        if metric is None or not is_better(metric, watched[metric], self.progress.best):
+        if metric is None:
+            return None
+        value = watched[metric_name(metric, self.shards.schema.tasks[0])]
+        if not is_better(metric, value, self.progress.best):
             return self.progress.best
-        value = watched[metric]
         assert value is not None
         return Best(value, epoch, self.progress.step)
 
@@ -371,7 +373,7 @@ class Trainer:
         is_mixed = self.settings.precision == BFLOAT16
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=is_mixed):
             loss: Tensor = self.sharded(batch)[0]
-        own = batch.labels.numel() if num_trained is None else num_trained
+        own = batch.labels.size(0) if num_trained is None else num_trained
         # Padding counts for nothing, unless its loss is NaN: 0 x NaN would reach all weights.
         sums = self.ranks.sum(torch.tensor([loss.item() * own, own], dtype=torch.float64))
         mean = float(sums[0] / sums[1])

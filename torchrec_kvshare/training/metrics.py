@@ -50,6 +50,13 @@ class Measures:
     def __or__(self, other: "Measures") -> "Measures":
         return Measures(self.values | other.values, self.undefined | other.undefined)
 
+    def of_task(self, task: str) -> "Measures":
+        """Return the metrics under their names for a task."""
+        return Measures(
+            {metric_name(name, task): value for name, value in self.values.items()},
+            {metric_name(name, task): reason for name, reason in self.undefined.items()},
+        )
+
     def take(self, *names: str) -> "Measures":
         """Return some of the metrics."""
         reasons = {name: self.undefined[name] for name in names if name in self.undefined}
@@ -113,6 +120,16 @@ def classification_metrics(
         _calibration(labels, predictions, weights) if num_positive else found["NE"]
     )
     return measures_of(found)
+
+
+def metric_name(metric: str, task: str) -> str:
+    """Return the name of a task's metric.
+
+    Example:
+        >>> metric_name("AUC", "like"), metric_name("AUC", "")
+        ('AUC/like', 'AUC')
+    """
+    return f"{metric}/{task}" if task else metric
 
 
 def rank_metrics(ranks: Sequence[int], num_items: int) -> Measures:

@@ -1,9 +1,9 @@
 """What training minimises: how candidates are ranked and, beside it, what each user's next item is.
 
-The ranking loss is TorchRec's: binary cross entropy of every candidate. The next-event loss is that
-of sequential models: of all items, which one does the user take next? It teaches item vectors and
-the history's rows with every item of the catalogue, not with a few negatives. It is a softmax, or a
-binary cross entropy of the target's item and all others (gBCE).
+The ranking loss is TorchRec's: binary cross entropy of every candidate, summed over the tasks. The
+next-event loss is that of sequential models: of all items, which one does the user take next? It
+teaches item vectors and the history's rows with every item of the catalogue, not with a few
+negatives. It is a softmax, or a binary cross entropy of the target's item and all others (gBCE).
 
 A target is predicted from the state of its user (``HistoryTower.state``) at the newest event that
 it sees. So whatever a candidate may not see, this loss does not see either: later events, and
@@ -48,12 +48,14 @@ class ObjectiveSettings:
             taken whole.
         loss: the next-event loss, ``SOFTMAX`` or ``GBCE``.
         gbce_t: how far gBCE corrects for its draws, from 0, not at all, to 1.
+        task_weights: weight of each task in the ranking loss, in the order of the logits.
     """
 
     next_event: float = 0.0
     shared_items: int = 1024
     loss: str = SOFTMAX
     gbce_t: float = 0.75
+    task_weights: tuple[float, ...] = (1.0,)
 
 
 class Objective(nn.Module):
@@ -88,10 +90,10 @@ class Objective(nn.Module):
             self._stage = RankingStage(model)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Return the loss; then loss, logits [C] and labels [C], detached."""
+        """Return the loss; then loss, logits [C, tasks] and labels [C, tasks], detached."""
         if not self.has_next_event:
-            logits = self.model(batch.dense_features, batch.sparse_features).squeeze(1).float()
-            loss = functional.binary_cross_entropy_with_logits(logits, batch.labels)
+            logits = self.model(batch.dense_features, batch.sparse_features).float()
+            loss = self._ranking(logits, batch.labels)
             return loss, (loss.detach(), logits.detach(), batch.labels)
         predicted = self._predict(batch)
         logits = predicted.logits.float()
@@ -101,8 +103,16 @@ class Objective(nn.Module):
         ]
         loss = torch.stack(losses).mean() * self.weight
         if not isinstance(self.model, SequentialModel):
-            loss = loss + functional.binary_cross_entropy_with_logits(logits, batch.labels)
+            loss = loss + self._ranking(logits, batch.labels)
         return loss, (loss.detach(), logits.detach(), batch.labels)
+
+    def _ranking(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the tasks' binary cross entropies, each a mean over candidates, weighted."""
+        losses = [
+            functional.binary_cross_entropy_with_logits(logits[:, task], labels[:, task]) * weight
+            for task, weight in enumerate(self.settings.task_weights)
+        ]
+        return torch.stack(losses).sum()
 
     def _predict(self, batch: Batch) -> Predicted:
         if isinstance(self.model, SequentialModel):
@@ -115,8 +125,8 @@ class Objective(nn.Module):
     ) -> Tensor:
         """Return the loss of one history, a mean over all targets of the batch.
 
-        Only positive targets that see an event of the history, and whose item is not shown as
-        unknown, have a loss other than 0.
+        Only targets that are positive for the first task and see an event of the history, and
+        whose item is not shown as unknown, have a loss other than 0.
         """
         features = batch.sparse_features
         items = features[candidate_key(ITEM)].values()[self.of_targets]
@@ -131,7 +141,8 @@ class Objective(nn.Module):
         else:
             losses = next_item_loss(states, own, shared, is_own, of_targets, of_shared)
         visible = features[visible_key(history)].values()[self.of_targets]
-        counts = (batch.labels[self.of_targets] > 0) & (visible > 0) & (items != UNKNOWN_ROW)
+        is_positive = batch.labels[self.of_targets, 0] > 0
+        counts = is_positive & (visible > 0) & (items != UNKNOWN_ROW)
         return (losses * counts).mean()
 
 
@@ -175,7 +186,8 @@ def next_item_loss(
     of_others = torch.log1p(-own_probability) - num_others.log()  # [P]
     logits = logits + of_others.unsqueeze(1) - probability.log()
     logits = logits.masked_fill(is_own, HIDDEN)
-    return torch.logsumexp(torch.cat([own.unsqueeze(1), logits], dim=1), dim=1) - own
+    # Not one matrix with the own logit in it: it would be a copy of [P, S], forward and backward.
+    return torch.logaddexp(own, torch.logsumexp(logits, dim=1)) - own
 
 
 @torch.fx.wrap

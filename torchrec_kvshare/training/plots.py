@@ -9,7 +9,6 @@ from torchrec_kvshare.training.by_length import (
     HELD_OUT,
     LEAST_BY_BUCKET,
     RANK_NAMES,
-    SAMPLED_NAMES,
     TARGETS,
 )
 from torchrec_kvshare.training.metrics import Measures
@@ -43,7 +42,9 @@ def plot_by_length(path: Path, measures_by_model: Mapping[str, Mapping[str, Meas
     Raises:
         MissingExtraError: if matplotlib is not installed.
     """
-    names = (*SAMPLED_NAMES, *RANK_NAMES)
+    counts = next(iter(measures_by_model.values()))
+    found = next(iter(counts.values())).values
+    names = [name for name in found if name not in (TARGETS, HELD_OUT)]
     width, height = PANEL_INCHES
     figure = figure_class()(figsize=(width * len(names), height))
     for panel, name in zip(figure.subplots(1, len(names)), names, strict=True):
@@ -51,8 +52,7 @@ def plot_by_length(path: Path, measures_by_model: Mapping[str, Mapping[str, Meas
             values = [by_bucket[bucket].values[name] for bucket in LEAST_BY_BUCKET]
             drawn = [float("nan") if value is None else value for value in values]
             panel.plot(range(len(drawn)), drawn, marker="o", markersize=4, label=model)
-        counted, of_what = (TARGETS, "targets") if name in SAMPLED_NAMES else (HELD_OUT, "users")
-        counts = next(iter(measures_by_model.values()))
+        counted, of_what = (HELD_OUT, "users") if name in RANK_NAMES else (TARGETS, "targets")
         ticks = [f"{bucket}\n{counts[bucket].values[counted]:,}" for bucket in LEAST_BY_BUCKET]
         panel.set_xticks(range(len(ticks)), ticks, fontsize=7)
         panel.set_title(name)

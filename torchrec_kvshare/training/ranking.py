@@ -1,8 +1,9 @@
 """Rank each user's held-out item among the catalogue, or among candidates drawn from it.
 
-A user's last positive event of the test split is held out: finding an item that a user disliked is
-not a hit. The catalogue is ranked in chunks, so that memory does not grow with it, and no further
-than to the largest cut-off. All ranks read every shard and share its users.
+A user's last event of the test split that is positive for the first task is held out, and items are
+ranked by that task's scores: finding an item that a user disliked is not a hit. The catalogue is
+ranked in chunks, so that memory does not grow with it, and no further than to the largest cut-off.
+All ranks read every shard and share its users.
 """
 
 from collections.abc import Iterator
@@ -141,7 +142,7 @@ def _popular_first(shards: Shards) -> Ints:
 
 def _last_positives(dataset: Dataset) -> Ints:
     """Return each user's last positive event of the test split."""
-    tested = np.flatnonzero((dataset.split == TEST) & (dataset.label > 0))
+    tested = np.flatnonzero((dataset.split == TEST) & dataset.is_positive)
     users = dataset.event_user[tested]
     return (
         tested[np.append(np.flatnonzero(np.diff(users)), len(tested) - 1)]
@@ -222,7 +223,7 @@ def _positions(
         # Score the target with each chunk: scores to compare are computed in one batch.
         candidates = np.concatenate([chunk, targets[:, None]], axis=1)
         batch = build_catalogue_batch(dataset, windows, candidates)
-        scores = score(batch).view(candidates.shape)
+        scores = score(batch)[:, 0].view(candidates.shape)
         excluded = chunk == targets[:, None]
         for row, left_out in enumerate(seen):
             excluded[row] |= np.isin(chunk[row], left_out)

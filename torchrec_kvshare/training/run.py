@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,11 +155,12 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     shards, splits = load_reported(config)
     schema = shards.schema
     _check_tokens(config.model, schema)
+    settings = settings_of(config, schema.tasks)
     trained = [name for name in config.budget.baselines if name != POPULARITY]
     kinds = [*dict.fromkeys([config.model.history, *trained])]
     meta = torch.device("meta")
     models = [new_model(schema, config.model, kind, config.seed, meta) for kind in kinds]
-    check_tables(models, settings_of(config).tables, ranks)
+    check_tables(models, settings.tables, ranks)
     folder = Path(config.output)
     if ranks.is_first:
         _claim(folder, config, shards)
@@ -174,7 +175,7 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         model = new_model(schema, config.model, kind, config.seed)
         share_prefill = takes_prefixes(model)
         log_folder = folder / TENSORBOARD / kind
-        trainer = train(model, shards, settings_of(config), folder / kind, log_folder, ranks)
+        trainer = train(model, shards, settings, folder / kind, log_folder, ranks)
         num_steps[kind] = trainer.progress.step
         if kind == config.model.history:
             schema = trainer.managed.frozen(shards.schema, shards.shared.known_ids)
@@ -189,9 +190,9 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
         return tested
     # A run that was killed here is evaluated again and replaces its points in TensorBoard.
     for kind, evaluated in metrics.items():
-        settings = settings_by_name(config, kind, FREE_KEYS)
+        values_by_key = settings_by_name(config, kind, FREE_KEYS)
         with open_writer(folder / TENSORBOARD / kind, num_steps[kind]) as writer:
-            write_results(writer, evaluated.test.values, settings, num_steps[kind])
+            write_results(writer, evaluated.test.values, values_by_key, num_steps[kind])
     # Managed ids have rows only now; other columns are written as they were.
     save_schema(folder, schema)
     by_length = {kind: evaluated.by_length for kind, evaluated in metrics.items()}
@@ -241,14 +242,16 @@ def load_reported(config: TrainConfig) -> tuple[Shards, SplitReport]:
     for split in (TRAIN, TEST, VALID):
         if not report.num_events[f"{NAME_BY_SPLIT[split]} split"]:
             raise DataError(f"{name} has no event in the {NAME_BY_SPLIT[split]} split of {rule}")
-    if not shards.num_positive.any():
-        raise DataError(f"{name} has no positive event in the training split")
+    for task, num_positive in zip(shards.schema.tasks, shards.num_positive.T, strict=True):
+        of_task = f" for task {task!r}" if task else ""
+        if not num_positive.any():
+            raise DataError(f"{name} has no positive event{of_task} in the training split")
+        if not config.negatives and (num_positive == shards.num_training).all():
+            raise DataError(
+                f"negatives is 0, but {name} has no event with label 0{of_task} in the training "
+                "split; a label rule is needed, or 1 or more negatives"
+            )
     known_items = shards.shared.known_items
-    if not config.negatives and (shards.num_positive == shards.num_training).all():
-        raise DataError(
-            f"negatives is 0, but {name} has no event with label 0 in the training split; a label "
-            "rule is needed, or 1 or more negatives"
-        )
     if config.negatives and len(known_items) < MIN_CATALOGUE:
         raise DataError(
             f"{name} has one item in the training split, "
@@ -416,7 +419,7 @@ def _check_model(sizes: ModelConfig) -> None:
         raise ConfigError(f"model.window is {sizes.window!r}; one of {WINDOWS}")
     if not sizes.top_mlp or sizes.top_mlp[-1] != 1:
         raise ConfigError(
-            f"model.top_mlp is {list(sizes.top_mlp)}; its last width must be 1: the one logit"
+            f"model.top_mlp is {list(sizes.top_mlp)}; its last width must be 1: the logit of a task"
         )
     for history in histories_of(sizes):
         if sizes.history != NO_HISTORY:
@@ -457,8 +460,22 @@ def _plot(path: Path, by_length: Mapping[str, Mapping[str, Measures]]) -> None:
         logger.info("no %s: %s", path, error)
 
 
-def settings_of(config: TrainConfig) -> TrainSettings:
-    """Return the training settings of a config."""
+def settings_of(config: TrainConfig, tasks: Sequence[str]) -> TrainSettings:
+    """Return the training settings of a config.
+
+    Args:
+        config: of the run.
+        tasks: of its data.
+
+    Raises:
+        ConfigError: if there is a weight of another task.
+    """
+    if unknown := sorted(set(config.task_weights) - set(tasks)):
+        named = [task for task in tasks if task]
+        raise ConfigError(
+            f"task_weights has {unknown}; the tasks of {config.data.name} are {named}"
+            f"{'' if named else ': its label is one rule, without a name'}"
+        )
     return TrainSettings(
         epochs=config.budget.epochs,
         learning_rate=config.learning_rate,
@@ -482,6 +499,7 @@ def settings_of(config: TrainConfig) -> TrainSettings:
             shared_items=config.shared_items,
             loss=config.next_event_loss,
             gbce_t=config.gbce_t,
+            task_weights=tuple(config.task_weights.get(task, 1.0) for task in tasks),
         ),
         sampling=SamplingSettings(
             negatives=config.negative_sampling,

@@ -126,9 +126,10 @@ class _Auditor:
         return split_histories(self.model.prefill(features), rows)
 
     def score(self, raws: Sequence[Raw]) -> Tensor:
-        """Return logits [requests, candidates]."""
+        """Return logits [requests, candidates, tasks]."""
         batch = collate([parse_request(raw, self.schema) for raw in raws], self.schema)
-        return self.model(batch.dense_features, batch.sparse_features).view(len(raws), -1)
+        logits = self.model(batch.dense_features, batch.sparse_features)
+        return logits.view(len(raws), NUM_CANDIDATES, -1)
 
     def moved_by(self, perturb: Callable[[Raw, Raw], Raw]) -> dict[str, float]:
         """Perturb all requests; compare their K/V and the scores of their first candidates."""

@@ -25,6 +25,8 @@ TOP = 10  # candidates
 class Effect(NamedTuple):
     """Scores of one request in a codec of K/V, or a dtype of tables, against the exact ones.
 
+    Of several tasks they are those of the first, which ranks.
+
     Attributes:
         auc: of these scores, see ``request_auc``.
         overlap: share of the exact best candidates that are among the best by these scores.
@@ -65,7 +67,8 @@ def codec_effects(
         bytes_by_codec: dict[str, int] = {}
         for name, codec in CODECS.items():
             read = [_write_and_read(record, user, codec) for record in records]
-            scores_by_codec[name] = engine.score_with(request, [kv for kv, _ in read])
+            all_scores = engine.score_with(request, [kv for kv, _ in read])
+            scores_by_codec[name] = all_scores[:, 0].tolist()
             bytes_by_codec[name] = sum(num_bytes for _, num_bytes in read)
         for name, scores in scores_by_codec.items():
             effect = effect_on(scores, scores_by_codec[FLOAT32], target, bytes_by_codec[name])

@@ -23,7 +23,11 @@ from torchrec_kvshare.features.schema import USER, FeatureSchema
 from torchrec_kvshare.history.encoder import Projection
 from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
 from torchrec_kvshare.scoring.engine import Engine
-from torchrec_kvshare.verify.parity import score_extended, score_through_pages
+from torchrec_kvshare.verify.parity import (
+    probabilities_of,
+    score_extended,
+    score_through_pages,
+)
 
 NUM_CANDIDATES = 1037  # odd, and enough for two threads to share an elementwise operator
 # Candidates scored at once; kernels change where a tile is full and one row is left over.
@@ -131,8 +135,7 @@ def _distances(model: RankingFunctions, schema: FeatureSchema) -> dict[str, floa
             distance_by_way[way] = _distance(part, together[:num_candidates])
     engine = Engine(model, schema, None, version=UNNAMED)
     whole, alone = (
-        torch.tensor(engine.rank([one])[0].scores, dtype=torch.float64).logit()
-        for one in (request, _part(raws[0], 1, schema))
+        probabilities_of(engine.rank([one])).logit() for one in (request, _part(raws[0], 1, schema))
     )
     return distance_by_way | {
         "scoring it alone": _distance(alone, whole[:1]),

@@ -6,6 +6,7 @@ JSON, so that a host in any language checks its whole path from JSON to scores w
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchrec_kvshare.cache.identity import UNNAMED
 from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.features.draw import draw_ragged_raws
 from torchrec_kvshare.features.parse import parse_request
-from torchrec_kvshare.features.schema import FeatureSchema
+from torchrec_kvshare.features.schema import SCORES, FeatureSchema
 from torchrec_kvshare.model.ranking import RankingFunctions
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
@@ -28,7 +29,7 @@ def write_golden(folder: Path, model: RankingFunctions, schema: FeatureSchema) -
     raws = draw_ragged_raws(schema, SEED)
     answers = engine.rank([parse_request(raw, schema) for raw in raws])
     golden = [
-        {"request": raw, "scores": answer.scores} for raw, answer in zip(raws, answers, strict=True)
+        {"request": raw, SCORES: answer.scores} for raw, answer in zip(raws, answers, strict=True)
     ]
     (folder / GOLDEN).write_text(json.dumps(golden, allow_nan=False))
     return GOLDEN
@@ -49,13 +50,18 @@ def check_golden(golden: Sequence[Any], engine: Engine, folder: Path) -> None:
         folder: the artifact, for the error message.
 
     Raises:
-        ArtifactError: naming the request, the candidate and both scores.
+        ArtifactError: naming the request, the candidate, the task and both scores.
     """
     answers = engine.rank([parse_request(one["request"], engine.schema) for one in golden])
     for one, answer in zip(golden, answers, strict=True):
-        for index, (expected, got) in enumerate(zip(one["scores"], answer.scores, strict=True)):
-            if not abs(got - expected) <= LOGIT_TOLERANCE:
-                raise ArtifactError(
-                    f"{folder} scores candidate {index} of golden request {answer.request_id} "
-                    f"{got} here; it was exported with {expected}"
-                )
+        expected_by_task = replace(answer, scores=one[SCORES]).scores_by_task
+        for task, scores in answer.scores_by_task.items():
+            of_task = f" for task {task}" if task else ""
+            for index, (expected, got) in enumerate(
+                zip(expected_by_task[task], scores, strict=True)
+            ):
+                if not abs(got - expected) <= LOGIT_TOLERANCE:
+                    raise ArtifactError(
+                        f"{folder} scores candidate {index} of golden request "
+                        f"{answer.request_id} {got}{of_task} here; it was exported with {expected}"
+                    )

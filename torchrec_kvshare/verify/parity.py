@@ -22,7 +22,7 @@ from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.history.pages import split_histories
 from torchrec_kvshare.model.ranking import RankingFunctions
-from torchrec_kvshare.scoring.engine import Engine, score_pages
+from torchrec_kvshare.scoring.engine import Answer, Engine, score_pages
 
 # float32 against the float64 reference; worst of 800 drawn batches: 1.1e-6.
 LOGIT_TOLERANCE = 2e-5
@@ -32,7 +32,7 @@ PARITY_PAGE_SIZE = 4
 def score_through_pages(
     model: RankingFunctions, requests: list[Request], schema: FeatureSchema
 ) -> Tensor:
-    """Return logits [C] of requests whose K/V went through pages, as in the engine."""
+    """Return logits [C, tasks] of requests whose K/V went through pages, as in the engine."""
     batch = RequestBatch(requests)
     kv_by_history = model.prefill(collate_history(batch, schema).sparse_features)
     rows = [model.num_kv_rows(user.num_events_by_history) for user in batch.users]
@@ -45,7 +45,7 @@ def score_through_pages(
 def score_extended(
     model: RankingFunctions, requests: Sequence[Request], schema: FeatureSchema
 ) -> Tensor:
-    """Return logits [C] of requests scored after the engine cached half of each history."""
+    """Return logits [C, tasks] of requests scored after the engine cached half of each history."""
     halves = [
         replace(
             request,
@@ -64,10 +64,15 @@ def score_extended(
         caches.append(KVCache(PagePool(num_pages * page_bytes, PARITY_PAGE_SIZE, *shape)))
     engine = Engine(model, schema, KVStore(caches), version=UNNAMED)
     engine.rank(halves)
-    answers = engine.rank(requests)
-    return torch.tensor(
-        [score for answer in answers for score in answer.scores], dtype=torch.float64
-    ).logit()
+    return probabilities_of(engine.rank(requests)).logit()
+
+
+def probabilities_of(answers: Sequence[Answer]) -> Tensor:
+    """Return the scores of answers as [C, tasks] float64."""
+    rows = [
+        torch.tensor([*answer.scores_by_task.values()], dtype=torch.float64).T for answer in answers
+    ]
+    return torch.cat(rows)
 
 
 def _write_pages(parts: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:

@@ -22,7 +22,7 @@ from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
 from torchrec_kvshare.data.shards import in_memory
 from torchrec_kvshare.data.tables import IdColumn
-from torchrec_kvshare.features.schema import HISTORY, History, Window
+from torchrec_kvshare.features.schema import HISTORY, UNNAMED_TASK, History, Window
 from torchrec_kvshare.model.ranking import dlrm_with_history
 from torchrec_kvshare.training.evaluate import model_scorer
 from torchrec_kvshare.training.loop import Trainer, TrainSettings
@@ -132,7 +132,7 @@ def catalogue_dataset(num_items: int, history: int, seed: int) -> Dataset:
         users=IdColumn(users, [str(user) for user in range(NUM_USERS + 1)]),
         items=IdColumn(items, [str(item) for item in range(num_items)]),
         time=START_TIME + SECONDS_BETWEEN_EVENTS * event,
-        label=np.ones(len(users), np.float32),
+        labels={UNNAMED_TASK: np.ones(len(users), np.float32)},
         event_attributes={},
         item_attributes={"category": [(str(item % NUM_CATEGORIES),) for item in range(num_items)]},
         item_floats={"price": np.ones(num_items, np.float32)},

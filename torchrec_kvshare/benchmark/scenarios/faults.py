@@ -144,7 +144,7 @@ def _turn(engine: Engine, requests: Sequence[Request], expected: Sequence[Answer
             user = rng.randrange(len(requests))
             [answer], latency_ms = timed(partial(engine.rank, [requests[user]]))
             latencies_ms.append(latency_ms)
-            differences = np.subtract(answer.scores, expected[user].scores)
+            differences = np.subtract(answer.ranking_scores, expected[user].ranking_scores)
             worst = max(worst, float(np.abs(differences).max()))
         return Turn(latencies_ms, worst)
 

@@ -91,7 +91,7 @@ def _engines(
 def _records(
     engines: dict[str, Engine], request: Request, case: Case, repeats: int
 ) -> list[Record]:
-    scores = [torch.tensor(engine.rank([request])[0].scores) for engine in engines.values()]
+    scores = [torch.tensor(engine.rank([request])[0].ranking_scores) for engine in engines.values()]
     difference = float((scores[0] - scores[1]).abs().max())
     if not difference <= TOLERANCE:
         raise ParityError(f"{WITH_ITEMS} scores differ by {difference} from {WITHOUT_ITEMS}")

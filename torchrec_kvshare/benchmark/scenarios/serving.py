@@ -544,8 +544,8 @@ class MergedModel(RankingModel):
         self.merged = merged_ranker(model, chunk_rows)
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Return logits [C]; the history is encoded once per candidate."""
-        return self.merged(dense, features).squeeze(1)
+        """Return logits [C, tasks]; the history is encoded once per candidate."""
+        return self.merged(dense, features)
 
 
 class MergedLoader:

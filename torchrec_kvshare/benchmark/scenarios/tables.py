@@ -56,7 +56,8 @@ def measure_tables(options: TablesOptions) -> list[Record]:
     effects_by_dtype: dict[str, list[Effect]] = {dtype: [] for dtype in TABLE_DTYPES}
     for request, target in targeted_requests(options, schema):
         scores_by_dtype = {
-            dtype: engine.rank([request])[0].scores for dtype, engine in engine_by_dtype.items()
+            dtype: engine.rank([request])[0].ranking_scores
+            for dtype, engine in engine_by_dtype.items()
         }
         for dtype, scores in scores_by_dtype.items():
             effect = effect_on(scores, scores_by_dtype[FLOAT32], target, bytes_by_dtype[dtype])

@@ -169,14 +169,14 @@ def _records(case: Case, latency_ms: dict[tuple[str, str], float]) -> Iterator[R
 
 @torch.no_grad()
 def score_plain(model: nn.Module, request: Request, schema: FeatureSchema) -> Tensor:
-    """Return logits [N] of a model without a history."""
+    """Return logits [N, 1] of a model without a history."""
     batch = collate_candidates([request], schema)
-    logits: Tensor = model(batch.dense_features, batch.sparse_features).squeeze(1)
+    logits: Tensor = model(batch.dense_features, batch.sparse_features)
     return logits
 
 
 def score_compiled(graph: Graph, request: Request, schema: FeatureSchema) -> Tensor:
-    """Return logits [N] of a compiled graph without a history."""
+    """Return logits [N, 1] of a compiled graph without a history."""
     batch = collate_candidates([request], schema)
     features = batch.sparse_features
     keys, inverse_indices = features.inverse_indices()
@@ -188,7 +188,7 @@ def score_compiled(graph: Graph, request: Request, schema: FeatureSchema) -> Ten
 
 
 class PlainGraph(nn.Module):
-    """A model without a history over the inputs of a graph: logits [C].
+    """A model without a history over the inputs of a graph: logits [C, 1].
 
     Args:
         model: a ranking model over features.
@@ -203,7 +203,7 @@ class PlainGraph(nn.Module):
     def forward(self, inputs: Inputs) -> list[Tensor]:
         parts = [(key, inputs[f"{key}.values"], inputs[f"{key}.lengths"]) for key in self.keys]
         batch = batch_of(parts, inputs[CANDIDATE_REQUEST])
-        return [self.model(inputs[DENSE], batch).squeeze(1)]
+        return [self.model(inputs[DENSE], batch)]
 
 
 def compiled_baseline(model: nn.Module, paths: Paths, schema: FeatureSchema) -> Graph:
