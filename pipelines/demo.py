@@ -45,10 +45,13 @@ def main(config: DemoConfig) -> None:
 
 def metrics_table(metrics: Metrics) -> str:
     """Return test metrics as a fixed-width text table, one line per model."""
-    lines = [f"{'model':<12}" + "".join(f"{name:>9}" for name in SHOWN)]
+    # Those of a named task have its name behind them.
+    shown = [name for name in next(iter(metrics.values())) if name.partition("/")[0] in SHOWN]
+    widths = [max(9, len(name) + 2) for name in shown]
+    lines = [f"{'model':<12}" + "".join(map(str.rjust, shown, widths))]
     for kind, values in metrics.items():
-        cells = ("-" if values[name] is None else f"{values[name]:.4f}" for name in SHOWN)
-        lines.append(f"{kind:<12}" + "".join(f"{cell:>9}" for cell in cells))
+        cells = ("-" if values[name] is None else f"{values[name]:.4f}" for name in shown)
+        lines.append(f"{kind:<12}" + "".join(map(str.rjust, cells, widths)))
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import ServeConfig, ServerConfig
 from torchrec_kvshare.errors import ArtifactError
+from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.serving.columns import column_tensors, datatype_of
@@ -97,20 +98,23 @@ class EagerLoader:
 
     Args:
         num_pages: of each engine's device; 0 for no cache.
+        schema: of the models.
     """
 
-    def __init__(self, num_pages: int = 40) -> None:
+    def __init__(self, num_pages: int = 40, schema: FeatureSchema = SCHEMA) -> None:
         self.metrics = CacheMetrics()
         self.num_pages = num_pages
+        self.schema = schema
         self.engines: list[Engine] = []
 
     def load(self, folder: Path) -> Engine:
-        model = RankingModel(make_dlrm(int(folder.name))).eval()
+        model = RankingModel(make_dlrm(int(folder.name), self.schema)).eval()
         store = None
         if self.num_pages:
             pools = make_caches(model, [self.num_pages])
             store = KVStore([KVCache(one.pool, metrics=self.metrics) for one in pools])
-        self.engines.append(Engine(model, SCHEMA, store, version=version_called(f"v{folder.name}")))
+        version = version_called(f"v{folder.name}")
+        self.engines.append(Engine(model, self.schema, store, version=version))
         return self.engines[-1]
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ def shards() -> Shards:
 
 def test_without_a_positive_target_no_metric_of_labels_is_defined() -> None:
     shards = shards_of([event._replace(label=int(event.time < 300)) for event in held_out_events()])
-    sampled = evaluate_sampled(lambda batch: batch.dense_features[:, 0], shards, TEST, 5)
+    sampled = evaluate_sampled(lambda batch: batch.dense_features[:, :1], shards, TEST, 5)
     assert sampled == {"AUC": None, "GAUC": None, "NE": None, "calibration": None}
 
 
@@ -129,7 +129,7 @@ def scores_of_rows(score: Scorer, item_rows: list[int]) -> list[float]:
     bags = {USER: single(torch.zeros(1, dtype=torch.int64)), candidate_key(ITEM): single(rows)}
     return score(
         assemble(bags, torch.zeros_like(rows), torch.zeros(len(rows), 4), torch.zeros(len(rows)))
-    ).tolist()
+    )[:, 0].tolist()
 
 
 def test_popularity_is_the_log_odds_of_training_counts() -> None:

@@ -66,7 +66,7 @@ def scorer_of(shards: Shards, of_answer: float, of_seen: float) -> Scorer:
         items = features[candidate_key(ITEM)].values().tolist()
         return torch.tensor(
             [
-                of_answer if answers[user] == item else of_seen if item in seen else 0.0
+                [of_answer if answers[user] == item else of_seen if item in seen else 0.0]
                 for user, item in zip(users, items, strict=True)
             ]
         )
@@ -145,7 +145,7 @@ def test_items_in_chunks_are_ranked_as_a_whole(
     def score(batch: Batch) -> Tensor:
         sizes.append(batch.labels.numel())
         if kind == "ties":
-            return (batch.sparse_features[candidate_key(ITEM)].values() % 3).float()
+            return (batch.sparse_features[candidate_key(ITEM)].values() % 3).float().unsqueeze(1)
         return model(batch)
 
     monkeypatch.setattr(ranking, "MAX_CUTOFF", NUM_ITEMS + 1)  # Every position is exact.
