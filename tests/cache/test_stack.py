@@ -16,6 +16,7 @@ from torchrec_kvshare.cache.codecs import get_codec
 from torchrec_kvshare.cache.identity import (
     NO_CONTEXT,
     Identity,
+    ModelVersion,
     PrefixDigests,
     identity_of,
     text_digest,
@@ -32,8 +33,9 @@ from torchrec_kvshare.features.request import Events
 from torchrec_kvshare.features.schema import HISTORY, ITEM, TIME, FeatureSchema, History, Window
 
 MODEL, TABLES, CONTEXT = "5e" * 8, "0f" * 8, "c1" * 8
-VERSION, OTHER_VERSION = f"{MODEL}-{TABLES}", f"{MODEL}-{'1f' * 8}"
-IDENTITY = identity_of(VERSION, NO_CONTEXT, HISTORY, PAGE_SIZE)
+OTHER_TABLES = "1f" * 8
+VERSION, OTHER_VERSION = f"{MODEL}-{TABLES}", f"{MODEL}-{OTHER_TABLES}"
+IDENTITY = identity_of(ModelVersion(MODEL, TABLES), NO_CONTEXT, HISTORY, PAGE_SIZE)
 EDITS = 10**6  # numbers from here on are edits of earlier events
 BARE = FeatureSchema({}, histories=(History(HISTORY, Window(100, 5)),))
 FLOAT32, INT8 = get_codec("float32"), get_codec("int8")
@@ -173,7 +175,7 @@ class World:
         for history in histories:
             self.put(user, history)
             self.drain()
-            self.cache.clear(history.identity.model_version)
+            self.cache.clear(history.identity.kv_version)
 
     def fetch(self, user: str, history: PrefixDigests, num_matched: int = 0) -> Fetched:
         [fetched] = self.stack.fetch([missing_of(user, history, num_matched)])
@@ -1033,7 +1035,7 @@ def test_forgetting_names_a_tier_that_is_down(new_world: NewWorld, is_open: bool
 
 def test_clearing_a_version_leaves_the_other(new_world: NewWorld) -> None:
     world = new_world(DictTier("near"), host_tier())
-    other = identity_of(OTHER_VERSION, NO_CONTEXT, HISTORY, PAGE_SIZE)
+    other = identity_of(ModelVersion(MODEL, OTHER_TABLES), NO_CONTEXT, HISTORY, PAGE_SIZE)
     context = other._replace(context=CONTEXT)
     for user in ("7", "8"):
         world.write(user, first(11), first(12, other), first(13, context))

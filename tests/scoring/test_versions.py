@@ -90,7 +90,7 @@ def test_weights_that_were_put_in_place_of_others_are_read_when_asked_to() -> No
     assert_same_scores(after, Engine(model, SCHEMA, None).rank(REQUESTS))
     with torch.no_grad():  # What stands there now is watched, too.
         next(model.parameters()).add_(1.0)
-    assert use_of(engine.rank(REQUESTS))[0] == "miss"
+    assert engine.rank(REQUESTS)[0].model_version != after[0].model_version
 
 
 def test_a_user_that_is_held_in_hands_is_encoded_anew() -> None:

@@ -1,14 +1,15 @@
-"""Identity of cached K/V: the model, the user and every event of the history.
+"""Identity of cached K/V: the part of the model that computes it, the user and every event.
 
-All of it must match before K/V is reused. Digests depend on bytes only, so they are the same in
-every process and on all machines of one byte order.
+All of it must match before K/V is reused. The ranking stage is no part of it, nor is what only
+candidates read: K/V survives a new version that changed nothing else. Digests depend on bytes only,
+so they are the same in every process and on all machines of one byte order.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,13 +29,32 @@ NO_CONTEXT = ""
 _DIGEST = re.compile(rf"[0-9a-f]{{{VERSION_DIGITS},64}}")
 
 
+class KVVersion(NamedTuple):
+    """The version of one history's K/V: digests of what the model computes it from.
+
+    Attributes:
+        model: digest of the tower's weights, except those that only candidates read, its
+            architecture, its window and the columns of its events.
+        tables: digest of the embedding tables that its events read.
+    """
+
+    model: str
+    tables: str
+
+    def __str__(self) -> str:
+        """``<model>-<tables>``, cut to 16 digits each."""
+        return f"{self.model[:VERSION_DIGITS]}-{self.tables[:VERSION_DIGITS]}"
+
+
 @dataclass(frozen=True)
 class ModelVersion:
     """The version of a model: digests of what it computes, never a name.
 
     Attributes:
-        model: digest of dense weights, architecture and window.
-        tables: digest of the embedding tables.
+        model: digest of all dense weights, architecture and windows.
+        tables: digest of all embedding tables.
+        kv: by history, digests of the part that its K/V depends on. K/V of a history that is not
+            listed depends on the whole model.
 
     Raises:
         ConfigError: if one of them is not a digest.
@@ -42,9 +62,11 @@ class ModelVersion:
 
     model: str
     tables: str
+    kv: Mapping[str, KVVersion] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for digest in (self.model, self.tables):
+        of_kv = (digest for version in self.kv.values() for digest in version)
+        for digest in (self.model, self.tables, *of_kv):
             if not _DIGEST.fullmatch(digest):
                 raise ConfigError(
                     f"a model's version has {digest!r}; a hexadecimal digest is allowed, of at "
@@ -53,7 +75,12 @@ class ModelVersion:
 
     def __str__(self) -> str:
         """The model version in answers: ``<model>-<tables>``, cut to 16 digits each."""
-        return f"{self.model[:VERSION_DIGITS]}-{self.tables[:VERSION_DIGITS]}"
+        return str(KVVersion(self.model, self.tables))
+
+    @property
+    def kv_versions(self) -> tuple[str, ...]:
+        """Versions of the K/V of all histories: models with the same ones share their K/V."""
+        return tuple(map(str, self.kv.values())) or (str(self),)
 
 
 # For a model that is only tried out: its K/V must stay in this process, in a store of its own.
@@ -64,8 +91,8 @@ class Identity(NamedTuple):
     """Everything except the user's events that K/V depends on.
 
     Attributes:
-        model: digest of dense weights, architecture and window.
-        tables: digest of the embedding tables.
+        model: digest of what computes it, see ``KVVersion``.
+        tables: digest of the embedding tables that it is computed from.
         context: digest of the context columns that history rows read; ``NO_CONTEXT`` for none.
         tower: the history's name.
         block: events per block; the history has a digest at the end of each block.
@@ -78,14 +105,15 @@ class Identity(NamedTuple):
     block: int
 
     @property
-    def model_version(self) -> str:
-        """The model version in answers: ``<model>-<tables>``."""
+    def kv_version(self) -> str:
+        """The version of the K/V: ``<model>-<tables>``, see ``KVVersion``."""
         return f"{self.model}-{self.tables}"
 
 
 def identity_of(version: ModelVersion, context: str, tower: str, block: int) -> Identity:
-    """Return the identity of a model's K/V."""
-    model, _, tables = str(version).partition("-")
+    """Return the identity of a model's K/V of one history, ``tower``."""
+    of_history = version.kv.get(tower) or KVVersion(version.model, version.tables)
+    model, _, tables = str(of_history).partition("-")
     return Identity(model=model, tables=tables, context=context, tower=tower, block=block)
 
 
@@ -115,20 +143,31 @@ def text_digest(text: str) -> str:
     return hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).hexdigest()
 
 
-def model_digest(state: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+def model_digest(
+    state: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    known: dict[Hashable, bytes] | None = None,
+) -> str:
     """Return a digest of weights, tables, architecture and window.
 
     Args:
-        state: the model's state dict.
+        state: the model's state dict, or a part of it.
         description: sizes, encoder and schema, as JSON values.
+        known: digests of tensors that were read before, by their place in memory; none by default.
 
     Returns:
         Hexadecimal text.
     """
+    known = {} if known is None else known
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        # A model's state has its tables under two names, and tables take long to read.
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in known:
+            content = tensor.detach().cpu().contiguous().numpy().tobytes()
+            known[place] = hashlib.sha256(content).digest()
+        digest.update(known[place])
     return digest.hexdigest()
 
 
@@ -144,16 +183,36 @@ def version_of(
         table_dtype: dtype that the tables will be quantised to.
     """
     encoder = asdict(model.collection.towers()[0].spec)
-    description: dict[str, Any] = {"encoder": encoder, "schema": schema.to_json()}
-    # Other kinds of linear layer change the last bits of K/V.
-    linear = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
-    if others := sorted(linear - {"Linear", "Projection"}):
-        description["linear"] = others
-    dense_state, table_state = split_tables(model)
+    of_runtime = {"runtime": runtime} if runtime else {}
+    of_tables = {"dtype": table_dtype} if table_dtype else {}
+    dense, tables = split_tables(model)
+    known: dict[Hashable, bytes] = {}
+    kv = {}
+    for history, weights in zip(schema.histories, model.collection.kv_weights(), strict=True):
+        # Ids are not described: the digests of events are of table rows.
+        described: dict[str, Any] = {
+            "encoder": encoder,
+            "history": asdict(history),
+            "columns": [schema.event_columns, schema.event_floats, schema.item_attributes],
+        }
+        described |= _linear_layers(weights.modules) | of_runtime
+        names = {f"collection.{name}" for name in weights.names}
+        kv[history.name] = KVVersion(
+            model_digest({n: dense[n] for n in dense.keys() & names}, described, known),
+            model_digest({n: tables[n] for n in tables.keys() & names}, of_tables, known),
+        )
+    described = {"encoder": encoder, "schema": schema.to_json()}
+    described |= _linear_layers(model.modules()) | of_runtime
     return ModelVersion(
-        model_digest(dense_state, description | ({"runtime": runtime} if runtime else {})),
-        model_digest(table_state, {"dtype": table_dtype} if table_dtype else {}),
+        model_digest(dense, described, known), model_digest(tables, of_tables, known), kv
     )
+
+
+def _linear_layers(modules: Iterable[nn.Module]) -> dict[str, list[str]]:
+    """Describe unusual kinds of linear layer: they change the last bits of K/V."""
+    kinds = {type(module).__name__ for module in modules if isinstance(module, nn.Linear)}
+    others = sorted(kinds - {"Linear", "Projection"})
+    return {"linear": others} if others else {}
 
 
 class PrefixDigests:

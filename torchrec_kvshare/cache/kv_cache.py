@@ -292,13 +292,13 @@ class KVCache:
             self._drop(entry)
             return num_bytes
 
-    def clear(self, model_version: str) -> int:
-        """Drop the K/V of one model version; return the bytes dropped."""
+    def clear(self, kv_version: str) -> int:
+        """Drop the K/V of one version, see ``KVVersion``; return the bytes dropped."""
         with self._lock:
             entries = [
                 entry
                 for entry in self._entry_by_user.values()
-                if entry.content.identity.model_version == model_version
+                if entry.content.identity.kv_version == kv_version
             ]
             num_pages = sum(len(entry.pages) for entry in entries)
             for entry in entries:

@@ -97,7 +97,7 @@ def shortened(identity: Identity) -> Identity:
 def scope_of(identity: Identity, codec: str) -> str:
     """Return a part of a store's key with the whole identity, without colon, slash or space.
 
-    All scopes of one model version begin with ``<model>-<tables>.``.
+    All scopes of one version of K/V begin with ``<model>-<tables>.``.
 
     Example:
         >>> scope_of(Identity("5e" * 32, "0f" * 32, NO_CONTEXT, "clicks: a/b", 8), "int8")

@@ -246,11 +246,10 @@ class TierStack:
             self.metrics.count("forgotten_bytes", num_bytes or 0, tier=name)
         return dropped
 
-    def clear(self, model_version: str) -> dict[str, int | None]:
-        """Drop the K/V of one model version; return bytes as ``forget`` does."""
+    def clear(self, kv_version: str) -> dict[str, int | None]:
+        """Drop the K/V of one version, see ``KVVersion``; return bytes as ``forget`` does."""
         return {
-            guard.name: guard.remove(lambda tier: tier.clear(model_version))
-            for guard in self._guards
+            guard.name: guard.remove(lambda tier: tier.clear(kv_version)) for guard in self._guards
         }
 
     def drain(self, timeout_s: float) -> bool:

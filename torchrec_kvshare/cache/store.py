@@ -179,10 +179,13 @@ class KVStore:
         self.metrics.count("forgotten_bytes", dropped, tier=PAGES)
         return {PAGES: dropped} | below
 
-    def clear(self, model_version: str) -> dict[str, int | None]:
-        """Drop the K/V of one model version from every tier; bytes as in ``forget``."""
-        dropped = {PAGES: sum(cache.clear(model_version) for cache in self.caches)}
-        return dropped | ({} if self.stack is None else self.stack.clear(model_version))
+    def clear(self, kv_version: str) -> dict[str, int | None]:
+        """Drop the K/V of one version, see ``KVVersion``, from every tier; bytes as in ``forget``.
+
+        All models whose ``ModelVersion.kv_versions`` name it lose that K/V.
+        """
+        dropped = {PAGES: sum(cache.clear(kv_version) for cache in self.caches)}
+        return dropped | ({} if self.stack is None else self.stack.clear(kv_version))
 
     def close(self) -> None:
         """Write queued K/V, then close the tiers below."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torchrec_kvshare.cache.identity import ModelVersion
+from torchrec_kvshare.cache.identity import KVVersion, ModelVersion
 from torchrec_kvshare.cache.keys import keyed_digest
 from torchrec_kvshare.cache.pages import TowerSizes
 from torchrec_kvshare.errors import ArtifactError
@@ -35,8 +35,9 @@ class Manifest:
 
     Attributes:
         runtime: of its programs, one of ``exporter.RUNTIMES``.
-        model_digest: of dense weights, architecture and window.
-        tables_digest: of the embedding tables.
+        model_digest: of all dense weights, architecture and windows.
+        tables_digest: of all embedding tables.
+        kv: by history, digests of the part that its K/V depends on.
         tables: dtype of the embedding tables.
         encoder: fields of the history towers' ``TowerSpec``.
         towers: sizes of their K/V, by history.
@@ -55,6 +56,7 @@ class Manifest:
     runtime: str
     model_digest: str
     tables_digest: str
+    kv: dict[str, KVVersion]
     tables: str
     encoder: dict[str, Any]
     towers: dict[str, TowerSizes]
@@ -71,7 +73,7 @@ class Manifest:
     @property
     def version(self) -> ModelVersion:
         """Digests of the model."""
-        return ModelVersion(self.model_digest, self.tables_digest)
+        return ModelVersion(self.model_digest, self.tables_digest, self.kv)
 
     @property
     def model_version(self) -> str:
@@ -81,7 +83,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``manifest.json``."""
         towers = {name: vars(sizes) for name, sizes in self.towers.items()}
-        return {"format": FORMAT} | vars(self) | {"towers": towers}
+        kv = {name: version._asdict() for name, version in self.kv.items()}
+        return {"format": FORMAT} | vars(self) | {"towers": towers, "kv": kv}
 
 
 @contextmanager
@@ -259,6 +262,7 @@ def _decode_manifest(path: Path, content: bytes) -> Manifest:
             if name in ("", "..") or Path(name).name != name:
                 raise ValueError(f"it names {name!r}, which is not a file of its folder")
         towers = {name: TowerSizes(**sizes) for name, sizes in values["towers"].items()}
-        return Manifest(**values | {"towers": towers})
+        kv = {name: KVVersion(**digests) for name, digests in values["kv"].items()}
+        return Manifest(**values | {"towers": towers, "kv": kv})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is broken: {error}") from error

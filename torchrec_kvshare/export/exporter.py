@@ -153,6 +153,7 @@ def export_model(
             runtime=runtime,
             model_digest=version.model,
             tables_digest=version.tables,
+            kv=dict(version.kv),
             tables=tables,
             encoder=encoder,
             towers=_sizes(model, schema),

@@ -1,10 +1,13 @@
 """Open an engine for an artifact with the configured cache, if the model allows that cache."""
 
+from collections.abc import Hashable
+
 from torchrec_kvshare.cache.codecs import Codec
 from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.open import CACHES, OFF, TIERED, codecs_of, new_stack, new_store
 from torchrec_kvshare.cache.stack import TierStack
+from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.artifact import Manifest
@@ -22,6 +25,7 @@ def new_engine(
     *,
     deterministic: bool = False,
     stack: TierStack | None = None,
+    store: KVStore | None = None,
     metrics: CacheMetrics | None = None,
 ) -> Engine:
     """Open an engine for a loaded artifact.
@@ -32,6 +36,8 @@ def new_engine(
         deterministic: require scores that are bit-equal whatever else is in the batch.
         stack: tiers of another engine in this process, which two models then share; None opens the
             tiers that ``cache`` names.
+        store: of an engine in this process with the same ``kv_sharing_key``, whose pages and tiers
+            both then use; None opens pages of its own.
         metrics: counters of the cache; by default the stack's, or new ones.
 
     Returns:
@@ -48,7 +54,6 @@ def new_engine(
     manifest = artifact.manifest
     if deterministic:
         require_determinism(artifact.model, artifact.schema)
-    store = None
     if cache.name != OFF:
         _check_audit(manifest)
         extends = manifest.audit["append"] == EXACT
@@ -58,8 +63,9 @@ def new_engine(
             stack = new_stack(cache, manifest.break_even_events, metrics)
         if metrics is None:
             metrics = CacheMetrics() if stack is None else stack.metrics
-        towers = [*manifest.towers.values()]
-        store = new_store(towers, cache, stack, extends=extends, metrics=metrics)
+        if store is None:
+            towers = [*manifest.towers.values()]
+            store = new_store(towers, cache, stack, extends=extends, metrics=metrics)
     items = None
     if cache.items and manifest.runtime == PT2:
         raise ConfigError(
@@ -69,6 +75,11 @@ def new_engine(
         items = ItemCache(cache.items, artifact.schema)
     version = manifest.version
     return Engine(artifact.model, artifact.schema, store, items=items, version=version)
+
+
+def kv_sharing_key(manifest: Manifest) -> Hashable:
+    """Return a key that is equal for artifacts whose engines may share a store."""
+    return manifest.version.kv_versions, *manifest.towers.values(), manifest.audit["append"]
 
 
 def _check_codec(

@@ -48,6 +48,14 @@ class Encoder(nn.Module):
         self.takes_prefixes: bool = True
         self.num_planes: int = 2 * len(layers)
 
+    def candidate_weights(self) -> list[str]:
+        """Return beginnings of the names of weights that no K/V depends on.
+
+        All others are part of the identity of K/V. A name that is missing here costs hits when such
+        a weight changes; one too many, and K/V of old weights would be used.
+        """
+        return ["time_bias"]
+
     def num_kv_rows(self, num_events: int) -> int:
         """Return how many rows of K/V a history of ``num_events`` events has."""
         return num_events

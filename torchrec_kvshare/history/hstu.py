@@ -110,6 +110,12 @@ class HSTUEncoder(Encoder):
         self.scale: float = 1.0 / math.sqrt(max_history)
         self.position_bias = nn.Parameter(torch.zeros(num_layers, NUM_POSITION_BUCKETS, num_heads))
 
+    def candidate_weights(self) -> list[str]:
+        """Return beginnings of names: no layer follows the last one, which ends with its K/V."""
+        last = f"layers.{self.num_layers - 1}."
+        ours = ["position_bias", f"{last}attended_norm.", f"{last}out."]
+        return [*super().candidate_weights(), *ours]
+
     def extend(self, cached: KVPages, events: Tensor, event_offsets: Tensor) -> Tensor:
         """Return K/V [planes, T, H, D] of new events [T, E] that follow cached ones."""
         rows = events

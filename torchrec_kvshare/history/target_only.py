@@ -31,6 +31,10 @@ class TargetOnlyEncoder(TransformerEncoder):
         super().__init__(dim, num_layers, num_heads, dropout, window)
         self.num_planes = 1
 
+    def candidate_weights(self) -> list[str]:
+        """Return beginnings of names: the K/V is the events' tokens, without any layer."""
+        return ["layers.", "time_bias"]
+
     def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
         """Return events [T, E] as one plane [1, T, H, D]."""
         return events.unflatten(-1, [self.num_heads, -1]).unsqueeze(0)

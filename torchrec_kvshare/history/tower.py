@@ -65,6 +65,11 @@ class HistoryTower(nn.Module):
         """Number of planes, heads and head width of the K/V."""
         return self.encoder.num_planes, self.spec.num_heads, self.dim // self.spec.num_heads
 
+    def candidate_weights(self) -> list[str]:
+        """Return beginnings of the names of weights that no K/V depends on."""
+        of_encoder = [f"encoder.{name}" for name in self.encoder.candidate_weights()]
+        return ["candidate_token", "norm.", "head.", "state_head.", *of_encoder]
+
     def prefill(self, events: Tensor, event_offsets: Tensor) -> Tensor:
         """Return the K/V of the histories of all users.
 

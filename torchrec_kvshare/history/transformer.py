@@ -91,6 +91,11 @@ class TransformerEncoder(Encoder):
         ]
         super().__init__(layers, num_heads, START_EVENT_BIAS, window)
 
+    def candidate_weights(self) -> list[str]:
+        """Return beginnings of names: no layer follows the last one, which ends with its K/V."""
+        last = f"layers.{self.num_layers - 1}."
+        return [*super().candidate_weights(), f"{last}attention_out.", f"{last}feedforward_"]
+
     def attend(
         self,
         candidates: Tensor,

@@ -246,6 +246,18 @@ class CandidateGroups(NamedTuple):
     offsets: Tensor
 
 
+class KVWeights(NamedTuple):
+    """What the K/V of one history depends on.
+
+    Attributes:
+        names: of weights and tables in the collection's state.
+        modules: that compute the K/V from tokens.
+    """
+
+    names: list[str]
+    modules: list[nn.Module]
+
+
 class HistoryPooling(nn.Module):
     """Pools one history into one vector per candidate.
 
@@ -609,6 +621,27 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def towers(self) -> list[HistoryTower]:
         """Return the towers, in the order of the schema's histories."""
         return [pooling.tower for pooling in self.histories.by_name().values()]
+
+    @torch.jit.ignore
+    def kv_weights(self) -> list["KVWeights"]:
+        """Return what the K/V of each history depends on, in the order of the schema's."""
+        names = list(self.state_dict())
+        tables: list[EmbeddingConfig] = []
+        if isinstance(self.token_embeddings, EmbeddingCollection):
+            tables = self.token_embeddings.embedding_configs()
+        found = []
+        for index, pooling in enumerate(self.histories.by_name().values()):
+            own = f"histories.poolings.{index}."
+            keys = {*pooling.event_keys, *pooling.event_bag_keys}
+            # All that is not known to be read by others only: quantised tables are one state.
+            unread = [f"{own}tower.{name}" for name in pooling.tower.candidate_weights()]
+            for table in tables:
+                if keys.isdisjoint(table.feature_names):
+                    unread.append(f"token_embeddings.embeddings.{table.name}.")
+            ours = [name for name in names if name.startswith((own, "token_embeddings."))]
+            read = [name for name in ours if not name.startswith(tuple(unread))]
+            found.append(KVWeights(read, list(pooling.modules())))
+        return found
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.codecs import get_codec
-from torchrec_kvshare.cache.identity import NO_CONTEXT, ModelVersion, PrefixDigests, identity_of
+from torchrec_kvshare.cache.identity import NO_CONTEXT, PrefixDigests, identity_of
 from torchrec_kvshare.cache.leases import CacheUse
 from torchrec_kvshare.cache.record import KVRecord, pack, unpack
 from torchrec_kvshare.errors import RecordError
@@ -31,7 +31,7 @@ class EncodedUser:
     """K/V of one user's histories, held by the caller.
 
     The histories are encoded (or copied out of the engine's store) at the first score, and again
-    after the model's weights changed.
+    after weights changed that the K/V depends on.
 
     Args:
         engine: of the model.
@@ -41,7 +41,7 @@ class EncodedUser:
     def __init__(self, engine: Engine, user: Request) -> None:
         self.engine = engine
         self.user = user
-        self._version: ModelVersion | None = None
+        self._kv_versions: tuple[str, ...] = ()
         self._kv_by_history: Sequence[Tensor] = ()
         self._use: CacheUse | None = None
 
@@ -54,9 +54,9 @@ class EncodedUser:
     def kv_by_history(self) -> Sequence[Tensor]:
         """K/V [planes, R, H, D] of each history, of the model's present weights."""
         self.engine.renew_if_changed()
-        if self._version != self.engine.version:
+        if self._kv_versions != self.engine.version.kv_versions:
             self._kv_by_history, self._use = self.engine.encode(self.user)
-            self._version = self.engine.version
+            self._kv_versions = self.engine.version.kv_versions
         return self._kv_by_history
 
     def score(self, request: Request, first_candidate: int = 0) -> Tensor:
@@ -138,7 +138,7 @@ def load_user(engine: Engine, path: Path) -> EncodedUser:
     """Read a user that ``save_user`` wrote.
 
     Args:
-        engine: of the same model version.
+        engine: of a model version with the same K/V.
         path: the file.
 
     Raises:
@@ -165,7 +165,7 @@ def load_user(engine: Engine, path: Path) -> EncodedUser:
     if start != len(packets) or len(kv_by_history) != len(engine.schema.histories):
         raise RecordError(f"{path} is {len(packets)} bytes of K/V; {start} are those of a user")
     loaded = EncodedUser(engine, user)
-    loaded._kv_by_history, loaded._version = kv_by_history, engine.version
+    loaded._kv_by_history, loaded._kv_versions = kv_by_history, engine.version.kv_versions
     return loaded
 
 

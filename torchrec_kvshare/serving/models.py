@@ -9,11 +9,12 @@ import logging
 import pickle
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
+from weakref import WeakValueDictionary
 
 from torchrec_kvshare.cache.clock import steady_clock
 from torchrec_kvshare.cache.kv_cache import PAGES, remember
@@ -33,7 +34,7 @@ from torchrec_kvshare.errors import (
 )
 from torchrec_kvshare.export.artifact import MANIFEST
 from torchrec_kvshare.export.exporter import load_artifact
-from torchrec_kvshare.export.open import new_engine
+from torchrec_kvshare.export.open import kv_sharing_key, new_engine
 from torchrec_kvshare.features.decode import cut
 from torchrec_kvshare.features.draw import draw_raw_request
 from torchrec_kvshare.features.parse import parse_user
@@ -150,6 +151,7 @@ class Standing(NamedTuple):
     model_version: str = ""
     state: str = LOADING
     message: str = ""
+    kv_versions: tuple[str, ...] = ()
 
 
 class Loader(Protocol):
@@ -165,7 +167,7 @@ class Loader(Protocol):
 
 
 class EngineLoader:
-    """Loads artifacts as engines over shared tiers.
+    """Loads artifacts as engines over shared tiers, and over shared pages if their K/V is the same.
 
     Args:
         cache: config of the cache.
@@ -186,6 +188,7 @@ class EngineLoader:
         self._deterministic = deterministic
         self._key = key
         self._stack: TierStack | None = None
+        self._stores: WeakValueDictionary[Hashable, KVStore] = WeakValueDictionary()
         self.metrics = CacheMetrics()
 
     def load(self, folder: Path) -> Engine:
@@ -207,13 +210,18 @@ class EngineLoader:
         if self._cache.name == TIERED and self._stack is None:
             measured = artifact.manifest.break_even_events
             self._stack = new_stack(self._cache, measured, self.metrics)
-        return new_engine(
+        key = kv_sharing_key(artifact.manifest)
+        engine = new_engine(
             artifact,
             self._cache,
             deterministic=self._deterministic,
             stack=self._stack,
+            store=self._stores.get(key),
             metrics=self.metrics,
         )
+        if engine.store is not None:
+            self._stores[key] = engine.store
+        return engine
 
     def close(self) -> None:
         """Flush pending writes and close the tiers."""
@@ -326,7 +334,7 @@ class Models:
         if not loaded:
             raise UnavailableError("no model is loaded: what its tiers hold cannot be reached")
         dropped: dict[str, int | None] = {}
-        for store in (served.store for served in loaded if served.store is not None):
+        for store in _stores_of(loaded):
             for tier, num_bytes in store.forget(user_id).items():
                 before = dropped.get(tier, 0)
                 dropped[tier] = None if before is None or num_bytes is None else before + num_bytes
@@ -364,12 +372,16 @@ class Models:
         with self._lock:
             self._warming.append(new)
         try:
+            self._drop_wrong_kv(name)
             self._warm(name, engine)
             self._take_over(name, new)
         finally:
             with self._lock:
                 self._warming.remove(new)
-        self._set_standing(Standing(name, version, engine.model_version, SERVING))
+        kv_versions = engine.version.kv_versions
+        self._set_standing(
+            Standing(name, version, engine.model_version, SERVING, kv_versions=kv_versions)
+        )
         self._show()
         self._metrics.count("model_loads", name, "served")
         logger.info("model %s version %s answers: %s", name, version, engine.model_version)
@@ -412,6 +424,13 @@ class Models:
                 self._set_standing(Standing(name, version, state=REFUSED, message=message))
                 logger.error("model %s version %s is refused: %s", name, version, message)
 
+    def _drop_wrong_kv(self, name: str) -> None:
+        """Drop the K/V of a version whose cache was found wrong: the next one may read it too."""
+        old = self._served.get(name)
+        if old is not None and old.store is not None and old.engine.no_store == DRIFT:
+            for kv_version in old.engine.version.kv_versions:
+                old.store.clear(kv_version)
+
     def _warm(self, name: str, engine: Engine) -> None:
         users = []
         came_at = steady_clock()()  # A user who is forgotten from now on is not warmed up.
@@ -432,7 +451,10 @@ class Models:
             if old is not None:
                 self._draining.append(old)
                 model_version = old.engine.model_version
-                self._set_standing(Standing(name, old.version, model_version, DRAINING))
+                kv_versions = old.engine.version.kv_versions
+                self._set_standing(
+                    Standing(name, old.version, model_version, DRAINING, kv_versions=kv_versions)
+                )
 
     def _drop_drained(self) -> None:
         """Drop old versions without requests in flight."""
@@ -452,8 +474,7 @@ class Models:
             metrics.set("model_version_info", 1, name, served.version, model_version)
             metrics.set("parity_alarm", name in self.names_without_cache, name)
             metrics.set("parity_drift", served.drift, name)
-        stores = [served.engine.store for served in self.all() if served.engine.store is not None]
-        caches = [cache for store in stores for cache in store.caches]
+        caches = [cache for store in _stores_of(self.all()) for cache in store.caches]
         show = metrics.cache.gauge
         show("held_bytes", lambda: sum(one.held_bytes for one in caches), tier=PAGES)
         show("pinned_entries", lambda: sum(one.num_leased for one in caches))
@@ -472,6 +493,12 @@ class Models:
             if standing is not None and standing.state == state:
                 del self._standing[key]
                 self._metrics.remove("model_refused", *key)
+
+
+def _stores_of(loaded: Iterable[Served]) -> list[KVStore]:
+    """Return the stores of some versions, each once: versions with the same K/V share theirs."""
+    stores = (served.store for served in loaded if served.store is not None)
+    return list({id(store): store for store in stores}.values())
 
 
 def versions_in(folder: Path) -> dict[str, dict[str, Path]]:
