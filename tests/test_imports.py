@@ -14,7 +14,7 @@ FOLDER = Path(torchrec_kvshare.__path__[0])
 ROOMS = (
     *("errors", "config", "commands", "__main__", "features", "data", "attention", "history"),
     *("model", "cache", "scoring", "verify", "training", "export", "serving", "deploy"),
-    "benchmark",
+    *("benchmark", "planning"),
 )
 
 

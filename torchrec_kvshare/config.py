@@ -54,6 +54,10 @@ LEAST_BY_KEY = {
     "gbce_t": 0,
     **dict.fromkeys(("clip_norm", "table_clip", "task_weights"), TINY),
     **dict.fromkeys(("warmup_steps", "ema_decay"), 0),
+    **dict.fromkeys(("growth", "events", "session_requests", "cores"), 1),
+    **dict.fromkeys(("sessions_per_day", "think_s", "peak", "memory_gib"), TINY),
+    **dict.fromkeys(("hit_rates", "prefill_ms", "score_ms"), TINY),
+    **dict.fromkeys(("zipf", "core_hour", "gib_hour", "fetch_ms"), 0),
 }
 # Greatest allowed value by key; for other keys every finite value is allowed.
 MOST_BY_KEY = {
@@ -65,6 +69,8 @@ MOST_BY_KEY = {
     **dict.fromkeys(("watermark", "shadow_share", "max_top10_loss", "max_auc_change"), 1),
     **dict.fromkeys(("shadow_limit", "max_score_difference", "gbce_t"), 1),
     **dict.fromkeys(("http_port", "grpc_port", "replica_port"), 65_535),
+    "hit_rates": 0.9999,
+    **dict.fromkeys(("users", "growth"), 10**10),
 }
 
 # Files, folders and hosts that must not be empty: an empty value is an unset shell variable.
@@ -537,6 +543,75 @@ class ProfileConfig:
     page_size: int = 32
     seed: int = 0
     threads: int | None = None
+
+
+@dataclass
+class TrafficConfig:
+    """How users come; see ``planning/traffic.py``."""
+
+    users: int = 1_000_000
+    sessions_per_day: float = 2.0  # of a user, mean over all users
+    zipf: float = 0.8  # exponent of the users' frequencies; 0: all come equally often
+    session_requests: float = 5.0  # requests of a session, mean
+    think_s: float = 20.0  # from a request to the next one of a session, mean
+    peak: float = 3.0  # requests per second in the busiest hour over the mean
+
+
+@dataclass
+class PlannedModel:
+    """Sizes of a causal model with one history, where there is no artifact yet."""
+
+    dim: int = 128  # width of the tower
+    num_layers: int = 2
+    num_heads: int = 4
+    max_history: int = 256  # events of the window
+
+
+@dataclass
+class PlannedTier:
+    """A tier's codec, the time that a fetch from it takes, and its price."""
+
+    codec: str = "float32"  # of its K/V
+    fetch_ms: float = 0.0  # of one core, for the K/V of one user
+    gib_hour: float = 0.0  # price of a GiB for an hour
+
+
+@dataclass
+class Machine:
+    """What one machine has for scoring."""
+
+    cores: int = 16
+    memory_gib: float = 64.0  # for K/V
+
+
+@dataclass
+class PlanConfig:
+    """``python -m pipelines.plan``."""
+
+    output: str = MISSING
+    artifact: str | None = None  # output of pipelines.export; its manifest has the sizes
+    artifact_key_file: str | None = None  # secret the artifact must be signed with
+    model: PlannedModel = field(default_factory=PlannedModel)  # without an artifact
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    events: int | None = None  # of a history, mean, as the model reads it; None: a full window
+    candidates: int = 100  # of a request
+    hit_rates: list[float] = field(default_factory=lambda: [0.7, 0.8, 0.85, 0.9, 0.94])
+    growth: list[int] = field(default_factory=lambda: [10**6, 10**7, 10**8])  # users
+    ttl_s: float = 86_400.0  # seconds; older K/V is encoded anew
+    idle_ttl_s: float = 86_400.0  # seconds; K/V unused for longer is encoded anew
+    watermark: float = 0.9  # share of the pages for K/V that no request is using
+    page_size: int = 32  # rows of K/V per page
+    prefill_ms: float | None = None  # of one core; None: this machine's roofline
+    score_ms: float | None = None  # of one core, all candidates of a request; None: likewise
+    pages: PlannedTier = field(default_factory=PlannedTier)
+    host: PlannedTier = field(default_factory=PlannedTier)
+    disk: PlannedTier = field(default_factory=PlannedTier)
+    remote: PlannedTier = field(default_factory=PlannedTier)
+    core_hour: float = 0.04  # price of a core for an hour
+    machine: Machine = field(default_factory=Machine)
+    requests: int = 300_000  # simulated for each hit rate
+    seed: int = 0  # of the simulation
+    threads: int | None = None  # None: one per granted core
 
 
 # Pipelines whose output is a file; the others write a folder.
