@@ -11,6 +11,8 @@ from torchrec_kvshare.data.splits import TEST
 from torchrec_kvshare.errors import ConfigError, DataError
 from torchrec_kvshare.features.schema import ITEM, TIME, USER
 
+LATE_SHARE = 4  # of a log, the part whose traffic is made again: the last fourth
+
 
 class TargetedRequest(NamedTuple):
     """A raw request, and the index of its event's item among the candidates."""
@@ -57,13 +59,7 @@ def make_targeted_requests(
 ) -> Iterator[TargetedRequest]:
     """Make the requests of ``make_requests``, each with the index of its target."""
     catalogue = shards.shared.known_items
-    for name, value in (("count", count), ("candidates", num_candidates)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    if num_candidates > len(catalogue):
-        raise ConfigError(
-            f"candidates is {num_candidates}; the catalogue has {len(catalogue)} items"
-        )
+    _check_counts(count, num_candidates, len(catalogue))
     rng = np.random.default_rng(seed)
     events, items, shard_of_event = _tested_events(shards)
     if not len(events):
@@ -88,6 +84,62 @@ def make_targeted_requests(
             request_by_number[number] = TargetedRequest(raw, target)
     for number in range(count):
         yield request_by_number.pop(number)
+
+
+def make_late_requests(
+    shards: Shards, count: int, num_candidates: int, seed: int, name: str
+) -> Iterator[dict[str, Any]]:
+    """Make a request of every event of the last fourth of a log, in the order of their times.
+
+    Args:
+        shards: the log.
+        count: requests, at most.
+        num_candidates: items drawn from the catalogue, the same for all requests.
+        seed: of the candidates.
+        name: of the data, for the error.
+
+    Yields:
+        Raw requests; the history is every strictly earlier event of the user, uncut.
+
+    Raises:
+        ConfigError: if a number is below 1, or the catalogue is smaller than ``num_candidates``.
+        DataError: if none of these events has an earlier one of its user.
+    """
+    catalogue = shards.shared.known_items
+    _check_counts(count, num_candidates, len(catalogue))
+    dataset = shards.read([*range(shards.num_shards)])
+    drawn = np.random.default_rng(seed).choice(catalogue, num_candidates, replace=False).tolist()
+    for number, event in enumerate(late_events(dataset, count, name).tolist()):
+        yield {"request_id": f"r{number + 1}"} | _request(dataset, event, drawn)
+
+
+def late_events(dataset: Dataset, count: int, name: str) -> Ints:
+    """Return the first events of the last fourth of a log that have an earlier one of their user.
+
+    Args:
+        dataset: the log.
+        count: events, at most.
+        name: of the data, for the error.
+
+    Raises:
+        DataError: if there are none.
+    """
+    num_early = len(dataset.time) * (LATE_SHARE - 1) // LATE_SHARE
+    late = np.argsort(dataset.time, kind="stable")[num_early:]
+    late = late[dataset.num_earlier[late] > 0][:count]
+    if not len(late):
+        raise DataError(
+            f"no event of the last fourth of data {name} has an earlier one of its user"
+        )
+    return late
+
+
+def _check_counts(count: int, num_candidates: int, num_items: int) -> None:
+    for name, value in (("count", count), ("candidates", num_candidates)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if num_candidates > num_items:
+        raise ConfigError(f"candidates is {num_candidates}; the catalogue has {num_items} items")
 
 
 def _tested_events(shards: Shards) -> tuple[Ints, Ints, Ints]:

@@ -1,8 +1,7 @@
 """Hit rates of requests in time order, by the cache's capacity, its policy and what it shares.
 
-Which K/V stays depends on the number of its pages and not on their content. So a trace is replayed
-without a model, on the store itself with one number per row, looked up and put as the engine does
-it. The first requests go through an engine too, which must find the same; its stages are timed.
+A trace is replayed without a model, with one number per row (``replay.py``). The first requests go
+through an engine with a model too, which must find the same; its stages are timed.
 """
 
 import math
@@ -25,11 +24,13 @@ from torchrec_kvshare.benchmark.options import (
     TimedOptions,
 )
 from torchrec_kvshare.benchmark.plots import BLUE, GREEN, GREY, RED, Axis, Line, Picture
+from torchrec_kvshare.benchmark.replay import RowPerEvent, TraceClock, WeightlessEngine
 from torchrec_kvshare.benchmark.results import Case, Record
 from torchrec_kvshare.benchmark.timing import timed
 from torchrec_kvshare.benchmark.workload import BYTES, draw_users, make_dlrm, make_schema
 from torchrec_kvshare.cache.identity import NO_CONTEXT, UNNAMED, PrefixDigests, identity_of
 from torchrec_kvshare.cache.kv_cache import CONTENT, PAGES, USER, KVCache, Lookup, Rules
+from torchrec_kvshare.cache.leases import Wanted
 from torchrec_kvshare.cache.pages import PagePool
 from torchrec_kvshare.cache.policies import LRU, TINY_LFU, Policy, new_policy
 from torchrec_kvshare.cache.reasons import HIT
@@ -37,7 +38,8 @@ from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import DataConfig
 from torchrec_kvshare.data.dataset import Dataset, Ints, build_dataset
 from torchrec_kvshare.data.load import load_log
-from torchrec_kvshare.errors import ConfigError, DataError, MissingExtraError, ParityError
+from torchrec_kvshare.data.requests import late_events
+from torchrec_kvshare.errors import ConfigError, MissingExtraError, ParityError
 from torchrec_kvshare.features.bags import Bags, single
 from torchrec_kvshare.features.draw import draw_raw_request
 from torchrec_kvshare.features.parse import parse_request
@@ -71,7 +73,6 @@ TTL_S = 300  # of trace time, where K/V expires
 NO_TTL = 0
 ENGINE_REQUESTS = 300  # the first of a trace, through an engine
 BLOCKS_PER_WINDOW = 4  # as in configs/train.yaml: 256 events in blocks of 64
-LATE_SHARE = 4  # of a log, the part that is replayed: the last fourth
 
 REQUESTS_PER_USER = 10  # mean
 VISITS_PER_EVENT = 5  # visits of a user until the history has one more event
@@ -212,13 +213,7 @@ def log_trace(
         DataError: if the log cannot be read, or nothing is left.
     """
     dataset = build_dataset(load_log(data), [history])
-    num_early = len(dataset.time) * (LATE_SHARE - 1) // LATE_SHARE
-    late = np.argsort(dataset.time, kind="stable")[num_early:]
-    late = late[dataset.num_earlier[late] > 0][:num_requests]
-    if not len(late):
-        raise DataError(
-            f"no event of the last fourth of data {data.name} has an earlier one of its user"
-        )
+    late = late_events(dataset, num_requests, data.name)
     template = _template(dataset.schema, num_candidates, seed)
     known: dict[tuple[int, int], dict[str, Events]] = {}
     requests = []
@@ -335,16 +330,6 @@ def _tensors(columns: dict[str, Ints]) -> dict[str, Tensor]:
 # --- replay
 
 
-class _Clock:
-    """The time of the request that is replayed."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Replay:
     """A trace that can be replayed on any cache; its digests are made once.
 
@@ -375,6 +360,10 @@ class Replay:
             known = pages_by_user.get(request.user_id, 0)
             pages_by_user[request.user_id] = max(known, self._pages_for(events.num_events))
         self.num_pages = sum(pages_by_user.values())
+        self._wanted_by_request = {
+            id(request): Wanted(request.user_id, [digests])
+            for request, digests in zip(trace.requests, self._digests, strict=True)
+        }
 
     def figures(self, setting: Setting) -> Figures:
         """Replay the trace on an empty cache.
@@ -382,26 +371,10 @@ class Replay:
         Returns:
             The figures that ``measure_cache_trace`` names.
         """
-        clock = _Clock()
+        clock = TraceClock()
         store = KVStore([KVCache(*self._parts(setting, (1, 1, 1)), clock)])
-        zeros = torch.zeros(1, self._max_history, 1, 1)
-        for request, history in zip(self.trace.requests, self._digests, strict=True):
-            clock.now = float(request.time)
-            lookup = store.caches[0].lookup(request.user_id, history)
-            entries = [lookup.entry]
-            num_missing = history.num_events - lookup.num_matched
-            if lookup.reason == HIT:
-                store.count_hit(request.user_id, [lookup])
-            else:
-                kv = zeros[:, :num_missing]
-                content, num_kept = history.content, lookup.num_matched
-                entry = store.put(0, request.user_id, content, kv, lookup=lookup, num_kept=num_kept)
-                entries.append(entry)
-            for entry in entries:
-                if entry is not None:
-                    store.release(0, entry)
-            store.metrics.count("events", lookup.num_matched, source="cached")
-            store.metrics.count("events", num_missing, source="computed")
+        engine = WeightlessEngine(RowPerEvent(), self.trace.schema, store, self._wanted_by_request)
+        engine.replay(self.trace.requests, clock)
         return self._read(store, setting)
 
     def library_figures(self, setting: Setting) -> Figures:
@@ -442,7 +415,7 @@ class Replay:
             ParityError: if the engine's cache found something else than ``figures``.
         """
         stages = _Stages()
-        clock = _Clock()
+        clock = TraceClock()
         timed_model = _TimedModel(model, stages).eval()
         [tower] = timed_model.collection.towers()
         cache = _TimedCache(stages, *self._parts(setting, tower.kv_shape), clock)
