@@ -44,7 +44,7 @@ $(STAMP): setup.cfg constraints.txt $(OPERATORS)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools
 	$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
-	$(INSTALL) --no-build-isolation --editable '.[parquet,prepare,plots,tiers,metrics,triton,server,load,test,lint]'
+	$(INSTALL) --no-build-isolation --editable '.[parquet,prepare,ray,plots,tiers,metrics,triton,server,load,test,lint]'
 	@echo "If pip says above that torchrec needs fbgemm-gpu: $(FBGEMM_$(BUILD)) replaces it."
 	@echo $(BUILD) > $@
 

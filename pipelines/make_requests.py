@@ -8,7 +8,7 @@ import hydra
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import MakeRequestsConfig
 from torchrec_kvshare.data.load import load_shards
-from torchrec_kvshare.data.requests import make_requests
+from torchrec_kvshare.data.requests import in_partitions, make_requests
 from torchrec_kvshare.data.splits import split_rule
 from torchrec_kvshare.features.schema import HISTORY, History, Window
 
@@ -20,12 +20,18 @@ def main(config: MakeRequestsConfig) -> None:
     # Requests carry whole histories; the model cuts them to its window.
     rule = split_rule(config.split, config.split_times)
     shards = load_shards(config.data, [History(HISTORY, Window(1, 1))], rule=rule)
-    requests = make_requests(shards, config.count, config.candidates, config.seed)
-    lines = [json.dumps(request) + "\n" for request in requests]
+    requests = [*make_requests(shards, config.count, config.candidates, config.seed)]
     output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(lines))
-    print(f"wrote {len(lines)} requests to {output}")
+    requests_by_file = {output: requests}
+    if config.partitions is not None:
+        requests_by_file = {
+            output / f"part-{number:05d}.jsonl": part
+            for number, part in enumerate(in_partitions(requests, config.partitions))
+        }
+    for path, of_file in requests_by_file.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(request) + "\n" for request in of_file))
+    print(f"wrote {len(requests)} requests to {output}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrec_kvshare.cache.exporters import write_scalars
 from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.commands.run import pipeline, run
-from torchrec_kvshare.config import SORT, ScoreConfig
+from torchrec_kvshare.config import ScoreConfig
 from torchrec_kvshare.export.exporter import load_artifact
 from torchrec_kvshare.export.open import new_engine
 from torchrec_kvshare.scoring.files import score_file
@@ -36,10 +36,7 @@ def main(config: ScoreConfig) -> None:
     if engine.store is not None and config.tensorboard is not None:
         with SummaryWriter(config.tensorboard) as writer:
             write_scalars(engine.store.metrics.snapshot(), writer, step=0)
-    print(f"scored {counts.scored}, refused {counts.refused}; cache: {dict(counts.by_status)}")
-    print(f"unknown ids: {counts.unknown_text() or 'none'}")
-    if config.history_order == SORT:
-        print(f"sorted histories: {counts.sorted_histories}")
+    print(counts.summary(config.history_order))
     print(f"wrote {config.output}")
     if counts.refused:
         sys.exit(REFUSED)

@@ -32,7 +32,8 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("num_rows", "eviction_steps"), 1),
     "salt": 0,
     **dict.fromkeys(("num_users", "events_per_user", "num_items", "num_categories"), 1),
-    **dict.fromkeys(("count", "candidates", "requests", "users", "rounds"), 1),
+    **dict.fromkeys(("count", "candidates", "requests", "users", "rounds", "partitions"), 1),
+    "actors": 1,
     **dict.fromkeys(("histories", "long_histories", "merged_chunk_rows", "history_length"), 1),
     **dict.fromkeys(("merged_max_candidates", "repeats"), 1),
     **dict.fromkeys(("page_size", "queue_length", "queue_bytes", "max_failures"), 1),
@@ -416,6 +417,23 @@ class ScoreConfig:
 
 
 @dataclass
+class ScoreDatasetConfig:
+    """``python -m pipelines.score_dataset``."""
+
+    artifact: str = MISSING  # output of pipelines.export
+    artifact_key_file: str | None = None  # secret the artifact must be signed with
+    requests: Any = MISSING  # .jsonl or .parquet files: a file, folder, glob, or a list of these
+    output: str = MISSING  # folder for the answers; the same one again resumes
+    batch_requests: int = 8  # requests scored together
+    capacity_bytes: int = 256 * 2**20  # of K/V, for users that have several requests
+    history_order: str = REFUSE  # histories that are not oldest first; or sort: sort and count them
+    deterministic: bool = False  # refuse a model whose scores depend on what else is scored
+    actors: int | None = None  # Ray actors that score; None: this process, or torchrun's
+    ray_address: str | None = None  # of a running Ray cluster; None: one on this machine
+    threads: int | None = None  # of a process; None: one per granted core, under torchrun and Ray 1
+
+
+@dataclass
 class ServerConfig:
     """Where the server listens, which clients it serves, and its limits."""
 
@@ -506,12 +524,13 @@ class PrepareConfig:
 class MakeRequestsConfig:
     """``python -m pipelines.make_requests``."""
 
-    output: str = MISSING  # file for the requests
+    output: str = MISSING  # file for the requests, or with partitions their folder
     data: Any = MISSING  # one of DATA_SCHEMAS
     split: str = TIME_SHARE  # whose test events are asked for; as in training
     split_times: list[Any] = field(default_factory=list)  # of split=time
     count: int = 200  # requests
     candidates: int = 100  # per request
+    partitions: int | None = None  # files, each with all requests of some users; None: one file
     seed: int = 0  # of users and candidates
 
 
@@ -614,8 +633,11 @@ class PlanConfig:
     threads: int | None = None  # None: one per granted core
 
 
-# Pipelines whose output is a file; the others write a folder.
-FILE_OUTPUTS = (ScoreConfig, MakeRequestsConfig)
+def writes_file(config: Any) -> bool:
+    """Return whether the output of a pipeline is a file; others write a folder."""
+    if isinstance(config, MakeRequestsConfig):
+        return config.partitions is None
+    return isinstance(config, ScoreConfig)
 
 
 def literal_overrides(arguments: list[str]) -> list[str]:

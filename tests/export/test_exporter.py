@@ -29,11 +29,11 @@ from tests.worlds import (
     parse_all,
 )
 from torchrec_kvshare.cache.identity import model_digest
+from torchrec_kvshare.data.files import file_sha256
 from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
 from torchrec_kvshare.export.artifact import (
     add_measured,
     artifact_folder,
-    file_sha256,
     read_artifact,
 )
 from torchrec_kvshare.export.exporter import export_model, load_artifact

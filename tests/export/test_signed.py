@@ -12,13 +12,13 @@ import torch
 
 from tests.worlds import SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.cache.keys import keyed_digest, read_key
+from torchrec_kvshare.data.files import file_sha256
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export import exporter
 from torchrec_kvshare.export.artifact import (
     MANIFEST,
     SIGNATURE,
     add_measured,
-    file_sha256,
     read_artifact,
     write_manifest,
 )

@@ -133,7 +133,6 @@ def test_the_loss_is_the_weighted_sum_of_the_tasks(shards: Shards) -> None:
         ObjectiveSettings(task_weights=weights),
         histories=["history"],
         negatives=0,
-        num_items=NUM_ITEMS,
     )
     loss, (_, logits, labels) = objective(batch)
     assert logits.shape == labels.shape == (40, 2)

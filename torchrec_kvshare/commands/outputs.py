@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from omegaconf import DictConfig, OmegaConf
 
-from torchrec_kvshare.config import FILE_OUTPUTS
+from torchrec_kvshare.config import writes_file
 from torchrec_kvshare.errors import ConfigError
 
 OUTPUTS = ("output", "tensorboard", "server.tensorboard")
@@ -32,7 +32,7 @@ def check_outputs(config: Any) -> None:
         ConfigError: naming the key.
     """
     for key, output in _paths(config, OUTPUTS):
-        is_file = key == "output" and isinstance(config, FILE_OUTPUTS)
+        is_file = key == "output" and writes_file(config)
         _check_kind(key, output, is_file)
         _check_parent(key, output)
         for other_key, other in _paths(config, INPUTS):

@@ -1,6 +1,6 @@
 """Pipelines as commands: a user's mistake ends in one line, a bug in its traceback.
 
-Exit statuses: 0 success, 1 a bug, 2 a user's mistake, 3 ``score`` refused some lines, 130
+Exit statuses: 0 success, 1 a bug, 2 a user's mistake, 3 some requests were refused, 130
 interrupted, 141 the reader of standard output is gone.
 """
 

@@ -7,6 +7,7 @@ it could be wrong.
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import re
 import zlib
@@ -26,6 +27,7 @@ MIN_COLUMNS_OF_A_ROW = 3  # user, item and time; a log has at least these
 MAX_SHOWN_COLUMNS = 400  # characters of a header in a message
 
 HEAD_BYTES = 512  # enough to tell the kind of a file
+CHUNK_BYTES = 1 << 20  # digested at a time: a file may be larger than memory
 TEXT, GZIP, PARQUET = "text", "a gzip file", "a Parquet file"
 UTF16 = "UTF-16 text (data.format.encoding=utf-16 reads it)"
 KIND_BY_MAGIC = {
@@ -149,6 +151,15 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         file.seek(0)
         with gzip.open(file) as unpacked:
             yield unpacked  # type: ignore[misc]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_kind(path: Path, head: bytes, expected: str, encoding: str = "utf-8") -> None:

@@ -1,8 +1,9 @@
-"""Read columns of Parquet files as codes and texts, spelt as in a text file."""
+"""Read Parquet files: columns of logs as codes and texts, spelt as in a text file, and requests."""
 
 import importlib
 import zlib
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torchrec_kvshare.errors import DataError, MissingExtraError
 from torchrec_kvshare.features.ids import canonical_id
 
 PARQUET_ROWS = 131_072  # of a chunk
+REQUEST_ROWS = 64  # of a chunk of requests, each with a history and candidates
 ALLOWED = "numbers, booleans, text, UTF-8 bytes, dates and times; for attributes lists of these"
 
 
@@ -38,11 +40,59 @@ def parquet_chunks(
         DataError: if the file or a column cannot be read.
         MissingExtraError: without pyarrow.
     """
+    with _opened(path) as opened:
+        check_header(path, opened.schema_arrow.names, names, "")
+        kind_by_name = {name: opened.schema_arrow.field(name).type for name in names}
+        for name, kind in kind_by_name.items():
+            _check_type(kind, f"column {name!r} of {path}", may_list=name in lists)
+        first_row = 1
+        for batch in opened.iter_batches(PARQUET_ROWS, columns=list(kind_by_name)):
+            columns = {}
+            for name in names:
+                column, what = batch.column(name), f"column {name!r} of {path}"
+                if _element_type(column.type) is None:
+                    columns[name] = _coded(column, what, encoding, first_row)
+                else:
+                    columns[name] = _joined(column, what, encoding, list_separator, first_row)
+            yield Chunk(columns, np.arange(first_row, first_row + batch.num_rows))
+            first_row += batch.num_rows
+
+
+def parquet_requests(path: Path) -> Iterator[dict[str, Any]]:
+    """Read raw requests, one a row: a column for each key, groups such as ``history`` are structs.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Requests as JSON has them. A null is a key that is not given, but inside a list it is a
+        missing value.
+
+    Raises:
+        DataError: if the file cannot be read.
+        MissingExtraError: without pyarrow.
+    """
+    with _opened(path) as opened:
+        for batch in opened.iter_batches(REQUEST_ROWS):
+            yield from (_given(row) for row in batch.to_pylist())
+
+
+def import_pyarrow(purpose: str) -> tuple[Any, Any]:
+    """Return the modules ``pyarrow`` and ``pyarrow.parquet``; ``purpose`` is what needs them.
+
+    Raises:
+        MissingExtraError: without pyarrow.
+    """
     try:
-        pyarrow = importlib.import_module("pyarrow")
-        parquet = importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise MissingExtraError("parquet", "reading Parquet") from error
+        raise MissingExtraError("parquet", purpose) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a Parquet file; what goes wrong while it is read is a DataError."""
+    pyarrow, parquet = import_pyarrow("reading Parquet")
     try:
         with open_bytes(path) as file:
             check_kind(path, file.read(HEAD_BYTES), PARQUET)
@@ -51,23 +101,18 @@ def parquet_chunks(
             source = pyarrow.BufferReader(file.read()) if is_packed else path
         # With pre_buffer Arrow keeps every row group that it has read.
         with parquet.ParquetFile(source, pre_buffer=False) as opened:
-            check_header(path, opened.schema_arrow.names, names, "")
-            kind_by_name = {name: opened.schema_arrow.field(name).type for name in names}
-            for name, kind in kind_by_name.items():
-                _check_type(kind, f"column {name!r} of {path}", may_list=name in lists)
-            first_row = 1
-            for batch in opened.iter_batches(PARQUET_ROWS, columns=list(kind_by_name)):
-                columns = {}
-                for name in names:
-                    column, what = batch.column(name), f"column {name!r} of {path}"
-                    if _element_type(column.type) is None:
-                        columns[name] = _coded(column, what, encoding, first_row)
-                    else:
-                        columns[name] = _joined(column, what, encoding, list_separator, first_row)
-                yield Chunk(columns, np.arange(first_row, first_row + batch.num_rows))
-                first_row += batch.num_rows
+            yield opened
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    """Leave out keys without a value, at the top and in groups."""
+    return {
+        key: _given(value) if isinstance(value, dict) else value
+        for key, value in row.items()
+        if value is not None
+    }
 
 
 def check_separator(texts: Sequence[str], separator: str, where: str) -> None:

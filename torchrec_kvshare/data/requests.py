@@ -1,6 +1,6 @@
 """Requests made from a data set's test events, in the project's one request format."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,6 +140,32 @@ def _check_counts(count: int, num_candidates: int, num_items: int) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if num_candidates > num_items:
         raise ConfigError(f"candidates is {num_candidates}; the catalogue has {num_items} items")
+
+
+def in_partitions(requests: Sequence[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
+    """Divide requests by user, for ``pipelines.score_dataset``.
+
+    Args:
+        requests: raw requests.
+        count: number of parts.
+
+    Returns:
+        The parts, with about as many users each; a user's requests are in one of them, one after
+        the other, oldest first.
+
+    Example:
+        >>> made = [{"user_id": user, "time": time} for time in (9, 7) for user in ("a", "b", "c")]
+        >>> [[one["user_id"] for one in part] for part in in_partitions(made, 2)]
+        [['a', 'a', 'c', 'c'], ['b', 'b']]
+    """
+    number_by_user: dict[Any, int] = {}
+    for request in requests:
+        number_by_user.setdefault(request[USER], len(number_by_user))
+    ordered = sorted(requests, key=lambda one: (number_by_user[one[USER]], one[TIME]))
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    for request in ordered:
+        parts[number_by_user[request[USER]] % count].append(request)
+    return parts
 
 
 def _tested_events(shards: Shards) -> tuple[Ints, Ints, Ints]:

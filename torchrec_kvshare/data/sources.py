@@ -1,4 +1,4 @@
-"""The files of a log: one, a list, those that a glob matches, or those of a folder.
+"""The files of a log or of requests: one, a list, those that a glob matches, or those of a folder.
 
 Below a folder or a glob, folders named ``key=value`` are columns of the files in them, as Hive,
 Spark and DuckDB write them.
@@ -17,18 +17,20 @@ HIDDEN = (".", "_")  # names that begin so are no data, such as Spark's _SUCCESS
 
 
 class SourceFile(NamedTuple):
-    """A file of a log."""
+    """A file among others, and where it is below the folder or the glob that it was found by."""
 
     path: Path
     text_by_column: dict[str, str]  # from the names of its folders
+    name: Path = Path()
 
 
-def source_files(paths: str | list[str]) -> list[SourceFile]:
-    """Return the files of a log in the order in which they are read.
+def source_files(paths: str | list[str], key: str = "data.path") -> list[SourceFile]:
+    """Return the files that a config names, in the order in which they are read.
 
     Args:
         paths: a file, a glob, a folder with files at any depth, or a list of these; files of a glob
             or folder are sorted by path, hidden ones are left out.
+        key: of the config, for messages.
 
     Returns:
         The files, at least one.
@@ -47,12 +49,12 @@ def source_files(paths: str | list[str]) -> list[SourceFile]:
     """
     several = paths if isinstance(paths, list) else [paths]
     if not several or not all(isinstance(one, str) and one.strip() for one in several):
-        raise ConfigError(f"data.path is {paths!r}; a file, a folder, a glob or a list of these")
+        raise ConfigError(f"{key} is {paths!r}; a file, a folder, a glob or a list of these")
     files = [file for one in several for file in _files_of(one)]
     seen: set[Path] = set()
     for file in files:
         if file.path in seen:
-            raise DataError(f"{file.path} is named twice by data.path {paths!r}")
+            raise DataError(f"{file.path} is named twice by {key} {paths!r}")
         seen.add(file.path)
     return files
 
@@ -77,13 +79,14 @@ def _files_of(text: str) -> Iterator[SourceFile]:
         root = _root_of(path)
         found = [Path(one) for one in glob.glob(text, recursive=True) if Path(one).is_file()]
     else:
-        yield SourceFile(path, {})
+        yield SourceFile(path, {}, Path(path.name))
         return
     found = [one for one in sorted(found) if not _is_hidden(one.relative_to(root))]
     if not found:
         raise DataError(f"{text} holds no file")
     for one in found:
-        yield SourceFile(one, dict(_partitions(one.relative_to(root))))
+        name = one.relative_to(root)
+        yield SourceFile(one, dict(_partitions(name)), name)
 
 
 def _root_of(pattern: Path) -> Path:

@@ -219,7 +219,7 @@ def table_chunks(
     lists: Collection[str],
 ) -> Iterator[Chunk]:
     """Read columns of a file, chunk by chunk, texts as in the file; see ``read_table``."""
-    path, text_by_column = file
+    path, text_by_column, _ = file
     own = [name for name in names if name not in text_by_column]
     ending = _ending(path)
     if ending == ".parquet":

@@ -4,7 +4,6 @@ It is written to a temporary folder beside its destination and renamed, so that 
 absent. Programs are code: a loader with a key loads only what was signed with that key.
 """
 
-import hashlib
 import hmac
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 from torchrec_kvshare.cache.identity import KVVersion, ModelVersion
 from torchrec_kvshare.cache.keys import keyed_digest
 from torchrec_kvshare.cache.pages import TowerSizes
+from torchrec_kvshare.data.files import file_sha256
 from torchrec_kvshare.errors import ArtifactError
 from torchrec_kvshare.features.schema import IDS, SCHEMA, FeatureSchema, load_schema
 
@@ -26,7 +26,6 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.mac"  # keyed digest of the manifest's bytes, as hexadecimal text
 PURPOSE = b"kvshare-artifact"
 FORMAT = 9
-CHUNK_BYTES = 1 << 20  # read at a time: a program may be larger than memory
 
 
 @dataclass(frozen=True)
@@ -183,15 +182,6 @@ def copy_signed(folder: Path, destination: Path, key: bytes) -> None:
             raise ArtifactError(f"{folder / name} cannot be copied: {error}") from error
         _check_digest(folder / name, destination / name, expected)
     write_manifest(destination, manifest)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal text."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _encoded(manifest: Manifest) -> str:

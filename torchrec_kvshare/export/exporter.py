@@ -18,13 +18,13 @@ import torch
 import torchrec_kvshare
 from torchrec_kvshare.cache.identity import version_of
 from torchrec_kvshare.cache.pages import TowerSizes
+from torchrec_kvshare.data.files import file_sha256
 from torchrec_kvshare.errors import ArtifactError, ConfigError
 from torchrec_kvshare.export.artifact import (
     MANIFEST,
     Manifest,
     artifact_folder,
     copy_signed,
-    file_sha256,
     read_artifact,
     write_manifest,
 )

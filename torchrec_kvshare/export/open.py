@@ -1,22 +1,28 @@
 """Open an engine for an artifact with the configured cache, if the model allows that cache."""
 
+import logging
+import math
 from collections.abc import Hashable
+from pathlib import Path
 
 from torchrec_kvshare.cache.codecs import Codec
 from torchrec_kvshare.cache.items import ItemCache
+from torchrec_kvshare.cache.keys import read_key
 from torchrec_kvshare.cache.metrics import CacheMetrics
-from torchrec_kvshare.cache.open import CACHES, OFF, TIERED, codecs_of, new_stack, new_store
+from torchrec_kvshare.cache.open import CACHES, MEMORY, OFF, TIERED, codecs_of, new_stack, new_store
 from torchrec_kvshare.cache.stack import TierStack
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import CacheConfig
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.artifact import Manifest
-from torchrec_kvshare.export.exporter import PT2, Artifact
+from torchrec_kvshare.export.exporter import PT2, Artifact, load_artifact
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.verify.audit import CROSS_REQUEST, EXACT
 from torchrec_kvshare.verify.deterministic import require_determinism
 
 DEFAULT_CACHE = CacheConfig()
+
+logger = logging.getLogger(__name__)
 
 
 def new_engine(
@@ -80,6 +86,37 @@ def new_engine(
 def kv_sharing_key(manifest: Manifest) -> Hashable:
     """Return a key that is equal for artifacts whose engines may share a store."""
     return manifest.version.kv_versions, *manifest.towers.values(), manifest.audit["append"]
+
+
+def open_offline_engine(
+    folder: Path, key_file: str | None, capacity_bytes: int, *, deterministic: bool
+) -> Engine:
+    """Load an artifact for requests of a user that come one after the other.
+
+    K/V stays for the next requests of its user, whose longer histories extend it, and gives way to
+    that of later users; it does not expire. For a model that failed its audit there is no such
+    K/V: requests with the same history share one prefill within a batch.
+
+    Args:
+        folder: the artifact.
+        key_file: secret that it must be signed with; None loads any.
+        capacity_bytes: of K/V.
+        deterministic: as for ``new_engine``.
+
+    Raises:
+        ArtifactError: as ``load_artifact``.
+        ConfigError: if the secret cannot be read, the capacity is too small for one page, or scores
+            in this process are not deterministic.
+    """
+    artifact = load_artifact(folder, read_key(key_file, "artifact_key_file"))
+    cache = CacheConfig(MEMORY, capacity_bytes, ttl_s=math.inf, idle_ttl_s=math.inf)
+    if artifact.manifest.audit["scope"] != CROSS_REQUEST:
+        logger.warning(
+            "model %s failed its audit: requests share K/V within a batch only",
+            artifact.manifest.model_version,
+        )
+        cache = CacheConfig(OFF)
+    return new_engine(artifact, cache, deterministic=deterministic)
 
 
 def _check_codec(

@@ -1,24 +1,25 @@
-"""Score a file of requests: one JSON object a line in, one a line out, in order.
+"""Score files of requests: one JSON object a line, or one row of Parquet, in; one out, in order.
 
-A line that cannot be scored gets its error in its place and the rest goes on. The file of answers
+A request that cannot be scored gets its error in its place and the rest goes on. A file of answers
 appears when it is whole.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchrec_kvshare.config import REFUSE, SORT
 from torchrec_kvshare.errors import ConfigError, KVShareError, RequestError
+from torchrec_kvshare.features.batches import RequestBatch
 from torchrec_kvshare.features.decode import decode_request
 from torchrec_kvshare.features.parse import parse_request, request_id_of, sort_history
 from torchrec_kvshare.features.request import IdCount, Request, count_ids
 from torchrec_kvshare.features.schema import FeatureSchema
-from torchrec_kvshare.scoring.engine import Engine, Unscored
+from torchrec_kvshare.scoring.engine import Answer, Engine, Unscored
 
 MAX_CANDIDATES_AT_A_TIME = 4096  # of one batch; a longer request is a batch of its own
 
@@ -43,6 +44,34 @@ class Counts:
     def scored(self) -> int:
         """Lines answered with scores."""
         return self.by_status.total()
+
+    def add(self, other: "Counts") -> None:
+        """Add what was counted in another file."""
+        self.refused += other.refused
+        self.sorted_histories += other.sorted_histories
+        self.by_status.update(other.by_status)
+        self.add_ids(other.ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as JSON values."""
+        return vars(self) | {"by_status": dict(self.by_status)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Counts":
+        """Return the counts that ``to_json`` returned."""
+        ids = {column: IdCount(*counts) for column, counts in values["ids"].items()}
+        by_status = Counter(values["by_status"])
+        return cls(values["refused"], values["sorted_histories"], by_status, ids)
+
+    def summary(self, history_order: str) -> str:
+        """What to tell the user, some lines."""
+        lines = [
+            f"scored {self.scored}, refused {self.refused}; cache: {dict(self.by_status)}",
+            f"unknown ids: {self.unknown_text() or 'none'}",
+        ]
+        if history_order == SORT:
+            lines.append(f"sorted histories: {self.sorted_histories}")
+        return "\n".join(lines)
 
     def add_ids(self, count_by_column: dict[str, IdCount]) -> None:
         """Count the ids of a request."""
@@ -113,7 +142,7 @@ def score_file(
 
 def score_lines(
     engine: Engine,
-    lines: Iterable[str | bytes],
+    lines: Iterable[str | bytes | Mapping[str, Any]],
     batch_requests: int,
     history_order: str = REFUSE,
     counts: Counts | None = None,
@@ -122,7 +151,7 @@ def score_lines(
 
     Args:
         engine: scores what can be scored.
-        lines: requests, each a JSON object; blank lines are no requests.
+        lines: requests, each a JSON object or decoded; blank lines are no requests.
         batch_requests: most requests scored together.
         history_order: as in ``score_file``.
         counts: where what becomes of the lines is counted.
@@ -134,7 +163,7 @@ def score_lines(
     waiting: list[Request | Refusal] = []
     num_candidates = 0
     for line in lines:
-        if not line.strip():
+        if isinstance(line, str | bytes) and not line.strip():
             continue
         one = _read(line, engine.schema, history_order, counts)
         waiting.append(one)
@@ -148,7 +177,7 @@ def score_lines(
 def _answer(
     engine: Engine, waiting: list[Request | Refusal], counts: Counts
 ) -> Iterator[dict[str, Any]]:
-    answers = iter(engine.rank_each([one for one in waiting if isinstance(one, Request)]))
+    answers = iter(_rank(engine, [one for one in waiting if isinstance(one, Request)]))
     for one in waiting:
         if isinstance(one, Refusal):
             counts.refused += 1
@@ -164,12 +193,34 @@ def _answer(
             yield answer.to_json()
 
 
+def _rank(engine: Engine, requests: list[Request]) -> list[Answer | Unscored]:
+    """Score requests together; with a store, a history that grows among them is extended.
+
+    The engine encodes the distinct histories of a batch in one go. So the second history of a user
+    is scored after the batch that encodes the first, the third after that.
+    """
+    if engine.store is None:
+        return engine.rank_each(requests)
+    batch = RequestBatch(requests)
+    num_before = Counter[str]()
+    turn_of_history = []
+    for user in batch.users:
+        turn_of_history.append(num_before[user.user_id])
+        num_before[user.user_id] += 1
+    turns = [turn_of_history[history] for history in batch.user_of_request]
+    answer_by_row: dict[int, Answer | Unscored] = {}
+    for turn in range(max(turns, default=-1) + 1):
+        rows = [row for row, its_turn in enumerate(turns) if its_turn == turn]
+        answer_by_row |= zip(rows, engine.rank_each(batch.select(rows)), strict=True)
+    return [answer_by_row[row] for row in range(len(requests))]
+
+
 def _read(
-    line: str | bytes, schema: FeatureSchema, history_order: str, counts: Counts
+    line: str | bytes | Mapping[str, Any], schema: FeatureSchema, history_order: str, counts: Counts
 ) -> Request | Refusal:
     request_id = None
     try:
-        given = decode_request(line)
+        given = decode_request(line) if isinstance(line, str | bytes) else line
         request_id = request_id_of(given)
         raw = sort_history(given) if history_order == SORT else given
         request = parse_request(raw, schema)
