@@ -481,7 +481,7 @@ def test_a_target_has_the_logits_of_its_request(share_prefill: bool) -> None:
     spec = TowerSpec(CAUSAL, WIDTH, 2, HEADS)
     model = make_dlrm(6, dataset.schema, spec)
     windows, batch = whole_batch(dataset, share_prefill)
-    trained = model(batch.dense_features, batch.sparse_features).view(-1, 2)
+    trained = model(batch.dense_features, batch.sparse_features).view(-1, 2, 1)
     ordered = in_order(events)
     own = dataset.item[windows.targets]
     for index, target in enumerate(windows.targets):

@@ -15,7 +15,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.attention.cases import OPERATORS, TRAINED, example
-from tests.encoder_worlds import EXTENDED_NAMES, NAMES, raws_of, world_of
+from tests.encoder_worlds import EXTENDED_NAMES, NAMES, TASKS, raws_of, world_of
 from tests.worlds import parse_all, see_prefixes
 from torchrec_kvshare.attention import plain
 from torchrec_kvshare.features.bags import Bags
@@ -107,7 +107,7 @@ def test_scoring_reads_nothing_from_a_gpu(name: str) -> None:
         uncached = model(dense, features)
         cached = model.score(dense, pages, [table])
     assert {kv.device.type, uncached.device.type, cached.device.type} == {"cuda"}
-    assert uncached.shape == cached.shape == (6,)
+    assert uncached.shape == cached.shape == (6, len(TASKS))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

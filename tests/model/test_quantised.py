@@ -183,7 +183,7 @@ def test_an_engine_caches_k_v_and_items_of_quantised_tables(quantised: RankingMo
 
 
 def test_a_batch_without_candidates_has_no_scores(quantised: RankingModel) -> None:
-    assert logits(quantised, batch_of([(5, 0, 1), (0, 0, 2)])).shape == (0,)
+    assert logits(quantised, batch_of([(5, 0, 1), (0, 0, 2)])).shape == (0, 1)
 
 
 # --- the model around them

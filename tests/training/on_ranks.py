@@ -239,6 +239,7 @@ def plain_model(kind: str, shards: Shards, seed: int = 0) -> Objective:
         new_model(shards.schema, sizes, kind, seed),
         OBJECTIVE,
         histories=[history.name for history in shards.schema.histories],
+        tasks=shards.schema.tasks,
         negatives=NEGATIVES,
     )
 

@@ -315,9 +315,7 @@ def test_learning_rates_end_at_zero(tmp_path: Path) -> None:
     model = new_model(shards.schema, MODEL, "causal", 0)
     with joined_ranks(torch.device("cpu")) as ranks:
         folders = tmp_path / "run", tmp_path / "tensorboard"
-        trainer = loop.train(
-            model, shards, settings_of(tiny_config(tmp_path), shards.schema.tasks), *folders, ranks
-        )
+        trainer = loop.train(model, shards, settings_of(tiny_config(tmp_path)), *folders, ranks)
     assert trainer.progress.step == trainer.num_steps
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert len(rates) > 1

@@ -342,6 +342,7 @@ def test_sasrec_learns_the_next_item_whatever_the_weight_of_others(shards: Shard
             model,
             ObjectiveSettings(next_event=weight),
             histories=[HISTORY],
+            tasks=shards.schema.tasks,
             negatives=NEGATIVES,
         )(batch)[0].detach()
         for weight in (0.0, 0.5)
@@ -355,7 +356,8 @@ def test_without_the_next_event_loss_the_objective_is_torchrecs(shards: Shards) 
     dataset = shards.read([0])
     batch = batch_of(dataset, windows_of(dataset, np.flatnonzero(dataset.split == TRAIN)[:20]))
     model = plain_model("causal", shards).model.eval()
-    objective = Objective(model, ObjectiveSettings(), histories=[], negatives=3)
+    given = {"histories": [], "tasks": shards.schema.tasks, "negatives": 3}
+    objective = Objective(model, ObjectiveSettings(), **given)
     loss, (_, logits, _) = objective(batch)
     batch.labels = batch.labels.squeeze(1)
     expected, (_, expected_logits, _) = DLRMTrain(model)(batch)

@@ -127,11 +127,11 @@ def test_the_loss_is_the_weighted_sum_of_the_tasks(shards: Shards) -> None:
     batch = build_batch(dataset, windows_of(dataset, targets), dataset.item[targets][:, None], None)
     assert batch.labels.tolist() == dataset.labels[targets].tolist()
     model = new_model(shards.schema, replace(MODEL, user_state=False), "causal", seed=2).eval()
-    weights = (1.0, 0.25)
     objective = Objective(
         model,
-        ObjectiveSettings(task_weights=weights),
+        ObjectiveSettings(task_weights={"love": 0.25}),
         histories=["history"],
+        tasks=TASKS,
         negatives=0,
     )
     loss, (_, logits, labels) = objective(batch)

@@ -287,7 +287,7 @@ def test_an_artifact_that_failed_its_audit_keeps_no_kv_between_requests(failed: 
         new_engine(artifact, MEMORY)
     requests = parse_all(raws_of(world_of(CAUSAL), [(9, 3, 1)]), artifact.schema)
     [answer] = new_engine(artifact, CacheConfig("off")).rank(requests)
-    assert (answer.cache.status, len(answer.scores)) == ("bypass", 3)
+    assert (answer.cache.status, len(answer.ranking_scores)) == ("bypass", 3)
 
 
 def test_its_program_keeps_no_kv_either(failed: Path, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_its_program_keeps_no_kv_either(failed: Path, tmp_path: Path) -> None:
     features = request_tensors(requests, world_of(CAUSAL).schema)
     with pytest.raises(torch.jit.Error, match="the model failed its audit"):
         program.rank(features)
-    assert program(features).shape == (3,)
+    assert program(features).shape == (3, 2)
     with pytest.raises(ConfigError, match="artifact failed its audit"):
         write_repository(failed, tmp_path / "repository")
 

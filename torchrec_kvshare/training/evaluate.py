@@ -226,12 +226,12 @@ def sampled_metrics(scored: Scored) -> Measures:
     per_user = np.unique(scored.user, return_counts=True)[1] * scored.logits.shape[1]
     measures = Measures({}, {})
     for number, task in enumerate(scored.tasks):
-        of_task = classification_metrics(
+        found = classification_metrics(
             probabilities[:, :, number].flatten(),
             labels[:, :, number].flatten(),
             torch.from_numpy(per_user),
         )
-        measures |= of_task.of_task(task)
+        measures |= found.of_task(task)
     return measures
 
 

@@ -227,6 +227,7 @@ class Trainer:
             model,
             settings.objective,
             histories=[history.name for history in shards.schema.histories],
+            tasks=shards.schema.tasks,
             negatives=settings.negatives,
         )
         self.sharded, self.plan = shard(objective, settings.tables, ranks)

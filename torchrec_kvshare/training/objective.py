@@ -10,8 +10,8 @@ it sees. So whatever a candidate may not see, this loss does not see either: lat
 events at the target's own time.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,14 @@ class ObjectiveSettings:
             taken whole.
         loss: the next-event loss, ``SOFTMAX`` or ``GBCE``.
         gbce_t: how far gBCE corrects for its draws, from 0, not at all, to 1.
-        task_weights: weight of each task in the ranking loss, in the order of the logits.
+        task_weights: weights of tasks in the ranking loss, by name; those of others are 1.
     """
 
     next_event: float = 0.0
     shared_items: int = 1024
     loss: str = SOFTMAX
     gbce_t: float = 0.75
-    task_weights: tuple[float, ...] = (1.0,)
+    task_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -65,6 +65,7 @@ class Objective(nn.Module):
         model: a ranking model, or a SequentialModel, which has a next-event loss only, of weight 1.
         settings: what is minimised. A model whose towers have no states has a ranking loss only.
         histories: names, in the order of the schema.
+        tasks: names, in the order of the logits.
         negatives: candidates of each target beside its own item.
     """
 
@@ -74,12 +75,14 @@ class Objective(nn.Module):
         settings: ObjectiveSettings,
         *,
         histories: Sequence[str],
+        tasks: Sequence[str],
         negatives: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.weight = 1.0 if isinstance(model, SequentialModel) else settings.next_event
         self.settings = settings
+        self.task_weights = [settings.task_weights.get(task, 1.0) for task in tasks]
         self.histories = histories
         self.of_targets = slice(None, None, 1 + negatives)  # in a batch's candidates
         self.has_next_event = self.weight > 0 and any(
@@ -110,7 +113,7 @@ class Objective(nn.Module):
         """Return the tasks' binary cross entropies, each a mean over candidates, weighted."""
         losses = [
             functional.binary_cross_entropy_with_logits(logits[:, task], labels[:, task]) * weight
-            for task, weight in enumerate(self.settings.task_weights)
+            for task, weight in enumerate(self.task_weights)
         ]
         return torch.stack(losses).sum()
 

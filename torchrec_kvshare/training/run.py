@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +155,8 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     shards, splits = load_reported(config)
     schema = shards.schema
     _check_tokens(config.model, schema)
-    settings = settings_of(config, schema.tasks)
+    _check_tasks(config, schema)
+    settings = settings_of(config)
     trained = [name for name in config.budget.baselines if name != POPULARITY]
     kinds = [*dict.fromkeys([config.model.history, *trained])]
     meta = torch.device("meta")
@@ -436,6 +437,16 @@ def _check_tokens(sizes: ModelConfig, schema: FeatureSchema) -> None:
         )
 
 
+def _check_tasks(config: TrainConfig, schema: FeatureSchema) -> None:
+    """Refuse a weight of a task that the data does not have, before anything is written."""
+    if unknown := sorted(set(config.task_weights) - set(schema.tasks)):
+        named = [task for task in schema.tasks if task]
+        raise ConfigError(
+            f"task_weights has {unknown}; the tasks of {config.data.name} are {named}"
+            f"{'' if named else ': its label is one rule, without a name'}"
+        )
+
+
 def _evaluate(
     score: Scorer, shards: Shards, config: TrainConfig, ranks: Ranks, *, share_prefill: bool
 ) -> Evaluated:
@@ -460,22 +471,8 @@ def _plot(path: Path, by_length: Mapping[str, Mapping[str, Measures]]) -> None:
         logger.info("no %s: %s", path, error)
 
 
-def settings_of(config: TrainConfig, tasks: Sequence[str]) -> TrainSettings:
-    """Return the training settings of a config.
-
-    Args:
-        config: of the run.
-        tasks: of its data.
-
-    Raises:
-        ConfigError: if there is a weight of another task.
-    """
-    if unknown := sorted(set(config.task_weights) - set(tasks)):
-        named = [task for task in tasks if task]
-        raise ConfigError(
-            f"task_weights has {unknown}; the tasks of {config.data.name} are {named}"
-            f"{'' if named else ': its label is one rule, without a name'}"
-        )
+def settings_of(config: TrainConfig) -> TrainSettings:
+    """Return the training settings of a config."""
     return TrainSettings(
         epochs=config.budget.epochs,
         learning_rate=config.learning_rate,
@@ -499,7 +496,7 @@ def settings_of(config: TrainConfig, tasks: Sequence[str]) -> TrainSettings:
             shared_items=config.shared_items,
             loss=config.next_event_loss,
             gbce_t=config.gbce_t,
-            task_weights=tuple(config.task_weights.get(task, 1.0) for task in tasks),
+            task_weights=config.task_weights,
         ),
         sampling=SamplingSettings(
             negatives=config.negative_sampling,
