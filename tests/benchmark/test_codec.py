@@ -147,7 +147,8 @@ def test_figures_are_those_of_the_codec_alone(measured: Path, figures: Figures) 
             [kv] = artifact.model.prefill(features)
         drawn.append(target)
         exact.append(engine.rank([request])[0].scores)
-        lossy.append(engine.score_with(request, [int8.decode(int8.encode(kv))]))
+        over_int8 = engine.score_with(request, [int8.decode(int8.encode(kv))])
+        lossy.append(over_int8[:, 0].tolist())
     auc = {}
     best = {}
     for name, rows in (("exact", exact), ("lossy", lossy)):

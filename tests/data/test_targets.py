@@ -295,7 +295,7 @@ def test_attributes_stand_on_their_own_event(events: Events) -> None:
 def logits(batch: Batch, dataset: Dataset) -> Tensor:
     model = make_dlrm(3, dataset.schema)
     with torch.no_grad():
-        return model(batch.dense_features, batch.sparse_features)
+        return model(batch.dense_features, batch.sparse_features).squeeze(1)
 
 
 @pytest.fixture(scope="module")

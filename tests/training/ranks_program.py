@@ -95,7 +95,7 @@ def train_bounded(shards: Shards, folder: Path, ranks: Ranks) -> dict[str, list[
     trainer.run(None)  # the rest of the epoch
     assert trainer.progress.best is not None
     batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1, 0)
-    logits = trainer.scorer()(batch).tolist()
+    logits = trainer.scorer()(batch).flatten().tolist()
     return {"losses": losses, "best": [trainer.progress.best.value], "logits": logits}
 
 
