@@ -70,15 +70,19 @@ def test_merged_scores_of_ragged_users_do_not_depend_on_the_chunk(
     assert largest_difference(merged, shared_logits(paths, requests)) <= LOGIT_TOLERANCE
 
 
+@pytest.mark.parametrize(("token_dim", "output_dim"), [(DIM, DIM), (DIM + 3, DIM + 5)])
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("num_events", [1, 6])
-def test_merged_vectors_equal_the_reference(num_layers: int, num_events: int) -> None:
+def test_merged_vectors_equal_the_reference(
+    num_layers: int, num_events: int, token_dim: int, output_dim: int
+) -> None:
     torch.manual_seed(10 * num_layers + num_events)
-    spec = TowerSpec(CAUSAL, DIM, num_layers, NUM_HEADS)
+    widths = {"token_dim": token_dim, "output_dim": output_dim}
+    spec = TowerSpec(CAUSAL, DIM, num_layers, NUM_HEADS, **widths)
     tower = HistoryTower(spec, HISTORY, HISTORY).eval()
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    events, candidates = torch.randn(num_events, DIM), torch.randn(3, 1, DIM)
+    events, candidates = torch.randn(num_events, token_dim), torch.randn(3, 1, token_dim)
     times = torch.randint(0, 1000, (num_events,)).sort().values
     with torch.no_grad():
         pooled = pool_without_sharing(tower, events, 1000 - times, candidates, chunk_rows=40)
