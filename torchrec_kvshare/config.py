@@ -57,7 +57,7 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("warmup_steps", "ema_decay"), 0),
     **dict.fromkeys(("growth", "events", "session_requests", "cores"), 1),
     **dict.fromkeys(("sessions_per_day", "think_s", "peak", "memory_gib"), TINY),
-    **dict.fromkeys(("hit_rates", "prefill_ms", "score_ms"), TINY),
+    **dict.fromkeys(("hit_rates", "prefill_ms", "score_ms", "max_ttl_s", "budget_ms"), TINY),
     **dict.fromkeys(("zipf", "core_hour", "gib_hour", "fetch_ms"), 0),
 }
 # Greatest allowed value by key; for other keys every finite value is allowed.
@@ -633,6 +633,26 @@ class PlanConfig:
     threads: int | None = None  # None: one per granted core
 
 
+@dataclass
+class AdviseConfig:
+    """``python -m pipelines.advise``."""
+
+    artifact: str = MISSING  # output of pipelines.export
+    artifact_key_file: str | None = None  # secret the artifact must be signed with
+    requests: str | None = None  # file with one JSON object a line, each with its time
+    data: Any = None  # or one of DATA_SCHEMAS, whose last fourth is replayed
+    output: str = MISSING  # folder for the advice; its cache/advised.yaml is a cache config
+    cache: CacheConfig = field(default_factory=CacheConfig)  # what there is at most
+    count: int = 3000  # requests replayed, at most
+    candidates: int = 100  # of requests made of data
+    max_ttl_s: float = 86_400.0  # longest age of K/V that is allowed
+    budget_ms: float = 50.0  # longest time that a request may take
+    repeats: int = 5  # turns of each figure
+    validate: bool = False  # also rank the requests with the advised cache, and compare
+    seed: int = 0  # of drawn requests and candidates
+    threads: int | None = None  # None: one per granted core
+
+
 def writes_file(config: Any) -> bool:
     """Return whether the output of a pipeline is a file; others write a folder."""
     if isinstance(config, MakeRequestsConfig):
@@ -684,7 +704,7 @@ def checked(config: DictConfig, schema: type[Schema]) -> Schema:
     prefix = ""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
-        if "data" in merged:
+        if "data" in merged and merged.data is not None:
             data_schema = _data_schema(merged.data)
             prefix = "data."
             data = OmegaConf.merge(OmegaConf.structured(data_schema), merged.data)

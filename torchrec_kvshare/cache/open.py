@@ -28,6 +28,7 @@ MEMORY, TIERED, OFF = "memory", "tiered", "off"
 CACHES = (MEMORY, TIERED, OFF)
 
 TierConfig = HostConfig | DiskConfig | RemoteConfig
+Clock = Callable[[], float]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def new_store(
     *,
     extends: bool,
     metrics: CacheMetrics,
+    clock: Clock | None = None,
 ) -> KVStore:
     """Open page pools for a model's K/V.
 
@@ -49,6 +51,7 @@ def new_store(
         stack: tiers below the pages, which engines may share; None for pages alone.
         extends: whether cached K/V may be extended by new events.
         metrics: where lookups and evictions are counted.
+        clock: Unix seconds, the same as the stack's; the process's by default.
 
     Returns:
         The store, its pages empty.
@@ -74,7 +77,7 @@ def new_store(
                 pool,
                 Rules(cache.ttl_s, cache.idle_ttl_s, cache.share, pinned_bytes),
                 policy=new_policy(cache.policy, max(at_rest, pool.page_bytes)),
-                clock=steady_clock(),
+                clock=clock or steady_clock(),
                 on_evict=None if stack is None else stack.demote,
                 metrics=metrics,
             )
@@ -94,7 +97,10 @@ def new_store(
 
 
 def new_stack(
-    cache: CacheConfig, break_even_events: Mapping[str, int], metrics: CacheMetrics | None = None
+    cache: CacheConfig,
+    break_even_events: Mapping[str, int],
+    metrics: CacheMetrics | None = None,
+    clock: Clock | None = None,
 ) -> TierStack:
     """Open the tiers below the pages.
 
@@ -103,18 +109,19 @@ def new_stack(
         break_even_events: by tier, the shortest history that is fetched faster than it is encoded;
             used where the config gives no ``min_events``.
         metrics: where everything is counted; new ones by default.
+        clock: Unix seconds; the process's by default. A remote tier has its server's in any case.
 
     Raises:
         ConfigError: if a tier cannot work as configured.
         MissingExtraError: if a tier's packages are not installed.
     """
-    metrics = metrics or CacheMetrics()
+    metrics, clock = metrics or CacheMetrics(), clock or steady_clock()
     levels = []
     for name, tier in configured_tiers(cache).items():
         min_events = tier.min_events
         if min_events is None:
             min_events = break_even_events.get(name, 0)
-        levels.append(TIER_KINDS[name].open(cache, min_events, metrics))
+        levels.append(TIER_KINDS[name].open(cache, min_events, metrics, clock))
     key = read_key(cache.key_file, "cache.key_file")
     if key is None and cache.remote.url is not None:
         logger.warning(
@@ -124,7 +131,7 @@ def new_stack(
     limits = TierLimits(
         cache.queue_length, cache.queue_bytes, cache.max_failures, cache.pause_ms / 1e3
     )
-    return TierStack(levels, cache.ttl_s, key, limits, metrics=metrics)
+    return TierStack(levels, cache.ttl_s, key, limits, clock, metrics)
 
 
 def configured_tiers(cache: CacheConfig) -> dict[str, TierConfig]:
@@ -147,37 +154,39 @@ class TierKind(NamedTuple):
 
     Attributes:
         config: the tier's part of a cache config; None where the config uses no such tier.
-        open: the tier with its level, given the config, ``min_events`` and the metrics.
+        open: the tier with its level, given the config, ``min_events``, the metrics and the clock.
     """
 
     config: Callable[[CacheConfig], TierConfig | None]
-    open: Callable[[CacheConfig, int, CacheMetrics], Level]
+    open: Callable[[CacheConfig, int, CacheMetrics, Clock], Level]
 
 
-def _open_host(cache: CacheConfig, min_events: int, metrics: CacheMetrics) -> Level:
+def _open_host(cache: CacheConfig, min_events: int, metrics: CacheMetrics, clock: Clock) -> Level:
     host = cache.host
     metrics.gauge("capacity_bytes", lambda: host.capacity_bytes, tier=HostTier.name)
     tier = HostTier(
         new_policy(cache.policy, host.capacity_bytes),
         cache.ttl_s,
-        steady_clock(),
+        clock,
         lambda *_: metrics.count("evictions", tier=HostTier.name),
     )
     return Level(tier, get_codec(host.codec), min_events, takes_evicted=True)
 
 
-def _open_disk(cache: CacheConfig, min_events: int, metrics: CacheMetrics) -> Level:
+def _open_disk(cache: CacheConfig, min_events: int, metrics: CacheMetrics, clock: Clock) -> Level:
     disk = cache.disk
     assert disk.folder is not None
     metrics.gauge("capacity_bytes", lambda: disk.capacity_bytes, tier=DiskTier.name)
-    tier = DiskTier(Path(disk.folder), disk.capacity_bytes, cache.ttl_s, steady_clock())
+    tier = DiskTier(Path(disk.folder), disk.capacity_bytes, cache.ttl_s, clock)
     deadline_s = disk.deadline_ms / 1e3
     return Level(
         tier, get_codec(disk.codec), min_events, deadline_s, second_touch=cache.second_touch
     )
 
 
-def _open_remote(cache: CacheConfig, min_events: int, _: CacheMetrics) -> Level:
+def _open_remote(
+    cache: CacheConfig, min_events: int, _metrics: CacheMetrics, _clock: Clock
+) -> Level:
     remote = cache.remote
     assert remote.url is not None
     password = None

@@ -64,7 +64,7 @@ def new_engine(
         _check_audit(manifest)
         extends = manifest.audit["append"] == EXACT
         for codec in codecs_of(cache, stack):
-            _check_codec(codec, manifest, cache, deterministic=deterministic)
+            check_codec(codec, manifest, cache, deterministic=deterministic)
         if cache.name == TIERED and stack is None:
             stack = new_stack(cache, manifest.break_even_events, metrics)
         if metrics is None:
@@ -119,7 +119,7 @@ def open_offline_engine(
     return new_engine(artifact, cache, deterministic=deterministic)
 
 
-def _check_codec(
+def check_codec(
     codec: Codec, manifest: Manifest, cache: CacheConfig, *, deterministic: bool
 ) -> None:
     """Refuse a lossy codec that was not measured on the model, or whose effect exceeds a budget."""

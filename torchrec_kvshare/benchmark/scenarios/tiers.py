@@ -282,7 +282,7 @@ def _ladder(wanted: Sequence[int], longest: int) -> list[int]:
     return sorted(lengths)
 
 
-def _encoded(subject: Subject, length: int, page_size: int, seed: int) -> EncodedUser:
+def encoded_user(subject: Subject, length: int, page_size: int, seed: int) -> EncodedUser:
     """Encode a user with ``length`` drawn events; their actions decide which history has them."""
     schema = subject.schema
     request = parse_request(draw_raw_request(schema, length, 1, seed), schema)
@@ -308,13 +308,13 @@ def _encoded(subject: Subject, length: int, page_size: int, seed: int) -> Encode
 
 def _measured(subject: Subject, options: TiersOptions) -> list[Cell]:
     page_size = options.page_size
-    drawn = [_encoded(subject, length, page_size, options.seed) for length in subject.lengths]
+    drawn = [encoded_user(subject, length, page_size, options.seed) for length in subject.lengths]
     users = [user for user in drawn if user.records]
     if not users:
         raise ConfigError(
             f"histories of {subject.lengths} drawn events have no action that a tower reads"
         )
-    cache_by_history = _caches(users, page_size)
+    cache_by_history = caches_for(users, page_size)
     cells = []
     with TemporaryDirectory() as name, redis_server(Path(name)) as server:
         url = None if server is None else server.url
@@ -327,7 +327,7 @@ def _measured(subject: Subject, options: TiersOptions) -> list[Cell]:
     return cells
 
 
-def _caches(users: Sequence[EncodedUser], page_size: int) -> dict[str, KVCache]:
+def caches_for(users: Sequence[EncodedUser], page_size: int) -> dict[str, KVCache]:
     """Return, by the history's name, a cache with room for the longest user."""
     longest_by_name: dict[str, Tensor] = {}
     for record in (record for user in users for record in user.records):
