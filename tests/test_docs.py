@@ -24,6 +24,7 @@ from torchrec_kvshare.commands.help import keys_of
 from torchrec_kvshare.commands.layout import pipeline_names
 from torchrec_kvshare.config import checked, literal_overrides
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.planning.report import ADVISED
 
 PAGES = (
     *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
@@ -50,6 +51,7 @@ FILE_ENDINGS = (".json", ".md", ".pt", ".py")
 ROOM = re.compile(r"^  (\w+)(?:/|\.py) ", re.MULTILINE)
 NAMED_PART = re.compile(r"<\w+>")  # of a path: configs/scenario/<name>.yaml
 ALTERNATIVES = re.compile(r"'?[\w.-]+(?:\|[\w.-]+)+'?")  # quoted if Hydra cannot read them
+OWN_CONFIGS = "--config-dir="
 OMITTED = "…"  # the rest of a command
 
 # Words that stand for a value; those that are not here are texts, such as DIR and FILE.
@@ -117,6 +119,9 @@ def check_command(command: str) -> None:
     overrides = [
         argument for argument in arguments if not argument.startswith("-") and argument != OMITTED
     ]
+    if any(argument.startswith(OWN_CONFIGS) for argument in arguments):
+        # The option is written by `pipelines.advise`; its keys are those of the others.
+        overrides = ["cache=tiered" if one == f"cache={ADVISED}" else one for one in overrides]
     values_by_override = [_values(_filled(one, overrides)) for one in literal_overrides(overrides)]
     for number in range(max(map(len, values_by_override), default=1)):
         chosen = [values[number % len(values)] for values in values_by_override]

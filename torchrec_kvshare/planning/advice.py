@@ -309,10 +309,13 @@ class Advisor:
             self._choices.append(Choice("min_events", "0", why, "more", "nothing is gained by it"))
             return cache, predicted
         limited = replace(cache, min_events=least)
-        self._choices.append(
-            Choice("min_events", str(least), why, "0", "shorter histories cost more than they save")
-        )
-        return limited, self._replays.predict(limited)
+        found = self._replays.predict(limited)
+        means = f"mean {found.mean_ms:.2f} ms", f"mean {predicted.mean_ms:.2f} ms"
+        if found.mean_ms > (1.0 - POINT) * predicted.mean_ms:
+            self._choices.append(Choice("min_events", "0", means[1], str(least), means[0]))
+            return cache, predicted
+        self._choices.append(Choice("min_events", str(least), f"{means[0]}; {why}", "0", means[1]))
+        return limited, found
 
     def _with_scope(
         self, cache: CacheConfig, predicted: Predicted
@@ -448,8 +451,8 @@ def validate(advice: Advice, artifact: Artifact, trace: Trace) -> Measured:
     """
     cache = advice.cache
     cache = replace(cache, remote=replace(cache.remote, url=None))
-    engine, clock = _engine_at(artifact, cache)
-    warm_up, _ = _engine_at(artifact, replace(cache, name=OFF if cache.name == OFF else MEMORY))
+    engine, clock = engine_at(artifact, cache)
+    warm_up, _ = engine_at(artifact, replace(cache, name=OFF if cache.name == OFF else MEMORY))
     for request in trace.requests[: 2 * IN_FLIGHT]:
         warm_up.rank([request])
     latencies_ms, num_hits, num_cached = [], 0, 0
@@ -471,7 +474,7 @@ def validate(advice: Advice, artifact: Artifact, trace: Trace) -> Measured:
     )
 
 
-def _engine_at(artifact: Artifact, cache: CacheConfig) -> tuple[Engine, TraceClock]:
+def engine_at(artifact: Artifact, cache: CacheConfig) -> tuple[Engine, TraceClock]:
     """Open an engine whose cache has the clock of a trace."""
     clock = TraceClock()
     manifest = artifact.manifest
