@@ -14,7 +14,7 @@ from torchrec_kvshare.commands.layout import typed_command
 from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import AdviseConfig
 from torchrec_kvshare.export.exporter import load_artifact
-from torchrec_kvshare.planning.advice import PICTURE_BY_NAME, advise, validate
+from torchrec_kvshare.planning.advice import PICTURE_BY_NAME, advise
 from torchrec_kvshare.planning.report import (
     ADVICE_FILE,
     ADVISED,
@@ -23,6 +23,7 @@ from torchrec_kvshare.planning.report import (
     write_cache,
 )
 from torchrec_kvshare.planning.trace import read_trace
+from torchrec_kvshare.planning.validation import validate
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="advise")

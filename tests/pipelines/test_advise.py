@@ -7,17 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from redis import Redis
 
 from tests.pipelines.commands import WORLD, composed, run_all, run_pipeline
 from torchrec_kvshare.cache.leases import CacheUse
-from torchrec_kvshare.config import AdviseConfig, CacheConfig, HostConfig, checked
+from torchrec_kvshare.config import (
+    AdviseConfig,
+    CacheConfig,
+    DiskConfig,
+    HostConfig,
+    RemoteConfig,
+    checked,
+)
+from torchrec_kvshare.deploy.redis_server import redis_server
 from torchrec_kvshare.errors import ConfigError
 from torchrec_kvshare.export.exporter import Artifact, load_artifact
-from torchrec_kvshare.planning.advice import Advice, Advisor, engine_at, validate
+from torchrec_kvshare.planning.advice import Advice, Advisor
 from torchrec_kvshare.planning.replays import Predicted, Replays
 from torchrec_kvshare.planning.report import advice_text, write_cache
-from torchrec_kvshare.planning.times import Times, smoothed
+from torchrec_kvshare.planning.times import Times, measure_times, smoothed
 from torchrec_kvshare.planning.trace import Trace, read_trace
+from torchrec_kvshare.planning.validation import engine_at, validate
 
 GIVEN = CacheConfig(name="tiered", page_size=8, host=HostConfig(capacity_bytes=2**24))
 START = 1_800_000_000  # after every event of the world
@@ -271,6 +281,42 @@ def test_advice_runs_as_a_command_and_other_commands_take_its_cache(
     assert without.stderr == (
         "error: cache is 'advised'; one of ['memory', 'off', 'tiered'] is allowed\n"
     )
+
+
+def test_too_few_bytes_for_a_request_beside_a_user_are_refused(
+    model: Artifact, trace: Trace
+) -> None:
+    with pytest.raises(ConfigError, match=r"cache.capacity_bytes is 10000; one full window"):
+        advised(model, trace, TIMES, replace(GIVEN, capacity_bytes=10_000))
+
+
+def test_every_configured_tier_is_measured_and_left_as_it_was(
+    model: Artifact, tmp_path: Path
+) -> None:
+    with redis_server(tmp_path) as server:
+        assert server is not None
+        (tmp_path / "disk").mkdir(mode=0o700)
+        cache = replace(
+            GIVEN,
+            disk=DiskConfig(folder=str(tmp_path / "disk")),
+            remote=RemoteConfig(url=server.url),
+        )
+        codecs = {name: ["float32", "int8"] for name in ("host", "disk", "remote")}
+        times = measure_times(model, cache, codecs, [8, 32], [1, 9], repeats=2, seed=1)
+        # Of forgotten users only the times are left.
+        client = Redis.from_url(server.url)
+        assert sum(client.memory_usage(key) for key in client.scan_iter()) < 2000
+        client.close()
+    assert not list((tmp_path / "disk").iterdir())
+    for table in (times.shared_ms, times.miss_ms, times.hit_ms, times.grown_ms):
+        assert table.shape == (2, 2)
+        assert (table > 0.0).all()
+    assert times.fetch_ms.keys() == {(t, c) for t in codecs for c in ("float32", "int8")}
+    for shelf, milliseconds in times.fetch_ms.items():
+        assert (milliseconds > 0.0).all()
+        assert times.packet_bytes[shelf][0] < times.packet_bytes[shelf][1]
+    assert (times.merged_ms > 0.0).all()
+    assert (times.lookup_ms > 0.0).all()
 
 
 # --- traffic

@@ -9,28 +9,22 @@ events, within a point, the one that keeps the least for the shortest time is ch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from torchrec_kvshare.benchmark.plots import BLUE, GREEN, Axis, Line, Picture
-from torchrec_kvshare.benchmark.replay import TraceClock
-from torchrec_kvshare.benchmark.timing import timed
 from torchrec_kvshare.cache.break_even import break_even_events
-from torchrec_kvshare.cache.codecs import CODECS, Codec, get_codec
+from torchrec_kvshare.cache.codecs import CODECS, get_codec
 from torchrec_kvshare.cache.disk import DiskTier
-from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.open import (
     MEMORY,
     OFF,
     TIERED,
     configured_tiers,
-    new_stack,
-    new_store,
 )
 from torchrec_kvshare.cache.policies import LRU, TINY_LFU
-from torchrec_kvshare.cache.reasons import EVICTED, HIT
+from torchrec_kvshare.cache.reasons import EVICTED
 from torchrec_kvshare.cache.remote import RemoteTier
 from torchrec_kvshare.cache.tiers import HostTier
 from torchrec_kvshare.config import AdviseConfig, CacheConfig
@@ -41,8 +35,6 @@ from torchrec_kvshare.features.tensors import FLOAT32
 from torchrec_kvshare.planning.replays import Predicted, Replays
 from torchrec_kvshare.planning.times import NEW_EVENTS, Times, measure_times
 from torchrec_kvshare.planning.trace import Trace
-from torchrec_kvshare.scoring.engine import Engine
-from torchrec_kvshare.verify.audit import EXACT
 
 ADVISE = "advise"
 MERGED, SHARED, CACHED = "merged", "request_shared", "cross_request"
@@ -94,7 +86,7 @@ class Advice:
 
     Attributes:
         cache: what to configure; ``off`` if a cache does not pay.
-        scope: ``merged``, ``request_shared`` or ``cross_request``.
+        scope: ``cross_request``, or ``request_shared`` if a cache does not pay.
         predicted: what it does.
         mean_ms_by_scope: of a request.
         choices: each setting, with its alternative.
@@ -109,40 +101,17 @@ class Advice:
     curve: Sequence[tuple[str, float, float]]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What an engine with the advised cache did."""
-
-    hit_rate: float
-    event_hit_rate: float
-    p50_ms: float
-    p99_ms: float
-    mean_ms: float
-
-
-def allowed_codecs(artifact: Artifact, cache: CacheConfig) -> tuple[list[str], str]:
-    """Return the codecs that the artifact's measurements allow, and why not the others."""
-    allowed, reasons = [], []
+def smallest_codec(artifact: Artifact, cache: CacheConfig) -> tuple[str, str]:
+    """Return the codec with the fewest bytes that the manifest allows, and why none has fewer."""
+    bytes_ratio, reasons = {}, []
     for name in CODECS:
-        codec: Codec = get_codec(name)
         try:
-            check_codec(codec, artifact.manifest, cache, deterministic=False)
+            check_codec(get_codec(name), artifact.manifest, cache, deterministic=False)
         except ConfigError as error:
             reasons.append(str(error))
         else:
-            allowed.append(name)
-    return allowed, reasons[0] if reasons else ""
-
-
-def smallest_codec(artifact: Artifact, cache: CacheConfig) -> tuple[str, str]:
-    """Return the allowed codec with the fewest bytes, and why none has fewer."""
-    allowed, why_not = allowed_codecs(artifact, cache)
-    codecs = artifact.manifest.codecs
-
-    def ratio(name: str) -> float:
-        return codecs[name]["bytes_ratio"] if name in codecs else 1.0
-
-    return min(allowed, key=ratio), why_not
+            bytes_ratio[name] = artifact.manifest.codecs.get(name, {}).get("bytes_ratio", 1.0)
+    return min(bytes_ratio, key=lambda name: bytes_ratio[name]), "; ".join(reasons[:1])
 
 
 class Advisor:
@@ -154,6 +123,9 @@ class Advisor:
         times: of the model on this machine.
         cache: what there is: the most bytes of pages and of the host tier, a disk, a server.
         max_ttl_s: longest age of K/V that is allowed.
+
+    Raises:
+        ConfigError: if there is no room for a user at rest beside a request.
     """
 
     def __init__(
@@ -170,6 +142,11 @@ class Advisor:
         self._given = cache
         self._max_ttl_s = max_ttl_s
         self._replays = Replays(artifact, trace, times, cache.page_size)
+        if cache.capacity_bytes < 2 * self._replays.window_bytes():
+            raise ConfigError(
+                f"cache.capacity_bytes is {cache.capacity_bytes}; one full window at rest and one "
+                f"in flight need {2 * self._replays.window_bytes()}"
+            )
         self._choices: list[Choice] = []
         self._curve: list[tuple[str, float, float]] = []
 
@@ -201,7 +178,7 @@ class Advisor:
                 f"{chosen:g} s",
                 f"{_found(found[chosen])} with room for all",
                 f"{other:g} s",
-                f"{_found(found[other])}; K/V should not be kept for longer than it helps",
+                _found(found[other]),
             )
         )
         return self._pages(1.0, chosen)
@@ -240,7 +217,7 @@ class Advisor:
             Choice(
                 "watermark",
                 f"{sized.watermark:g}",
-                f"leaves {_mib(self._in_flight_bytes())} for {IN_FLIGHT} full windows in flight",
+                f"leaves {_mib(self._in_flight_bytes())} for requests in flight",
                 "1.0",
                 "requests in flight would find no free page",
             )
@@ -358,7 +335,7 @@ class Advisor:
         }
 
     def _in_flight_bytes(self) -> int:
-        return IN_FLIGHT * self._replays.window_bytes()
+        return min(IN_FLIGHT * self._replays.window_bytes(), self._given.capacity_bytes // 2)
 
     def _pages(self, share: float, ttl_s: float) -> CacheConfig:
         """A cache of pages alone, with room for a share of all users' K/V and what is in flight."""
@@ -442,57 +419,6 @@ def _lengths(artifact: Artifact, longest: int) -> list[int]:
     while len(lengths) < NUM_LENGTHS and (length := length // 2) >= 2 * NEW_EVENTS:
         lengths.append(length)
     return sorted(lengths)
-
-
-def validate(advice: Advice, artifact: Artifact, trace: Trace) -> Measured:
-    """Rank the traffic with an engine that has the advised cache, each request at its time.
-
-    A remote tier is left out: its server's clock cannot be set to the trace's.
-    """
-    cache = advice.cache
-    cache = replace(cache, remote=replace(cache.remote, url=None))
-    engine, clock = engine_at(artifact, cache)
-    warm_up, _ = engine_at(artifact, replace(cache, name=OFF if cache.name == OFF else MEMORY))
-    for request in trace.requests[: 2 * IN_FLIGHT]:
-        warm_up.rank([request])
-    latencies_ms, num_hits, num_cached = [], 0, 0
-    for request in trace.requests:
-        clock.now = float(request.time)
-        [answer], latency_ms = timed(partial(engine.rank, [request]))
-        latencies_ms.append(latency_ms)
-        num_hits += answer.cache.status == HIT
-        num_cached += answer.cache.cached_events
-        if engine.store is not None and engine.store.stack is not None:
-            engine.store.stack.drain(60.0)
-    engine.close()
-    return Measured(
-        num_hits / len(trace.requests),
-        num_cached / max(sum(request.num_events for request in trace.requests), 1),
-        float(np.percentile(latencies_ms, 50)),
-        float(np.percentile(latencies_ms, 99)),
-        float(np.mean(latencies_ms)),
-    )
-
-
-def engine_at(artifact: Artifact, cache: CacheConfig) -> tuple[Engine, TraceClock]:
-    """Open an engine whose cache has the clock of a trace."""
-    clock = TraceClock()
-    manifest = artifact.manifest
-    store = None
-    if cache.name != OFF:
-        metrics = CacheMetrics()
-        stack = None
-        if cache.name == TIERED:
-            stack = new_stack(cache, manifest.break_even_events, metrics, clock)
-        store = new_store(
-            [*manifest.towers.values()],
-            cache,
-            stack,
-            extends=manifest.audit["append"] == EXACT,
-            metrics=metrics,
-            clock=clock,
-        )
-    return Engine(artifact.model, artifact.schema, store, version=manifest.version), clock
 
 
 def _is_as_good(one: Predicted, other: Predicted) -> bool:

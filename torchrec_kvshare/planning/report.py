@@ -7,9 +7,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from torchrec_kvshare.benchmark.results import Case, Record
-from torchrec_kvshare.planning.advice import ADVISE, MERGED, SHARED, Advice, Measured
+from torchrec_kvshare.planning.advice import ADVISE, MERGED, SHARED, Advice
 from torchrec_kvshare.planning.times import NEW_EVENTS, Times
 from torchrec_kvshare.planning.trace import Trace
+from torchrec_kvshare.planning.validation import Measured
 
 ADVISED = "advised"  # the option of the config group ``cache``
 ADVICE_FILE = "advice.md"
