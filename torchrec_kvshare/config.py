@@ -43,6 +43,8 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("max_request_bytes", "max_requests", "max_candidates", "max_events"), 1),
     **dict.fromkeys(("batch_requests", "batch_candidates", "batch_events", "queue_requests"), 1),
     **dict.fromkeys(("max_streams", "stream_depth", "hot_users", "hot_bytes", "max_values"), 1),
+    "queue_prefetches": 1,
+    "pinned_users": 0,
     **dict.fromkeys(("max_json_values", "max_connections", "max_calls", "max_inflight_bytes"), 1),
     **dict.fromkeys(("header_timeout_s", "body_timeout_s", "idle_timeout_s"), 1e-3),
     "memory_bytes": 1,
@@ -464,6 +466,7 @@ class ServerConfig:
     batch_events: int = 8192  # events encoded in one batch of several requests
     max_wait_ms: float = 0.0  # longest wait for a batch to fill; batches also fill while one runs
     queue_requests: int = 256  # waiting requests; more are refused
+    queue_prefetches: int = 64  # users that wait to be encoded ahead; more are refused
     max_streams: int = 64  # open streams; more are refused
     stream_depth: int = 4  # waiting groups of a stream, before the server stops reading it
     stream_timeout_s: float = 30.0  # of a whole stream, or of a sequence over gRPC
@@ -471,6 +474,8 @@ class ServerConfig:
     hot_users: int = 64  # most frequent users, whose K/V a new version starts with
     memory_bytes: int | None = None  # of the process; None: the machine's or cgroup's limit
     hot_bytes: int = 32 * 2**20  # per model, for the last requests of hot users
+    idle_events: bool = False  # extend hot users' K/V by the events of /v1/events before they ask
+    pinned_users: int = 1024  # users that may be pinned; more are refused
     shadow_share: float = 0.001  # of cached answers, scored again without the cache
     shadow_limit: float = 1e-4  # largest change of a probability; beyond it a model has no cache
     drain_s: float = 30.0  # seconds to finish accepted requests before the server stops

@@ -306,14 +306,29 @@ class KVCache:
             return num_pages * self.pool.page_bytes
 
     def pin(self, user_id: str) -> None:
-        """Put the user's K/V into the pinned reserve, from its next ``put`` on."""
+        """Put the user's K/V into the pinned reserve if it has room, now and at each ``put``."""
         with self._lock:
             self._pinned_users.add(user_id)
+            entry = self._entry_by_user.get(user_id)
+            if entry is None or entry.pinned_bytes:
+                return
+            num_bytes = max(len(entry.pages), 1) * self.pool.page_bytes
+            if self._pinned_held_bytes + num_bytes <= self.rules.pinned_bytes:
+                entry.pinned_bytes = num_bytes
+                self._pinned_held_bytes += num_bytes
+                self._policy.remove(user_id)
 
     def unpin(self, user_id: str) -> None:
-        """Make the user's K/V evictable again, from its next ``put`` on."""
+        """Make the user's K/V evictable again; it may be evicted for lack of room at once."""
         with self._lock:
             self._pinned_users.discard(user_id)
+            entry = self._entry_by_user.get(user_id)
+            if entry is None or not entry.pinned_bytes:
+                return
+            num_bytes, entry.pinned_bytes = entry.pinned_bytes, 0
+            self._pinned_held_bytes -= num_bytes
+            for evicted in self._policy.put(user_id, num_bytes):
+                self._evict(self._entry_by_user[evicted], 0)
 
     def _lookup(
         self, user_id: str, history: PrefixDigests, now: float

@@ -193,13 +193,13 @@ class KVStore:
             self.stack.close()
 
     def pin(self, user_ids: Collection[RawId]) -> None:
-        """Put these users' K/V into the pinned reserve, from its next ``put`` on."""
+        """Put these users' K/V into the pinned reserve, as far as it has room for them."""
         for cache in self.caches:
             for user_id in user_ids:
                 cache.pin(canonical_id(user_id))
 
     def unpin(self, user_ids: Collection[RawId]) -> None:
-        """Make these users' K/V evictable again, from its next ``put`` on."""
+        """Make these users' K/V evictable again."""
         for cache in self.caches:
             for user_id in user_ids:
                 cache.unpin(canonical_id(user_id))

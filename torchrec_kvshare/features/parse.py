@@ -5,6 +5,7 @@ to their windows, so that no later code checks again. Raw ids are spelt as ``can
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -43,6 +44,8 @@ from torchrec_kvshare.features.schema import (
     item_key,
 )
 
+USERS, KV_VERSION = "user_ids", "kv_version"
+_KV_VERSION = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 MAX_FIRST_EVENT = 2**62  # plus the number of events still an int64
 MAX_CANDIDATES = 100_000
 MAX_REQUEST_ID = 200  # characters
@@ -156,6 +159,82 @@ def parse_forget(raw: Mapping[str, Any]) -> str:
     if len(raw) > 1:
         raise RequestError(f"the request has {cut(str(sorted(raw)))}; {USER!r} alone is allowed")
     return user_id
+
+
+def append_events(user: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Append new events to a raw user, as a change feed tells them.
+
+    Args:
+        user: as ``user_columns`` returns it.
+        raw: a message ``{"user_id": …, "history": {…}}`` with the columns of the user's history.
+
+    Returns:
+        The user with these events last, and without a time, which events may be after.
+
+    Raises:
+        RequestError: naming the column that is missing or no list.
+
+    Example:
+        >>> user = {"user_id": 7, "time": 50, "history": {"item_id": [3], "time": [40]}}
+        >>> append_events(user, {"history": {"item_id": [9], "time": [60]}})
+        {'user_id': 7, 'history': {'item_id': [3, 9], 'time': [40, 60]}}
+    """
+    added = _need(raw, "history", "the request")
+    if not isinstance(added, Mapping):
+        raise RequestError(f"history is {shown(added)}; an object of columns is allowed")
+    history = {}
+    for name, column in user["history"].items():
+        if name == FIRST_EVENT:
+            history[name] = column
+            continue
+        cells = _need(added, name, "history")
+        if not isinstance(cells, list):
+            raise RequestError(f"history.{name} holds {shown(cells)}; a list is allowed")
+        known = column.cells() if isinstance(column, Ragged) else column
+        history[name] = [*(known.tolist() if isinstance(known, np.ndarray) else known), *cells]
+    return {name: value for name, value in user.items() if name != TIME} | {"history": history}
+
+
+def parse_events_user(raw: Mapping[str, Any]) -> str:
+    """Return the canonical id of the user of a message of ``append_events``.
+
+    Raises:
+        RequestError: naming the key, what came and what was allowed.
+    """
+    return _id(_need(raw, USER, "the request"), USER)
+
+
+def parse_pin(raw: Mapping[str, Any]) -> list[str]:
+    """Return the canonical ids of users to pin or unpin, from a message ``{"user_ids": […]}``.
+
+    Raises:
+        RequestError: naming the key, what came and what was allowed.
+    """
+    user_ids = _need(raw, USERS, "the request")
+    if len(raw) > 1:
+        raise RequestError(f"the request has {cut(str(sorted(raw)))}; {USERS!r} alone is allowed")
+    if not isinstance(user_ids, list):
+        raise RequestError(f"{USERS} holds {shown(user_ids)}; a list of ids is allowed")
+    return [_id(user_id, USERS) for user_id in user_ids]
+
+
+def parse_clear(raw: Mapping[str, Any]) -> str:
+    """Return the version of K/V to clear, from a message ``{"kv_version": "<model>-<tables>"}``.
+
+    Raises:
+        RequestError: naming the key, what came and what was allowed.
+    """
+    version = _need(raw, KV_VERSION, "the request")
+    if len(raw) > 1:
+        raise RequestError(
+            f"the request has {cut(str(sorted(raw)))}; {KV_VERSION!r} alone is allowed"
+        )
+    if not isinstance(version, str) or not _KV_VERSION.fullmatch(version):
+        raise RequestError(
+            f"{KV_VERSION} holds {shown(version)}; two digests of 16 digits are allowed, as "
+            "/v1/state shows them"
+        )
+    return version
 
 
 def user_columns(raw: Mapping[str, Any], schema: FeatureSchema) -> dict[str, Any]:

@@ -6,7 +6,7 @@ cache leads to encoding the history again, so scores never depend on what the ca
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -223,16 +223,27 @@ class Engine:
             return self._answers(batch, scores, [lease.use for lease in leases])
 
     @torch.no_grad()
-    def prefetch(self, users: Sequence[Request]) -> None:
+    def prefetch(self, users: Sequence[Request]) -> list[CacheUse]:
         """Bring users' K/V into pages before they are ranked; encode what no tier has.
 
         Args:
             users: as ``parse_user`` returns them; candidates are not read.
+
+        Returns:
+            What the cache did for each.
         """
         self.renew_if_changed()
-        if self.store is not None:
-            with self._leased(RequestBatch(users), self.store):
-                pass
+        if self.store is None:
+            return [not_cached(user.num_events, self.no_store) for user in users]
+        with self._leased(RequestBatch(users), self.store) as leases:
+            return [lease.use for lease in leases]
+
+    def kv_key(self, user: Request) -> Hashable:
+        """Return a key that is equal for requests that need the same K/V; None without a store."""
+        if self.store is None:
+            return None
+        wanted = self._wanted(user, self.store)
+        return self.store.single_flight_key(wanted.user_id, wanted.histories)
 
     @torch.no_grad()
     def encode(self, user: Request) -> tuple[list[Tensor], CacheUse]:

@@ -90,6 +90,7 @@ LIMIT_BY_METHOD = {
     f"/{SERVICE}/ModelStreamInfer": CALLS,
     f"/{HEALTH_SERVICE}/Watch": WATCHERS,
 }
+PREFETCH = "prefetch"  # parameter of a message: encode its users ahead and score nothing
 KEY_BY_LIMIT = {BODY_TIME: "server.body_timeout_s", IDLE_TIME: "server.idle_timeout_s"}
 
 
@@ -565,9 +566,11 @@ async def _stream_reply(
 
 
 async def _infer(service: Service, incoming: Incoming, timeout_s: float | None) -> Reply:
-    """Score the requests of one message, all or none."""
+    """Score the requests of one message, all or none, or only queue their users to be encoded."""
     message = incoming.message
     call = _call(message, timeout_s)
+    if PREFETCH in message.parameters and message.parameters[PREFETCH].bool_param:
+        return _prefetch(service, incoming, call)
     with service.admit(call) as served:
         raws = raw_requests(incoming.tensors(), served.engine.schema, service.limits.requests)
         ids = [call.request_id, *(f"{call.request_id}/{index}" for index in range(1, len(raws)))]
@@ -575,6 +578,21 @@ async def _infer(service: Service, incoming: Incoming, timeout_s: float | None) 
         raws = [raw | report | {"request_id": one} for raw, one in zip(raws, ids, strict=True)]
         answers = await service.rank_all(call, served, raws)
         return _reply(message, served.name, answers)
+
+
+def _prefetch(service: Service, incoming: Incoming, call: Call) -> Reply:
+    """Queue the users of one message to be encoded ahead; the answer has no outputs."""
+    served = service.models.get(call.model, call.version)
+    message = incoming.message
+    for raw in raw_requests(incoming.tensors(), served.engine.schema, service.limits.requests):
+        service.prefetch(call, raw)
+    return encode_infer(
+        model_name=served.name,
+        model_version=served.engine.model_version,
+        request_id=message.id,
+        outputs={},
+        requested=[],
+    )
 
 
 def _reply(message: Message, model: str, answers: list[Answer]) -> Reply:

@@ -7,11 +7,11 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -28,7 +28,13 @@ from torchrec_kvshare.errors import (
     UnknownModelError,
 )
 from torchrec_kvshare.features.decode import decode_json, decode_request, shown
-from torchrec_kvshare.features.parse import check_request_id, parse_forget, request_id_of
+from torchrec_kvshare.features.parse import (
+    check_request_id,
+    parse_clear,
+    parse_forget,
+    parse_pin,
+    request_id_of,
+)
 from torchrec_kvshare.scoring.engine import Answer
 from torchrec_kvshare.serving.columns import output_tensors, raw_requests
 from torchrec_kvshare.serving.intake import InflightBytes
@@ -70,7 +76,6 @@ STATUS_BY_ERROR: dict[type[KVShareError], int] = {
 RETRY_AFTER_S = {429: "1", 503: "1"}  # seconds in the header Retry-After, by status
 Chunks: TypeAlias = "asyncio.Queue[bytes | KVShareError | None]"
 Lines: TypeAlias = AsyncIterator[bytes]
-NEEDS_TOKEN = "users can be forgotten only with a token: server.token_file is not set"
 
 
 def http_app(service: Service, token: bytes | None) -> web.Application:
@@ -97,13 +102,32 @@ def http_app(service: Service, token: bytes | None) -> web.Application:
     app.router.add_get("/v2/health/live", server.live)
     app.router.add_get("/v2/health/ready", server.ready)
     app.router.add_post("/v1/rank", server.rank)
-    app.router.add_post("/v1/forget", server.forget)
+    app.router.add_post("/v1/prefetch", partial(server.ahead, service.prefetch))
+    app.router.add_post("/v1/events", partial(server.ahead, service.extend))
+    for action in server.actions():
+        app.router.add_post(f"/v1/{action.name}", partial(server.act, action))
     app.router.add_get("/v1/state", server.state)
     app.router.add_get("/v1/example", server.example)
     app.router.add_get("/metrics", server.metrics)
     app.router.add_get("/", server.page)
     app.on_response_prepare.append(server.close_while_draining)
     return app
+
+
+class Action(NamedTuple):
+    """Something that is done at all replicas, with a token only.
+
+    Attributes:
+        name: in the path.
+        result: key of the result in the answer.
+        parse: returns the argument, given the decoded message.
+        do: does it at this replica.
+    """
+
+    name: str
+    result: str
+    parse: Callable[[Mapping[str, Any]], Any]
+    do: Callable[[Any], Awaitable[Any]]
 
 
 class _HttpServer:
@@ -155,20 +179,44 @@ class _HttpServer:
         headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"}
         return web.Response(text=self._page, content_type="text/html", headers=headers)
 
-    async def forget(self, request: web.Request) -> web.Response:
-        """Forget a user at all replicas, or only at this one if a replica asks."""
+    async def ahead(
+        self, queue: Callable[[Call, Mapping[str, Any]], str], request: web.Request
+    ) -> web.Response:
+        """Queue a user to be encoded ahead of its request; answer at once."""
+        call = _call(request)
+        self._service.prefetches.check_room()
+        async with self._body(request) as body:
+            raw = await self._intake.parse(len(body), self._decode_request, body)
+            return _json({"prefetch": queue(call, raw)}, 202)
+
+    def actions(self) -> list["Action"]:
+        """What is done at all replicas."""
+        service = self._service
+        return [
+            Action("forget", FORGOTTEN, parse_forget, service.forget),
+            Action("clear", "cleared_bytes", parse_clear, service.clear),
+            Action("pin", "pinned_users", parse_pin, service.pin),
+            Action("unpin", "pinned_users", parse_pin, service.unpin),
+        ]
+
+    async def act(self, action: "Action", request: web.Request) -> web.Response:
+        """Do something at all replicas, or only at this one if a replica asks."""
         if not self._has_token:
-            raise web.HTTPForbidden(reason=NEEDS_TOKEN)
+            raise web.HTTPForbidden(
+                reason=f"/v1/{action.name} needs a token: server.token_file is not set"
+            )
         async with self._body(request) as body:
             decoded = await self._intake.parse(len(body), self._decode_request, body)
-            user_id = parse_forget(decoded)
+            wanted = action.parse(decoded)
         if not self._peers or LOCAL in request.query:
-            return _json({FORGOTTEN: await self._service.forget(user_id)})
-        done, failed = await self._peers.forget(user_id, request.headers["Authorization"])
+            return _json({action.result: await action.do(wanted)})
+        done, failed = await self._peers.ask(
+            action.name, decoded, action.result, request.headers["Authorization"]
+        )
         if not failed:
             return _json({"replicas": done})
         reasons = "; ".join(f"{replica}: {reason}" for replica, reason in failed.items())
-        error = UnavailableError(f"not all replicas have forgotten the user; ask again. {reasons}")
+        error = UnavailableError(f"{action.name} is not done at all replicas; ask again. {reasons}")
         return _json({"request_id": None, **_error_json(error), "replicas": done}, 503)
 
     async def infer(self, request: web.Request) -> web.Response:

@@ -28,9 +28,10 @@ CONNECTIONS, HEADER_TIME, BODY_TIME = "connections", "header_time", "body_time"
 ANSWER_TIME, IDLE_TIME, STREAM_TIME = "answer_time", "idle_time", "stream_time"
 REQUEST_BYTES, INFLIGHT_BYTES, CALLS = "request_bytes", "inflight_bytes", "calls"
 WATCHERS, STREAMS, QUEUE_LENGTH, TOKEN = "watchers", "streams", "queue", "token"
+PREFETCHES = "prefetches"
 LIMITS = (
     *(CONNECTIONS, HEADER_TIME, BODY_TIME, ANSWER_TIME, IDLE_TIME, STREAM_TIME, REQUEST_BYTES),
-    *(INFLIGHT_BYTES, CALLS, WATCHERS, STREAMS, QUEUE_LENGTH, TOKEN),
+    *(INFLIGHT_BYTES, CALLS, WATCHERS, STREAMS, QUEUE_LENGTH, TOKEN, PREFETCHES),
 )
 PARSE, QUEUE, SCORING = "parse", "queue", "score"  # stages of a request
 
@@ -116,6 +117,14 @@ METRICS = (
     ),
     Metric(Gauge, "queue_requests", "Requests that wait."),
     Metric(Gauge, "streams_open", "Streams that hold K/V."),
+    Metric(
+        Counter,
+        "prefetches",
+        "Users to encode ahead: the cache's status, or why they were dropped.",
+        labels=("outcome",),
+    ),
+    Metric(Gauge, "prefetches_waiting", "Users that wait to be encoded ahead."),
+    Metric(Gauge, "pinned_users", "Users that are pinned."),
     Metric(
         Gauge,
         "model_version_info",

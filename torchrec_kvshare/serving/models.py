@@ -93,6 +93,26 @@ class HotUsers:
                 older = list(self._recent)[: (len(self._recent) + 1) // 2]
                 del self._recent[min(older, key=lambda user_id: self._recent[user_id][0])]
 
+    def last(self, user_id: str) -> Mapping[str, Any] | None:
+        """Return a user's last request; None if it is not remembered."""
+        with self._lock:
+            _, packed = self._recent.get(user_id, (0, None))
+        return None if packed is None else pickle.loads(packed)
+
+    def replace(self, user_id: str, raw: Mapping[str, Any]) -> None:
+        """Put events of a user behind its last request, unless it was forgotten meanwhile.
+
+        It is no request: the user does not become hotter. One that is too long now is dropped.
+        """
+        packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
+        with self._lock:
+            if user_id not in self._recent:
+                return
+            if len(packed) > self._bytes_by_user:
+                del self._recent[user_id]
+            else:
+                self._recent[user_id] = (self._recent[user_id][0], packed)
+
     def forget(self, user_id: str) -> None:
         """Drop a user's request."""
         with self._lock:
@@ -257,6 +277,7 @@ class Models:
         self._standing: dict[tuple[str, str], Standing] = {}
         self._refused: dict[tuple[str, str], Content] = {}
         self._forgotten_at: OrderedDict[int, float] = OrderedDict()
+        self.pinned: frozenset[str] = frozenset()
         # Guards the loaded versions and their standings: the watching thread changes them, and a
         # reader of the standings drops versions that have drained.
         self._lock = threading.RLock()
@@ -291,6 +312,11 @@ class Models:
         except (UnavailableError, UnknownModelError):
             return False
         return True
+
+    def answers(self, name: str, engine: Engine) -> bool:
+        """Whether an engine is the one of a model that answers now."""
+        served = self._served.get(name)
+        return served is not None and served.engine is engine
 
     def all(self) -> list[Served]:
         """Return the versions that answer now."""
@@ -328,17 +354,46 @@ class Models:
         """
         with self._lock:
             remember(self._forgotten_at, user_id, steady_clock()())
+            self.pinned -= {user_id}
             for hot in [*self._hot_by_name.values()]:
                 hot.forget(user_id)
-            loaded = [*self._served.values(), *self._warming, *self._draining]
+            stores = self._loaded_stores()
+        return _sums([store.forget(user_id) for store in stores])
+
+    def clear(self, kv_version: str) -> dict[str, int | None]:
+        """Drop one version of K/V, see ``KVVersion``; bytes as in ``forget``.
+
+        Raises:
+            UnavailableError: if no model is loaded, so that no tier is open.
+        """
+        with self._lock:
+            stores = self._loaded_stores()
+        return _sums([store.clear(kv_version) for store in stores])
+
+    def pin(self, user_ids: Iterable[str]) -> None:
+        """Keep these users' K/V of all versions, also of later ones, in the pinned reserve."""
+        with self._lock:
+            self.pinned |= {*user_ids}
+            for store in self._loaded_stores():
+                store.pin(self.pinned)
+
+    def unpin(self, user_ids: Iterable[str]) -> None:
+        """Make these users' K/V evictable again."""
+        with self._lock:
+            self.pinned -= {*user_ids}
+            for store in self._loaded_stores():
+                store.unpin([*user_ids])
+
+    def _loaded_stores(self) -> list[KVStore]:
+        """Stores of all loaded versions.
+
+        Raises:
+            UnavailableError: if no model is loaded.
+        """
+        loaded = [*self._served.values(), *self._warming, *self._draining]
         if not loaded:
             raise UnavailableError("no model is loaded: what its tiers hold cannot be reached")
-        dropped: dict[str, int | None] = {}
-        for store in _stores_of(loaded):
-            for tier, num_bytes in store.forget(user_id).items():
-                before = dropped.get(tier, 0)
-                dropped[tier] = None if before is None or num_bytes is None else before + num_bytes
-        return dropped
+        return _stores_of(loaded)
 
     def standings(self) -> list[Standing]:
         """Return all known versions, sorted by name and version."""
@@ -371,6 +426,8 @@ class Models:
         new = Served(name, version, engine)
         with self._lock:
             self._warming.append(new)
+            if new.store is not None:
+                new.store.pin(self.pinned)
         try:
             self._drop_wrong_kv(name)
             self._warm(name, engine)
@@ -499,6 +556,16 @@ def _stores_of(loaded: Iterable[Served]) -> list[KVStore]:
     """Return the stores of some versions, each once: versions with the same K/V share theirs."""
     stores = (served.store for served in loaded if served.store is not None)
     return list({id(store): store for store in stores}.values())
+
+
+def _sums(bytes_by_tier: Iterable[Mapping[str, int | None]]) -> dict[str, int | None]:
+    """Add up bytes by tier; None for a tier that any of them could not reach."""
+    sums: dict[str, int | None] = {}
+    for one in bytes_by_tier:
+        for tier, num_bytes in one.items():
+            before = sums.get(tier, 0)
+            sums[tier] = None if before is None or num_bytes is None else before + num_bytes
+    return sums
 
 
 def versions_in(folder: Path) -> dict[str, dict[str, Path]]:

@@ -1,4 +1,4 @@
-"""Replicas of one service: the one that is asked to forget a user asks all of them.
+"""Replicas of one service: the one that is asked to forget, clear or pin asks all of them.
 
 It asks in plain text, as the proxy in front of the replicas does, with the caller's token.
 """
@@ -6,15 +6,15 @@ It asks in plain text, as the proxy in front of the replicas does, with the call
 import asyncio
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 
 from torchrec_kvshare.config import ServerConfig
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.features.schema import USER
 
-LOCAL = "local"  # in the query: forget at this replica only
+LOCAL = "local"  # in the query: at this replica only
 FORGOTTEN = "forgotten_bytes"  # in the answer, by tier
 MAX_REASON = 300  # characters of a replica's error in a message
 ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}", re.ASCII)
@@ -45,13 +45,15 @@ class Peers:
     def __bool__(self) -> bool:
         return bool(self._addresses)
 
-    async def forget(
-        self, user_id: str, authorization: str
+    async def ask(
+        self, action: str, message: Mapping[str, Any], result: str, authorization: str
     ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Ask every replica to forget a user.
+        """Ask every replica to do something.
 
         Args:
-            user_id: as ``canonical_id`` spells it.
+            action: last part of the path.
+            message: as it came.
+            result: key that the answers have.
             authorization: header of the caller.
 
         Returns:
@@ -60,7 +62,10 @@ class Peers:
         headers = {"Authorization": authorization}
         done, failed = {}, {}
         async with aiohttp.ClientSession(headers=headers, timeout=self._timeout) as session:
-            asked = (self._ask(session, address, user_id) for address in self._addresses)
+            asked = (
+                _ask(session, f"http://{address}/v1/{action}?{LOCAL}=1", message, result)
+                for address in self._addresses
+            )
             answers = await asyncio.gather(*asked)
         for address, answer in zip(self._addresses, answers, strict=True):
             if isinstance(answer, str):
@@ -69,16 +74,16 @@ class Peers:
                 done[address] = answer
         return done, failed
 
-    async def _ask(
-        self, session: aiohttp.ClientSession, address: str, user_id: str
-    ) -> dict[str, Any] | str:
-        """Return a replica's answer, or why there is none."""
-        url = f"http://{address}/v1/forget?{LOCAL}=1"
-        try:
-            async with session.post(url, json={USER: user_id}, allow_redirects=False) as response:
-                body = await response.json()
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
-            return f"{type(error).__name__} {error}".strip()[:MAX_REASON]
-        if response.status == 200 and isinstance(body, dict) and FORGOTTEN in body:
-            return body
-        return f"status {response.status}, {json.dumps(body)[:MAX_REASON]}"
+
+async def _ask(
+    session: aiohttp.ClientSession, url: str, message: Mapping[str, Any], result: str
+) -> dict[str, Any] | str:
+    """Return a replica's answer, or why there is none."""
+    try:
+        async with session.post(url, json=message, allow_redirects=False) as response:
+            body = await response.json()
+    except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        return f"{type(error).__name__} {error}".strip()[:MAX_REASON]
+    if response.status == 200 and isinstance(body, dict) and result in body:
+        return body
+    return f"status {response.status}, {json.dumps(body)[:MAX_REASON]}"

@@ -1,13 +1,15 @@
 """The scheduler: a bounded queue and a thread that scores it in batches, by deadline.
 
 A batch holds whole requests, and parts of long requests and streams, so that no request waits for
-5,000 candidates of another one. The K/V of a request in parts is read once, at its first part.
+5,000 candidates of another one. The K/V of a request in parts is read once, at its first part. Work
+in the background, such as prefetches, is done one piece at a time while no request waits.
 """
 
 import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -148,6 +150,7 @@ class Scheduler:
         self._queue_requests = queue_requests
         self._observer = observer
         self._jobs: list[Job] = []
+        self._background: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
         self._loop = asyncio.get_running_loop()
@@ -186,6 +189,12 @@ class Scheduler:
             self._jobs.append(job)
             self._changed.notify()
 
+    def submit_background(self, work: Callable[[], None]) -> None:
+        """Queue work for the scoring thread until no job waits; the caller bounds the queue."""
+        with self._changed:
+            self._background.append(work)
+            self._changed.notify()
+
     def close(self) -> None:
         """End the thread and cancel the jobs that wait."""
         with self._changed:
@@ -208,7 +217,11 @@ class Scheduler:
                 has_more = self._idle()
 
     def _idle(self) -> bool:
+        """Do a piece of work in the background, or else idle work; return whether there is more."""
         try:
+            if self._background:
+                self._background.popleft()()
+                return True
             return self._observer.idle()
         except Exception:
             logger.exception("idle work failed")
@@ -217,7 +230,9 @@ class Scheduler:
     def _take(self, timeout_s: float | None) -> list[Part]:
         """Return the next batch, or nothing if no job came in time."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._is_closed, timeout_s)
+            self._changed.wait_for(
+                lambda: self._jobs or self._background or self._is_closed, timeout_s
+            )
             if self._jobs:
                 fill_until = self._jobs[0].queued_at + self._limits.max_wait_s
                 self._changed.wait_for(

@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -28,13 +28,16 @@ from torchrec_kvshare.errors import (
     UnknownModelError,
 )
 from torchrec_kvshare.features.parse import (
+    append_events,
     parse_candidates,
+    parse_events_user,
     parse_request,
+    parse_user,
     sort_history,
     user_columns,
 )
 from torchrec_kvshare.features.request import Request, count_ids
-from torchrec_kvshare.features.schema import candidate_key
+from torchrec_kvshare.features.schema import FeatureSchema, candidate_key
 from torchrec_kvshare.scoring.encoded_user import EncodedUser
 from torchrec_kvshare.scoring.engine import Answer, Unscored
 from torchrec_kvshare.serving import metrics as outcomes
@@ -42,6 +45,7 @@ from torchrec_kvshare.serving.columns import RequestLimits, check_limits
 from torchrec_kvshare.serving.intake import Intake
 from torchrec_kvshare.serving.metrics import LiveView, ServerMetrics, cache_to_json
 from torchrec_kvshare.serving.models import Models, Served
+from torchrec_kvshare.serving.prefetch import NOT_HOT, QUEUED, Prefetches
 from torchrec_kvshare.serving.scheduler import Job, Part, Scheduler, batch_limits
 from torchrec_kvshare.serving.shadow import ShadowParity
 
@@ -112,9 +116,11 @@ class Service:
         seed = random.randrange(2**32)
         self._shadow = ShadowParity(config.shadow_share, limits.part_candidates, seed)
         self._scheduler = Scheduler(limits, config.queue_requests, self)
+        self.prefetches = Prefetches(config.queue_prefetches, models, metrics)
         metrics.read("queue_requests", lambda: self._scheduler.num_waiting)
         metrics.read("streams_open", lambda: len(self._streams))
         metrics.read("inflight_bytes", lambda: self.intake.num_bytes)
+        metrics.read("pinned_users", lambda: len(models.pinned))
 
     @property
     def is_ready(self) -> bool:
@@ -276,6 +282,60 @@ class Service:
             stream.cancel()
             stream.release()
 
+    def prefetch(self, call: Call, raw: Mapping[str, Any]) -> str:
+        """Queue a user to be encoded while no request waits; see ``Prefetches.offer``.
+
+        Args:
+            call: that it came with.
+            raw: a request; its candidates are not read.
+
+        Raises:
+            RequestError: naming what came and what was allowed.
+            OverloadError: if too many wait.
+            UnavailableError: if no model is loaded.
+            UnknownModelError: naming what is served.
+        """
+        served = self.models.get(call.model, call.version)
+        _, request = self._checked(call, raw, served, parse_user)
+        return self._prefetch(served, request, self._deadline(call))
+
+    def extend(self, call: Call, raw: Mapping[str, Any]) -> str:
+        """Queue a hot user whose history has grown, to be extended while no request waits.
+
+        The events are appended to those of its last request. Scores cannot depend on it: the next
+        request brings its own history, and what differs from it is encoded.
+
+        Args:
+            call: that it came with.
+            raw: the user and its new events, see ``append_events``.
+
+        Returns:
+            As ``prefetch``, or ``not_hot``: the user's last request is not remembered.
+
+        Raises:
+            RequestError: naming what came and what was allowed; events before the last one too.
+            OverloadError: if too many users wait.
+        """
+        if not self.config.idle_events:
+            raise RequestError("server.idle_events is false; events are not taken")
+        served = self.models.get(call.model, call.version)
+        hot = self.models.hot(served.name)
+        check_limits(raw, self.limits)
+        user_id = parse_events_user(raw)
+        known = hot.last(user_id)
+        if known is None:
+            self.metrics.count("prefetches", NOT_HOT)
+            return NOT_HOT
+        grown, request = self._checked(call, append_events(known, raw), served, parse_user)
+        hot.replace(user_id, grown)
+        return self._prefetch(served, request, self._deadline(call))
+
+    def _prefetch(self, served: Served, request: Request, deadline: float) -> str:
+        outcome = self.prefetches.offer(served, request, deadline)
+        if outcome == QUEUED:
+            self._scheduler.submit_background(self.prefetches.run_next)
+        return outcome
+
     async def forget(self, user_id: str) -> dict[str, int]:
         """Forget a user on this server; nothing of earlier requests is kept.
 
@@ -292,15 +352,58 @@ class Service:
         # Outside the event loop: it waits for disk and Redis.
         dropped = await asyncio.to_thread(self.models.forget, user_id)
         self._shadow.forget(user_id)
-        failed = [tier for tier, num_bytes in dropped.items() if num_bytes is None]
-        if failed:
-            raise UnavailableError(
-                f"the user is not forgotten yet: tier {' and '.join(failed)} could not be reached; "
-                "ask again"
-            )
-        bytes_by_tier = {tier: num_bytes or 0 for tier, num_bytes in dropped.items()}
+        self.prefetches.forget(user_id)
+        bytes_by_tier = _all_reached(dropped, "the user is not forgotten yet")
         logger.info("a user is forgotten; bytes dropped by tier: %s", bytes_by_tier)
         return bytes_by_tier
+
+    async def clear(self, kv_version: str) -> dict[str, int]:
+        """Drop one version of K/V from every tier; requests that come later encode it anew.
+
+        Args:
+            kv_version: see ``KVVersion``.
+
+        Returns:
+            Bytes of K/V that were dropped, by tier.
+
+        Raises:
+            UnavailableError: as ``forget``.
+        """
+        dropped = await asyncio.to_thread(self.models.clear, kv_version)
+        bytes_by_tier = _all_reached(dropped, "the K/V is not cleared yet")
+        logger.info("K/V %s is cleared; bytes dropped by tier: %s", kv_version, bytes_by_tier)
+        return bytes_by_tier
+
+    async def pin(self, user_ids: Sequence[str]) -> int:
+        """Pin users to the pages of every version, as far as ``cache.pinned_bytes`` has room.
+
+        Returns:
+            How many users are pinned now.
+
+        Raises:
+            RequestError: if nothing is reserved for pinned users, or too many would be pinned.
+            UnavailableError: if no model is loaded.
+        """
+        stores = [served.store for served in self.models.all() if served.store is not None]
+        if stores and not any(store.caches[0].rules.pinned_bytes for store in stores):
+            raise RequestError("cache.pinned_bytes is 0; no user can be pinned")
+        num_pinned = len(self.models.pinned | {*user_ids})
+        if num_pinned > self.config.pinned_users:
+            raise RequestError(
+                f"{num_pinned} users would be pinned; {self.config.pinned_users} are allowed by "
+                "server.pinned_users"
+            )
+        self.models.pin(user_ids)
+        return len(self.models.pinned)
+
+    async def unpin(self, user_ids: Sequence[str]) -> int:
+        """Unpin users; return how many are still pinned.
+
+        Raises:
+            UnavailableError: if no model is loaded.
+        """
+        self.models.unpin(user_ids)
+        return len(self.models.pinned)
 
     def close(self) -> None:
         """Stop scoring; call it when no request is in flight."""
@@ -375,16 +478,26 @@ class Service:
                 *(served.name, drift, self.config.shadow_limit),
             )
 
-    def _parse(self, call: Call, raw: Mapping[str, Any], served: Served) -> Request:
+    def _checked(
+        self,
+        call: Call,
+        raw: Mapping[str, Any],
+        served: Served,
+        parse: Callable[[Mapping[str, Any], FeatureSchema], Request],
+    ) -> tuple[Mapping[str, Any], Request]:
+        """Parse a request within the limits; also return it raw, its history in order."""
         check_limits(raw, self.limits)
         given, raw = raw, sort_history(raw) if self.config.history_order == SORT else raw
-        request = parse_request(raw, served.engine.schema)
+        request = parse(raw, served.engine.schema)
         self.metrics.count("sorted_histories", served.name, amount=int(raw is not given))
+        came_at = steady_clock()() - (time.monotonic() - call.began_at)
+        return raw, replace(request, came_at=came_at)
+
+    def _parse(self, call: Call, raw: Mapping[str, Any], served: Served) -> Request:
+        raw, request = self._checked(call, raw, served, parse_request)
         self.metrics.count_ids(served.name, count_ids(request))
         if request.request_id is None:
             request = replace(request, request_id=call.request_id)
-        came_at = steady_clock()() - (time.monotonic() - call.began_at)
-        request = replace(request, came_at=came_at)
         self.models.remember(served.name, request, user_columns(raw, served.engine.schema))
         return request
 
@@ -416,6 +529,19 @@ class Service:
                 cache=vars(answer.cache),
                 score_ms=round(job.score_s * 1e3, 3),
             )
+
+
+def _all_reached(dropped: Mapping[str, int | None], why: str) -> dict[str, int]:
+    """Return bytes by tier, if every tier was reached.
+
+    Raises:
+        UnavailableError: naming the tiers that could not be reached; the caller should ask again.
+    """
+    failed = [tier for tier, num_bytes in dropped.items() if num_bytes is None]
+    if failed:
+        names = " and ".join(failed)
+        raise UnavailableError(f"{why}: tier {names} could not be reached; ask again")
+    return {tier: num_bytes or 0 for tier, num_bytes in dropped.items()}
 
 
 def _log(call: Call, request_id: str | int | None, model: str, outcome: str, **more: Any) -> None:
