@@ -92,6 +92,7 @@ def texts_of_a_server() -> Iterator[str]:
         assert server.rank(raw)[1]["cache"]["status"] == "miss"
         assert server.rank(raw)[1]["cache"]["status"] == "hit"
         assert server.rank(b"{")[0] == 400
+        assert server.ask("POST", "/v1/prefetch", raw)[0] == 202
         assert server.ask("POST", "/v1/rank?model=another", raw)[0] == 404
         group = json.dumps({"candidates": raw["candidates"]})
         body = f"{json.dumps(draw_raw(5, 2, 2))}\n{group}\n".encode()
@@ -154,6 +155,7 @@ def test_the_server_was_asked_for_all_that_is_labelled(texts: list[str]) -> None
     unlabelled = {"kvshare_batch_requests", "kvshare_batch_candidates"}
     unlabelled |= {"kvshare_queue_requests", "kvshare_streams_open", "kvshare_not_finite_scores"}
     unlabelled |= {"kvshare_connections_open", "kvshare_calls_open", "kvshare_inflight_bytes"}
+    unlabelled |= {"kvshare_prefetches_waiting", "kvshare_pinned_users"}
     families = [family for text in texts for family in text_string_to_metric_families(text)]
     names = {one.name for one in families if one.name.startswith("kvshare_")}
     own = {name for name in names if not name.startswith(PREFIX)}
