@@ -11,13 +11,13 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
 VENV ?= .venv
 CUDA ?=
-DATA ?= synthetic
+DATA ?=
 ROOT ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/setup.stamp
 
 # The stamp names the build in the environment: fbgemm's two builds overwrite each other's files.
@@ -40,11 +40,16 @@ OPERATORS := setup.py $(wildcard torchrec_kvshare/attention/build.py torchrec_kv
 # torch first, then torchrec without dependencies: its metadata asks for the CUDA fbgemm. The package
 # without build isolation, so that pinned tools build its operators, also offline.
 $(STAMP): setup.cfg constraints.txt $(OPERATORS)
-	command -v g++ >/dev/null || $(MAKE) tools TOOLS=g++:g++ || echo "No g++: attention without C++."
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch setuptools
-	$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
-	$(INSTALL) --no-build-isolation --editable '.[parquet,prepare,ray,plots,tiers,metrics,triton,server,load,test,lint]'
+	@command -v g++ >/dev/null || $(MAKE) --no-print-directory tools TOOLS=g++:g++ || \
+		echo "No g++: attention without C++."
+	@echo "setup 1/4: virtual environment $(VENV)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "setup 2/4: torch"
+	@$(INSTALL) torch setuptools
+	@echo "setup 3/4: torchrec and $(FBGEMM_$(BUILD))"
+	@$(INSTALL) --no-deps torchrec $(FBGEMM_$(BUILD))
+	@echo "setup 4/4: this package with its C++ operators, and its extras"
+	@$(INSTALL) --no-build-isolation --editable '.[parquet,prepare,ray,plots,tiers,metrics,triton,server,load,test,lint]'
 	@echo "If pip says above that torchrec needs fbgemm-gpu: $(FBGEMM_$(BUILD)) replaces it."
 	@echo $(BUILD) > $@
 
@@ -54,13 +59,13 @@ TOOLS := g++:g++ cmake:cmake make:make openssl:openssl redis-server:redis-server
 	chromedriver:chromium-driver
 
 tools: ## install what the suite needs beyond Python: a C++ compiler, cmake, a JSON header, Redis, nginx, Chromium
-	for tool in $(TOOLS); do \
+	@for tool in $(TOOLS); do \
 		command -v $${tool%:*} >/dev/null || test -e $${tool%:*} || \
-			{ apt-get update && apt-get install --yes $${tool#*:}; } || exit; \
+			{ echo "installing $${tool#*:}" && apt-get -qq update && apt-get -qq install --yes $${tool#*:}; } || exit; \
 	done
 
-demo: $(STAMP) ## train, export and score end to end (DATA=synthetic, ROOT=folder of the data, DEMO_ARGS)
-	$(RUN) -m pipelines.demo data=$(DATA) $(if $(ROOT),'data.root=$(ROOT)') $(DEMO_ARGS)
+demo: $(STAMP) ## train, export and score end to end (DATA=name, ROOT=folder of the data, DEMO_ARGS)
+	@$(RUN) -m pipelines.demo $(if $(DATA),data=$(DATA)) $(if $(ROOT),'data.root=$(ROOT)') $(DEMO_ARGS)
 
 test: $(STAMP) tools ## run the whole suite (TEST_ARGS)
 	$(RUN) -m pytest $(TEST_ARGS)

@@ -1,21 +1,30 @@
 """Train, export and score end to end: ``python -m pipelines.demo``, or ``make demo``."""
 
+import shlex
+import sys
 from pathlib import Path
 
 import hydra
 
-from torchrec_kvshare.benchmark.comparison import compare_paths, comparison_table
+from torchrec_kvshare.benchmark.comparison import (
+    compare_paths,
+    comparison_table,
+    plot_comparison,
+)
 from torchrec_kvshare.cache.open import MEMORY, OFF
+from torchrec_kvshare.commands.layout import process_command
 from torchrec_kvshare.commands.run import pipeline, run
-from torchrec_kvshare.config import CacheConfig, DemoConfig, TrainConfig
+from torchrec_kvshare.config import CacheConfig, DemoConfig, ModelConfig, ServerConfig, TrainConfig
 from torchrec_kvshare.data.requests import make_requests
+from torchrec_kvshare.errors import MissingExtraError
 from torchrec_kvshare.export.exporter import export_model, load_artifact
 from torchrec_kvshare.export.open import new_engine
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.model.ranking import RankingModel
-from torchrec_kvshare.training.run import Metrics, load_data, load_trained, train_run
+from torchrec_kvshare.training.run import TENSORBOARD, Metrics, load_data, load_trained, train_run
 
 NUM_MERGED = 10  # requests scored the merged way, which is slow
+PLOT = "latency.png"
 SHOWN = ("AUC", "GAUC", "NE", "HR@10", "NDCG@10")  # of the test metrics
 
 
@@ -25,7 +34,11 @@ def main(config: DemoConfig) -> None:
     """Train, export, score cached and uncached, compare."""
     output = Path(config.output)
     training = TrainConfig(
-        output=str(output / "train"), data=config.data, budget=config.budget, seed=config.seed
+        output=str(output / "train"),
+        data=config.data,
+        model=ModelConfig(max_history=config.max_history),
+        budget=config.budget,
+        seed=config.seed,
     )
     # Before training, so that a mistake in the request sizes shows at once.
     raws = list(make_requests(load_data(training), config.requests, config.candidates, config.seed))
@@ -40,7 +53,19 @@ def main(config: DemoConfig) -> None:
     print(metrics_table(metrics))
     print(f"\n{config.requests} requests, {config.candidates} candidates each:\n")
     print(comparison_table(figures))
-    print(f"\nwrote {output}; look at it: tensorboard --logdir {output / 'train' / 'tensorboard'}")
+    python, artifact_folder = sys.executable, output / "artifact"
+    print(f"\nwrote {output}")
+    try:
+        plot_comparison(output / PLOT, figures)
+        print(f"plot of the latencies: {output / PLOT}")
+    except MissingExtraError as error:
+        print(f"no {PLOT}: {error}")
+    curves = output / "train" / TENSORBOARD
+    print(f"curves of the training: {python} -m tensorboard.main --logdir {curves}")
+    print(
+        f"serve the model: {shlex.join(process_command('serve'))} artifact={artifact_folder}"
+        f"\n    and open http://127.0.0.1:{ServerConfig().http_port}/"
+    )
 
 
 def metrics_table(metrics: Metrics) -> str:

@@ -546,8 +546,9 @@ class DemoConfig:
     output: str = MISSING  # folder for the run and the artifact
     data: Any = MISSING  # one of DATA_SCHEMAS
     budget: Budget = field(default_factory=Budget)
-    requests: int = 200  # scored cached and uncached
-    candidates: int = 500  # per request
+    max_history: int = 1024  # events read
+    requests: int = 100  # scored cached and uncached
+    candidates: int = 100  # per request
     seed: int = 0  # of training and requests
     threads: int | None = None  # None: one per granted core
 

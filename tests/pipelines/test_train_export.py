@@ -209,7 +209,9 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 # --- the demo
 
 
-def test_the_demo_prints_its_two_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_prints_its_two_tables_and_what_to_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_pipeline(
         "demo",
         *WORLD,
@@ -230,7 +232,8 @@ def test_the_demo_prints_its_two_tables(tmp_path: Path, capsys: pytest.CaptureFi
         assert [float(value) for value in values] == [
             pytest.approx(found[name][metric], abs=6e-5) for metric in SHOWN_METRICS
         ]
-    paths = [line.split() for line in speed.splitlines()]
+    paths = [line.replace(" ms", "").split() for line in speed.splitlines()]
+    assert paths[0][:5] == ["path", "requests", "p50", "mean", "throughput"]
     assert [path[:2] for path in paths[1:]] == [
         ["uncached_merged", "10"],
         ["request_shared", "11"],
@@ -240,7 +243,16 @@ def test_the_demo_prints_its_two_tables(tmp_path: Path, capsys: pytest.CaptureFi
     assert max(float(path[-1]) for path in paths[1:]) <= 5e-6
     assert "Test split of synthetic, every model on the same budget:" in printed
     assert "11 requests, 9 candidates each:" in printed
-    assert f"wrote {tmp_path / 'demo'}" in printed
+    for _, num_requests, _, mean_ms, per_second, *_ in paths[1:]:
+        assert float(mean_ms) * float(per_second.removesuffix("/s")) == pytest.approx(1e3, rel=0.2)
+        assert int(num_requests) > 0
+    wrote, plot, curves, serve, page = printed.splitlines()[-5:]
+    assert wrote == f"wrote {tmp_path / 'demo'}"
+    drawn = Path(plot.removeprefix("plot of the latencies: "))
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert [*Path(curves.split("--logdir ")[1]).rglob("events.out.*")]
+    assert serve.endswith(f" serve artifact={tmp_path / 'demo' / 'artifact'}")
+    assert page == "    and open http://127.0.0.1:8000/"
     assert sorted(path.name for path in (tmp_path / "demo" / "artifact").iterdir()) == (
         ARTIFACT_FILES
     )

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from pathlib import Path
+from statistics import mean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,15 @@ from torchrec.models.dlrm import DLRM
 
 from torchrec_kvshare.benchmark.baselines.merged import merged_ranker
 from torchrec_kvshare.benchmark.paths import CROSS_REQUEST_HIT, REQUEST_SHARED, UNCACHED_MERGED
+from torchrec_kvshare.benchmark.plots import BLUE, GREEN, RED
 from torchrec_kvshare.benchmark.timing import timed
 from torchrec_kvshare.features.batches import collate
 from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.scoring.engine import Engine
+from torchrec_kvshare.training.plots import figure_class
 
 NUM_WARM_UP = 3  # requests: TorchScript rewrites a program during its first calls, for seconds
+COLOR_BY_PATH = {UNCACHED_MERGED: RED, REQUEST_SHARED: BLUE, CROSS_REQUEST_HIT: GREEN}
 MERGED_CHUNK_ROWS = 16_384  # events and candidates at once; the fastest of those tried at dim 64
 
 
@@ -29,6 +33,7 @@ class PathFigures:
         path: ``uncached_merged``, ``request_shared`` or ``cross_request_hit``.
         num_requests: requests that were scored.
         latency_ms: median latency of a request.
+        mean_ms: mean latency.
         requests_per_s: throughput over all requests.
         kv_bytes: K/V kept between requests once all are scored.
         max_score_difference: greatest difference from a score of ``request_shared``.
@@ -37,6 +42,7 @@ class PathFigures:
     path: str
     num_requests: int
     latency_ms: float
+    mean_ms: float
     requests_per_s: float
     kv_bytes: int
     max_score_difference: float
@@ -59,7 +65,6 @@ def compare_paths(
     """
     assert cached.store is not None
     merged = merged_ranker(model, MERGED_CHUNK_ROWS).eval()
-    cached.rank(requests)
     for engine in (uncached, cached):
         for request in requests[:NUM_WARM_UP]:
             engine.rank([request])
@@ -94,16 +99,43 @@ def compare_paths(
 def comparison_table(figures: Sequence[PathFigures]) -> str:
     """Return the figures as fixed-width text, with speed-ups over the first path."""
     lines = [
-        f"{'path':<18} {'requests':>8} {'latency':>10} {'throughput':>12} {'speedup':>8} "
-        f"{'K/V held':>10} {'max score difference':>21}"
+        f"{'path':<18} {'requests':>8} {'p50':>10} {'mean':>10} {'throughput':>12} "
+        f"{'speedup':>8} {'K/V held':>10} {'max score difference':>21}"
     ]
     for row in figures:
         lines.append(
             f"{row.path:<18} {row.num_requests:>8} {row.latency_ms:>7.2f} ms "
-            f"{row.requests_per_s:>10.1f}/s {figures[0].latency_ms / row.latency_ms:>7.1f}x "
+            f"{row.mean_ms:>7.2f} ms {row.requests_per_s:>10.1f}/s "
+            f"{figures[0].latency_ms / row.latency_ms:>7.1f}x "
             f"{row.kv_bytes / 2**20:>6.1f} MiB {row.max_score_difference:>21.1e}"
         )
     return "\n".join(lines)
+
+
+def plot_comparison(path: Path, figures: Sequence[PathFigures]) -> None:
+    """Draw a bar for each path, its median latency.
+
+    Args:
+        path: the PNG file to write.
+        figures: as ``compare_paths`` returns them.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+    """
+    figure = figure_class()(figsize=(7.0, 2.4), layout="constrained")
+    panel = figure.subplots()
+    shown = figures[::-1]  # The first one on top.
+    bars = panel.barh(
+        [row.path for row in shown],
+        [row.latency_ms for row in shown],
+        color=[COLOR_BY_PATH[row.path] for row in shown],
+    )
+    panel.bar_label(bars, [f"{row.latency_ms:.1f} ms" for row in shown], padding=3)
+    latencies_ms = [row.latency_ms for row in figures]
+    panel.set_xscale("log")
+    panel.set_xlim(min(1.0, min(latencies_ms)), 6 * max(latencies_ms))  # with room for labels
+    panel.set_xlabel("median latency of a request [ms]")
+    figure.savefig(path, dpi=120)
 
 
 class _Timing(NamedTuple):
@@ -117,6 +149,7 @@ def _figures(path: str, timings: Sequence[_Timing], kv_bytes: int) -> PathFigure
         path=path,
         num_requests=len(timings),
         latency_ms=median(latencies_ms),
+        mean_ms=mean(latencies_ms),
         requests_per_s=len(timings) / sum(latencies_ms) * 1e3,
         kv_bytes=kv_bytes,
         max_score_difference=float(np.max([timing.difference for timing in timings])),
