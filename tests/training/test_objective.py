@@ -13,11 +13,12 @@ from torchrec.models.dlrm import DLRMTrain
 
 from tests.training.on_ranks import NEGATIVES, plain_model
 from tests.training.worlds import MODEL, tiny_config
-from torchrec_kvshare.config import GBCE, SASREC, SOFTMAX
+from torchrec_kvshare.config import GBCE, IN_BATCH, POPULARITY, SASREC, SOFTMAX
 from torchrec_kvshare.data.dataset import Dataset
 from torchrec_kvshare.data.draws import Draws, Proposal
 from torchrec_kvshare.data.shards import Shards, in_memory
 from torchrec_kvshare.data.splits import TRAIN
+from torchrec_kvshare.data.stream import SamplingSettings, StreamSettings, WindowStream
 from torchrec_kvshare.data.targets import (
     Windows,
     build_batch,
@@ -25,7 +26,9 @@ from torchrec_kvshare.data.targets import (
     sample_shared,
     windows_of,
 )
+from torchrec_kvshare.features.bags import floats_of
 from torchrec_kvshare.features.schema import (
+    DRAW_RATIO,
     HISTORY,
     ITEM,
     VECTOR,
@@ -193,7 +196,9 @@ def test_the_objective_gives_the_loss_what_the_batch_says(shards: Shards, loss: 
     batch = build_batch(dataset, windows, candidates, None, shared)
     model = plain_model("causal", shards).model.eval()
     settings = ObjectiveSettings(next_event=2.0, loss=loss, gbce_t=0.6)
-    objective = Objective(model, settings, histories=[HISTORY], negatives=NEGATIVES)
+    objective = Objective(
+        model, settings, histories=[HISTORY], tasks=shards.schema.tasks, negatives=NEGATIVES
+    )
     total, (_, logits, labels) = objective(batch)
     predicted = RankingStage(model).predict(batch.dense_features, batch.sparse_features)
     states = predicted.pooled[state_feature(HISTORY)][:: 1 + NEGATIVES].double()
@@ -222,6 +227,57 @@ def test_the_objective_gives_the_loss_what_the_batch_says(shards: Shards, loss: 
     ranking = torch.nn.BCEWithLogitsLoss()(logits, labels)
     assert len(set(losses)) > 5
     assert float(total.detach() - ranking) == pytest.approx(2.0 * np.mean(losses), abs=2e-5)
+
+
+@pytest.mark.parametrize("sampling", [POPULARITY, IN_BATCH])
+@torch.no_grad()
+def test_scores_mean_the_same_whatever_negatives_are_drawn_from(
+    shards: Shards, sampling: str
+) -> None:
+    """Scores of a model trained on popular negatives were low for popular items: they ranked worse
+    than they were, and NE and calibration told of another task.
+
+    An item with probability p of being the target's own, drawn with probability q as each of K
+    negatives, has the trained logit log p / (K q); subtracting log q I, of I items, the score is
+    log p I / K, as with negatives that are all alike.
+    """
+    stream = WindowStream(
+        shards,
+        StreamSettings(40, NEGATIVES, 1, sampling=SamplingSettings(sampling, popularity_power=0.5)),
+    )
+    chosen = stream.epoch(0).chosen[0]
+    batch = stream.batch(chosen, 0, 0)
+    model = plain_model("causal", shards).model.eval()
+    objective = Objective(
+        model,
+        ObjectiveSettings(),
+        histories=[HISTORY],
+        tasks=shards.schema.tasks,
+        negatives=NEGATIVES,
+        has_draw_ratios=True,
+    )
+    loss, (_, logits, labels) = objective(batch)
+    power = 0.5 if sampling == POPULARITY else 1.0
+    known = shards.shared.known_items
+    weight_by_row = dict(
+        zip(
+            shards.read([0]).item_row[known].tolist(),
+            (shards.num_training[known] ** power).tolist(),
+            strict=True,
+        )
+    )
+    total = sum(weight_by_row.values())
+    losses = []
+    rows = batch.sparse_features[candidate_key(ITEM)].values().tolist()
+    ratios = floats_of(batch.sparse_features[DRAW_RATIO].values()).tolist()
+    for row, logit, label, ratio in zip(rows, logits, labels, ratios, strict=True):
+        if row in weight_by_row:  # Training shows some ids as unknown.
+            expected = math.log(weight_by_row[row] / total * len(known))
+            assert ratio == pytest.approx(expected, abs=1e-6)
+        trained = float(logit) - ratio
+        losses.append(math.log1p(math.exp(trained if not label else -trained)))
+    assert len(set(ratios)) > 5
+    assert float(loss) == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 def test_all_targets_of_a_batch_share_the_catalogue_or_uniform_draws(shards: Shards) -> None:

@@ -147,9 +147,11 @@ class WindowStream:
         self._first_target: Ints = np.cumsum(self.num_targets) - self.num_targets
         self._popular: Proposal | None = None
         if POPULARITY in (sampling.negatives, sampling.shared):
-            known = shards.shared.known_items
-            weights = shards.num_training[known].astype(np.float64) ** sampling.popularity_power
-            self._popular = Proposal(known, weights)
+            self._popular = self._by_popularity(sampling.popularity_power)
+        # What negatives are distributed as, unless all items are alike.
+        self._drawn_as = self._popular if sampling.negatives == POPULARITY else None
+        if sampling.negatives == IN_BATCH:
+            self._drawn_as = self._by_popularity(1.0)
         self._held: Held | None = None
 
     def epoch(self, number: int) -> "Epoch":
@@ -225,7 +227,7 @@ class WindowStream:
         part = self._held.windows.take(np.searchsorted(self._held.numbers, chosen))
         draws = Draws(self.settings.seed, epoch)
         settings, sampling = self.settings, self.settings.sampling
-        proposal = self._popular if sampling.negatives == POPULARITY else None
+        proposal = self._drawn_as
         if self._items is not None:
             proposal = self._in_batch(self._items, chosen if whole is None else whole)
         negatives = sample_negatives(dataset, part.targets, settings.negatives, draws, proposal)
@@ -235,7 +237,14 @@ class WindowStream:
             by_popularity = self._popular if sampling.shared == POPULARITY else None
             num_items = settings.shared_items
             shared = sample_shared(dataset, part.targets, num_items, draws, index, by_popularity)
-        return build_batch(dataset, part, candidates, draws, shared)
+        ratios = None
+        if self._drawn_as is not None:
+            ratios = np.log(self._drawn_as.probability(candidates) * len(dataset.known_items))
+        return build_batch(dataset, part, candidates, draws, shared, ratios)
+
+    def _by_popularity(self, power: float) -> Proposal:
+        known = self.shards.shared.known_items
+        return Proposal(known, self.shards.num_training[known].astype(np.float64) ** power)
 
     def _in_batch(self, items: NDArray[np.int32], chosen: Ints) -> Proposal:
         """Return the items of all targets of some windows, each as often as it is there."""

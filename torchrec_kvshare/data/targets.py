@@ -26,6 +26,7 @@ from torchrec_kvshare.features.batches import assemble
 from torchrec_kvshare.features.dense import clock_features
 from torchrec_kvshare.features.schema import (
     CANDIDATE_TIME,
+    DRAW_RATIO,
     ITEM,
     REQUEST_HISTORY,
     REQUEST_TIME,
@@ -239,6 +240,7 @@ def build_batch(
     candidates: Ints,
     draws: Draws | None,
     shared: SharedItems | None = None,
+    draw_ratios: NDArray[np.float64] | None = None,
 ) -> Batch:
     """Build a TorchRec batch: every target with its negatives over its window's history.
 
@@ -248,6 +250,8 @@ def build_batch(
         candidates: [P, 1 + negatives] item codes of each target's candidates, its own item first.
         draws: in training, chooses the ids to show as unknown; None shows all ids.
         shared: items that are not candidates of anyone; None for none.
+        draw_ratios: [P, 1 + negatives] log of how often each candidate is drawn as a negative, over
+            how often it would be if all items were alike; None if they are.
 
     Returns:
         A VBE batch with C = P x (1 + negatives) candidates, with labels [C, tasks]: the first of
@@ -264,6 +268,8 @@ def build_batch(
         key: single(_tensor(np.repeat(values, candidates.shape[1])))
         for key, values in moments.items()
     }
+    if draw_ratios is not None:
+        bags[DRAW_RATIO] = single(bits_of(_floats(draw_ratios.ravel())))
     if shared is not None:
         bags[shared_key(ITEM)] = single(_tensor(dataset.item_row[shared.items]))
         for name, rows in dataset.item_attributes.items():

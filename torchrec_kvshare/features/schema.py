@@ -59,6 +59,8 @@ CANDIDATE_TIME = "targets.time"
 # with which each candidate's target would have been.
 SHARED_PROBABILITY = "request.shared_probability"
 TARGET_PROBABILITY = "targets.shared_probability"
+# Likewise of each candidate: log of how often it is drawn, over how often if all items were alike.
+DRAW_RATIO = "targets.draw_ratio"
 RESERVED_GROUPS = ("context", "candidates", "shared", "vectors", "request", "targets")
 
 VECTOR = "candidates.vector"  # the pooled feature that has a candidate's own vector

@@ -27,7 +27,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
 
-from torchrec_kvshare.config import BFLOAT16, CUDA, FLOAT32
+from torchrec_kvshare.config import BFLOAT16, CUDA, FLOAT32, UNIFORM
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import VALID
 from torchrec_kvshare.data.stream import (
@@ -229,6 +229,7 @@ class Trainer:
             histories=[history.name for history in shards.schema.histories],
             tasks=shards.schema.tasks,
             negatives=settings.negatives,
+            has_draw_ratios=settings.sampling.negatives != UNIFORM,
         )
         self.sharded, self.plan = shard(objective, settings.tables, ranks)
         self.dense = dict(in_backward_optimizer_filter(self.sharded.named_parameters()))

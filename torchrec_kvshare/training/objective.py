@@ -21,6 +21,7 @@ from torchrec.datasets.utils import Batch
 from torchrec_kvshare.config import GBCE, SOFTMAX
 from torchrec_kvshare.features.bags import floats_of
 from torchrec_kvshare.features.schema import (
+    DRAW_RATIO,
     ITEM,
     SHARED_PROBABILITY,
     TARGET_PROBABILITY,
@@ -67,6 +68,8 @@ class Objective(nn.Module):
         histories: names, in the order of the schema.
         tasks: names, in the order of the logits.
         negatives: candidates of each target beside its own item.
+        has_draw_ratios: whether negatives are drawn more often the more popular they are, so that
+            batches have ``DRAW_RATIO``.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Objective(nn.Module):
         histories: Sequence[str],
         tasks: Sequence[str],
         negatives: int,
+        has_draw_ratios: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -84,6 +88,7 @@ class Objective(nn.Module):
         self.settings = settings
         self.task_weights = [settings.task_weights.get(task, 1.0) for task in tasks]
         self.histories = histories
+        self.has_draw_ratios = has_draw_ratios
         self.of_targets = slice(None, None, 1 + negatives)  # in a batch's candidates
         self.has_next_event = self.weight > 0 and any(
             isinstance(module, HistoryTower) and module.has_state for module in model.modules()
@@ -96,7 +101,7 @@ class Objective(nn.Module):
         """Return the loss; then loss, logits [C, tasks] and labels [C, tasks], detached."""
         if not self.has_next_event:
             logits = self.model(batch.dense_features, batch.sparse_features).float()
-            loss = self._ranking(logits, batch.labels)
+            loss = self._ranking(logits, batch)
             return loss, (loss.detach(), logits.detach(), batch.labels)
         predicted = self._predict(batch)
         logits = predicted.logits.float()
@@ -106,11 +111,20 @@ class Objective(nn.Module):
         ]
         loss = torch.stack(losses).mean() * self.weight
         if not isinstance(self.model, SequentialModel):
-            loss = loss + self._ranking(logits, batch.labels)
+            loss = loss + self._ranking(logits, batch)
         return loss, (loss.detach(), logits.detach(), batch.labels)
 
-    def _ranking(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the tasks' binary cross entropies, each a mean over candidates, weighted."""
+    def _ranking(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the tasks' binary cross entropies, each a mean over candidates, weighted.
+
+        An item that is drawn r times as often as if all were alike has r times the negatives, so
+        its trained logit is lower by log r. Subtracted here, this is not learned: scores mean the
+        same whatever negatives are drawn from.
+        """
+        if self.has_draw_ratios:
+            ratios = floats_of(batch.sparse_features[DRAW_RATIO].values())
+            logits = logits - ratios.unsqueeze(1)
+        labels = batch.labels
         losses = [
             functional.binary_cross_entropy_with_logits(logits[:, task], labels[:, task]) * weight
             for task, weight in enumerate(self.task_weights)
