@@ -12,7 +12,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from tests.training.on_ranks import trainer_of
 from tests.training.worlds import BUDGET, MODEL, tiny_config
 from tests.worlds import PROBABILITY_TOLERANCE
 from torchrec_kvshare.config import (
@@ -42,6 +44,7 @@ from torchrec_kvshare.scoring.files import score_file
 from torchrec_kvshare.training.checkpoints import checkpoints_of, load_progress
 from torchrec_kvshare.training.evaluate import model_scorer
 from torchrec_kvshare.training.objective import Objective, ObjectiveSettings
+from torchrec_kvshare.training.ranks import joined_ranks
 from torchrec_kvshare.training.run import load_data, load_trained, new_model, train_run
 
 NUM_ITEMS = 12
@@ -139,6 +142,33 @@ def test_the_loss_is_the_weighted_sum_of_the_tasks(shards: Shards) -> None:
     cross_entropy = torch.nn.BCEWithLogitsLoss()
     expected = [cross_entropy(logits[:, task], labels[:, task]) for task in range(2)]
     assert float(loss.detach()) == pytest.approx(float(expected[0] + expected[1] / 4), rel=1e-6)
+
+
+def test_torchrecs_pipeline_trains_all_tasks_as_a_plain_loop_does(
+    shards: Shards, tmp_path: Path
+) -> None:
+    with joined_ranks(torch.device("cpu")) as ranks:
+        plain, piped = (trainer_of("causal", shards, tmp_path, ranks) for _ in range(2))
+        epoch = plain.stream.epoch(0)
+        batches = [epoch[index] for index in range(3)]
+        expected = []
+        for batch in batches:
+            plain.optimizer.zero_grad()
+            loss, _ = plain.sharded(batch)
+            loss.backward()
+            plain.optimizer.step()
+            expected.append(loss.item())
+        pipeline = TrainPipelineSparseDist(
+            piped.sharded,
+            piped.optimizer,
+            torch.device("cpu"),
+            execute_all_batches=True,
+            pipeline_postproc=True,
+        )
+        left = iter(batches)
+        found = [pipeline.progress(left)[0].item() for _ in batches]
+    assert pipeline._pipelined_modules
+    assert found == expected
 
 
 def test_a_negative_is_negative_for_every_task(shards: Shards) -> None:
