@@ -10,6 +10,8 @@ from torchrec_kvshare.commands.run import pipeline, run
 from torchrec_kvshare.config import ServeClusterConfig
 from torchrec_kvshare.errors import MissingExtraError
 
+COMMAND_LINE = "command-line"  # Hydra's name for what --config-dir adds
+
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="serve_cluster")
 @pipeline(ServeClusterConfig)
@@ -21,7 +23,13 @@ def main(config: ServeClusterConfig) -> None:
     except ImportError as error:
         raise MissingExtraError("server", "serving") from error
     log_as_json()
-    layout = write_layout(config, list(HydraConfig.get().overrides.task))
+    hydra_config = HydraConfig.get()
+    layout = write_layout(
+        config,
+        list(hydra_config.overrides.task),
+        hydra_config.runtime.choices["cache"],
+        [one.path for one in hydra_config.runtime.config_sources if one.provider == COMMAND_LINE],
+    )
     print(f"wrote {layout.config_file}", flush=True)
     if not config.run:
         for one in layout.processes:

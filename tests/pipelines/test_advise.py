@@ -250,12 +250,13 @@ def test_advice_runs_as_a_command_and_other_commands_take_its_cache(
     artifact: Path, trace_file: Path, tmp_path: Path
 ) -> None:
     given = f"artifact={artifact} requests={trace_file}"
-    advised_by, scored, shown, without = run_all(
+    advised_by, scored, shown, cluster, without = run_all(
         tmp_path,
         [
             f"advise {given} count=60 validate=true threads=1 output=advice",
             f"score --config-dir=advice cache=advised {given} threads=1 output=answers.jsonl",
             f"serve --config-dir=advice cache=advised artifact={artifact} --cfg job",
+            f"serve_cluster --config-dir=advice cache=advised artifact={artifact} run=false",
             f"serve cache=advised artifact={artifact}",
         ],
     )
@@ -277,6 +278,10 @@ def test_advice_runs_as_a_command_and_other_commands_take_its_cache(
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == NUM_REQUESTS
     assert shown.status == 0, shown.stderr
     assert "capacity_bytes" in shown.stdout
+    # The replicas got the option with the cache's name instead, and with it that option's values.
+    assert cluster.status == 0, cluster.stderr
+    assert f"--config-dir={folder}" in cluster.stdout
+    assert " cache=advised " in cluster.stdout
     assert without.status == 2
     assert without.stderr == (
         "error: cache is 'advised'; one of ['memory', 'off', 'tiered'] is allowed\n"

@@ -79,12 +79,19 @@ class Layout(NamedTuple):
     config_file: Path  # of nginx
 
 
-def write_layout(config: ServeClusterConfig, overrides: Sequence[str]) -> Layout:
+def write_layout(
+    config: ServeClusterConfig,
+    overrides: Sequence[str],
+    cache_option: str | None = None,
+    config_dirs: Sequence[str] = (),
+) -> Layout:
     """Choose ports, write ``nginx.conf`` and the secrets; start nothing.
 
     Args:
         config: of the cluster.
         overrides: of the command line; those that a replica knows are passed on to it.
+        cache_option: of the config group ``cache``; None for the one with the cache's name.
+        config_dirs: folders with config options of one's own.
 
     Raises:
         ConfigError: if the config cannot work, one of its secrets cannot be read, or a secret that
@@ -101,8 +108,10 @@ def write_layout(config: ServeClusterConfig, overrides: Sequence[str]) -> Layout
     processes = [] if redis is None else [redis.process]
     for index, address in enumerate(addresses):
         own = _own_overrides(config, index, address) | remote
-        given = [*_passed_on(overrides), f"cache={config.cache.name}", *_override_texts(own)]
+        option = cache_option or config.cache.name
+        given = [*_passed_on(overrides), f"cache={option}", *_override_texts(own)]
         given.append(_peers(addresses))
+        given += [f"--config-dir={folder}" for folder in config_dirs]
         processes.append(_replica(f"replica-{index}", given, address, output))
     s = "s" if server.tls_cert_file else ""
     http, grpc = (host_port(front.host, port) for port in front[1:])
