@@ -44,6 +44,8 @@ LEAST_BY_KEY = {
     **dict.fromkeys(("batch_requests", "batch_candidates", "batch_events", "queue_requests"), 1),
     **dict.fromkeys(("max_streams", "stream_depth", "hot_users", "hot_bytes", "max_values"), 1),
     "queue_prefetches": 1,
+    **dict.fromkeys(("qps", "minutes"), 1),
+    **dict.fromkeys(("lead_ms", "warm_users"), 0),
     "pinned_users": 0,
     **dict.fromkeys(("max_json_values", "max_connections", "max_calls", "max_inflight_bytes"), 1),
     **dict.fromkeys(("header_timeout_s", "body_timeout_s", "idle_timeout_s"), 1e-3),

@@ -14,15 +14,14 @@ from hydra import compose, initialize_config_dir
 
 from pipelines.benchmark import main
 from tests.data.logs import USERS, Event, drawn_events, in_order, log_of
+from torchrec_kvshare.benchmark.request_traces import Trace, zipf_trace
 from torchrec_kvshare.benchmark.run import measure
 from torchrec_kvshare.benchmark.scenarios import cache_trace as trace_benchmark
 from torchrec_kvshare.benchmark.scenarios.cache_trace import (
     CacheTraceOptions,
     Replay,
     Setting,
-    Trace,
     log_trace,
-    zipf_trace,
 )
 from torchrec_kvshare.config import SyntheticData
 from torchrec_kvshare.errors import ConfigError, DataError, ParityError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tritonclient.grpc import service_pb2
 
-from torchrec_kvshare.benchmark import load, options
+from torchrec_kvshare.benchmark import load, options, servers
 from torchrec_kvshare.benchmark.load import LEAST_QPS, LoadResult, Reply, Saturation
 from torchrec_kvshare.benchmark.scenarios import serving as serving_benchmark
 from torchrec_kvshare.benchmark.scenarios.serving import (
@@ -21,7 +21,6 @@ from torchrec_kvshare.benchmark.scenarios.serving import (
     MERGED,
     TOLERANCE,
     UNCACHED,
-    Server,
     ServingOptions,
     Setup,
     Turns,
@@ -29,10 +28,9 @@ from torchrec_kvshare.benchmark.scenarios.serving import (
     draw_samples,
     engine_share,
     measure_serving,
-    message_of,
-    running,
     serve_commands,
 )
+from torchrec_kvshare.benchmark.servers import Server, message_of, running
 from torchrec_kvshare.benchmark.workload import make_schema
 from torchrec_kvshare.errors import ConfigError, MissingExtraError, ParityError
 from torchrec_kvshare.serving.oip import decode_infer
@@ -130,7 +128,7 @@ def test_a_server_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None
 def test_a_server_that_is_never_ready_is_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(serving_benchmark, "START_S", 0.5)
+    monkeypatch.setattr(servers, "START_S", 0.5)
     with (
         pytest.raises(ConfigError, match=r"not ready after 0\.5 s; its last line: loading"),
         running(printing("loading"), tmp_path),
@@ -142,7 +140,7 @@ def test_a_server_that_is_never_ready_is_ended(
 def test_a_server_that_does_not_stop_is_killed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(serving_benchmark, "STOP_S", 0.3)
+    monkeypatch.setattr(servers, "STOP_S", 0.3)
     deaf = f"import signal; signal.signal(15, signal.SIG_IGN); print({READY!r}, flush=True); "
     with running([sys.executable, "-c", f"{deaf}import time; time.sleep(60)"], tmp_path):
         pass

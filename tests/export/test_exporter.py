@@ -28,7 +28,7 @@ from tests.worlds import (
     make_dlrm,
     parse_all,
 )
-from torchrec_kvshare.cache.identity import model_digest
+from torchrec_kvshare.cache.identity import model_digest, version_of
 from torchrec_kvshare.data.files import file_sha256
 from torchrec_kvshare.errors import ArtifactError, ConfigError, ParityError
 from torchrec_kvshare.export.artifact import (
@@ -135,8 +135,9 @@ def test_a_loaded_program_stays_bit_equal_call_after_call(
 def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: Path) -> None:
     written = json.loads((artifact / "manifest.json").read_text())
     assert set(written) == {
-        *("format", "runtime", "model_digest", "tables_digest", "tables", "encoder"),
+        *("format", "runtime", "model_digest", "tables_digest", "kv", "tables"),
         *(
+            "encoder",
             "towers",
             "columns",
             "inputs",
@@ -148,7 +149,7 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
         ),
         *("codecs", "break_even_events"),
     }
-    assert (written["format"], written["encoder"]) == (8, asdict(CAUSAL_SPEC))
+    assert (written["format"], written["encoder"]) == (9, asdict(CAUSAL_SPEC))
     assert (written["runtime"], written["tables"]) == ("torchscript", "float32")
     sizes = {"num_planes": NUM_PLANES, "num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     assert written["towers"] == {HISTORY: sizes | {"max_rows": MAX_HISTORY}}
@@ -177,6 +178,8 @@ def test_the_manifest_says_what_the_artifact_is(model: RankingModel, artifact: P
     dense, tables = split_tables(model)
     assert written["model_digest"] == model_digest(dense, description)
     assert written["tables_digest"] == model_digest(tables, {})
+    of_history = version_of(model, SCHEMA).kv[HISTORY]
+    assert written["kv"] == {HISTORY: of_history._asdict()}
 
 
 def test_reading_gives_back_what_was_written(artifact: Path) -> None:

@@ -11,6 +11,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -125,6 +127,29 @@ def measure_server(
     limit_s = duration_s + CALL_TIMEOUT_S
     arguments = {"qps": qps, "duration_s": duration_s, "seed": seed, "log_folder": str(log_folder)}
     return LoadResult(*_in_client("poisson", address, messages, arguments, limit_s=limit_s))
+
+
+def measure_ahead(
+    address: str, messages: Sequence[bytes], qps: float, lead_ms: float | None, seed: int
+) -> LoadResult:
+    """Send each message once, at random times, and its prefetch ahead of it.
+
+    Loadgen draws messages again and again, so it cannot ask for first requests only.
+
+    Args:
+        address: as for ``measure_server``.
+        messages: of distinct users; every query is one of them, in order.
+        qps: queries per second; the times between them are drawn from an exponential distribution.
+        lead_ms: from a prefetch to its query; None sends no prefetches.
+        seed: of the times.
+
+    Raises:
+        MissingExtraError: as for ``measure_server``.
+        ConfigError: likewise.
+    """
+    arguments = {"qps": qps, "lead_ms": lead_ms, "seed": seed}
+    limit_s = len(messages) / qps * 2 + CALL_TIMEOUT_S
+    return LoadResult(*_in_client("ahead", address, messages, arguments, limit_s=limit_s))
 
 
 def saturated_qps(
@@ -285,6 +310,11 @@ class _Calls:
 
         future.add_done_callback(keep)
 
+    def send(self, message: bytes) -> None:
+        """Send a message of which only a refusal matters."""
+        future = self._ask.future(message, timeout=CALL_TIMEOUT_S)
+        future.add_done_callback(self._check)
+
     def wait_for(self, sample: int) -> None:
         """Send a message and wait until it is answered or has failed."""
         future = self._ask.future(self.messages[sample], timeout=CALL_TIMEOUT_S)
@@ -292,13 +322,19 @@ class _Calls:
         self._keep(future)
 
     def _keep(self, future: Any) -> None:
+        if self._check(future):
+            self.answers.append(future.result())
+
+    def _check(self, future: Any) -> bool:
+        """Whether a message was answered; count it if not."""
         error = future.exception()
         if error is None:
-            self.answers.append(future.result())
-        elif error.code() in self._overload:
+            return True
+        if error.code() in self._overload:
             self.num_failed += 1
         else:
             self.refusals.append(f"{error.code().name}: {error.details()}")
+        return False
 
     def replies(self) -> list[Reply]:
         """Return the decoded answers.
@@ -398,6 +434,50 @@ def _closed_loop(calls: _Calls, in_flight: int, duration_s: float, seed: int) ->
     return Saturation(len(replies) / elapsed_s, calls.num_failed, _hit_rate(replies))
 
 
+def _ahead(calls: _Calls, qps: float, lead_ms: float | None, seed: int) -> LoadResult:
+    from tritonclient.grpc import service_pb2
+
+    rng = random.Random(seed)
+    due = list(accumulate(rng.expovariate(qps) for _ in calls.messages))
+    latency_ms = [math.inf] * len(due)
+    prefetches = []
+    for message in calls.messages if lead_ms is not None else []:
+        ahead = service_pb2.ModelInferRequest.FromString(message)
+        ahead.parameters["prefetch"].bool_param = True
+        prefetches.append(ahead.SerializeToString())
+    start = time.perf_counter() + 2.0 * (lead_ms or 0.0) / 1e3
+    left = threading.Semaphore(0)
+
+    def answered(number: int) -> None:
+        latency_ms[number] = (time.perf_counter() - start - due[number]) * 1e3
+        left.release()
+
+    sends = [(at, number, False) for number, at in enumerate(due)]
+    if lead_ms is not None:
+        sends += [(at - lead_ms / 1e3, number, True) for number, at in enumerate(due)]
+    for at, number, is_ahead in sorted(sends):
+        time.sleep(max(0.0, start + at - time.perf_counter()))
+        if is_ahead:
+            calls.send(prefetches[number])
+        else:
+            calls.start(number, partial(answered, number))
+    for _ in due:
+        left.acquire()
+    replies = calls.replies()
+    ranked = sorted(latency_ms)
+    p50_ms, p90_ms, p99_ms = (ranked[int(share * (len(ranked) - 1))] for share in (0.5, 0.9, 0.99))
+    return LoadResult(
+        qps=qps,
+        p50_ms=p50_ms,
+        p90_ms=p90_ms,
+        p99_ms=p99_ms,
+        num_answered=len(replies),
+        num_failed=calls.num_failed,
+        hit_rate=_hit_rate(replies),
+        is_valid=True,
+    )
+
+
 def _one_by_one(calls: _Calls) -> list[Reply]:
     for sample in range(len(calls.messages)):
         calls.wait_for(sample)
@@ -409,6 +489,7 @@ def _one_by_one(calls: _Calls) -> list[Reply]:
 CALLS: dict[str, Callable[..., Any]] = {
     "poisson": _poisson,
     "closed_loop": _closed_loop,
+    "ahead": _ahead,
     "one_by_one": _one_by_one,
 }
 

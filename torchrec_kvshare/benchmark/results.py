@@ -19,7 +19,7 @@ PREFILL_PATH = "prefill"  # a path that several scenarios measure
 Case = dict[str, str | int]
 # More keys that distinguish two cases of one path, where a scenario has them.
 MORE_KEYS = (
-    *("runtime", "data", "capacity_percent", "share", "ttl_s"),
+    *("runtime", "data", "capacity_percent", "share", "ttl_s", "minutes", "warm_users"),
     *("population", "mib", "hit_percent"),
 )
 

@@ -7,6 +7,7 @@ from torchrec_kvshare.benchmark.options import Options
 from torchrec_kvshare.benchmark.plots import Picture
 from torchrec_kvshare.benchmark.results import Record
 from torchrec_kvshare.benchmark.scenarios import (
+    ahead,
     append,
     attention,
     cache_trace,
@@ -17,6 +18,7 @@ from torchrec_kvshare.benchmark.scenarios import (
     host,
     items,
     memory,
+    publish,
     queue_length,
     runtimes,
     serving,
@@ -72,6 +74,8 @@ SCENARIO_BY_NAME = {
         history_length.PICTURE_BY_NAME,
     ),
     serving.SERVING: Scenario(serving.ServingOptions, serving.measure_serving),
+    ahead.AHEAD: Scenario(ahead.AheadOptions, ahead.measure_ahead_of_requests),
+    publish.PUBLISH: Scenario(publish.PublishOptions, publish.measure_publish),
 }
 
 

@@ -8,8 +8,9 @@ at any of this is refused, and the old one stays.
 import logging
 import pickle
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_NAME, DEFAULT_VERSION = "kvshare", "1"
 EXAMPLE_EVENTS, EXAMPLE_CANDIDATES = 6, 5
-WARM_BATCH = 8  # users encoded together
+WARM_SHARE = 0.25  # of the time of a warm-up, spent encoding while an older version answers
 WARM_ROUNDS = 3  # of golden requests: TorchScript compiles a program in its first two calls
 WARM_CAPACITY_BYTES = 64 * 2**20  # for the K/V of golden requests while they are scored
 LOADING, SERVING, DRAINING, REFUSED = "loading", "serving", "draining", "refused"
@@ -496,8 +497,7 @@ class Models:
                 users.append(replace(parse_user(raw, engine.schema), came_at=came_at))
             except RequestError:
                 continue  # The new version will refuse this user's requests as well.
-        for first in range(0, len(users), WARM_BATCH):
-            engine.prefetch(users[first : first + WARM_BATCH])
+        warm_up(engine, users, WARM_SHARE if name in self._served else 1.0)
 
     def _take_over(self, name: str, new: Served | None) -> None:
         """Let a version, or none, take over; a concurrent ``forget`` sees the old and the new."""
@@ -550,6 +550,29 @@ class Models:
             if standing is not None and standing.state == state:
                 del self._standing[key]
                 self._metrics.remove("model_refused", *key)
+
+
+def warm_up(engine: Engine, users: Sequence[Request], share: float) -> float:
+    """Bring users' K/V into an engine's pages, beside another engine that scores.
+
+    One user at a time, so that a request waits for one encoding at most, with pauses between them.
+
+    Args:
+        engine: of the new version.
+        users: in this order.
+        share: of the time that may be spent encoding.
+
+    Returns:
+        Seconds that encoding took.
+    """
+    encoding_s = 0.0
+    for user in users:
+        start = time.monotonic()
+        engine.prefetch([user])
+        taken_s = time.monotonic() - start
+        encoding_s += taken_s
+        time.sleep(taken_s * (1.0 / share - 1.0))
+    return encoding_s
 
 
 def _stores_of(loaded: Iterable[Served]) -> list[KVStore]:

@@ -12,7 +12,6 @@ from functools import partial
 from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -25,9 +24,16 @@ from torchrec_kvshare.benchmark.options import (
 )
 from torchrec_kvshare.benchmark.plots import BLUE, GREEN, GREY, RED, Axis, Line, Picture
 from torchrec_kvshare.benchmark.replay import RowPerEvent, TraceClock, WeightlessEngine
+from torchrec_kvshare.benchmark.request_traces import (
+    Trace,
+    as_tensors,
+    request_template,
+    window_block,
+    zipf_trace,
+)
 from torchrec_kvshare.benchmark.results import Case, Record
 from torchrec_kvshare.benchmark.timing import timed
-from torchrec_kvshare.benchmark.workload import BYTES, draw_users, make_dlrm, make_schema
+from torchrec_kvshare.benchmark.workload import BYTES, make_dlrm
 from torchrec_kvshare.cache.identity import NO_CONTEXT, UNNAMED, PrefixDigests, identity_of
 from torchrec_kvshare.cache.kv_cache import CONTENT, PAGES, USER, KVCache, Lookup, Rules
 from torchrec_kvshare.cache.leases import Wanted
@@ -36,31 +42,24 @@ from torchrec_kvshare.cache.policies import LRU, TINY_LFU, Policy, new_policy
 from torchrec_kvshare.cache.reasons import HIT
 from torchrec_kvshare.cache.store import KVStore
 from torchrec_kvshare.config import DataConfig
-from torchrec_kvshare.data.dataset import Dataset, Ints, build_dataset
+from torchrec_kvshare.data.dataset import Dataset, build_dataset
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.requests import late_events
 from torchrec_kvshare.errors import ConfigError, MissingExtraError, ParityError
-from torchrec_kvshare.features.bags import Bags, single
-from torchrec_kvshare.features.draw import draw_raw_request
-from torchrec_kvshare.features.parse import parse_request
-from torchrec_kvshare.features.request import Events, Request
+from torchrec_kvshare.features.bags import Bags
+from torchrec_kvshare.features.request import Events
 from torchrec_kvshare.features.schema import (
     HISTORY,
     ITEM,
-    NUM_RESERVED_ROWS,
     TIME,
-    FeatureSchema,
     History,
     Window,
-    event_key,
-    item_key,
 )
 from torchrec_kvshare.history.kinds import CAUSAL
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 
 CACHE_TRACE = "cache_trace"
-ZIPF = "zipf"
 # moka alone, without pages and leases.
 LIBRARY_LRU = "library_lru"
 LIBRARY_TINY_LFU = "library_tiny_lfu"
@@ -72,16 +71,6 @@ ONE_CAPACITY = 10  # percent, for sharing, expiry and the engine
 TTL_S = 300  # of trace time, where K/V expires
 NO_TTL = 0
 ENGINE_REQUESTS = 300  # the first of a trace, through an engine
-BLOCKS_PER_WINDOW = 4  # as in configs/train.yaml: 256 events in blocks of 64
-
-REQUESTS_PER_USER = 10  # mean
-VISITS_PER_EVENT = 5  # visits of a user until the history has one more event
-SECONDS_PER_REQUEST = 1.0  # mean
-SHORTEST_SHARE = 8  # of a window, the shortest first history: an eighth
-TWINS = 10  # every tenth user has the events of the user before: a second account of a household
-ZIPF_START = 1_700_000_000  # Unix seconds
-FIRST_EVENT_S = 365 * 86_400  # before that
-SECONDS_PER_EVENT = 3600
 
 LIBRARY_BY_POLICY = {LRU: LIBRARY_LRU, TINY_LFU: LIBRARY_TINY_LFU}
 UNIT_BY_METRIC = {
@@ -130,21 +119,6 @@ class CacheTraceOptions(TimedOptions, DataOptions, ModelSizes, PageSize):
     requests: int = 20_000  # of each trace, at most
 
 
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """Requests in the order in which they arrive.
-
-    Attributes:
-        data: name of the data.
-        schema: the columns; one history.
-        requests: each has at least one event; equal histories share one ``Events``.
-    """
-
-    data: str
-    schema: FeatureSchema
-    requests: Sequence[Request]
-
-
 class Setting(NamedTuple):
     """A cache that a trace is replayed on.
 
@@ -182,7 +156,7 @@ def measure_cache_trace(options: CacheTraceOptions) -> list[Record]:
     if not options.histories:
         raise ConfigError("histories is []; its first number is the window")
     max_history = options.histories[0]
-    history = History(HISTORY, Window(max_history, _block(max_history)))
+    history = History(HISTORY, Window(max_history, window_block(max_history)))
     num_requests, num_candidates, seed = options.requests, options.candidates[0], options.seed
     traces = (
         log_trace(options.data, history, num_requests, num_candidates, seed=seed),
@@ -214,7 +188,7 @@ def log_trace(
     """
     dataset = build_dataset(load_log(data), [history])
     late = late_events(dataset, num_requests, data.name)
-    template = _template(dataset.schema, num_candidates, seed)
+    template = request_template(dataset.schema, num_candidates, seed)
     known: dict[tuple[int, int], dict[str, Events]] = {}
     requests = []
     for event, user in zip(late.tolist(), dataset.event_user[late].tolist(), strict=True):
@@ -234,58 +208,6 @@ def log_trace(
     return Trace(data.name, dataset.schema, requests)
 
 
-def zipf_trace(max_history: int, num_requests: int, num_candidates: int, seed: int) -> Trace:
-    """Draw requests by Zipf's law of users whose histories grow by an event every few visits.
-
-    Args:
-        max_history: of the window; a first history fills an eighth of it or more.
-        num_requests: one a second, on average.
-        num_candidates: candidates of every request, the same for all.
-        seed: same seed, same trace.
-    """
-    num_users = max(1, num_requests // REQUESTS_PER_USER)
-    rng = np.random.default_rng(seed)
-    users = draw_users(rng, num_users, num_requests)
-    times = ZIPF_START + rng.exponential(SECONDS_PER_REQUEST, num_requests).cumsum().astype(int)
-    shortest = max(1, max_history // SHORTEST_SHARE)
-    num_first = rng.integers(shortest, max_history + 1, num_users)
-    is_twin = np.arange(num_users) % TWINS == TWINS - 1
-    owner_by_user = np.arange(num_users) - is_twin
-    schema = make_schema(max_history, num_users, _block(max_history))
-    window = schema.histories[0].window
-    template = _template(schema, num_candidates, seed)
-    num_visits = [0] * num_users
-    known: dict[tuple[int, int], dict[str, Events]] = {}
-    requests = []
-    for user, at in zip(users.tolist(), times.tolist(), strict=True):
-        owner = int(owner_by_user[user])
-        num_events = int(num_first[owner]) + num_visits[user] // VISITS_PER_EVENT
-        num_visits[user] += 1
-        if (owner, num_events) not in known:
-            owner_rng = np.random.default_rng([seed, owner])
-            events = _drawn_events(schema, window, owner_rng, num_events)
-            known[owner, num_events] = {HISTORY: events}
-        requests.append(
-            replace(
-                template,
-                user_id=str(user),
-                user_row=user + NUM_RESERVED_ROWS,
-                time=at,
-                events_by_history=known[owner, num_events],
-            )
-        )
-    return Trace(ZIPF, schema, requests)
-
-
-def _block(max_history: int) -> int:
-    return max_history // math.gcd(max_history, BLOCKS_PER_WINDOW)
-
-
-def _template(schema: FeatureSchema, num_candidates: int, seed: int) -> Request:
-    """Return a request without events; the cost of candidates depends on their number only."""
-    return parse_request(draw_raw_request(schema, 0, num_candidates, seed), schema)
-
-
 def _events_of(dataset: Dataset, window: Window, user: int, num_earlier: int) -> Events:
     start = window.start(num_earlier)
     first = int(dataset.user_offsets[user])
@@ -302,29 +224,7 @@ def _events_of(dataset: Dataset, window: Window, user: int, num_earlier: int) ->
         name: torch.from_numpy(dataset.event_floats[read, index].copy())
         for index, name in enumerate(dataset.schema.event_floats)
     }
-    return Events(_tensors(columns), bags, start, floats)
-
-
-def _drawn_events(
-    schema: FeatureSchema, window: Window, rng: np.random.Generator, num_events: int
-) -> Events:
-    """Draw the window of a user's first events; a longer history begins like a shorter one."""
-    start = window.start(num_events)
-    numbers = rng.integers(2**31, size=num_events)[start:]
-
-    def drawn(key: str) -> Ints:
-        return NUM_RESERVED_ROWS + numbers % (schema.num_table_rows(key) - NUM_RESERVED_ROWS)
-
-    rows = {column: drawn(event_key(column)) for column in schema.event_columns}
-    bags = {c: single(torch.from_numpy(drawn(item_key(c)))) for c in schema.item_attributes}
-    event = np.arange(start, num_events)
-    rows[TIME] = ZIPF_START - FIRST_EVENT_S + SECONDS_PER_EVENT * event
-    floats = {c: torch.from_numpy(numbers % 100 / np.float32(100)) for c in schema.event_floats}
-    return Events(_tensors(rows), bags, start, floats)
-
-
-def _tensors(columns: dict[str, Ints]) -> dict[str, Tensor]:
-    return {column: torch.from_numpy(values) for column, values in columns.items()}
+    return Events(as_tensors(columns), bags, start, floats)
 
 
 # --- replay

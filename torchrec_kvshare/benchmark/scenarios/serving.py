@@ -8,14 +8,11 @@ so that law decides the hit rate of a cache with room for a part of them.
 
 import asyncio
 import json
-import re
 import signal
-import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import count
@@ -51,31 +48,26 @@ from torchrec_kvshare.benchmark.options import (
 )
 from torchrec_kvshare.benchmark.paths import Paths, fastest_chunk_rows
 from torchrec_kvshare.benchmark.results import Case, Record
+from torchrec_kvshare.benchmark.servers import Server, message_of, running
 from torchrec_kvshare.benchmark.workload import draw_users, make_dlrm, make_schema
 from torchrec_kvshare.cache.metrics import CacheMetrics
 from torchrec_kvshare.cache.open import MEMORY, OFF
 from torchrec_kvshare.cache.reasons import HIT
 from torchrec_kvshare.commands.layout import process_command
 from torchrec_kvshare.config import ServeConfig, ServerConfig
-from torchrec_kvshare.errors import ConfigError, ParityError
+from torchrec_kvshare.errors import ParityError
 from torchrec_kvshare.export.artifact import read_artifact
 from torchrec_kvshare.export.exporter import export_model
-from torchrec_kvshare.features.draw import draw_raw_request
-from torchrec_kvshare.features.schema import USER, FeatureSchema
 from torchrec_kvshare.history.kinds import CAUSAL
 from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
-from torchrec_kvshare.serving.columns import BYTES as TEXTS
-from torchrec_kvshare.serving.columns import column_tensors, datatype_of
 from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
 
 SERVING = "serving"
 CACHED, UNCACHED, MERGED = "cached", "uncached", "merged"
-MODEL = "kvshare"  # name of an artifact's one model in a server
 
 NUM_USERS = 128
 NUM_SAMPLES = 4096  # draws of users
-UNKNOWN_ID = 10**9
 NUM_COMPARED = 16  # most frequent users, whose scores are compared between servers
 CAPACITY_PERCENTS = (100, 25)  # of the K/V of all users: room of a cache at rest
 NUM_ENCODED = 16  # more users whose K/V fits, while their requests are answered
@@ -85,13 +77,8 @@ RUN_S = 8.0  # for each rate that is tried
 SATURATED_S = 5.0
 SEEDS_PER_TURN = 1000  # more than a search has runs
 IN_FLIGHT = 4
-START_S = 120.0  # until a server must be ready: a busy machine loads slowly
-STOP_S = 30.0
-POLL_S = 0.05
 HTTP_TIMEOUT_S = 10.0
 
-READY = re.compile(r"^serving on http://(\S+) and grpc://(\S+)$", re.MULTILINE)
-LOG = "server.log"
 # A sigmoid is at most a fourth as steep as its logit.
 TOLERANCE = LOGIT_TOLERANCE / 4
 
@@ -115,13 +102,6 @@ class Setup(NamedTuple):
 
 
 BASELINES = (Setup(UNCACHED), Setup(MERGED))
-
-
-class Server(NamedTuple):
-    """Where a server listens, each ``host:port``."""
-
-    http: str
-    grpc: str
 
 
 class Spent(NamedTuple):
@@ -303,91 +283,7 @@ def merged_command(artifact: Path, sizes: ModelSizes, seed: int, chunk_rows: int
     return [sys.executable, "-m", __name__, json.dumps(arguments)]
 
 
-@contextmanager
-def running(command: Sequence[str], folder: Path) -> Iterator[Server]:
-    """Run a server on free ports of this machine until the block ends.
-
-    Args:
-        command: its command line; the server prints its addresses, as ``pipelines.serve`` does.
-        folder: for its log.
-
-    Yields:
-        Where it listens, once it is ready.
-
-    Raises:
-        ConfigError: if it ends before it is ready, or is not ready in time.
-    """
-    with TemporaryDirectory(dir=folder) as own:
-        log = Path(own) / LOG
-        with log.open("wb") as printed:
-            process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
-        try:
-            yield _wait_for(process, log)
-        finally:
-            _stop(process)
-
-
-def _wait_for(process: "subprocess.Popen[bytes]", log: Path) -> Server:
-    deadline = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        if ready := READY.search(log.read_text()):
-            return Server(*ready.groups())
-        time.sleep(POLL_S)
-    status = process.poll()
-    happened = f"is not ready after {START_S:g} s" if status is None else f"ended with {status}"
-    last_line = log.read_text().strip().rpartition("\n")[2]
-    raise ConfigError(f"the server {happened}; its last line: {last_line}")
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 # --- what is asked
-
-
-def message_of(schema: FeatureSchema, user: int, num_candidates: int, seed: int) -> bytes:
-    """Return the request of a user, ready for the wire.
-
-    Args:
-        schema: the model's columns; the history fills the window.
-        user: id of the user, a number below the schema's number of users.
-        num_candidates: candidates to score.
-        seed: same seed, same events and candidates.
-
-    Returns:
-        A ``ModelInferRequest``, serialised.
-    """
-    from tritonclient.grpc import service_pb2
-    from tritonclient.utils import serialize_byte_tensor
-
-    max_history = schema.histories[0].window.max_history
-    raw = draw_raw_request(schema, max_history, num_candidates, seed + user) | {USER: user}
-    for group in ("context", "history", "candidates"):
-        raw[group] = {column: _as_integers(cells) for column, cells in raw[group].items()}
-    message = service_pb2.ModelInferRequest(model_name=MODEL)
-    for name, tensor in column_tensors([raw], schema).items():
-        datatype = datatype_of(tensor)
-        message.inputs.add(name=name, datatype=datatype, shape=tensor.shape)
-        is_text = datatype == TEXTS
-        content = serialize_byte_tensor(tensor).item() if is_text else tensor.tobytes()
-        message.raw_input_contents.append(content)
-    encoded: bytes = message.SerializeToString()
-    return encoded
-
-
-def _as_integers(cells: Any) -> Any:
-    """Turn ids into integers, as most systems have them; an unknown id becomes a large one."""
-    if isinstance(cells, list):
-        return [_as_integers(cell) for cell in cells]
-    if isinstance(cells, str):
-        return int(cells) if cells.isdecimal() else UNKNOWN_ID
-    return cells
 
 
 def draw_samples(message_by_user: Sequence[bytes], seed: int) -> list[bytes]:
