@@ -64,6 +64,7 @@ LONGEST_FILES = (
     "attention/test_operators_memory.py",
     "deploy/test_cluster.py",
     "pipelines/test_commands.py",
+    "pipelines/test_score_dataset.py",
     "pipelines/test_score.py",
     "benchmark/test_load.py",
     "cache/test_remote.py",
