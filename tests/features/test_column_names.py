@@ -28,6 +28,7 @@ from torchrec_kvshare.export.open import new_engine
 from torchrec_kvshare.features.batches import collate
 from torchrec_kvshare.features.draw import draw_raw_request
 from torchrec_kvshare.features.schema import (
+    UNNAMED_TASK,
     FeatureSchema,
     History,
     Vocabulary,
@@ -121,7 +122,7 @@ def test_a_log_of_odd_columns_trains_on_each_column_s_own_ids() -> None:
         users=encode(["u", "v"] * (num_events // 2)),
         items=encode([f"item {index % num_items}" for index in range(num_events)]),
         time=np.arange(num_events),
-        label=np.ones(num_events, np.float32),
+        labels={UNNAMED_TASK: np.ones(num_events, np.float32)},
         event_attributes={
             name: encode([f"{name} of event"] * num_events) for name in EVENT_ATTRIBUTES
         },
