@@ -7,6 +7,7 @@ from torchrec_kvshare.cache.codecs import CODECS, get_codec
 from torchrec_kvshare.verify.codecs import (
     Effect,
     effect_figures,
+    effect_on,
     is_within_error,
     request_auc,
     top_overlap,
@@ -101,3 +102,13 @@ def test_float32_is_compared_bit_by_bit() -> None:
     codec = get_codec("float32")
     assert is_within_error(codec, kv, kv.clone())
     assert not is_within_error(codec, kv, torch.tensor([-0.0, torch.nan]).view(1, 1, 1, 2))
+
+
+def test_the_effect_on_scores_is_of_the_worst_task_and_the_ranking_of_the_first() -> None:
+    """A codec within its budget for the first task could move the scores of another by more."""
+    exact = torch.tensor([[0.5, 0.1], [0.25, 0.2], [0.75, 0.3]], dtype=torch.float64)
+    moved = exact.clone()
+    moved[1, 1] += 0.125
+    assert effect_on(moved, exact, 2, 7) == Effect(1.0, 1.0, 0.125, 7)
+    moved[2, 0] = 0.375
+    assert effect_on(moved, exact, 2, 7) == Effect(0.5, 1.0, 0.375, 7)

@@ -302,19 +302,16 @@ def output_tensors(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
         score_name(task): np.concatenate([np.array(one[task]) for one in by_task])
         for task in by_task[0]
     }
-    return (
-        scores
-        | {
-            SCORE_LENGTHS: _integers([len(answer.ranking_scores) for answer in answers]),
-            "cache.status": byte_elements([use.status for use in uses], "cache.status"),
-            "cache.reason": byte_elements([use.reason for use in uses], "cache.reason"),
-            "cache.tier": byte_elements([use.tier for use in uses], "cache.tier"),
-            "cache.cached_events": _integers([use.cached_events for use in uses]),
-            "cache.computed_events": _integers([use.computed_events for use in uses]),
-            "cache.staleness_s": np.array([use.staleness_s for use in uses], dtype=np.float64),
-        }
-        | report
-    )
+    return {
+        **scores,
+        SCORE_LENGTHS: _integers([len(answer.ranking_scores) for answer in answers]),
+        "cache.status": byte_elements([use.status for use in uses], "cache.status"),
+        "cache.reason": byte_elements([use.reason for use in uses], "cache.reason"),
+        "cache.tier": byte_elements([use.tier for use in uses], "cache.tier"),
+        "cache.cached_events": _integers([use.cached_events for use in uses]),
+        "cache.computed_events": _integers([use.computed_events for use in uses]),
+        "cache.staleness_s": np.array([use.staleness_s for use in uses], dtype=np.float64),
+    } | report
 
 
 def check_limits(raw: Mapping[str, Any], limits: RequestLimits) -> None:

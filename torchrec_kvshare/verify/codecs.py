@@ -25,12 +25,12 @@ TOP = 10  # candidates
 class Effect(NamedTuple):
     """Scores of one request in a codec of K/V, or a dtype of tables, against the exact ones.
 
-    Of several tasks they are those of the first, which ranks.
+    AUC and overlap are of the first task, which ranks.
 
     Attributes:
         auc: of these scores, see ``request_auc``.
         overlap: share of the exact best candidates that are among the best by these scores.
-        max_difference: greatest difference of a score from the exact one.
+        max_difference: greatest difference of a score of any task from the exact one.
         num_bytes: bytes of the K/V of all histories, or of the tables.
     """
 
@@ -63,12 +63,11 @@ def codec_effects(
             continue
         records = _records(engine, request, page_size)
         user = text_digest(request.user_id)
-        scores_by_codec: dict[str, list[float]] = {}
+        scores_by_codec: dict[str, Tensor] = {}
         bytes_by_codec: dict[str, int] = {}
         for name, codec in CODECS.items():
             read = [_write_and_read(record, user, codec) for record in records]
-            all_scores = engine.score_with(request, [kv for kv, _ in read])
-            scores_by_codec[name] = all_scores[:, 0].tolist()
+            scores_by_codec[name] = engine.score_with(request, [kv for kv, _ in read])
             bytes_by_codec[name] = sum(num_bytes for _, num_bytes in read)
         for name, scores in scores_by_codec.items():
             effect = effect_on(scores, scores_by_codec[FLOAT32], target, bytes_by_codec[name])
@@ -76,19 +75,19 @@ def codec_effects(
     return effects_by_codec
 
 
-def effect_on(
-    scores: Sequence[float], exact: Sequence[float], target: int, num_bytes: int
-) -> Effect:
+def effect_on(scores: Tensor, exact: Tensor, target: int, num_bytes: int) -> Effect:
     """Compare the scores of one request with the exact ones of the same candidates.
 
     Args:
-        scores: of at least two candidates.
-        exact: of the same candidates.
+        scores: [N, tasks] of at least two candidates.
+        exact: [N, tasks] of the same candidates.
         target: index of the positive candidate.
         num_bytes: bytes of the K/V or tables behind ``scores``.
     """
-    greatest = max(abs(score - other) for score, other in zip(scores, exact, strict=True))
-    return Effect(request_auc(scores, target), top_overlap(scores, exact), greatest, num_bytes)
+    ranking, exact_ranking = scores[:, 0].tolist(), exact[:, 0].tolist()
+    overlap = top_overlap(ranking, exact_ranking)
+    greatest = float((scores - exact).abs().max())
+    return Effect(request_auc(ranking, target), overlap, greatest, num_bytes)
 
 
 def effect_figures(effects: Sequence[Effect], exact: Sequence[Effect]) -> dict[str, float]:

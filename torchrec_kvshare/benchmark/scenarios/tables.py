@@ -18,6 +18,7 @@ from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.training.run import load_trained
 from torchrec_kvshare.verify.codecs import Effect, effect_figures, effect_on
+from torchrec_kvshare.verify.parity import probabilities_of
 
 TABLES = "tables"
 
@@ -56,7 +57,7 @@ def measure_tables(options: TablesOptions) -> list[Record]:
     effects_by_dtype: dict[str, list[Effect]] = {dtype: [] for dtype in TABLE_DTYPES}
     for request, target in targeted_requests(options, schema):
         scores_by_dtype = {
-            dtype: engine.rank([request])[0].ranking_scores
+            dtype: probabilities_of(engine.rank([request]))
             for dtype, engine in engine_by_dtype.items()
         }
         for dtype, scores in scores_by_dtype.items():
