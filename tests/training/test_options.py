@@ -215,7 +215,7 @@ def test_every_encoder_trains_in_bfloat16_and_is_evaluated_in_float32(
     mixed = trainer_of(kind, shards, tmp_path, ranks, precision=BFLOAT16)
     expected, found = steps(exact, 0, 3), steps(mixed, 0, 3)
     assert found != expected
-    # Worst of the six kinds: 1.3e-3, of losses near 2.5; tokens are rounded when projected.
+    # Worst of the six kinds: 1.3e-3, of losses near 2.5; projected tokens are rounded too.
     assert found == pytest.approx(expected, abs=5e-3, rel=0)
     plain = plain_model(kind, shards)
     weights = {name.removesuffix("[0]"): value for name, value in weights_of(mixed).items()}
