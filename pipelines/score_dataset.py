@@ -46,10 +46,12 @@ def _score(config: ScoreDatasetConfig, ranks: Ranks) -> int:
         deterministic=config.deterministic,
     )
     partitions = partitions_of(config.requests, output)
+    key_file = config.artifact_key_file
+    # Actors may have another working directory.
     open_engine = partial(
         open_offline_engine,
         Path(config.artifact).resolve(),
-        config.artifact_key_file,
+        None if key_file is None else str(Path(key_file).resolve()),
         config.capacity_bytes,
         deterministic=config.deterministic,
     )
