@@ -19,7 +19,7 @@ from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.errors import ArtifactError, ConfigError, DataError
 from torchrec_kvshare.training.run import load_data
 
-SHOWN_METRICS = ["AUC", "GAUC", "NE", "HR@10", "NDCG@10"]
+SHOWN_METRICS = ["AUC", "GAUC", "NE"]
 ARTIFACT_FILES = ["golden.json", "ids.npy", "manifest.json", "model.pt", "schema.json"]
 
 
