@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_parquet_is_answered_with_the_scores_of_json_lines(tmp_path: Path) -> No
     assert refused["scores"] is refused["model_version"] is None
     assert refused["error"]["type"] == "RequestError"
     assert "the request has no 'time'" in refused["error"]["message"]
+
+
+def test_scores_by_task_have_a_list_for_each_task_in_parquet(tmp_path: Path) -> None:
+    """The column of scores was one list of numbers, and scores by task were not."""
+    schema = replace(SCHEMA, tasks=("like", "love"))
+    raws = all_requests()[:4]
+    raws[2] = raws[2] | {"time": None}
+    write_parquet(tmp_path / "part.parquet", raws)
+    engine = Engine(RankingModel(make_dlrm(3, schema=schema)).eval(), schema, None)
+    [one] = score(tmp_path / "part.parquet", tmp_path / "out", engine)
+    expected = [*score_lines(engine, map(json.dumps, raws), batch_requests=4)]
+    rows = parquet.read_table(one.answers).to_pylist()
+    assert rows[2]["scores"] is None
+    for number in (0, 1, 3):
+        assert rows[number]["scores"].keys() == {"like", "love"}
+        assert rows[number]["scores"] == expected[number]["scores"]
 
 
 def test_a_null_in_parquet_is_a_key_that_is_not_given(tmp_path: Path) -> None:

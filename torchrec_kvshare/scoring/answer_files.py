@@ -4,13 +4,14 @@ So they hold nothing that depends on when a request was scored, as the answers' 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from torchrec_kvshare.data.parquet import import_pyarrow
 from torchrec_kvshare.errors import ConfigError
+from torchrec_kvshare.features.schema import UNNAMED_TASK
 
 JSONL, PARQUET = ".jsonl", ".parquet"  # endings of files of requests, and of their answers
 NOT_WRITTEN = "cache"
@@ -29,18 +30,19 @@ class AnswerWriter(Protocol):
 
 
 @contextmanager
-def answer_writer(path: Path, file: BinaryIO) -> Iterator[AnswerWriter]:
+def answer_writer(path: Path, file: BinaryIO, tasks: Sequence[str]) -> Iterator[AnswerWriter]:
     """Write a file of answers; all of them are in it at the end of the ``with`` block.
 
     Args:
         path: its name says whether they are JSON lines or Parquet.
         file: opened for writing, empty.
+        tasks: of the model.
 
     Raises:
         ConfigError: if the file is of another kind.
         MissingExtraError: for Parquet without pyarrow.
     """
-    writer = _JsonLines(file) if kind_of(path) == JSONL else _Parquet(file)
+    writer = _JsonLines(file) if kind_of(path) == JSONL else _Parquet(file, tasks)
     try:
         yield writer
     finally:
@@ -60,15 +62,20 @@ class _JsonLines:
 
 
 class _Parquet:
-    """Columns request_id (text), scores, model_version and error; null is what an answer lacks."""
+    """Columns request_id (text), scores, model_version and error; null is what an answer lacks.
 
-    def __init__(self, file: BinaryIO) -> None:
+    Scores by task are a struct with a list for each task.
+    """
+
+    def __init__(self, file: BinaryIO, tasks: Sequence[str]) -> None:
         self._arrow, parquet = import_pyarrow("writing Parquet")
-        text = self._arrow.string()
+        text, scores = self._arrow.string(), self._arrow.list_(self._arrow.float64())
+        if UNNAMED_TASK not in tasks:
+            scores = self._arrow.struct([(task, scores) for task in tasks])
         self._schema = self._arrow.schema(
             [
                 ("request_id", text),
-                ("scores", self._arrow.list_(self._arrow.float64())),
+                ("scores", scores),
                 ("model_version", text),
                 ("error", self._arrow.struct([("type", text), ("message", text)])),
             ]
@@ -82,7 +89,8 @@ class _Parquet:
         if row["request_id"] is not None:
             row["request_id"] = str(row["request_id"])
         self._waiting.append(row)
-        self._num_scores += len(row["scores"] or ())
+        scores = row["scores"] or ()
+        self._num_scores += sum(map(len, scores.values() if isinstance(scores, dict) else [scores]))
         if len(self._waiting) >= GROUP_ANSWERS or self._num_scores >= GROUP_SCORES:
             self._write_group()
 

@@ -183,10 +183,11 @@ def score_partition(
         counts = Counts()
         if engine.store is not None:
             # Scores may depend in their last bits on what is cached, so nothing is at first.
-            engine.store.clear(engine.model_version)
+            for kv_version in engine.version.kv_versions:
+                engine.store.clear(kv_version)
         with (
             _requests(partition.requests) as requests,
-            answer_writer(partition.answers, file) as writer,
+            answer_writer(partition.answers, file, engine.schema.tasks) as writer,
         ):
             for answer in score_lines(
                 engine, requests, settings.batch_requests, settings.history_order, counts
