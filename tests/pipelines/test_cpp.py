@@ -622,7 +622,7 @@ def test_too_few_events_start_at_the_first_given_block(ask: Ask, echo: Path) -> 
         raws += [last_events(whole, given), read]
         tensors = request_tensors([parse_request(without_first_event(read), SCHEMA)], SCHEMA)
         tensors["history.first_event"] = torch.tensor([first_read])
-        expected += [Echo()(tensors).tolist()] * 2
+        expected += [Echo()(tensors).squeeze(1).tolist()] * 2
     answers = ask(echo, [json.dumps(one).encode() for one in raws])
     assert [a["scores"] for a in answers] == expected
 

@@ -104,9 +104,9 @@ def history_attention(
         >>> v = torch.tensor([0.0, 2.0, 4.0]).view(3, 1, 1).expand(3, 1, 2)
         >>> nothing = flat_rows(k[:0], v[:0], torch.tensor([0, 0]))
         >>> ends = torch.tensor([0, 3])
-        >>> history_attention(q, ends, k, v, ends, nothing, 0, 0, "softmax")[:, 0, 0]
+        >>> history_attention(q, ends, k, v, ends, nothing, 0, 0, "softmax")[:, 0, 0].round()
         tensor([0., 1., 2.])
-        >>> history_attention(q, ends, k, v, ends, nothing, 2, 0, "softmax")[:, 0, 0]
+        >>> history_attention(q, ends, k, v, ends, nothing, 2, 0, "softmax")[:, 0, 0].round()
         tensor([0., 1., 3.])
     """
     return torch.ops.torchrec_kvshare.history_attention(
