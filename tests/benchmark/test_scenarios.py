@@ -216,7 +216,7 @@ def test_no_scenario_imports_another() -> None:
 
 
 def test_an_unknown_scenario_in_a_call_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"'speed'; one of \['append', .*, 'training'\]"):
+    with pytest.raises(ConfigError, match=r"'speed'; one of \['ahead', .*, 'training'\]"):
         measure("speed", Options())
 
 

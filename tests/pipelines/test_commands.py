@@ -36,7 +36,7 @@ MESSAGE_BY_COMMAND = {
     "train hist=causal": "hist is not a key of train; did you mean history?",
     "train ~modell": "modell is not a key of train; did you mean model?",
     "make_requests zzz=1": "zzz is not a key of make_requests; its keys are candidates, count, "
-    "data, output, seed",
+    "data, output, partitions, seed",
     "train cache=memory": "cache is not a key of train; its keys are",
     "train data.root=x": "data.root is a key of data=completejourney or data=movielens or "
     "data=online_retail; choose that,",
@@ -45,9 +45,9 @@ MESSAGE_BY_COMMAND = {
     "profile_scoring userss=(": "userss is not a key of profile_scoring; did you mean users?",
     # --- keys of a scenario
     "benchmark dimm=3": "dimm is not a key of benchmark; did you mean dim?",
-    "benchmark scenario=attention page_size=8": "page_size is a key of scenario=append or",
+    "benchmark scenario=attention page_size=8": "page_size is a key of scenario=ahead or",
     "benchmark scenario=append data=movielens": "data is a key of scenario=cache_trace or scenario="
-    "codec or scenario=tables; choose that",
+    "codec or scenario=history_length or scenario=tables; choose that",
     "benchmark scenario=append ++data.seed=3": "data is not a key of this config; its keys are",
     "benchmark scenario=memory ++repeats=9": "repeats is not a key of this config; its keys are",
     "benchmark scenario=append histories=[0]": "histories is [0]; each must be at least 1",
@@ -68,7 +68,7 @@ MESSAGE_BY_COMMAND = {
     "train --config-name=nothing": "Cannot find primary config 'nothing'.",
     # --- values
     "train data=nothing": "data is 'nothing'; one of ['completejourney', 'interactions',",
-    "benchmark scenario=speed": "scenario is 'speed'; one of ['append', 'attention',",
+    "benchmark scenario=speed": "scenario is 'speed'; one of ['ahead', 'append', ",
     "train data=movielens": "data.root is missing; set data.root=…",
     "train model.dim=wide": "model.dim: Value 'wide' of type 'str' could not be converted",
     "train output=${nothing}": "output: Interpolation key 'nothing' not found",
@@ -445,7 +445,9 @@ def test_a_key_that_only_some_options_have_names_them() -> None:
 
 
 def test_a_group_that_only_some_options_take_is_a_group_of_the_pipeline() -> None:
-    assert groups_of("benchmark") == {"scenario": "queue_length", "data": "synthetic"}
+    groups = {"scenario": "queue_length", "data": "synthetic", "budget": "demo"}
+    assert groups_of("benchmark") == groups
     options_by_key = keys_of("benchmark")
-    assert options_by_key["data"] == ["scenario=cache_trace", "scenario=codec", "scenario=tables"]
+    with_data = ("cache_trace", "codec", "history_length", "tables")
+    assert options_by_key["data"] == [f"scenario={name}" for name in with_data]
     assert options_by_key["data.path"] == ["data=interactions", "data=prepared"]
