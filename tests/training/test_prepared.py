@@ -173,7 +173,7 @@ def both(folders: dict[int, Path], number: int) -> tuple[Shards, Shards]:
 
 def by_item(batch: Batch) -> torch.Tensor:
     """Scores that do not depend on what else is scored."""
-    return torch.sin(batch.sparse_features[candidate_key(ITEM)].values().float())
+    return torch.sin(batch.sparse_features[candidate_key(ITEM)].values().float()).unsqueeze(1)
 
 
 def positions_of(score: Scorer, shards: Shards, settings: RankingSettings) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.encoder_worlds import NAMES, World, cut, make_caches, raws_of, world_of
+from tests.encoder_worlds import NAMES, TASKS, World, cut, make_caches, raws_of, world_of
 from torchrec_kvshare.cache.identity import version_of
 from torchrec_kvshare.cache.items import ItemCache
 from torchrec_kvshare.cache.kv_cache import KVCache
@@ -150,7 +150,7 @@ def test_a_fault_that_only_short_histories_show_is_found(monkeypatch: pytest.Mon
         num_events = features["history.time"].values().numel()
         tried.append(num_events)
         moved = 1e-6 if num_events == 3 and len(dense) == 16 else 0.0
-        return torch.zeros(len(dense)) + moved
+        return torch.zeros(len(dense), len(TASKS)) + moved
 
     monkeypatch.setattr(model, "forward", logits)
     monkeypatch.setattr(deterministic, "score_through_pages", zero_logits)
@@ -164,4 +164,4 @@ def test_a_fault_that_only_short_histories_show_is_found(monkeypatch: pytest.Mon
 
 
 def zero_logits(_: Any, requests: list[Request], __: FeatureSchema) -> Tensor:
-    return torch.zeros(sum(request.num_candidates for request in requests))
+    return torch.zeros(sum(request.num_candidates for request in requests), len(TASKS))
