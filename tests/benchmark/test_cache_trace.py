@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from pipelines.benchmark import main
 from tests.data.logs import USERS, Event, drawn_events, in_order, log_of
-from torchrec_kvshare.benchmark.request_traces import Trace, zipf_trace
+from torchrec_kvshare.benchmark.request_traces import Trace, draw_events, zipf_trace
 from torchrec_kvshare.benchmark.run import measure
 from torchrec_kvshare.benchmark.scenarios import cache_trace as trace_benchmark
 from torchrec_kvshare.benchmark.scenarios.cache_trace import (
@@ -105,7 +105,7 @@ def trace_of(visits: Sequence[tuple[str, int, int]]) -> Trace:
     requests = []
     for user, at, num_events in visits:
         rng = np.random.default_rng(SEED)
-        events = trace_benchmark._drawn_events(zipf.schema, window, rng, num_events)
+        events = draw_events(zipf.schema, window, rng, num_events)
         requests.append(
             replace(zipf.requests[0], user_id=user, time=at, events_by_history={HISTORY: events})
         )

@@ -80,7 +80,7 @@ def zipf_trace(max_history: int, num_requests: int, num_candidates: int, seed: i
         num_visits[user] += 1
         if (owner, num_events) not in known:
             owner_rng = np.random.default_rng([seed, owner])
-            events = _drawn_events(schema, window, owner_rng, num_events)
+            events = draw_events(schema, window, owner_rng, num_events)
             known[owner, num_events] = {HISTORY: events}
         requests.append(
             replace(
@@ -104,7 +104,7 @@ def request_template(schema: FeatureSchema, num_candidates: int, seed: int) -> R
     return parse_request(draw_raw_request(schema, 0, num_candidates, seed), schema)
 
 
-def _drawn_events(
+def draw_events(
     schema: FeatureSchema, window: Window, rng: np.random.Generator, num_events: int
 ) -> Events:
     """Draw the window of a user's first events; a longer history begins like a shorter one."""
