@@ -282,5 +282,5 @@ def test_training_reaches_the_vector_of_every_float() -> None:
     logits = world.dlrm(batch.dense_features, batch.sparse_features)
     names = [name for name, _ in world.dlrm.named_parameters() if "event_floats" in name]
     [gradient] = torch.autograd.grad(logits.sum(), world.dlrm.get_parameter(names[0]))
-    assert (len(names), gradient.shape) == (1, (2, world.spec.dim))
+    assert (len(names), gradient.shape) == (1, (2, world.spec.token_width))
     assert (gradient.abs().sum(1) > 0).all()

@@ -265,6 +265,7 @@ def check_meta(shards: Shards, ranks: Ranks) -> None:
 
 def loss_of(sharded: nn.Module, shards: Shards, ranks: Ranks) -> float:
     batch = own_batches(trainer_of("causal", shards, Path("unused"), ranks), 1)[0]
+    batch.labels = batch.labels.squeeze(1)  # DLRMTrain has one task.
     loss: Tensor = sharded(batch)[0]
     loss.backward()
     return loss.item()
