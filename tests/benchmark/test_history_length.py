@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.pipelines.commands import run_pipeline
+from torchrec_kvshare.benchmark.scenarios.history_length import LINE_BY_PATH
+from torchrec_kvshare.config import NO_HISTORY
+from torchrec_kvshare.history.kinds import KINDS
 
 LENGTHS = [4, 16]
 
@@ -55,3 +58,8 @@ def test_the_records_are_the_runs_metrics(folder: Path) -> None:
 def test_the_metrics_are_drawn_over_the_length(folder: Path) -> None:
     for name in ("auc_by_max_history", "hr10_by_max_history"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_kind_of_encoder_has_a_line() -> None:
+    """Runs of a kind without one would be trained, and then not drawn."""
+    assert set(LINE_BY_PATH) == {*KINDS, NO_HISTORY}

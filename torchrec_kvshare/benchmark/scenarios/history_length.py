@@ -16,7 +16,7 @@ from torchrec_kvshare.benchmark.options import EncoderOptions, Layers
 from torchrec_kvshare.benchmark.plots import BLUE, GREEN, GREY, RED, Axis, Line, Picture
 from torchrec_kvshare.benchmark.results import Case, Record
 from torchrec_kvshare.config import LEAVE_ONE_OUT, NO_HISTORY, Budget, ModelConfig, TrainConfig
-from torchrec_kvshare.history.kinds import CAUSAL, HSTU, LONGER, TARGET_ONLY
+from torchrec_kvshare.history.kinds import BIDIRECTIONAL, CAUSAL, HSTU, LONGER, TARGET_ONLY
 from torchrec_kvshare.training.run import train_run
 
 HISTORY_LENGTH = "history_length"
@@ -25,6 +25,7 @@ BLOCKS_PER_WINDOW = 4  # as in configs/train.yaml: 256 events in blocks of 64
 
 LINE_BY_PATH = {
     CAUSAL: Line("causal", BLUE),
+    BIDIRECTIONAL: Line("bidirectional", "#b28a2f"),
     HSTU: Line("hstu", GREEN),
     LONGER: Line("longer", RED),
     TARGET_ONLY: Line("target_only", "#8a5fb2"),
