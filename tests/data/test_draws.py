@@ -75,7 +75,9 @@ def test_items_are_drawn_by_their_weights_and_never_the_own_one(
     ):
         counts = np.bincount((found - 5) // 3, minlength=len(weights))
         deviation = np.sqrt(len(KEYS) * wanted * (1 - wanted))
-        assert (np.abs(counts - len(KEYS) * wanted) <= 6 * deviation + 1e-9).all()
+        # Bernstein's bound: further off has a chance below 1e-7, also where few are expected.
+        likely = np.where(wanted > 0, 6 * deviation + 12, 0)
+        assert (np.abs(counts - len(KEYS) * wanted) <= likely).all()
 
 
 def test_rounding_at_the_edge_of_an_interval_never_gives_the_own_item() -> None:
