@@ -1,10 +1,11 @@
 // Attention of jagged users on a CPU, softmax and SiLU, forward and backward. See
 // attention/operators.py for meaning and arguments.
 //
-// Keys and values are packed into blocks of 64. A forward task is one head of up to 128 queries of
-// one user. It loops over the blocks and, for each block, over tiles of queries, so that the block
-// stays in the core's L1 cache and scores never leave it. A row's result depends only on that row
-// and its keys, to the bit: tiles are padded with zeros, and every row is rescaled on its own.
+// A forward task is one head of up to 128 queries of one user. It loops over blocks of 64 rows of K/V
+// and, for each block, over tiles of queries: the queries of a tile are the lanes of vectors, so that
+// rows are read where they are, number by number, and a softmax needs no sums across lanes. A row's
+// result depends only on that row and its keys, to the bit: tiles are padded with zeros, and every
+// row is rescaled on its own.
 // A backward task is one head of one user. It recomputes the scores.
 // Running softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867). Backward: FlashAttention, Dao et
 // al. 2022 (arXiv:2205.14135), appendix B.2.
@@ -35,13 +36,14 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int kLanes = 16;
-constexpr int kTile = 8;  // queries per tile: their sums fill half of the registers
+constexpr int kTile = 8;  // rows of a product of two vectors: their sums fill half of the registers
 #else
 constexpr int kLanes = 8;
 constexpr int kTile = 4;
 #endif
 constexpr int kPair = 2 * kLanes;
-constexpr int kBlock = 64;  // keys per block: 16 KiB with values, for heads of 32
+constexpr int kGroup = 8;   // a multiple of kTile, and the rows of a product of one vector
+constexpr int kBlock = 64;  // rows of K/V per block
 constexpr int kTaskRows = 128;
 constexpr int kFewColumns = 8;
 constexpr float kUnseen = -1e30f;
@@ -54,12 +56,6 @@ constexpr int64_t kNoTime = -1;                     // time of a row that gets n
 using Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias)) = float;
 using BitVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias)) = uint32_t;
 using IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias)) = int32_t;
-
-#ifdef __AVX512F__
-constexpr IntVec kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#else
-constexpr IntVec kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
-#endif
 
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
@@ -123,25 +119,6 @@ inline Vec sigmoid(Vec x) {
 #endif
 }
 
-// Exchanges the off-diagonal blocks of `step` lanes between two rows of a matrix.
-template <size_t step, size_t... lane>
-inline void exchange(Vec& above, Vec& below, std::index_sequence<lane...>) {
-  const BitVec of_above = {static_cast<uint32_t>(lane & step ? kLanes + lane - step : lane)...};
-  const BitVec of_below = {static_cast<uint32_t>(lane & step ? kLanes + lane : lane + step)...};
-  const Vec first = __builtin_shuffle(above, below, of_above);
-  below = __builtin_shuffle(above, below, of_below);
-  above = first;
-}
-
-// Transposes rows [kLanes, kLanes], in blocks of 1, 2, 4 and so on.
-template <size_t step = 1>
-inline void transpose(Vec* rows) {
-  for (size_t row = 0; row < kLanes; ++row)
-    if (!(row & step))
-      exchange<step>(rows[row], rows[row + step], std::make_index_sequence<kLanes>());
-  if constexpr (2 * step < kLanes) transpose<2 * step>(rows);
-}
-
 inline float dot(const float* a, const float* b, int64_t dim) {
   Vec total{};
   int64_t d = 0;
@@ -156,50 +133,51 @@ inline void add_scaled(const float* from, float factor, int64_t count, float* to
   for (int64_t d = 0; d < count; ++d) to[d] += factor * from[d];
 }
 
-// A matrix: its first element, and the strides to the next row and the next column.
-struct Matrix {
-  const float* data;
-  int64_t row_step, column_step;
-};
-
-// sums [kTile, columns] = start + left [kTile, depth] times right [depth, columns]. `start` gives
-// the initial sums of each row, and may be the sums themselves.
-template <typename Start>
-__attribute__((always_inline)) inline void multiply(const Matrix& left, int64_t depth, const float* right, int64_t columns,
-                     const Start& start, float* sums_of_rows) {
-  for (int64_t column = 0; column < columns; column += kPair) {
-    Vec sums[kTile][2];
-    for (int row = 0; row < kTile; ++row) {
-      sums[row][0] = load(start(row) + column);
-      sums[row][1] = load(start(row) + column + kLanes);
-    }
-    const float* from = right + column;
-    for (int64_t step = 0; step < depth; ++step, from += columns) {
-      const Vec low = load(from), high = load(from + kLanes);
+// out [rows, vecs * kLanes] = start + left [rows, depth] times right [depth, vecs * kLanes]. start(row,
+// vec) and left(row, step) are values, right(step) is a pointer.
+template <int rows, int vecs, typename Start, typename Left, typename Right>
+__attribute__((always_inline)) inline void multiply(int64_t depth, const Start& start,
+                                                    const Left& left, const Right& right,
+                                                    float* out, int64_t out_step) {
+  Vec sums[rows][vecs];
+  for (int row = 0; row < rows; ++row)
+    for (int vec = 0; vec < vecs; ++vec) sums[row][vec] = start(row, vec);
+  for (int64_t step = 0; step < depth; ++step) {
+    const float* from = right(step);
+    Vec columns[vecs];
+    for (int vec = 0; vec < vecs; ++vec) columns[vec] = load(from + vec * kLanes);
 #pragma GCC unroll 8
-      for (int row = 0; row < kTile; ++row) {
-        const Vec factor = all(left.data[row * left.row_step + step * left.column_step]);
-        sums[row][0] += factor * low;
-        sums[row][1] += factor * high;
-      }
-    }
-    for (int row = 0; row < kTile; ++row) {
-      store(sums_of_rows + row * columns + column, sums[row][0]);
-      store(sums_of_rows + row * columns + column + kLanes, sums[row][1]);
+    for (int row = 0; row < rows; ++row) {
+      const Vec factor = all(left(row, step));
+      for (int vec = 0; vec < vecs; ++vec) sums[row][vec] += factor * columns[vec];
     }
   }
+  for (int row = 0; row < rows; ++row)
+    for (int vec = 0; vec < vecs; ++vec) store(out + row * out_step + vec * kLanes, sums[row][vec]);
 }
 
-// sums [kTile, columns] += left times right.
-__attribute__((always_inline)) inline void multiply_add(const Matrix& left, int64_t depth, const float* right, int64_t columns,
-                         float* sums) {
-  multiply(left, depth, right, columns, [=](int row) { return sums + row * columns; }, sums);
+// sums [rows, columns] += left times right, for rows rounded up to a multiple of kGroup.
+template <typename Left, typename Right>
+inline void multiply_add(int64_t num_rows, int64_t depth, int64_t num_columns, const Left& left,
+                         const Right& right, float* sums) {
+  int64_t column = 0;
+  const auto add = [&]<int rows, int vecs>() {
+    for (int64_t first = 0; first < num_rows; first += rows) {
+      float* to = sums + first * num_columns + column;
+      multiply<rows, vecs>(
+          depth, [=](int row, int vec) { return load(to + row * num_columns + vec * kLanes); },
+          [&](int row, int64_t step) { return left(first + row, step); },
+          [&](int64_t step) { return right(step) + column; }, to, num_columns);
+    }
+  };
+  for (; column + kPair <= num_columns; column += kPair) add.template operator()<kTile, 2>();
+  if (column < num_columns) add.template operator()<kGroup, 1>();
 }
 
 struct Sizes {
   int64_t num_heads, dim, padded_dim;
   Sizes(int64_t num_heads, int64_t dim)
-      : num_heads(num_heads), dim(dim), padded_dim((dim + kPair - 1) / kPair * kPair) {}
+      : num_heads(num_heads), dim(dim), padded_dim((dim + kLanes - 1) / kLanes * kLanes) {}
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(dim)); }
 };
 
@@ -228,8 +206,7 @@ inline Pages rows_of(const at::Tensor& rows) { return Pages(rows.unsqueeze(1)); 
 struct User {
   int64_t first_query, num_queries;  // tokens
   int64_t first_page, num_cached, first_new, num_new;
-  int64_t first_key;    // in all users' rows
-  int64_t first_block;  // in all users' packed blocks
+  int64_t first_key;  // in all users' rows
   int64_t num_keys() const { return num_cached + num_new; }
   int64_t num_blocks() const { return (num_keys() + kBlock - 1) / kBlock; }
 };
@@ -245,13 +222,21 @@ struct History {
     const int64_t page_size = cached_keys.page_size;
     return {true, page_ids[user.first_page + row / page_size], row % page_size};
   }
-  const float* key(const User& user, int64_t row, int64_t head) const {
-    const auto [is_cached, page, place] = find(user, row);
-    return (is_cached ? cached_keys : new_keys).at(page, place, head);
-  }
-  const float* value(const User& user, int64_t row, int64_t head) const {
-    const auto [is_cached, page, place] = find(user, row);
-    return (is_cached ? cached_values : new_values).at(page, place, head);
+  // Fills pointers to one head's keys and values of a range of rows.
+  void find_rows(const User& user, int64_t first, int64_t count, int64_t head, const float** keys,
+                 const float** values) const {
+    for (int64_t row = first, end = first + count; row < end;) {
+      const auto [is_cached, page, place] = find(user, row);
+      const Pages &of_keys = is_cached ? cached_keys : new_keys,
+                  &of_values = is_cached ? cached_values : new_values;
+      const int64_t key_step = is_cached ? of_keys.row_stride : of_keys.page_stride;
+      const int64_t value_step = is_cached ? of_values.row_stride : of_values.page_stride;
+      const int64_t end_of_run =
+          is_cached ? std::min({row + of_keys.page_size - place, user.num_cached, end}) : end;
+      const float *key = of_keys.at(page, place, head), *value = of_values.at(page, place, head);
+      for (; row < end_of_run; ++row, key += key_step, value += value_step)
+        *keys++ = key, *values++ = value;
+    }
   }
 };
 
@@ -343,16 +328,14 @@ struct Range {
   }
 };
 
-// The scaled biases of a tile's queries for a block of keys. Queries with equal time and visibility
-// share them.
+// The scaled biases of one block's rows for queries of equal time and visibility.
 struct BlockBias {
   const Problem& problem;
   const Span& span;
   float factor;
   std::vector<float> times, places;  // the head's column of the tables, scaled
   int64_t block = -1, time = 0, visible = 0;
-  int slot = 0;
-  float values[kTile + 1][kBlock];
+  float values[kBlock];
 
   BlockBias(const Problem& problem, const Span& span, float factor)
       : problem(problem), span(span), factor(factor) {
@@ -365,44 +348,28 @@ struct BlockBias {
       places[bucket] = factor * bias.place_table[bucket * bias.num_heads + span.head];
   }
 
-  // Fills pointers to kBlock values for each query of a tile. The last query's values are kept for
-  // the next tile.
-  void fill(int64_t first_query, int64_t last_query, bool is_one_moment, int64_t of_block,
-            const float** rows) {
-    if (problem.bias.is_none()) {
-      std::fill_n(rows, kTile, kNoBias);
-      return;
+  // Returns the biases [kBlock] of a query; they hold until the next call.
+  const float* of(int64_t query, int64_t of_block) {
+    if (problem.bias.is_none()) return kNoBias;
+    const int64_t candidate = (span.user.first_query + query) / problem.sight.num_tokens;
+    const int64_t its_time = problem.bias.candidate_times[candidate];
+    const int64_t its_visible = problem.sight.visible[candidate];
+    if (of_block != block || its_time != time || its_visible != visible) {
+      block = of_block, time = its_time, visible = its_visible;
+      compute();
     }
-    const int kept = slot;
-    for (int row = 0; row < kTile; ++row) {
-      if (is_one_moment && row > 0) {
-        rows[row] = rows[0];
-        continue;
-      }
-      const int64_t query = std::min(first_query + row, last_query);
-      const int64_t candidate = (span.user.first_query + query) / problem.sight.num_tokens;
-      const int64_t its_time = problem.bias.candidate_times[candidate];
-      const int64_t its_visible = problem.sight.visible[candidate];
-      if (of_block != block || its_time != time || its_visible != visible) {
-        block = of_block, time = its_time, visible = its_visible;
-        slot = (slot + 1) % (kTile + 1);
-        if (slot == kept) slot = (slot + 1) % (kTile + 1);
-        compute(values[slot]);
-      }
-      rows[row] = values[slot];
-    }
+    return values;
   }
 
-  void compute(float* to) const {
+  void compute() {
     const int64_t first = block * kBlock;
     const int64_t count = std::min<int64_t>(kBlock, span.user.num_keys() - first);
     const int64_t* row_times = problem.bias.row_times + span.user.first_key + first;
     for (int64_t key = 0; key < count; ++key) {
       const auto [of_time, of_place] = buckets(row_times[key], first + key);
-      to[key] = of_time < 0 ? 0.0f : times[of_time];
-      if (of_place >= 0) to[key] += places[of_place];
+      values[key] = of_time < 0 ? 0.0f : times[of_time];
+      if (of_place >= 0) values[key] += places[of_place];
     }
-    std::fill_n(to + count, kBlock - count, 0.0f);
   }
 
   // Time and position bucket of one row for the current time and visibility; -1 for no bias.
@@ -415,52 +382,123 @@ struct BlockBias {
   }
 };
 
-// A number of lanes, clamped to [0, kLanes], in every lane.
-inline IntVec clamped(int64_t lanes) {
-  return static_cast<int32_t>(std::clamp<int64_t>(lanes, 0, kLanes)) - IntVec{};
+// The rows of a block of K/V that one head reads.
+struct BlockRows {
+  const float *keys[kBlock], *values[kBlock];
+  int64_t count = 0, dim;
+  std::vector<float> copies;  // for many queries, and if D does not fill the last vector
+
+  BlockRows(const Sizes& sizes, int64_t num_queries)
+      : dim(sizes.dim),
+        copies(num_queries > kPair || sizes.dim < sizes.padded_dim
+                   ? 2 * kBlock * sizes.padded_dim : 0, 0.0f) {}
+
+  void find(const Problem& problem, const Span& span, int64_t block) {
+    const int64_t first = block * kBlock, padded_dim = problem.sizes.padded_dim;
+    count = std::min<int64_t>(kBlock, span.user.num_keys() - first);
+    is_checked = false;
+    problem.history.find_rows(span.user, first, count, span.head, keys, values);
+    if (copies.empty()) return;
+    float* to = copies.data();
+    for (const float** rows : {keys, values})
+      for (int64_t row = 0; row < count; ++row, to += padded_dim)
+        rows[row] = std::copy_n(rows[row], dim, to) - dim;
+  }
+
+  bool has_finite_values() {
+    if (is_checked) return is_finite;
+    Vec total{};
+    for (int64_t row = 0; row < count; ++row)
+      for (int64_t d = 0; d < dim; d += kLanes) total += load(values[row] + d) * 0.0f;
+    is_checked = true;
+    return is_finite = sum_of(total) == 0.0f;
+  }
+
+ private:
+  bool is_checked = false, is_finite = false;
+};
+
+// Queries of a task that are computed together, as lanes.
+struct Tile {
+  int64_t first_query, num_queries;
+  Range seen;
+
+  Tile(const Problem& problem, const User& user, int64_t first, int64_t end)
+      : first_query(first), num_queries(end - first), seen(problem, user, first, end) {}
+  // The rows of a block that some query sees; the first is rounded down to a multiple of kGroup.
+  std::tuple<int64_t, int64_t> part_of(int64_t block) const {
+    return {std::max<int64_t>(0, seen.first - block * kBlock) / kGroup * kGroup,
+            std::min<int64_t>(kBlock, seen.end - block * kBlock)};
+  }
+  bool sees_all(int64_t first_key, int64_t end_key) const {
+    return seen.all_first <= first_key && seen.all_end >= end_key;
+  }
+};
+
+// Divides a range of queries into tiles, of kPair queries but for the last.
+std::vector<Tile> tiles_of(const Problem& problem, const Span& span) {
+  std::vector<Tile> tiles;
+  for (int64_t first = span.first; first < span.end; first += kPair)
+    tiles.emplace_back(problem, span.user, first, std::min(first + kPair, span.end));
+  return tiles;
 }
 
-void hide_unseen(const Problem& problem, const Span& span, int64_t first_query, int64_t last_query,
-                 int64_t first_key, float hidden, float* scores) {
-  for (int row = 0; row < kTile; ++row) {
-    const auto [first, end] =
-        problem.sight.seen(span.user, std::min(first_query + row, last_query));
-    for (int64_t key = 0; key < kBlock; key += kLanes) {
-      const int64_t from = first - first_key - key, to = end - first_key - key;
-      if (from <= 0 && to >= kLanes) continue;
-      const auto is_seen = (kLaneNumbers >= clamped(from)) & (kLaneNumbers < clamped(to));
-      float* place = scores + row * kBlock + key;
-      store(place, is_seen ? load(place) : all(hidden));
-    }
+// The scores [kBlock, lanes] of rows [first, end) of a block; the rows up to a multiple of kGroup are
+// written too. `queries` is [D, lanes]; `bias` may be null.
+template <int vecs>
+void score(const Span& span, const Tile& tile, int64_t block, int64_t first, int64_t end,
+           const float* const* keys, int64_t dim, const float* queries, BlockBias* bias,
+           float* scores) {
+  constexpr int width = vecs * kLanes, rows = vecs == 2 ? kTile : kGroup;
+  const bool is_one_moment = bias == nullptr || tile.seen.is_one_moment;
+  const float* biases = bias == nullptr ? kNoBias : bias->of(tile.first_query, block);
+  for (int lane = 0; lane < width && !is_one_moment; ++lane) {
+    const int64_t query = tile.first_query + std::min<int64_t>(lane, tile.num_queries - 1);
+    const float* of_query = bias->of(query, block);
+    for (int64_t key = 0; key < kBlock; ++key) scores[key * width + lane] = of_query[key];
+  }
+  for (int64_t key = first; key < end; key += rows) {
+    const float* of_rows[rows];
+    for (int row = 0; row < rows; ++row) of_rows[row] = keys[std::min(key + row, end - 1)];
+    float* to = scores + key * width;
+    const auto left = [&](int row, int64_t step) { return of_rows[row][step]; };
+    const auto right = [=](int64_t step) { return queries + step * width; };
+    if (is_one_moment)
+      multiply<rows, vecs>(
+          dim, [&](int row, int) { return all(biases[key + row]); }, left, right, to, width);
+    else
+      multiply<rows, vecs>(
+          dim, [&](int row, int vec) { return load(to + row * width + vec * kLanes); }, left, right,
+          to, width);
   }
 }
 
-inline Vec highest_score(const float* scores) {
-  Vec highest = load(scores);
-  for (int key = kLanes; key < kBlock; key += kLanes) highest = larger(highest, load(scores + key));
-  return highest;
+// Overwrites the scores of rows [first, end) of a block where a query does not see the row.
+template <int vecs>
+void hide_unseen(const Problem& problem, const Span& span, const Tile& tile, int64_t block,
+                 int64_t first, int64_t end, float hidden, float* scores) {
+  IntVec from[vecs] = {}, to[vecs] = {};
+  for (int lane = 0; lane < tile.num_queries; ++lane) {
+    const auto [first_seen, end_seen] = problem.sight.seen(span.user, tile.first_query + lane);
+    from[lane / kLanes][lane % kLanes] =
+        std::clamp<int64_t>(first_seen - block * kBlock, 0, kBlock);
+    to[lane / kLanes][lane % kLanes] = std::clamp<int64_t>(end_seen - block * kBlock, 0, kBlock);
+  }
+  for (int64_t key = first; key < end; ++key)
+    for (int vec = 0; vec < vecs; ++vec) {
+      const IntVec keys = static_cast<int32_t>(key) - IntVec{};
+      float* place = scores + (key * vecs + vec) * kLanes;
+      store(place, (keys >= from[vec]) & (keys < to[vec]) ? load(place) : all(hidden));
+    }
 }
 
 // State of a running softmax, or SiLU sum, of some queries.
 struct Running {
-  float* queries;     // [rows, D], scaled
+  float* queries;     // [D, lanes], scaled
   float* sums;        // [rows, padded D]
-  float* totals;      // [rows, kLanes], partial sums of the weights
+  float* totals;      // [rows], sums of the weights
   float* references;  // [rows], subtracted from scores before the exponential
 };
-
-void raise_references(const float* scores, int64_t padded_dim, const Running& tile) {
-  for (int row = 0; row < kTile; ++row) {
-    const float highest = highest_of(highest_score(scores + row * kBlock));
-    if (highest <= tile.references[row] + kSlack) continue;
-    const Vec factor = exp2(all(tile.references[row] - highest));
-    tile.references[row] = highest;
-    float* totals = tile.totals + row * kLanes;
-    store(totals, load(totals) * factor);
-    float* sums = tile.sums + row * padded_dim;
-    for (int64_t d = 0; d < padded_dim; d += kLanes) store(sums + d, load(sums + d) * factor);
-  }
-}
 
 struct Softmax {
   static constexpr float kScale = kLog2E;  // scores are exponents of 2
@@ -468,35 +506,46 @@ struct Softmax {
   static constexpr float kHidden = -INFINITY;
 
   // The running softmax starts with the own tokens, so that nothing has to be merged afterwards.
-  static void open(std::vector<float>& weights, float* totals, float* reference) {
+  static void open(std::vector<float>& weights, float* total, float* reference) {
     *reference = *std::max_element(weights.begin(), weights.end());
-    for (float& weight : weights) totals[0] += weight = std::exp2(weight - *reference);
+    for (float& weight : weights) *total += weight = std::exp2(weight - *reference);
   }
-  static void weigh(float* scores, int64_t padded_dim, const Running& tile) {
-    Vec num_above{};  // A count, not a maximum: NaN of one row would hide a large score of another.
-    for (int row = 0; row < kTile; ++row) {
-      const Vec limit = all(tile.references[row] + kSlack);
-      num_above += highest_score(scores + row * kBlock) <= limit ? Vec{} : all(1.0f);
-    }
-    if (highest_of(num_above) > 0.0f) raise_references(scores, padded_dim, tile);
-    for (int row = 0; row < kTile; ++row, scores += kBlock) {
-      const Vec reference = all(tile.references[row]);
-      Vec total = load(tile.totals + row * kLanes);
-      for (int key = 0; key < kBlock; key += kLanes) {
-        const Vec weight = exp2(load(scores + key) - reference);
-        store(scores + key, weight);
+  // Turns scores [count, lanes] into weights.
+  template <int vecs>
+  static void weigh(float* scores, int64_t count, int64_t padded_dim, const Running& tile) {
+    for (int vec = 0; vec < vecs; ++vec, scores += kLanes) {
+      Vec highest = load(scores);
+      for (int64_t key = 1; key < count; ++key)
+        highest = larger(highest, load(scores + key * vecs * kLanes));
+      float* references = tile.references + vec * kLanes;
+      Vec reference = load(references), total{};
+      const auto is_raised = !(highest <= reference + kSlack);
+      if (highest_of(is_raised ? all(1.0f) : Vec{}) > 0.0f) {
+        const Vec factor = is_raised ? exp2(reference - highest) : all(1.0f);
+        reference = is_raised ? highest : reference;
+        store(references, reference);
+        float* totals = tile.totals + vec * kLanes;
+        store(totals, load(totals) * factor);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          float* sums = tile.sums + (vec * kLanes + lane) * padded_dim;
+          for (int64_t d = 0; d < padded_dim && factor[lane] != 1.0f; ++d) sums[d] *= factor[lane];
+        }
+      }
+      for (int64_t key = 0; key < count; ++key) {
+        float* place = scores + key * vecs * kLanes;
+        const Vec weight = exp2(load(place) - reference);
+        store(place, weight);
         total += weight;
       }
-      store(tile.totals + row * kLanes, total);
+      float* totals = tile.totals + vec * kLanes;
+      store(totals, load(totals) + total);
     }
   }
-  static float share(const float* totals) { return 1.0f / sum_of(load(totals)); }
+  static float share(float total) { return 1.0f / total; }
   // In base 2, as the scores are in the backward pass.
-  static float log_sum(const float* totals, float reference) {
-    return reference + std::log2(sum_of(load(totals)));
-  }
+  static float log_sum(float total, float reference) { return reference + std::log2(total); }
   // Computes weights from scores, and gradients of scores from gradients of weights.
-  static void backward(Vec score, Vec weight_gradient, float log_sum, float delta, Vec* weight,
+  static void backward(Vec score, Vec weight_gradient, Vec log_sum, Vec delta, Vec* weight,
                        Vec* gradient) {
     *weight = exp2(score - log_sum);
     *gradient = *weight * (weight_gradient - delta);
@@ -510,15 +559,16 @@ struct Silu {
   static void open(std::vector<float>& weights, float*, float*) {
     for (float& weight : weights) weight /= 1.0f + std::exp(-weight);
   }
-  static void weigh(float* scores, int64_t, const Running&) {
-    for (int place = 0; place < kTile * kBlock; place += kLanes) {
-      const Vec value = load(scores + place);
-      store(scores + place, value * sigmoid(value));
+  template <int vecs>
+  static void weigh(float* scores, int64_t count, int64_t, const Running&) {
+    for (float* place = scores; place < scores + count * vecs * kLanes; place += kLanes) {
+      const Vec value = load(place);
+      store(place, value * sigmoid(value));
     }
   }
-  static float share(const float*) { return 1.0f; }
-  static float log_sum(const float*, float) { return 0.0f; }
-  static void backward(Vec score, Vec weight_gradient, float, float, Vec* weight, Vec* gradient) {
+  static float share(float) { return 1.0f; }
+  static float log_sum(float, float) { return 0.0f; }
+  static void backward(Vec score, Vec weight_gradient, Vec, Vec, Vec* weight, Vec* gradient) {
     const Vec share = sigmoid(score);
     *weight = score * share;
     *gradient = weight_gradient * (share + *weight * (1.0f - share));
@@ -535,154 +585,83 @@ void share_out(int64_t num_items, const Work& work) {
   });
 }
 
-// Packs a block of rows as [D, kBlock], padded with zeros.
-template <typename RowAt>
-void pack_columns(const RowAt& row_at, int64_t count, int64_t dim, float* block) {
-  if (count < kBlock) std::fill_n(block, dim * kBlock, 0.0f);
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const int64_t num_rows = std::min<int64_t>(kLanes, count - first);
-    const float* from[kLanes];
-    for (int64_t row = 0; row < num_rows; ++row) from[row] = row_at(first + row);
-    int64_t d = 0;
-    for (; num_rows == kLanes && d + kLanes <= dim; d += kLanes) {
-      Vec rows[kLanes];
-      for (int row = 0; row < kLanes; ++row) rows[row] = load(from[row] + d);
-      transpose(rows);
-      for (int row = 0; row < kLanes; ++row) store(block + (d + row) * kBlock + first, rows[row]);
-    }
-    for (int64_t row = 0; row < num_rows; ++row)
-      for (int64_t rest = d; rest < dim; ++rest) block[rest * kBlock + first + row] = from[row][rest];
-  }
-}
-
-// Packs a block of rows as [kBlock, padded D], padded with zeros.
-template <typename RowAt>
-void pack_rows(const RowAt& row_at, int64_t count, const Sizes& sizes, float* block) {
-  if (count < kBlock || sizes.dim < sizes.padded_dim)
-    std::fill_n(block, kBlock * sizes.padded_dim, 0.0f);
-  for (int64_t row = 0; row < count; ++row)
-    std::copy_n(row_at(row), sizes.dim, block + row * sizes.padded_dim);
-}
-
-inline bool are_finite(const float* numbers, int64_t count) {
-  Vec total{};
-  for (int64_t place = 0; place < count; place += kLanes) total += load(numbers + place) * 0.0f;
-  return sum_of(total) == 0.0f;
-}
-
-// Packed keys [blocks, H, D, kBlock] and values [blocks, H, kBlock, padded D] of all users.
-struct Packed {
-  at::Tensor keys, values;
-  std::vector<char> has_finite_values;  // [blocks, H]
-
-  explicit Packed(Problem& problem) {
-    int64_t num_blocks = 0;
-    for (User& user : problem.users) {
-      user.first_block = num_blocks;
-      num_blocks += user.num_blocks();
-    }
-    const Sizes& sizes = problem.sizes;
-    const auto options = problem.queries.tensor.options();
-    // Allocated before the list of blocks, so that too large a request fails here.
-    keys = at::empty({num_blocks, sizes.num_heads, sizes.dim, kBlock}, options);
-    values = at::empty({num_blocks, sizes.num_heads, kBlock, sizes.padded_dim}, options);
-    float *key_data = keys.data_ptr<float>(), *value_data = values.data_ptr<float>();
-    has_finite_values.resize(num_blocks * sizes.num_heads);
-    std::vector<std::tuple<const User*, int64_t>> blocks;
-    blocks.reserve(num_blocks);
-    for (const User& user : problem.users)
-      for (int64_t first = 0; first < user.num_keys(); first += kBlock)
-        blocks.emplace_back(&user, first);
-    const History& history = problem.history;
-    share_out(num_blocks, [&](int64_t block, int64_t) {
-      const User& user = *std::get<0>(blocks[block]);
-      const int64_t first = std::get<1>(blocks[block]);
-      const int64_t count = std::min<int64_t>(kBlock, user.num_keys() - first);
-      for (int64_t head = 0; head < sizes.num_heads; ++head) {
-        const int64_t packed = block * sizes.num_heads + head;
-        pack_columns([&](int64_t row) { return history.key(user, first + row, head); }, count,
-                     sizes.dim, key_data + packed * sizes.dim * kBlock);
-        float* value_block = value_data + packed * sizes.padded_dim * kBlock;
-        pack_rows([&](int64_t row) { return history.value(user, first + row, head); }, count, sizes,
-                  value_block);
-        has_finite_values[packed] = are_finite(value_block, kBlock * sizes.padded_dim);
-      }
-    });
-  }
-};
-
 template <typename Scoring>
 struct Forward {
   const Problem& problem;
-  const float *key_blocks, *value_blocks;
-  const char* has_finite_values;
   float *out, *log_sums;  // [tokens, H, D], [tokens, H]
-  int64_t task_rows;      // maximum rows of a task, a multiple of kTile
+  int64_t task_rows;      // maximum rows of a task, a multiple of kPair
 
   int64_t scratch_size() const {
     const Sizes& sizes = problem.sizes;
-    return kTile * kBlock + task_rows * (sizes.dim + sizes.padded_dim + kLanes + 1);
+    return kBlock * kPair + task_rows * (sizes.dim + sizes.padded_dim + 2);
   }
 
   void run(const Span& span, float* scratch) const {
     const Sizes& sizes = problem.sizes;
     float* scores = scratch;
-    float* free = scratch + kTile * kBlock;
+    float* free = scratch + kBlock * kPair;
     const Running running{free, free + task_rows * sizes.dim,
                           free + task_rows * (sizes.dim + sizes.padded_dim),
-                          free + task_rows * (sizes.dim + sizes.padded_dim + kLanes)};
+                          free + task_rows * (sizes.dim + sizes.padded_dim + 1)};
     open(span, running);
     BlockBias bias(problem, span, Scoring::kScale);
-    std::vector<Range> tiles;
-    for (int64_t row = span.first; row < span.end; row += kTile)
-      tiles.emplace_back(problem, span.user, row, std::min(row + kTile, span.end));
+    BlockRows rows(sizes, span.end - span.first);
+    const std::vector<Tile> tiles = tiles_of(problem, span);
     int64_t first = INT64_MAX, end = 0;
-    for (const Range& tile : tiles) {
-      first = std::min(first, tile.first);
-      end = std::max(end, tile.end);
+    for (const Tile& tile : tiles) {
+      first = std::min(first, tile.seen.first);
+      end = std::max(end, tile.seen.end);
     }
-    for (int64_t block = first / kBlock; block * kBlock < end; ++block)
-      for (size_t tile = 0; tile < tiles.size(); ++tile)
-        add_block(span, bias, block, tile, tiles[tile], running, scores);
+    for (int64_t block = first / kBlock; block * kBlock < end; ++block) {
+      rows.find(problem, span, block);
+      for (const Tile& tile : tiles) {
+        const int64_t place = tile.first_query - span.first;
+        const Running own{running.queries + place * sizes.dim,
+                          running.sums + place * sizes.padded_dim, running.totals + place,
+                          running.references + place};
+        if (tile.num_queries > kLanes)
+          add_block<2>(span, tile, block, rows, bias, own, scores);
+        else
+          add_block<1>(span, tile, block, rows, bias, own, scores);
+      }
+    }
     close(span, running);
   }
 
-  void add_block(const Span& span, BlockBias& bias, int64_t block, int64_t tile, const Range& seen,
-                 const Running& running, float* scores) const {
+  template <int vecs>
+  void add_block(const Span& span, const Tile& tile, int64_t block, BlockRows& rows,
+                 BlockBias& bias, const Running& running, float* scores) const {
     const Sizes& sizes = problem.sizes;
-    const int64_t first_key = block * kBlock, end_key = first_key + kBlock;
-    if (seen.end <= first_key || seen.first >= end_key) return;
-    const int64_t place = tile * kTile, first_query = span.first + place;
-    const int64_t last_query = std::min(first_query + kTile, span.end) - 1;
-    const Running rows{running.queries + place * sizes.dim, running.sums + place * sizes.padded_dim,
-                       running.totals + place * kLanes, running.references + place};
-    const int64_t packed = (span.user.first_block + block) * sizes.num_heads + span.head;
-    const float* biases[kTile];
-    bias.fill(first_query, last_query, seen.is_one_moment, block, biases);
-    multiply({rows.queries, sizes.dim, 1}, sizes.dim, key_blocks + packed * sizes.dim * kBlock,
-             kBlock, [&](int row) { return biases[row]; }, scores);
-    const bool hides = seen.all_first > first_key || seen.all_end < end_key;
+    const auto [first, end] = tile.part_of(block);
+    if (first >= end) return;
+    score<vecs>(span, tile, block, first, end, rows.keys, sizes.dim, running.queries, &bias, scores);
+    const bool hides = !tile.sees_all(block * kBlock + first, block * kBlock + end);
     if (hides)
-      hide_unseen(problem, span, first_query, last_query, first_key, Scoring::kHidden, scores);
-    Scoring::weigh(scores, sizes.padded_dim, rows);
-    const float* values = value_blocks + packed * sizes.padded_dim * kBlock;
-    if (hides && !has_finite_values[packed])
-      add_seen(span, first_query, last_query, first_key, scores, values, rows.sums);
+      hide_unseen<vecs>(problem, span, tile, block, first, end, Scoring::kHidden, scores);
+    const int64_t num_keys = end - first;
+    const float* const* values = rows.values + first;
+    scores += first * vecs * kLanes;
+    Scoring::template weigh<vecs>(scores, num_keys, sizes.padded_dim, running);
+    if (hides && !rows.has_finite_values())
+      add_seen(span, tile, block * kBlock + first, num_keys, scores, vecs * kLanes, values,
+               running.sums);
     else
-      multiply_add({scores, kBlock, 1}, kBlock, values, sizes.padded_dim, rows.sums);
+      multiply_add(
+          tile.num_queries, num_keys, sizes.padded_dim,
+          [=](int64_t row, int64_t step) { return scores[step * vecs * kLanes + row]; },
+          [=](int64_t step) { return values[step]; }, running.sums);
   }
 
   // The product with the visible rows only: a hidden row weighs zero, and zero times NaN is NaN.
-  void add_seen(const Span& span, int64_t first_query, int64_t last_query, int64_t first_key,
-                const float* weights, const float* values, float* sums) const {
-    const int64_t padded_dim = problem.sizes.padded_dim;
-    for (int64_t query = first_query; query <= last_query; ++query) {
-      const auto [first, end] = problem.sight.seen(span.user, query);
-      const int64_t place = query - first_query;
-      for (int64_t key = 0; key < kBlock; ++key)
+  void add_seen(const Span& span, const Tile& tile, int64_t first_key, int64_t num_keys,
+                const float* weights, int64_t width, const float* const* values,
+                float* sums) const {
+    for (int64_t place = 0; place < tile.num_queries; ++place) {
+      const auto [first, end] = problem.sight.seen(span.user, tile.first_query + place);
+      for (int64_t key = 0; key < num_keys; ++key)
         if (first <= first_key + key && first_key + key < end)
-          add_scaled(values + key * padded_dim, weights[place * kBlock + key], padded_dim,
-                     sums + place * padded_dim);
+          add_scaled(values[key], weights[key * width + place], problem.sizes.dim,
+                     sums + place * problem.sizes.padded_dim);
     }
   }
 
@@ -690,21 +669,24 @@ struct Forward {
     const Sizes& sizes = problem.sizes;
     std::fill_n(running.queries, task_rows * sizes.dim, 0.0f);
     std::fill_n(running.sums, task_rows * sizes.padded_dim, 0.0f);
-    std::fill_n(running.totals, task_rows * kLanes, 0.0f);
+    std::fill_n(running.totals, task_rows, 0.0f);
     std::fill_n(running.references, task_rows, kUnseen);
     const float scale = Scoring::kScale * sizes.scale();
-    const int64_t num_tokens = problem.sight.num_tokens;
-    std::vector<float> weights(num_tokens);
-    for (int64_t place = 0; place < span.end - span.first; ++place) {
+    const int64_t num_queries = span.end - span.first, num_tokens = problem.sight.num_tokens;
+    std::vector<float> weights(num_tokens), query(sizes.dim);
+    for (int64_t place = 0; place < num_queries; ++place) {
       const int64_t token = span.user.first_query + span.first + place;
       const float* from = problem.queries.at(token, 0, span.head);
-      float* query = running.queries + place * sizes.dim;
-      for (int64_t d = 0; d < sizes.dim; ++d) query[d] = from[d] * scale;
+      const int64_t lane = place % kPair, first = place - lane;
+      const int64_t width = num_queries - first > kLanes ? kPair : kLanes;
+      float* to = running.queries + first * sizes.dim + lane;
+      for (int64_t d = 0; d < sizes.dim; ++d) to[d * width] = query[d] = from[d] * scale;
       if (!problem.has_own) continue;
       const int64_t first_own = token / num_tokens * num_tokens;
       for (int64_t own = 0; own < num_tokens; ++own)
-        weights[own] = dot(query, problem.own_keys.at(first_own + own, 0, span.head), sizes.dim);
-      Scoring::open(weights, running.totals + place * kLanes, running.references + place);
+        weights[own] =
+            dot(query.data(), problem.own_keys.at(first_own + own, 0, span.head), sizes.dim);
+      Scoring::open(weights, running.totals + place, running.references + place);
       for (int64_t own = 0; own < num_tokens; ++own)
         add_scaled(problem.own_values.at(first_own + own, 0, span.head), weights[own], sizes.dim,
                    running.sums + place * sizes.padded_dim);
@@ -715,19 +697,18 @@ struct Forward {
     const Sizes& sizes = problem.sizes;
     for (int64_t place = 0; place < span.end - span.first; ++place) {
       const int64_t token = span.user.first_query + span.first + place;
-      const float* totals = running.totals + place * kLanes;
-      const float share = Scoring::share(totals);
+      const float total = running.totals[place], share = Scoring::share(total);
       const float* sums = running.sums + place * sizes.padded_dim;
       float* to = out + (token * sizes.num_heads + span.head) * sizes.dim;
       for (int64_t d = 0; d < sizes.dim; ++d) to[d] = sums[d] * share;
       log_sums[token * sizes.num_heads + span.head] =
-          Scoring::log_sum(totals, running.references[place]);
+          Scoring::log_sum(total, running.references[place]);
     }
   }
 };
 
 template <typename Scoring>
-std::tuple<at::Tensor, at::Tensor> forward(Problem& problem) {
+std::tuple<at::Tensor, at::Tensor> forward(const Problem& problem) {
   const Sizes& sizes = problem.sizes;
   const auto options = problem.queries.tensor.options();
   const int64_t num_tokens = problem.queries.tensor.size(0);
@@ -737,20 +718,17 @@ std::tuple<at::Tensor, at::Tensor> forward(Problem& problem) {
   const int64_t num_queries = problem.num_queries();
   out.slice(0, num_queries).zero_();
   log_sums.slice(0, num_queries).zero_();
-  const Packed packed(problem);
   int64_t most_queries = 0;
   for (const User& user : problem.users) most_queries = std::max(most_queries, user.num_queries);
-  const int64_t task_rows = std::min<int64_t>(kTaskRows, (most_queries + kTile - 1) / kTile * kTile);
+  const int64_t task_rows = std::min<int64_t>(kTaskRows, (most_queries + kPair - 1) / kPair * kPair);
   std::vector<Span> tasks;
   for (const User& user : problem.users)
     // The last rows of a history see most rows, so they are the longest tasks: they go first.
     for (int64_t end = user.num_queries; end > 0; end -= task_rows)
       for (int64_t head = 0; head < sizes.num_heads; ++head)
         tasks.push_back({user, head, std::max<int64_t>(0, end - task_rows), end});
-  const Forward<Scoring> attention{problem, packed.keys.const_data_ptr<float>(),
-                                   packed.values.const_data_ptr<float>(),
-                                   packed.has_finite_values.data(), out.data_ptr<float>(),
-                                   log_sums.data_ptr<float>(), task_rows};
+  const Forward<Scoring> attention{problem, out.data_ptr<float>(), log_sums.data_ptr<float>(),
+                                   task_rows};
   // Rounded up so that each worker's scratch starts on a cache line.
   const int64_t scratch_size = (attention.scratch_size() + 15) / 16 * 16;
   at::Tensor scratch = at::empty({at::get_num_threads(), scratch_size}, options);
@@ -785,7 +763,7 @@ struct Gradients {
   }
 };
 
-// One head of one user: for each block of its rows, all queries in blocks of kBlock.
+// One head of one user: for each block of its rows, all tiles of its queries.
 template <typename Scoring>
 struct Backward {
   const Problem& problem;
@@ -794,152 +772,134 @@ struct Backward {
   const float* log_sums;  // [tokens, H]
   Gradients& gradients;
 
+  // Copies of a user's queries and gradients, for tiles of kPair; padded with zeros.
+  struct Queries {
+    std::vector<float> rows, out_rows;        // [queries, padded D]; the queries are scaled
+    std::vector<float> columns, out_columns;  // [tiles, D, kPair]
+    std::vector<float> sums;                  // [queries, padded D], gradients of `rows`
+    std::vector<float> deltas, logs;          // [queries]
+  };
+
+  // A block of rows: its gradients, and the weights of a tile of queries on these rows.
+  struct Scratch {
+    BlockRows rows;
+    std::vector<float> key_sums, value_sums;  // [kBlock, padded D]
+    std::vector<float> weights, gradients;    // [kBlock, kPair]
+
+    Scratch(const Sizes& sizes, int64_t num_queries)
+        : rows(sizes, num_queries),
+          key_sums(kBlock * sizes.padded_dim),
+          value_sums(kBlock * sizes.padded_dim),
+          weights(kBlock * kPair),
+          gradients(kBlock * kPair) {}
+  };
+
   void run(int64_t place, int64_t head) const {
     const User& user = problem.users[place];
     const Sizes& sizes = problem.sizes;
     const Span span{user, head, 0, user.num_queries};
-    const int64_t num_blocks = (user.num_queries + kBlock - 1) / kBlock;
-    const int64_t padded = num_blocks * kBlock * sizes.padded_dim;
-    std::vector<float> queries(padded, 0.0f), outs(padded, 0.0f), sums(padded, 0.0f);
-    std::vector<float> deltas(num_blocks * kBlock, 0.0f), logs(num_blocks * kBlock, 0.0f);
-    for (int64_t query = 0; query < user.num_queries; ++query) {
-      const int64_t token = user.first_query + query;
-      const float* gradient = out_gradient.at(token, 0, head);
-      float* scaled = queries.data() + query * sizes.padded_dim;
-      add_scaled(problem.queries.at(token, 0, head), sizes.scale(), sizes.dim, scaled);
-      std::copy_n(gradient, sizes.dim, outs.data() + query * sizes.padded_dim);
-      deltas[query] = dot(gradient, out.at(token, 0, head), sizes.dim);
-      logs[query] = log_sums[token * sizes.num_heads + head];
-    }
-    if (problem.has_own) own_tokens(span, queries, outs, deltas, logs, sums);
-    Scratch scratch(sizes);
+    Queries queries = copies_of(span);
+    if (problem.has_own) own_tokens(span, queries);
+    const std::vector<Tile> tiles = tiles_of(problem, span);
     BlockBias bias(problem, span, 1.0f);  // kScale is applied after the product.
     float* tables = Gradients::at(gradients.tables, place, head);
-    for (int64_t block = 0; block < user.num_blocks(); ++block) {
-      scratch.load(problem, span, block);
-      for (int64_t first = 0; first < user.num_queries; first += kBlock) {
-        const int64_t end = std::min(first + kBlock, user.num_queries);
-        const Range seen(problem, user, first, end);
-        if (seen.end <= block * kBlock || seen.first >= (block + 1) * kBlock) continue;
-        const int64_t at = first * sizes.padded_dim;
-        scores(span, first, end, block, bias, queries.data() + at, outs.data() + at,
-               deltas.data() + first, logs.data() + first, scratch, tables);
-        scratch.multiply_all(sizes, queries.data() + at, outs.data() + at, sums.data() + at);
+    Scratch scratch(sizes, user.num_queries);
+    for (int64_t block = 0; block * kBlock < user.num_keys(); ++block) {
+      scratch.rows.find(problem, span, block);
+      std::fill(scratch.key_sums.begin(), scratch.key_sums.end(), 0.0f);
+      std::fill(scratch.value_sums.begin(), scratch.value_sums.end(), 0.0f);
+      for (const Tile& tile : tiles) add_block(span, tile, block, bias, queries, scratch, tables);
+      for (int64_t row = 0; row < scratch.rows.count; ++row) {
+        const int64_t key = user.first_key + block * kBlock + row, from = row * sizes.padded_dim;
+        std::copy_n(scratch.key_sums.data() + from, sizes.dim,
+                    Gradients::at(gradients.keys, key, head));
+        std::copy_n(scratch.value_sums.data() + from, sizes.dim,
+                    Gradients::at(gradients.values, key, head));
       }
-      scratch.save(sizes, span, block, gradients);
     }
     for (int64_t query = 0; query < user.num_queries; ++query)
-      add_scaled(sums.data() + query * sizes.padded_dim, sizes.scale(), sizes.dim,
+      add_scaled(queries.sums.data() + query * sizes.padded_dim, sizes.scale(), sizes.dim,
                  Gradients::at(gradients.queries, user.first_query + query, head));
   }
 
-  // A block of rows, its gradients, and the weights of a block of queries on these rows.
-  struct Scratch {
-    std::vector<float> key_columns, value_columns, key_rows, key_sums, value_sums;
-    std::vector<float> weights, gradients;  // [kBlock queries, kBlock keys]
-
-    explicit Scratch(const Sizes& sizes)
-        : key_columns(sizes.dim * kBlock),
-          value_columns(sizes.dim * kBlock),
-          key_rows(kBlock * sizes.padded_dim),
-          key_sums(kBlock * sizes.padded_dim),
-          value_sums(kBlock * sizes.padded_dim),
-          weights(kBlock * kBlock),
-          gradients(kBlock * kBlock) {}
-
-    void load(const Problem& problem, const Span& span, int64_t block) {
-      const int64_t first = block * kBlock;
-      const int64_t count = std::min<int64_t>(kBlock, span.user.num_keys() - first);
-      const auto key = [&](int64_t row) {
-        return problem.history.key(span.user, first + row, span.head);
-      };
-      const auto value = [&](int64_t row) {
-        return problem.history.value(span.user, first + row, span.head);
-      };
-      pack_columns(key, count, problem.sizes.dim, key_columns.data());
-      pack_columns(value, count, problem.sizes.dim, value_columns.data());
-      pack_rows(key, count, problem.sizes, key_rows.data());
-      std::fill(key_sums.begin(), key_sums.end(), 0.0f);
-      std::fill(value_sums.begin(), value_sums.end(), 0.0f);
-    }
-
-    void multiply_all(const Sizes& sizes, const float* queries, const float* outs, float* sums) {
-      const int64_t columns = sizes.padded_dim;
-      for (int64_t row = 0; row < kBlock; row += kTile) {
-        multiply_add({gradients.data() + row * kBlock, kBlock, 1}, kBlock, key_rows.data(), columns,
-                     sums + row * columns);
-        multiply_add({gradients.data() + row, 1, kBlock}, kBlock, queries, columns,
-                     key_sums.data() + row * columns);
-        multiply_add({weights.data() + row, 1, kBlock}, kBlock, outs, columns,
-                     value_sums.data() + row * columns);
-      }
-    }
-
-    void save(const Sizes& sizes, const Span& span, int64_t block, Gradients& gradients) const {
-      const int64_t first = block * kBlock;
-      const int64_t count = std::min<int64_t>(kBlock, span.user.num_keys() - first);
-      for (int64_t row = 0; row < count; ++row) {
-        const int64_t key = span.user.first_key + first + row;
-        std::copy_n(key_sums.data() + row * sizes.padded_dim, sizes.dim,
-                    Gradients::at(gradients.keys, key, span.head));
-        std::copy_n(value_sums.data() + row * sizes.padded_dim, sizes.dim,
-                    Gradients::at(gradients.values, key, span.head));
-      }
-    }
-  };
-
-  // Computes the weights of a block of queries on a block of keys, and the scores' gradients.
-  void scores(const Span& span, int64_t first, int64_t end, int64_t block, BlockBias& bias,
-              const float* queries, const float* outs, const float* deltas, const float* logs,
-              Scratch& scratch, float* tables) const {
+  Queries copies_of(const Span& span) const {
     const Sizes& sizes = problem.sizes;
-    float scores[kTile * kBlock], weight_gradients[kTile * kBlock];
-    for (int64_t row = 0; row < kBlock; row += kTile) {
-      float* weights = scratch.weights.data() + row * kBlock;
-      float* gradients = scratch.gradients.data() + row * kBlock;
-      if (first + row >= end) {
-        std::fill_n(weights, kTile * kBlock, 0.0f);
-        std::fill_n(gradients, kTile * kBlock, 0.0f);
-        continue;
+    const int64_t padded = (span.end + kPair - 1) / kPair * kPair;
+    const std::vector<float> of_rows(padded * sizes.padded_dim), of_columns(padded * sizes.dim);
+    const std::vector<float> of_queries(padded);
+    Queries queries{of_rows, of_rows, of_columns, of_columns, of_rows, of_queries, of_queries};
+    for (int64_t query = 0; query < span.end; ++query) {
+      const int64_t token = span.user.first_query + query, lane = query % kPair;
+      const float* from = problem.queries.at(token, 0, span.head);
+      const float* gradient = out_gradient.at(token, 0, span.head);
+      for (int64_t d = 0; d < sizes.dim; ++d) {
+        const int64_t row = query * sizes.padded_dim + d;
+        const int64_t column = (query - lane) * sizes.dim + d * kPair + lane;
+        queries.rows[row] = queries.columns[column] = from[d] * sizes.scale();
+        queries.out_rows[row] = queries.out_columns[column] = gradient[d];
       }
-      const int64_t last = std::min(first + row + kTile, end) - 1;
-      const float* biases[kTile];
-      bias.fill(first + row, last, false, block, biases);
-      multiply({queries + row * sizes.padded_dim, sizes.padded_dim, 1}, sizes.dim,
-               scratch.key_columns.data(), kBlock, [&](int r) { return biases[r]; }, scores);
-      multiply({outs + row * sizes.padded_dim, sizes.padded_dim, 1}, sizes.dim,
-               scratch.value_columns.data(), kBlock, [](int) { return kNoBias; },
-               weight_gradients);
-      for (int tile_row = 0; tile_row < kTile; ++tile_row)
-        for (int key = tile_row * kBlock; key < (tile_row + 1) * kBlock; key += kLanes) {
-          Vec weight, gradient;
-          Scoring::backward(load(scores + key) * Scoring::kScale, load(weight_gradients + key),
-                            logs[row + tile_row], deltas[row + tile_row], &weight, &gradient);
-          store(weights + key, weight);
-          store(gradients + key, gradient);
-        }
-      hide_unseen(problem, span, first + row, last, block * kBlock, 0.0f, weights);
-      hide_unseen(problem, span, first + row, last, block * kBlock, 0.0f, gradients);
-      for (int64_t padding = last + 1 - first - row; padding < kTile; ++padding) {
-        std::fill_n(weights + padding * kBlock, kBlock, 0.0f);
-        std::fill_n(gradients + padding * kBlock, kBlock, 0.0f);
-      }
-      add_to_tables(span, first + row, last, block, bias, gradients, tables);
+      queries.deltas[query] = dot(gradient, out.at(token, 0, span.head), sizes.dim);
+      queries.logs[query] = log_sums[token * sizes.num_heads + span.head];
     }
+    return queries;
   }
 
-  void add_to_tables(const Span& span, int64_t first, int64_t last, int64_t block, BlockBias& bias,
-                     const float* gradients, float* tables) const {
+  // Computes the weights of a tile on a block of rows and the scores' gradients, and adds both to
+  // the gradients of queries, keys and values.
+  void add_block(const Span& span, const Tile& tile, int64_t block, BlockBias& bias,
+                 Queries& queries, Scratch& scratch, float* tables) const {
+    const Sizes& sizes = problem.sizes;
+    const auto [first, end] = tile.part_of(block);
+    if (first >= end) return;
+    const int64_t columns = tile.first_query * sizes.dim, rows = tile.first_query * sizes.padded_dim;
+    float *weights = scratch.weights.data(), *gradients = scratch.gradients.data();
+    const BlockRows& of_block = scratch.rows;
+    score<2>(span, tile, block, first, end, of_block.keys, sizes.dim,
+             queries.columns.data() + columns, &bias, weights);
+    score<2>(span, tile, block, first, end, of_block.values, sizes.dim,
+             queries.out_columns.data() + columns, nullptr, gradients);
+    const int64_t end_row = (end + kGroup - 1) / kGroup * kGroup;
+    for (int64_t key = first; key < end_row; ++key)
+      for (int lane = 0; lane < kPair; lane += kLanes) {
+        float *to_weight = weights + key * kPair + lane, *to = gradients + key * kPair + lane;
+        Vec weight, gradient;
+        Scoring::backward(load(to_weight) * Scoring::kScale, load(to),
+                          load(queries.logs.data() + tile.first_query + lane),
+                          load(queries.deltas.data() + tile.first_query + lane), &weight,
+                          &gradient);
+        store(to_weight, weight);
+        store(to, gradient);
+      }
+    for (float* scores : {weights, gradients})
+      hide_unseen<2>(problem, span, tile, block, first, end_row, 0.0f, scores);
+    const auto multiply_block = [&](const float* scores, const float* rows, float* sums) {
+      multiply_add(
+          end - first, kPair, sizes.padded_dim,
+          [=](int64_t row, int64_t step) { return scores[(first + row) * kPair + step]; },
+          [=](int64_t step) { return rows + step * sizes.padded_dim; },
+          sums + first * sizes.padded_dim);
+    };
+    multiply_block(gradients, queries.rows.data() + rows, scratch.key_sums.data());
+    multiply_block(weights, queries.out_rows.data() + rows, scratch.value_sums.data());
+    multiply_add(
+        kPair, end - first, sizes.padded_dim,
+        [=](int64_t row, int64_t step) { return gradients[(first + step) * kPair + row]; },
+        [&](int64_t step) { return of_block.keys[first + step]; }, queries.sums.data() + rows);
+    add_to_tables(span, tile, block, first, end, bias, gradients, tables);
+  }
+
+  void add_to_tables(const Span& span, const Tile& tile, int64_t block, int64_t first, int64_t end,
+                     BlockBias& bias, const float* gradients, float* tables) const {
     if (problem.bias.is_none()) return;
     const int64_t first_key = block * kBlock;
-    const int64_t count = std::min<int64_t>(kBlock, span.user.num_keys() - first_key);
     const int64_t* row_times = problem.bias.row_times + span.user.first_key + first_key;
-    for (int64_t query = first; query <= last; ++query) {
-      const int64_t candidate = (span.user.first_query + query) / problem.sight.num_tokens;
+    for (int64_t lane = 0; lane < tile.num_queries; ++lane) {
+      const int64_t query = span.user.first_query + tile.first_query + lane;
+      const int64_t candidate = query / problem.sight.num_tokens;
       bias.time = problem.bias.candidate_times[candidate];
       bias.visible = problem.sight.visible[candidate];
-      for (int64_t key = 0; key < count; ++key) {
-        const float gradient = gradients[(query - first) * kBlock + key];
+      for (int64_t key = first; key < end; ++key) {
+        const float gradient = gradients[key * kPair + lane];
         if (gradient == 0.0f) continue;
         const auto [of_time, of_place] = bias.buckets(row_times[key], first_key + key);
         if (of_time >= 0) tables[of_time] += gradient;
@@ -949,28 +909,27 @@ struct Backward {
     bias.block = -1;  // Its time and visibility have changed.
   }
 
-  void own_tokens(const Span& span, const std::vector<float>& queries,
-                  const std::vector<float>& outs, const std::vector<float>& deltas,
-                  const std::vector<float>& logs, std::vector<float>& sums) const {
+  void own_tokens(const Span& span, Queries& queries) const {
     const Sizes& sizes = problem.sizes;
     const int64_t num_tokens = problem.sight.num_tokens;
     for (int64_t query = 0; query < span.end; ++query) {
       const int64_t token = span.user.first_query + query;
-      const float* scaled = queries.data() + query * sizes.padded_dim;
-      const float* gradient = outs.data() + query * sizes.padded_dim;
+      const float* scaled = queries.rows.data() + query * sizes.padded_dim;
+      const float* gradient = queries.out_rows.data() + query * sizes.padded_dim;
       const int64_t first_own = token / num_tokens * num_tokens;
       for (int64_t own = first_own; own < first_own + num_tokens; ++own) {
         const float* key = problem.own_keys.at(own, 0, span.head);
         const float* value = problem.own_values.at(own, 0, span.head);
         Vec weight, score_gradient;
         Scoring::backward(all(dot(scaled, key, sizes.dim) * Scoring::kScale),
-                          all(dot(gradient, value, sizes.dim)), logs[query], deltas[query], &weight,
-                          &score_gradient);
+                          all(dot(gradient, value, sizes.dim)), all(queries.logs[query]),
+                          all(queries.deltas[query]), &weight, &score_gradient);
         add_scaled(gradient, weight[0], sizes.dim,
                    Gradients::at(gradients.own_values, own, span.head));
         add_scaled(scaled, score_gradient[0], sizes.dim,
                    Gradients::at(gradients.own_keys, own, span.head));
-        add_scaled(key, score_gradient[0], sizes.dim, sums.data() + query * sizes.padded_dim);
+        add_scaled(key, score_gradient[0], sizes.dim,
+                   queries.sums.data() + query * sizes.padded_dim);
       }
     }
   }
@@ -1128,7 +1087,7 @@ Problem history_problem(HISTORY_ARGUMENTS) {
     TORCH_CHECK_VALUE(num_queries <= num_new, "key_offsets gives user ", user, " ", num_new,
                       " keys; its queries are ", num_queries, ", those of its last");
     problem.users.push_back({rows[user], num_queries, pages[user], cached[user + 1] - cached[user],
-                             fresh[user], num_new, cached[user] + fresh[user], 0});
+                             fresh[user], num_new, cached[user] + fresh[user]});
   }
   problem.kept = std::move(kept);
   return problem;
@@ -1183,7 +1142,7 @@ Problem candidate_problem(CANDIDATE_ARGUMENTS) {
                         "visible_rows has ", visible[candidate], "; its user has ", num_rows,
                         " rows");
     problem.users.push_back({first * num_tokens, (end - first) * num_tokens, pages[user], num_rows,
-                             0, 0, rows[user], 0});
+                             0, 0, rows[user]});
   }
   problem.kept = std::move(kept);
   return problem;
@@ -1214,7 +1173,7 @@ Pair history_attention(HISTORY_ARGUMENTS) {
   if (!is_ours(queries))
     return find<Pair(HISTORY_ARGUMENTS)>("torchrec_kvshare::plain_history_attention")
         .call(HISTORY_VALUES);
-  Problem problem = history_problem(HISTORY_VALUES);
+  const Problem problem = history_problem(HISTORY_VALUES);
   return is_silu(scoring) ? forward<Silu>(problem) : forward<Softmax>(problem);
 }
 
@@ -1222,7 +1181,7 @@ Pair candidate_attention(CANDIDATE_ARGUMENTS) {
   if (!is_ours(queries))
     return find<Pair(CANDIDATE_ARGUMENTS)>("torchrec_kvshare::plain_candidate_attention")
         .call(CANDIDATE_VALUES);
-  Problem problem = candidate_problem(CANDIDATE_VALUES);
+  const Problem problem = candidate_problem(CANDIDATE_VALUES);
   const auto [out, log_sums] = is_silu(scoring) ? forward<Silu>(problem) : forward<Softmax>(problem);
   return {out.view(queries.sizes()), log_sums.view(queries.sizes().slice(0, 3))};
 }
@@ -1340,8 +1299,11 @@ struct RowsLinear {
           std::copy_n(from, count * depth, last.data());
           from = last.data();
         }
-        multiply({from, depth, 1}, depth, packed_block(group, block), kPair,
-                 [&](int) { return start; }, tile);
+        const float* block_weight = packed_block(group, block);
+        multiply<kTile, 2>(
+            depth, [=](int, int vec) { return load(start + vec * kLanes); },
+            [&](int r, int64_t step) { return from[r * depth + step]; },
+            [=](int64_t step) { return block_weight + step * kPair; }, tile, kPair);
         for (int64_t place = 0; place < count; ++place)
           std::copy_n(tile + place * kPair, columns,
                       out + (group * num_rows + row + place) * num_columns + first);
