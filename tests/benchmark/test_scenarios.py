@@ -669,3 +669,10 @@ def test_an_extension_that_is_no_prefill_is_found_out(monkeypatch: pytest.Monkey
     monkeypatch.setattr(RankingModel, "extend", wrong)
     with pytest.raises(ParityError, match="extended K/V of causal differs by"):
         measured_with("append", histories=[LONG_HISTORY])
+
+
+def test_append_measures_another_runtime() -> None:
+    records = measured_with("append", histories=[LONG_HISTORY], runtime="torchscript")
+    assert {record.case["runtime"] for record in records} == {"torchscript"}
+    with pytest.raises(ConfigError, match=r"runtime is 'onnx'; \['eager', 'torchscript', 'pt2'\]"):
+        measured_with("append", histories=[LONG_HISTORY], runtime="onnx")

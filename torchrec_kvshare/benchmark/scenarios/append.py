@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from torchrec_kvshare.benchmark.exports import EAGER, WARM_CALLS, exported
 from torchrec_kvshare.benchmark.options import (
     EncoderOptions,
     ModelSizes,
@@ -17,6 +18,7 @@ from torchrec_kvshare.benchmark.timing import interleaved_medians
 from torchrec_kvshare.benchmark.workload import draw_requests, make_cache, make_dlrm, make_schema
 from torchrec_kvshare.cache.identity import NO_CONTEXT, UNNAMED, PrefixDigests, identity_of
 from torchrec_kvshare.errors import ConfigError, ParityError
+from torchrec_kvshare.export.exporter import RUNTIMES
 from torchrec_kvshare.features.batches import (
     collate_candidates,
     collate_history,
@@ -26,7 +28,7 @@ from torchrec_kvshare.features.batches import (
 from torchrec_kvshare.features.schema import HISTORY
 from torchrec_kvshare.history.kinds import CAUSAL, HSTU, KIND_BY_NAME, LONGER, TARGET_ONLY
 from torchrec_kvshare.history.pages import split_users
-from torchrec_kvshare.model.ranking import RankingModel
+from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
 from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
 
 APPEND = "append"
@@ -44,6 +46,12 @@ class AppendOptions(TimedOptions, EncoderOptions, ModelSizes, PageSize):
     candidates: list[int] = field(default_factory=lambda: [500])  # the first is used
     # A kind that does not extend is left out.
     encoders: list[str] = field(default_factory=lambda: [CAUSAL, TARGET_ONLY, HSTU, LONGER])
+    runtime: str = EAGER  # or one of ``RUNTIMES``
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.runtime not in (EAGER, *RUNTIMES):
+            raise ConfigError(f"runtime is {self.runtime!r}; {[EAGER, *RUNTIMES]} are allowed")
 
 
 @torch.no_grad()
@@ -66,6 +74,7 @@ def measure_append(options: AppendOptions) -> list[Record]:
         for history in options.histories if KIND_BY_NAME[encoder].extends else ():
             latency_ms = interleaved_medians(_calls(options, encoder, history), options.repeats)
             case: Case = options.case(encoder) | {"history": history, "users": 1}
+            case |= {"runtime": options.runtime}
             records += [
                 Record(APPEND, case | {"path": path}, "latency_ms", value, unit="ms")
                 for path, value in latency_ms.items()
@@ -81,8 +90,11 @@ def _calls(options: AppendOptions, encoder: str, history: int) -> dict[str, Call
     # The recent events of ``longer`` start at a block boundary, which appending must not move.
     block = options.spec(encoder, history).recent if encoder == LONGER else None
     schema = make_schema(history, num_users=1, block=block)
-    model = RankingModel(make_dlrm(schema, options, options.seed, encoder)).eval()
-    [tower] = model.collection.towers()
+    eager = RankingModel(make_dlrm(schema, options, options.seed, encoder)).eval()
+    [tower] = eager.collection.towers()
+    model: RankingFunctions = eager
+    if options.runtime != EAGER:
+        model, _ = exported(options.runtime, eager, schema)
     cache = make_cache(tower, history, 1, options.page_size)
     [request] = draw_requests(schema, options.candidates[:1], user=0, seed=options.seed)
     events = request.events_by_history[HISTORY]
@@ -96,7 +108,9 @@ def _calls(options: AppendOptions, encoder: str, history: int) -> dict[str, Call
         model.extend, tails.sparse_features, [kv[:, :kept_rows]], [torch.tensor([kept_rows])]
     )
     expected = kv[:, kept_rows:]
-    difference = float((extend()[0][:, : expected.size(1)] - expected).abs().max())
+    for _ in range(WARM_CALLS):
+        prefill()
+        difference = float((extend()[0][:, : expected.size(1)] - expected).abs().max())
     if not difference <= LOGIT_TOLERANCE:
         raise ParityError(f"extended K/V of {encoder} differs by {difference} from a prefill's")
 

@@ -3,16 +3,14 @@
 One export serves all lengths: nothing is compiled for the sizes that are measured.
 """
 
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from torchrec_kvshare.benchmark.exports import EAGER, WARM_CALLS, exported
 from torchrec_kvshare.benchmark.options import MERGE, EncoderOptions, ModelSizes, TimedOptions
 from torchrec_kvshare.benchmark.results import PREFILL_PATH, Case, Record
 from torchrec_kvshare.benchmark.timing import interleaved_medians
@@ -28,14 +26,12 @@ from torchrec_kvshare.features.request import Request
 from torchrec_kvshare.features.schema import FeatureSchema
 from torchrec_kvshare.history.kinds import LONGER
 from torchrec_kvshare.model.ranking import RankingFunctions, RankingModel
-from torchrec_kvshare.verify.audit import audit_model
 from torchrec_kvshare.verify.deterministic import compute_rows_alone
 from torchrec_kvshare.verify.parity import LOGIT_TOLERANCE
 
 RUNTIMES_SCENARIO = "runtimes"
-EAGER, DETERMINISTIC = "eager", "eager, deterministic"
+DETERMINISTIC = "eager, deterministic"
 SCORE_PATH = "score"
-WARM_CALLS = 3  # TorchScript rewrites a program after its first calls.
 
 
 @dataclass
@@ -72,7 +68,7 @@ def measure_runtimes(options: RuntimesOptions) -> list[Record]:
         }
         model_case: Case = options.case(encoder)
         for runtime in RUNTIMES:
-            models[runtime], costs = _exported(runtime, eager, schema)
+            models[runtime], costs = exported(runtime, eager, schema)
             export_case = model_case | {"path": "export", "runtime": runtime}
             records += [
                 Record(RUNTIMES_SCENARIO, export_case, metric, value, unit=unit)
@@ -93,28 +89,6 @@ def measure_runtimes(options: RuntimesOptions) -> list[Record]:
                 case |= {"candidates": request.num_candidates}
                 records += _compared(case, calls, options.repeats)
     return records
-
-
-def _exported(
-    runtime: str, eager: RankingModel, schema: FeatureSchema
-) -> tuple[RankingFunctions, list[tuple[str, float, str]]]:
-    """Export and load the model; return it with the costs: metric, value and unit."""
-    chosen = RUNTIMES[runtime]
-    audit = audit_model(eager, schema)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        start = time.perf_counter()
-        files = chosen.write(eager, schema, RUNTIMES_SCENARIO, audit, folder)
-        written = time.perf_counter()
-        spec = asdict(eager.collection.towers()[0].spec)
-        model = chosen.load(folder, schema, spec)
-        loaded = time.perf_counter()
-        num_bytes = sum((folder / file).stat().st_size for file in files)
-    return model, [
-        ("export_s", written - start, "s"),
-        ("load_s", loaded - written, "s"),
-        ("artifact_bytes", float(num_bytes), "bytes"),
-    ]
 
 
 def _compared(case: Case, calls: dict[str, Callable[[], Tensor]], repeats: int) -> list[Record]:
