@@ -499,7 +499,7 @@ def refused_visibility(whole: Arguments) -> Refused:
 
 
 def huge_arguments(operator: str) -> Refused:
-    """Return arguments with sizes that overflow what is computed from them, and a pattern of the error."""
+    """Return arguments whose sizes overflow what is computed from them, and the error."""
 
     def many(num_rows: int, head_dim: int, num_queries: int = 1) -> Arguments:
         """Return queries over ``num_rows`` rows that share one number in memory."""
