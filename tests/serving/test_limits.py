@@ -443,13 +443,33 @@ def test_a_message_of_more_requests_than_the_queue_has_room_for_is_not_parsed(
     called = count_decoding(monkeypatch)
     tensors = column_tensors([RAW, RAW, RAW], SCHEMA)
     with (
-        local_server(EagerLoader(), queue_requests=2, **PATIENT) as server,
+        blocked_scoring(monkeypatch) as may_go_on,
+        ThreadPoolExecutor(2) as threads,
+        local_server(EagerLoader(), queue_requests=3, **PATIENT) as server,
         triton.InferenceServerClient(server.grpc_url) as client,
     ):
-        with pytest.raises(InferenceServerException, match="3 more came; at most 2 may wait"):
+        asking = fill_queue(server, threads, 1)
+        called.clear()
+        with pytest.raises(InferenceServerException, match="1 requests wait, 3 more came; at most"):
             client.infer("kvshare", inputs_of(triton, tensors))
         assert "parse_request" not in called
         assert refusals(server) == {"queue": 1}
+        may_go_on.set()
+        assert [one.result(WAIT_S)[0] for one in asking] == [200, 200]
+
+
+def test_a_message_of_more_requests_than_may_ever_wait_is_not_told_to_come_back() -> None:
+    """It got 429 however often it was sent, also by an empty queue."""
+    with (
+        local_server(EagerLoader(), queue_requests=2) as server,
+        triton.InferenceServerClient(server.grpc_url) as client,
+    ):
+        status, answer = server.ask("POST", "/v1/rank", [RAW, RAW, RAW])
+        assert (status, answer["error"]["type"]) == (400, "RequestError")
+        assert "a list of 3; a request, or a list of at most 2" in answer["error"]["message"]
+        with pytest.raises(InferenceServerException, match="has 3 elements; 1 to 2 are allowed"):
+            client.infer("kvshare", inputs_of(triton, column_tensors([RAW, RAW, RAW], SCHEMA)))
+        assert refusals(server) == {}
 
 
 def test_a_request_for_an_unknown_model_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,8 @@ class Service:
         self.metrics = metrics
         self.config = config
         self.limits = RequestLimits(
-            requests=config.max_requests,
+            # More could never wait together, however often they came.
+            requests=min(config.max_requests, config.queue_requests),
             candidates=config.max_candidates,
             events=config.max_events,
             values=config.max_values,
