@@ -176,7 +176,10 @@ def test_a_value_of_the_wrong_type_is_named(override: str, key: str) -> None:
         ("weight_decay=nan", "weight_decay is nan; it must be at least 0"),
         ("precision=half", "precision is 'half'; one of ('float32', 'bfloat16') is allowed"),
         ("ema_decay=1", "ema_decay is 1.0; it must be at most 0.999999"),
-        ("keep_best=auc", "keep_best is 'auc'; null or one of ['AUC', 'GAUC', 'NE'] is allowed"),
+        (
+            "keep_best=auc",
+            "keep_best is 'auc'; null or one of ['AUC', 'GAUC', 'HR@10', 'NDCG@10', 'NE'] is",
+        ),
         ("patience=0", "patience is 0; it must be at least 1"),
         ("patience=2", "patience is 2, but keep_best is null; set keep_best to the metric that"),
         ("clip_norm=0", "clip_norm is 0.0; it must be at least 1e-12"),

@@ -22,7 +22,7 @@ from tests.training.worlds import (
 from tests.worlds import make_dlrm
 from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.shards import Shards
-from torchrec_kvshare.data.splits import TEST
+from torchrec_kvshare.data.splits import TEST, VALID
 from torchrec_kvshare.features.schema import ITEM, REQUEST_TIME, USER, candidate_key
 from torchrec_kvshare.training import ranking
 from torchrec_kvshare.training.evaluate import Scorer, model_scorer
@@ -82,6 +82,19 @@ def test_the_right_answer_is_found_unless_training_never_met_it(shards: Shards) 
         **dict.fromkeys(("HR@50", "HR@200"), None),
     }
     assert {found[f"{name}@{cutoff}"] for name in ("NDCG", "MRR") for cutoff in CUTOFFS} == {3 / 4}
+
+
+def test_the_validation_split_has_held_out_items_of_its_own(shards: Shards) -> None:
+    """Everyone's last validation event is of item 101, and of other items in the test split."""
+    row = shards.schema.vocabulary_by_column[ITEM].row("101")
+
+    def prefer_101(batch: Batch) -> Tensor:
+        return (batch.sparse_features[candidate_key(ITEM)].values() == row).float()[:, None]
+
+    found = rank_held_out(prefer_101, shards, RankingSettings(), split=VALID)
+    assert found.position.tolist() == [0, 0, 0, 0]
+    assert found.num_earlier.tolist() == [8, 8, 8, 8]
+    assert 0 not in ranked(prefer_101, shards).position
 
 
 def test_the_right_answer_ranked_last_is_not_found(shards: Shards) -> None:

@@ -54,11 +54,12 @@ from torchrec_kvshare.training.checkpoints import (
 )
 from torchrec_kvshare.training.evaluate import Scorer, evaluate_sampled, model_scorer
 from torchrec_kvshare.training.managed import ManagedIds, keys_of
-from torchrec_kvshare.training.metrics import Values, metric_name
+from torchrec_kvshare.training.metrics import Values, metric_name, rank_metrics
 from torchrec_kvshare.training.objective import Objective, ObjectiveSettings
+from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks
 from torchrec_kvshare.training.schedule import check_warmup, rate_share
-from torchrec_kvshare.training.selection import Best, is_better
+from torchrec_kvshare.training.selection import RANKED, Best, is_better
 from torchrec_kvshare.training.sharding import (
     TableSettings,
     configs_of,
@@ -100,6 +101,7 @@ class TrainSettings:
             attention and the loss are float32 with both.
         ema_decay: highest decay of the moving average of dense weights, which is what is validated
             and saved as the model; None: the weights themselves are.
+        ranking: what held-out items are ranked among for a ``keep_best`` of ``RANKED``.
         keep_best: validation metric, of the first task, that chooses the epoch whose weights are
             the result; None: the last epoch is.
         patience: epochs in a row without a better ``keep_best`` after which training stops.
@@ -122,6 +124,7 @@ class TrainSettings:
     clip_norm: float | None = None
     precision: str = FLOAT32
     ema_decay: float | None = None
+    ranking: RankingSettings = field(default_factory=RankingSettings)
     keep_best: str | None = None
     patience: int | None = None
 
@@ -296,7 +299,7 @@ class Trainer:
 
     def _validate(self) -> Values:
         with self.averaged.applied() if self.averaged else nullcontext():
-            return evaluate_sampled(
+            watched = evaluate_sampled(
                 self.scorer(),
                 self.shards,
                 VALID,
@@ -304,6 +307,12 @@ class Trainer:
                 share_prefill=self.share_prefill,
                 ranks=self.ranks,
             )
+            if self.settings.keep_best not in RANKED:
+                return watched
+            of_split = self.settings.ranking, self.ranks, VALID
+            ranked = rank_held_out(self.scorer(), self.shards, *of_split)
+            values = rank_metrics(ranked.position.tolist(), ranked.num_items).values
+            return watched | {name: values[name] for name in RANKED}
 
     def _take_result(self) -> None:
         """Give the model the averages, or the weights of the best epoch, from their checkpoint."""
@@ -320,7 +329,8 @@ class Trainer:
         metric = self.settings.keep_best
         if metric is None:
             return None
-        value = watched[metric_name(metric, self.shards.schema.tasks[0])]
+        task = "" if metric in RANKED else self.shards.schema.tasks[0]
+        value = watched[metric_name(metric, task)]
         if not is_better(metric, value, self.progress.best):
             return self.progress.best
         assert value is not None

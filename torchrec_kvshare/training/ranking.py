@@ -1,9 +1,9 @@
 """Rank each user's held-out item among the catalogue, or among candidates drawn from it.
 
-A user's last event of the test split that is positive for the first task is held out, and items are
-ranked by that task's scores: finding an item that a user disliked is not a hit. The catalogue is
-ranked in chunks, so that memory does not grow with it, and no further than to the largest cut-off.
-All ranks read every shard and share its users.
+A user's last event of the test or validation split that is positive for the first task is held out,
+and items are ranked by that task's scores: finding an item that a user disliked is not a hit. The
+catalogue is ranked in chunks, so that memory does not grow with it, and no further than to the
+largest cut-off. All ranks read every shard and share its users.
 """
 
 from collections.abc import Iterator
@@ -72,9 +72,13 @@ class _HeldOut(NamedTuple):
 
 
 def rank_held_out(
-    score: Scorer, shards: Shards, settings: RankingSettings, ranks: Ranks = ALONE
+    score: Scorer,
+    shards: Shards,
+    settings: RankingSettings,
+    ranks: Ranks = ALONE,
+    split: int = TEST,
 ) -> Ranked:
-    """Rank the item of each user's last positive event of the test split.
+    """Rank the item of each user's last positive event of a split.
 
     A held-out item that is not in the training split counts as not found.
 
@@ -84,17 +88,18 @@ def rank_held_out(
         settings: what the items are ranked among.
         ranks: the processes that evaluate together, each some of the users; all of them must call
             this.
+        split: ``TEST`` or ``VALID``.
 
     Returns:
         The same on every rank.
     """
-    held_out = _held_out(shards, settings.max_users)
+    held_out = _held_out(shards, settings.max_users, split)
     catalogue = _popular_first(shards)
     position_by_key: dict[int, int] = {}
     bar = progress_bar("ranking", len(held_out.keys), "user", ranks)
     for shard in np.unique(held_out.shard).tolist():
         dataset = shards.read([shard])
-        events = _last_positives(dataset)
+        events = _last_positives(dataset, split)
         events = events[np.isin(dataset.keys_of(events), held_out.keys)]
         known = events[np.isin(dataset.item[events], dataset.known_items)]
         for group in _groups(known, settings.num_columns(len(catalogue)), ranks):
@@ -120,10 +125,10 @@ def _groups(events: Ints, num_columns: int, ranks: Ranks) -> list[Ints]:
     return [events[first : first + length] for first in range(0, len(events), length)]
 
 
-def _held_out(shards: Shards, max_users: int | None) -> _HeldOut:
+def _held_out(shards: Shards, max_users: int | None, split: int) -> _HeldOut:
     parts = []
     for shard, dataset in enumerate(shards):
-        events = _last_positives(dataset)
+        events = _last_positives(dataset, split)
         parts.append(
             (dataset.keys_of(events), dataset.num_earlier[events], np.full(len(events), shard))
         )
@@ -140,9 +145,9 @@ def _popular_first(shards: Shards) -> Ints:
     return known[np.argsort(-shards.num_training[known], kind="stable")]
 
 
-def _last_positives(dataset: Dataset) -> Ints:
-    """Return each user's last positive event of the test split."""
-    tested = np.flatnonzero((dataset.split == TEST) & dataset.is_positive)
+def _last_positives(dataset: Dataset, split: int) -> Ints:
+    """Return each user's last positive event of a split."""
+    tested = np.flatnonzero((dataset.split == split) & dataset.is_positive)
     users = dataset.event_user[tested]
     return (
         tested[np.append(np.flatnonzero(np.diff(users)), len(tested) - 1)]

@@ -453,15 +453,18 @@ def _evaluate(
     scored = score_split(
         score, shards, TEST, config.negatives, share_prefill=share_prefill, ranks=ranks
     )
-    settings = RankingSettings(
+    ranked = rank_held_out(score, shards, _ranking_settings(config), ranks)
+    measures = sampled_metrics(scored) | rank_metrics(ranked.position.tolist(), ranked.num_items)
+    measures.log_undefined()
+    return Evaluated(measures, by_history_length(scored, ranked))
+
+
+def _ranking_settings(config: TrainConfig) -> RankingSettings:
+    return RankingSettings(
         max_users=config.budget.eval_users,
         num_candidates=config.evaluation.candidates,
         exclude_seen=config.evaluation.seen == EXCLUDE,
     )
-    ranked = rank_held_out(score, shards, settings, ranks)
-    measures = sampled_metrics(scored) | rank_metrics(ranked.position.tolist(), ranked.num_items)
-    measures.log_undefined()
-    return Evaluated(measures, by_history_length(scored, ranked))
 
 
 def _plot(path: Path, by_length: Mapping[str, Mapping[str, Measures]]) -> None:
@@ -507,6 +510,7 @@ def settings_of(config: TrainConfig) -> TrainSettings:
         clip_norm=config.clip_norm,
         precision=config.precision,
         ema_decay=config.ema_decay,
+        ranking=_ranking_settings(config),
         keep_best=config.keep_best,
         patience=config.patience,
     )

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torchrec_kvshare.errors import ConfigError
 
 # Metrics of the validation split by which an epoch may be chosen: whether higher is better.
-HIGHER_IS_BETTER = {"AUC": True, "GAUC": True, "NE": False}
+HIGHER_IS_BETTER = {"AUC": True, "GAUC": True, "NE": False, "HR@10": True, "NDCG@10": True}
+RANKED = ("HR@10", "NDCG@10")  # of held-out items among the catalogue, not of sampled targets
 
 
 @dataclass(frozen=True)
