@@ -335,7 +335,7 @@ struct BlockBias {
   float factor;
   std::vector<float> times, places;  // the head's column of the tables, scaled
   int64_t block = -1, time = 0, visible = 0;
-  float values[kBlock];
+  float values[kBlock] = {};
 
   BlockBias(const Problem& problem, const Span& span, float factor)
       : problem(problem), span(span), factor(factor) {
