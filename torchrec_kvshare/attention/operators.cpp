@@ -455,7 +455,7 @@ void score(const Span& span, const Tile& tile, int64_t block, int64_t first, int
   for (int lane = 0; lane < width && !is_one_moment; ++lane) {
     const int64_t query = tile.first_query + std::min<int64_t>(lane, tile.num_queries - 1);
     const float* of_query = bias->of(query, block);
-    for (int64_t key = 0; key < kBlock; ++key) scores[key * width + lane] = of_query[key];
+    for (int64_t key = first; key < end; ++key) scores[key * width + lane] = of_query[key];
   }
   for (int64_t key = first; key < end; key += rows) {
     const float* of_rows[rows];
