@@ -82,7 +82,7 @@ MOST_BY_KEY = {
 NOT_EMPTY = (
     *("output", "run", "artifact", "requests", "models", "root", "path", "tensorboard", "folder"),
     *("url", "key_file", "password_file", "token_file", "tls_ca_file", "tls_cert_file"),
-    *("tls_key_file", "tls_client_ca_file", "artifact_key_file", "host"),
+    *("tls_key_file", "tls_client_ca_file", "artifact_key_file", "host", "init_from"),
 )
 REFUSE, SORT = "refuse", "sort"
 AUTO, CPU, CUDA = "auto", "cpu", "cuda"
@@ -91,6 +91,7 @@ BASELINES = (POPULARITY, NO_HISTORY, POOLED, SASREC)
 EXCLUDE, INCLUDE = "exclude", "include"
 UNIFORM, IN_BATCH = "uniform", "in_batch"  # how items are drawn; or POPULARITY
 SOFTMAX, GBCE = "softmax", "gbce"
+ALL, RANKING_STAGE = "all", "ranking_stage"
 TIME_SHARE, LEAVE_ONE_OUT, TIME_SPLIT = "time_share", "leave_one_out", "time"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 # Allowed words by key, in every config.
@@ -104,6 +105,7 @@ WORDS_BY_KEY = {
     "negative_sampling": (UNIFORM, POPULARITY, IN_BATCH),
     "shared_sampling": (UNIFORM, POPULARITY),
     "next_event_loss": (SOFTMAX, GBCE),
+    "trainable": (ALL, RANKING_STAGE),
 }
 
 
@@ -278,6 +280,8 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # By column, as requests name it; other columns have a vocabulary.
     ids: dict[str, IdConfig] = field(default_factory=dict)
+    init_from: str | None = None  # folder of the run, or its checkpoint, to start from; None: anew
+    trainable: str = ALL  # what is trained; or ranking_stage: towers and their tables stay
     seed: int = 0  # of weights, negatives and the order of users
     threads: int | None = None  # None: one per granted core
     learning_rate: float = 3e-3  # of dense parameters

@@ -6,6 +6,8 @@ Two ranks save a checkpoint in the middle of an epoch and train on. Then any num
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.training.on_ranks import (
     logits_of,
     on_each_rank,
@@ -14,7 +16,9 @@ from tests.training.on_ranks import (
     tell,
     train_on,
     trainer_of,
+    whole_tensors,
 )
+from torchrec_kvshare.config import RANKING_STAGE
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.ranks import Ranks
@@ -29,11 +33,16 @@ from torchrec_kvshare.training.sharding import (
 KIND = "longer"  # the one with the most kinds of parameters
 SAVED_AT, NUM_STEPS = 5, 9  # in the middle of the first epoch
 OTHER_SEED = 7  # of models that are to be overwritten
+RANKING_STAGE_ALONE = "ranking stage"
 # By name: sharding types of tables, with their optimizer.
-SETTINGS = {
-    "rowwise_adagrad": TableSettings(ROWWISE_ADAGRAD, 0.05),
-    "adagrad, column_wise": TableSettings(ADAGRAD, 0.05, {"*": ["column_wise"]}),
-    "sgd": TableSettings(SGD, 0.5),
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rowwise_adagrad": {"tables": TableSettings(ROWWISE_ADAGRAD, 0.05)},
+    "adagrad, column_wise": {"tables": TableSettings(ADAGRAD, 0.05, {"*": ["column_wise"]})},
+    "sgd": {"tables": TableSettings(SGD, 0.5)},
+    RANKING_STAGE_ALONE: {
+        "tables": TableSettings(ADAGRAD, 0.05, {"token_item_id": ["row_wise"]}),
+        "trainable": RANKING_STAGE,
+    },
 }
 
 
@@ -53,18 +62,21 @@ def probe(trainer: Trainer) -> list[float]:
 
 
 def save(name: str, shards: Shards, folder: Path, ranks: Ranks) -> None:
-    trainer = trainer_of(KIND, shards, folder / name, ranks, tables=SETTINGS[name])
+    trainer = trainer_of(KIND, shards, folder / name, ranks, **SETTINGS[name])
+    before = whole_tensors(trainer.sharded.state_dict())
     steps(trainer, 0, SAVED_AT)
     trainer._save(None)
     logits = probe(trainer)
     keys = set(trainer.sharded.state_dict()) == set(plain_model(KIND, shards).state_dict())
     losses = steps(trainer, SAVED_AT, NUM_STEPS)
-    tell(case="saved", name=name, logits=logits, losses=losses, same_keys=keys)
+    after = whole_tensors(trainer.sharded.state_dict())
+    same = [key for key, weight in after.items() if torch.equal(weight, before[key])]
+    tell(case="saved", name=name, logits=logits, losses=losses, same_keys=keys, same=same)
 
 
 def resume(name: str, shards: Shards, folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Resume in a trainer with other weights; return what it gives and how it goes on."""
-    trainer = trainer_of(KIND, shards, folder / name, ranks, tables=SETTINGS[name], seed=OTHER_SEED)
+    trainer = trainer_of(KIND, shards, folder / name, ranks, seed=OTHER_SEED, **SETTINGS[name])
     before = probe(trainer)
     trainer.resume()
     logits, step = probe(trainer), trainer.progress.step

@@ -10,6 +10,7 @@ from tests.once import shared_folder
 from tests.training.checkpoints_program import (
     KIND,
     OTHER_SEED,
+    RANKING_STAGE_ALONE,
     SAVED_AT,
     SETTINGS,
     resume,
@@ -37,6 +38,7 @@ from torchrec_kvshare.training.checkpoints import (
     checkpoints_of,
     load_progress,
     load_weights,
+    result_of,
 )
 from torchrec_kvshare.training.loop import Trainer
 from torchrec_kvshare.training.objective import Objective
@@ -97,11 +99,23 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(
         assert_resumed(resume(name, shards, saved.folder, ranks), expected)
 
 
+def test_ranks_train_the_ranking_stage_and_change_no_bit_of_the_towers(
+    saved: Saved, shards: Shards
+) -> None:
+    """Tables of towers and of vectors are in one collection, on the same ranks."""
+    for case in saved.cases(2, case="saved", name=RANKING_STAGE_ALONE):
+        assert {key for key in case["same"] if "indices" not in key} == {
+            key
+            for key in plain_model(KIND, shards).state_dict()
+            if ".histories.poolings." in key or ".token_embeddings.embeddings.token_" in key
+        }
+
+
 @pytest.fixture
 def loaded(saved: Saved, shards: Shards) -> Objective:
     """A plain module of other weights, with those of the checkpoint of two ranks loaded."""
     plain = plain_model(KIND, shards, OTHER_SEED)
-    load_weights(plain, saved.folder / "rowwise_adagrad")
+    load_weights(plain, result_of(saved.folder / "rowwise_adagrad"))
     return plain
 
 
@@ -171,7 +185,7 @@ def test_a_torn_checkpoint_is_not_read(shards: Shards, tmp_path: Path) -> None:
         assert resumed.progress.step == 4
         assert resumed.ranker.over_arch.model[1].bias.tolist() == [4.0]
         plain = plain_model(KIND, shards)
-        load_weights(plain, tmp_path)
+        load_weights(plain, result_of(tmp_path))
         assert plain.model.over_arch.model[1].bias.tolist() == [4.0]
         # Written again, they are whole, and what was torn is gone.
         saved_at(resumed, 6, 8)
@@ -191,7 +205,7 @@ def test_torn_checkpoints_of_other_steps_are_removed(shards: Shards, tmp_path: P
 
 def test_a_folder_without_a_checkpoint_has_no_weights(shards: Shards, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds no checkpoint"):
-        load_weights(plain_model(KIND, shards), tmp_path)
+        load_weights(plain_model(KIND, shards), result_of(tmp_path))
 
 
 def test_weights_that_are_not_finite_are_not_loaded(shards: Shards, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from torchrec_kvshare.training.checkpoints import (
     load_progress,
     load_weights,
     non_finite,
+    result_of,
 )
 from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
 from torchrec_kvshare.training.metrics import rank_metrics
@@ -265,7 +266,7 @@ def test_weights_do_not_fit_another_model(finished: Path) -> None:
     _, schema = load_trained(finished)
     wider = new_model(schema, replace(MODEL, dim=32), "causal", 0)
     with pytest.raises(TrainingError, match="does not fit the model: "):
-        load_weights(DLRMTrain(wider), finished / "causal")
+        load_weights(DLRMTrain(wider), result_of(finished / "causal"))
 
 
 def test_a_step_changes_the_table_rows_of_its_batch_alone(tmp_path: Path) -> None:

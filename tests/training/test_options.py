@@ -17,7 +17,7 @@ from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import VALID
 from torchrec_kvshare.errors import ConfigError, TrainingError
 from torchrec_kvshare.history.kinds import KINDS
-from torchrec_kvshare.training.checkpoints import load_weights
+from torchrec_kvshare.training.checkpoints import load_weights, result_of
 from torchrec_kvshare.training.evaluate import evaluate_sampled, model_scorer
 from torchrec_kvshare.training.loop import FIRST_RATE, Trainer
 from torchrec_kvshare.training.objective import Objective
@@ -151,7 +151,7 @@ def test_a_checkpoint_has_the_average_as_the_model_and_goes_on_from_the_raw_weig
     with trainer.averaged.applied():
         expected = {name.removesuffix("[0]"): one for name, one in weights_of(trainer).items()}
     plain = plain_model(KIND, shards, seed=5)
-    load_weights(plain, tmp_path)
+    load_weights(plain, result_of(tmp_path))
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, expected[name]), name
     resumed = trainer_of(KIND, shards, tmp_path, ranks, ema_decay=0.9, seed=5)
@@ -168,7 +168,7 @@ def test_a_run_with_averages_validates_tests_and_exports_them(
     trainer = trainer_of(KIND, shards, tmp_path, ranks, ema_decay=0.9, epochs=1)
     trainer.run(None)
     plain = plain_model(KIND, shards, seed=5)
-    load_weights(plain, tmp_path)
+    load_weights(plain, result_of(tmp_path))
     batch = trainer.stream.batch(trainer.stream.epoch(1).chosen[0], 1, 0)
     expected = model_scorer(plain.model)(batch)
     assert torch.equal(trainer.scorer()(batch), expected)

@@ -13,7 +13,7 @@ them: some users with all their events. Items, actions, vocabularies and codes a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,6 +37,7 @@ from torchrec_kvshare.features.schema import (
     ACTION,
     ITEM,
     MISSING_ROW,
+    UNKNOWN_ROW,
     USER,
     FeatureSchema,
     Hashed,
@@ -122,6 +123,7 @@ class Dataset:
         num_before_by_history: [T + 1] number of a history's events before each event.
         known_ids: ids of the training split, by column.
         num_colliding_ids: of a hashed column, those of them that share a row with another.
+        num_unknown_ids: of a vocabulary that was given, those of them that it does not have.
     """
 
     log: InteractionLog
@@ -149,6 +151,7 @@ class Dataset:
     num_before_by_history: dict[str, Ints]
     known_ids: dict[str, list[str]]
     num_colliding_ids: dict[str, int]
+    num_unknown_ids: dict[str, int]
 
     @property
     def num_users(self) -> int:
@@ -175,6 +178,7 @@ def build_dataset(
     histories: Sequence[History],
     id_maps: Mapping[str, IdMap] = NO_MAPS,
     rule: SplitRule = BY_TIME_SHARE,
+    schema: FeatureSchema | None = None,
 ) -> Dataset:
     """Order, split and encode a whole log.
 
@@ -184,14 +188,16 @@ def build_dataset(
         id_maps: of columns without a vocabulary, by ``user_id``, ``item_id`` or the attribute's
             name; attributes of items, users and events that have one name share it.
         rule: how the events are split.
+        schema: to encode with, of the same histories; None: the one that is made of the log.
 
     Returns:
-        The data set; its vocabularies hold ids of the training split only.
+        The data set; vocabularies that are made of it hold ids of the training split only.
 
     Raises:
         ConfigError: if a history keeps an action that the log does not have, or there is no such
             column to map.
-        DataError: if a label is neither 0 nor 1, or a value of a float column is not finite.
+        DataError: if a label is neither 0 nor 1, a value of a float column is not finite, or the
+            log has other columns than the schema.
     """
     _check_numbers(log)
     log = in_canonical_order(log)
@@ -215,7 +221,7 @@ def build_dataset(
         known[context_key(name)] = sorted_ids(
             {raw for code in codes for raw in column.values[code]}
         )
-    shared = without_users(log, known, known_items, histories, id_maps)
+    shared = without_users(log, known, known_items, histories, id_maps, schema)
     return with_users(shared, log, splits, np.arange(len(log.users.ids)), splits.user_offsets[:-1])
 
 
@@ -225,6 +231,7 @@ def without_users(
     known_items: Ints,
     histories: Sequence[History],
     id_maps: Mapping[str, IdMap] = NO_MAPS,
+    given: FeatureSchema | None = None,
 ) -> Dataset:
     """Return what all shards of a log share, as a data set that has no users.
 
@@ -234,11 +241,13 @@ def without_users(
         known_items: item codes of the training split, ascending.
         histories: the histories that the model reads.
         id_maps: as in ``build_dataset``.
+        given: as ``schema`` in ``build_dataset``.
 
     Raises:
         ConfigError: as ``build_dataset`` does.
+        DataError: if the log has other columns than the given schema.
     """
-    vocabularies = _id_maps(known_ids, id_maps)
+    vocabularies = given.vocabulary_by_column if given else _id_maps(known_ids, id_maps)
     schema = FeatureSchema(
         vocabularies,
         context=(*log.user_attributes, *log.request_attributes),
@@ -250,6 +259,8 @@ def without_users(
         histories=tuple(histories),
         tasks=tuple(log.labels),
     )
+    if given:
+        _check_columns(schema, given)
     for history in histories:
         _check_actions(history, log)
     none = np.zeros(0, np.int64)
@@ -288,6 +299,11 @@ def without_users(
             column: count_colliding(ids.rows_of_ids(known_ids[column]))
             for column, ids in vocabularies.items()
             if isinstance(ids, Hashed)
+        },
+        num_unknown_ids={
+            column: int((ids.rows_of_ids(known_ids[column]) == UNKNOWN_ROW).sum())
+            for column, ids in (given.vocabulary_by_column if given else {}).items()
+            if isinstance(ids, Vocabulary)
         },
     )
 
@@ -493,6 +509,16 @@ def _taken(
         name: [values[owner] for owner in owners.tolist()]
         for name, values in values_by_name.items()
     }
+
+
+def _check_columns(of_log: FeatureSchema, given: FeatureSchema) -> None:
+    for field in fields(FeatureSchema):
+        here, there = (getattr(schema, field.name) for schema in (of_log, given))
+        if here != there:
+            raise DataError(
+                f"{field.name} of the log are {here}; the schema that it is to be encoded with has "
+                f"{there}"
+            )
 
 
 def _check_actions(history: History, log: InteractionLog) -> None:

@@ -34,7 +34,7 @@ from torchrec_kvshare.data.splits import BY_TIME_SHARE, SplitRule
 from torchrec_kvshare.data.synthetic import synthetic_world
 from torchrec_kvshare.data.times import TimeFormat
 from torchrec_kvshare.errors import ConfigError
-from torchrec_kvshare.features.schema import History, IdMap
+from torchrec_kvshare.features.schema import FeatureSchema, History, IdMap
 
 
 def load_shards(
@@ -43,6 +43,7 @@ def load_shards(
     max_users: int | None = None,
     id_maps: Mapping[str, IdMap] = NO_MAPS,
     rule: SplitRule | None = None,
+    schema: FeatureSchema | None = None,
 ) -> Shards:
     """Load a log as shards: a prepared folder as its shards, any other log as one.
 
@@ -54,25 +55,26 @@ def load_shards(
         id_maps: as in ``build_dataset``.
         rule: how the events are split; None: as those of a prepared folder are, else
             ``time_share``.
+        schema: as in ``build_dataset``.
 
     Raises:
         ConfigError: if a format, a label rule, a column name or a history cannot work, or a
             folder was prepared with another split.
-        DataError: if the files are not what the config says.
+        DataError: if the files are not what the config says, or have other columns than the schema.
         MissingExtraError: if a Parquet file cannot be read without pyarrow.
     """
     if isinstance(data, PreparedData):
         path = Path(data.path)
         rule = _rule_of_folder(path, rule)
         if max_users is None or max_users >= num_prepared_users(path):
-            return open_prepared(path, histories, id_maps)
+            return open_prepared(path, histories, id_maps, schema)
         log = read_prepared_log(path, max_users)
-        return in_memory(build_dataset(log, histories, id_maps, rule))
+        return in_memory(build_dataset(log, histories, id_maps, rule, schema))
     rule = rule or BY_TIME_SHARE
     log = load_log(data)
     if max_users is not None:
         log = keep_users(log, max_users, rule)
-    return in_memory(build_dataset(log, histories, id_maps, rule))
+    return in_memory(build_dataset(log, histories, id_maps, rule, schema))
 
 
 def _rule_of_folder(path: Path, wanted: SplitRule | None) -> SplitRule:

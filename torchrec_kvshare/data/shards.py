@@ -118,7 +118,10 @@ def in_memory(dataset: Dataset) -> Shards:
 
 
 def open_prepared(
-    path: Path, histories: Sequence[History], id_maps: Mapping[str, IdMap] = NO_MAPS
+    path: Path,
+    histories: Sequence[History],
+    id_maps: Mapping[str, IdMap] = NO_MAPS,
+    schema: FeatureSchema | None = None,
 ) -> Shards:
     """Open a folder that ``pipelines.prepare`` wrote; its shards are read when they are needed.
 
@@ -126,11 +129,13 @@ def open_prepared(
         path: the folder.
         histories: the histories that the model reads.
         id_maps: as in ``build_dataset``.
+        schema: as in ``build_dataset``.
 
     Raises:
         ConfigError: if a history keeps an action that the log does not have, or there is no such
             column to map.
-        DataError: if the folder is not a finished one, or a file cannot be read.
+        DataError: if the folder is not a finished one, a file cannot be read, or the log has other
+            columns than the schema.
         MissingExtraError: without pyarrow.
     """
     folder = _Folder(path)
@@ -139,7 +144,8 @@ def open_prepared(
     keys += [item_key(name) for name in log.item_attributes]
     keys += [context_key(name) for name in (*log.user_attributes, *log.request_attributes)]
     known_ids = {key: folder.ids(f"vocabulary/{table_name(key)}.parquet") for key in keys}
-    shared = without_users(log, known_ids, np.flatnonzero(num_training), histories, id_maps)
+    known_items = np.flatnonzero(num_training)
+    shared = without_users(log, known_ids, known_items, histories, id_maps, schema)
 
     def read(shards: Sequence[int]) -> Dataset:
         part, user_code, first_event = folder.users_of(log, shards)

@@ -623,6 +623,16 @@ class KVShareEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return [pooling.tower for pooling in self.histories.by_name().values()]
 
     @torch.jit.ignore
+    def tower_tables(self) -> list[EmbeddingConfig]:
+        """Return the token tables that towers read, of events or of candidates."""
+        vectors = vector_key("")
+        return [
+            table
+            for table in self.token_embeddings.embedding_configs()
+            if not all(key.startswith(vectors) for key in table.feature_names)
+        ]
+
+    @torch.jit.ignore
     def kv_weights(self) -> list["KVWeights"]:
         """Return what the K/V of each history depends on, in the order of the schema's."""
         names = list(self.state_dict())

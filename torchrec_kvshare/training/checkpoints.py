@@ -125,13 +125,12 @@ def _filled(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give a plain model, as it was before sharding, the weights of a folder's result.
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Give a plain model, as it was before sharding, the weights of a checkpoint.
 
     Raises:
-        TrainingError: if there is no checkpoint, or a weight is not finite.
+        TrainingError: if it does not fit the model, or a weight is not finite.
     """
-    checkpoint = result_of(folder)
     weights = model.state_dict()
     try:
         with _notices_left_out():

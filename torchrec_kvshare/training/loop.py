@@ -27,7 +27,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
 
-from torchrec_kvshare.config import BFLOAT16, CUDA, FLOAT32, UNIFORM
+from torchrec_kvshare.config import ALL, BFLOAT16, CUDA, FLOAT32, RANKING_STAGE, UNIFORM
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import VALID
 from torchrec_kvshare.data.stream import (
@@ -53,6 +53,7 @@ from torchrec_kvshare.training.checkpoints import (
     save_checkpoint,
 )
 from torchrec_kvshare.training.evaluate import Scorer, evaluate_sampled, model_scorer
+from torchrec_kvshare.training.frozen import FrozenTowers
 from torchrec_kvshare.training.managed import ManagedIds, keys_of
 from torchrec_kvshare.training.metrics import Values, metric_name, rank_metrics
 from torchrec_kvshare.training.objective import Objective, ObjectiveSettings
@@ -105,6 +106,7 @@ class TrainSettings:
         keep_best: validation metric, of the first task, that chooses the epoch whose weights are
             the result; None: the last epoch is.
         patience: epochs in a row without a better ``keep_best`` after which training stops.
+        trainable: ``all``, or ``ranking_stage``: towers and their tables stay as they are.
     """
 
     epochs: int
@@ -127,6 +129,7 @@ class TrainSettings:
     ranking: RankingSettings = field(default_factory=RankingSettings)
     keep_best: str | None = None
     patience: int | None = None
+    trainable: str = ALL
 
 
 @dataclass
@@ -226,6 +229,7 @@ class Trainer:
         self.share_prefill = takes_prefixes(model)
         self.ranker = model
         self.configs = configs_of(model)
+        self.frozen = FrozenTowers(model) if settings.trainable == RANKING_STAGE else None
         objective = Objective(
             model,
             settings.objective,
@@ -235,7 +239,11 @@ class Trainer:
             has_draw_ratios=settings.sampling.negatives != UNIFORM,
         )
         self.sharded, self.plan = shard(objective, settings.tables, ranks)
-        self.dense = dict(in_backward_optimizer_filter(self.sharded.named_parameters()))
+        self.dense = {
+            name: parameter
+            for name, parameter in in_backward_optimizer_filter(self.sharded.named_parameters())
+            if parameter.requires_grad
+        }
         self.optimizer = _optimizer(self.sharded, self.dense, settings)
         self.averaged = (
             None if settings.ema_decay is None else AveragedWeights(self.dense, settings.ema_decay)
@@ -423,6 +431,8 @@ class Trainer:
 
     def _run_epoch(self, epoch: int, writer: SummaryWriter | None) -> None:
         self.sharded.train()
+        if self.frozen:
+            self.frozen.stay_in_eval_mode()
         batches = self.stream.epoch(epoch)
         left = range(self.progress.batch, len(batches))
         title = f"{self.folder.name} epoch {epoch + 1}/{self.settings.epochs}"

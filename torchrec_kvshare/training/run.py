@@ -21,6 +21,7 @@ from torchrec.models.dlrm import DLRM, DLRMTrain
 
 from torchrec_kvshare.commands.process import STEP_MEMORY, keep_freed_memory
 from torchrec_kvshare.config import (
+    ALL,
     BASELINES,
     BFLOAT16,
     EXCLUDE,
@@ -58,7 +59,7 @@ from torchrec_kvshare.history.tower import HistoryTower
 from torchrec_kvshare.model.baselines import SequentialModel, mean_pooled_dlrm
 from torchrec_kvshare.model.ranking import dlrm_with_history, plain_dlrm, takes_prefixes
 from torchrec_kvshare.training.by_length import by_history_length
-from torchrec_kvshare.training.checkpoints import load_weights
+from torchrec_kvshare.training.checkpoints import load_weights, result_of
 from torchrec_kvshare.training.evaluate import (
     Scorer,
     popularity_scorer,
@@ -74,10 +75,9 @@ from torchrec_kvshare.training.ranking import RankingSettings, rank_held_out
 from torchrec_kvshare.training.ranks import Ranks, device_of, joined_ranks
 from torchrec_kvshare.training.selection import check_selection
 from torchrec_kvshare.training.sharding import TableSettings, check_tables
+from torchrec_kvshare.training.start import CONFIG, METRICS, start_of
 
-CONFIG = "config.json"
 DATA = "data.json"
-METRICS = "metrics.json"
 LENGTH_PLOT = "history_length.png"
 TENSORBOARD = "tensorboard"  # folder of the models' curves, one folder each
 HISTORY_KINDS = (*KINDS, NO_HISTORY)
@@ -156,7 +156,9 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     schema = shards.schema
     _check_tokens(config.model, schema)
     _check_tasks(config, schema)
+    start = start_of(config)
     settings = settings_of(config)
+    of_baselines = dataclasses.replace(settings, trainable=ALL)  # they start anew
     trained = [name for name in config.budget.baselines if name != POPULARITY]
     kinds = [*dict.fromkeys([config.model.history, *trained])]
     meta = torch.device("meta")
@@ -174,9 +176,12 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     num_steps = {POPULARITY: 0}
     for kind in kinds:
         model = new_model(schema, config.model, kind, config.seed)
+        if start and kind == config.model.history:
+            load_weights(_as_trained(model), start.checkpoint)
         share_prefill = takes_prefixes(model)
         log_folder = folder / TENSORBOARD / kind
-        trainer = train(model, shards, settings, folder / kind, log_folder, ranks)
+        chosen = settings if kind == config.model.history else of_baselines
+        trainer = train(model, shards, chosen, folder / kind, log_folder, ranks)
         num_steps[kind] = trainer.progress.step
         if kind == config.model.history:
             schema = trainer.managed.frozen(shards.schema, shards.shared.known_ids)
@@ -208,6 +213,8 @@ def _train_run(config: TrainConfig, ranks: Ranks) -> Metrics:
     }
     if shards.shared.num_colliding_ids:
         report["colliding_ids"] = shards.shared.num_colliding_ids
+    if shards.shared.num_unknown_ids:
+        report["unknown_ids"] = shards.shared.num_unknown_ids
     _write(folder / METRICS, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return tested
 
@@ -231,12 +238,14 @@ def load_reported(config: TrainConfig) -> tuple[Shards, SplitReport]:
     """
     name = config.data.name
     rule = split_rule(config.split, config.split_times)
+    start = start_of(config)
     shards = load_shards(
         config.data,
         histories_of(config.model),
         max_users=config.budget.max_users,
         id_maps=id_maps_of(config.ids),
         rule=rule,
+        schema=load_schema(start.run) if start else None,
     )
     logger.info("%s: %s", name, shards.report)
     report = split_report(shards, config.negatives)
@@ -279,6 +288,15 @@ def load_reported(config: TrainConfig) -> tuple[Shards, SplitReport]:
             name,
             100 * report.own_positive_share,
         )
+    for column, num_unknown in shards.shared.num_unknown_ids.items():
+        logger.info(
+            "%s: %s: %s of the %s ids of the training split are unknown to %s",
+            name,
+            column,
+            f"{num_unknown:,}",
+            f"{len(shards.shared.known_ids[column]):,}",
+            config.init_from,
+        )
     for sentence in report.collisions:
         logger.info("%s: %s", name, sentence)
     return shards, report
@@ -299,10 +317,15 @@ def load_trained(folder: Path) -> tuple[DLRM, FeatureSchema]:
         raise ConfigError(f"{folder} was trained with history=none; there is no K/V to share")
     schema = load_schema(folder)
     model = new_model(schema, model_config, model_config.history, values["seed"])
+    load_weights(_as_trained(model), result_of(folder / model_config.history))
     assert isinstance(model, DLRM)
-    # Under DLRMTrain: its keys are those of the checkpoint.
-    load_weights(DLRMTrain(model), folder / model_config.history)
     return model.eval(), schema
+
+
+def _as_trained(model: nn.Module) -> DLRMTrain:
+    """Return a model as a part of a module whose keys are those of the checkpoint."""
+    assert isinstance(model, DLRM)
+    return DLRMTrain(model)
 
 
 def provenance_of(folder: Path) -> dict[str, str]:
@@ -513,6 +536,7 @@ def settings_of(config: TrainConfig) -> TrainSettings:
         ranking=_ranking_settings(config),
         keep_best=config.keep_best,
         patience=config.patience,
+        trainable=config.trainable,
     )
 
 

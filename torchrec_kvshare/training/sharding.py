@@ -144,9 +144,14 @@ def shard(
         if not value.is_meta
     }
     parameters = [p for module in _collections(model) for p in module.parameters()]
+    trained = [p for p in parameters if p.requires_grad]
     _apply_optimizer_in_backward(
-        OPTIMIZERS[settings.optimizer], parameters, {"lr": settings.learning_rate}
+        OPTIMIZERS[settings.optimizer], trained, {"lr": settings.learning_rate}
     )
+    # fbgemm's tables always have an optimizer. This one has no state and changes no bit: what reads
+    # a frozen table cuts the graph, so that its gradients are zeros.
+    frozen = [p.requires_grad_() for p in parameters if not p.requires_grad]
+    _apply_optimizer_in_backward(OPTIMIZERS[SGD], frozen, {"lr": 0.0})
     sharders: list[ModuleSharder[Any]] = [
         EmbeddingBagCollectionSharder(fused_params=_fused_params(settings)),
         EmbeddingCollectionSharder(fused_params=_fused_params(settings)),
