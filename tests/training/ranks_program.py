@@ -1,5 +1,6 @@
 """What ``test_ranks`` checks on each rank; see ``on_ranks``."""
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from tests.training.on_ranks import (
     trainer_of,
     whole_tensors,
 )
-from tests.training.worlds import DATA
-from torchrec_kvshare.config import LEAVE_ONE_OUT, PreparedData
+from tests.training.worlds import BUDGET, DATA
+from torchrec_kvshare.config import LEAVE_ONE_OUT, RANKING_STAGE, PreparedData, TrainConfig
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.shards import Shards
 from torchrec_kvshare.data.splits import split_rule
@@ -114,6 +115,12 @@ def check_run(shards: Shards, folder: Path, ranks: Ranks) -> None:
     tell(case="run", metrics=metrics, padded=sum(empty), batches=len(empty))
 
 
+def stage_config(run: Path, output: Path) -> TrainConfig:
+    """Go on from a run: one epoch of its ranking stage alone."""
+    config = run_config(output, init_from=str(run), trainable=RANKING_STAGE)
+    return replace(config, budget=replace(BUDGET, epochs=1))
+
+
 def check_prepared(folder: Path, ranks: Ranks) -> None:
     """Train on a folder of six shards with a worker; tell which shards this rank read."""
     data = PreparedData(path=str(folder / "prepared"))
@@ -200,6 +207,7 @@ def check_all(ranks: Ranks, shared: Path) -> None:
     check_gradients("causal", shards, folder, ranks, range(1))
     tell(case="bounded", **train_bounded(shards, folder, ranks))
     check_run(shards, folder, ranks)
+    tell(case="stage", metrics=train_run(stage_config(folder / "run", folder / "stage")))
     check_prepared(folder, ranks)
     check_not_finite(shards, folder, ranks, padding=False)
     check_not_finite(shards, folder, ranks, padding=True)

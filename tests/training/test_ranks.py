@@ -19,15 +19,17 @@ from tests.training.on_ranks import (
     run_on_ranks,
     torchrun,
 )
-from tests.training.ranks_program import train_bounded
+from tests.training.ranks_program import stage_config, train_bounded
 from tests.training.worlds import DATA
+from torchrec_kvshare.cache.identity import version_of
 from torchrec_kvshare.config import LEAVE_ONE_OUT, PreparedData
 from torchrec_kvshare.data.load import load_log
 from torchrec_kvshare.data.splits import split_rule
 from torchrec_kvshare.history.kinds import KINDS
+from torchrec_kvshare.model.ranking import RankingModel
 from torchrec_kvshare.training.checkpoints import checkpoints_of, load_progress
 from torchrec_kvshare.training.ranks import joined_ranks
-from torchrec_kvshare.training.run import Metrics, load_data, train_run
+from torchrec_kvshare.training.run import Metrics, load_data, load_trained, train_run
 
 # Relative to a tensor's largest gradient; rows are summed rank by rank. Worst of the five kinds on
 # two and three ranks: 1.9e-6.
@@ -182,6 +184,19 @@ def test_bounded_gradients_averages_and_the_best_epoch_are_those_of_one_process(
     for case in together.cases(case="bounded"):
         for name, values in expected.items():
             assert case[name] == pytest.approx(values, abs=RUN_TOLERANCE, rel=0), name
+
+
+def test_ranks_go_on_with_a_ranking_stage_as_one_process_does_from_the_run_of_ranks(
+    together: Together, tmp_path: Path
+) -> None:
+    train_run(stage_config(together.run, tmp_path / "stage"))
+    stage = together.run.with_name("stage")
+    expected = losses(tmp_path / "stage", "causal")
+    assert losses(stage, "causal") == pytest.approx(expected, abs=RUN_TOLERANCE, rel=0)
+    before, after = (load_trained(run) for run in (together.run, stage))
+    versions = [version_of(RankingModel(model).eval(), schema) for model, schema in (before, after)]
+    assert versions[0].kv == versions[1].kv
+    assert versions[0].model != versions[1].model
 
 
 # --- how ranks end
