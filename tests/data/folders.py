@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from torchrec_kvshare.data.dataset import NO_MAPS, Dataset, Ints, build_dataset, ranges
 from torchrec_kvshare.data.digest import log_digest
@@ -39,7 +40,8 @@ def write_folder(
         ("id", log.items.ids, TEXT),
         ("num_training", _counts(dataset, in_training), pa.int64()),
         *(
-            (f"num_positive{task}", _counts(dataset, in_training & (labels > 0)), pa.int64())
+            (f"num_{name}{task}", _counts(dataset, in_training & (labels == label)), pa.int64())
+            for label, name in ((1, "positive"), (0, "negative"))
             for task, labels in enumerate(dataset.labels.T)
         ),
         *((name, values, LIST) for name, values in log.item_attributes.items()),
@@ -51,7 +53,7 @@ def write_folder(
         users = np.arange(shard, dataset.num_users, num_shards)
         _write_shard(dataset, folder / f"shards/{shard:05}", users)
     manifest = {
-        "format": 3,
+        "format": 4,
         "num_users": dataset.num_users,
         "num_items": len(log.items.ids),
         "num_events": len(dataset.time),
@@ -96,7 +98,7 @@ def _write_shard(dataset: Dataset, path: Path, users: Ints) -> None:
         ("item", dataset.item[events], pa.int32()),
         ("time", dataset.time[events], pa.int64()),
         *(
-            (f"label{task}", labels[events].astype(np.uint8), pa.uint8())
+            (f"label{task}", _codes(labels[events]), pa.uint8())
             for task, labels in enumerate(dataset.labels.T)
         ),
         *(
@@ -125,3 +127,7 @@ def _counts(dataset: Dataset, chosen: np.ndarray) -> Ints:
 def _write(path: Path, *columns: Column) -> None:
     arrays = [pa.array(list(values), kind) for _, values, kind in columns]
     pq.write_table(pa.Table.from_arrays(arrays, [name for name, *_ in columns]), path)
+
+
+def _codes(labels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.nan_to_num(labels, nan=2).astype(np.uint8)

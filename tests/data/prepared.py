@@ -40,8 +40,9 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
 
     items = rows_of(folder / "items.parquet")
     in_training = dataset.split == 0
-    positive = {
-        f"num_positive{task}": dataset.item[in_training & (labels == 1)]
+    by_label = {
+        f"num_{name}{task}": dataset.item[in_training & (labels == label)]
+        for label, name in ((1, "positive"), (0, "negative"))
         for task, labels in enumerate(log.labels.values())
     }
     assert items == {
@@ -49,7 +50,7 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
         "num_training": np.bincount(dataset.item[in_training], minlength=numbers[1]).tolist(),
         **{
             name: np.bincount(found, minlength=numbers[1]).tolist()
-            for name, found in positive.items()
+            for name, found in by_label.items()
         },
         **{name: list(map(list, values)) for name, values in log.item_attributes.items()},
         **{name: values.tolist() for name, values in log.item_floats.items()},
@@ -89,7 +90,7 @@ def assert_equals(folder: Path, log: InteractionLog, rule: SplitRule = BY_TIME_S
         chosen = np.isin(dataset.event_user, codes)
         columns = {"item": dataset.item, "time": dataset.time}
         for task, labels in enumerate(log.labels.values()):
-            columns[f"label{task}"] = labels.astype(int)
+            columns[f"label{task}"] = np.nan_to_num(labels, nan=2).astype(int)
         for number, ids in enumerate(log.event_attributes.values()):
             columns[f"event{number}"] = ids.codes
         for number, column in enumerate(log.request_attributes.values()):

@@ -325,22 +325,24 @@ def test_two_classes_are_no_matter_for_a_warning(
     assert caplog.records == []
 
 
-def test_each_task_has_its_own_labels(tmp_path: Path) -> None:
-    rows = "u,i,1,3,yes\nu,j,2,4,no\nu,k,3,5,\nu,l,4,,no\nu,m,5,5,no\nu,n,6,2,yes\n"
+def test_each_task_has_its_own_labels_and_a_row_without_any_is_dropped(tmp_path: Path) -> None:
+    """A row that one of the rules could not compare was dropped with its other labels."""
+    rows = "u,i,1,3,yes\nu,j,2,4,no\nu,k,3,5,\nu,l,4,,no\nu,m,5,5,no\nu,n,6,2,yes\nu,o,7,none,\n"
     rules = {"love": "stars>=5", "like": "stars>=4", "kept": "kept==yes"}
     columns = ColumnMapping("user", "item", "time", label=rules)
     log = read(tmp_path, f"user,item,time,stars,kept\n{rows}", columns)
     assert list(log.labels) == list(columns.tasks) == ["love", "like", "kept"]
-    # A row that one of the rules cannot compare is dropped: its other labels would be alone.
+    none = pytest.approx(np.nan, nan_ok=True)
     assert [labels.tolist() for labels in log.labels.values()] == [
-        [0, 0, 1, 0],
-        [0, 1, 1, 0],
-        [1, 0, 0, 1],
+        [0, 0, 1, none, 1, 0],
+        [0, 1, 1, none, 1, 0],
+        [1, 0, none, 0, 0, 1],
     ]
-    assert log.report.dropped == {"bad label": 2}
-    assert "line 4: bad label: kept is ''" in str(log.report)
-    assert "line 5: bad label: stars is ''" in str(log.report)
-    said = "25.0% positive for love, 50.0% positive for like, 50.0% positive for kept"
+    assert "6 of 7 rows kept; dropped: bad label 1" in str(log.report)
+    assert log.report.missing_labels == {"love": 1, "like": 1, "kept": 1}
+    assert "rows without a label: love 1, like 1, kept 1" in str(log.report)
+    assert "line 8: bad label: stars is 'none'" in str(log.report)
+    said = "40.0% positive for love, 60.0% positive for like, 40.0% positive for kept"
     assert said in str(log.report)
 
 

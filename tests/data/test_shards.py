@@ -162,7 +162,7 @@ def test_the_columns_of_a_data_set_are_all_compared() -> None:
         ),
         *("item_attributes", "item_floats", "context", "request_context", "indices_by_history"),
         *("user_floats", "request_floats", "event_floats"),
-        *("num_before_by_history", "known_ids", "num_colliding_ids"),
+        *("num_before_by_history", "known_ids", "num_colliding_ids", "num_unknown_ids"),
     }
 
 
@@ -350,7 +350,7 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = write_folder(log_of(events()), tmp_path / "folder", 2)
     manifest = json.loads((folder / "prepared.json").read_text())
     (folder / "prepared.json").write_text(json.dumps(manifest | {"format": 7}))
-    with pytest.raises(DataError, match="has format 7; format 3 can be read: prepare it again"):
+    with pytest.raises(DataError, match="has format 7; format 4 can be read: prepare it again"):
         open_prepared(folder, HISTORIES)
 
 

@@ -24,8 +24,9 @@ from tests.training.on_ranks import (
 )
 from tests.training.worlds import BUDGET, DATA
 from torchrec_kvshare.config import LEAVE_ONE_OUT, RANKING_STAGE, PreparedData, TrainConfig
+from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.load import load_log
-from torchrec_kvshare.data.shards import Shards
+from torchrec_kvshare.data.shards import Shards, in_memory
 from torchrec_kvshare.data.splits import split_rule
 from torchrec_kvshare.data.stream import Epoch, WindowStream
 from torchrec_kvshare.errors import TrainingError
@@ -113,6 +114,22 @@ def check_run(shards: Shards, folder: Path, ranks: Ranks) -> None:
     metrics = train_run(run_config(folder / "run"))
     Epoch.has_own = real_has_own  # type: ignore[method-assign]
     tell(case="run", metrics=metrics, padded=sum(empty), batches=len(empty))
+
+
+def train_with_gaps(shards: Shards, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Train two tasks, each with rows that have a label for the other alone."""
+    dataset = shards.read([0])
+    number = np.arange(len(dataset.time))
+    [labels] = dataset.log.labels.values()
+    labels_by_task = {
+        "like": np.where(number % 3 == 0, np.nan, labels),
+        "love": np.where(number % 3 == 1, np.nan, number % 2).astype(np.float32),
+    }
+    log = replace(dataset.log, labels=labels_by_task)
+    gappy = in_memory(build_dataset(log, dataset.schema.histories))
+    trainer = trainer_of("causal", gappy, folder / "gaps", ranks)
+    losses = steps(trainer, 0, 7)
+    return {"losses": losses, "valid": trainer._validate()}
 
 
 def stage_config(run: Path, output: Path) -> TrainConfig:
@@ -207,6 +224,7 @@ def check_all(ranks: Ranks, shared: Path) -> None:
     check_gradients("causal", shards, folder, ranks, range(1))
     tell(case="bounded", **train_bounded(shards, folder, ranks))
     check_run(shards, folder, ranks)
+    tell(case="gaps", **train_with_gaps(shards, folder, ranks))
     tell(case="stage", metrics=train_run(stage_config(folder / "run", folder / "stage")))
     check_prepared(folder, ranks)
     check_not_finite(shards, folder, ranks, padding=False)

@@ -19,7 +19,7 @@ from tests.training.on_ranks import (
     run_on_ranks,
     torchrun,
 )
-from tests.training.ranks_program import stage_config, train_bounded
+from tests.training.ranks_program import stage_config, train_bounded, train_with_gaps
 from tests.training.worlds import DATA
 from torchrec_kvshare.cache.identity import version_of
 from torchrec_kvshare.config import LEAVE_ONE_OUT, PreparedData
@@ -197,6 +197,19 @@ def test_ranks_go_on_with_a_ranking_stage_as_one_process_does_from_the_run_of_ra
     versions = [version_of(RankingModel(model).eval(), schema) for model, schema in (before, after)]
     assert versions[0].kv == versions[1].kv
     assert versions[0].model != versions[1].model
+
+
+def test_labels_that_are_missing_for_a_task_are_missed_on_ranks_as_in_one_process(
+    together: Together, tmp_path: Path
+) -> None:
+    """Ranks have unequal numbers of labels: means over these would not be those of one process."""
+    shards = load_data(run_config(tmp_path))
+    with joined_ranks(torch.device("cpu")) as ranks:
+        expected = train_with_gaps(shards, tmp_path, ranks)
+    for case in together.cases(case="gaps"):
+        assert case["losses"] == pytest.approx(expected["losses"], abs=LOSS_TOLERANCE, rel=0)
+        assert case["valid"] == pytest.approx(expected["valid"], abs=AUC_TOLERANCE, rel=0)
+        assert set(case["valid"]) > {"AUC/like", "NE/love"}
 
 
 # --- how ranks end

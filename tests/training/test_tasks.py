@@ -25,6 +25,7 @@ from torchrec_kvshare.config import (
     PreparedData,
     TrainConfig,
 )
+from torchrec_kvshare.data.dataset import build_dataset
 from torchrec_kvshare.data.draws import Draws
 from torchrec_kvshare.data.prepare import prepare
 from torchrec_kvshare.data.requests import make_requests
@@ -42,7 +43,7 @@ from torchrec_kvshare.scoring.encoded_user import encode_user
 from torchrec_kvshare.scoring.engine import Engine
 from torchrec_kvshare.scoring.files import score_file
 from torchrec_kvshare.training.checkpoints import checkpoints_of, load_progress
-from torchrec_kvshare.training.evaluate import model_scorer
+from torchrec_kvshare.training.evaluate import _scored, model_scorer, sampled_metrics
 from torchrec_kvshare.training.objective import Objective, ObjectiveSettings
 from torchrec_kvshare.training.ranks import joined_ranks
 from torchrec_kvshare.training.run import load_data, load_trained, new_model, train_run
@@ -226,6 +227,127 @@ def test_what_cannot_work_names_the_task(
     with pytest.raises((ConfigError, DataError), match=re.escape(said)):
         train_run(tasks_config(tmp_path / "run", data, **changes))
     assert not (tmp_path / "run").exists()
+
+
+# --- labels that are missing for some tasks
+
+
+def with_gaps(log: InteractionsData, folder: Path) -> InteractionsData:
+    """The same rows, of which a third has no label for the first task and others none for love."""
+    with Path(log.path).open() as file:
+        _, *rows = csv.reader(file)
+    folder.mkdir(exist_ok=True)
+    with (folder / "gaps.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user", "item", "time", "like", "love"])
+        for number, (user, item, time, stars) in enumerate(rows):
+            like, love = ("" if number % 3 == left else stars for left in (0, 1))
+            writer.writerow([user, item, time, like, love])
+    rules = {"like": "like>=3", "love": "love==5"}
+    return replace(log, path=str(folder / "gaps.csv"), label=rules)
+
+
+@pytest.fixture(scope="module")
+def gaps(log: InteractionsData, tmp_path_factory: pytest.TempPathFactory) -> InteractionsData:
+    return with_gaps(log, tmp_path_factory.mktemp("gaps"))
+
+
+@pytest.fixture(scope="module")
+def gappy(gaps: InteractionsData, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return load_data(tasks_config(tmp_path_factory.mktemp("unused"), gaps))
+
+
+def test_a_row_keeps_the_labels_that_it_has(shards: Shards, gappy: Shards) -> None:
+    """A row without a label for one of the tasks was dropped whole."""
+    found, expected = gappy.read([0]).labels, shards.read([0]).labels
+    assert len(found) == len(expected) == 24 * 40
+    for task, labels in enumerate(found.T):
+        has_label = ~np.isnan(labels)
+        assert has_label.sum() == 640
+        assert np.array_equal(labels[has_label], expected[has_label, task])
+    assert not np.isnan(found).all(1).any()
+    assert "960 of 960 rows kept; dropped: none" in gappy.report
+    assert "rows without a label: like 320, love 320" in gappy.report
+    labelled = gappy.num_positive.sum(0) + gappy.num_negative.sum(0)
+    in_training = found[gappy.read([0]).split == TRAIN]
+    assert labelled.tolist() == (~np.isnan(in_training)).sum(0).tolist()
+
+
+@pytest.mark.parametrize("num_negatives", [0, 2])
+def test_a_row_without_a_label_has_no_loss_for_the_task_and_its_own_for_the_other(
+    gappy: Shards, num_negatives: int
+) -> None:
+    """Nor have its negatives: they would be negatives of a target that may be one too."""
+    dataset = gappy.read([0])
+    targets = np.flatnonzero(dataset.split == TRAIN)[:40]
+    negatives = sample_negatives(dataset, targets, num_negatives, Draws(1))
+    candidates = np.concatenate([dataset.item[targets][:, None], negatives], axis=1)
+    batch = build_batch(dataset, windows_of(dataset, targets), candidates, None)
+    model = new_model(gappy.schema, MODEL, "causal", seed=2).eval()
+    settings = ObjectiveSettings(task_weights={"love": 0.25})
+    names = {"histories": ["history"], "tasks": TASKS, "negatives": num_negatives}
+    loss, (_, logits, labels) = Objective(model, settings, **names)(batch)
+    per_target = labels.view(40, 1 + num_negatives, 2)
+    missing = np.isnan(dataset.labels[targets])
+    assert 0 < missing.sum() < missing.size
+    assert per_target.isnan().all(1).numpy().tolist() == missing.tolist()
+    assert per_target.isnan().any(1).numpy().tolist() == missing.tolist()
+    expected = 0.0
+    for task, weight in enumerate((1.0, 0.25)):
+        counts = ~labels[:, task].isnan()
+        summed = torch.nn.BCEWithLogitsLoss(reduction="sum")
+        expected += weight * float(summed(logits[counts, task], labels[counts, task]))
+    assert float(loss.detach()) == pytest.approx(expected / len(labels), rel=1e-6)
+
+
+def test_metrics_of_a_task_are_those_of_its_labelled_targets(gappy: Shards) -> None:
+    dataset = gappy.read([0])
+    scored = _scored(dataset, np.arange(300), torch.randn(300, 3, 2))
+    found = sampled_metrics(scored)
+    for number, task in enumerate(TASKS):
+        labelled = scored.take(np.flatnonzero(~np.isnan(dataset.labels[:300, number])))
+        assert len(labelled.keys) == 200
+        alone = labelled._replace(
+            labels=labelled.labels[:, number : number + 1],
+            logits=labelled.logits[:, :, number : number + 1],
+            tasks=(task,),
+        )
+        expected = sampled_metrics(alone)
+        # Sums of float32 in another order; AUCs were equal, NE was off by 6e-10.
+        assert {name: found.values[name] for name in expected.values} == pytest.approx(
+            expected.values, rel=1e-6
+        )
+        assert all(value is not None for value in expected.values.values())
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_a_prepared_log_with_missing_labels_trains_as_the_log(
+    gaps: InteractionsData, tmp_path: Path, negatives: int
+) -> None:
+    prepare(PrepareConfig(str(tmp_path / "prepared"), gaps, num_shards=1))
+    budget = replace(BUDGET, epochs=1, baselines=["none", "popularity"])
+    changes = {"budget": budget, "negatives": negatives}
+    ours = train_run(tasks_config(tmp_path / "a", gaps, **changes))
+    prepared = PreparedData(path=str(tmp_path / "prepared"))
+    assert train_run(tasks_config(tmp_path / "b", prepared, **changes)) == ours
+    assert ours is not None
+    if not negatives:  # The popularity of an item is that of the rows that have a label.
+        assert ours["popularity"]["AUC/like"] > 0.9
+        assert ours["popularity"]["AUC/love"] > 0.9
+
+
+def test_a_log_made_by_hand_needs_a_label_of_each_row(gappy: Shards) -> None:
+    log = gappy.read([0]).log
+    labels = {task: one.copy() for task, one in log.labels.items()}
+    for one in labels.values():
+        one[7] = np.nan
+    with pytest.raises(
+        DataError, match=r"row 7 has no label for any of the tasks \['like', 'love'"
+    ):
+        build_dataset(replace(log, labels=labels), gappy.schema.histories)
+    labels["like"][7] = 2.0
+    with pytest.raises(DataError, match=r"a label is 2\.0; 0, 1 and NaN for none are allowed"):
+        build_dataset(replace(log, labels=labels), gappy.schema.histories)
 
 
 # --- offline = served

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from torchrec_kvshare.data.files import FileFormat
 from torchrec_kvshare.data.interactions import (
     BAD_FLOATS,
+    BAD_LABEL,
     DUBIOUS_IDS,
+    MISSING_LABEL,
     VALUES_SHOWN,
     ColumnMapping,
     LabelRule,
@@ -42,7 +44,7 @@ from torchrec_kvshare.errors import DataError
 from torchrec_kvshare.features.ids import canonical_id
 from torchrec_kvshare.features.limits import MAX_TIME
 
-BAD_TIME, BAD_LABEL = "bad time", "bad label"
+BAD_TIME = "bad time"
 _INTEGER = "regexp_full_match(id, '0|-?[1-9][0-9]*')"
 # `sorted_ids`: negative integers, the longest first and the greatest digits first; other integers
 # by length and digits; texts by code point, which is the order of UTF-8's bytes.
@@ -182,7 +184,7 @@ class _Coding:
         reasons += [(BAD_TIME, self.columns.time)]
         reasons += [(one.reason, one.column) for one in after]
         self.label_step = len(reasons)
-        reasons += [(BAD_LABEL, rule.column) for _, rule in self.rules]
+        reasons += [(BAD_LABEL, rule.column) for _, rule in self.rules[:1]]
         self.steps = [_Step(*reason, number) for number, reason in enumerate(reasons)]
         self.time_step = len(before)
         numbered = [*enumerate(before), *enumerate(after, start=len(before) + 1)]
@@ -208,8 +210,8 @@ class _Coding:
         bad = [step for step in self.steps if self._has_bad(step)]
         time_form = self._read_times([step for step in bad if step.number < self.time_step])
         tested = [step for step in self.steps if step in bad or step.number == self.time_step]
+        before = [step for step in tested if step.number < self.label_step]
         for task in range(len(self.rules)):
-            before = [step for step in tested if step.number < self.label_step + task]
             self._check_labels(task, before)
         self._write_rows(tested)
         return time_form
@@ -278,14 +280,13 @@ class _Coding:
         """Return whether some text of a column makes its row bad; a bad time is not known yet."""
         if step.reason == BAD_TIME:
             return False
-        is_label = step.reason == BAD_LABEL
-        condition = f"{self._label(step)} IS NULL" if is_label else f"bad{step.number}"
-        [found] = self.work.one(f"SELECT bool_or({condition}) FROM {self._values(step.column)}")
-        return bool(found)
-
-    def _label(self, step: _Step) -> str:
-        """Return the column with the labels that a step tests."""
-        return self.rules[step.number - self.label_step][0]
+        tests = [(f"bad{step.number}", step.column)]
+        if step.reason == BAD_LABEL:
+            tests = [(f"{label} IS NULL", rule.column) for label, rule in self.rules]
+        return all(
+            self.work.one(f"SELECT bool_or({condition}) FROM {self._values(column)}")[0]
+            for condition, column in tests
+        )
 
     # --- times
 
@@ -390,7 +391,10 @@ class _Coding:
             if step.reason == BAD_TIME:
                 bad = f"({self.seconds}) IS NULL"
             elif step.reason == BAD_LABEL:
-                bad = f"v{index}.{self._label(step)} IS NULL"
+                bad = " AND ".join(
+                    f"v{self.index_by_name[rule.column]}.{label} IS NULL"
+                    for label, rule in self.rules
+                )
             cases.append(f"WHEN {bad} THEN {step.number}")
         return f"CASE {' '.join(cases)} END" if cases else "NULL"
 
@@ -505,8 +509,17 @@ class _Coding:
             dropped=dropped,
             examples=examples,
             bad_floats=bad_floats,
+            missing_labels=self._missing_labels(),
             notes=(*self._notes("user"), *self._notes("item")),
         )
+
+    def _missing_labels(self) -> dict[str, int]:
+        missing = {}
+        for task, (label, _) in zip(self.columns.tasks, self.rules, strict=False):
+            [count] = self.work.one(f"SELECT count(*) FROM {self.kept} WHERE {label} IS NULL")
+            if count:
+                missing[task] = count
+        return missing
 
     def _examples(self, where: str, reason: str, name: str) -> list[str]:
         found = self.work.execute(
@@ -578,7 +591,7 @@ class _Coding:
         """Return the query of the coded events."""
         joins = " ".join(map(self._codes, self.id_by_role))
         others = "".join(
-            f", CAST({label} AS UTINYINT) AS {label}"
+            f", CAST(coalesce({label}, {MISSING_LABEL}) AS UTINYINT) AS {label}"
             for label in map(label_column, range(len(self.columns.tasks)))
         )
         others += "".join(

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from torchrec_kvshare.data.coding import ORDER_OF_IDS, CodedLog
 from torchrec_kvshare.data.digest import DataDigest, digest_of_events, digest_of_values
-from torchrec_kvshare.data.interactions import LogSummary, num_tied
+from torchrec_kvshare.data.interactions import LogSummary, num_tied, positive_share
 from torchrec_kvshare.data.shards import (
     FORMAT,
     event_column,
     event_file,
     event_float_column,
     label_column,
+    negative_column,
     positive_column,
     request_column,
     request_file,
@@ -40,6 +41,7 @@ from torchrec_kvshare.features.schema import (
 
 SHARDS = "shards"
 EVENTS_PER_SHARD = 1_000_000
+LABEL_COUNTS = (positive_column, negative_column)
 
 Ints = NDArray[np.int64]
 
@@ -50,7 +52,7 @@ class _Tally(NamedTuple):
     known_users: NDArray[np.bool_]
     known_by_column: dict[str, NDArray[np.bool_]]  # codes of attributes of events and requests
     num_training: Ints  # by item
-    num_positive: Ints  # [tasks, items], of the training split
+    num_by_label: Ints  # [label 1 and label 0, tasks, items], of the training split
 
 
 @dataclass
@@ -151,7 +153,7 @@ class Cutter:
         self._write_items()
         self._write_vocabularies(tally)
         text = str(replace(self.log.report, summary=summary))
-        num_positive = self._num_positive[0]
+        num_positive = int(self._num_by_label[0, 0])
         counts = {
             "users": self.num_by_role["user"],
             "items": self.num_by_role["item"],
@@ -244,15 +246,16 @@ class Cutter:
                 column: np.zeros(self._num_codes(column), np.bool_) for column in self.coded
             },
             num_training=np.zeros(self.num_by_role["item"], np.int64),
-            num_positive=np.zeros((len(self.labels), self.num_by_role["item"]), np.int64),
+            num_by_label=np.zeros((2, len(self.labels), self.num_by_role["item"]), np.int64),
         )
-        tied, self._num_positive = 0, [0 for _ in self.labels]
+        tied, self._num_by_label = 0, np.zeros((2, len(self.labels)), np.int64)
         times: list[int] = []
         for shard in range(self.num_shards):
             tied += self._count_shard(shard, tally, times)
             self.work.finished(f"count {shard}")
         columns = {"num_training": tally.num_training}
-        columns |= {positive_column(task): counts for task, counts in enumerate(tally.num_positive)}
+        for name_of, by_task in zip(LABEL_COUNTS, tally.num_by_label, strict=True):
+            columns |= {name_of(task): counts for task, counts in enumerate(by_task)}
         self.work.write_columns("training.parquet", columns)
         if self.log.time_form is None:
             return tally, None
@@ -262,8 +265,10 @@ class Cutter:
             last_time=max(times),
             tied_share=tied / self.total,
             positive_shares={
-                task: count / self.total
-                for task, count in zip(self.log.tasks, self._num_positive, strict=True)
+                task: positive_share(int(positive), int(negative))
+                for task, positive, negative in zip(
+                    self.log.tasks, *self._num_by_label, strict=True
+                )
             },
         )
         return tally, summary
@@ -281,11 +286,12 @@ class Cutter:
         user = np.repeat(np.arange(len(counts)), counts)
         in_training = split_events(user, time, counts, self.rule).split == TRAIN
         tally.num_training[:] += np.bincount(item[in_training], minlength=len(tally.num_training))
-        for task, label in enumerate(labels):
-            positive = item[in_training & (label == 1)]
-            counted = np.bincount(positive, minlength=tally.num_positive.shape[1])
-            tally.num_positive[task] += counted
-            self._num_positive[task] += int(label.sum(dtype=np.int64))
+        for index, wanted in enumerate((1, 0)):
+            for task, label in enumerate(labels):
+                of_training = item[in_training & (label == wanted)]
+                counted = np.bincount(of_training, minlength=len(tally.num_training))
+                tally.num_by_label[index, task] += counted
+                self._num_by_label[index, task] += (label == wanted).sum()
         tally.known_users[shard + self.num_shards * np.unique(user[in_training])] = True
         for known, codes in zip(tally.known_by_column.values(), coded, strict=True):
             known[codes[in_training]] = True
@@ -298,10 +304,10 @@ class Cutter:
         attributes, joins = self._values("item", self.log.item_attributes, "attributes")
         floats, more_joins = self._values("item", self.log.item_floats, "floats")
         training = table(self.work.folder / "training.parquet", ", file_row_number = true")
-        positive = ", ".join(map(positive_column, range(len(self.labels))))
+        counts = ", ".join(of(task) for of in LABEL_COUNTS for task in range(len(self.labels)))
         self.work.copy(
             "../items.parquet",
-            f"SELECT id, num_training, {positive}{attributes}{floats} "
+            f"SELECT id, num_training, {counts}{attributes}{floats} "
             f"FROM {self.ids['item']} AS i JOIN {training} AS t USING (file_row_number) "
             f"{joins} {more_joins} ORDER BY i.file_row_number",
         )

@@ -105,7 +105,7 @@ class Dataset:
         user_offsets: [U + 1], in events.
         item: [T] item code of each event.
         time: [T] Unix seconds.
-        labels: [T, tasks] float32, 1 for a positive event.
+        labels: [T, tasks] float32, 1 for a positive event; NaN for none for a task.
         num_earlier: [T] number of events of the same user at strictly earlier times.
         split: [T] ``TRAIN``, ``VALID`` or ``TEST``.
         user_row: [U] table row of each user.
@@ -463,9 +463,15 @@ def ranges(firsts: Ints, lengths: Ints) -> Ints:
 
 def _check_numbers(log: InteractionLog) -> None:
     for labels in log.labels.values():
-        wrong = ~np.isin(labels, (0, 1))
+        wrong = ~np.isin(labels, (0, 1)) & ~np.isnan(labels)
         if wrong.any():
-            raise DataError(f"a label is {labels[wrong][0]}; 0 and 1 are allowed")
+            raise DataError(f"a label is {labels[wrong][0]}; 0, 1 and NaN for none are allowed")
+    without = np.flatnonzero(np.isnan(np.stack([*log.labels.values()])).all(axis=0))
+    if len(without):
+        raise DataError(
+            f"row {without[0]} has no label for any of the tasks {list(log.labels)}; at least one "
+            "is needed"
+        )
     for name, values in log.item_floats.items():
         _check_finite(name, values, lambda row: f"item {log.items.ids[row]}")
     for name, values in log.user_floats.items():

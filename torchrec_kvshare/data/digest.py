@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_kvshare.data.interactions import InteractionLog
+from torchrec_kvshare.data.interactions import InteractionLog, codes_of_labels
 from torchrec_kvshare.features.schema import FeatureSchema
 
 
@@ -62,7 +62,7 @@ def log_digest(log: InteractionLog) -> DataDigest:
         "users": len(log.users.ids),
         "items": len(log.items.ids),
         "events": len(log.time),
-        "positive events": int(next(iter(log.labels.values())).sum()),
+        "positive events": int((next(iter(log.labels.values())) == 1).sum()),
     }
     return DataDigest(counts, _parts(log))
 
@@ -76,7 +76,7 @@ def data_digest(log: DataDigest, schema: FeatureSchema) -> DataDigest:
 
 def _parts(log: InteractionLog) -> dict[str, str]:
     columns = [log.users.codes, log.items.codes, log.time]
-    columns += [labels.astype(np.int64) for labels in log.labels.values()]
+    columns += [codes_of_labels(labels).astype(np.int64) for labels in log.labels.values()]
     digest_by_part = {"user ids": _digest(log.users.ids), "item ids": _digest(log.items.ids)}
     for name, ids in log.event_attributes.items():
         columns.append(ids.codes)

@@ -45,6 +45,8 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 _LABEL_RULE = re.compile(r"\s*([^=<>!]+?)\s*(>=|<=|==|!=|>|<)\s*([^=<>!]+?)\s*")
+MISSING_LABEL = 2  # of a task, as an integer beside labels 0 and 1
+BAD_LABEL = "bad label"  # no rule can compare its value
 VALUES_SHOWN = 5  # most frequent values of a label's column in a message
 BAD_FLOATS = ("not a number", f"beyond {MAX_FLOAT:g}")  # reasons to leave a float out
 # Ids that may mean a missing value in some logs.
@@ -60,7 +62,7 @@ class LogSummary(NamedTuple):
     first_time: int  # Unix seconds
     last_time: int
     tied_share: float  # of the events: at the time of another event of their user
-    positive_shares: dict[str, float]  # by task, of the events: with label 1
+    positive_shares: dict[str, float]  # by task, of the events that have a label: with label 1
 
     def __str__(self) -> str:
         positive = ", ".join(
@@ -84,6 +86,7 @@ class ReadReport:
         dropped: number of other rows by reason.
         examples: the first bad rows of each reason, and the first bad floats.
         bad_floats: number of unusable values in float columns of kept rows, by column and reason.
+        missing_labels: number of kept rows without a label for a task, by task.
         summary: of the kept rows.
         notes: ids that may mean a missing value.
     """
@@ -93,6 +96,7 @@ class ReadReport:
     dropped: dict[str, int]
     examples: list[str]
     bad_floats: dict[str, int] = field(default_factory=dict)
+    missing_labels: dict[str, int] = field(default_factory=dict)
     summary: LogSummary | None = None
     notes: tuple[str, ...] = ()
 
@@ -104,6 +108,8 @@ class ReadReport:
             lines.append(str(self.summary))
         if self.bad_floats:
             lines.append(f"floats left out: {_counts(self.bad_floats)}")
+        if self.missing_labels:
+            lines.append(f"rows without a label: {_counts(self.missing_labels)}")
         lines += self.notes
         if self.examples:
             lines.append(f"e.g. {'; '.join(self.examples)}")
@@ -239,7 +245,8 @@ class InteractionLog:
         users: user of each row.
         items: item of each row.
         time: [T] int64, Unix seconds.
-        labels: by task: [T] float32 in {0, 1}; all 1 without a label rule.
+        labels: by task: [T] float32 in {0, 1}, or NaN for a task of several that a row has no label
+            for; all 1 without a label rule.
         event_attributes: by name in requests, ``action`` among them: id of each row, empty where
             the log has none.
         item_attributes: by name, then by item code: raw ids, empty where the log has none.
@@ -357,6 +364,10 @@ def build_log(
     for exclusion in columns.exclusions_after_time():
         rows.drop(exclusion)
     labels = {task: _labels(rows, task, rule) for task, rule in columns.rule_by_task.items()}
+    if labels:
+        name = next(iter(map(label_rule, columns.rule_by_task.values()))).column
+        has_none = np.isnan(np.stack([*labels.values()])).all(axis=0)
+        rows.drop_rows(BAD_LABEL, name, np.asarray(has_none))
     check_kept(rows.report(), table.source)
     if not labels:
         labels = {UNNAMED_TASK: np.ones(len(rows.keep))}
@@ -379,7 +390,11 @@ class _RowFilter:
         self.drop_where(exclusion.reason, exclusion.column, bad)
 
     def drop_where(self, reason: str, name: str, bad_by_code: NDArray[np.bool_]) -> None:
-        rows = self._rows_of(name, bad_by_code)
+        self.drop_rows(reason, name, bad_by_code[self.table.columns[name].codes])
+
+    def drop_rows(self, reason: str, name: str, is_bad: NDArray[np.bool_]) -> None:
+        """Drop rows [rows of the table]; examples name them with their value of a column."""
+        rows = np.flatnonzero(self.keep & is_bad)
         if len(rows):
             self.keep[rows] = False
             self.dropped[reason] = self.dropped.get(reason, 0) + len(rows)
@@ -435,7 +450,7 @@ def _times(rows: _RowFilter, columns: ColumnMapping) -> tuple[NDArray[np.float64
 
 
 def _labels(rows: _RowFilter, task: str, rule_text: str) -> NDArray[np.float64]:
-    """Return 1 or 0 by row."""
+    """Return 1 or 0 by row, NaN where the rule cannot compare the value."""
     rule = label_rule(rule_text, task)
     column = rows.table.columns[rule.column]
     label_by_code = _numbers(column, rule.label)
@@ -449,7 +464,6 @@ def _labels(rows: _RowFilter, task: str, rule_text: str) -> NDArray[np.float64]:
         num_negative=int(counts[label_by_code == 0].sum()),
         frequent=[(column.ids[code], int(counts[code])) for code in frequent if counts[code]],
     )
-    rows.drop_where("bad label", rule.column, np.isnan(label_by_code))
     return label_by_code[column.codes]
 
 
@@ -589,9 +603,11 @@ def _assemble(
         last_time=int(time.max()),
         tied_share=num_tied(users.codes[order], time[order]) / len(time),
         positive_shares={
-            task: int(one.sum(dtype=np.int64)) / len(time) for task, one in labels.items()
+            task: positive_share(int((one == 1).sum()), int((one == 0).sum()))
+            for task, one in labels.items()
         },
     )
+    num_missing = {task: int(np.isnan(one).sum()) for task, one in labels.items()}
     notes = (*_notes("user", users), *_notes("item", items))
     return InteractionLog(
         users=users,
@@ -608,7 +624,12 @@ def _assemble(
         user_attributes={
             name: _attribute(users, kept[name], separator) for name in columns.user_attributes
         },
-        report=replace(rows.report(), summary=summary, notes=notes),
+        report=replace(
+            rows.report(),
+            missing_labels={task: count for task, count in num_missing.items() if count},
+            summary=summary,
+            notes=notes,
+        ),
         request_attributes={
             name: _values(kept[name], separator) for name in columns.request_attributes
         },
@@ -616,6 +637,26 @@ def _assemble(
         request_floats={name: _of_rows(numbers_by_name[name]) for name in columns.request_floats},
         event_floats={name: _of_rows(numbers_by_name[name]) for name in columns.event_floats},
     )
+
+
+def codes_of_labels(labels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return labels as integers, as digests and files have them.
+
+    Example:
+        >>> codes_of_labels(np.array([1, np.nan, 0], np.float32)).tolist()
+        [1, 2, 0]
+    """
+    return np.where(np.isnan(labels), MISSING_LABEL, labels).astype(np.uint8)
+
+
+def labels_of_codes(codes: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the labels of ``codes_of_labels``."""
+    return np.where(codes == MISSING_LABEL, np.nan, codes).astype(np.float32)
+
+
+def positive_share(num_positive: int, num_negative: int) -> float:
+    """Return the share of labels that are 1; 0 if there are none."""
+    return num_positive / max(1, num_positive + num_negative)
 
 
 def num_tied(users: NDArray[np.int64], time: NDArray[np.int64]) -> int:

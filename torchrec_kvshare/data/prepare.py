@@ -27,7 +27,7 @@ from torchrec_kvshare.config import (
 from torchrec_kvshare.data.coding import CodedLog, code_files
 from torchrec_kvshare.data.cut import Cutter
 from torchrec_kvshare.data.dataset import in_canonical_order
-from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.interactions import InteractionLog, ReadReport, codes_of_labels
 from torchrec_kvshare.data.load import file_format_of, load_log, mapping_of, root_of
 from torchrec_kvshare.data.shards import (
     MANIFEST,
@@ -201,7 +201,7 @@ def _write_log(work: Work, log: InteractionLog) -> None:
         "time": log.time,
     }
     for number, labels in enumerate(log.labels.values()):
-        events[label_column(number)] = labels.astype(np.uint8)
+        events[label_column(number)] = codes_of_labels(labels)
     for number, ids in enumerate(log.event_attributes.values()):
         events[event_column(number)] = ids.codes.astype(np.int32)
     for number, column in enumerate(log.request_attributes.values()):

@@ -30,7 +30,7 @@ from torchrec_kvshare.data.dataset import (
     without_users,
 )
 from torchrec_kvshare.data.digest import DataDigest, log_digest
-from torchrec_kvshare.data.interactions import InteractionLog, ReadReport
+from torchrec_kvshare.data.interactions import InteractionLog, ReadReport, labels_of_codes
 from torchrec_kvshare.data.splits import (
     TRAIN,
     SplitRule,
@@ -52,9 +52,9 @@ from torchrec_kvshare.features.schema import (
     table_name,
 )
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "prepared.json"
-# Then the numbers of positive events by task, attributes and floats.
+# Then the numbers of positive and of negative events by task, attributes and floats.
 ITEM_COLUMNS = ("id", "num_training")
 USER_COLUMNS = ("code", "id", "first_event", "num_events")  # then attributes and floats
 # Then labels by task, codes of attributes of events and of requests, and floats.
@@ -70,6 +70,7 @@ class Shards:
         num_shards: their number.
         num_training: [I] events of the training split, by item code.
         num_positive: [I, tasks] those of them that are positive.
+        num_negative: [I, tasks] those that are negative; others have no label for the task.
         report: what was read and dropped.
         digest: computes the digest of the log.
         read: reads shards by number into one data set, in their order.
@@ -79,6 +80,7 @@ class Shards:
     num_shards: int
     num_training: Ints
     num_positive: Ints
+    num_negative: Ints
     report: str
     digest: Callable[[], DataDigest]
     read: Callable[[Sequence[int]], Dataset]
@@ -105,12 +107,14 @@ def in_memory(dataset: Dataset) -> Shards:
         return np.bincount(dataset.item[chosen], minlength=len(dataset.item_row))
 
     in_training = dataset.split == TRAIN
-    positive = [counts(in_training & (labels > 0)) for labels in dataset.labels.T]
+    positive = [counts(in_training & (labels == 1)) for labels in dataset.labels.T]
+    negative = [counts(in_training & (labels == 0)) for labels in dataset.labels.T]
     return Shards(
         shared=dataset,
         num_shards=1,
         num_training=counts(in_training),
         num_positive=np.stack(positive, axis=1),
+        num_negative=np.stack(negative, axis=1),
         report=str(dataset.log.report),
         digest=partial(log_digest, dataset.log),
         read=lambda shards: dataset,
@@ -139,7 +143,7 @@ def open_prepared(
         MissingExtraError: without pyarrow.
     """
     folder = _Folder(path)
-    log, num_training, num_positive = folder.items()
+    log, num_training, num_positive, num_negative = folder.items()
     keys = [USER, ITEM, *map(event_key, log.event_attributes)]
     keys += [item_key(name) for name in log.item_attributes]
     keys += [context_key(name) for name in (*log.user_attributes, *log.request_attributes)]
@@ -156,6 +160,7 @@ def open_prepared(
         num_shards=folder.manifest["num_shards"],
         num_training=num_training,
         num_positive=num_positive,
+        num_negative=num_negative,
         report=folder.manifest["report"],
         digest=lambda: DataDigest(**folder.manifest["digest"]),
         read=read,
@@ -184,7 +189,7 @@ def read_prepared_log(path: Path, max_users: int | None) -> InteractionLog:
         MissingExtraError: without pyarrow.
     """
     folder = _Folder(path)
-    bare, _, _ = folder.items()
+    bare, *_ = folder.items()
     num_users, all_shards = folder.manifest["num_users"], range(folder.manifest["num_shards"])
     chosen = np.arange(num_users)
     if max_users is not None:
@@ -214,6 +219,11 @@ def label_column(number: int) -> str:
 def positive_column(number: int) -> str:
     """Return the column of items with the number of events that are positive for a task."""
     return f"num_positive{number}"
+
+
+def negative_column(number: int) -> str:
+    """Return the column of items with the number of events that are negative for a task."""
+    return f"num_negative{number}"
 
 
 def event_column(number: int) -> str:
@@ -287,21 +297,22 @@ class _Folder:
         """Read a file of ids."""
         return _texts(self.columns([name], ["id"])[0])
 
-    def items(self) -> tuple[InteractionLog, Ints, Ints]:
+    def items(self) -> tuple[InteractionLog, Ints, Ints, Ints]:
         """Read all items and attributes, without events; count each item's training events.
 
         Returns:
             The log, by item code the number of training events, and [I, tasks] of those that are
-            positive.
+            positive and negative.
         """
         none, no_floats, manifest = np.zeros(0, np.int64), np.zeros(0, np.float32), self.manifest
         attributes, floats = manifest["item_attributes"], manifest["item_floats"]
         tasks = manifest["tasks"]
         counts = [positive_column(number) for number in range(len(tasks))]
+        counts += [negative_column(number) for number in range(len(tasks))]
         wanted = [*ITEM_COLUMNS, *counts, *attributes, *floats]
         ids, num_training, *rest = self.columns(["items.parquet"], wanted)
-        num_positive = np.stack([*map(_ints, rest[: len(tasks)])], axis=1)
-        rest = rest[len(tasks) :]
+        of_labels, rest = np.stack([*map(_ints, rest[: len(counts)])], axis=1), rest[len(counts) :]
+        num_positive, num_negative = of_labels[:, : len(tasks)], of_labels[:, len(tasks) :]
         log = InteractionLog(
             users=IdColumn(none, []),
             items=IdColumn(none, _texts(ids)),
@@ -323,7 +334,7 @@ class _Folder:
             request_floats=dict.fromkeys(manifest["request_floats"], no_floats),
             event_floats=dict.fromkeys(manifest["event_floats"], no_floats),
         )
-        return log, _ints(num_training), num_positive
+        return log, _ints(num_training), num_positive, num_negative
 
     def users_of(
         self, bare: InteractionLog, shards: Sequence[int]
@@ -366,7 +377,10 @@ class _Folder:
             users=IdColumn(np.repeat(np.arange(len(counts)), counts), _texts(ids)),
             items=bare.items._replace(codes=items),
             time=_ints(time),
-            labels=_floats_of(bare.labels, of_tasks),
+            labels={
+                task: labels_of_codes(codes.to_numpy())
+                for task, codes in zip(bare.labels, of_tasks, strict=True)
+            },
             event_attributes=_with_codes(bare.event_attributes, rest[: len(events)]),
             user_attributes=dict(zip(bare.user_attributes, map(_lists, of_users), strict=False)),
             report=ReadReport(len(items), len(items), {}, []),

@@ -255,7 +255,8 @@ def build_batch(
 
     Returns:
         A VBE batch with C = P x (1 + negatives) candidates, with labels [C, tasks]: the first of
-        each target has the target's, a negative is negative for every task.
+        each target has the target's, a negative is negative for every task. All of a target have
+        NaN for a task that it has no label for.
         Its user rows are the windows or, where requests have attributes, the targets, of which
         those of a window share its history.
     """
@@ -320,7 +321,10 @@ def _assemble(
     for name, rows in dataset.item_attributes.items():
         bags[candidate_key(name)] = _bags(*rows.take(codes))
     labels = np.zeros((*candidates.shape, dataset.labels.shape[1]), np.float32)
-    labels[:, 0] = dataset.labels[windows.targets]
+    of_targets = dataset.labels[windows.targets]
+    labels[:, 0] = of_targets
+    # Negatives are what a label is told from: beside none they would be all negatives of the task.
+    labels[np.repeat(np.isnan(of_targets)[:, None], num_candidates, axis=1)] = np.nan
     targets = np.repeat(windows.targets, num_candidates)
     return assemble(
         bags,

@@ -42,7 +42,7 @@ class Scored(NamedTuple):
         keys: [P] index of each target's event in the whole log.
         user: [P] code of its user.
         num_earlier: [P] number of the user's strictly earlier events.
-        labels: [P, tasks] float32; negatives have 0.
+        labels: [P, tasks] float32, NaN for none; negatives have 0.
         logits: [P, 1 + negatives, tasks] of its candidates.
         tasks: their names.
     """
@@ -107,18 +107,18 @@ def popularity_scorer(shards: Shards, num_negatives: int) -> Scorer:
     """
     trained = np.flatnonzero(shards.num_training)
     rows, of_row = np.unique(shards.shared.item_row[trained], return_inverse=True)
-    shown, *positives = (
-        np.append(np.bincount(of_row, weights=counts[trained], minlength=len(rows)), 0)
-        for counts in (shards.num_training, *shards.num_positive.T)
-    )
     by_task = []
-    for positive in positives:
+    for by_item in zip(shards.num_positive.T, shards.num_negative.T, strict=True):
+        positive, negative = (
+            np.append(np.bincount(of_row, weights=counts[trained], minlength=len(rows)), 0)
+            for counts in by_item
+        )
         if num_negatives:
             negative = num_negatives * max(positive.sum(), 1) / len(shards.shared.known_items)
             prior = 1.0
         else:
-            negative = shown - positive + 1.0
-            prior = max(positive.sum(), 1) / max((shown - positive).sum(), 1)
+            prior = max(positive.sum(), 1) / max(negative.sum(), 1)
+            negative = negative + 1.0
         # With a prior an item that was never bought gets small odds, not zero.
         by_task.append(np.log((positive + prior) / negative))
     log_odds = np.stack(by_task, axis=1).astype(np.float32)  # [rows, tasks]
@@ -217,19 +217,23 @@ def score_split(
 def sampled_metrics(scored: Scored) -> Measures:
     """Compute AUC, GAUC, NE and calibration of scored targets, of every task.
 
+    A target without a label for a task is left out there, with its negatives.
+
     Args:
         scored: in the order of the log.
     """
-    labels = torch.zeros_like(scored.logits)
-    labels[:, 0] = scored.labels
     probabilities = torch.sigmoid(scored.logits)
-    per_user = np.unique(scored.user, return_counts=True)[1] * scored.logits.shape[1]
     measures = Measures({}, {})
     for number, task in enumerate(scored.tasks):
+        of_targets = scored.labels[:, number]
+        has_label = ~of_targets.isnan()
+        labels = torch.zeros(int(has_label.sum()), scored.logits.shape[1])
+        labels[:, 0] = of_targets[has_label]
+        per_user = np.unique(scored.user[has_label.numpy()], return_counts=True)[1]
         found = classification_metrics(
-            probabilities[:, :, number].flatten(),
-            labels[:, :, number].flatten(),
-            torch.from_numpy(per_user),
+            probabilities[has_label, :, number].flatten(),
+            labels.flatten(),
+            torch.from_numpy(per_user * labels.shape[1]),
         )
         measures |= found.of_task(task)
     return measures

@@ -117,6 +117,9 @@ class Objective(nn.Module):
     def _ranking(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the tasks' binary cross entropies, each a mean over candidates, weighted.
 
+        A candidate without a label for a task has a loss of 0 there. The mean is over all
+        candidates: every label counts the same, whichever batch and rank it is in.
+
         An item that is drawn r times as often as if all were alike has r times the negatives, so
         its trained logit is lower by log r. Subtracted here, this is not learned: scores mean the
         same whatever negatives are drawn from.
@@ -124,9 +127,13 @@ class Objective(nn.Module):
         if self.has_draw_ratios:
             ratios = floats_of(batch.sparse_features[DRAW_RATIO].values())
             logits = logits - ratios.unsqueeze(1)
-        labels = batch.labels
+        labels = batch.labels.nan_to_num(0.0)
+        counts = (~batch.labels.isnan()).to(logits.dtype)
         losses = [
-            functional.binary_cross_entropy_with_logits(logits[:, task], labels[:, task]) * weight
+            functional.binary_cross_entropy_with_logits(
+                logits[:, task], labels[:, task], weight=counts[:, task]
+            )
+            * weight
             for task, weight in enumerate(self.task_weights)
         ]
         return torch.stack(losses).sum()

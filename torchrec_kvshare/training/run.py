@@ -252,11 +252,12 @@ def load_reported(config: TrainConfig) -> tuple[Shards, SplitReport]:
     for split in (TRAIN, TEST, VALID):
         if not report.num_events[f"{NAME_BY_SPLIT[split]} split"]:
             raise DataError(f"{name} has no event in the {NAME_BY_SPLIT[split]} split of {rule}")
-    for task, num_positive in zip(shards.schema.tasks, shards.num_positive.T, strict=True):
+    of_tasks = zip(shards.schema.tasks, shards.num_positive.T, shards.num_negative.T, strict=True)
+    for task, num_positive, num_negative in of_tasks:
         of_task = f" for task {task!r}" if task else ""
         if not num_positive.any():
             raise DataError(f"{name} has no positive event{of_task} in the training split")
-        if not config.negatives and (num_positive == shards.num_training).all():
+        if not config.negatives and not num_negative.any():
             raise DataError(
                 f"negatives is 0, but {name} has no event with label 0{of_task} in the training "
                 "split; a label rule is needed, or 1 or more negatives"
