@@ -462,10 +462,12 @@ def ranges(firsts: Ints, lengths: Ints) -> Ints:
 
 
 def _check_numbers(log: InteractionLog) -> None:
+    several = len(log.labels) > 1
     for labels in log.labels.values():
-        wrong = ~np.isin(labels, (0, 1)) & ~np.isnan(labels)
+        wrong = ~np.isin(labels, (0, 1)) & ~(np.isnan(labels) & several)
         if wrong.any():
-            raise DataError(f"a label is {labels[wrong][0]}; 0, 1 and NaN for none are allowed")
+            allowed = "0, 1 and NaN for none" if several else "0 and 1"
+            raise DataError(f"a label is {labels[wrong][0]}; {allowed} are allowed")
     without = np.flatnonzero(np.isnan(np.stack([*log.labels.values()])).all(axis=0))
     if len(without):
         raise DataError(
