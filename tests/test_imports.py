@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import torchrec_kvshare
-from tests.worlds import fresh_process
+from tests.worlds import new_interpreter
 
 PACKAGE = torchrec_kvshare.__name__
 FOLDER = Path(torchrec_kvshare.__path__[0])
@@ -79,5 +79,5 @@ assert "torch" in sys.modules
 print([name for name in sys.modules if name.split(".")[0] in ("torchrec", "fbgemm_gpu", "numpy")
        and name != "numpy" and not name.startswith("numpy.")])
 """
-    output, errors = fresh_process(program).communicate()
+    output, errors = new_interpreter(program).communicate()
     assert output == "[]\n", errors

@@ -6,8 +6,7 @@ The tolerances of the core's tests are here too, in one table.
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM
 
+from tests.processes import ROOT, ForkedPython
 from torchrec_kvshare.cache.identity import ModelVersion, text_digest
 from torchrec_kvshare.features.bags import Bags, single
 from torchrec_kvshare.features.batches import assemble
@@ -40,7 +40,7 @@ from torchrec_kvshare.history.kinds import CAUSAL, TowerSpec
 from torchrec_kvshare.model.ranking import dlrm_with_history
 from torchrec_kvshare.scoring.engine import Answer
 
-ROOT = Path(__file__).parents[1]
+P = TypeVar("P", bound="subprocess.Popen[str]")
 
 MAX_HISTORY, BLOCK = 14, 7
 DIM, NUM_LAYERS, NUM_HEADS, HEAD_DIM = 12, 2, 3, 4
@@ -187,9 +187,20 @@ def assert_same_scores(answers: list[Answer], expected: list[Answer]) -> None:
             assert answer.scores_by_task[task] == near
 
 
-def fresh_process(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def fresh_process(program: str, *arguments: str, **environment: str) -> ForkedPython:
     """Start Python on ``program`` in the repository's root, with its output piped as text."""
-    return subprocess.Popen(
+    return _start(ForkedPython, program, arguments, {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def new_interpreter(program: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """As ``fresh_process``, where imports or memory are tested: nothing is imported before."""
+    return _start(subprocess.Popen, program, arguments, environment)
+
+
+def _start(
+    popen: type[P], program: str, arguments: tuple[str, ...], environment: dict[str, str]
+) -> P:
+    return popen(
         [sys.executable, "-W", "ignore", "-c", program, *arguments],
         cwd=ROOT,
         env=os.environ | environment,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.attention.cases import OPERATORS, call, huge_arguments
-from tests.worlds import ROOT, fresh_process
+from tests.worlds import ROOT, new_interpreter
 from torchrec_kvshare.attention.library import register_operators
 
 
@@ -86,7 +86,7 @@ def run_sanitized(library: Path, statement: str) -> tuple[int, str]:
         ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    process = fresh_process(
+    process = new_interpreter(
         PROGRAM,
         *(str(library), statement),
         LD_PRELOAD=" ".join(runtimes),

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torchrec.models.dlrm import DLRM
 
-from tests.worlds import CAUSAL_SPEC, SCHEMA, draw_raw, fresh_process, make_dlrm
+from tests.worlds import CAUSAL_SPEC, SCHEMA, draw_raw, make_dlrm, new_interpreter
 from torchrec_kvshare.cache.identity import NO_CONTEXT, Identity, PrefixDigests, model_digest
 from torchrec_kvshare.features.parse import parse_request
 from torchrec_kvshare.features.schema import (
@@ -168,7 +168,7 @@ print(digests_of(draw_raw(9, 2, 5)).whole.hex())
 print(model_digest(make_dlrm(4).state_dict(), {"schema": SCHEMA.to_json(), "encoder": "x"}))
 """
     # Not the seed of this process, unless it was given.
-    output, errors = fresh_process(program, PYTHONHASHSEED="1").communicate()
+    output, errors = new_interpreter(program, PYTHONHASHSEED="1").communicate()
     described = {"schema": SCHEMA.to_json(), "encoder": "x"}
     model = model_digest(make_dlrm(4).state_dict(), described)
     assert output.split() == [digest_of(draw_raw(9, 2, 5)).hex(), str(model)], errors

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.worlds import examples, fresh_process
+from tests.worlds import examples, new_interpreter
 from torchrec_kvshare.cache.codecs import CODECS, Codec, get_codec
 from torchrec_kvshare.cache.identity import NO_CONTEXT, Content, Identity
 from torchrec_kvshare.cache.record import (
@@ -188,7 +188,7 @@ def test_another_process_writes_the_same_bytes() -> None:
 from tests.cache.test_record import packets_and_scopes
 print(*packets_and_scopes())
 """
-    output, errors = fresh_process(program, PYTHONHASHSEED="5").communicate()
+    output, errors = new_interpreter(program, PYTHONHASHSEED="5").communicate()
     assert output.split() == packets_and_scopes(), errors
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cache.servers import RedisServer
-from tests.worlds import fresh_process
+from tests.worlds import new_interpreter
 from torchrec_kvshare.cache.disk import DiskTier
 from torchrec_kvshare.cache.policies import LruPolicy
 from torchrec_kvshare.cache.remote import RemoteTier
@@ -310,7 +310,7 @@ import sys
 import torchrec_kvshare.cache.disk, torchrec_kvshare.cache.remote, torchrec_kvshare.cache.tiers
 print([name for name in ("rocksdict", "redis", "moka_py") if name in sys.modules])
 """
-    output, errors = fresh_process(program).communicate()
+    output, errors = new_interpreter(program).communicate()
     assert output == "[]\n", errors
 
 

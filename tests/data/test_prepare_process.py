@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.data.prepared import assert_equals, rows_of
-from tests.pipelines.commands import ROOT, run_all, spawn_pipeline
+from tests.pipelines.commands import run_all, spawn_pipeline
+from tests.processes import ROOT, ForkedPython
 from torchrec_kvshare.config import Columns, InteractionsData
 from torchrec_kvshare.data.load import load_log
 
@@ -60,11 +61,13 @@ def files_of(folder: Path) -> dict[str, object]:
     }
 
 
-def start(log: Path, output: Path, *options: str) -> "subprocess.Popen[bytes]":
+def start(
+    log: Path, output: Path, *options: str, popen: "type[subprocess.Popen[bytes]]" = ForkedPython
+) -> "subprocess.Popen[bytes]":
     arguments = [*OPTIONS, f"data.path={log}", f"output={output}", *options]
     command = [sys.executable, "-W", "ignore", "-m", "pipelines.prepare", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
 
 
 def kill_after(process: "subprocess.Popen[bytes]", output: Path, stage: str) -> None:
@@ -118,7 +121,7 @@ def test_a_run_stays_within_its_memory(tmp_path: Path) -> None:
     """
     name = "a user with a long name "
     log = write_log(tmp_path / "log.parquet", 2_000_000, rows_per_user=1, name=name)
-    process = start(log, tmp_path / "out", "memory_bytes=500000000")
+    process = start(log, tmp_path / "out", "memory_bytes=500000000", popen=subprocess.Popen)
     peak_bytes = 0
     while process.poll() is None:
         # Not ru_maxrss, which counts this process before the other program replaced its copy.

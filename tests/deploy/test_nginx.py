@@ -29,6 +29,7 @@ from grpc_health.v1.health import HealthServicer
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.cache.servers import Certificates, free_port, make_certificates, wait_until
+from tests.processes import ROOT, ForkedPython
 from torchrec_kvshare.cache.private import write_secret
 from torchrec_kvshare.deploy.nginx import (
     Address,
@@ -40,7 +41,6 @@ from torchrec_kvshare.deploy.nginx import (
 )
 from torchrec_kvshare.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
 HERE = "127.0.0.1"
 START_S = 20.0
 NUM_REPLICAS = 3
@@ -171,9 +171,10 @@ class Cluster:
         for name in new:
             address = self.addresses[self.names.index(name)]
             ports = (str(address.http_port), str(address.grpc_port))
-            self.processes[name] = subprocess.Popen(
+            self.processes[name] = ForkedPython(
                 [sys.executable, "-W", "ignore", "-m", "tests.deploy.test_nginx", name, *ports],
                 cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 text=True,
             )

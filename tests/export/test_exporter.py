@@ -26,6 +26,7 @@ from tests.worlds import (
     draw_raw,
     fresh_process,
     make_dlrm,
+    new_interpreter,
     parse_all,
 )
 from torchrec_kvshare.cache.identity import model_digest, version_of
@@ -99,7 +100,7 @@ print(json.dumps({"modules": modules, "schema": loaded.schema.to_json(), "logits
 
 
 def found_in_fresh_process(artifact: Path) -> dict[str, Any]:
-    output, errors = fresh_process(FRESH_PROGRAM, str(artifact)).communicate()
+    output, errors = new_interpreter(FRESH_PROGRAM, str(artifact)).communicate()
     assert output, errors
     return json.loads(output)
 

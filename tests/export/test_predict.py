@@ -16,8 +16,8 @@ from tests.worlds import (
     SCHEMA,
     draw_raw,
     draw_raws,
-    fresh_process,
     make_dlrm,
+    new_interpreter,
     parse_all,
     version_called,
 )
@@ -165,7 +165,7 @@ def test_a_module_goes_through_every_step_into_a_fresh_process(
     scripted.save(str(tmp_path / "module.pt"))
     torch.save(tensors_of(draw_raws(USERS)), tmp_path / "batch.pt")
     paths = [str(tmp_path / name) for name in ("module.pt", "batch.pt")]
-    output, errors = fresh_process(FRESH_PROGRAM, *paths, str(library_path())).communicate()
+    output, errors = new_interpreter(FRESH_PROGRAM, *paths, str(library_path())).communicate()
     assert output == json.dumps([expected.tolist(), []]) + "\n", errors
 
 

@@ -22,8 +22,8 @@ from tests.worlds import (
     SCHEMA,
     assert_same_scores,
     draw_raw,
-    fresh_process,
     make_dlrm,
+    new_interpreter,
     parse_all,
 )
 from torchrec_kvshare.attention.library import library_path
@@ -247,7 +247,7 @@ def test_one_user_alone_gets_the_same_bits_from_compiled_graphs(folders: dict[st
 def elsewhere(folders: dict[str, Path], here: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What a process with torch alone says of itself; its answers are in the folders."""
     given = (str(library_path()), *map(str, folders.values()))
-    output, errors = fresh_process(FOREIGN_PROGRAM, *given).communicate()
+    output, errors = new_interpreter(FOREIGN_PROGRAM, *given).communicate()
     assert output, errors
     found: dict[str, Any] = json.loads(output)
     return found

@@ -29,8 +29,8 @@ from tests.worlds import (
     SCHEMA,
     assert_same_scores,
     draw_raws,
-    fresh_process,
     make_dlrm,
+    new_interpreter,
     parse_all,
 )
 from torchrec_kvshare.attention.library import library_path
@@ -223,7 +223,7 @@ def test_a_fresh_process_scores_as_eager_does_bit_for_bit(
 ) -> None:
     path = tmp_path / "model.pt"
     torch.jit.save(program, str(path))
-    output, errors = fresh_process(FRESH_PROGRAM, str(path), str(library_path())).communicate()
+    output, errors = new_interpreter(FRESH_PROGRAM, str(path), str(library_path())).communicate()
     expected = [logits(quantised, batch_of(users)).tolist() for users in BATCHES]
     assert output == f"{expected}\n", errors
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from tests.processes import ROOT, ForkedPython
 from tests.worlds import fresh_process
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 WORLD = (
     "data.num_users=40",
@@ -75,20 +75,22 @@ def spawn_pipeline(
     name: str, *arguments: str, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run ``python -m pipelines.NAME`` with arguments as a shell passes them."""
-    return subprocess.run(
+    process = ForkedPython(
         [sys.executable, "-W", "ignore", "-m", f"pipelines.{name}", *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def run_all(folder: Path, commands: Iterable[str]) -> list[Ended]:
     """Run command lines in one new process; ``{folder}`` in them is its working directory."""
     argvs = [shlex.split(command.replace("{folder}", str(folder))) for command in commands]
-    process = fresh_process(ONE_AFTER_ANOTHER, str(folder), json.dumps(argvs), OMP_NUM_THREADS="1")
+    process = fresh_process(ONE_AFTER_ANOTHER, str(folder), json.dumps(argvs))
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     return endings(output)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.pipelines.commands import CONFIGS, ROOT, TINY, WORLD, Ended, run_all
-from tests.worlds import fresh_process
+from tests.worlds import new_interpreter
 from torchrec_kvshare.commands.help import (
     comment_of,
     groups_of,
@@ -382,7 +382,7 @@ for arguments in (["--help"], ["train", "-h"]):
         assert ended.code == 0
 assert "torch" not in sys.modules
 """
-    process = fresh_process(program)
+    process = new_interpreter(program)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "usage: kvshare NAME" in output

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.worlds import fresh_process
+from tests.worlds import new_interpreter
 from torchrec_kvshare.commands.process import SPIN_COUNT, WAIT_POLICY
 
 # libgomp prints the settings it has read when torch loads it.
@@ -31,7 +31,7 @@ def test_waiting_threads_of_a_command_sleep_unless_the_user_has_set_it(
 ) -> None:
     """Beside a busy process spinning threads made a training step take 1.61 s instead of 0.07 s."""
     monkeypatch.delenv(WAIT_POLICY, raising=False)
-    _, errors = fresh_process(program, **VERBOSE, **given).communicate()
+    _, errors = new_interpreter(program, **VERBOSE, **given).communicate()
     assert f"GOMP_SPINCOUNT = '{spins}'" in errors
 
 
@@ -48,7 +48,7 @@ os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
 prepare_torch({threads})
 print(torch.get_num_threads())
 """
-    output, errors = fresh_process(program).communicate()
+    output, errors = new_interpreter(program).communicate()
     assert output == f"{computing}\n", errors
 
 
@@ -59,7 +59,7 @@ prepare_torch(None)
 import torch
 print(torch.get_num_threads())
 """
-    output, errors = fresh_process(program, OMP_NUM_THREADS="1").communicate()
+    output, errors = new_interpreter(program, OMP_NUM_THREADS="1").communicate()
     assert output == "1\n", errors
 
 
@@ -84,6 +84,6 @@ for _ in range(10):
     torch.ones(4 * 2**20)
 print(page_faults() - before)
 """
-    output, errors = fresh_process(program, **given).communicate()
+    output, errors = new_interpreter(program, **given).communicate()
     num_pages = 10 * 4 * 2**22 // 4096
     assert (int(output) < num_pages / 10) == is_kept, errors

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
+from tests.processes import ForkedPython
 from tests.worlds import (
     HEAD_DIM,
     MAX_HISTORY,
@@ -293,7 +293,7 @@ def test_a_run_that_is_killed_and_resumed_writes_the_same_bytes(tmp_path: Path) 
     raws = [raw | {"user_id": f"{raw['user_id']}-{n}"} for n in range(9) for raw in all_requests()]
     write_jsonl(tmp_path / "requests", in_partitions(raws, 12))
     output, whole = tmp_path / "out", tmp_path / "whole"
-    process = subprocess.Popen(
+    process = ForkedPython(
         [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "requests"), str(output)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

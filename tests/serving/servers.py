@@ -22,6 +22,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
 from tests.encoder_worlds import make_caches
+from tests.processes import ForkedPython
 from tests.worlds import ROOT, SCHEMA, make_dlrm, version_called
 from torchrec_kvshare.cache.kv_cache import KVCache
 from torchrec_kvshare.cache.metrics import CacheMetrics
@@ -164,7 +165,7 @@ def running_server(served: str, *overrides: str) -> Iterator[ServerProcess]:
     """
     command = [sys.executable, "-W", "ignore", "-m", "pipelines.serve", served]
     free = ["server.http_port=0", "server.grpc_port=0", "threads=1"]
-    process = subprocess.Popen(
+    process = ForkedPython(
         [*command, *free, *overrides],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

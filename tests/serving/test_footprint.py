@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.worlds import fresh_process
+from tests.worlds import new_interpreter
 from torchrec_kvshare.benchmark.workload import fill_zeros, make_schema
 from torchrec_kvshare.cache.open import MEMORY, OFF
 from torchrec_kvshare.config import CacheConfig, ServerConfig
@@ -94,7 +94,7 @@ def test_the_worst_batch_takes_at_most_the_computed_bytes_and_not_much_less(
 ) -> None:
     artifact = exported(folder, TORCHSCRIPT if runtime == EAGER else runtime)
     of_process = EAGER if runtime == EAGER else str(artifact)
-    output, errors = fresh_process(
+    output, errors = new_interpreter(
         PROGRAM, of_process, str(ids), OMP_WAIT_POLICY="PASSIVE"
     ).communicate()
     measured = int(output or 0)

@@ -20,6 +20,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2_grpc
 
+from tests.processes import ForkedPython
 from tests.serving.servers import STOP_S, ServerProcess, grpc_message, running_server
 from tests.worlds import PROBABILITY_TOLERANCE, ROOT, SCHEMA, draw_raw, make_dlrm, parse_all
 from torchrec_kvshare.model.ranking import RankingModel
@@ -80,9 +81,10 @@ def hostile_client(server: ServerProcess, folder: Path) -> Iterator["subprocess.
         "message_file": str(file),
         "max_request_bytes": MAX_REQUEST_BYTES,
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.serving.hostile", json.dumps(target)],
+    process = ForkedPython(
+        [sys.executable, "-W", "ignore", "-m", "tests.serving.hostile", json.dumps(target)],
         cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

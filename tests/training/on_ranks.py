@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torchrec.datasets.utils import Batch
 
 from tests.once import make_once
+from tests.processes import ROOT, ForkedPython
 from tests.training.worlds import BUDGET, MODEL, tiny_config
 from torchrec_kvshare.config import (
     IN_BATCH,
@@ -43,7 +44,6 @@ from torchrec_kvshare.training.ranks import Ranks, joined_ranks
 from torchrec_kvshare.training.run import new_model
 from torchrec_kvshare.training.sharding import SGD, TableSettings
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240  # for a program; they take some 15 s on an idle machine
 TOLD, ERRORS = "told", "errors"  # files of a rank: what it prints
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # a rank that waits alone ends with an error
@@ -68,7 +68,7 @@ Case = dict[str, Any]
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a program: one thread, and no rank of another program."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return inherited | quiet | changes
 
 
@@ -90,7 +90,7 @@ def run_on_ranks(program: str, folder: Path, *world_sizes: int) -> dict[int, lis
 def _run(program: str, folder: Path, world_sizes: tuple[int, ...]) -> None:
     command = [sys.executable, "-W", "ignore", "-m", f"tests.training.{program}"]
     command += [str(folder), *map(str, world_sizes)]
-    process = subprocess.Popen(
+    process = ForkedPython(
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, start_new_session=True
     )
     try:
@@ -155,7 +155,9 @@ def torchrun(*arguments: str) -> "subprocess.CompletedProcess[str]":
         cwd=ROOT,
         # Restarted ranks met the addresses of killed ones in torchrun's store, and waited for them:
         # github.com/pytorch/pytorch/issues/135712. With this, each restart has a store of its own.
-        env=environment(PYTHONWARNINGS="ignore", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+        env=environment(
+            PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

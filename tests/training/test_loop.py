@@ -430,7 +430,7 @@ def killed_in_process(config: TrainConfig, patch: str) -> int:
 def killed(tmp_path: Path) -> TrainConfig:
     """A run whose process was killed by SIGKILL after some twenty batches."""
     config = tiny_config(tmp_path / "run", checkpoint_seconds=0.0)
-    process = fresh_process(RUN_CONFIG + TRAIN, json.dumps(asdict(config)), OMP_NUM_THREADS="1")
+    process = fresh_process(RUN_CONFIG + TRAIN, json.dumps(asdict(config)))
     folder = tmp_path / "run" / "causal"
     while process.poll() is None and num_steps_of(folder) < 20:
         time.sleep(0.002)

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.worlds import fresh_process
+from tests.worlds import new_interpreter
 
 # Epochs of many batches, which differ in their number of events; prints the bytes that malloc has
 # allocated after each batch.
@@ -37,7 +37,7 @@ def test_no_memory_is_kept_for_batches_that_are_done(tmp_path: object) -> None:
     """oneDNN compiled a GELU for each number of events and kept 1,024 of them between the tensors
     of a step: with 1 M events the process took 1.9 GB after 3 minutes and 2.8 GB after 20.
     """
-    output, errors = fresh_process(PROGRAM, str(tmp_path)).communicate()
+    output, errors = new_interpreter(PROGRAM, str(tmp_path)).communicate()
     allocated_bytes = json.loads(output.splitlines()[-1]) if output else []
     assert len(allocated_bytes) > 300, errors
     # Before the fix the 360 steps between kept 3.2 MB.
