@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.data.prepared import assert_equals, rows_of
-from tests.pipelines.commands import run_all, spawn_pipeline
+from tests.pipelines.commands import run_all
 from tests.processes import ROOT, ForkedPython
 from torchrec_kvshare.config import Columns, InteractionsData
 from torchrec_kvshare.data.load import load_log
@@ -155,10 +155,14 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
 def test_without_duckdb_the_extra_is_named(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.parquet", 100)
     (tmp_path / "duckdb.py").write_text("raise ImportError")
-    ended = spawn_pipeline(
-        "prepare",
-        *(*OPTIONS, f"data.path={log}", f"output={tmp_path / 'out'}"),
-        PYTHONPATH=str(tmp_path),
+    ended = subprocess.run(
+        [*(sys.executable, "-W", "ignore", "-m", "pipelines.prepare"), *OPTIONS]
+        + [f"data.path={log}", f"output={tmp_path / 'out'}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 2
     assert "preparing a log needs the extra [prepare]: pip install" in ended.stderr

@@ -71,14 +71,12 @@ def run_pipeline(name: str, *overrides: str, configs: Path = CONFIGS) -> None:
     importlib.import_module(f"pipelines.{name}").main(config)
 
 
-def spawn_pipeline(
-    name: str, *arguments: str, **environment: str
-) -> "subprocess.CompletedProcess[str]":
+def spawn_pipeline(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run ``python -m pipelines.NAME`` with arguments as a shell passes them."""
     process = ForkedPython(
         [sys.executable, "-W", "ignore", "-m", f"pipelines.{name}", *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
