@@ -86,4 +86,5 @@ print(page_faults() - before)
 """
     output, errors = new_interpreter(program, **given).communicate()
     num_pages = 10 * 4 * 2**22 // 4096
-    assert (int(output) < num_pages / 10) == is_kept, errors
+    # A tensor or two of the ten may lie elsewhere.
+    assert (int(output) < num_pages / 2) == is_kept, errors
