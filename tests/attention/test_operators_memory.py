@@ -7,9 +7,7 @@ these.
 
 import os
 import random
-import resource
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +18,7 @@ from tests.worlds import ROOT, new_interpreter
 from torchrec_kvshare.attention.library import register_operators
 
 
-@pytest.fixture
-def _a_tebibyte_at_most() -> Iterator[None]:
-    """Limit memory: some machines grant any allocation and kill the process later."""
-    before, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = 2**40 if hard == resource.RLIM_INFINITY else min(2**40, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (before, hard))
-
-
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.usefixtures("_a_tebibyte_at_most")
 def test_sizes_that_overflow_are_an_error(operator: str) -> None:
     """64 times a width was 0 bytes."""
     assert register_operators()
